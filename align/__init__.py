@@ -1,0 +1,1 @@
+"""RLHF in three stages: supervised fine-tuning, a reward model, PPO."""

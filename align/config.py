@@ -1,0 +1,160 @@
+"""What a recipe may say: one frozen, strict dataclass per stage, each key with its meaning and default.
+
+Keys carry the names of `transformers.TrainingArguments`, TRL's configs and TRL 1.12's `PPOConfig` where
+one exists. Sizes that change the result (`train_batch_size`, `rollout_batch_size`, `minibatch_size`) are
+global, so that a recipe gives the same result on one process and on eight; what only has to fit in memory
+is per device, and gradient accumulation is derived (`align.recipes.BatchPlan`).
+
+Reading YAML, overrides and their errors live in `align.recipes`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its message names the file, row, key or option, what was expected, and what to do."""
+
+
+def key(default: Any, meaning: str) -> Any:
+    """A recipe key: its default, and the sentence that `--help` prints."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
+
+
+def required(meaning: str) -> Any:
+    """A recipe key without a default."""
+    return field(metadata={"help": meaning, "required": True})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """One source of rows. In a recipe: a path or hub id alone, a mapping of these keys, or a list of such."""
+
+    path: str | None = key(None, "A JSONL, JSON, Parquet or CSV file (may be gzipped; globs allowed), or a hub id.")
+    generator: str | None = key(None, "`module:function` that yields rows, instead of a path; the module may lie beside the recipe.")
+    generator_kwargs: dict[str, Any] = key({}, "Keyword arguments for the generator.")
+    name: str | None = key(None, "Hub data set configuration.")
+    split: str = key("train", "Hub data set split.")
+    columns: dict[str, str] = key({}, "Column names: ours (prompt, completion, chosen, rejected, messages, text) to the source's.")
+    weight: float = key(1.0, "Times each row is used per epoch; 0.5 takes a seeded half.")
+    max_rows: int | None = key(None, "Use only this many rows (a seeded sample).")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecipe:
+    """Keys that all stages share."""
+
+    output_dir: str = required("Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints.")
+    stage: Literal["sft", "reward", "ppo"] | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
+    seed: int = key(42, "Seed of data order, splits, initialisation and sampling.")
+
+    train_dataset: list[DataSource] = key([], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these.")
+    eval_dataset: list[DataSource] = key([], "Evaluation rows; without it, a seeded share of the training prompts is held out.")
+    eval_fraction: float = key(0.05, "Share of the prompts held out when there is no `eval_dataset`.")
+    max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.")
+    on_bad_row: Literal["error", "skip"] = key("error", "What to do with rows that cannot be used: refuse the data, or skip and count.")
+    chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
+
+    learning_rate: float = key(2e-5, "Peak learning rate of AdamW.")
+    weight_decay: float = key(0.0, "AdamW weight decay.")
+    adam_beta1: float = key(0.9, "AdamW beta 1.")
+    adam_beta2: float = key(0.999, "AdamW beta 2.")
+    adam_epsilon: float = key(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0 switches clipping off.")
+    lr_scheduler_type: str = key("linear", "Schedule name as in transformers: linear, cosine, constant, constant_with_warmup, ...")
+    warmup_steps: float = key(0, "Warm-up in optimiser steps; a number below 1 is a share of all steps.")
+    per_device_train_batch_size: int = key(8, "Most sequences in one forward-backward pass per device; only memory depends on it.")
+    per_device_eval_batch_size: int = key(16, "Most sequences in one forward pass without gradients per device.")
+
+    bf16: bool = key(False, "Train in bfloat16 mixed precision with float32 master weights.")
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
+    attn_implementation: str | None = key(None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager.")
+    deepspeed: str | None = key(None, "DeepSpeed JSON file (see recipes/deepspeed); sizes may be \"auto\".")
+    trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
+
+    logging_steps: int = key(10, "Log training metrics every so many steps.")
+    eval_steps: int | None = key(None, "Evaluate every so many steps (PPO: updates), and always at the end.")
+    save_steps: int | None = key(None, "Save a resumable checkpoint every so many steps (PPO: updates).")
+    save_total_limit: int = key(2, "Checkpoints kept; older ones are deleted.")
+    report_to: Literal["none", "wandb"] = key("none", "Also log to Weights & Biases; `metrics.jsonl` is always written.")
+    project: str = key("align", "Weights & Biases project.")
+    run_name: str | None = key(None, "Weights & Biases run name; the output folder's name by default.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerRecipe(StageRecipe):
+    """Keys of the two stages that TRL's trainers run."""
+
+    train_batch_size: int = key(32, "Rows per optimiser step over all devices; accumulation is derived.")
+    num_train_epochs: float = key(1.0, "Passes over the training rows.")
+    max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.")
+    max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.")
+    use_peft: bool = key(False, "Train a LoRA adapter, merged into the model that the stage saves.")
+    lora_r: int = key(16, "LoRA rank.")
+    lora_alpha: int = key(32, "LoRA alpha.")
+    lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTRecipe(TrainerRecipe):
+    """Stage 1, `align sft`: supervised fine-tuning of a language model."""
+
+    model_name_or_path: str | None = key(None, "Model folder or hub id to fine-tune.")
+    model_config: dict[str, Any] = key({}, "Instead of a model: train one from scratch with this transformers config (`model_type`, `hidden_size`, ...).")
+    tokenizer_vocab_size: int = key(512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows.")
+    completion_only_loss: bool = key(True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardRecipe(TrainerRecipe):
+    """Stage 2, `align reward`: a scalar reward model from preference pairs."""
+
+    model_name_or_path: str = required("SFT model, another decoder, or an encoder (BERT-like) to put the scalar head on.")
+    sft_model_path: str | None = key(None, "Model whose completions get mean score zero; `model_name_or_path` when that is an SFT stage's output.")
+    learning_rate: float = key(1e-5, "Peak learning rate of AdamW.")
+    center_rewards_coefficient: float | None = key(None, "Weight of the squared sum of the two scores, which keeps them near zero (TRL's key).")
+    normalize_prompts: int = key(256, "Prompts on which SFT completions are sampled to set the zero of the score.")
+    response_length: int = key(64, "Most tokens of those completions.")
+    eval_reward_funcs: list[str] = key([], "`module:function` known true rewards; their accuracy on the evaluation pairs is the ceiling.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPORecipe(StageRecipe):
+    """Stage 3, `align ppo`: PPO against the reward, with a KL penalty against the SFT reference."""
+
+    sft_model_path: str = required("SFT model: the policy starts from it and the frozen reference stays it.")
+    reward_model_path: str | None = key(None, "Reward model of stage 2 (or any sequence classifier with one label).")
+    reward_funcs: list[str] = key([], "`module:function` rewards with TRL's signature; the module may lie beside the recipe.")
+    reward_weights: list[float] = key([], "Weights of the reward model (first, if any) and of `reward_funcs`; 1 each by default.")
+    value_model_path: str | None = key(None, "Start of the value model; the reward model when its tokenizer is the policy's, else the SFT model.")
+    eval_reward_funcs: list[str] = key([], "`module:function` rewards that are only measured, on evaluation prompts: a known truth, a gold model.")
+
+    total_episodes: int = key(10_000, "Responses sampled in the whole run.")
+    rollout_batch_size: int = key(64, "Prompts per update over all devices.")
+    minibatch_size: int = key(64, "Responses per optimiser step over all devices.")
+    num_ppo_epochs: int = key(4, "Passes over each rollout batch.")
+    max_prompt_length: int = key(512, "Most tokens of a prompt; longer prompts are bad rows.")
+    response_length: int = key(53, "Most tokens of a response.")
+    temperature: float = key(1.0, "Sampling temperature; every log-probability is taken at it too.")
+    missing_eos_penalty: float | None = key(None, "Subtracted from the score of a response that does not end.")
+    missing_eos_score: float | None = key(None, "Replaces the score of a response that does not end.")
+
+    learning_rate: float = key(3e-6, "Peak learning rate of the policy.")
+    value_learning_rate: float | None = key(None, "Peak learning rate of the value model; the policy's by default.")
+    adam_epsilon: float = key(1e-5, "AdamW epsilon.")
+    kl_coef: float = key(0.05, "Weight of the KL penalty per token, in units of score per nat.")
+    cliprange: float = key(0.2, "Clip range of the probability ratio.")
+    cliprange_value: float = key(0.2, "Clip range of the value around its value at rollout.")
+    gamma: float = key(1.0, "Discount.")
+    lam: float = key(0.95, "Lambda of generalised advantage estimation.")
+    whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")
+    ds3_gather_for_generation: bool = key(True, "Under ZeRO-3 copy the gathered policy once per rollout; false when it does not fit.")
+    max_kl: float | None = key(None, "The best checkpoint has the highest evaluation score among those with at most this KL (nats per response).")
+    num_sample_rows: int = key(8, "Rows of the sample table.")
+
+
+RECIPES: dict[str, type[StageRecipe]] = {"sft": SFTRecipe, "reward": RewardRecipe, "ppo": PPORecipe}

@@ -1,0 +1,373 @@
+"""Processes and engines: the only file that imports deepspeed.
+
+`connect` joins the process group when the `deepspeed` launcher started us, and gives a `World` of one
+otherwise. `train_engine` and `frozen_engine` wrap a model for this world: plain torch for one process without
+a DeepSpeed file, DeepSpeed for everything else. Both kinds speak the same few words, so that a stage is
+written once.
+
+The loss given to `Engine.backward` is this rank's share of one global sum: shares are added over microbatches
+and ranks, never averaged, so how the work is cut up does not change the gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.config import StageRecipe, UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_FILES = "deepspeed_allreduce_buffer_*"
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of this run and the collectives that the stages use. With one process each is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum over ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor := tensor.clone())
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Elementwise maximum over ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[n, ...] of each rank (one shape for all) -> [size * n, ...] in rank order, on every rank."""
+        if self.size == 1:
+            return tensor
+        carried = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
+        parts = [torch.empty_like(carried) for _ in range(self.size)]
+        dist.all_gather(parts, carried)
+        return torch.cat(parts).to(tensor.dtype)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def connect(recipe: StageRecipe) -> World:
+    """Join the process group of the `deepspeed` launcher, if it started this process; clear what dead runs left behind."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if int(os.environ.get("RANK", "0")) == 0:
+        remove_stale_shared_memory()
+    if size > 1 or recipe.deepspeed is not None:
+        import deepspeed
+
+        # DeepSpeed's own CPU collective saves nothing at our sizes, needs a compiler at the first start and
+        # leaves 69 MB a process in shared memory; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if not dist.is_initialized():
+            if "MASTER_ADDR" not in os.environ:  # one process without the launcher
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    return World(rank=int(os.environ.get("RANK", "0")), size=size, device=device)
+
+
+def disconnect() -> None:
+    """Leave the process group, after all ranks are done."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
+    """Delete DeepSpeed's shared-memory files of this user that no living process maps. Returns what was deleted."""
+    candidates = [path for path in folder.glob(SHARED_MEMORY_FILES) if path.stat().st_uid == os.getuid()]
+    if not candidates:
+        return []
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped += maps.read_text(errors="replace")
+    stale = [path for path in candidates if str(path) not in mapped]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
+
+
+def zero_stage(recipe: StageRecipe) -> int:
+    """The ZeRO stage that the recipe's DeepSpeed file asks for; 0 without one."""
+    if recipe.deepspeed is None:
+        return 0
+    return int(_deepspeed_json(recipe).get("zero_optimization", {}).get("stage", 0))
+
+
+def _deepspeed_json(recipe: StageRecipe) -> dict[str, Any]:
+    if recipe.deepspeed is None:
+        return {}
+    config: dict[str, Any] = json.loads(Path(recipe.deepspeed).read_text(encoding="utf-8"))
+    return config
+
+
+def _deepspeed_config(recipe: StageRecipe, world: World, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
+    """The recipe's DeepSpeed file with every "auto" filled in from the recipe."""
+    config = _deepspeed_json(recipe)
+    config["train_micro_batch_size_per_gpu"] = micro_batch_size
+    config["gradient_accumulation_steps"] = accumulation
+    config["train_batch_size"] = micro_batch_size * accumulation * world.size
+    config["gradient_clipping"] = recipe.max_grad_norm
+    config["bf16"] = {**config.get("bf16", {}), "enabled": recipe.bf16}
+    config.setdefault("zero_allow_untested_optimizer", True)
+    config["zero_force_ds_cpu_optimizer"] = False
+    zero = config.setdefault("zero_optimization", {"stage": 0})
+    for name in [name for name, value in zero.items() if value == "auto"]:
+        del zero[name]  # DeepSpeed's own default
+    config.setdefault("steps_per_print", 10**9)
+    return config
+
+
+@contextlib.contextmanager
+def sharded_load(recipe: StageRecipe) -> Iterator[None]:
+    """Under ZeRO-3, `from_pretrained` inside this block shards each weight as it is read, so no rank holds a whole model."""
+    if zero_stage(recipe) < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    world = World(0, int(os.environ.get("WORLD_SIZE", "1")), torch.device("cpu"))
+    alive = HfDeepSpeedConfig(_deepspeed_config(recipe, world, 1, 1))
+    try:
+        yield
+    finally:
+        del alive  # transformers shards whatever is loaded for as long as this object lives
+
+
+@contextlib.contextmanager
+def full_parameters(parameters: list[nn.Parameter], modify: bool = False) -> Iterator[None]:
+    """Make sharded parameters whole inside the block; with `modify`, rank 0's values are kept at its end."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
+        yield
+
+
+def optimizer_for(model: nn.Module, recipe: StageRecipe, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; biases and norms (all one-dimensional parameters) are not decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Under ZeRO-3 a parameter is an empty shard; `ds_shape` remembers what it was.
+    decayed = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
+    kept = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        eps=recipe.adam_epsilon,
+    )
+
+
+class Engine:
+    """One model on one process, in plain torch: float32 weights, bfloat16 by autocast when the recipe asks for it."""
+
+    def __init__(self, model: PreTrainedModel, recipe: StageRecipe, world: World, learning_rate: float | None):
+        self.module = model.to(world.device)
+        self.bf16 = recipe.bf16
+        self.world = world
+        self.max_grad_norm = recipe.max_grad_norm
+        self.optimizer = optimizer_for(model, recipe, learning_rate) if learning_rate is not None else None
+        if self.optimizer is None:
+            self.module.requires_grad_(False)
+        self.module.eval()  # dropout is off anyway; some architectures switch gradient checkpointing by this flag
+        if self.optimizer is not None and recipe.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.module.train()
+
+    def __call__(self, **inputs: Any) -> Any:
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.module(**inputs)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The model with all its weights on this rank, for generation without a word to the other ranks."""
+        training = self.module.training
+        self.module.eval()
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
+            yield self.module
+        self.module.train(training)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the global loss."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """One optimiser step at this learning rate, after the last microbatch. Returns the gradient norm before clipping."""
+        assert self.optimizer is not None
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm or float("inf"))
+        self._set_learning_rate(learning_rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights, whole, on the CPU: on rank 0; elsewhere an empty dict. Every rank must call it."""
+        named = list(self.module.named_parameters()) + [
+            (name, buffer) for name, buffer in self.module.named_buffers() if name in self._persistent_buffers()
+        ]
+        weights = {}
+        for name, parameter in named:  # one by one, so that no rank ever holds a second whole model
+            with full_parameters([parameter] if isinstance(parameter, nn.Parameter) else []):
+                if self.world.is_main:
+                    weights[name] = parameter.detach().cpu().clone()
+        return weights
+
+    def _persistent_buffers(self) -> set[str]:
+        return {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in self.module.named_modules()
+            for name in module._buffers
+            if name not in module._non_persistent_buffers_set
+        }
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a Hugging Face folder (safetensors) from rank 0. Every rank must call it."""
+        weights = self.state_dict()
+        if self.world.is_main:
+            self.module.save_pretrained(folder, state_dict=weights)
+        self.world.barrier()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write weights and optimiser state for an exact resume: safetensors only."""
+        assert self.optimizer is not None
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: p.detach().contiguous() for n, p in self.module.named_parameters()}, folder / "weights.safetensors")
+        state = self.optimizer.state_dict()["state"]
+        tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+        save_file(tensors, folder / "optimizer.safetensors")
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from `save_checkpoint`, to the bit."""
+        assert self.optimizer is not None
+        weights = load_file(folder / "weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                parameter.copy_(weights[name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+
+class DeepSpeedEngine(Engine):
+    """One model over all ranks by DeepSpeed ZeRO. Under stage 3 a rank holds 1/N of it, also when frozen."""
+
+    def __init__(self, model: PreTrainedModel, recipe: StageRecipe, world: World, learning_rate: float | None, accumulation: int = 1):
+        import deepspeed
+
+        self.world = world
+        self.bf16 = recipe.bf16
+        self.stage = zero_stage(recipe)
+        self.accumulation = accumulation
+        config = _deepspeed_config(recipe, world, 1, accumulation)
+        if learning_rate is None:
+            model.requires_grad_(False)
+            if self.stage < 3:  # nothing to shard: gradients and optimiser states do not exist
+                config["zero_optimization"] = {"stage": 0}
+        elif recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = optimizer_for(model, recipe, learning_rate) if learning_rate is not None else None
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.module = self.engine.module
+        self.engine.train(learning_rate is not None and recipe.gradient_checkpointing)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.engine(**inputs)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        if self.stage < 3:
+            training = self.module.training
+            self.module.eval()
+            yield self.module
+            self.module.train(training)
+            return
+        copy = self._whole_copy()
+        yield copy
+        del copy
+
+    def _whole_copy(self) -> nn.Module:
+        """An unsharded copy for one rollout: ranks then generate at their own pace, and freeing it frees the memory."""
+        with torch.device("meta"):
+            copy = type(self.module)(self.module.config)
+        dtype = next(self.module.parameters()).dtype
+        copy = copy.to(dtype).to_empty(device=self.world.device)
+        copy.tie_weights()
+        targets = dict(copy.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                with full_parameters([parameter]):
+                    targets[name].copy_(parameter)
+            buffers = dict(copy.named_buffers())
+            for name, buffer in self.module.named_buffers():
+                buffers[name].data = buffer.to(self.world.device).clone()
+        return copy.requires_grad_(False).eval()
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed divides by the accumulation steps and averages over ranks; our shares are to be added.
+        self.engine.backward(loss * (self.world.size * self.accumulation))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # before the last microbatch it only counts
+
+    def step(self, learning_rate: float) -> float:
+        self._set_learning_rate(learning_rate)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() or 0.0)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if loaded is None:
+            raise UserError(f"{folder}: DeepSpeed cannot read this checkpoint; delete it to use the one before it.")
+
+
+def train_engine(model: PreTrainedModel, recipe: StageRecipe, world: World, learning_rate: float, accumulation: int) -> Engine:
+    """An engine that trains `model`, taking `accumulation` microbatches per step."""
+    if dist.is_initialized():
+        return DeepSpeedEngine(model, recipe, world, learning_rate, accumulation)
+    return Engine(model, recipe, world, learning_rate)
+
+
+def frozen_engine(model: PreTrainedModel, recipe: StageRecipe, world: World) -> Engine:
+    """An engine that only runs `model` forward; under ZeRO-3 it is sharded all the same."""
+    if dist.is_initialized():
+        return DeepSpeedEngine(model, recipe, world, None)
+    return Engine(model, recipe, world, None)

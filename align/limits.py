@@ -1,0 +1,158 @@
+"""What the values of a recipe must satisfy beyond their types: ranges, and keys that depend on one another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from align.config import DataSource, PPORecipe, SFTRecipe, StageRecipe, UserError
+from align.strict import nearest
+
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+_RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
+        "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha "
+        "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows",
+    ),
+    (
+        "above 0",
+        lambda value: value > 0,
+        "learning_rate value_learning_rate adam_epsilon num_train_epochs temperature cliprange cliprange_value max_kl weight",
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows",
+    ),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
+    ("from 0 to below 1", lambda value: 0 <= value < 1, "eval_fraction adam_beta1 adam_beta2"),
+    ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
+    ("at least 257, the bytes and an end-of-text token", lambda value: value >= 257, "tokenizer_vocab_size"),
+    ("-1, or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
+]
+
+
+def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
+    """Refuse values out of range, keys that exclude one another, and named files that are not there.
+
+    Args:
+        where: key to its place in words, with which an error begins.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    _check_ranges(recipe, where)
+    if recipe.lr_scheduler_type not in SCHEDULES:
+        hint = nearest(recipe.lr_scheduler_type, SCHEDULES)
+        raise UserError(
+            f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got {recipe.lr_scheduler_type!r}{hint}"
+        )
+    if not recipe.train_dataset:
+        raise UserError(
+            f"{where('train_dataset')}: expected a path, a hub id or a mapping, got nothing; name the training rows."
+        )
+    for name in ("train_dataset", "eval_dataset"):
+        for index, source in enumerate(getattr(recipe, name)):
+            _check_source(source, f"{where(name)}[{index}]")
+    if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
+        raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
+    if recipe.deepspeed:
+        _check_deepspeed(Path(recipe.deepspeed), where("deepspeed"))
+    for name in ("reward_funcs", "eval_reward_funcs"):
+        for index, spec in enumerate(getattr(recipe, name, [])):
+            _check_function(spec, f"{where(name)}[{index}]")
+    if isinstance(recipe, SFTRecipe):
+        _check_sft(recipe, where)
+    elif isinstance(recipe, PPORecipe):
+        _check_ppo(recipe, where)
+
+
+def _check_ranges(values: Any, where: Callable[[str], str]) -> None:
+    for expected, holds, names in _RANGES:
+        for name in names.split():
+            value = getattr(values, name, None)
+            if value is not None and not holds(value):
+                raise UserError(f"{where(name)}: expected a number {expected}, got {value}")
+
+
+def _check_source(source: DataSource, where: str) -> None:
+    if (source.path is None) == (source.generator is None):
+        got = "both" if source.path else "neither"
+        raise UserError(f"{where}: expected either `path` or `generator`, got {got}")
+    _check_ranges(source, lambda name: f"{where}.{name}")
+    if source.generator:
+        _check_function(source.generator, f"{where}.generator")
+    for column in source.columns:
+        if column not in COLUMNS:
+            hint = nearest(column, COLUMNS) or "; it is written `ours: theirs`"
+            raise UserError(f"{where}.columns: expected names among {', '.join(COLUMNS)}, got {column!r}{hint}")
+
+
+def _check_function(spec: str, where: str) -> None:
+    module, _, function = spec.partition(":")
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise UserError(f"{where}: expected `module:function`, got {spec!r}")
+
+
+def _check_deepspeed(path: Path, where: str) -> None:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{where}: cannot read {path} ({error.strerror}); see recipes/deepspeed for ready ones."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{where}: {path} is not JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{where}: expected a JSON object in {path}, got a {type(loaded).__name__}")
+    if loaded.get("fp16", {}).get("enabled", False) not in (False, "auto"):
+        raise UserError(f"{where}: {path} switches fp16 on, which is not offered; leave it out and use `bf16: true`.")
+
+
+def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
+    if (recipe.model_name_or_path is None) == (not recipe.model_config):
+        got = "both; empty one with null" if recipe.model_config else "neither"
+        raise UserError(
+            f"{where('model_name_or_path')}: expected either a model to fine-tune, or `model_config` to train one from scratch, got {got}"
+        )
+    if recipe.model_config and "model_type" not in recipe.model_config:
+        raise UserError(
+            f"{where('model_config')}: expected a `model_type` such as llama among its keys, got {', '.join(recipe.model_config)}"
+        )
+
+
+def _check_ppo(recipe: PPORecipe, where: Callable[[str], str]) -> None:
+    if recipe.rollout_batch_size % recipe.minibatch_size:
+        raise UserError(
+            f"{where('minibatch_size')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.minibatch_size}"
+        )
+    if recipe.total_episodes < recipe.rollout_batch_size:
+        raise UserError(
+            f"{where('total_episodes')}: expected at least rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.total_episodes}"
+        )
+    sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
+    if not sources:
+        raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
+    if recipe.reward_weights and len(recipe.reward_weights) != len(sources):
+        raise UserError(
+            f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got {len(recipe.reward_weights)}"
+        )
+    if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
+        raise UserError(
+            f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score (replaces), got both"
+        )

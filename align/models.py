@@ -1,0 +1,174 @@
+"""Load tokenizers and models; run them: ids in, log-probabilities or values out.
+
+A batch is a left-padded prompt followed by a right-padded response: `ids [B, S]` and `mask [B, S]` (True =
+real token), of which the last T columns are the response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from align.config import StageRecipe, UserError
+from align.maths.losses import token_logprobs
+from reward_models.heads import score_head
+
+
+def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
+    """The model's configuration, without its weights.
+
+    Raises:
+        UserError: there is no model at `path`; `key` is the recipe key that named it.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        hint = "run the stage that makes it first, or correct the path" if _looks_local(path) else "check the id"
+        raise UserError(f"{key}: no model at {path} ({hint}). {reason}") from error
+
+
+def _looks_local(path: str) -> bool:
+    return Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/"))
+
+
+def load_tokenizer(path: str, recipe: StageRecipe) -> PreTrainedTokenizerBase:
+    """The tokenizer in `path`: left padding, a padding token, and the recipe's chat template if it names one.
+
+    Raises:
+        UserError: no tokenizer there, no end-of-text token, or an unreadable chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, padding_side="left", trust_remote_code=recipe.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from there. {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no end-of-text token; set `eos_token` in its tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe: padding is told by masks, never by ids
+    if recipe.chat_template_path is not None:
+        try:
+            tokenizer.chat_template = Path(recipe.chat_template_path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"chat_template_path: cannot read {recipe.chat_template_path} ({error.strerror}).") from error
+    return tokenizer
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether the backbone is an encoder (BERT-like): it reads both ways and cannot generate."""
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return False
+    return config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type in ENCODER_TYPES
+
+
+# Encoders that transformers also lists as causal models (for use with `is_decoder`).
+ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "rembert", "big_bird",
+                 "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer", "roberta-prelayernorm", "xmod"}  # fmt: skip
+
+
+def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+    try:
+        model = auto.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the model cannot be loaded. {str(error).splitlines()[0]}") from error
+    disable_dropout(model)
+    return model
+
+
+def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal language model, dropout off. Trained weights stay float32; bfloat16 is the engine's business."""
+    return _load(AutoModelForCausalLM, path, recipe, dtype)
+
+
+def new_scorer(path: str, recipe: StageRecipe) -> PreTrainedModel:
+    """A sequence classifier with one label on the backbone in `path`; its head is for the caller to initialise."""
+    return _load(AutoModelForSequenceClassification, path, recipe, torch.float32, num_labels=1)
+
+
+def load_value_model(path: str, recipe: StageRecipe) -> PreTrainedModel:
+    """A model with one value per token, from a reward model (head and zero point included) or from a language model.
+
+    From a reward model, the value at the last token is the reward model's score (arXiv 2009.01325 appendix
+    G.1). From a language model the head is missing and starts at 0, so that every value is 0 (arXiv 1909.08593).
+
+    Raises:
+        UserError: transformers has no token classifier of this architecture.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+    scored = "ForSequenceClassification" in (config.architectures or [""])[0]
+    try:
+        with torch.device("meta"):
+            source = score_head(AutoModelForSequenceClassification.from_config(config))[0] if scored else ""
+            target = score_head(AutoModelForTokenClassification.from_config(config))[0]
+    except ValueError as error:
+        raise UserError(
+            f"value_model_path: transformers has no token classifier for {config.model_type} ({path}), "
+            "which a value model needs; name a model of another architecture."
+        ) from error
+    renamed = {f"^{source}": target} if scored and source != target else None
+    model = _load(AutoModelForTokenClassification, path, recipe, torch.float32, num_labels=1, key_mapping=renamed)
+    model.config.problem_type = None
+    return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0, so that `train()` and `eval()` give the same numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout_p"):  # rates that attention reads as a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Position of each real token in its own sequence, [B, S] int64, 0 under left padding."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def response_logits(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Logits that predict the last `length` tokens, [B, length, V]; the head runs on those positions only."""
+    output = model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    )
+    return output.logits[:, -length - 1 : -1]
+
+
+def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int, temperature: float) -> Tensor:
+    """Log-probability of each of the last `length` tokens at `temperature`, [B, length] float32, nats."""
+    return token_logprobs(response_logits(model, ids, mask, length), ids[:, -length:], temperature)
+
+
+def response_values(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Value of the state before each of the last `length` tokens, [B, length] float32."""
+    output = model(
+        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
+    )
+    return output.logits[:, -length - 1 : -1, 0].float()

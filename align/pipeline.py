@@ -1,0 +1,246 @@
+"""`align run DIR`: the numbered recipes of a folder in order, each stage in processes of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from align.checkpoint import is_finished, read_manifest
+from align.config import RECIPES, StageRecipe, UserError
+from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, stage_inputs
+from align.strict import nearest
+
+PIPELINE = "ALIGN_PIPELINE"  # set in the stages started here, which end when this process is gone
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One numbered recipe: where it is, what it says, and how it will be run."""
+
+    path: str
+    stage: str
+    recipe: StageRecipe
+    overrides: list[str]
+    processes: int
+    plan: BatchPlan
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+
+def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -> int:
+    """Run what is not finished, in order, and close with the table of before and after; returns 0.
+
+    Raises:
+        UserError: no recipes, a recipe that is wrong (all are read before the first starts), or a stage that failed.
+    """
+    steps = read_steps(directory, num_gpus, overrides)
+    signal.signal(signal.SIGTERM, _terminated)
+    for step in steps:
+        if is_finished(step.recipe, step.stage, stage_inputs(step.recipe)):
+            print(f"{step.name}: finished already, in {step.recipe.output_dir}", flush=True)
+            continue
+        words = command(step)
+        how = f"deepspeed with {step.processes} processes" if "--module" in words else "one process"
+        print(f"{step.name}: {step.stage}, {how}, into {step.recipe.output_dir}", flush=True)
+        began = time.monotonic()
+        code = _run_process(words)
+        if code:
+            raise UserError(
+                f"{step.path}: the {step.stage} stage {_ending(code)} after {time.monotonic() - began:.0f} s; what it "
+                f"measured is in {Path(step.recipe.output_dir) / 'metrics.jsonl'}. The same command continues from there."
+            )
+        print(f"{step.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
+    console = make_console()
+    manifests = [(step.name, read_manifest(step.recipe.output_dir) or {}) for step in steps]
+    for renderable in closing_tables(manifests):
+        console.print(renderable)
+    return 0
+
+
+def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -> list[Step]:
+    """The folder's recipes `N_name.yaml` by number, checked, each with those overrides whose key its stage has.
+
+    Raises:
+        UserError: no such folder or recipes, a wrong recipe or override, two recipes with one `output_dir`.
+    """
+    paths = numbered_recipes(directory)
+    stages = {path: read_stage(path) for path in paths}
+    shared = {stage: _known_overrides(stage, overrides, set(stages.values())) for stage in set(stages.values())}
+    steps: list[Step] = []
+    for path, stage in stages.items():
+        recipe = load_recipe(stage, path, shared[stage])
+        processes = _processes(recipe, num_gpus)
+        for other in steps:
+            if Path(other.recipe.output_dir).resolve() == Path(recipe.output_dir).resolve():
+                raise UserError(
+                    f"{path}: output_dir: expected a folder of its own, got that of {other.path} ({recipe.output_dir})"
+                )
+        try:
+            plan = batch_plan(recipe, processes)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        steps.append(Step(path, stage, recipe, shared[stage], processes, plan))
+    return steps
+
+
+def numbered_recipes(directory: str) -> list[str]:
+    """Paths of `N_name.yaml` in a folder, by number.
+
+    Raises:
+        UserError: no such folder, no such recipes, or two with one number.
+    """
+    if not Path(directory).is_dir():
+        beside = Path(directory).parent
+        known = [str(folder) for folder in beside.iterdir() if folder.is_dir()] if beside.is_dir() else []
+        raise UserError(f"{directory}: no such folder of recipes{nearest(directory, known)}")
+    numbered: dict[int, str] = {}
+    for path in sorted(Path(directory).iterdir()):
+        if match := re.fullmatch(r"(\d+)_.+\.ya?ml", path.name):
+            number = int(match[1])
+            if number in numbered:
+                raise UserError(
+                    f"{path}: {numbered[number]} has the number {number} too; number the recipes in their order."
+                )
+            numbered[number] = str(path)
+    if not numbered:
+        raise UserError(f"{directory}: expected recipes named like 1_sft.yaml, found none")
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def _known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> list[str]:
+    """The overrides, with their values, whose key `stage` has; one that no stage has is an error."""
+    keys = {name: {field.name for field in dataclasses.fields(RECIPES[name])} for name in stages}
+    kept: list[str] = []
+    keep = True
+    for word in overrides:
+        if word.startswith("--"):
+            name = re.split(r"[=.]", word[2:])[0].replace("-", "_")
+            keep = name in keys[stage]
+            if not any(name in known for known in keys.values()):
+                raise UserError(f"--{name}: no stage here has this key{nearest(name, set.union(*keys.values()))}")
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def _processes(recipe: StageRecipe, num_gpus: int | None) -> int:
+    """Processes for a recipe: `num_gpus` if given; else one, or with a `deepspeed` key one per visible GPU."""
+    if num_gpus is None and not recipe.deepspeed:
+        return 1
+    import torch  # only here: a folder for one process starts at once
+
+    gpus = torch.cuda.device_count()
+    if num_gpus is not None and 0 < gpus < num_gpus:
+        raise UserError(f"--num_gpus: expected at most the {gpus} visible GPUs, got {num_gpus}")
+    return num_gpus or max(gpus, 1)
+
+
+def command(step: Step) -> list[str]:
+    """The command line that runs a stage: alone, or by the `deepspeed` launcher when its recipe or `--num_gpus` asks."""
+    stage = [f"align.{step.stage}", step.path, *step.overrides]
+    if not step.recipe.deepspeed and step.processes == 1:
+        return [sys.executable, "-m", *stage]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # With a number alone the launcher ignores CUDA_VISIBLE_DEVICES and takes the machine's first GPUs.
+    where = (
+        ["--include", f"localhost:{','.join(visible.split(',')[: step.processes])}"]
+        if visible
+        else ["--num_accelerators", str(step.processes)]
+    )
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *where]
+    return [*launcher, "--master_port", str(_free_port()), "--module", *stage]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _run_process(words: list[str]) -> int:
+    """Run a command in a process group of its own, none of which outlives this call; returns its exit code."""
+    process = subprocess.Popen(words, env={**os.environ, PIPELINE: str(os.getpid())}, start_new_session=True)
+    ended = False
+    try:
+        code = process.wait()
+        ended = code == 0
+    finally:
+        _end_group(process, patience=5 if ended else 0)
+    return code
+
+
+def _end_group(process: subprocess.Popen[bytes], patience: float) -> None:
+    """End what is left of a process group: wait `patience` seconds, then SIGTERM, and SIGKILL 10 seconds later."""
+    for signum, seconds in ((0, patience), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signum)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                process.poll()  # reaps the leader, which would count as alive
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+            continue
+        return
+
+
+def _ending(code: int) -> str:
+    """An exit code in words; the launcher reports death by signal n as 256 - n."""
+    number = -code if code < 0 else 256 - code if code > 192 else 0
+    name = signal.Signals(number).name if number in {*signal.Signals} else ""
+    return f"was killed by {name}" if name else f"failed with exit code {code}"
+
+
+def make_console() -> Console:
+    """Standard output: rich on a terminal, plain text of fixed width otherwise; brackets in a text stay brackets."""
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False)
+
+
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table in the manner of this package."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def closing_tables(manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[Table]:
+    """Before and after by stage from `results["table"]`, and three example responses from `results["samples"]`."""
+    measures = make_table("Before and after", "stage", "measure", "before", "after")
+    examples = make_table("Responses", "prompt", "SFT", "PPO", "score SFT", "score PPO")
+    for name, manifest in manifests:
+        results = manifest.get("results", {})
+        for measure, before, after in results.get("table", []):
+            measures.add_row(name, cell(measure), cell(before), cell(after))
+        for sample in results.get("samples", [])[:3]:
+            examples.add_row(*(cell(sample.get(key)) for key in ("prompt", "sft", "ppo", "score_sft", "score_ppo")))
+    return [table for table in (measures, examples) if table.row_count]
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it: numbers to four digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,168 @@
+"""What PPO starts from: inputs that fit together, then the four models as engines and the sources of score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from align.checkpoint import read_manifest, tokenizer_digest
+from align.config import PPORecipe, UserError
+from align.engine import Engine, World, frozen_engine, full_parameters, sharded_load, train_engine
+from align.models import is_encoder, load_config, load_policy, load_tokenizer, load_value_model
+from align.recipes import BatchPlan, resolve_function
+from align.tokenization import encode_pair
+from reward_models import FunctionReward, ModelReward, RewardSum
+from reward_models.heads import keep_head_float32, load_reward_model, score_head
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is known before any weight is loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    reward_tokenizer: PreTrainedTokenizerBase | None
+    reward_config: PretrainedConfig | None
+    same_tokenizer: bool  # the reward model reads the policy's ids as they are
+    value_path: str
+    value_from_reward: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The four engines and the scores' sources."""
+
+    policy: Engine
+    value: Engine
+    reference: Engine
+    rewards: RewardSum
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the sources, in the order of `Rollout.source_scores`."""
+        return [source.name for source in self.rewards.sources]
+
+
+def check_inputs(recipe: PPORecipe) -> Inputs:
+    """Read configurations, tokenizers and manifests, and see that they fit.
+
+    Raises:
+        UserError: a stage is missing or unfinished, a head is missing, or tokenizers or templates disagree.
+    """
+    if is_encoder(load_config(recipe.sft_model_path, recipe, "sft_model_path")):
+        raise UserError(f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder.")
+    sft = read_manifest(recipe.sft_model_path)
+    if sft is not None and sft["stage"] == "reward":
+        raise UserError(f"sft_model_path: {recipe.sft_model_path} is a reward model; name the output of the sft stage.")
+    tokenizer = load_tokenizer(recipe.sft_model_path, recipe)
+    mine = tokenizer_digest(tokenizer)
+    if sft is not None:
+        _agree(sft["tokenizer"], mine, "sft_model_path", recipe.sft_model_path)
+
+    reward_tokenizer = reward_config = None
+    same_tokenizer = False
+    if (path := recipe.reward_model_path) is not None:
+        reward_config = load_config(path, recipe, "reward_model_path")
+        manifest = read_manifest(path)
+        if manifest is not None and manifest["stage"] != "reward":
+            raise UserError(f"reward_model_path: {path} is the output of the {manifest['stage']} stage, not of reward.")
+        head = (reward_config.architectures or ["no architecture"])[0]
+        if not head.endswith("ForSequenceClassification") or reward_config.num_labels != 1:
+            raise UserError(
+                f"reward_model_path: {path} has no scalar head (it holds a {head}); run the reward stage on it first."
+            )
+        reward_tokenizer = load_tokenizer(path, recipe)
+        theirs = tokenizer_digest(reward_tokenizer)
+        same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
+        if same_tokenizer:
+            _agree(theirs, mine, "reward_model_path", path)
+
+    value_path = recipe.value_model_path or (recipe.reward_model_path if same_tokenizer else recipe.sft_model_path)
+    assert value_path is not None
+    value_config = load_config(value_path, recipe, "value_model_path")
+    if recipe.value_model_path is not None:
+        theirs = tokenizer_digest(load_tokenizer(value_path, recipe))
+        if theirs["vocabulary"] != mine["vocabulary"]:
+            raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
+    return Inputs(
+        tokenizer=tokenizer,
+        reward_tokenizer=reward_tokenizer,
+        reward_config=reward_config,
+        same_tokenizer=same_tokenizer,
+        value_path=value_path,
+        value_from_reward="ForSequenceClassification" in (value_config.architectures or [""])[0],
+    )
+
+
+def _agree(theirs: dict[str, object], mine: dict[str, object], key: str, path: str) -> None:
+    names = {"vocabulary": "vocabulary", "chat_template": "chat template"}
+    differing = [names.get(name, name) for name in mine if theirs.get(name) != mine[name]]
+    if differing:
+        raise UserError(
+            f"{key}: {path} was made with another {' and '.join(differing)} than the policy; "
+            "train it with the policy's tokenizer and chat template, or correct the path."
+        )
+
+
+def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World) -> Models:
+    """Load the policy, value, reference and reward models, each as an engine of its own."""
+    dtype = torch.bfloat16 if recipe.bf16 and world.device.type == "cuda" else torch.float32  # of frozen weights
+    with sharded_load(recipe):
+        policy = load_policy(recipe.sft_model_path, recipe)
+        reference = load_policy(recipe.sft_model_path, recipe, dtype)
+        value = load_value_model(inputs.value_path, recipe)
+    _start_value_head(value, inputs.value_from_reward)
+    keep_head_float32(value)
+    value_rate = recipe.value_learning_rate or recipe.learning_rate
+    return Models(
+        policy=train_engine(policy, recipe, world, recipe.learning_rate, plan.accumulation),
+        value=train_engine(value, recipe, world, value_rate, plan.accumulation),
+        reference=frozen_engine(reference, recipe, world),
+        rewards=RewardSum(_sources(recipe, inputs, world, dtype), recipe.reward_weights or None),
+    )
+
+
+def _start_value_head(value: nn.Module, from_reward: bool) -> None:
+    """Give the value head the reward model's zero point, or start it at 0 when there is no reward head."""
+    _, head = score_head(value)
+    with full_parameters(list(head.parameters()), modify=True), torch.no_grad():
+        if not from_reward:
+            head.weight.zero_()
+        if head.bias is not None:
+            mean = getattr(value.config, "score_mean", 0.0) if from_reward else 0.0
+            head.bias.fill_(-mean) if head.bias.eq(0).all() else head.bias.sub_(mean)
+
+
+def _sources(recipe: PPORecipe, inputs: Inputs, world: World, dtype: torch.dtype) -> list[ModelReward | FunctionReward]:
+    sources: list[ModelReward | FunctionReward] = []
+    if recipe.reward_model_path is not None:
+        assert inputs.reward_tokenizer is not None
+        assert inputs.reward_config is not None
+        with sharded_load(recipe):
+            model = load_reward_model(
+                recipe.reward_model_path,
+                dtype=dtype,
+                attn_implementation=recipe.attn_implementation,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+        engine = frozen_engine(model, recipe, world)
+        encode = partial(encode_pair, inputs.reward_tokenizer, is_encoder=is_encoder(inputs.reward_config))
+        sources.append(
+            ModelReward(
+                name="reward_model",
+                model=engine.module,
+                encode=None if inputs.same_tokenizer else encode,
+                pad_id=int(inputs.reward_tokenizer.pad_token_id),
+                batch_size=recipe.per_device_eval_batch_size,
+                max_length=getattr(inputs.reward_config, "max_position_embeddings", None) or 10**9,
+            )
+        )
+    return sources + functions(recipe.reward_funcs, "reward_funcs")
+
+
+def functions(names: list[str], key: str) -> list[FunctionReward]:
+    """Reward functions named in the recipe."""
+    return [FunctionReward(name=name, function=resolve_function(name, key)) for name in names]

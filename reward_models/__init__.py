@@ -1,0 +1,21 @@
+"""What turns a prompt and a response into a score: trained heads, Python functions, and sums of these."""
+
+from reward_models.combine import RewardSum
+from reward_models.functions import FunctionReward
+from reward_models.heads import init_head, keep_head_float32, load_reward_model, score_head, score_sequences
+from reward_models.responses import Responses, RewardSource, Turns
+from reward_models.trained import ModelReward
+
+__all__ = [
+    "FunctionReward",
+    "ModelReward",
+    "Responses",
+    "RewardSource",
+    "RewardSum",
+    "Turns",
+    "init_head",
+    "keep_head_float32",
+    "load_reward_model",
+    "score_head",
+    "score_sequences",
+]

@@ -1,0 +1,76 @@
+"""Python functions as a source of scores, with the signature of TRL's `reward_funcs`."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+import torch
+
+from reward_models.responses import Responses, row_error
+
+
+class FunctionReward:
+    """Scores of `function(prompts=..., completions=..., completion_ids=..., **columns)`.
+
+    As in TRL: `prompts` and `completions` are lists of text or of message lists, `completion_ids` lists of token
+    ids, and every further column of the data a list under its own name, so the function should end in `**kwargs`.
+    It returns one number per row (list, tuple, tensor or array), and may be `async`. None says that the function
+    does not apply to the row: its score is then NaN here, and `RewardSum` leaves it out. Unlike TRL, a NaN from the
+    function itself is an error, and `trainer_state`, `log_extra` and `log_metric` are not passed.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self.name = name
+        self.function = function
+
+    def score(self, batch: Responses) -> torch.Tensor:
+        """Scores [B], float32, on the CPU; NaN where the function returned None.
+
+        Raises:
+            ValueError: the function raised, or returned anything but one finite number or None per row.
+        """
+        try:
+            values = self._call(batch)
+        except Exception as error:
+            raise self._locate(batch, error) from error
+        if len(values) != len(batch):
+            raise ValueError(
+                f"reward {self.name!r}: returned {len(values)} scores for {len(batch)} responses; expected one each."
+            )
+        return torch.tensor([self._number(batch, row, value) for row, value in enumerate(values)], dtype=torch.float32)
+
+    def _call(self, batch: Responses) -> list[Any]:
+        returned = self.function(
+            prompts=batch.prompts, completions=batch.completions, completion_ids=batch.response_ids, **batch.columns
+        )
+        if inspect.iscoroutine(returned):
+            returned = asyncio.run(returned)
+        if not isinstance(returned, Iterable) or isinstance(returned, str | dict):
+            raise TypeError(f"it returned {returned!r}; expected a list with one number per response")
+        return list(returned)
+
+    def _locate(self, batch: Responses, error: Exception) -> ValueError:
+        """Name the row on which the function raises, by calling it on each row alone."""
+        for row in range(len(batch)):
+            try:
+                self._call(batch.row(row))
+            except Exception as alone:
+                if type(alone) is type(error):
+                    return row_error(self.name, batch, row, f"{type(alone).__name__}: {alone}")
+        return ValueError(
+            f"reward {self.name!r}: {type(error).__name__}: {error} "
+            f"(on {len(batch)} rows together, though on none of them alone)"
+        )
+
+    def _number(self, batch: Responses, row: int, value: Any) -> float:
+        if value is None:
+            return float("nan")
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, Real) or not torch.tensor(float(value), dtype=torch.float32).isfinite():
+            raise row_error(self.name, batch, row, f"returned {value!r}; expected a finite number, or None.")
+        return float(value)

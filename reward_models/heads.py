@@ -1,0 +1,177 @@
+"""Trained scalar heads on decoder and encoder backbones: find, initialise, load, score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+
+class Float32Linear(nn.Linear):
+    """`nn.Linear` that computes in float32, whatever the dtype of its input and weights.
+
+    bfloat16 has a spacing of 0.031 in [4, 8), so close scores would tie and differences of scores be rounded.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Input [..., in_features] of any float dtype to float32 [..., out_features]."""
+        with torch.autocast(device_type=input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(input.float(), self.weight.float(), bias)
+
+
+def hf_model(model: nn.Module) -> Any:
+    """The transformers model inside what DeepSpeed, DDP or PEFT made of it."""
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def score_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """The scalar head of a sequence or token classifier: its name in the transformers model, and itself.
+
+    It is the one linear layer outside the backbone with a single output, by whatever name the architecture
+    has for it (`score`, `classifier`, `classifier.out_proj`, ...).
+
+    Raises:
+        ValueError: the model has no such layer, or several.
+    """
+    inner = hf_model(model)
+    backbone = f"{inner.base_model_prefix}."
+    found = [
+        (name, module)
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == 1
+        and not name.startswith(backbone)
+        and "original_module" not in name.split(".")  # PEFT's untrained copy of a layer that it trains in full
+    ]
+    if len(found) != 1:
+        several = f", but several: {', '.join(name for name, _ in found)}" if found else ""
+        raise ValueError(
+            f"no scalar head in {type(inner).__name__}{several}; expected a sequence or token classification "
+            "model loaded with num_labels=1."
+        )
+    return found[0]
+
+
+def keep_head_float32(model: nn.Module) -> None:
+    """Make the scalar head compute in float32, also with bfloat16 weights and under autocast.
+
+    In place. Parameters and their names stay as they are, so checkpoints and ZeRO-3 do not notice.
+
+    Raises:
+        ValueError: the model has no scalar head.
+    """
+    score_head(model)[1].__class__ = Float32Linear
+
+
+def init_head(model: nn.Module, generator_seed: int) -> None:
+    """Draw the scalar head's weight from N(0, variance 1/(d+1)), d its input width, and set its bias to 0.
+
+    A hidden state of unit variance then gives a score of unit variance, at any width. Call it before DeepSpeed
+    shards the model. The draw depends on the seed only, not on device, dtype or torch's global generator.
+
+    Raises:
+        ValueError: the model has no scalar head.
+    """
+    head = score_head(model)[1]
+    generator = torch.Generator().manual_seed(generator_seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def load_reward_model(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a trained sequence classifier with one label, to score with: frozen, dropout off, float32 head.
+
+    Raises:
+        ValueError: before weights are loaded, when there is no model at `path`, or not one with a scalar sequence
+            classification head; after, when the weights do not fit it (transformers would invent the missing ones).
+    """
+    remedy = "expected a reward model: run the reward stage, and give the folder that it wrote."
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(f"{path}: no model there; {remedy}") from error
+    architecture = (config.architectures or ["a model of unknown class"])[0]
+    if not architecture.endswith("ForSequenceClassification"):
+        raise ValueError(f"{path}: holds {architecture}, which has no sequence classification head; {remedy}")
+    if config.num_labels != 1:
+        raise ValueError(f"{path}: a classifier with {config.num_labels} labels instead of one; {remedy}")
+
+    text_config = config.get_text_config()
+    text_config.use_cache = False
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = 0  # the model refuses batches without one; score_sequences gives the same with any
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    head = score_head(model)[0]
+    unfit = [*report["missing_keys"], *(key for key in report["unexpected_keys"] if key.startswith(head))]
+    if unfit:
+        raise ValueError(f"{path}: weights do not fit {architecture} ({', '.join(sorted(unfit))}); {remedy}")
+    keep_head_float32(model)
+    return model.eval().requires_grad_(False)
+
+
+def score_sequences(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Score each sequence at its last real token (encoders: in the way they pool), less `config.score_mean`.
+
+    The mask alone says what is real: the side of the padding, the pad id (which may equal end-of-text) and the ids
+    under the mask do not matter. transformers' decoders would look for the last id other than `pad_token_id`.
+
+    How: each row's real tokens are moved to its left end, where default positions count them from 0 and encoders
+    find their first token. Then, by hooks that live for this call, a head that is called on every position (as
+    decoders do) gets the hidden state of the last real token only, and its one output stands for all positions,
+    whichever the model then picks. The model is thus called as a whole, as DeepSpeed's ZeRO-3 and DDP need it, and
+    every decoder that transformers has works.
+
+    Args:
+        model: a sequence classifier with one label, bare or wrapped; gradients flow, dropout is as the caller set it.
+        ids: [B, S] int64.
+        mask: [B, S] bool, True where a token is real.
+
+    Returns:
+        Scores [B], float32.
+
+    Raises:
+        ValueError: a row without a real token, or a model without a scalar head.
+    """
+    lengths = mask.sum(dim=1)  # [B]
+    if not lengths.all():
+        raise ValueError(f"row {int(lengths.argmin())}: no real token to score.")
+    inner, head = hf_model(model), score_head(model)[1]
+    config = inner.config
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(lengths.max())]
+    mask = mask.gather(1, order)
+    ids = ids.gather(1, order).masked_fill(~mask, config.get_text_config().pad_token_id or 0)
+    rows, width = torch.arange(len(ids), device=ids.device), ids.shape[1]
+
+    def keep_last(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        hidden = args[0]  # [B, S, H] from a decoder, [B, H] from an encoder
+        return (hidden[rows, lengths - 1].unsqueeze(1),) if hidden.dim() == 3 else None
+
+    def repeat(_: nn.Module, args: tuple[Tensor], score: Tensor) -> Tensor:
+        return score.expand(-1, width, -1) if score.dim() == 3 else score
+
+    hooks = [head.register_forward_pre_hook(keep_last), head.register_forward_hook(repeat)]
+    try:
+        logits: Tensor = model(input_ids=ids, attention_mask=mask.long()).logits  # [B, 1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits.squeeze(-1).float() - float(getattr(config, "score_mean", 0.0))

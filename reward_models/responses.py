@@ -1,0 +1,62 @@
+"""What is scored, what scores it, and the error that names a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+Turns: TypeAlias = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """B prompts with one response each.
+
+    Attributes:
+        prompts: as in the data, text or messages.
+        texts: responses decoded to plain text, without special tokens.
+        completions: responses of the prompt's kind: text, or one assistant message in a list.
+        prompt_ids: the policy's token ids, unpadded.
+        response_ids: the policy's token ids, unpadded, with the end-of-text id where the response has one.
+        columns: further columns of the data, B entries each.
+    """
+
+    prompts: list[Turns]
+    texts: list[str]
+    completions: list[Turns]
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def row(self, index: int) -> Responses:
+        """One row as a batch of its own."""
+        own = {part.name: [getattr(self, part.name)[index]] for part in fields(self) if part.name != "columns"}
+        return Responses(**own, columns={name: [values[index]] for name, values in self.columns.items()})
+
+
+class RewardSource(Protocol):
+    """Anything with a name that turns B responses into B scores."""
+
+    name: str
+
+    def score(self, batch: Responses) -> torch.Tensor:
+        """Scores [B], float32, on the CPU; NaN where the source does not apply to the row, and never otherwise."""
+        ...
+
+
+def row_error(name: str, batch: Responses, row: int, problem: str) -> ValueError:
+    """The error for what the reward `name` did on one row, with the prompt and response that caused it."""
+
+    def shown(turns: Turns) -> str:
+        text = repr(turns)
+        return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+
+    return ValueError(
+        f"reward {name!r}, row {row} of {len(batch)}: {problem}\n"
+        f"  prompt: {shown(batch.prompts[row])}\n  response: {shown(batch.completions[row])}"
+    )

@@ -1,0 +1,80 @@
+"""A trained reward model as a source of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reward_models.heads import score_sequences
+from reward_models.responses import Responses, Turns, row_error
+
+
+class ModelReward:
+    """Scores of a sequence classifier with one label.
+
+    Args:
+        name: for logs and errors.
+        model: as for `score_sequences`, bare or wrapped by DeepSpeed, on its device and in evaluation mode.
+        batch_size: sequences in one forward pass.
+        max_length: longer sequences keep their first token (begin-of-text, or an encoder's [CLS]) and their end.
+        encode: (prompt, response text) to token ids, for a model with another tokenizer than the policy's; without
+            it the policy's own prompt and response ids are scored, exactly as they are.
+
+    Attributes:
+        truncated: sequences cut to `max_length` so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        *,
+        batch_size: int,
+        max_length: int,
+        encode: Callable[[Turns, str], list[int]] | None = None,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.encode = encode
+        self.truncated = 0
+
+    @torch.no_grad()
+    def score(self, batch: Responses) -> Tensor:
+        """Scores [B], float32, on the CPU.
+
+        The number of forward passes depends on B alone, so that ranks with as many rows keep step under ZeRO-3.
+
+        Raises:
+            ValueError: a row has no token, or its score is not finite; the message shows the row.
+        """
+        sequences = [self._ids(batch, row) for row in range(len(batch))]
+        longest_first = sorted(range(len(batch)), key=lambda row: -len(sequences[row]))
+        device = self.model.device
+        scores = torch.empty(len(batch))
+        for start in range(0, len(batch), self.batch_size):
+            rows = longest_first[start : start + self.batch_size]
+            lengths = torch.tensor([len(sequences[row]) for row in rows])
+            mask = torch.arange(int(lengths[0])) < lengths[:, None]  # [m, S], right-padded
+            ids = torch.zeros(mask.shape, dtype=torch.int64)
+            ids[mask] = torch.tensor([token for row in rows for token in sequences[row]])
+            scores[rows] = score_sequences(self.model, ids.to(device), mask.to(device)).cpu()
+        for row in (~scores.isfinite()).nonzero().flatten().tolist():
+            raise row_error(self.name, batch, row, f"the model's score is {scores[row]}; expected a finite number.")
+        return scores
+
+    def _ids(self, batch: Responses, row: int) -> list[int]:
+        if self.encode is None:
+            ids = batch.prompt_ids[row] + batch.response_ids[row]
+        else:
+            ids = self.encode(batch.prompts[row], batch.texts[row])
+        if not ids:
+            raise row_error(self.name, batch, row, "no token to score.")
+        if len(ids) > self.max_length:
+            self.truncated += 1
+            ids = ids[:1] + ids[len(ids) - self.max_length + 1 :]
+        return ids
