@@ -35,11 +35,15 @@ class DataSource:
     """One source of rows. In a recipe: a path or hub id alone, a mapping of these keys, or a list of such."""
 
     path: str | None = key(None, "A JSONL, JSON, Parquet or CSV file (may be gzipped; globs allowed), or a hub id.")
-    generator: str | None = key(None, "`module:function` that yields rows, instead of a path; the module may lie beside the recipe.")
+    generator: str | None = key(
+        None, "`module:function` that yields rows, instead of a path; the module may lie beside the recipe."
+    )
     generator_kwargs: dict[str, Any] = key({}, "Keyword arguments for the generator.")
     name: str | None = key(None, "Hub data set configuration.")
     split: str = key("train", "Hub data set split.")
-    columns: dict[str, str] = key({}, "Column names: ours (prompt, completion, chosen, rejected, messages, text) to the source's.")
+    columns: dict[str, str] = key(
+        {}, "Column names: ours (prompt, completion, chosen, rejected, messages, text) to the source's."
+    )
     weight: float = key(1.0, "Times each row is used per epoch; 0.5 takes a seeded half.")
     max_rows: int | None = key(None, "Use only this many rows (a seeded sample).")
 
@@ -49,14 +53,22 @@ class StageRecipe:
     """Keys that all stages share."""
 
     output_dir: str = required("Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints.")
-    stage: Literal["sft", "reward", "ppo"] | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
+    stage: Literal["sft", "reward", "ppo"] | None = key(
+        None, "Which stage this recipe is for; `align run` and `align check` need it."
+    )
     seed: int = key(42, "Seed of data order, splits, initialisation and sampling.")
 
-    train_dataset: list[DataSource] = key([], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these.")
-    eval_dataset: list[DataSource] = key([], "Evaluation rows; without it, a seeded share of the training prompts is held out.")
+    train_dataset: list[DataSource] = key(
+        [], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these."
+    )
+    eval_dataset: list[DataSource] = key(
+        [], "Evaluation rows; without it, a seeded share of the training prompts is held out."
+    )
     eval_fraction: float = key(0.05, "Share of the prompts held out when there is no `eval_dataset`.")
     max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.")
-    on_bad_row: Literal["error", "skip"] = key("error", "What to do with rows that cannot be used: refuse the data, or skip and count.")
+    on_bad_row: Literal["error", "skip"] = key(
+        "error", "What to do with rows that cannot be used: refuse the data, or skip and count."
+    )
     chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
 
     learning_rate: float = key(2e-5, "Peak learning rate of AdamW.")
@@ -65,22 +77,30 @@ class StageRecipe:
     adam_beta2: float = key(0.999, "AdamW beta 2.")
     adam_epsilon: float = key(1e-8, "AdamW epsilon.")
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0 switches clipping off.")
-    lr_scheduler_type: str = key("linear", "Schedule name as in transformers: linear, cosine, constant, constant_with_warmup, ...")
+    lr_scheduler_type: str = key(
+        "linear", "Schedule name as in transformers: linear, cosine, constant, constant_with_warmup, ..."
+    )
     warmup_steps: float = key(0, "Warm-up in optimiser steps; a number below 1 is a share of all steps.")
-    per_device_train_batch_size: int = key(8, "Most sequences in one forward-backward pass per device; only memory depends on it.")
+    per_device_train_batch_size: int = key(
+        8, "Most sequences in one forward-backward pass per device; only memory depends on it."
+    )
     per_device_eval_batch_size: int = key(16, "Most sequences in one forward pass without gradients per device.")
 
     bf16: bool = key(False, "Train in bfloat16 mixed precision with float32 master weights.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
-    attn_implementation: str | None = key(None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager.")
-    deepspeed: str | None = key(None, "DeepSpeed JSON file (see recipes/deepspeed); sizes may be \"auto\".")
+    attn_implementation: str | None = key(
+        None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
+    )
+    deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
     trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
     logging_steps: int = key(10, "Log training metrics every so many steps.")
     eval_steps: int | None = key(None, "Evaluate every so many steps (PPO: updates), and always at the end.")
     save_steps: int | None = key(None, "Save a resumable checkpoint every so many steps (PPO: updates).")
     save_total_limit: int = key(2, "Checkpoints kept; older ones are deleted.")
-    report_to: Literal["none", "wandb"] = key("none", "Also log to Weights & Biases; `metrics.jsonl` is always written.")
+    report_to: Literal["none", "wandb"] = key(
+        "none", "Also log to Weights & Biases; `metrics.jsonl` is always written."
+    )
     project: str = key("align", "Weights & Biases project.")
     run_name: str | None = key(None, "Weights & Biases run name; the output folder's name by default.")
 
@@ -104,22 +124,37 @@ class SFTRecipe(TrainerRecipe):
     """Stage 1, `align sft`: supervised fine-tuning of a language model."""
 
     model_name_or_path: str | None = key(None, "Model folder or hub id to fine-tune.")
-    model_config: dict[str, Any] = key({}, "Instead of a model: train one from scratch with this transformers config (`model_type`, `hidden_size`, ...).")
-    tokenizer_vocab_size: int = key(512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows.")
-    completion_only_loss: bool = key(True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too.")
+    model_config: dict[str, Any] = key(
+        {},
+        "Instead of a model: train one from scratch with this transformers config (`model_type`, `hidden_size`, ...).",
+    )
+    tokenizer_vocab_size: int = key(
+        512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows."
+    )
+    completion_only_loss: bool = key(
+        True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardRecipe(TrainerRecipe):
     """Stage 2, `align reward`: a scalar reward model from preference pairs."""
 
-    model_name_or_path: str = required("SFT model, another decoder, or an encoder (BERT-like) to put the scalar head on.")
-    sft_model_path: str | None = key(None, "Model whose completions get mean score zero; `model_name_or_path` when that is an SFT stage's output.")
+    model_name_or_path: str = required(
+        "SFT model, another decoder, or an encoder (BERT-like) to put the scalar head on."
+    )
+    sft_model_path: str | None = key(
+        None, "Model whose completions get mean score zero; `model_name_or_path` when that is an SFT stage's output."
+    )
     learning_rate: float = key(1e-5, "Peak learning rate of AdamW.")
-    center_rewards_coefficient: float | None = key(None, "Weight of the squared sum of the two scores, which keeps them near zero (TRL's key).")
+    center_rewards_coefficient: float | None = key(
+        None, "Weight of the squared sum of the two scores, which keeps them near zero (TRL's key)."
+    )
     normalize_prompts: int = key(256, "Prompts on which SFT completions are sampled to set the zero of the score.")
     response_length: int = key(64, "Most tokens of those completions.")
-    eval_reward_funcs: list[str] = key([], "`module:function` known true rewards; their accuracy on the evaluation pairs is the ceiling.")
+    eval_reward_funcs: list[str] = key(
+        [], "`module:function` known true rewards; their accuracy on the evaluation pairs is the ceiling."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +163,18 @@ class PPORecipe(StageRecipe):
 
     sft_model_path: str = required("SFT model: the policy starts from it and the frozen reference stays it.")
     reward_model_path: str | None = key(None, "Reward model of stage 2 (or any sequence classifier with one label).")
-    reward_funcs: list[str] = key([], "`module:function` rewards with TRL's signature; the module may lie beside the recipe.")
-    reward_weights: list[float] = key([], "Weights of the reward model (first, if any) and of `reward_funcs`; 1 each by default.")
-    value_model_path: str | None = key(None, "Start of the value model; the reward model when its tokenizer is the policy's, else the SFT model.")
-    eval_reward_funcs: list[str] = key([], "`module:function` rewards that are only measured, on evaluation prompts: a known truth, a gold model.")
+    reward_funcs: list[str] = key(
+        [], "`module:function` rewards with TRL's signature; the module may lie beside the recipe."
+    )
+    reward_weights: list[float] = key(
+        [], "Weights of the reward model (first, if any) and of `reward_funcs`; 1 each by default."
+    )
+    value_model_path: str | None = key(
+        None, "Start of the value model; the reward model when its tokenizer is the policy's, else the SFT model."
+    )
+    eval_reward_funcs: list[str] = key(
+        [], "`module:function` rewards that are only measured, on evaluation prompts: a known truth, a gold model."
+    )
 
     total_episodes: int = key(10_000, "Responses sampled in the whole run.")
     rollout_batch_size: int = key(64, "Prompts per update over all devices.")
@@ -152,8 +195,13 @@ class PPORecipe(StageRecipe):
     gamma: float = key(1.0, "Discount.")
     lam: float = key(0.95, "Lambda of generalised advantage estimation.")
     whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")
-    ds3_gather_for_generation: bool = key(True, "Under ZeRO-3 copy the gathered policy once per rollout; false when it does not fit.")
-    max_kl: float | None = key(None, "The best checkpoint has the highest evaluation score among those with at most this KL (nats per response).")
+    ds3_gather_for_generation: bool = key(
+        True, "Under ZeRO-3 copy the gathered policy once per rollout; false when it does not fit."
+    )
+    max_kl: float | None = key(
+        None,
+        "The best checkpoint has the highest evaluation score among those with at most this KL (nats per response).",
+    )
     num_sample_rows: int = key(8, "Rows of the sample table.")
 
 

@@ -1,124 +1,46 @@
-"""From files, hub data sets and generators to checked rows, and from rows to training and evaluation sides.
-
-A row arrives in any of TRL's formats (prompt-completion, messages, text, preference with an explicit or implicit
-prompt, prompt only), as text, as messages, or as an Anthropic HH transcript, and leaves as a `Prompt`, a
-`Demonstration` or a `Preference`. What cannot be used is a `BadRow`: named, counted, then refused or skipped.
-"""
+"""The recipe's sources, read, checked, and split into training and evaluation rows."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import glob
 import gzip
 import hashlib
 import json
 import os.path
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 
 from align.config import DataSource, StageRecipe, UserError
+from align.formats import choose_formats, missing_column, read_row
+from align.limits import COLUMNS
+from align.recipes import resolve_function
+from align.rows import (
+    BadRow,
+    BadRows,
+    Demonstration,
+    Preference,
+    Prompt,
+    Row,
+    Turns,
+    as_response,
+    canonical,
+    render_text,
+)
 
-Turns = str | list[dict[str, str]]
-"""Plain text, or messages with the keys `role` (system, user, assistant) and `content`."""
+__all__ = ["Demonstration", "Preference", "Prompt", "Rows", "Turns", "as_response", "load_rows", "render_text"]
 
 Item = TypeVar("Item")
 
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What the policy answers. `where` names file and row (1-based); `extra` holds the row's other columns."""
-
-    prompt: Turns
-    where: str
-    extra: dict[str, Any] = field(default_factory=dict)
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 @dataclass(frozen=True, slots=True)
-class Demonstration:
-    """A response to imitate. Plain text to continue has the prompt `""`.
-
-    `trained_turns` counts the assistant turns to learn, from the last one backwards: 1 is the completion alone, more
-    reaches into the prompt (rows that came as whole dialogues).
-    """
-
-    prompt: Turns
-    completion: Turns
-    where: str
-    extra: dict[str, Any] = field(default_factory=dict)
-    trained_turns: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """Two responses to one prompt, the first preferred."""
-
-    prompt: Turns
-    chosen: Turns
-    rejected: Turns
-    where: str
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-Row = Prompt | Demonstration | Preference
-
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
-# What each form can be made of, first choice first. A pair may come with a `prompt` column or imply its prompt.
-FORMATS: dict[type, list[tuple[str, ...]]] = {
-    Preference: [("chosen", "rejected")],
-    Demonstration: [("prompt", "completion"), ("messages",), ("chosen", "rejected"), ("text",)],
-    Prompt: [("prompt", "completion"), ("messages",), ("chosen", "rejected"), ("prompt",), ("text",)],
-}
-FILES = (".jsonl", ".json", ".parquet", ".csv")
-
-
-class BadRow(UserError):
-    """This row cannot be used; the message is the reason, in words that many rows can share."""
-
-
-class BadRows:
-    """Bad rows by reason."""
-
-    def __init__(self) -> None:
-        self.by_reason: dict[str, list[str]] = {}
-
-    @contextlib.contextmanager
-    def counted(self, where: str) -> Iterator[None]:
-        """Note a `BadRow` raised in the block, and go on after it."""
-        try:
-            yield
-        except BadRow as bad:
-            self.by_reason.setdefault(str(bad), []).append(where)
-
-    def report(self) -> dict[str, dict[str, Any]]:
-        """`{reason: {"count": n, "first": ["file:row", ...]}}`, at most five rows named per reason."""
-        return {reason: {"count": len(rows), "first": rows[:5]} for reason, rows in self.by_reason.items()}
-
-    def settle(self, on_bad_row: str) -> dict[str, dict[str, Any]]:
-        """The report.
-
-        Raises:
-            UserError: there are bad rows and `on_bad_row` is not "skip".
-        """
-        if self.by_reason and on_bad_row != "skip":
-            lines = [
-                f"  {reason}: {len(rows)} ({', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''})"
-                for reason, rows in self.by_reason.items()
-            ]
-            total = sum(map(len, self.by_reason.values()))
-            raise UserError(
-                "\n".join([f"{total} bad row(s):", *lines, "Mend them, or leave them out with `on_bad_row: skip`."])
-            )
-        return self.report()
-
-
-@dataclass
 class Rows:
     """Both sides of the data. `report` is JSON-able: sources with fingerprints, counts, bad rows by reason."""
 
@@ -142,47 +64,182 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
         UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a side
             is empty.
     """
-    if not recipe.train_dataset:
-        raise UserError("train_dataset: expected at least one source, got none; name a file, a hub id or a generator.")
+    if any(source.weight != 1 for source in recipe.eval_dataset):
+        raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
     bad = BadRows()
-    train, train_sources = _load(recipe.train_dataset, recipe.seed, form, bad)
-    evaluation, eval_sources = _load(recipe.eval_dataset, recipe.seed, form, bad)
+    loaded = [_load(source, recipe.seed, form, bad) for source in (*recipe.train_dataset, *recipe.eval_dataset)]
     bad_rows = bad.settle(recipe.on_bad_row)
-    eval_rows = [row for rows in evaluation for row in rows]
-    before = sum(map(len, train))
-    if recipe.eval_dataset:
-        seen = {prompt for row in eval_rows for prompt in _prompts(row)}
-        train = [[row for row in rows if seen.isdisjoint(_prompts(row))] for rows in train]
-        dropped = before - sum(map(len, train))
-    else:
-        sides = [[_is_held_out(row, recipe) for row in rows] for rows in train]
-        eval_rows = [row for rows, out in zip(train, sides, strict=True) for row, o in zip(rows, out, strict=True) if o]
-        train = [
-            [row for row, o in zip(rows, out, strict=True) if not o] for rows, out in zip(train, sides, strict=True)
-        ]
-        dropped = 0
+    sources = [rows for rows, _ in loaded]
+    evaluation = list(chain.from_iterable(sources[len(recipe.train_dataset) :]))
+    evaluated = {prompt for row in evaluation for prompt in _prompts(row)}
+    training: list[Row] = []
+    dropped = 0
+    for number, (source, rows) in enumerate(zip(recipe.train_dataset, sources, strict=False)):
+        if recipe.eval_dataset:
+            kept = [row for row in rows if evaluated.isdisjoint(_prompts(row))]
+            dropped += len(rows) - len(kept)
+        else:
+            held_out = [_is_held_out(row, recipe) for row in rows]
+            kept = [row for row, out in zip(rows, held_out, strict=True) if not out]
+            evaluation += [row for row, out in zip(rows, held_out, strict=True) if out]
+        training += _weighted(kept, source.weight, f"{recipe.seed} weight {number}")
+    if not training:
+        raise UserError(
+            f"train_dataset: no training row is left ({len(evaluation)} are for evaluation, {dropped} were dropped because "
+            f"eval_dataset has their prompt, {len(bad)} are bad rows); give more or other rows, or lower `eval_fraction`."
+        )
+    if not evaluation and recipe.eval_dataset:
+        raise UserError(f"eval_dataset: no evaluation row is left ({len(bad)} bad rows were skipped); give other rows.")
+    if not evaluation and recipe.eval_fraction > 0:
+        raise UserError(
+            f"eval_fraction: {recipe.eval_fraction} of the prompts of {len(training)} rows came to none; raise it, give "
+            "an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
+        )
     if recipe.max_eval_rows is not None:
-        eval_rows = _sample(eval_rows, recipe.max_eval_rows, f"{recipe.seed} evaluation")
-    train_rows = [
-        row
-        for number, (source, rows) in enumerate(zip(recipe.train_dataset, train, strict=True))
-        for row in _weighted(rows, source.weight, f"{recipe.seed} weight {number}")
-    ]
-    if not train_rows:
-        raise UserError(
-            f"train_dataset: no training row is left of {before} ({dropped} have a prompt of eval_dataset); "
-            "lower `eval_fraction`, raise `weight`, or give other data."
-        )
-    if not eval_rows and (recipe.eval_dataset or recipe.eval_fraction > 0):
-        raise UserError(
-            f"eval_dataset: no evaluation row; eval_fraction {recipe.eval_fraction} of {before} rows held out none. Raise "
-            "`eval_fraction`, give an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
-        )
+        evaluation = _sample(evaluation, recipe.max_eval_rows, f"{recipe.seed} evaluation")
     report = {
-        "sources": train_sources + eval_sources,
-        "train_rows": len(train_rows),
-        "evaluation_rows": len(eval_rows),
-        "train_rows_dropped_for_evaluation_prompts": dropped,
+        "sources": [description for _, description in loaded],
+        "train_rows": len(training),
+        "evaluation_rows": len(evaluation),
+        "train_rows_dropped_as_evaluated": dropped,
         "bad_rows": bad_rows,
     }
-    return Rows(train_rows, eval_rows, report)
+    return Rows(training, evaluation, report)
+
+
+def _sample(items: Sequence[Item], count: int, seed: str) -> list[Item]:
+    """`count` of the items (all when there are fewer), in their order."""
+    chosen = random.Random(seed).sample(range(len(items)), min(count, len(items)))
+    return [items[index] for index in sorted(chosen)]
+
+
+def _weighted(rows: list[Row], weight: float, seed: str) -> list[Row]:
+    whole = int(weight)
+    return rows * whole + _sample(rows, round((weight - whole) * len(rows)), seed)
+
+
+def _context(row: Row) -> list[tuple[str, str]]:
+    return canonical(row.completion if isinstance(row, Demonstration) and not row.prompt else row.prompt)
+
+
+def _is_held_out(row: Row, recipe: StageRecipe) -> bool:
+    turns = _context(row)
+    opening = turns[: 1 + [role for role, _ in turns].index("user")]
+    digest = hashlib.sha256(json.dumps([recipe.seed, opening]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < recipe.eval_fraction * 2**64
+
+
+def _prompts(row: Row) -> list[str]:
+    """Every prompt that the row trains a response to."""
+    turns = _context(row)
+    earlier = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
+    trained = row.trained_turns - 1 if isinstance(row, Demonstration) else 0
+    return [json.dumps(turns[:end]) for end in (*earlier[len(earlier) - trained :], len(turns))]
+
+
+def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list[Row], dict[str, Any]]:
+    """The usable rows of one source, and what the report says of it."""
+    name = str(source.path or source.generator)
+    raw = list(_read(source))
+    if not raw:
+        raise UserError(f"{name}: expected rows, found none; name a source that holds data.")
+    columns = list(dict.fromkeys(key for _, values in raw if isinstance(values, Mapping) for key in values))
+    for theirs in source.columns.values():
+        if theirs not in columns:
+            raise missing_column(name, theirs, columns)
+    taken = set(source.columns.values())
+    formats = choose_formats(name, [*source.columns, *(column for column in columns if column not in taken)], form)
+    if source.max_rows is not None:
+        raw = _sample(raw, source.max_rows, f"{seed} rows of {name}")
+    rows: list[Row] = []
+    digest = hashlib.sha256()
+    for where, values in raw:
+        with bad.counted(where):
+            if not isinstance(values, Mapping):
+                raise BadRow("not a mapping of columns" if values is not None else "not valid JSON")
+            ours = {column: value for column, value in values.items() if column not in taken}
+            ours |= {column: values.get(theirs) for column, theirs in source.columns.items()}
+            try:
+                line = json.dumps(ours, sort_keys=True, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError:
+                raise BadRow("not valid Unicode (a lone surrogate)") from None
+            rows.append(read_row(ours, where, form, formats))
+            digest.update(line + b"\n")
+    return rows, {"source": name, "rows": len(rows), "weight": source.weight, "fingerprint": digest.hexdigest()}
+
+
+def _read(source: DataSource) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each row; the row is None where a line is not JSON."""
+    if source.generator is not None:
+        yield from _generated(source.generator, source.generator_kwargs)
+        return
+    path = str(source.path)
+    files = sorted(glob.glob(path, recursive=True)) or ([path] if os.path.exists(path) else [])
+    for file in files:
+        yield from _read_file(file, source)
+    if files:
+        return
+    if glob.has_magic(path) or path.startswith(("/", ".", "~")) or path.removesuffix(".gz").endswith(SUFFIXES):
+        raise UserError(f"{path}: no such file; correct the path in the recipe.")
+    try:
+        rows = datasets.load_dataset(path, source.name, split=source.split)
+    except Exception as error:  # the network, the hub and the data set's own files fail in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: neither a file nor a data set that could be fetched from the hub (name {source.name}, split "
+            f"{source.split}): {reason}. Check the id, the network and your hub login, or download it and name the file."
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"{path}:{source.split}:{number}", row
+
+
+def _generated(spec: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    function = resolve_function(spec, "generator")
+    try:
+        for number, row in enumerate(function(**arguments), 1):
+            yield f"{spec}:{number}", row
+    except Exception as error:  # whatever the user's function raises, it is theirs to mend
+        raise UserError(f"generator: {spec} failed with {type(error).__name__}: {error}") from error
+
+
+def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
+    kind = Path(file.removesuffix(".gz")).suffix
+    if kind not in SUFFIXES or os.path.isdir(file):
+        raise UserError(f"{file}: expected a {', '.join(SUFFIXES)} file (.gz allowed); to read a folder, use a glob.")
+    try:
+        if kind in (".json", ".jsonl"):
+            yield from _read_json(file)
+            return
+        # Streamed, so that no copy is left in the cache that could be taken for a newer file.
+        options: dict[str, Any] = {}
+        if kind == ".csv":  # our columns are text, whatever they look like: "42" and "None" too
+            ours = [*COLUMNS, *source.columns.values()]
+            options = {"converters": dict.fromkeys(ours, str), "keep_default_na": False, "na_values": [""]}
+        rows = datasets.load_dataset(kind[1:], data_files=[file], split="train", streaming=True, **options)
+        for number, row in enumerate(rows, 1):
+            yield f"{file}:{number}", row
+    except UserError:
+        raise
+    except Exception as error:  # unreadable, truncated, another encoding, another format than the name says
+        raise UserError(f"{file}: cannot be read as {kind[1:]}: {type(error).__name__}: {error}") from error
+
+
+def _read_json(file: str) -> Iterator[tuple[str, Any]]:
+    """JSON lines or one JSON list. Not by `datasets`: Arrow wants one type per column, and refuses the file for a row."""
+    with (
+        gzip.open(file, "rt", encoding="utf-8-sig")
+        if file.endswith(".gz")
+        else open(file, encoding="utf-8-sig") as lines
+    ):
+        first = next((line for line in lines if line.strip()), "")
+        lines.seek(0)
+        if first.lstrip().startswith("["):
+            yield from ((f"{file}:{number}", row) for number, row in enumerate(json.load(lines), 1))
+            return
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                yield f"{file}:{number}", row

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,47 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.config import StageRecipe, UserError
-
-SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_FILES = "deepspeed_allreduce_buffer_*"
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """The processes of this run and the collectives that the stages use. With one process each is the identity."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Elementwise sum over ranks, on every rank."""
-        if self.size > 1:
-            dist.all_reduce(tensor := tensor.clone())
-        return tensor
-
-    def max(self, tensor: Tensor) -> Tensor:
-        """Elementwise maximum over ranks, on every rank."""
-        if self.size > 1:
-            dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
-        return tensor
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """[n, ...] of each rank (one shape for all) -> [size * n, ...] in rank order, on every rank."""
-        if self.size == 1:
-            return tensor
-        carried = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
-        parts = [torch.empty_like(carried) for _ in range(self.size)]
-        dist.all_gather(parts, carried)
-        return torch.cat(parts).to(tensor.dtype)
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+from align.world import World, remove_stale_shared_memory
 
 
 def connect(recipe: StageRecipe) -> World:
@@ -97,21 +56,6 @@ def disconnect() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
-    """Delete DeepSpeed's shared-memory files of this user that no living process maps. Returns what was deleted."""
-    candidates = [path for path in folder.glob(SHARED_MEMORY_FILES) if path.stat().st_uid == os.getuid()]
-    if not candidates:
-        return []
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            mapped += maps.read_text(errors="replace")
-    stale = [path for path in candidates if str(path) not in mapped]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return stale
 
 
 def zero_stage(recipe: StageRecipe) -> int:
@@ -219,7 +163,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global loss."""
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def step(self, learning_rate: float) -> float:
         """One optimiser step at this learning rate, after the last microbatch. Returns the gradient norm before clipping."""
@@ -266,7 +210,9 @@ class Engine:
         """Write weights and optimiser state for an exact resume: safetensors only."""
         assert self.optimizer is not None
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: p.detach().contiguous() for n, p in self.module.named_parameters()}, folder / "weights.safetensors")
+        save_file(
+            {n: p.detach().contiguous() for n, p in self.module.named_parameters()}, folder / "weights.safetensors"
+        )
         state = self.optimizer.state_dict()["state"]
         tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
         save_file(tensors, folder / "optimizer.safetensors")
@@ -288,7 +234,14 @@ class Engine:
 class DeepSpeedEngine(Engine):
     """One model over all ranks by DeepSpeed ZeRO. Under stage 3 a rank holds 1/N of it, also when frozen."""
 
-    def __init__(self, model: PreTrainedModel, recipe: StageRecipe, world: World, learning_rate: float | None, accumulation: int = 1):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: StageRecipe,
+        world: World,
+        learning_rate: float | None,
+        accumulation: int = 1,
+    ):
         import deepspeed
 
         self.world = world
@@ -325,9 +278,9 @@ class DeepSpeedEngine(Engine):
     def _whole_copy(self) -> nn.Module:
         """An unsharded copy for one rollout: ranks then generate at their own pace, and freeing it frees the memory."""
         with torch.device("meta"):
-            copy = type(self.module)(self.module.config)
+            skeleton = type(self.module)(self.module.config)
         dtype = next(self.module.parameters()).dtype
-        copy = copy.to(dtype).to_empty(device=self.world.device)
+        copy: PreTrainedModel = skeleton.to(dtype).to_empty(device=self.world.device)
         copy.tie_weights()
         targets = dict(copy.named_parameters())
         with torch.no_grad():
@@ -337,7 +290,8 @@ class DeepSpeedEngine(Engine):
             buffers = dict(copy.named_buffers())
             for name, buffer in self.module.named_buffers():
                 buffers[name].data = buffer.to(self.world.device).clone()
-        return copy.requires_grad_(False).eval()
+        copy.requires_grad_(False)
+        return copy.eval()
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation steps and averages over ranks; our shares are to be added.
@@ -347,8 +301,10 @@ class DeepSpeedEngine(Engine):
 
     def step(self, learning_rate: float) -> float:
         self._set_learning_rate(learning_rate)
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients) if gradients else None  # ZeRO 0 in float32, which reports none
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        return float(norm if norm is not None else self.engine.get_global_grad_norm())
 
     def save_checkpoint(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
@@ -359,7 +315,9 @@ class DeepSpeedEngine(Engine):
             raise UserError(f"{folder}: DeepSpeed cannot read this checkpoint; delete it to use the one before it.")
 
 
-def train_engine(model: PreTrainedModel, recipe: StageRecipe, world: World, learning_rate: float, accumulation: int) -> Engine:
+def train_engine(
+    model: PreTrainedModel, recipe: StageRecipe, world: World, learning_rate: float, accumulation: int
+) -> Engine:
     """An engine that trains `model`, taking `accumulation` microbatches per step."""
     if dist.is_initialized():
         return DeepSpeedEngine(model, recipe, world, learning_rate, accumulation)

@@ -42,7 +42,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
     ("from 0 to below 1", lambda value: 0 <= value < 1, "eval_fraction adam_beta1 adam_beta2"),
     ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
-    ("at least 257, the bytes and an end-of-text token", lambda value: value >= 257, "tokenizer_vocab_size"),
+    ("at least 259, all bytes and three special tokens", lambda value: value >= 259, "tokenizer_vocab_size"),
     ("-1, or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
 ]
 

@@ -54,20 +54,22 @@ def load_tokenizer(path: str, recipe: StageRecipe) -> PreTrainedTokenizerBase:
         UserError: no tokenizer there, no end-of-text token, or an unreadable chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, padding_side="left", trust_remote_code=recipe.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: no tokenizer can be loaded from there. {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no end-of-text token; set `eos_token` in its tokenizer_config.json.")
+        raise UserError(
+            f"{path}: the tokenizer has no end-of-text token; set `eos_token` in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: padding is told by masks, never by ids
     if recipe.chat_template_path is not None:
         try:
             tokenizer.chat_template = Path(recipe.chat_template_path).read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"chat_template_path: cannot read {recipe.chat_template_path} ({error.strerror}).") from error
+            raise UserError(
+                f"chat_template_path: cannot read {recipe.chat_template_path} ({error.strerror})."
+            ) from error
     return tokenizer
 
 
@@ -83,9 +85,9 @@ ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-
                  "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer", "roberta-prelayernorm", "xmod"}  # fmt: skip
 
 
-def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwargs: Any) -> Any:
     try:
-        model = auto.from_pretrained(
+        return auto.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=recipe.attn_implementation,
@@ -94,30 +96,32 @@ def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwarg
         )
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the model cannot be loaded. {str(error).splitlines()[0]}") from error
-    disable_dropout(model)
-    return model
 
 
 def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A causal language model, dropout off. Trained weights stay float32; bfloat16 is the engine's business."""
-    return _load(AutoModelForCausalLM, path, recipe, dtype)
+    model: PreTrainedModel = _load(AutoModelForCausalLM, path, recipe, dtype)
+    disable_dropout(model)
+    return model
 
 
 def new_scorer(path: str, recipe: StageRecipe) -> PreTrainedModel:
     """A sequence classifier with one label on the backbone in `path`; its head is for the caller to initialise."""
-    return _load(AutoModelForSequenceClassification, path, recipe, torch.float32, num_labels=1)
+    model: PreTrainedModel = _load(AutoModelForSequenceClassification, path, recipe, torch.float32, num_labels=1)
+    disable_dropout(model)
+    return model
 
 
-def load_value_model(path: str, recipe: StageRecipe) -> PreTrainedModel:
-    """A model with one value per token, from a reward model (head and zero point included) or from a language model.
+def load_value_model(path: str, recipe: StageRecipe) -> tuple[PreTrainedModel, set[str]]:
+    """A model with one value per token, on the weights of a reward model, a value model or a language model.
 
-    From a reward model, the value at the last token is the reward model's score (arXiv 2009.01325 appendix
-    G.1). From a language model the head is missing and starts at 0, so that every value is 0 (arXiv 1909.08593).
+    Returns:
+        the model, and what its head lacks ("weight", "bias"), which the caller has to initialise.
 
     Raises:
         UserError: transformers has no token classifier of this architecture.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+    config = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=recipe.trust_remote_code)
     scored = "ForSequenceClassification" in (config.architectures or [""])[0]
     try:
         with torch.device("meta"):
@@ -129,9 +133,12 @@ def load_value_model(path: str, recipe: StageRecipe) -> PreTrainedModel:
             "which a value model needs; name a model of another architecture."
         ) from error
     renamed = {f"^{source}": target} if scored and source != target else None
-    model = _load(AutoModelForTokenClassification, path, recipe, torch.float32, num_labels=1, key_mapping=renamed)
-    model.config.problem_type = None
-    return model
+    model, report = _load(
+        AutoModelForTokenClassification, path, recipe, torch.float32,
+        num_labels=1, key_mapping=renamed, output_loading_info=True,
+    )  # fmt: skip
+    disable_dropout(model)
+    return model, {name.removeprefix(f"{target}.") for name in report["missing_keys"] if name.startswith(target)}
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -158,7 +165,8 @@ def response_logits(model: Callable[..., Any], ids: Tensor, mask: Tensor, length
         use_cache=False,
         logits_to_keep=length + 1,
     )
-    return output.logits[:, -length - 1 : -1]
+    logits: Tensor = output.logits
+    return logits[:, -length - 1 : -1]
 
 
 def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int, temperature: float) -> Tensor:
@@ -168,7 +176,6 @@ def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, leng
 
 def response_values(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
     """Value of the state before each of the last `length` tokens, [B, length] float32."""
-    output = model(
-        input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-    )
-    return output.logits[:, -length - 1 : -1, 0].float()
+    output = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False)
+    values: Tensor = output.logits
+    return values[:, -length - 1 : -1, 0].float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -16,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from align.checkpoint import is_finished, read_manifest
 from align.config import RECIPES, StageRecipe, UserError
 from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, stage_inputs
 from align.strict import nearest
+from align.tables import cell, make_console, make_table
 
 PIPELINE = "ALIGN_PIPELINE"  # set in the stages started here, which end when this process is gone
 
@@ -82,21 +80,21 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
     """
     paths = numbered_recipes(directory)
     stages = {path: read_stage(path) for path in paths}
-    shared = {stage: _known_overrides(stage, overrides, set(stages.values())) for stage in set(stages.values())}
+    shared = {stage: known_overrides(stage, overrides, set(stages.values())) for stage in set(stages.values())}
     steps: list[Step] = []
     for path, stage in stages.items():
         recipe = load_recipe(stage, path, shared[stage])
-        processes = _processes(recipe, num_gpus)
+        count = processes(recipe, num_gpus)
         for other in steps:
             if Path(other.recipe.output_dir).resolve() == Path(recipe.output_dir).resolve():
                 raise UserError(
                     f"{path}: output_dir: expected a folder of its own, got that of {other.path} ({recipe.output_dir})"
                 )
         try:
-            plan = batch_plan(recipe, processes)
+            plan = batch_plan(recipe, count)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        steps.append(Step(path, stage, recipe, shared[stage], processes, plan))
+        steps.append(Step(path, stage, recipe, shared[stage], count, plan))
     return steps
 
 
@@ -124,7 +122,7 @@ def numbered_recipes(directory: str) -> list[str]:
     return [numbered[number] for number in sorted(numbered)]
 
 
-def _known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> list[str]:
+def known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> list[str]:
     """The overrides, with their values, whose key `stage` has; one that no stage has is an error."""
     keys = {name: {field.name for field in dataclasses.fields(RECIPES[name])} for name in stages}
     kept: list[str] = []
@@ -140,7 +138,7 @@ def _known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> 
     return kept
 
 
-def _processes(recipe: StageRecipe, num_gpus: int | None) -> int:
+def processes(recipe: StageRecipe, num_gpus: int | None) -> int:
     """Processes for a recipe: `num_gpus` if given; else one, or with a `deepspeed` key one per visible GPU."""
     if num_gpus is None and not recipe.deepspeed:
         return 1
@@ -211,19 +209,6 @@ def _ending(code: int) -> str:
     return f"was killed by {name}" if name else f"failed with exit code {code}"
 
 
-def make_console() -> Console:
-    """Standard output: rich on a terminal, plain text of fixed width otherwise; brackets in a text stay brackets."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False)
-
-
-def make_table(title: str, *columns: str) -> Table:
-    """An empty table in the manner of this package."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 def closing_tables(manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[Table]:
     """Before and after by stage from `results["table"]`, and three example responses from `results["samples"]`."""
     measures = make_table("Before and after", "stage", "measure", "before", "after")
@@ -235,12 +220,3 @@ def closing_tables(manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[Tabl
         for sample in results.get("samples", [])[:3]:
             examples.add_row(*(cell(sample.get(key)) for key in ("prompt", "sft", "ppo", "score_sft", "score_ppo")))
     return [table for table in (measures, examples) if table.row_count]
-
-
-def cell(value: Any) -> str:
-    """A value as a table shows it: numbers to four digits, nothing for None."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

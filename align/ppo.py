@@ -33,7 +33,7 @@ from align.checkpoint import (
 )
 from align.config import PPORecipe, UserError
 from align.data import Prompt, load_rows
-from align.engine import Engine, World, connect, disconnect
+from align.engine import Engine, connect, disconnect
 from align.maths.advantages import gae, token_rewards
 from align.maths.kl import k1
 from align.maths.losses import policy_loss, token_entropy, token_logprobs, value_loss
@@ -45,6 +45,7 @@ from align.recipes import BatchPlan, batch_plan
 from align.rollout import Rollout, Sampler, chunks, collect, gather_rollout, generator
 from align.tokenization import PromptLoader, tokenize_prompts
 from align.tracking import Tracker, quiet
+from align.world import World
 
 
 def run(recipe: PPORecipe) -> dict[str, Any]:
@@ -104,10 +105,10 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
                 measured, samples = evaluation.run()
                 tracker.log(step, measured)
                 tracker.table(step, "samples", SAMPLE_COLUMNS, samples[: recipe.num_sample_rows])
-                if recipe.max_kl is None or measured["eval/kl"] <= recipe.max_kl:
-                    if best is None or measured["eval/score"] > best["eval/score"]:
-                        best = {"update": step, **measured}
-                        save_policy(models.policy, inputs.tokenizer, world, Path(recipe.output_dir) / "best")
+                within = recipe.max_kl is None or measured["eval/kl"] <= recipe.max_kl
+                if within and (best is None or measured["eval/score"] > best["eval/score"]):
+                    best = {"update": step, **measured}
+                    save_policy(models.policy, inputs.tokenizer, world, Path(recipe.output_dir) / "best")
             if recipe.save_steps and step % recipe.save_steps == 0 and not last:
                 save_checkpoint(recipe, world, models, step, best)
 
@@ -199,8 +200,10 @@ def optimise(
     totals = torch.zeros(8, device=world.device, dtype=torch.float64)
     norms, first_ratio = torch.zeros(2, dtype=torch.float64), None
     for epoch in range(recipe.num_ppo_epochs):
-        order = torch.randperm(len(rollout), generator=generator(recipe.seed, "minibatches", update, epoch)).to(world.device)
-        for minibatch in order.split(recipe.minibatch_size):
+        order = torch.randperm(len(rollout), generator=generator(recipe.seed, "minibatches", update, epoch)).to(
+            world.device
+        )
+        for minibatch in torch.split(order, recipe.minibatch_size):
             tokens = rollout.mask[minibatch].sum()  # of all ranks: every loss is a sum divided by it
             sums = torch.zeros_like(totals)
             for part in chunks(plan.micro_batch_size * plan.accumulation, plan.micro_batch_size):
@@ -218,7 +221,15 @@ def optimise(
             norms += torch.tensor([models.policy.step(rates[0]), models.value.step(rates[1])], dtype=torch.float64)
     means = (totals / totals[7]).tolist()
     steps = recipe.num_ppo_epochs * (len(rollout) // recipe.minibatch_size)
-    names = ["policy/loss", "value/loss", "policy/ratio", "policy/clipfrac", "policy/approx_kl", "value/clipfrac", "objective/entropy"]
+    names = [
+        "policy/loss",
+        "value/loss",
+        "policy/ratio",
+        "policy/clipfrac",
+        "policy/approx_kl",
+        "value/clipfrac",
+        "objective/entropy",
+    ]
     return {
         **dict(zip(names, means, strict=False)),
         "policy/first_ratio": first_ratio or math.nan,
@@ -255,7 +266,9 @@ def train_on(
     ).double()  # fmt: skip
 
 
-def save_policy(engine: Engine, tokenizer: PreTrainedTokenizerBase, world: World, folder: Path, whole_folder: bool = True) -> None:
+def save_policy(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, world: World, folder: Path, whole_folder: bool = True
+) -> None:
     """Write a model and its tokenizer as a Hugging Face folder; a folder of its own appears at once or not at all."""
     fresh = new_folder(folder) if whole_folder and world.is_main else contextlib.nullcontext(folder)
     with fresh as target:

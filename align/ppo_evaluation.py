@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from align.data import Prompt, render_text
-from align.engine import Engine, World
+from align.engine import Engine
 from align.evaluation import win_rate
 from align.ppo_setup import Models
 from align.rollout import Rollout, Sampler, collect, gather_rollout, responses_of
+from align.world import World
 from reward_models import FunctionReward
 
 SAMPLE_COLUMNS = ["prompt", "sft", "response", "score_sft", "score", "kl"]
@@ -71,10 +72,19 @@ class Evaluation:
         }
         for name, scores in truth.items():
             metrics[f"eval/true/{name}"] = float(scores.mean())
-            metrics[f"eval/true_win_rate/{name}"] = win_rate(scores.tolist(), self.baseline_truth[name].tolist())["win_rate"]
+            metrics[f"eval/true_win_rate/{name}"] = win_rate(scores.tolist(), self.baseline_truth[name].tolist())[
+                "win_rate"
+            ]
         before, after = self._responses(self.baseline).texts, self._responses(rollout).texts
         rows = [
-            [render_text(prompt.prompt), before[i], after[i], float(self.baseline.scores[i]), float(rollout.scores[i]), float(kl[i])]
+            [
+                render_text(prompt.prompt),
+                before[i],
+                after[i],
+                float(self.baseline.scores[i]),
+                float(rollout.scores[i]),
+                float(kl[i]),
+            ]
             for i, (prompt, _) in enumerate(self.prompts)
         ]
         return metrics, rows

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.checkpoint import read_manifest, tokenizer_digest
 from align.config import PPORecipe, UserError
-from align.engine import Engine, World, frozen_engine, full_parameters, sharded_load, train_engine
+from align.data import Turns, as_response
+from align.engine import Engine, frozen_engine, full_parameters, sharded_load, train_engine
 from align.models import is_encoder, load_config, load_policy, load_tokenizer, load_value_model
 from align.recipes import BatchPlan, resolve_function
 from align.tokenization import encode_pair
+from align.world import World
 from reward_models import FunctionReward, ModelReward, RewardSum
 from reward_models.heads import keep_head_float32, load_reward_model, score_head
 
@@ -28,7 +29,6 @@ class Inputs:
     reward_config: PretrainedConfig | None
     same_tokenizer: bool  # the reward model reads the policy's ids as they are
     value_path: str
-    value_from_reward: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,9 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
         UserError: a stage is missing or unfinished, a head is missing, or tokenizers or templates disagree.
     """
     if is_encoder(load_config(recipe.sft_model_path, recipe, "sft_model_path")):
-        raise UserError(f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder.")
+        raise UserError(
+            f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder."
+        )
     sft = read_manifest(recipe.sft_model_path)
     if sft is not None and sft["stage"] == "reward":
         raise UserError(f"sft_model_path: {recipe.sft_model_path} is a reward model; name the output of the sft stage.")
@@ -82,7 +84,6 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
 
     value_path = recipe.value_model_path or (recipe.reward_model_path if same_tokenizer else recipe.sft_model_path)
     assert value_path is not None
-    value_config = load_config(value_path, recipe, "value_model_path")
     if recipe.value_model_path is not None:
         theirs = tokenizer_digest(load_tokenizer(value_path, recipe))
         if theirs["vocabulary"] != mine["vocabulary"]:
@@ -93,7 +94,6 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
         reward_config=reward_config,
         same_tokenizer=same_tokenizer,
         value_path=value_path,
-        value_from_reward="ForSequenceClassification" in (value_config.architectures or [""])[0],
     )
 
 
@@ -113,8 +113,8 @@ def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World
     with sharded_load(recipe):
         policy = load_policy(recipe.sft_model_path, recipe)
         reference = load_policy(recipe.sft_model_path, recipe, dtype)
-        value = load_value_model(inputs.value_path, recipe)
-    _start_value_head(value, inputs.value_from_reward)
+        value, missing = load_value_model(inputs.value_path, recipe)
+    _start_value_head(value, missing)
     keep_head_float32(value)
     value_rate = recipe.value_learning_rate or recipe.learning_rate
     return Models(
@@ -125,15 +125,20 @@ def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World
     )
 
 
-def _start_value_head(value: nn.Module, from_reward: bool) -> None:
-    """Give the value head the reward model's zero point, or start it at 0 when there is no reward head."""
+def _start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
+    """Make the value at the last token the reward model's score (arXiv 2009.01325 appendix G.1), zero point included.
+
+    A head that is new, on a language model, starts at 0, so that every value is 0 (arXiv 1909.08593).
+    """
     _, head = score_head(value)
     with full_parameters(list(head.parameters()), modify=True), torch.no_grad():
-        if not from_reward:
+        if "bias" in missing:
+            head.bias.zero_()
+        if "weight" in missing:
             head.weight.zero_()
-        if head.bias is not None:
-            mean = getattr(value.config, "score_mean", 0.0) if from_reward else 0.0
-            head.bias.fill_(-mean) if head.bias.eq(0).all() else head.bias.sub_(mean)
+        else:
+            head.bias.sub_(getattr(value.config, "score_mean", 0.0))
+    value.config.score_mean = 0.0  # it is in the bias now
 
 
 def _sources(recipe: PPORecipe, inputs: Inputs, world: World, dtype: torch.dtype) -> list[ModelReward | FunctionReward]:
@@ -142,25 +147,32 @@ def _sources(recipe: PPORecipe, inputs: Inputs, world: World, dtype: torch.dtype
         assert inputs.reward_tokenizer is not None
         assert inputs.reward_config is not None
         with sharded_load(recipe):
-            model = load_reward_model(
-                recipe.reward_model_path,
-                dtype=dtype,
-                attn_implementation=recipe.attn_implementation,
-                trust_remote_code=recipe.trust_remote_code,
-            )
+            try:
+                model = load_reward_model(
+                    recipe.reward_model_path,
+                    dtype=dtype,
+                    attn_implementation=recipe.attn_implementation,
+                    trust_remote_code=recipe.trust_remote_code,
+                )
+            except ValueError as error:
+                raise UserError(f"reward_model_path: {error}") from error
         engine = frozen_engine(model, recipe, world)
-        encode = partial(encode_pair, inputs.reward_tokenizer, is_encoder=is_encoder(inputs.reward_config))
+        rendered = partial(render, inputs.reward_tokenizer, is_encoder(inputs.reward_config))
         sources.append(
             ModelReward(
                 name="reward_model",
                 model=engine.module,
-                encode=None if inputs.same_tokenizer else encode,
-                pad_id=int(inputs.reward_tokenizer.pad_token_id),
+                encode=None if inputs.same_tokenizer else rendered,
                 batch_size=recipe.per_device_eval_batch_size,
                 max_length=getattr(inputs.reward_config, "max_position_embeddings", None) or 10**9,
             )
         )
     return sources + functions(recipe.reward_funcs, "reward_funcs")
+
+
+def render(tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str) -> list[int]:
+    """Ids of a decoded response and its prompt for a reward model with a tokenizer of its own, as its stage trained on them."""
+    return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder)
 
 
 def functions(names: list[str], key: str) -> list[FunctionReward]:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from align.config import UserError
 from align.data import Prompt, as_response
-from align.engine import Engine, World
+from align.engine import Engine
 from align.evaluation import repetition
 from align.models import position_ids, response_logprobs, response_values
+from align.world import World
 from reward_models import Responses, RewardSum
 
 
@@ -235,8 +237,13 @@ def collect(
     def logprobs(engine: Engine) -> Tensor:
         return measure(lambda i, m: response_logprobs(engine, i, m, length, sampler.temperature))
 
-    batch = responses_of(sampler.tokenizer, [prompt for prompt, _ in prompts], prompt_ids, prompt_mask, response_ids, mask)
-    scores, sources = rewards.score(batch)
+    batch = responses_of(
+        sampler.tokenizer, [prompt for prompt, _ in prompts], prompt_ids, prompt_mask, response_ids, mask
+    )
+    try:
+        scores, sources = rewards.score(batch)
+    except ValueError as error:  # a reward function that fails; the message shows the row
+        raise UserError(str(error)) from error
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -266,7 +273,8 @@ def responses_of(
     kept = [row[real].tolist() for row, real in zip(response_ids, mask, strict=True)]
     texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
     columns: dict[str, list[Any]] = {
-        name: [prompt.extra.get(name) for prompt in prompts] for name in dict.fromkeys(n for p in prompts for n in p.extra)
+        name: [prompt.extra.get(name) for prompt in prompts]
+        for name in dict.fromkeys(n for p in prompts for n in p.extra)
     }
     return Responses(
         prompts=[prompt.prompt for prompt in prompts],
@@ -290,8 +298,12 @@ def gather_rollout(rollout: Rollout, world: World, pad_token_id: int) -> Rollout
     for field in fields(rollout):
         tensor = getattr(rollout, field.name)
         if field.name.startswith("prompt"):
-            tensor = F.pad(tensor, (widths[0] - tensor.shape[1], 0), value=pad_token_id if field.name == "prompt_ids" else 0)
+            tensor = F.pad(
+                tensor, (widths[0] - tensor.shape[1], 0), value=pad_token_id if field.name == "prompt_ids" else 0
+            )
         elif tensor.dim() == 2 and field.name != "source_scores":
-            tensor = F.pad(tensor, (0, widths[1] - tensor.shape[1]), value=pad_token_id if field.name == "response_ids" else 0)
+            tensor = F.pad(
+                tensor, (0, widths[1] - tensor.shape[1]), value=pad_token_id if field.name == "response_ids" else 0
+            )
         gathered[field.name] = world.gather(tensor)
     return Rollout(**gathered)

@@ -38,14 +38,11 @@ ROWS_PER_PROCESS = 1_000_000
 
 QUIET_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "DATASETS_VERBOSITY": "error",
-    "ACCELERATE_LOG_LEVEL": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "WANDB_SILENT": "true",
 }
 NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "evaluate", "peft", "huggingface_hub", "torch")
 
@@ -155,18 +152,17 @@ class Tracker:
         import wandb
 
         remembered = self._folder / WANDB_RUN
-        run = (
-            json.loads(remembered.read_text(encoding="utf-8"))
-            if remembered.is_file()
-            else {"id": uuid.uuid4().hex[:8], "processes": 0}
-        )
+        run: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "processes": 0}
+        if remembered.is_file():
+            run = json.loads(remembered.read_text(encoding="utf-8"))
         folder = self._folder.resolve()
-        settings = wandb.setup().settings
         try:
+            mode: Any = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
             # Asked first, because W&B would otherwise prompt for a key, in the middle of a silenced run.
-            if not (settings._offline or settings._noop) and not wandb.login(prompt=False, verify=False):
+            if mode in ("online", "run", "shared") and not wandb.login(prompt=False, verify=False):
                 raise wandb.errors.UsageError("no account is configured")
             self._wandb = wandb.init(
+                mode=mode,
                 id=run["id"],
                 resume="allow",
                 project=self.recipe.project,

@@ -137,8 +137,7 @@ def score_sequences(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     How: each row's real tokens are moved to its left end, where default positions count them from 0 and encoders
     find their first token. Then, by hooks that live for this call, a head that is called on every position (as
     decoders do) gets the hidden state of the last real token only, and its one output stands for all positions,
-    whichever the model then picks. The model is thus called as a whole, as DeepSpeed's ZeRO-3 and DDP need it, and
-    every decoder that transformers has works.
+    whichever the model then picks. The model is thus called as a whole, as DeepSpeed's ZeRO-3 and DDP need it.
 
     Args:
         model: a sequence classifier with one label, bare or wrapped; gradients flow, dropout is as the caller set it.

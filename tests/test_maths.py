@@ -52,7 +52,10 @@ class TestMasked:
 class TestKL:
     def test_estimators_are_unbiased_over_an_enumerable_distribution(self):
         torch.manual_seed(0)
-        log_p, log_q = torch.randn(50, dtype=torch.double).log_softmax(0), torch.randn(50, dtype=torch.double).log_softmax(0)
+        log_p, log_q = (
+            torch.randn(50, dtype=torch.double).log_softmax(0),
+            torch.randn(50, dtype=torch.double).log_softmax(0),
+        )
         p = log_p.exp()
         exact = (p * (log_p - log_q)).sum()
         close((p * k1(log_p, log_q)).sum(), exact, 1e-12)
@@ -150,7 +153,9 @@ class TestPolicyLoss:
         mask = torch.rand(6, 4) > 0.3
         whole = policy_loss(new, old, advantages, mask, 0.2)
         for size in (1, 2, 3):
-            parts = [policy_loss(*(x[i : i + size] for x in (new, old, advantages, mask)), 0.2) for i in range(0, 6, size)]
+            parts = [
+                policy_loss(*(x[i : i + size] for x in (new, old, advantages, mask)), 0.2) for i in range(0, 6, size)
+            ]
             for name in whole._fields:
                 close(sum(getattr(part, name) for part in parts), getattr(whole, name))
 
@@ -169,7 +174,9 @@ class TestValueLoss:
         close(values.grad, [[gradient]])
 
     def test_padding_is_left_out(self):
-        got = value_loss(tensor([[1.0, 50.0]]), tensor([[1.0, 0.0]]), tensor([[2.0, 0.0]]), tensor([[True, False]]), 0.2)
+        got = value_loss(
+            tensor([[1.0, 50.0]]), tensor([[1.0, 0.0]]), tensor([[2.0, 0.0]]), tensor([[True, False]]), 0.2
+        )
         close(got.loss, 0.5)
 
 

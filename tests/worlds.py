@@ -30,7 +30,9 @@ def letter_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama(seed: int = 0, hidden_size: int = 32, layers: int = 2, vocab_size: int = 29, spread: float = 0.2) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, hidden_size: int = 32, layers: int = 2, vocab_size: int = 29, spread: float = 0.2
+) -> LlamaForCausalLM:
     """A random model whose distribution is far from uniform."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -71,7 +73,10 @@ def deepspeed_file(path: Path, stage: int) -> str:
             "stage3_prefetch_bucket_size": 0,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-    sizes = dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"], "auto")
+    sizes = dict.fromkeys(
+        ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"],
+        "auto",
+    )
     path.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}, **sizes}), encoding="utf-8")
     return str(path)
 
@@ -82,10 +87,17 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launch(*command: str, ranks: int = 2, module: bool = True, cwd: Path | None = None, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+def launch(
+    *command: str, ranks: int = 2, module: bool = True, cwd: Path | None = None, timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
     """Run a module (or a script) under the real `deepspeed` launcher on CPU."""
     launcher = Path(sys.executable).with_name("deepspeed")
     words = [sys.executable, str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     words += ["--module"] if module else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])}
-    return subprocess.run([*words, *command], capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
+    }
+    return subprocess.run(
+        [*words, *command], capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout, check=False
+    )

@@ -48,7 +48,9 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float) -> PolicyLoss:
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+) -> PolicyLoss:
     """sum over tokens of max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = pi / pi_old (arXiv 1707.06347 eq. 7). All [B, T]."""
     difference = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
     ratio = difference.exp()

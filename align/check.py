@@ -1,0 +1,281 @@
+"""`align check RECIPE|DIR`: whether it would run, said in seconds and without loading weights.
+
+A model that an earlier recipe of the folder has yet to make is stood in for by a folder with its configuration,
+tokenizer and manifest, so that the stages' own checks run on it as they will on the real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from align.checkpoint import MANIFEST, RUN, is_finished, tokenizer_digest, write_json
+from align.config import PPORecipe, RewardRecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
+from align.data import Demonstration, Preference, Prompt, Rows, load_rows, render_text
+from align.memory import activations, memory_table, skeleton
+from align.models import is_encoder, load_config, load_tokenizer
+from align.pipeline import known_overrides, numbered_recipes, processes
+from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
+from align.tables import make_console
+from align.tokenization import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
+from align.tracking import quiet
+from align.trainers import check_lengths, check_tokenizer
+
+SAMPLED_ROWS = 512  # training rows that are tokenised
+SHOWN = 400  # characters of each stretch of the sample row
+FORMS = {"sft": Demonstration, "reward": Preference, "ppo": Prompt}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Start:
+    """What a stage starts from: the configuration and tokenizer of its main model, and of the others by role."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    encoder: bool = False
+    others: dict[str, PretrainedConfig] = dataclasses.field(default_factory=dict)
+
+
+class Report:
+    """Prints findings as they come, and counts the mistakes."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.mistakes = 0
+        self.stand_ins: dict[str, str] = {}  # folder to what it stands for, which is what the user knows
+
+    def say(self, text: str, good: bool = True) -> None:
+        for folder, name in self.stand_ins.items():
+            text = text.replace(folder, name)
+        mark = Text("  ok     " if good else "  error  ", style="green" if good else "bold red")
+        self.console.print(mark + Text(text), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        """A part of the check: a mistake in it is told, and the check goes on behind it."""
+        try:
+            yield
+        except UserError as error:
+            self.mistakes += 1
+            self.say(str(error), good=False)
+
+
+def run(path: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -> int:
+    """Check a recipe, or a folder's numbered recipes; returns 0, or 2 when something would not run.
+
+    Raises:
+        UserError: there is no recipe to check, or an override that no stage has.
+    """
+    quiet()
+    report = Report(make_console())
+    paths = numbered_recipes(path) if Path(path).is_dir() else [path]
+    stages = {each: read_stage(each) for each in paths}
+    made: dict[Path, Path] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for number, (each, stage) in enumerate(stages.items()):
+            report.console.print(Text(f"{each} ({stage})", style="bold"))
+            with report.part():
+                words = known_overrides(stage, overrides, set(stages.values())) if Path(path).is_dir() else overrides
+                recipe = load_recipe(stage, each, words)
+                report.say("keys and values")
+                _check_stage(recipe, num_gpus, report, made, Path(temporary) / str(number), Path(each).name)
+    if report.mistakes:
+        report.console.print(Text(f"{report.mistakes} mistake{'s' * (report.mistakes > 1)} to mend", style="bold red"))
+        return 2
+    report.console.print(Text("it would run", style="bold green"))
+    return 0
+
+
+def _check_stage(
+    recipe: StageRecipe, num_gpus: int | None, report: Report, made: dict[Path, Path], stand_in: Path, name: str
+) -> None:
+    """All that can be said of one recipe. `made` maps outputs of earlier recipes to their stand-ins, and is added to."""
+    stage = str(recipe.stage)
+    world_size = num_gpus or processes(recipe, None)
+    plan = rows = start = None
+    with report.part():
+        report.say(f"output_dir: {_output_state(recipe, stage)}")
+    with report.part():
+        plan = batch_plan(recipe, world_size)
+        report.say(f"batch plan: {plan.describe()}")
+    with report.part():
+        for key in ("reward_funcs", "eval_reward_funcs"):
+            for spec in getattr(recipe, key, []):
+                resolve_function(spec, key)
+                report.say(f"{key}: {spec}")
+    with report.part():
+        rows = load_rows(recipe, FORMS[stage])
+        report.say(f"rows: {_counts(rows, recipe, plan)}")
+    with report.part():
+        recipe = _with_stand_ins(recipe, made, report)
+        start = _start(recipe, rows, stand_in)
+        if start is not None:
+            tokenizer = f"tokenizer of {len(start.tokenizer)} tokens, {_template(start.tokenizer)}"
+            report.say(f"model: {start.config.model_type}, {tokenizer}; all inputs fit together")
+    if start is None:
+        report.say("not checked: tokens and memory, for want of the above", good=False)
+        return
+    if rows is not None:
+        with report.part():
+            for line in _sample(recipe, rows, start):
+                report.console.print(line, soft_wrap=True)
+    if plan is not None:
+        report.console.print(memory_table(recipe, start.config, start.others, plan))
+        report.console.print(Text(activations(recipe, start.config, plan)), soft_wrap=True)
+    if not (Path(recipe.output_dir) / MANIFEST).is_file():
+        _write_stand_in(recipe, start, stand_in)
+        made[Path(recipe.output_dir).resolve()] = stand_in
+        report.stand_ins[str(stand_in)] = f"{recipe.output_dir} (made by {name})"
+
+
+def _output_state(recipe: StageRecipe, stage: str) -> str:
+    folder = Path(recipe.output_dir)
+    if is_finished(recipe, stage, stage_inputs(recipe)):
+        return f"{folder} is finished; the stage would be skipped"
+    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"output_dir: cannot write to {folder}, because of {there}; choose another folder.")
+    return f"{folder}, {'which would be resumed' if (folder / RUN).is_file() else 'new'}"
+
+
+def _counts(rows: Rows, recipe: StageRecipe, plan: BatchPlan | None) -> str:
+    bad = "; ".join(f"{entry['count']} skipped: {reason}" for reason, entry in rows.report["bad_rows"].items())
+    text = f"{len(rows.train)} to train on, {len(rows.evaluation)} to evaluate on" + (f"; {bad}" if bad else "")
+    if isinstance(recipe, TrainerRecipe) and plan is not None:
+        per_epoch = math.ceil(len(rows.train) / plan.batch_size)
+        steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
+        text += f"; {steps} optimiser steps"
+    return text
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    return "with a chat template" if tokenizer.chat_template else "without a chat template"
+
+
+def _with_stand_ins(recipe: StageRecipe, made: dict[Path, Path], report: Report) -> StageRecipe:
+    changes: dict[str, Any] = {}
+    for key, path in stage_inputs(recipe).items():
+        if path and (stand_in := made.get(Path(path).resolve())):
+            changes[key] = str(stand_in)
+            report.say(f"{key}: {stand_in}")
+    return dataclasses.replace(recipe, **changes)
+
+
+def _start(recipe: StageRecipe, rows: Rows | None, stand_in: Path) -> Start | None:
+    """The stage's own look at what it starts from; None when it would be trained from rows that are not there.
+
+    Raises:
+        UserError: as the stage would.
+    """
+    if isinstance(recipe, RewardRecipe):
+        from align.reward_setup import check_inputs as check_reward_inputs
+
+        reward = check_reward_inputs(recipe)
+        others = {}
+        if reward.answering is not None:
+            others["SFT model (to set the zero)"] = load_config(reward.answering, recipe, "sft_model_path")
+        return Start(reward.config, reward.tokenizer, reward.encoder, others)
+    if isinstance(recipe, PPORecipe):
+        from align.ppo_setup import check_inputs as check_ppo_inputs
+
+        inputs = check_ppo_inputs(recipe)
+        others = {"value": load_config(inputs.value_path, recipe, "value_model_path")}
+        if inputs.reward_config is not None:
+            others["reward"] = inputs.reward_config
+        return Start(load_config(recipe.sft_model_path, recipe, "sft_model_path"), inputs.tokenizer, False, others)
+    assert isinstance(recipe, SFTRecipe)
+    if recipe.model_name_or_path is None:
+        return _scratch(recipe, rows, stand_in) if rows is not None else None
+    path = recipe.model_name_or_path
+    config = load_config(path, recipe, "model_name_or_path")
+    if is_encoder(config):
+        raise UserError(f"model_name_or_path: {path} is an encoder ({config.model_type}); name a model that generates.")
+    tokenizer = load_tokenizer(path, recipe)
+    check_tokenizer(path, tokenizer, "model_name_or_path")
+    return Start(config, tokenizer)
+
+
+def _scratch(recipe: SFTRecipe, rows: Rows, stand_in: Path) -> Start:
+    """The tokenizer and configuration of a model that the stage would start at random."""
+    from align.sft import scratch_config, train_tokenizer
+
+    config = scratch_config(recipe)
+    texts = [render_text(turns) for row in rows.train for turns in (row.prompt, row.completion)]
+    train_tokenizer(texts, recipe.tokenizer_vocab_size).save_pretrained(stand_in)
+    tokenizer = load_tokenizer(str(stand_in), recipe)
+    config.vocab_size = len(tokenizer)
+    return Start(config, tokenizer)
+
+
+def _write_stand_in(recipe: StageRecipe, start: Start, folder: Path) -> None:
+    """What the stage would leave in its output folder, weights apart."""
+    auto = AutoModelForSequenceClassification if isinstance(recipe, RewardRecipe) else AutoModelForCausalLM
+    changes = {"num_labels": 1} if isinstance(recipe, RewardRecipe) else {}
+    model = skeleton(auto, start.config, recipe.trust_remote_code, **changes)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    start.tokenizer.save_pretrained(folder)
+    write_json(folder / MANIFEST, {"stage": recipe.stage, "tokenizer": tokenizer_digest(start.tokenizer)})
+
+
+def _sample(recipe: StageRecipe, rows: Rows, start: Start) -> list[Text]:
+    """The first training row as the model will see it, what is learnt of it marked, and how long the rows are.
+
+    Raises:
+        UserError: rows that cannot be tokenised, or are longer than the model can read.
+    """
+    tokenizer, some = start.tokenizer, rows.train[:SAMPLED_ROWS]
+    if isinstance(recipe, SFTRecipe):
+        data, bad = tokenize_demonstrations(some, tokenizer, recipe)
+        first = data[0]
+        shown = {"row": (first["input_ids"], [label != -100 for label in first["labels"]])}
+        note, lengths = "marked: the tokens that are trained", data["input_ids"]
+    elif isinstance(recipe, RewardRecipe):
+        data, bad = tokenize_preferences(some, tokenizer, recipe, start.encoder)
+        sides = {side: data[0][f"{side}_ids"] for side in ("chosen", "rejected")}
+        place = 0 if start.encoder else -1
+        shown = {side: (ids, [i == place % len(ids) for i in range(len(ids))]) for side, ids in sides.items()}
+        note, lengths = "marked: the token from which the score is read", [*data["chosen_ids"], *data["rejected_ids"]]
+    else:
+        assert isinstance(recipe, PPORecipe)
+        prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
+        shown = {"prompt": (prompts[0][1], [False] * len(prompts[0][1]))}
+        room = range(recipe.response_length)
+        note, lengths = "the policy answers here, and its answer is trained", [[*ids, *room] for _, ids in prompts]
+    check_lengths(lengths, start.config)
+    lines = [Text(f"  {name}: ", style="bold") + _marked(tokenizer, *tokens) for name, tokens in shown.items()]
+    longest = f"at most {max(map(len, lengths))} tokens in the first {len(some)} rows"
+    skipped = "".join(f"; {entry['count']} of them skipped: {reason}" for reason, entry in bad.items())
+    return [*lines, Text(f"  ({note}; {longest}{skipped})", style="dim")]
+
+
+def _marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequence[bool]) -> Text:
+    """Tokens as text, in stretches: marked ones in brackets, and green on a terminal."""
+    text = Text()
+    begin = 0
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and marks[end] == marks[begin]:
+            continue
+        # Decoded from the start, because a token alone may lose its space.
+        before = tokenizer.decode(ids[:begin], clean_up_tokenization_spaces=False)
+        piece = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)[len(before) :]
+        if len(piece) > SHOWN:
+            piece = f"{piece[: SHOWN // 2]} [...] {piece[-SHOWN // 2 :]}"
+        text.append(f"⟦{piece}⟧" if marks[begin] else piece, style="green" if marks[begin] else "")
+        begin = end
+    return text

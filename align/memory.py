@@ -1,0 +1,192 @@
+"""How much memory a stage needs per GPU, from its models' configurations alone: no weights are loaded.
+
+Bytes per parameter of a model that trains with AdamW, 16 in all:
+
+    float32    4 weight   4 gradient    8 optimiser (two moments)
+    bfloat16   2 weight   2 gradient   12 optimiser (float32 master weight and two moments)
+
+A frozen parameter has its weight only. ZeRO 1 divides the optimiser states by the number of processes N, ZeRO 2 the
+gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from align.config import PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe
+from align.engine import zero_stage
+from align.recipes import BatchPlan
+from align.tables import make_table
+from reward_models import score_head
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """One model of a stage: all its parameters, and how many of them train (0: frozen)."""
+
+    name: str
+    parameters: int
+    trained: int
+
+
+def state_bytes(model: Footprint, zero_stage: int, processes: int, bf16: bool) -> float:
+    """Bytes per GPU for a model's weights, gradients and optimiser states; formula above."""
+    weight, gradient, optimiser = (2, 2, 12) if bf16 else (4, 4, 8)
+    return (
+        model.parameters * weight / (processes if zero_stage >= 3 else 1)
+        + model.trained * gradient / (processes if zero_stage >= 2 else 1)
+        + model.trained * optimiser / (processes if zero_stage >= 1 else 1)
+    )
+
+
+def activation_bytes(
+    config: PretrainedConfig, sequences: int, tokens: int, bf16: bool, checkpointing: bool, vocabulary: bool
+) -> float:
+    """Rough bytes that one forward-backward pass keeps for `sequences` of `tokens` tokens.
+
+    Per token: 17 values of the hidden size in each layer (arXiv 2205.05198 without attention scores, which fused
+    attention does not keep); with gradient checkpointing one value per layer and 17 in one layer at a time; and with
+    a `vocabulary`, the logits, and in float32 their log-softmax and gradient.
+    """
+    text = config.get_text_config()
+    width = 2 if bf16 else 4
+    kept = text.num_hidden_layers + 17 if checkpointing else 17 * text.num_hidden_layers
+    logits = text.vocab_size * (width + 4 + 4) if vocabulary else 0
+    return float(sequences * tokens * (kept * text.hidden_size * width + logits))
+
+
+def skeleton(auto: Any, config: PretrainedConfig, trust_remote_code: bool = False, **changes: Any) -> PreTrainedModel:
+    """The model of this configuration with shapes and no storage.
+
+    Args:
+        auto: `AutoModelForCausalLM` or another auto class.
+        changes: entries of the configuration to change, such as `num_labels`.
+    """
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_lora_parameters(model: nn.Module, rank: int, targets: Sequence[str], whole: Sequence[str] = ()) -> int:
+    """Parameters that LoRA trains: rank x (inputs + outputs) of each adapted layer, and the layers trained whole.
+
+    Args:
+        targets: last names of the adapted layers; empty for all linear layers but the output head.
+        whole: names of layers that are trained in full, such as a new head.
+    """
+    heads = {id(module) for module in (getattr(model, "get_output_embeddings", lambda: None)(),) if module is not None}
+    count = 0
+    for name, module in model.named_modules():
+        if name in whole:
+            count += count_parameters(module)
+        elif isinstance(module, nn.Linear | Conv1D) and (
+            name.rsplit(".", 1)[-1] in targets if targets else id(module) not in heads
+        ):
+            count += rank * sum(module.weight.shape)
+    return count
+
+
+def footprints(
+    recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig]
+) -> list[Footprint]:
+    """The models of a stage: what trains, then what is frozen."""
+    code = recipe.trust_remote_code
+
+    def frozen(name: str, auto: Any, its: PretrainedConfig) -> Footprint:
+        return Footprint(name, count_parameters(skeleton(auto, its, code)), 0)
+
+    if isinstance(recipe, PPORecipe):
+        policy = count_parameters(skeleton(AutoModelForCausalLM, config, code))
+        value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
+        models = [
+            Footprint("policy", policy, policy),
+            Footprint("value", value, value),
+            Footprint("reference", policy, 0),
+        ]
+        if "reward" in others:
+            models.append(frozen("reward", AutoModelForSequenceClassification, others["reward"]))
+        return models
+    assert isinstance(recipe, TrainerRecipe)
+    if isinstance(recipe, RewardRecipe):
+        name, model = "reward", skeleton(AutoModelForSequenceClassification, config, code, num_labels=1)
+        whole = [score_head(model)[0]]
+    else:
+        name, model, whole = "policy", skeleton(AutoModelForCausalLM, config, code), []
+    total = count_parameters(model)
+    trained = (
+        count_lora_parameters(model, recipe.lora_r, recipe.lora_target_modules, whole) if recipe.use_peft else total
+    )
+    return [
+        Footprint(name, total, trained),
+        *(frozen(other, AutoModelForCausalLM, its) for other, its in others.items()),
+    ]
+
+
+def memory_table(
+    recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig], plan: BatchPlan
+) -> Table:
+    """GiB per GPU by model and ZeRO stage."""
+    own = zero_stage(recipe) if recipe.deepspeed else None
+    columns = [f"ZeRO {stage}{' *' if stage == own else ''}" for stage in range(4)]
+    title = f"GiB per GPU on {plan.world_size}, {'bfloat16' if recipe.bf16 else 'float32'}, activations apart"
+    table = make_table(title + ("" if own is None else " (* this recipe)"), "model", "parameters", *columns)
+    models = footprints(recipe, config, others)
+    needs = [[state_bytes(model, stage, plan.world_size, recipe.bf16) for stage in range(4)] for model in models]
+    if isinstance(recipe, PPORecipe) and recipe.ds3_gather_for_generation:
+        policy = replace(models[0], name="whole policy, while it generates", trained=0)
+        models.append(policy)
+        needs.append([0, 0, 0, state_bytes(policy, 0, 1, recipe.bf16)])
+    for model, sizes in zip(models, needs, strict=True):
+        table.add_row(model.name, f"{model.parameters:,}" + _share(model), *map(_gib, sizes))
+    table.add_row("all", "", *(_gib(sum(column)) for column in zip(*needs, strict=True)))
+    return table
+
+
+def _share(model: Footprint) -> str:
+    return f" ({model.trained:,} trained)" if 0 < model.trained < model.parameters else ""
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g}" if size else ""
+
+
+def activations(recipe: StageRecipe, config: PretrainedConfig, plan: BatchPlan) -> str:
+    if isinstance(recipe, PPORecipe):
+        sequences, tokens = plan.micro_batch_size, recipe.max_prompt_length + recipe.response_length
+    else:
+        assert isinstance(recipe, TrainerRecipe)
+        sequences, tokens = plan.micro_batch_size * (2 if isinstance(recipe, RewardRecipe) else 1), recipe.max_length
+    size = activation_bytes(
+        config,
+        sequences,
+        tokens,
+        recipe.bf16,
+        recipe.gradient_checkpointing,
+        not isinstance(recipe, RewardRecipe),
+    )
+    return f"  activations: roughly {size / GIB:.2g} GiB more for {sequences} sequences of up to {tokens} tokens"

@@ -1,0 +1,197 @@
+"""Stage 2: a reward model from preference pairs, by TRL's RewardTrainer.
+
+    align reward recipes/quickstart/2_reward.yaml
+    deepspeed --num_gpus 8 --module align.reward recipes/hh-rlhf/2_reward.yaml
+
+A scalar head on a decoder or an encoder (BERT-like) learns -log sigmoid(chosen - rejected), as a rule for one epoch.
+Then its zero is set: the mean score of what the SFT model answers is subtracted from every score (arXiv 2009.01325,
+2203.02155), because the loss sees differences of scores only, while PPO weighs the scores themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedTokenizerBase
+from trl import RewardConfig, RewardTrainer
+
+from align.checkpoint import open_stage, write_json
+from align.config import RewardRecipe
+from align.data import Preference, load_rows
+from align.engine import connect, disconnect
+from align.models import new_scorer
+from align.recipes import BatchPlan, batch_plan, stage_inputs
+from align.reward_evaluation import (
+    closing_table,
+    demonstrations,
+    judge_pairs,
+    load_scorer,
+    sample_answers,
+    score_check,
+    set_zero,
+)
+from align.reward_setup import check_inputs, zero_prompts
+from align.tokenization import pad_to_batches, tokenize_preferences
+from align.tracking import Tracker, quiet
+from align.trainers import (
+    ExactEvaluation,
+    already_finished,
+    check_lengths,
+    eval_batch_size,
+    finish,
+    last_checkpoint,
+    lora_config,
+    save_trained,
+    step_of,
+    total_steps,
+    train,
+    training_arguments,
+    write_untrained,
+)
+from align.world import World
+from reward_models import init_head, keep_head_float32, score_head
+
+
+def run(recipe: RewardRecipe) -> dict[str, Any]:
+    """Train a reward model; returns the closing numbers, also in `stage.json`."""
+    quiet()
+    sources = stage_inputs(recipe)
+    if open_stage(recipe, "reward", sources):
+        return already_finished(recipe)
+    world = connect(recipe)
+    plan = batch_plan(recipe, world.size)
+    inputs = check_inputs(recipe)
+    rows = load_rows(recipe, Preference)
+    skipped = {}
+    train_rows, skipped["train"] = tokenize_preferences(rows.train, inputs.tokenizer, recipe, inputs.encoder)
+    check_lengths([*train_rows["chosen_ids"], *train_rows["rejected_ids"]], inputs.config)
+    eval_rows = None
+    if rows.evaluation:
+        eval_rows, skipped["evaluation"] = tokenize_preferences(
+            rows.evaluation, inputs.tokenizer, recipe, inputs.encoder
+        )
+        check_lengths([*eval_rows["chosen_ids"], *eval_rows["rejected_ids"]], inputs.config)
+    prompts = zero_prompts(recipe, inputs, rows.train)
+    padded = pad_to_batches(train_rows, plan.batch_size)
+    steps = total_steps(recipe, len(padded), plan)
+
+    checkpoint = last_checkpoint(recipe, world)
+    start = write_untrained(recipe, world, checkpoint is not None, partial(write_scorer, recipe, inputs.tokenizer))
+    with Tracker(recipe, "reward", steps, resume_step=step_of(checkpoint)) as tracker:
+        tracker.say(plan.describe())
+        before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
+
+        # From here on the model is the one that was saved, scored in the way that PPO will.
+        reward = load_scorer(recipe, world)
+        results: dict[str, Any] = {"steps": steps, "table": []}
+        if eval_rows is not None:
+            results |= judge_pairs(reward, world, inputs, rows.evaluation, eval_rows)
+            tracker.log(
+                steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
+            )
+            results["table"] = closing_table(before["eval_accuracy"], results)
+        answers = sample_answers(recipe, inputs, world, prompts) if prompts else demonstrations(recipe, train_rows)
+        mean, std = set_zero(reward, world, answers)
+        check = score_check(reward, world, eval_rows or train_rows)
+        if world.is_main:
+            config = Path(recipe.output_dir) / "config.json"
+            zero = {"score_mean": mean, "score_std": std}
+            write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **zero})
+            data = {**rows.report, "skipped": skipped}
+            card = CARD.format(
+                folder=recipe.output_dir,
+                base=recipe.model_name_or_path,
+                text="prompt, response" if inputs.encoder else "prompt + response + tokenizer.eos_token",
+                pad=inputs.tokenizer.pad_token,
+                zero=f"answers of {inputs.answering}" if prompts else "chosen responses of the training rows",
+            )
+            finish(recipe, sources, inputs.tokenizer, data, results, card, **zero, score_check=check)
+    world.barrier()
+    disconnect()
+    return results
+
+
+def write_scorer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the untrained reward model: the backbone with a new head."""
+    model = new_scorer(recipe.model_name_or_path, recipe)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.score_mean = 0.0
+    init_head(model, recipe.seed)
+    model.save_pretrained(folder)
+
+
+class PairTrainer(ExactEvaluation, RewardTrainer):  # type: ignore[misc]
+    """RewardTrainer to which padding rows (chosen and rejected are the same ids) are nothing at all."""
+
+    accuracy = "accuracy"
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        def scored(**batch: Any) -> Any:
+            output = model(**batch)
+            chosen_ids, rejected_ids = batch["input_ids"].chunk(2)
+            real = (chosen_ids != rejected_ids).any(dim=1)  # [pairs]
+            output.logits = output.logits.float() * real.repeat(2)[:, None]  # the centering term sees 0 too
+            if not self.model.training:
+                chosen, rejected = output.logits.squeeze(-1).chunk(2)
+                correct = (chosen > rejected) + 0.5 * (chosen == rejected)
+                self.sums += torch.stack([-logsigmoid(chosen - rejected)[real].sum(), correct[real].sum(), real.sum()])
+            return output
+
+        return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
+
+
+def fit(
+    recipe: RewardRecipe, plan: BatchPlan, world: World, tokenizer: PreTrainedTokenizerBase, start: str,
+    train_rows: Dataset, eval_rows: Dataset | None, tracker: Tracker, checkpoint: Path | None,
+) -> dict[str, float]:  # fmt: skip
+    """Train the model in `start` and save it; returns the evaluation log of the untrained model."""
+    if eval_rows is not None:
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+    arguments = RewardConfig(
+        **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
+        center_rewards_coefficient=recipe.center_rewards_coefficient,
+    )
+    model = new_scorer(start, recipe)
+    keep_head_float32(model)
+    trainer = PairTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe, "SEQ_CLS", trained_whole=[score_head(model)[0].split(".")[0]]),
+    )
+    before, _ = train(trainer, recipe, tracker, checkpoint)
+    save_trained(trainer, recipe, world, lambda: new_scorer(start, recipe))
+    return before
+
+
+CARD = """# A reward model
+
+Trained from {base} by the `reward` stage of align: it scores a response to a prompt, higher is better.
+
+```python
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+inputs = tokenizer({text}, return_tensors="pt")
+score = model(**inputs).logits[0, 0] - model.config.score_mean
+```
+
+`config.score_mean` is the mean logit of {zero}: after its subtraction these have a mean score of 0. Pad batches on the
+right with the tokenizer's own padding token, `{pad}`. It is not end-of-text, which is where the score is read.
+"""
+
+if __name__ == "__main__":
+    from align.__main__ import run_stage_cli
+
+    run_stage_cli("reward")

@@ -1,0 +1,176 @@
+"""Judging a trained reward model on held-out pairs and against a known truth, and setting its zero."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import logsigmoid, pad
+
+from align.checkpoint import tokenizer_digest
+from align.config import RewardRecipe
+from align.data import Preference, Prompt, Turns, as_response, render_text
+from align.engine import frozen_engine, sharded_load
+from align.evaluation import preference_accuracy
+from align.models import load_policy
+from align.reward_setup import Inputs, positions
+from align.rollout import Sampler
+from align.tokenization import encode_pair
+from align.world import World
+from reward_models import ModelReward, Responses, load_reward_model
+
+CHECKED_PAIRS = 8  # pairs that the manifest holds with their scores
+
+
+def load_scorer(recipe: RewardRecipe, world: World) -> ModelReward:
+    """The trained model, loaded as PPO loads it."""
+    with sharded_load(recipe):
+        model = load_reward_model(
+            recipe.output_dir,
+            dtype=frozen_dtype(recipe, world),
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    engine = frozen_engine(model, recipe, world)
+    return ModelReward(
+        "reward_model",
+        engine.module,
+        batch_size=recipe.per_device_eval_batch_size,
+        max_length=positions(model.config),
+    )
+
+
+def frozen_dtype(recipe: RewardRecipe, world: World) -> torch.dtype:
+    return torch.bfloat16 if recipe.bf16 and world.device.type == "cuda" else torch.float32
+
+
+def spread(world: World, count: int) -> list[int]:
+    """This rank's rows of `count`. All ranks have as many, so the last may repeat a row."""
+    share = -(-count // world.size)
+    return [min(index, count - 1) for index in range(world.rank * share, (world.rank + 1) * share)]
+
+
+def score_ids(reward: ModelReward, world: World, ids: Sequence[list[int]]) -> Tensor:
+    """Scores of all sequences, on every rank, each rank having scored its share. [B] float32, on the CPU."""
+    mine = [ids[index] for index in spread(world, len(ids))]
+    texts = [""] * len(mine)
+    batch = Responses([*texts], texts, [*texts], prompt_ids=[[] for _ in mine], response_ids=mine)
+    return world.gather(reward.score(batch).to(world.device))[: len(ids)].cpu()
+
+
+def judge_pairs(
+    reward: ModelReward, world: World, inputs: Inputs, rows: Sequence[Preference], ids: Dataset
+) -> dict[str, float]:
+    """Loss and accuracy on held-out pairs; with a known truth also its accuracy, the ceiling, and agreement with it."""
+    chosen, rejected = (score_ids(reward, world, list(ids[name])) for name in ("chosen_ids", "rejected_ids"))
+    measured = preference_accuracy(chosen.tolist(), rejected.tolist())
+    results = {
+        "eval_loss": float(-logsigmoid(chosen - rejected).mean()),
+        "eval_accuracy": measured["accuracy"],
+        "eval_accuracy_low": measured["low"],
+        "eval_accuracy_high": measured["high"],
+        "eval_pairs": len(chosen),
+    }
+    if inputs.truth is not None:
+        kept = kept_rows(rows, ids, inputs)
+        true_chosen, true_rejected = (true_scores(inputs, kept, name) for name in ("chosen", "rejected"))
+        sign = (true_chosen - true_rejected).sign()  # -1 where the annotator erred
+        agreement = preference_accuracy((sign * chosen)[sign != 0].tolist(), (sign * rejected)[sign != 0].tolist())
+        results["eval_ceiling"] = preference_accuracy(true_chosen.tolist(), true_rejected.tolist())["accuracy"]
+        results["eval_agreement"] = agreement["accuracy"]
+    return results
+
+
+def kept_rows(rows: Sequence[Preference], ids: Dataset, inputs: Inputs) -> list[Preference]:
+    """The rows that `ids` was made of: without the bad rows that were skipped."""
+    if len(rows) == len(ids):
+        return list(rows)
+    left = iter(rows)
+    encode = partial(encode_pair, inputs.tokenizer, is_encoder=inputs.encoder)
+    return [
+        next(
+            row
+            for row in left
+            if encode(row.prompt, row.chosen) == pair["chosen_ids"]
+            and encode(row.prompt, row.rejected) == pair["rejected_ids"]
+        )
+        for pair in ids
+    ]
+
+
+def true_scores(inputs: Inputs, rows: Sequence[Preference], name: str) -> Tensor:
+    """What the known truth gives the chosen or the rejected responses, [B] float32."""
+    assert inputs.truth is not None
+    responses: list[Turns] = [getattr(row, name) for row in rows]
+    texts = [render_text(response) for response in responses]
+    columns = {
+        key: [row.extra.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row.extra)
+    }
+    ids = inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    batch = Responses([row.prompt for row in rows], texts, responses, [[] for _ in rows], ids, columns)
+    return inputs.truth.score(batch)[0]
+
+
+def closing_table(before: float, results: dict[str, Any]) -> list[list[Any]]:
+    """Rows of measure, before, after."""
+    table: list[list[Any]] = [["held-out pair accuracy", before, results["eval_accuracy"]]]
+    if "eval_ceiling" in results:
+        table.append(["accuracy ceiling (annotator noise)", None, results["eval_ceiling"]])
+        table.append(["agreement with the true preference", None, results["eval_agreement"]])
+    return table
+
+
+def sample_answers(
+    recipe: RewardRecipe, inputs: Inputs, world: World, prompts: Sequence[tuple[Prompt, list[int]]]
+) -> list[list[int]]:
+    """What the SFT model answers, at temperature 1, as the reward model reads it: ids of prompt and answer, on every rank."""
+    assert inputs.answering is not None
+    assert inputs.answering_tokenizer is not None
+    with sharded_load(recipe):
+        model = load_policy(inputs.answering, recipe, frozen_dtype(recipe, world))
+    engine = frozen_engine(model, recipe, world)
+    sampler = Sampler(
+        tokenizer=inputs.answering_tokenizer,
+        temperature=1.0,
+        response_length=recipe.response_length,
+        batch_size=recipe.per_device_eval_batch_size,
+        seed=recipe.seed,
+    )
+    mine = spread(world, len(prompts))
+    *_, ids, mask = sampler.respond(engine, world, [prompts[index][1] for index in mine], "zero of the score", mine)
+    missing = (0, recipe.response_length - ids.shape[1])
+    ids, mask = (world.gather(pad(tensor, missing))[: len(prompts)] for tensor in (ids, mask))
+    answers: list[list[int]] = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+    vocabularies = [tokenizer_digest(t)["vocabulary"] for t in (inputs.tokenizer, inputs.answering_tokenizer)]
+    if vocabularies[0] == vocabularies[1] and not inputs.encoder:
+        return [prompt_ids + answer for (_, prompt_ids), answer in zip(prompts, answers, strict=True)]
+    texts = inputs.answering_tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [
+        encode_pair(inputs.tokenizer, prompt.prompt, as_response(prompt.prompt, text), inputs.encoder)
+        for (prompt, _), text in zip(prompts, texts, strict=True)
+    ]
+
+
+def demonstrations(recipe: RewardRecipe, rows: Dataset) -> list[list[int]]:
+    """Chosen responses instead of answers, where no model is there to answer: ids of prompt and response."""
+    return random.Random(recipe.seed).sample(list(rows["chosen_ids"]), min(recipe.normalize_prompts, len(rows)))
+
+
+def set_zero(reward: ModelReward, world: World, answers: Sequence[list[int]]) -> tuple[float, float]:
+    """Make 0 the mean score of `answers` from here on; returns the mean and standard deviation that they had."""
+    scores = score_ids(reward, world, answers).double()
+    mean, std = float(scores.mean()), float(scores.std(correction=0))
+    reward.model.config.score_mean = mean
+    return mean, std
+
+
+def score_check(reward: ModelReward, world: World, rows: Dataset) -> dict[str, list[Any]]:
+    """A few short sequences and their scores, by which a later stage can see that it reads the model as this one did."""
+    pairs = sorted(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True), key=lambda pair: sum(map(len, pair)))
+    ids = [list(sequence) for pair in pairs[:CHECKED_PAIRS] for sequence in pair]
+    return {"ids": ids, "scores": score_ids(reward, world, ids).tolist()}

@@ -1,0 +1,236 @@
+"""Stage 1: supervised fine-tuning of a language model on demonstrations, by TRL's SFTTrainer.
+
+    align sft recipes/quickstart/1_sft.yaml
+    deepspeed --num_gpus 8 --module align.sft recipes/hh-rlhf/1_sft.yaml
+
+Rows are tokenised here, so that end-of-text, chat template, labels and what is too long are ours to decide. The
+loss of an optimiser step is the sum over its label tokens, of all microbatches and ranks, divided by their number.
+With `model_config` the stage first trains a tokenizer on its rows and starts from a random model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from align.checkpoint import open_stage
+from align.config import SFTRecipe, UserError
+from align.data import Demonstration, load_rows, render_text
+from align.engine import connect, disconnect
+from align.models import is_encoder, load_config, load_policy, load_tokenizer
+from align.recipes import batch_plan, stage_inputs
+from align.strict import nearest
+from align.tokenization import pad_to_batches, tokenize_demonstrations
+from align.tracking import Tracker, quiet
+from align.trainers import (
+    ExactEvaluation,
+    already_finished,
+    check_lengths,
+    check_tokenizer,
+    eval_batch_size,
+    finish,
+    last_checkpoint,
+    lora_config,
+    save_trained,
+    step_of,
+    total_steps,
+    train,
+    training_arguments,
+    write_untrained,
+)
+
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
+
+
+def run(recipe: SFTRecipe) -> dict[str, Any]:
+    """Fine-tune a language model; returns the closing numbers, also in `stage.json`."""
+    quiet()
+    inputs = stage_inputs(recipe)
+    if open_stage(recipe, "sft", inputs):
+        return already_finished(recipe)
+    world = connect(recipe)
+    plan = batch_plan(recipe, world.size)
+    rows = load_rows(recipe, Demonstration)
+    checkpoint = last_checkpoint(recipe, world)
+    if (start := recipe.model_name_or_path) is None:
+        config = scratch_config(recipe)
+        start = write_untrained(
+            recipe, world, checkpoint is not None, lambda folder: write_scratch(recipe, config, rows.train, folder)
+        )
+    config = load_config(start, recipe, "model_name_or_path")
+    if is_encoder(config):
+        raise UserError(
+            f"model_name_or_path: {start} is an encoder ({config.model_type}); name a model that generates."
+        )
+    tokenizer = load_tokenizer(start, recipe)
+    check_tokenizer(start, tokenizer, "model_name_or_path")
+    skipped = {}
+    train_rows, skipped["train"] = tokenize_demonstrations(rows.train, tokenizer, recipe)
+    check_lengths(train_rows["input_ids"], config)
+    train_rows = pad_to_batches(train_rows, plan.batch_size)
+    eval_rows = None
+    if rows.evaluation:
+        eval_rows, skipped["evaluation"] = tokenize_demonstrations(rows.evaluation, tokenizer, recipe)
+        check_lengths(eval_rows["input_ids"], config)
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+
+    steps = total_steps(recipe, len(train_rows), plan)
+    with Tracker(recipe, "sft", steps, resume_step=step_of(checkpoint)) as tracker:
+        tracker.say(plan.describe())
+        arguments = SFTConfig(
+            **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        trainer = TokenMeanTrainer(
+            model=load_policy(start, recipe),
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=lora_config(recipe, "CAUSAL_LM"),
+        )
+        before, after = train(trainer, recipe, tracker, checkpoint)
+        save_trained(trainer, recipe, world, lambda: load_policy(start, recipe))
+        results = closing_numbers(before, after, steps)
+        if world.is_main:
+            data = {**rows.report, "skipped": skipped}
+            card = CARD.format(
+                folder=recipe.output_dir,
+                base=recipe.model_name_or_path or f"a random {config.model_type} model",
+                prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
+                eos=tokenizer.eos_token,
+            )
+            finish(recipe, inputs, tokenizer, data, results, card)
+    world.barrier()
+    disconnect()
+    return results
+
+
+class TokenMeanTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
+    """SFTTrainer whose evaluation is a mean over tokens, as its training is."""
+
+    accuracy = "mean_token_accuracy"
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        def measured(**batch: Any) -> Any:
+            output = model(**batch)
+            if not self.model.training:
+                nll: Tensor = -output.log_probs.sum()
+                self.sums += torch.stack([nll, output.is_top1.sum(), output.label_mask.sum()]).double()
+            return output
+
+        return super().compute_loss(measured, inputs, return_outputs, num_items_in_batch)
+
+
+def closing_numbers(before: dict[str, float], after: dict[str, float], steps: int) -> dict[str, Any]:
+    """The stage's results, from the evaluation logs before and after training; without these, only the steps."""
+    results: dict[str, Any] = {"steps": steps, "table": []}
+    for name, log in (("before", before), ("", after)):
+        if log:
+            suffix = f"_{name}" if name else ""
+            results[f"eval_loss{suffix}"] = log["eval_loss"]
+            results[f"eval_perplexity{suffix}"] = math.exp(log["eval_loss"])
+            results[f"eval_token_accuracy{suffix}"] = log["eval_mean_token_accuracy"]
+    if after:
+        results["table"] = [
+            ["held-out loss (nats/token)", before["eval_loss"], after["eval_loss"]],
+            ["held-out perplexity", math.exp(before["eval_loss"]), math.exp(after["eval_loss"])],
+            ["held-out token accuracy", before["eval_mean_token_accuracy"], after["eval_mean_token_accuracy"]],
+        ]
+    return results
+
+
+def scratch_config(recipe: SFTRecipe) -> PretrainedConfig:
+    """The configuration of a model to train from scratch; vocabulary and special ids come from its tokenizer.
+
+    Raises:
+        UserError: an unknown architecture or key, or values that do not go together.
+    """
+    given = dict(recipe.model_config)
+    model_type = given.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type)
+        known_keys = {*known.to_dict(), *known.attribute_map} - {
+            "vocab_size",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        }
+        for name in given:
+            if name not in known_keys:
+                raise UserError(f"model_config: {model_type} has no key {name!r} to set{nearest(name, known_keys)}")
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **given)
+        AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError as error:
+        raise UserError(f"model_config: {model_type} is no architecture that generates; take llama or gpt2.") from error
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model_config: transformers cannot make this {model_type}: {reason}") from error
+    if recipe.tokenizer_vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise UserError(
+            f"tokenizer_vocab_size: expected at least {256 + len(SPECIAL_TOKENS)} (all bytes and "
+            f"{', '.join(SPECIAL_TOKENS)}), got {recipe.tokenizer_vocab_size}."
+        )
+    return config
+
+
+def write_scratch(recipe: SFTRecipe, config: PretrainedConfig, rows: Sequence[Demonstration], folder: Path) -> None:
+    """Write a random model, and a tokenizer trained on the rows, as a Hugging Face folder."""
+    tokenizer = train_tokenizer(
+        [render_text(turns) for row in rows for turns in (row.prompt, row.completion)], recipe.tokenizer_vocab_size
+    )
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if recipe.chat_template_path is not None:
+        tokenizer.chat_template = Path(recipe.chat_template_path).read_text(encoding="utf-8")
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = range(len(SPECIAL_TOKENS))
+    set_seed(recipe.seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `size` tokens, which knows every text and begins it with <s>."""
+    pad, bos, eos = SPECIAL_TOKENS
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
+    )
+
+
+CARD = """# A fine-tuned language model
+
+Trained from {base} by the `sft` stage of align: it continues {prompts} as the demonstrations do, and ends with `{eos}`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+"""
+
+if __name__ == "__main__":
+    from align.__main__ import run_stage_cli
+
+    run_stage_cli("sft")

@@ -1,0 +1,68 @@
+"""The processes of a run: their collectives, and the shared memory that dead ones left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY_FILES = "deepspeed_allreduce_buffer_*"
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of this run and the collectives that the stages use. With one process each is the identity."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum over ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor := tensor.clone())
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Elementwise maximum over ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """[n, ...] of each rank (one shape for all) -> [size * n, ...] in rank order, on every rank."""
+        if self.size == 1:
+            return tensor
+        carried = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
+        parts = [torch.empty_like(carried) for _ in range(self.size)]
+        dist.all_gather(parts, carried)
+        return torch.cat(parts).to(tensor.dtype)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
+    """Delete DeepSpeed's shared-memory files of this user that no living process maps. Returns what was deleted."""
+    candidates = [path for path in folder.glob(SHARED_MEMORY_FILES) if path.stat().st_uid == os.getuid()]
+    if not candidates:
+        return []
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped += maps.read_text(errors="replace")
+    stale = [path for path in candidates if str(path) not in mapped]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return stale
