@@ -159,7 +159,7 @@ def _counts(rows: Rows, recipe: StageRecipe, plan: BatchPlan | None) -> str:
     if isinstance(recipe, TrainerRecipe) and plan is not None:
         per_epoch = math.ceil(len(rows.train) / plan.batch_size)
         steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
-        text += f"; {steps} optimiser steps"
+        text += f"; up to {steps} optimiser steps"
     return text
 
 

@@ -85,11 +85,12 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
         training += _weighted(kept, source.weight, f"{recipe.seed} weight {number}")
     if not training:
         raise UserError(
-            f"train_dataset: no training row is left ({len(evaluation)} are for evaluation, {dropped} were dropped because "
-            f"eval_dataset has their prompt, {len(bad)} are bad rows); give more or other rows, or lower `eval_fraction`."
+            f"train_dataset: no training row is left: {len(evaluation)} are for evaluation, {dropped} were dropped because "
+            f"eval_dataset has their prompt, and these are bad rows: {bad.summary()}. Give more or other rows, or lower "
+            "`eval_fraction`."
         )
     if not evaluation and recipe.eval_dataset:
-        raise UserError(f"eval_dataset: no evaluation row is left ({len(bad)} bad rows were skipped); give other rows.")
+        raise UserError(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
     if not evaluation and recipe.eval_fraction > 0:
         raise UserError(
             f"eval_fraction: {recipe.eval_fraction} of the prompts of {len(training)} rows came to none; raise it, give "

@@ -150,20 +150,22 @@ def footprints(
 def memory_table(
     recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig], plan: BatchPlan
 ) -> Table:
-    """GiB per GPU by model and ZeRO stage."""
-    own = zero_stage(recipe) if recipe.deepspeed else None
-    columns = [f"ZeRO {stage}{' *' if stage == own else ''}" for stage in range(4)]
-    title = f"GiB per GPU on {plan.world_size}, {'bfloat16' if recipe.bf16 else 'float32'}, activations apart"
-    table = make_table(title + ("" if own is None else " (* this recipe)"), "model", "parameters", *columns)
+    """Memory per GPU by model and ZeRO stage; the recipe's own stage is starred."""
     models = footprints(recipe, config, others)
     needs = [[state_bytes(model, stage, plan.world_size, recipe.bf16) for stage in range(4)] for model in models]
     if isinstance(recipe, PPORecipe) and recipe.ds3_gather_for_generation:
         policy = replace(models[0], name="whole policy, while it generates", trained=0)
         models.append(policy)
         needs.append([0, 0, 0, state_bytes(policy, 0, 1, recipe.bf16)])
+    own = zero_stage(recipe) if recipe.deepspeed else None
+    columns = [f"ZeRO {stage}{' *' if stage == own else ''}" for stage in range(4)]
+    dtype = "bfloat16" if recipe.bf16 else "float32"
+    table = make_table(
+        f"Memory per GPU on {plan.world_size}, {dtype}, activations apart", "model", "parameters", *columns
+    )
     for model, sizes in zip(models, needs, strict=True):
-        table.add_row(model.name, f"{model.parameters:,}" + _share(model), *map(_gib, sizes))
-    table.add_row("all", "", *(_gib(sum(column)) for column in zip(*needs, strict=True)))
+        table.add_row(model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, sizes))
+    table.add_row("all", "", *(_shown(sum(column)) for column in zip(*needs, strict=True)))
     return table
 
 
@@ -171,22 +173,20 @@ def _share(model: Footprint) -> str:
     return f" ({model.trained:,} trained)" if 0 < model.trained < model.parameters else ""
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.3g}" if size else ""
+def _shown(size: float) -> str:
+    if size == 0:
+        return ""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def activations(recipe: StageRecipe, config: PretrainedConfig, plan: BatchPlan) -> str:
+    """The line below the table: what one micro-batch of the longest sequences adds."""
+    sequences = plan.micro_batch_size * (2 if isinstance(recipe, RewardRecipe) else 1)
     if isinstance(recipe, PPORecipe):
-        sequences, tokens = plan.micro_batch_size, recipe.max_prompt_length + recipe.response_length
+        tokens = recipe.max_prompt_length + recipe.response_length
     else:
         assert isinstance(recipe, TrainerRecipe)
-        sequences, tokens = plan.micro_batch_size * (2 if isinstance(recipe, RewardRecipe) else 1), recipe.max_length
-    size = activation_bytes(
-        config,
-        sequences,
-        tokens,
-        recipe.bf16,
-        recipe.gradient_checkpointing,
-        not isinstance(recipe, RewardRecipe),
-    )
-    return f"  activations: roughly {size / GIB:.2g} GiB more for {sequences} sequences of up to {tokens} tokens"
+        tokens = recipe.max_length
+    vocabulary = not isinstance(recipe, RewardRecipe)
+    size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, vocabulary)
+    return f"  activations: roughly {_shown(size)} more for {sequences} sequences of up to {tokens} tokens"

@@ -112,33 +112,47 @@ def new_scorer(path: str, recipe: StageRecipe) -> PreTrainedModel:
     return model
 
 
-def load_value_model(path: str, recipe: StageRecipe) -> tuple[PreTrainedModel, set[str]]:
-    """A model with one value per token, on the weights of a reward model, a value model or a language model.
+def value_head_renaming(config: PretrainedConfig) -> dict[str, str] | None:
+    """How weights of a reward model of this configuration are named in the token classifier that makes a value model.
 
-    Returns:
-        the model, and what its head lacks ("weight", "bias"), which the caller has to initialise.
+    None when no name changes. Call it outside `sharded_load`, under which even a skeleton would be sharded.
 
     Raises:
         UserError: transformers has no token classifier of this architecture.
     """
-    config = AutoConfig.from_pretrained(path, num_labels=1, trust_remote_code=recipe.trust_remote_code)
-    scored = "ForSequenceClassification" in (config.architectures or [""])[0]
+    config.num_labels = 1
     try:
         with torch.device("meta"):
-            source = score_head(AutoModelForSequenceClassification.from_config(config))[0] if scored else ""
+            source = score_head(AutoModelForSequenceClassification.from_config(config))[0]
             target = score_head(AutoModelForTokenClassification.from_config(config))[0]
     except ValueError as error:
         raise UserError(
-            f"value_model_path: transformers has no token classifier for {config.model_type} ({path}), "
-            "which a value model needs; name a model of another architecture."
+            f"value_model_path: transformers has no token classifier of type {config.model_type}, which a value model "
+            "needs; name a model of another architecture."
         ) from error
-    renamed = {f"^{source}": target} if scored and source != target else None
+    return {f"^{source}": target} if source != target else None
+
+
+def load_value_model(
+    path: str, recipe: StageRecipe, renaming: dict[str, str] | None
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model with one value per token, on the weights of a reward model, a value model or a language model.
+
+    Returns:
+        the model, and what its head lacks ("weight", "bias"), which the caller has to initialise.
+    """
     model, report = _load(
-        AutoModelForTokenClassification, path, recipe, torch.float32,
-        num_labels=1, key_mapping=renamed, output_loading_info=True,
-    )  # fmt: skip
+        AutoModelForTokenClassification,
+        path,
+        recipe,
+        torch.float32,
+        num_labels=1,
+        key_mapping=renaming,
+        output_loading_info=True,
+    )
     disable_dropout(model)
-    return model, {name.removeprefix(f"{target}.") for name in report["missing_keys"] if name.startswith(target)}
+    head = score_head(model)[0]
+    return model, {name.removeprefix(f"{head}.") for name in report["missing_keys"] if name.startswith(head)}
 
 
 def disable_dropout(model: nn.Module) -> None:

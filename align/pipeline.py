@@ -23,6 +23,7 @@ from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, stage_
 from align.strict import nearest
 from align.tables import cell, make_console, make_table
 
+GRACE = 10.0  # seconds that a process has after SIGTERM
 PIPELINE = "ALIGN_PIPELINE"  # set in the stages started here, which end when this process is gone
 
 
@@ -189,8 +190,8 @@ def _run_process(words: list[str]) -> int:
 
 
 def _end_group(process: subprocess.Popen[bytes], patience: float) -> None:
-    """End what is left of a process group: wait `patience` seconds, then SIGTERM, and SIGKILL 10 seconds later."""
-    for signum, seconds in ((0, patience), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
+    """End what is left of a process group: wait `patience` seconds, then SIGTERM, and at last SIGKILL."""
+    for signum, seconds in ((0, patience), (signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signum)
             deadline = time.monotonic() + seconds

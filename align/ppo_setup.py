@@ -12,7 +12,7 @@ from align.checkpoint import read_manifest, tokenizer_digest
 from align.config import PPORecipe, UserError
 from align.data import Turns, as_response
 from align.engine import Engine, frozen_engine, full_parameters, sharded_load, train_engine
-from align.models import is_encoder, load_config, load_policy, load_tokenizer, load_value_model
+from align.models import is_encoder, load_config, load_policy, load_tokenizer, load_value_model, value_head_renaming
 from align.recipes import BatchPlan, resolve_function
 from align.tokenization import encode_pair
 from align.world import World
@@ -29,6 +29,7 @@ class Inputs:
     reward_config: PretrainedConfig | None
     same_tokenizer: bool  # the reward model reads the policy's ids as they are
     value_path: str
+    value_renaming: dict[str, str] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
         reward_config=reward_config,
         same_tokenizer=same_tokenizer,
         value_path=value_path,
+        value_renaming=value_head_renaming(load_config(value_path, recipe, "value_model_path")),
     )
 
 
@@ -113,7 +115,7 @@ def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World
     with sharded_load(recipe):
         policy = load_policy(recipe.sft_model_path, recipe)
         reference = load_policy(recipe.sft_model_path, recipe, dtype)
-        value, missing = load_value_model(inputs.value_path, recipe)
+        value, missing = load_value_model(inputs.value_path, recipe, inputs.value_renaming)
     _start_value_head(value, missing)
     keep_head_float32(value)
     value_rate = recipe.value_learning_rate or recipe.learning_rate

@@ -107,7 +107,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
             card = CARD.format(
                 folder=recipe.output_dir,
                 base=recipe.model_name_or_path,
-                text="prompt, response" if inputs.encoder else "prompt + response + tokenizer.eos_token",
+                ids=ENCODER_IDS if inputs.encoder else DECODER_IDS,
                 pad=inputs.tokenizer.pad_token,
                 zero=f"answers of {inputs.answering}" if prompts else "chosen responses of the training rows",
             )
@@ -179,18 +179,21 @@ CARD = """# A reward model
 Trained from {base} by the `reward` stage of align: it scores a response to a prompt, higher is better.
 
 ```python
+import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-inputs = tokenizer({text}, return_tensors="pt")
-score = model(**inputs).logits[0, 0] - model.config.score_mean
+ids = {ids}
+score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
 ```
 
-`config.score_mean` is the mean logit of {zero}: after its subtraction these have a mean score of 0. Pad batches on the
-right with the tokenizer's own padding token, `{pad}`. It is not end-of-text, which is where the score is read.
+`config.score_mean` is the mean logit of {zero}: less that, their mean score is 0. Pad batches on the right, with an
+attention mask and the tokenizer's own padding token, `{pad}`: not end-of-text, where the score is read.
 """
-
+ENCODER_IDS = 'tokenizer(prompt, response)["input_ids"]'
+DECODER_IDS = """tokenizer(prompt)["input_ids"]
+ids += tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]"""
 if __name__ == "__main__":
     from align.__main__ import run_stage_cli
 

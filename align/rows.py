@@ -72,6 +72,10 @@ class BadRows:
     def __len__(self) -> int:
         return sum(map(len, self.by_reason.values()))
 
+    def summary(self) -> str:
+        """`reason: n; reason: m`."""
+        return "; ".join(f"{reason}: {len(rows)}" for reason, rows in self.by_reason.items()) or "none"
+
     def settle(self, on_bad_row: str) -> dict[str, dict[str, Any]]:
         """`{reason: {"count": n, "first": ["file:row", ...]}}`, at most five rows named per reason.
 

@@ -18,8 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from align.config import RewardRecipe, SFTRecipe, UserError
 from align.encoding import (
     encode_pair,
-    encode_prompt,
-    encode_response,
     pair_ids,
     prompt_ids,
     prompt_labels,
@@ -32,8 +30,6 @@ from align.rows import BadRow, BadRows, Demonstration, Preference, Prompt, Turns
 __all__ = [
     "PromptLoader",
     "encode_pair",
-    "encode_prompt",
-    "encode_response",
     "pad_to_batches",
     "tokenize_demonstrations",
     "tokenize_preferences",
@@ -207,6 +203,7 @@ def _check_length(size: int, limit: int, key: str, tokenizer: PreTrainedTokenize
 def _settle(bad: BadRows, on_bad_row: str, before: int, after: int) -> Report:
     report = bad.settle(on_bad_row)
     if before and not after:
-        reasons = "; ".join(f"{reason}: {entry['count']}" for reason, entry in report.items())
-        raise UserError(f"none of {before} rows can be used ({reasons}); give other rows, or change these limits.")
+        raise UserError(
+            f"none of {before} rows can be used ({bad.summary()}); give other rows, or change these limits."
+        )
     return report

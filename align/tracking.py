@@ -42,9 +42,10 @@ QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' bars too
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_LOGS": "-all",  # errors only
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
-NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "evaluate", "peft", "huggingface_hub", "torch")
+NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "evaluate", "peft", "huggingface_hub")
 
 
 def quiet() -> None:
@@ -148,7 +149,7 @@ class Tracker:
             self._wandb_row += 1
 
     def _start_wandb(self) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_SILENT", "true")  # nor does it ask for a key then
         import wandb
 
         remembered = self._folder / WANDB_RUN
@@ -157,12 +158,7 @@ class Tracker:
             run = json.loads(remembered.read_text(encoding="utf-8"))
         folder = self._folder.resolve()
         try:
-            mode: Any = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
-            # Asked first, because W&B would otherwise prompt for a key, in the middle of a silenced run.
-            if mode in ("online", "run", "shared") and not wandb.login(prompt=False, verify=False):
-                raise wandb.errors.UsageError("no account is configured")
             self._wandb = wandb.init(
-                mode=mode,
                 id=run["id"],
                 resume="allow",
                 project=self.recipe.project,

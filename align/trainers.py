@@ -140,6 +140,7 @@ def training_arguments(
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "deepspeed": deepspeed_config(recipe),
+        "ddp_find_unused_parameters": False,
         "use_cpu": world.device.type == "cpu",
         "dataloader_pin_memory": world.device.type != "cpu",
         "dataloader_num_workers": 0,

@@ -114,14 +114,14 @@ class TestRefused:
         with pytest.raises(UserError, match=r"none/train.jsonl: no such file"):
             load("none/train.jsonl")
 
-    def test_hub_id_that_cannot_be_fetched(self):
+    def test_hub_id_that_cannot_be_fetched(self, tmp_path):
         # In a process of its own: only there can the hub be switched off, so that it fails at once.
         code = (
             "from align.config import *\nfrom align.data import *\n"
             "recipe = SFTRecipe(output_dir='x', train_dataset=[DataSource(path='some/data', split='test')])\n"
             "try:\n    load_rows(recipe, Prompt)\nexcept UserError as error:\n    print(error)"
         )
-        environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "PATH": "/usr/bin:/bin"}
+        environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.startswith("some/data: neither a file nor a data set that could be fetched from the hub")
         assert "split test" in done.stdout
@@ -204,7 +204,10 @@ class TestBadRows:
     def test_skip_counts(self, path):
         rows = load(path, on_bad_row="skip")
         assert prompts(rows.train) == ["question 0", "question 1"]
-        assert rows.report["bad_rows"]["missing field `completion`"] == {"count": 2, "first": [f"{path}:4", f"{path}:7"]}
+        assert rows.report["bad_rows"]["missing field `completion`"] == {
+            "count": 2,
+            "first": [f"{path}:4", f"{path}:7"],
+        }
         assert sum(entry["count"] for entry in rows.report["bad_rows"].values()) == 6
         assert rows.report["sources"][0]["rows"] == 2
 
@@ -217,7 +220,7 @@ class TestBadRows:
     def test_nothing_left(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": ""}])
         good = write_jsonl(tmp_path / "b.jsonl", pairs(3))
-        with pytest.raises(UserError, match=r"train_dataset: no training row is left .*1 are bad rows"):
+        with pytest.raises(UserError, match=r"train_dataset: no training row is left: .*bad rows: empty response: 1\."):
             load(path, on_bad_row="skip")
         with pytest.raises(UserError, match=r"eval_dataset: no evaluation row is left"):
             load(good, on_bad_row="skip", eval_dataset=[DataSource(path=path)])
@@ -313,7 +316,9 @@ class TestSplit:
         assert held_out.isdisjoint(row.prompt for row in sft.train)
         assert {row.prompt[0]["content"].strip() for row in reward.evaluation} == held_out
         assert {row.prompt for row in ppo.evaluation if isinstance(row.prompt, str)} == held_out
-        assert {row.prompt[0]["content"].strip() for row in ppo.evaluation if not isinstance(row.prompt, str)} == held_out
+        assert {
+            row.prompt[0]["content"].strip() for row in ppo.evaluation if not isinstance(row.prompt, str)
+        } == held_out
 
     def test_dialogues_with_one_opening_are_on_one_side(self, tmp_path):
         rows = []
@@ -334,7 +339,9 @@ class TestSplit:
 
     def test_train_rows_with_an_evaluation_prompt_are_dropped(self, tmp_path):
         train = write_jsonl(tmp_path / "a.jsonl", pairs(10) + pairs(2))
-        evaluation = write_jsonl(tmp_path / "b.jsonl", [{"prompt": f"question {i} ", "completion": "x"} for i in (1, 3, 99)])
+        evaluation = write_jsonl(
+            tmp_path / "b.jsonl", [{"prompt": f"question {i} ", "completion": "x"} for i in (1, 3, 99)]
+        )
         rows = load(train, eval_dataset=[DataSource(path=evaluation)])
         assert prompts(rows.train) == [f"question {i}" for i in (0, 2, 4, 5, 6, 7, 8, 9, 0)]
         assert prompts(rows.evaluation) == ["question 1 ", "question 3 ", "question 99 "]
@@ -364,9 +371,9 @@ class TestSplit:
         path = write_jsonl(tmp_path / "a.jsonl", pairs(4))
         with pytest.raises(UserError, match=r"eval_fraction: 1e-06 of the prompts of 4 rows came to none; raise it"):
             load(path, eval_fraction=1e-6)
-        with pytest.raises(UserError, match=r"no training row is left \(4 are for evaluation"):
+        with pytest.raises(UserError, match=r"no training row is left: 4 are for evaluation"):
             load(path, eval_fraction=1 - 1e-9)
-        with pytest.raises(UserError, match=r"no training row is left .*4 were dropped"):
+        with pytest.raises(UserError, match=r"no training row is left: .*4 were dropped"):
             load(path, eval_dataset=[DataSource(path=path)])
         assert load(path, eval_fraction=0.0).evaluation == []
 
@@ -418,7 +425,8 @@ class TestRealData:
         assert sum(equal) / len(equal) > 0.98
 
     @pytest.mark.parametrize(
-        ("name", "rows", "bad"), [("instruct-1100/train", 882, {}), ("sgd-dialogues/dialogues", 17193, {"empty response": 2})]
+        ("name", "rows", "bad"),
+        [("instruct-1100/train", 882, {}), ("sgd-dialogues/dialogues", 17193, {"empty response": 2})],
     )
     def test_demonstrations(self, name, rows, bad):
         loaded = load(str(SHARED / f"{name}.jsonl.gz"), on_bad_row="skip", eval_fraction=0.1)

@@ -98,7 +98,12 @@ def test_demonstration_from_every_format(
     [
         ({"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}, "2+2?", " 4", " 5"),
         # Strings for a message prompt, as in topical-chat-ratings.
-        ({"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"}, [user("2+2?")], [assistant("4")], [assistant("5")]),
+        (
+            {"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"},
+            [user("2+2?")],
+            [assistant("4")],
+            [assistant("5")],
+        ),
         # One-message lists, as in hh-helpful.
         (
             {"prompt": HH_PROMPT, "chosen": [assistant("4")], "rejected": [assistant("5")]},

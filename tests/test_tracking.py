@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -162,11 +163,24 @@ def environment(tmp_path: Path, **more: str) -> dict[str, str]:
     return {**kept, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "OMP_NUM_THREADS": "1", **more}
 
 
-def run_python(
-    code: str, *arguments: str, env: dict[str, str], stdin: int = subprocess.DEVNULL
-) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, stdin=stdin, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def run_on_terminal(code: str, *arguments: str, env: dict[str, str]) -> tuple[int, str, str]:
+    """Run with stdin and stderr on a terminal of 120 columns; returns exit code, stdout and what the terminal showed."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", code, *arguments]
+    env = {**env, "TERM": "xterm", "COLUMNS": "120"}
+    done = subprocess.run(command, env=env, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
+        while piece := os.read(ours, 65536):
+            shown += piece
+    os.close(ours)
+    return done.returncode, done.stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
 
 
 def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> None:
@@ -219,12 +233,10 @@ def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> Non
 
 
 def test_wandb_without_an_account_is_the_users_to_mend(tmp_path: Path) -> None:
-    ours, theirs = pty.openpty()  # on a terminal W&B would ask, and wait
-    done = run_python(WANDB_RUN, str(tmp_path / "ppo"), "0", env=environment(tmp_path), stdin=theirs)
-    os.close(ours)
-    os.close(theirs)
-    assert done.returncode == 1
-    message = done.stderr.splitlines()[-1]
+    # On a terminal W&B would ask for a key, and wait.
+    code, _, shown = run_on_terminal(WANDB_RUN, str(tmp_path / "ppo"), "0", env=environment(tmp_path))
+    assert code == 1
+    message = shown.splitlines()[-1]
     assert message.startswith("align.config.UserError: report_to: ")
     assert "WANDB_MODE=offline" in message
     assert "wandb login" in message
@@ -305,19 +317,8 @@ with Tracker(PPORecipe(output_dir={str(tmp_path)!r}, sft_model_path="sft"), "ppo
     print("result")
     tracker.progress(4, score=2.5)
 """
-    ours, theirs = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=theirs, text=True)
-    os.close(theirs)
-    shown = b""
-    try:
-        while piece := os.read(ours, 65536):
-            shown += piece
-    except OSError:  # Linux says so when the other end is closed
-        pass
-    os.close(ours)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert (done.returncode, done.stdout) == (0, "result\n")  # stdout is a pipe here, and stays clean
+    returncode, stdout, text = run_on_terminal(code, env=environment(tmp_path))
+    assert (returncode, stdout) == (0, "result\n")  # stdout is a pipe here, and stays clean
     assert "[a]word" in text
     last = re.split(r"[\r\n]+", text.strip())[-1]
     assert re.fullmatch(r"ppo ━+ +4/4 0:00:0\d 0:00:00 left score 2.5 *", last)
