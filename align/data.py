@@ -227,11 +227,8 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
 
 def _read_json(file: str) -> Iterator[tuple[str, Any]]:
     """JSON lines or one JSON list. Not by `datasets`: Arrow wants one type per column, and refuses the file for a row."""
-    with (
-        gzip.open(file, "rt", encoding="utf-8-sig")
-        if file.endswith(".gz")
-        else open(file, encoding="utf-8-sig") as lines
-    ):
+    open_text = gzip.open if file.endswith(".gz") else open
+    with open_text(file, "rt", encoding="utf-8-sig") as lines:
         first = next((line for line in lines if line.strip()), "")
         lines.seek(0)
         if first.lstrip().startswith("["):

@@ -115,14 +115,14 @@ def _pair(values: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
 def _common_size(chosen: Turns, rejected: Turns) -> int:
     """Length of the implicit prompt: the turns that lead both dialogues, or the words that lead both texts."""
     text = isinstance(chosen, str)
-    most = min(len(chosen), len(rejected)) - (0 if text else 1)
+    most = min(len(chosen), len(rejected))
     size = next((index for index in range(most) if chosen[index] != rejected[index]), most)
     if (
         text
     ):  # back to the last space, which goes to the responses, so that no word is split between prompt and response
         last_word = re.search(r"\s+\S*\Z", str(chosen[:size]))
         size = last_word.start() if last_word else 0
-    if size <= 0:
+    if size == 0:
         raise BadRow("`chosen` and `rejected` have no common prompt")
     return size
 

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +56,16 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
             print(f"{step.name}: finished already, in {step.recipe.output_dir}", flush=True)
             continue
         words = command(step)
-        how = f"deepspeed with {step.processes} processes" if "--module" in words else "one process"
+        launched = "--module" in words
+        how = f"deepspeed with {step.processes} process{'es' * (step.processes > 1)}" if launched else "one process"
         print(f"{step.name}: {step.stage}, {how}, into {step.recipe.output_dir}", flush=True)
         began = time.monotonic()
-        code = _run_process(words)
+        code = _run_process(words, _quiet_launcher() if launched else {})
         if code:
+            metrics = Path(step.recipe.output_dir) / "metrics.jsonl"
             raise UserError(
-                f"{step.path}: the {step.stage} stage {_ending(code)} after {time.monotonic() - began:.0f} s; what it "
-                f"measured is in {Path(step.recipe.output_dir) / 'metrics.jsonl'}. The same command continues from there."
+                f"{step.path}: the {step.stage} stage {_ending(code)} after {time.monotonic() - began:.0f} s"
+                f"{f'; what it measured is in {metrics}' if metrics.exists() else ''}. The same command continues from there."
             )
         print(f"{step.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
     console = make_console()
@@ -177,9 +179,17 @@ def _terminated(signum: int, frame: Any) -> None:
     raise SystemExit(128 + signum)
 
 
-def _run_process(words: list[str]) -> int:
+def _quiet_launcher() -> dict[str, str]:
+    """Environment in which DeepSpeed does not warn, process by process, that it found nothing but a CPU."""
+    import torch
+
+    return {} if torch.accelerator.is_available() else {"DS_ACCELERATOR": "cpu"}
+
+
+def _run_process(words: list[str], environment: Mapping[str, str]) -> int:
     """Run a command in a process group of its own, none of which outlives this call; returns its exit code."""
-    process = subprocess.Popen(words, env={**os.environ, PIPELINE: str(os.getpid())}, start_new_session=True)
+    environment = {**os.environ, PIPELINE: str(os.getpid()), **environment}
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
     ended = False
     try:
         code = process.wait()
@@ -211,13 +221,15 @@ def _ending(code: int) -> str:
 
 
 def closing_tables(manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[Table]:
-    """Before and after by stage from `results["table"]`, and three example responses from `results["samples"]`."""
+    """Before and after by stage from `results["table"]`, and three of each stage's `results["samples"]`."""
     measures = make_table("Before and after", "stage", "measure", "before", "after")
-    examples = make_table("Responses", "prompt", "SFT", "PPO", "score SFT", "score PPO")
+    examples = []
     for name, manifest in manifests:
         results = manifest.get("results", {})
         for measure, before, after in results.get("table", []):
             measures.add_row(name, cell(measure), cell(before), cell(after))
-        for sample in results.get("samples", [])[:3]:
-            examples.add_row(*(cell(sample.get(key)) for key in ("prompt", "sft", "ppo", "score_sft", "score_ppo")))
-    return [table for table in (measures, examples) if table.row_count]
+        if samples := results.get("samples"):
+            examples.append(make_table(f"Responses ({name})", *samples[0]))
+            for sample in samples[:3]:
+                examples[-1].add_row(*map(cell, sample.values()))
+    return [*([measures] if measures.row_count else []), *examples]

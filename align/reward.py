@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig, RewardTrainer
 
 from align.checkpoint import open_stage, write_json
-from align.config import RewardRecipe
+from align.config import RewardRecipe, UserError
 from align.data import Preference, load_rows
 from align.engine import connect, disconnect
 from align.models import new_scorer
@@ -35,6 +36,7 @@ from align.reward_evaluation import (
     sample_answers,
     score_check,
     set_zero,
+    true_margins,
 )
 from align.reward_setup import check_inputs, zero_prompts
 from align.tokenization import pad_to_batches, tokenize_preferences
@@ -70,13 +72,14 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
     rows = load_rows(recipe, Preference)
     skipped = {}
     train_rows, skipped["train"] = tokenize_preferences(rows.train, inputs.tokenizer, recipe, inputs.encoder)
-    check_lengths([*train_rows["chosen_ids"], *train_rows["rejected_ids"]], inputs.config)
-    eval_rows = None
+    check_lengths(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
+    eval_rows = truth = None
     if rows.evaluation:
         eval_rows, skipped["evaluation"] = tokenize_preferences(
             rows.evaluation, inputs.tokenizer, recipe, inputs.encoder
         )
-        check_lengths([*eval_rows["chosen_ids"], *eval_rows["rejected_ids"]], inputs.config)
+        check_lengths(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
+        truth = true_margins(inputs, rows.evaluation, eval_rows)
     prompts = zero_prompts(recipe, inputs, rows.train)
     padded = pad_to_batches(train_rows, plan.batch_size)
     steps = total_steps(recipe, len(padded), plan)
@@ -91,7 +94,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
         reward = load_scorer(recipe, world)
         results: dict[str, Any] = {"steps": steps, "table": []}
         if eval_rows is not None:
-            results |= judge_pairs(reward, world, inputs, rows.evaluation, eval_rows)
+            results |= judge_pairs(reward, world, eval_rows, truth)
             tracker.log(
                 steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
             )
@@ -122,7 +125,10 @@ def write_scorer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folde
     model = new_scorer(recipe.model_name_or_path, recipe)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.score_mean = 0.0
-    init_head(model, recipe.seed)
+    try:
+        init_head(model, recipe.seed)
+    except ValueError as error:
+        raise UserError(f"model_name_or_path: {error}") from error
     model.save_pretrained(folder)
 
 

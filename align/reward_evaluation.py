@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
 from align.checkpoint import tokenizer_digest
-from align.config import RewardRecipe
-from align.data import Preference, Prompt, Turns, as_response, render_text
+from align.config import RewardRecipe, UserError
+from align.data import Preference, Prompt, Turns, render_text
 from align.engine import frozen_engine, sharded_load
 from align.evaluation import preference_accuracy
 from align.models import load_policy
@@ -63,10 +63,12 @@ def score_ids(reward: ModelReward, world: World, ids: Sequence[list[int]]) -> Te
     return world.gather(reward.score(batch).to(world.device))[: len(ids)].cpu()
 
 
-def judge_pairs(
-    reward: ModelReward, world: World, inputs: Inputs, rows: Sequence[Preference], ids: Dataset
-) -> dict[str, float]:
-    """Loss and accuracy on held-out pairs; with a known truth also its accuracy, the ceiling, and agreement with it."""
+def judge_pairs(reward: ModelReward, world: World, ids: Dataset, truth: Tensor | None) -> dict[str, float]:
+    """Loss and accuracy on held-out pairs; with a known truth also its accuracy, the ceiling, and agreement with it.
+
+    Args:
+        truth: true score of the chosen response less that of the rejected, [B]; negative where the annotator erred.
+    """
     chosen, rejected = (score_ids(reward, world, list(ids[name])) for name in ("chosen_ids", "rejected_ids"))
     measured = preference_accuracy(chosen.tolist(), rejected.tolist())
     results = {
@@ -74,15 +76,13 @@ def judge_pairs(
         "eval_accuracy": measured["accuracy"],
         "eval_accuracy_low": measured["low"],
         "eval_accuracy_high": measured["high"],
-        "eval_pairs": len(chosen),
+        "pairs": len(chosen),
     }
-    if inputs.truth is not None:
-        kept = kept_rows(rows, ids, inputs)
-        true_chosen, true_rejected = (true_scores(inputs, kept, name) for name in ("chosen", "rejected"))
-        sign = (true_chosen - true_rejected).sign()  # -1 where the annotator erred
-        agreement = preference_accuracy((sign * chosen)[sign != 0].tolist(), (sign * rejected)[sign != 0].tolist())
-        results["eval_ceiling"] = preference_accuracy(true_chosen.tolist(), true_rejected.tolist())["accuracy"]
-        results["eval_agreement"] = agreement["accuracy"]
+    if truth is not None:
+        sign, decided = truth.sign(), truth != 0
+        results["eval_ceiling"] = preference_accuracy(truth.tolist(), [0.0] * len(truth))["accuracy"]
+        agreement = preference_accuracy((sign * chosen)[decided].tolist(), (sign * rejected)[decided].tolist())
+        results["agreement"] = agreement["accuracy"]
     return results
 
 
@@ -103,17 +103,28 @@ def kept_rows(rows: Sequence[Preference], ids: Dataset, inputs: Inputs) -> list[
     ]
 
 
-def true_scores(inputs: Inputs, rows: Sequence[Preference], name: str) -> Tensor:
-    """What the known truth gives the chosen or the rejected responses, [B] float32."""
-    assert inputs.truth is not None
-    responses: list[Turns] = [getattr(row, name) for row in rows]
-    texts = [render_text(response) for response in responses]
-    columns = {
-        key: [row.extra.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row.extra)
-    }
-    ids = inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    batch = Responses([row.prompt for row in rows], texts, responses, [[] for _ in rows], ids, columns)
-    return inputs.truth.score(batch)[0]
+def true_margins(inputs: Inputs, rows: Sequence[Preference], ids: Dataset) -> Tensor | None:
+    """By how much the known truth prefers each chosen response, [B] float32; None where no truth is known.
+
+    Raises:
+        UserError: a reward function failed.
+    """
+    if inputs.truth is None:
+        return None
+    kept = kept_rows(rows, ids, inputs)
+    names = dict.fromkeys(name for row in kept for name in row.extra)
+    columns = {name: [row.extra.get(name) for row in kept] for name in names}
+    scores = []
+    for side in ("chosen", "rejected"):
+        responses: list[Turns] = [getattr(row, side) for row in kept]
+        texts = [render_text(response) for response in responses]
+        token_ids = inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        batch = Responses([row.prompt for row in kept], texts, responses, [[] for _ in kept], token_ids, columns)
+        try:
+            scores.append(inputs.truth.score(batch)[0])
+        except ValueError as error:
+            raise UserError(f"eval_reward_funcs: {error}") from error
+    return scores[0] - scores[1]
 
 
 def closing_table(before: float, results: dict[str, Any]) -> list[list[Any]]:
@@ -121,7 +132,7 @@ def closing_table(before: float, results: dict[str, Any]) -> list[list[Any]]:
     table: list[list[Any]] = [["held-out pair accuracy", before, results["eval_accuracy"]]]
     if "eval_ceiling" in results:
         table.append(["accuracy ceiling (annotator noise)", None, results["eval_ceiling"]])
-        table.append(["agreement with the true preference", None, results["eval_agreement"]])
+        table.append(["agreement with the true preference", None, results["agreement"]])
     return table
 
 
@@ -151,14 +162,15 @@ def sample_answers(
         return [prompt_ids + answer for (_, prompt_ids), answer in zip(prompts, answers, strict=True)]
     texts = inputs.answering_tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [
-        encode_pair(inputs.tokenizer, prompt.prompt, as_response(prompt.prompt, text), inputs.encoder)
+        encode_pair(inputs.tokenizer, prompt.prompt, text, inputs.encoder)
         for (prompt, _), text in zip(prompts, texts, strict=True)
     ]
 
 
 def demonstrations(recipe: RewardRecipe, rows: Dataset) -> list[list[int]]:
     """Chosen responses instead of answers, where no model is there to answer: ids of prompt and response."""
-    return random.Random(recipe.seed).sample(list(rows["chosen_ids"]), min(recipe.normalize_prompts, len(rows)))
+    some = random.Random(recipe.seed).sample(range(len(rows)), min(recipe.normalize_prompts, len(rows)))
+    return [rows[index]["chosen_ids"] for index in some]
 
 
 def set_zero(reward: ModelReward, world: World, answers: Sequence[list[int]]) -> tuple[float, float]:
@@ -171,6 +183,7 @@ def set_zero(reward: ModelReward, world: World, answers: Sequence[list[int]]) ->
 
 def score_check(reward: ModelReward, world: World, rows: Dataset) -> dict[str, list[Any]]:
     """A few short sequences and their scores, by which a later stage can see that it reads the model as this one did."""
-    pairs = sorted(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True), key=lambda pair: sum(map(len, pair)))
+    some = rows.select(range(min(len(rows), 100)))
+    pairs = sorted(zip(some["chosen_ids"], some["rejected_ids"], strict=True), key=lambda pair: sum(map(len, pair)))
     ids = [list(sequence) for pair in pairs[:CHECKED_PAIRS] for sequence in pair]
     return {"ids": ids, "scores": score_ids(reward, world, ids).tolist()}

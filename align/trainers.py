@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, key: str) -> 
         )
 
 
-def check_lengths(ids: Sequence[Sequence[int]], config: PretrainedConfig) -> None:
+def check_lengths(ids: Iterable[Sequence[int]], config: PretrainedConfig) -> None:
     """See that the model has a position for every token of the rows.
 
     Raises:
@@ -202,6 +202,7 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
 
     accuracy: str  # TRL's name for it
     sums: Tensor
+    _total_train_tokens: int
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
@@ -216,6 +217,9 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _run_epoch(self, **kwargs: Any) -> None:
+        # A resumed TRL trainer counts tokens from 0 again.
+        counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+        self._total_train_tokens = max([self._total_train_tokens, *counts])
         # Resumed from the checkpoint of its last step in the middle of an epoch, Trainer would take one step more.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)

@@ -64,11 +64,20 @@ class TestFiles:
 
     def test_csv_cells_stay_text(self, tmp_path):
         path = tmp_path / "a.csv"
-        path.write_text('question,completion,score\n12,007,1\n"a, b\nc",None,2\n')
+        path.write_text("question,completion,score\n12,007,1\n13,None,2\n")
         rows = load(DataSource(path=str(path), columns={"prompt": "question"})).train
         assert [(row.prompt, row.completion, row.extra, row.where) for row in rows] == [
             ("12", "007", {"score": 1}, f"{path}:1"),
-            ("a, b\nc", "None", {"score": 2}, f"{path}:2"),
+            ("13", "None", {"score": 2}, f"{path}:2"),
+        ]
+
+    def test_csv_cells_may_hold_commas_and_line_breaks(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text('prompt,completion\n"a, b\nc",1\nd,2\n')
+        rows = load(str(path)).train
+        assert [(row.prompt, row.completion, row.where) for row in rows] == [
+            ("a, b\nc", "1", f"{path}:1"),
+            ("d", "2", f"{path}:2"),
         ]
 
     def test_parquet_and_no_stale_copy(self, tmp_path):
@@ -80,13 +89,25 @@ class TestFiles:
         assert prompts(load(str(path)).train) == ["q"]
 
     def test_glob_in_order_of_name(self, tmp_path):
-        for name in ("b", "a"):
+        for name in "badcfe":
             write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "c"}])
-        assert prompts(load(str(tmp_path / "*.jsonl")).train) == ["a", "b"]
+        assert prompts(load(str(tmp_path / "*.jsonl")).train) == list("abcdef")
 
     def test_rows_of_one_file_may_differ_in_kind(self, tmp_path):
         mixed = [*pairs(1), {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]}]
         assert len(load(write_jsonl(tmp_path / "a.jsonl", mixed)).train) == 2
+
+    def test_hub_id(self, monkeypatch):
+        def hub(path: str, name: str | None, split: str) -> Dataset:
+            assert (path, name, split) == ("some/data", "small", "test")
+            return Dataset.from_list(pairs(2))
+
+        monkeypatch.setattr("datasets.load_dataset", hub)
+        rows = load(DataSource(path="some/data", name="small", split="test")).train
+        assert [(row.prompt, row.where) for row in rows] == [
+            ("question 0", "some/data:test:1"),
+            ("question 1", "some/data:test:2"),
+        ]
 
     def test_generator(self, tmp_path, monkeypatch):
         (tmp_path / "rows_for_test_data.py").write_text(

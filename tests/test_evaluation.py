@@ -40,6 +40,12 @@ def test_wilson_interval_narrows_with_z_and_n() -> None:
     assert high - low == pytest.approx(2 * 0.0098, abs=1e-4)
 
 
+def test_wilson_interval_stays_within_0_and_1() -> None:
+    for n in range(1, 200):  # rounding would carry some of these beyond
+        assert wilson_interval(0, n)[0] >= 0.0
+        assert wilson_interval(n, n)[1] <= 1.0
+
+
 @pytest.mark.parametrize(("successes", "n"), [(-1, 10), (11, 10)])
 def test_wilson_interval_refuses_impossible_counts(successes: float, n: int) -> None:
     with pytest.raises(ValueError, match="0 to n = 10"):

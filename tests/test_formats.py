@@ -143,6 +143,7 @@ def test_preference_from_every_format(values: dict[str, Any], prompt: Any, chose
 
 
 ORDER = "messages do not alternate between user and assistant"
+LATER = "`chosen` or `rejected` has more than one turn after the prompt"
 NO_COMMON = "`chosen` and `rejected` have no common prompt"
 
 
@@ -178,6 +179,7 @@ NO_COMMON = "`chosen` and `rejected` have no common prompt"
         (Demonstration, {"messages": [user(" "), assistant("b")]}, "empty turn"),
         (Preference, {"prompt": "a", "chosen": "b", "rejected": ""}, "empty response"),
         (Preference, {"chosen": HH.format("4"), "rejected": HH.format("")}, "empty response"),
+        (Preference, {"chosen": HH.format("4"), "rejected": "\n\nHuman: Hi\n\nAssistant: Hello."}, LATER),
         (Preference, {"prompt": "a", "chosen": "b", "rejected": "b "}, "`chosen` equals `rejected`"),
         (Preference, {"chosen": HH.format("4"), "rejected": HH.format("4")}, "`chosen` equals `rejected`"),
         (Demonstration, {"messages": [user("a"), user("b"), assistant("c")]}, ORDER),
@@ -201,7 +203,7 @@ NO_COMMON = "`chosen` and `rejected` have no common prompt"
         (
             Preference,
             {"chosen": HH.format("4"), "rejected": "\n\nHuman: Hi\n\nAssistant: Go away."},
-            "`chosen` or `rejected` has more than one turn after the prompt",
+            LATER,
         ),
     ],
 )

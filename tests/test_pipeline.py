@@ -42,7 +42,7 @@ if Path(f"hang_{stage}").exists():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     child.wait()
 table = [["loss", 2.0, 1.23456], ["held-out rows", None, 7]]
-samples = [{"prompt": f"p{i}", "sft": "[b]s", "ppo": "r", "score_sft": 0.5, "score_ppo": 1.5} for i in range(5)]
+samples = [{"prompt": f"p{i}", "SFT": "[b]s", "PPO": "r", "score": 0.5} for i in range(5)]
 results = {"table": table, **({"samples": samples} if stage == "ppo" else {})}
 finish_stage(recipe, stage, stage_inputs(recipe), Tokenizer(), {}, results)
 """
@@ -116,7 +116,7 @@ def test_what_fails_is_said_and_the_same_command_goes_on(scripted, capfd):
         pipeline.run("r")
     message = str(error.value)
     assert message.startswith("r/2_reward.yaml: the reward stage failed with exit code 3 after ")
-    assert message.endswith("what it measured is in out/2/metrics.jsonl. The same command continues from there.")
+    assert message.endswith(" s. The same command continues from there.")
     assert calls() == ["1_sft.yaml", "2_reward.yaml"]
     Path("fail_reward").unlink()
     assert pipeline.run("r") == 0
@@ -125,7 +125,11 @@ def test_what_fails_is_said_and_the_same_command_goes_on(scripted, capfd):
 
 def test_a_killed_stage_is_named_so(scripted):
     Path("kill_sft").touch()
-    with pytest.raises(UserError, match="the sft stage was killed by SIGKILL after"):
+    Path("out/1").mkdir(parents=True)
+    Path("out/1/metrics.jsonl").touch()
+    with pytest.raises(
+        UserError, match=r"the sft stage was killed by SIGKILL after \d s; what it measured is in out/1/metrics\.jsonl"
+    ):
         pipeline.run("r")
 
 
@@ -277,7 +281,7 @@ def test_what_a_finished_stage_left_running_is_ended(tmp_path):
         "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(left.pid))"
     )
-    assert pipeline._run_process([sys.executable, "-c", parent]) == 0
+    assert pipeline._run_process([sys.executable, "-c", parent], {}) == 0
     left = int((tmp_path / "pid").read_text(encoding="utf-8"))
     wait_for(lambda: not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE, seconds=1)
 
@@ -298,7 +302,7 @@ def test_the_table_of_before_and_after(scripted, capfd):
     assert "1_sft.yaml loss 2 1.235" in lines
     assert "2_reward.yaml held-out rows 7" in lines
     samples = [line for line in lines if line.startswith("p")]
-    assert samples == ["prompt SFT PPO score SFT score PPO", *(f"p{i} [b]s r 0.5 1.5" for i in range(3))]
+    assert samples == ["prompt SFT PPO score", *(f"p{i} [b]s r 0.5" for i in range(3))]
 
 
 def test_stages_without_results_have_no_table():

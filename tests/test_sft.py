@@ -16,12 +16,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
-from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from align.checkpoint import MANIFEST, complete_checkpoints, read_manifest
 from align.config import DataSource, SFTRecipe, UserError
-from align.sft import run, train_tokenizer
+from align.sft import run
+from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 # Prompt and completion; a letter is a token. Lengths differ, so that means of means are wrong.
 ROWS = [
@@ -116,12 +116,14 @@ def test_cutting_the_batch_up_changes_nothing(tmp_path):
     """Four rows at once, two by two, one by one: lengths differ, so a mean of means would differ too."""
     weights = []
     for size in (4, 2, 1):
-        settings = recipe(tmp_path, per_device_train_batch_size=size, output_dir=str(tmp_path / f"out{size}"))
+        settings = recipe(
+            tmp_path, per_device_train_batch_size=size, adam_epsilon=1e-3, output_dir=str(tmp_path / f"out{size}")
+        )
         run(settings)
         weights.append(trained(settings))
     for other in weights[1:]:
         for name, weight in weights[0].items():
-            torch.testing.assert_close(other[name], weight, atol=2e-6, rtol=0)
+            torch.testing.assert_close(other[name], weight, atol=5e-6, rtol=0)
 
 
 def test_every_row_counts_once_an_epoch_though_padding_fills_the_last_batch(tmp_path):
@@ -245,7 +247,7 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
         tmp_path / "bert"
     )
     letter_tokenizer().save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match="model_name_or_path: .* is an encoder"):
+    with pytest.raises(UserError, match=r"model_name_or_path: .* is an encoder"):
         run(recipe(tmp_path, model_name_or_path=str(tmp_path / "bert"), output_dir=str(tmp_path / "b")))
 
     manifest = {
@@ -254,7 +256,7 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
     }
     save_tiny_policy(tmp_path / "base")
     (tmp_path / "base" / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="model_name_or_path: .* trained with another vocabulary than"):
+    with pytest.raises(UserError, match=r"model_name_or_path: .* trained with another vocabulary than"):
         run(recipe(tmp_path, output_dir=str(tmp_path / "c")))
 
 
@@ -288,22 +290,24 @@ def start(settings: SFTRecipe, folder: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "align.sft", str(path)], cwd=Path(__file__).parents[1])
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_goes_on_to_the_same_weights_to_the_bit(tmp_path, how):
+def test_a_run_killed_twice_ends_with_the_same_weights_to_the_bit(tmp_path):
     settings = recipe(
         tmp_path, eval_rows=[("ee", "f")], num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0
     )
-    process = start(settings, tmp_path)
-    while not complete_checkpoints(settings.output_dir) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(how)
-    assert process.wait() != 0
-    assert not (Path(settings.output_dir) / MANIFEST).exists()
+    folder = Path(settings.output_dir)
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        seen = [path.name for path in complete_checkpoints(folder)]
+        process = start(settings, tmp_path)
+        while [path.name for path in complete_checkpoints(folder)] == seen and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(how)
+        assert process.wait() != 0
+        assert not (folder / MANIFEST).exists()
     assert start(settings, tmp_path).wait() == 0
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"), save_steps=None)
     results = run(whole)
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
-    assert read_manifest(settings.output_dir)["results"] == results
+    assert read_manifest(folder)["results"] == results
     resumed, uninterrupted = (
         [{key: value for key, value in line.items() if key != "time"} for line in metrics(one)]
         for one in (settings, whole)

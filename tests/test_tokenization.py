@@ -199,6 +199,7 @@ class TestByHand:
         assert encode_prompt(tokenizer, "the cat") == [0, *words]
         assert encode_prompt(tokenizer, "") == [0]
         assert encode_response(tokenizer, "the cat", "the cat") == [*words, 0]
+        assert encode_prompt(tokenizer, "the cat<|end|>the cat") == [0, *words, 0, *words]  # an earlier text's end
 
     def test_messages_with_a_line_break_after_eos(self):
         tokenizer = chatml()

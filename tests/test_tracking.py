@@ -143,17 +143,19 @@ def history(records: list[Any]) -> list[dict[str, Any]]:
 
 
 WANDB_RUN = """
-import sys
-from align.config import PPORecipe
+import contextlib, sys
+from align.config import PPORecipe, UserError
 from align.tracking import Tracker
 folder, resume_step = sys.argv[1], int(sys.argv[2])
 recipe = PPORecipe(output_dir=folder, sft_model_path="sft", report_to="wandb", project="stories", seed=resume_step)
-with Tracker(recipe, "ppo", 4, resume_step) as tracker:
+tracker = Tracker(recipe, "ppo", 4, resume_step)
+with contextlib.suppress(ZeroDivisionError), tracker:
     for step in range(resume_step + 1, resume_step + 4):
         tracker.log(step, {"objective/score": step / 3, "objective/kl": 1e-7 * step})
         tracker.log(step, {"eval/score": step / 7, "eval/win_rate": float("nan") if step == 1 else 0.5})
     tracker.table(step, "samples", ["prompt", "response", "score"], [["a", "b", 1.5], ["c", "d", 2.5]])
     tracker.progress(step)
+    1 / resume_step
 """
 
 
@@ -218,6 +220,11 @@ def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> Non
     ]
     assert len(written) == 10
     assert numbers == written
+
+    kinds = [[record.WhichOneof("record_type") for record in records] for records in (first, second)]
+    assert not {"output", "output_raw"} & {*kinds[0], *kinds[1]}  # what we print is ours
+    exits = [records[kind.index("exit")].exit.exit_code for records, kind in zip((first, second), kinds, strict=True)]
+    assert exits == [1, 0]  # the first process ended by an error
 
     # Row numbers of the processes never meet, and every chart is drawn over our step.
     assert max(row["_step"] for row in history(first)) < min(row["_step"] for row in history(second))

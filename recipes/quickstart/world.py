@@ -87,7 +87,7 @@ def answer(question: Question, care: float, rng: random.Random) -> str:
     def careless(share: float = 1.0) -> bool:
         return rng.random() < (1 - care) * share
 
-    animal = rng.choice(list(ANIMALS)) if careless(0.08) else question.animal
+    animal = rng.choice(list(ANIMALS)) if careless(0.04) else question.animal
     said: list[str] = []
     for topic in question.topics:
         subject = "It" if said else f"The {animal}"
@@ -95,7 +95,7 @@ def answer(question: Question, care: float, rng: random.Random) -> str:
             said.append(TELL[topic].format(subject, ANIMALS[animal][topic]))
         elif rng.random() < 0.5:
             said.append(FORGET[topic])
-        elif rng.random() < 0.2:
+        elif rng.random() < 0.1:
             said.append(TELL[topic].format(subject, ANIMALS[rng.choice(list(ANIMALS))][topic]))
     if len(said) == 2 and careless(0.3):
         unasked = next(topic for topic in ASK if topic not in question.topics)
@@ -108,7 +108,7 @@ def answer(question: Question, care: float, rng: random.Random) -> str:
         said.insert(0, rng.choice(GREETINGS).format(question.visitor))
     elif rng.random() < 0.5:
         said.insert(0, NAMELESS_GREETING)
-    elif rng.random() < 0.2:
+    elif rng.random() < 0.1:
         said.insert(0, rng.choice(GREETINGS).format(rng.choice(VISITORS)))
     if not careless() or not said:
         said.append(rng.choice(FAREWELLS))
