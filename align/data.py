@@ -99,7 +99,10 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
     if recipe.max_eval_rows is not None:
         evaluation = _sample(evaluation, recipe.max_eval_rows, f"{recipe.seed} evaluation")
     report = {
-        "sources": [description for _, description in loaded],
+        "sources": [
+            {**description, "used_for": "training" if number < len(recipe.train_dataset) else "evaluation"}
+            for number, (_, description) in enumerate(loaded)
+        ],
         "train_rows": len(training),
         "evaluation_rows": len(evaluation),
         "train_rows_dropped_as_evaluated": dropped,

@@ -291,7 +291,8 @@ class DeepSpeedEngine(Engine):
             for name, buffer in self.module.named_buffers():
                 buffers[name].data = buffer.to(self.world.device).clone()
         copy.requires_grad_(False)
-        return copy.eval()
+        copy.eval()
+        return copy
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation steps and averages over ranks; our shares are to be added.

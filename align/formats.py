@@ -117,9 +117,8 @@ def _common_size(chosen: Turns, rejected: Turns) -> int:
     text = isinstance(chosen, str)
     most = min(len(chosen), len(rejected))
     size = next((index for index in range(most) if chosen[index] != rejected[index]), most)
-    if (
-        text
-    ):  # back to the last space, which goes to the responses, so that no word is split between prompt and response
+    if text:
+        # Back to the last space, which goes to the responses: no word is split between prompt and response.
         last_word = re.search(r"\s+\S*\Z", str(chosen[:size]))
         size = last_word.start() if last_word else 0
     if size == 0:

@@ -21,16 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
-from align.checkpoint import (
-    clear_partial,
-    complete_checkpoints,
-    finish_stage,
-    mark_complete,
-    new_folder,
-    open_stage,
-    read_manifest,
-    read_state,
-)
+from align.checkpoint import mark_complete, new_folder, open_stage, read_state
 from align.config import PPORecipe, UserError
 from align.data import Prompt, load_rows
 from align.engine import Engine, connect, disconnect
@@ -41,41 +32,46 @@ from align.maths.masked import masked_mean, masked_var, masked_whiten
 from align.models import response_logits, response_values
 from align.ppo_evaluation import SAMPLE_COLUMNS, Evaluation, response_kl, summary
 from align.ppo_setup import Models, check_inputs, functions, load_models
-from align.recipes import BatchPlan, batch_plan
+from align.recipes import BatchPlan, batch_plan, stage_inputs
 from align.rollout import Rollout, Sampler, chunks, collect, gather_rollout, generator
 from align.tokenization import PromptLoader, tokenize_prompts
 from align.tracking import Tracker, quiet
+from align.trainers import already_finished, finish, last_checkpoint, step_of
 from align.world import World
 
 
 def run(recipe: PPORecipe) -> dict[str, Any]:
     """Train a policy by PPO; returns the closing numbers, also in `stage.json`."""
     quiet()
-    sources = {key: getattr(recipe, key) for key in ("sft_model_path", "reward_model_path", "value_model_path")}
+    sources = stage_inputs(recipe)
     if open_stage(recipe, "ppo", sources):
-        return dict((read_manifest(recipe.output_dir) or {})["results"])
+        return already_finished(recipe)
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
     rows = load_rows(recipe, Prompt)
     prompts, skipped = tokenize_prompts(rows.train, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
-    held_out, _ = tokenize_prompts(rows.evaluation, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
+    held_out, skipped_held_out = tokenize_prompts(
+        rows.evaluation, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row
+    )
     loader = PromptLoader(len(prompts), recipe.seed)
     updates = recipe.total_episodes // recipe.rollout_batch_size
     rates = learning_rates(recipe, updates)
 
-    models = load_models(recipe, inputs, plan, world)
-    sampler = Sampler(
-        tokenizer=inputs.tokenizer,
-        temperature=recipe.temperature,
-        response_length=recipe.response_length,
-        batch_size=recipe.per_device_eval_batch_size,
-        seed=recipe.seed,
-        gather=recipe.ds3_gather_for_generation,
-    )
-    start, best = resume(recipe, models)
+    checkpoint = last_checkpoint(recipe, world)
+    start = step_of(checkpoint)
     with Tracker(recipe, "ppo", updates, resume_step=start) as tracker:
         tracker.say(plan.describe())
+        models = load_models(recipe, inputs, plan, world)
+        best = load_checkpoint(models, checkpoint)
+        sampler = Sampler(
+            tokenizer=inputs.tokenizer,
+            temperature=recipe.temperature,
+            response_length=recipe.response_length,
+            batch_size=recipe.per_device_eval_batch_size,
+            seed=recipe.seed,
+            gather=recipe.ds3_gather_for_generation,
+        )
         evaluation = None
         if held_out:
             truths = functions(recipe.eval_reward_funcs, "eval_reward_funcs")
@@ -112,7 +108,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             if recipe.save_steps and step % recipe.save_steps == 0 and not last:
                 save_checkpoint(recipe, world, models, step, best)
 
-        results: dict[str, Any] = {"updates": updates, "best": best}
+        results: dict[str, Any] = {"updates": updates, "best": best, "table": []}
         if evaluation is not None:
             measured, samples = evaluation.run()
             results |= {**measured, "table": evaluation.table(measured)}
@@ -120,7 +116,10 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
         save_policy(models.policy, inputs.tokenizer, world, Path(recipe.output_dir), whole_folder=False)
         save_policy(models.value, inputs.tokenizer, world, Path(recipe.output_dir) / "value")
         if world.is_main:
-            finish_stage(recipe, "ppo", sources, inputs.tokenizer, {**rows.report, **skipped}, results)
+            data = {**rows.report, "skipped": {"train": skipped, "evaluation": skipped_held_out}}
+            card = CARD.format(folder=recipe.output_dir, base=recipe.sft_model_path, kl_coef=recipe.kl_coef)
+            finish(recipe, sources, inputs.tokenizer, data, results, card)
+    world.barrier()
     disconnect()
     return results
 
@@ -289,17 +288,28 @@ def save_checkpoint(recipe: PPORecipe, world: World, models: Models, step: int, 
     world.barrier()
 
 
-def resume(recipe: PPORecipe, models: Models) -> tuple[int, dict[str, Any] | None]:
-    """Load the newest whole checkpoint, if there is one: the updates done, and the best evaluation so far."""
-    clear_partial(recipe.output_dir)
-    found = complete_checkpoints(recipe.output_dir)
-    if not found:
-        return 0, None
-    models.policy.load_checkpoint(found[-1] / "policy")
-    models.value.load_checkpoint(found[-1] / "value")
-    state = read_state(found[-1])
-    return state["step"], state["best"]
+def load_checkpoint(models: Models, checkpoint: Path | None) -> dict[str, Any] | None:
+    """Continue from a checkpoint, if there is one; returns the best evaluation before it."""
+    if checkpoint is None:
+        return None
+    models.policy.load_checkpoint(checkpoint / "policy")
+    models.value.load_checkpoint(checkpoint / "value")
+    best: dict[str, Any] | None = read_state(checkpoint)["best"]
+    return best
 
+
+CARD = """# Language model, trained by PPO
+
+From the SFT model {base}, with a KL penalty of {kl_coef} per nat against it. This folder holds the last policy, `best/`
+the one with the highest evaluation score, `value/` the value model.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+"""
 
 if __name__ == "__main__":
     from align.__main__ import run_stage_cli

@@ -272,6 +272,7 @@ def test_messages_are_rendered(world, capsys):
         ("1_sft", ["--train_batch_size", "5"], "train_batch_size: expected a multiple of the 2 processes, got 5"),
         ("1_sft", ["--output_dir", "r/demos.jsonl/x"], "output_dir: cannot write to r/demos.jsonl/x"),
         ("2_reward", ["--eval_reward_funcs", "truth_of_check:thruth"], "did you mean 'truth'?"),
+        ("3_ppo", ["--reward_model_path", "null", "--reward_funcs", "truth_of_check:thruth"], "did you mean 'truth'?"),
         ("3_ppo", ["--reward_model_path", "model"], "reward_model_path: model has no scalar head"),
     ],
 )  # fmt: skip

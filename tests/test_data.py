@@ -301,7 +301,13 @@ class TestSources:
         report = load(DataSource(path=path, weight=2.0), eval_fraction=0.2).report
         assert json.loads(json.dumps(report)) == report
         source = report["sources"][0]
-        assert (source["source"], source["rows"], source["weight"]) == (path, 50, 2.0)
+        assert (source["source"], source["rows"], source["weight"], source["used_for"]) == (path, 50, 2.0, "training")
+        other = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "other", "completion": "c"}])
+        both = load(path, eval_dataset=[DataSource(path=other)]).report["sources"]
+        assert [(source["source"], source["used_for"]) for source in both] == [
+            (path, "training"),
+            (other, "evaluation"),
+        ]
         assert report["train_rows"] + 2 * report["evaluation_rows"] == 100
 
 

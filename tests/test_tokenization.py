@@ -331,7 +331,7 @@ class TestBadRows:
         tokenizer.model_max_length = 10
         reason = "longer than 10 tokens (the tokenizer's model_max_length)"
         for result in (
-            tokenize_prompts([Prompt("p", "f:1"), Prompt("p" * 10, "f:2")], tokenizer, 100, "skip"),
+            tokenize_prompts([Prompt("p" * 9, "f:1"), Prompt("p" * 10, "f:2")], tokenizer, 100, "skip"),
             tokenize_demonstrations(
                 [Demonstration("p", "c", "f:1"), Demonstration("p", "c" * 10, "f:2")], tokenizer, sft(on_bad_row="skip")
             ),
