@@ -255,8 +255,10 @@ def _sample(recipe: StageRecipe, rows: Rows, start: Start) -> list[Text]:
         assert isinstance(recipe, PPORecipe)
         prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
         shown = {"prompt": (prompts[0][1], [False] * len(prompts[0][1]))}
-        room = range(recipe.response_length)
-        note, lengths = "the policy answers here, and its answer is trained", [[*ids, *room] for _, ids in prompts]
+        from align.ppo_setup import check_room
+
+        check_room([ids for _, ids in prompts], recipe, start.config)
+        note, lengths = "the policy answers here, and its answer is trained", [ids for _, ids in prompts]
     check_lengths(lengths, start.config)
     lines = [Text(f"  {name}: ", style="bold") + _marked(tokenizer, *tokens) for name, tokens in shown.items()]
     longest = f"at most {max(map(len, lengths))} tokens in the first {len(some)} rows"

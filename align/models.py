@@ -35,16 +35,19 @@ def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
     Raises:
         UserError: there is no model at `path`; `key` is the recipe key that named it.
     """
+    if _looks_local(path) and not (Path(path) / "config.json").is_file():
+        raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        hint = "run the stage that makes it first, or correct the path" if _looks_local(path) else "check the id"
-        raise UserError(f"{key}: no model at {path} ({hint}). {reason}") from error
+        raise UserError(f"{key}: no model at {path}; check the path or hub id. {reason}") from error
 
 
 def _looks_local(path: str) -> bool:
-    return Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/"))
+    """Whether `path` names a folder rather than a hub id, which has the form `name` or `owner/name`."""
+    parts = Path(path).parts
+    return len(parts) > 2 or Path(parts[0]).is_dir() or path.startswith((".", "/", "~"))
 
 
 def load_tokenizer(path: str, recipe: StageRecipe) -> PreTrainedTokenizerBase:

@@ -31,7 +31,7 @@ from align.maths.losses import policy_loss, token_entropy, token_logprobs, value
 from align.maths.masked import masked_mean, masked_var, masked_whiten
 from align.models import response_logits, response_values
 from align.ppo_evaluation import SAMPLE_COLUMNS, Evaluation, response_kl, summary
-from align.ppo_setup import Models, check_inputs, functions, load_models
+from align.ppo_setup import Models, check_inputs, check_room, functions, load_models
 from align.recipes import BatchPlan, batch_plan, stage_inputs
 from align.rollout import Rollout, Sampler, chunks, collect, gather_rollout, generator
 from align.tokenization import PromptLoader, tokenize_prompts
@@ -54,6 +54,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     held_out, skipped_held_out = tokenize_prompts(
         rows.evaluation, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row
     )
+    check_room([ids for _, ids in (*prompts, *held_out)], recipe, inputs.config)
     loader = PromptLoader(len(prompts), recipe.seed)
     updates = recipe.total_episodes // recipe.rollout_batch_size
     rates = learning_rates(recipe, updates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,7 @@ from reward_models.heads import keep_head_float32, load_reward_model, score_head
 class Inputs:
     """What is known before any weight is loaded."""
 
+    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     reward_tokenizer: PreTrainedTokenizerBase | None
     reward_config: PretrainedConfig | None
@@ -53,7 +55,8 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
     Raises:
         UserError: a stage is missing or unfinished, a head is missing, or tokenizers or templates disagree.
     """
-    if is_encoder(load_config(recipe.sft_model_path, recipe, "sft_model_path")):
+    config = load_config(recipe.sft_model_path, recipe, "sft_model_path")
+    if is_encoder(config):
         raise UserError(
             f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder."
         )
@@ -90,6 +93,7 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
         if theirs["vocabulary"] != mine["vocabulary"]:
             raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
     return Inputs(
+        config=config,
         tokenizer=tokenizer,
         reward_tokenizer=reward_tokenizer,
         reward_config=reward_config,
@@ -106,6 +110,22 @@ def _agree(theirs: dict[str, object], mine: dict[str, object], key: str, path: s
         raise UserError(
             f"{key}: {path} was made with another {' and '.join(differing)} than the policy; "
             "train it with the policy's tokenizer and chat template, or correct the path."
+        )
+
+
+def check_room(prompts: Sequence[Sequence[int]], recipe: PPORecipe, config: PretrainedConfig) -> None:
+    """See that the policy has a position for every token of the longest prompt and its response.
+
+    Raises:
+        UserError: it has not.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if limit is not None and longest + recipe.response_length > limit:
+        raise UserError(
+            f"response_length: the longest prompt has {longest} tokens, and with {recipe.response_length} more it is over "
+            f"the {limit} that the policy reads; lower response_length, or set max_prompt_length: "
+            f"{max(limit - recipe.response_length, 1)} with on_bad_row: skip to leave long prompts out."
         )
 
 

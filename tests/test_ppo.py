@@ -265,3 +265,9 @@ def test_what_an_endless_response_is_worth(tmp_path):
     assert missing_eos(penalty, scores, ended).tolist() == [3.0, 1.0]
     constant = load_recipe("ppo", make_recipe(tmp_path, missing_eos_penalty=None, missing_eos_score=-1.0))
     assert missing_eos(constant, scores, ended).tolist() == [3.0, -1.0]
+
+
+def test_a_response_for_which_the_policy_has_no_position(tmp_path):
+    recipe = make_recipe(tmp_path, response_length=254)
+    with pytest.raises(UserError, match=r"response_length: the longest prompt has 4 tokens.*max_prompt_length: 2 "):
+        run(load_recipe("ppo", recipe))
