@@ -11,7 +11,6 @@ so that whitening and minibatches are those of one process; only forward and bac
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from pathlib import Path
@@ -19,17 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import get_scheduler
 
-from align.checkpoint import mark_complete, new_folder, open_stage, read_state
+from align.checkpoint import open_stage
 from align.config import PPORecipe, UserError
 from align.data import Prompt, load_rows
-from align.engine import Engine, connect, disconnect
+from align.engine import connect, disconnect
 from align.maths.advantages import gae, token_rewards
 from align.maths.kl import k1
 from align.maths.losses import policy_loss, token_entropy, token_logprobs, value_loss
 from align.maths.masked import masked_mean, masked_var, masked_whiten
 from align.models import response_logits, response_values
+from align.ppo_checkpoint import load_checkpoint, save_checkpoint, save_policy
 from align.ppo_evaluation import SAMPLE_COLUMNS, Evaluation, response_kl, summary
 from align.ppo_setup import Models, check_inputs, check_room, functions, load_models
 from align.recipes import BatchPlan, batch_plan, stage_inputs
@@ -74,6 +74,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             gather=recipe.ds3_gather_for_generation,
         )
         evaluation = None
+        measured, samples = {}, []
         if held_out:
             truths = functions(recipe.eval_reward_funcs, "eval_reward_funcs")
             evaluation = Evaluation(world, sampler, models, held_out, truths, lambda s, e: missing_eos(recipe, s, e))
@@ -110,8 +111,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
                 save_checkpoint(recipe, world, models, step, best)
 
         results: dict[str, Any] = {"updates": updates, "best": best, "table": []}
-        if evaluation is not None:
-            measured, samples = evaluation.run()
+        if evaluation is not None:  # the last update has been evaluated
             results |= {**measured, "table": evaluation.table(measured)}
             results["samples"] = [dict(zip(SAMPLE_COLUMNS, row, strict=True)) for row in samples[:3]]
         save_policy(models.policy, inputs.tokenizer, world, Path(recipe.output_dir), whole_folder=False)
@@ -264,39 +264,6 @@ def train_on(
         [policy.loss.detach(), value.loss.detach(), policy.ratio, policy.clipped, policy.approx_kl, value.clipped,
          entropy, batch.mask.sum()]
     ).double()  # fmt: skip
-
-
-def save_policy(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, world: World, folder: Path, whole_folder: bool = True
-) -> None:
-    """Write a model and its tokenizer as a Hugging Face folder; a folder of its own appears at once or not at all."""
-    fresh = new_folder(folder) if whole_folder and world.is_main else contextlib.nullcontext(folder)
-    with fresh as target:
-        engine.save_pretrained(target)
-        if world.is_main:
-            tokenizer.save_pretrained(target)
-    world.barrier()
-
-
-def save_checkpoint(recipe: PPORecipe, world: World, models: Models, step: int, best: dict[str, Any] | None) -> None:
-    """Write all that a resume needs. Data order and sampling noise are functions of the step, so no generator is saved."""
-    folder = Path(recipe.output_dir) / f"checkpoint-{step}"
-    models.policy.save_checkpoint(folder / "policy")
-    models.value.save_checkpoint(folder / "value")
-    world.barrier()
-    if world.is_main:
-        mark_complete(folder, {"step": step, "best": best}, recipe.save_total_limit)
-    world.barrier()
-
-
-def load_checkpoint(models: Models, checkpoint: Path | None) -> dict[str, Any] | None:
-    """Continue from a checkpoint, if there is one; returns the best evaluation before it."""
-    if checkpoint is None:
-        return None
-    models.policy.load_checkpoint(checkpoint / "policy")
-    models.value.load_checkpoint(checkpoint / "value")
-    best: dict[str, Any] | None = read_state(checkpoint)["best"]
-    return best
 
 
 CARD = """# Language model, trained by PPO

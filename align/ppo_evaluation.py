@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.config import UserError
 from align.data import Prompt, render_text
 from align.engine import Engine
 from align.evaluation import win_rate
@@ -47,7 +48,10 @@ class Evaluation:
         )  # fmt: skip
         rollout = gather_rollout(mine, self.world, int(self.sampler.tokenizer.pad_token_id))
         rollout = rollout.rows(torch.arange(count, device=self.world.device))
-        return rollout, {truth.name: truth.score(self._responses(rollout)) for truth in self.truths}
+        try:
+            return rollout, {truth.name: truth.score(self._responses(rollout)) for truth in self.truths}
+        except ValueError as error:  # the message names the function and the row
+            raise UserError(f"eval_reward_funcs: {error}") from error
 
     def _responses(self, rollout: Rollout) -> Any:
         return responses_of(

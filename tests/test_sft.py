@@ -152,8 +152,8 @@ def test_end_of_text_is_learnt_when_it_is_the_padding_too(tmp_path):
 
 def test_evaluation_is_the_mean_over_held_out_tokens_before_and_after(tmp_path):
     """Three rows in batches of two: TRL's mean of batch means would weigh the long row's tokens less."""
-    held_out = [("ee", "f"), ("e", "fghijkl"), ("g", "hi")]
-    settings = recipe(tmp_path, eval_rows=held_out, per_device_eval_batch_size=2, eval_steps=1)
+    held_out = [("ac", "d"), ("e", "fghijkl"), ("qc", "da")]
+    settings = recipe(tmp_path, eval_rows=held_out, per_device_eval_batch_size=2, eval_steps=9, num_train_epochs=10)
     results = run(settings)
     expected = []
     for model in (tiny_llama(), AutoModelForCausalLM.from_pretrained(settings.output_dir)):
@@ -166,6 +166,7 @@ def test_evaluation_is_the_mean_over_held_out_tokens_before_and_after(tmp_path):
                 right += int((guesses == ids[0, len(prompt) :]).sum())
         expected.append((float(total / count), right / count))
     (loss_before, accuracy_before), (loss_after, accuracy_after) = expected
+    assert 0 < accuracy_after < 1
     assert results["table"] == [
         ["held-out loss (nats/token)", pytest.approx(loss_before, abs=1e-5), pytest.approx(loss_after, abs=1e-5)],
         [
@@ -176,7 +177,7 @@ def test_evaluation_is_the_mean_over_held_out_tokens_before_and_after(tmp_path):
         ["held-out token accuracy", pytest.approx(accuracy_before), pytest.approx(accuracy_after)],
     ]
     lines = [line for line in metrics(settings) if "eval/loss" in line]
-    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert [line["step"] for line in lines] == [0, 9, 18, 20]
     assert lines[-1]["eval/loss"] == pytest.approx(loss_after, abs=1e-5)
 
 
