@@ -21,6 +21,7 @@ from align import pipeline
 from align.config import RECIPES, DataSource, UserError
 from align.recipes import load_recipe
 from align.strict import nearest, type_name
+from align.tracking import quiet
 
 USAGE = """\
 usage: align sft|reward|ppo RECIPE [--key value ...]    run one stage; `align ppo --help` lists its keys
@@ -88,10 +89,10 @@ def _stage(stage: str, words: list[str]) -> int:
     if not words or words[0].startswith("-"):
         raise UserError(f"align {stage}: expected a recipe file first; `align {stage} --help` lists the keys.")
     recipe = load_recipe(stage, words[0], words[1:])
-    if (
-        "WORLD_SIZE" not in os.environ
-    ):  # alone on a machine with several GPUs, Trainer would use them all by DataParallel
+    if "WORLD_SIZE" not in os.environ:
+        # Alone on a machine with several GPUs, Trainer would use them all by DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    quiet()  # before torch and its company are imported: some read their settings only then
     importlib.import_module(f"align.{stage}").run(recipe)
     return 0
 

@@ -60,12 +60,13 @@ def load_tokenizer(path: str, recipe: StageRecipe) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: no tokenizer can be loaded from there. {str(error).splitlines()[0]}") from error
-    if tokenizer.eos_token_id is None:
+    end = tokenizer.eos_token or tokenizer.sep_token  # an encoder's rows end with the separator
+    if end is None:
         raise UserError(
             f"{path}: the tokenizer has no end-of-text token; set `eos_token` in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # safe: padding is told by masks, never by ids
+        tokenizer.pad_token = end  # safe: padding is told by masks, never by ids
     if recipe.chat_template_path is not None:
         try:
             tokenizer.chat_template = Path(recipe.chat_template_path).read_text(encoding="utf-8")

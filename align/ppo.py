@@ -54,6 +54,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     held_out, skipped_held_out = tokenize_prompts(
         rows.evaluation, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row
     )
+    world.check_rows(len(prompts))
     check_room([ids for _, ids in (*prompts, *held_out)], recipe, inputs.config)
     loader = PromptLoader(len(prompts), recipe.seed)
     updates = recipe.total_episodes // recipe.rollout_batch_size
@@ -119,7 +120,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
         if world.is_main:
             data = {**rows.report, "skipped": {"train": skipped, "evaluation": skipped_held_out}}
             card = CARD.format(folder=recipe.output_dir, base=recipe.sft_model_path, kl_coef=recipe.kl_coef)
-            finish(recipe, sources, inputs.tokenizer, data, results, card)
+            finish(recipe, "ppo", sources, inputs.tokenizer, data, results, card)
     world.barrier()
     disconnect()
     return results

@@ -114,7 +114,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
                 pad=inputs.tokenizer.pad_token,
                 zero=f"answers of {inputs.answering}" if prompts else "chosen responses of the training rows",
             )
-            finish(recipe, sources, inputs.tokenizer, data, results, card, **zero, score_check=check)
+            finish(recipe, "reward", sources, inputs.tokenizer, data, results, card, **zero, score_check=check)
     world.barrier()
     disconnect()
     return results

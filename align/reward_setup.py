@@ -38,7 +38,7 @@ def check_inputs(recipe: RewardRecipe) -> Inputs:
     path, key = recipe.model_name_or_path, "model_name_or_path"
     config = load_config(path, recipe, key)
     tokenizer = load_tokenizer(path, recipe)
-    check_tokenizer(path, tokenizer, key)
+    check_tokenizer(path, tokenizer, key, may_add_template=False)
     encoder = is_encoder(config)
     answers = not encoder and not (config.architectures or [""])[0].endswith("Classification")
     answering = recipe.sft_model_path or (path if answers else None)
@@ -47,7 +47,7 @@ def check_inputs(recipe: RewardRecipe) -> Inputs:
         if is_encoder(load_config(answering, recipe, "sft_model_path")):
             raise UserError(f"sft_model_path: {answering} is an encoder, which cannot answer; name the SFT model.")
         answering_tokenizer = load_tokenizer(answering, recipe)
-        check_tokenizer(answering, answering_tokenizer, "sft_model_path")
+        check_tokenizer(answering, answering_tokenizer, "sft_model_path", may_add_template=False)
     truths = [FunctionReward(name, resolve_function(name, "eval_reward_funcs")) for name in recipe.eval_reward_funcs]
     set_padding(tokenizer)
     return Inputs(config, encoder, tokenizer, answering, answering_tokenizer, RewardSum(truths) if truths else None)

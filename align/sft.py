@@ -110,7 +110,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
                 prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
                 eos=tokenizer.eos_token,
             )
-            finish(recipe, inputs, tokenizer, data, results, card)
+            finish(recipe, "sft", inputs, tokenizer, data, results, card)
     world.barrier()
     disconnect()
     return results

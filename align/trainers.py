@@ -51,7 +51,7 @@ def step_of(checkpoint: Path | None) -> int:
 def already_finished(recipe: StageRecipe) -> dict[str, Any]:
     """Say that nothing is left to do; returns the results that the manifest holds."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{recipe.output_dir}: the {recipe.stage} stage is finished already", file=sys.stderr)
+        print(f"{recipe.output_dir}: this stage is finished already", file=sys.stderr)
     return dict((read_manifest(recipe.output_dir) or {})["results"])
 
 
@@ -72,15 +72,21 @@ def write_untrained(recipe: StageRecipe, world: World, resuming: bool, write: Ca
     return str(folder)
 
 
-def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, key: str) -> None:
+def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, key: str, may_add_template: bool = True) -> None:
     """See that a stage goes on with the tokenizer and chat template that the model in `path` was trained with.
+
+    Args:
+        may_add_template: whether the recipe may give a chat template to a model that was trained without one.
 
     Raises:
         UserError: its manifest says otherwise, or the stage that makes it has not finished.
     """
     manifest = read_manifest(path)
     mine = tokenizer_digest(tokenizer)
-    differing = [name.replace("_", " ") for name in mine if manifest and manifest["tokenizer"].get(name) != mine[name]]
+    theirs = manifest["tokenizer"] if manifest else mine
+    differing = [name.replace("_", " ") for name in mine if theirs[name] != mine[name]]
+    if may_add_template and theirs["chat_template"] is None:
+        differing = [name for name in differing if name != "chat template"]
     if differing:
         raise UserError(
             f"{key}: {path} was trained with another {' and '.join(differing)} than this recipe gives; "
@@ -275,6 +281,7 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
 
 def finish(
     recipe: TrainerRecipe,
+    stage: str,
     inputs: Mapping[str, str | None],
     tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, Any],
@@ -285,13 +292,13 @@ def finish(
     """Write the README.md and then the manifest, on rank 0.
 
     Args:
-        inputs, tokenizer, data, results, more: as for `align.checkpoint.finish_stage`.
+        stage, inputs, tokenizer, data, results, more: as for `align.checkpoint.finish_stage`.
         card: Markdown that says what the model is and how to load it.
     """
     sources = [[source["source"], source["rows"], source["fingerprint"][:16]] for source in data["sources"]]
     table = markdown_table(["measure", "before", "after"], results["table"]) if results["table"] else "Not evaluated.\n"
     text = (
-        f"---\nlibrary_name: transformers\ntags: [align, {recipe.stage}]\n---\n\n{card}\n"
+        f"---\nlibrary_name: transformers\ntags: [align, {stage}]\n---\n\n{card}\n"
         f"## Results\n\n{table}\n## Data\n\n{markdown_table(['source', 'rows', 'fingerprint'], sources)}\n"
         f"{data['train_rows']} rows were trained on. The recipe, seed and package versions are in `stage.json`, the "
         "metrics of the run in `metrics.jsonl`.\n"
@@ -299,4 +306,4 @@ def finish(
     folder = Path(recipe.output_dir)
     (folder / "README.md").write_text(text, encoding="utf-8")
     shutil.rmtree(folder / UNTRAINED, ignore_errors=True)
-    finish_stage(recipe, str(recipe.stage), inputs, tokenizer, data, results, **more)
+    finish_stage(recipe, stage, inputs, tokenizer, data, results, **more)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from align.config import UserError
+
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_FILES = "deepspeed_allreduce_buffer_*"
 
@@ -47,6 +49,17 @@ class World:
         parts = [torch.empty_like(carried) for _ in range(self.size)]
         dist.all_gather(parts, carried)
         return torch.cat(parts).to(tensor.dtype)
+
+    def check_rows(self, count: int) -> None:
+        """See that there is a training row for every process.
+
+        Raises:
+            UserError: there is not.
+        """
+        if count < self.size:
+            raise UserError(
+                f"train_dataset: {count} usable rows for {self.size} processes; give more rows, or start at most {count}."
+            )
 
     def barrier(self) -> None:
         if self.size > 1:

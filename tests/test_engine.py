@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 from transformers import LlamaForSequenceClassification
 
-from align.config import PPORecipe
+from align.config import PPORecipe, UserError
 from align.engine import frozen_engine, train_engine
 from align.models import response_logprobs
 from align.world import World, remove_stale_shared_memory
@@ -140,3 +140,10 @@ def test_shared_memory_of_dead_processes_is_removed(tmp_path):
     with open(alive, "r+b") as file, mmap.mmap(file.fileno(), 4096):
         assert remove_stale_shared_memory(tmp_path) == [dead]
     assert sorted(os.listdir(tmp_path)) == [alive.name, other.name]
+
+
+def test_more_processes_than_rows():
+    crowd = World(rank=0, size=8, device=torch.device("cpu"))
+    crowd.check_rows(8)
+    with pytest.raises(UserError, match=r"train_dataset: 7 usable rows for 8 processes.*at most 7"):
+        crowd.check_rows(7)

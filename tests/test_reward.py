@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import (
@@ -25,8 +26,12 @@ from transformers import (
 
 from align.checkpoint import MANIFEST, complete_checkpoints, read_manifest
 from align.config import DataSource, RewardRecipe, UserError
+from align.data import Preference, load_rows
 from align.reward import run
-from align.reward_setup import set_padding
+from align.reward_evaluation import judge_pairs
+from align.reward_setup import check_inputs, set_padding, zero_prompts
+from align.rollout import generate, uniforms
+from align.world import World
 from reward_models import init_head, load_reward_model, score_sequences
 from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
@@ -159,10 +164,6 @@ def test_the_zero_is_the_mean_score_of_sft_answers_and_travels_with_the_model(tm
     assert model.config.score_std == manifest["score_std"] > 0
 
     # The answers again, one prompt at a time, from the noise that belongs to each.
-    from align.data import Preference, load_rows
-    from align.reward_setup import check_inputs, zero_prompts
-    from align.rollout import generate, uniforms
-
     inputs = check_inputs(settings)
     policy, scores, logits = tiny_llama(), [], []
     plain = AutoModelForSequenceClassification.from_pretrained(settings.output_dir)
@@ -239,6 +240,24 @@ def test_held_out_accuracy_beside_the_ceiling_of_a_known_truth(tmp_path):
     assert lines[-1]["eval/accuracy"] == lines[-2]["eval/accuracy"]
     assert lines[-1]["eval/ceiling"] == 0.75
     assert results["agreement"] == 1.0  # it has learnt what z is worth
+
+
+def test_accuracy_ceiling_and_agreement_by_hand():
+    """Margins 1, -1, 0, 2, 1; the truth is for the first and third, against the second and fourth, and has no view of the last."""
+    scores = {3: 2.0, 4: 1.0, 5: 0.0, 6: 3.0, 7: -1.0, 13: 1.0, 14: 2.0, 15: 0.0, 16: 1.0, 17: -2.0}
+
+    class Fixed:
+        def score(self, batch):
+            return torch.tensor([scores[ids[0]] for ids in batch.response_ids])
+
+    ids = Dataset.from_dict({"chosen_ids": [[i] for i in range(3, 8)], "rejected_ids": [[i] for i in range(13, 18)]})
+    world = World(0, 1, torch.device("cpu"))
+    results = judge_pairs(Fixed(), world, ids, torch.tensor([0.5, -0.5, 2.0, -2.0, 0.0]))
+    assert results["eval_accuracy"] == pytest.approx((1 + 0 + 0.5 + 1 + 1) / 5)
+    assert results["eval_ceiling"] == pytest.approx((1 + 0 + 1 + 0 + 0.5) / 5)
+    assert results["agreement"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    losses = [0.313262, 1.313262, 0.693147, 0.126928, 0.313262]
+    assert results["eval_loss"] == pytest.approx(sum(losses) / 5, abs=1e-6)
 
 
 def test_skipped_rows_do_not_shift_the_truth(tmp_path):

@@ -261,6 +261,31 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
         run(recipe(tmp_path, output_dir=str(tmp_path / "c")))
 
 
+def test_a_chat_template_may_be_added_but_not_changed(tmp_path):
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    (tmp_path / "plain.jinja").write_text(template)
+    (tmp_path / "other.jinja").write_text(template + "{{ '' }}")
+    rows = [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": c}]} for p, c in ROWS]
+    chats = [DataSource(path=write_jsonl(tmp_path / "chats.jsonl", rows))]
+    text = recipe(tmp_path, output_dir=str(tmp_path / "text"))
+    run(text)
+    chat = recipe(
+        tmp_path,
+        model_name_or_path=text.output_dir,
+        train_dataset=chats,
+        chat_template_path=str(tmp_path / "plain.jinja"),
+    )
+    run(chat)
+    assert AutoTokenizer.from_pretrained(chat.output_dir).chat_template == template
+    assert metrics(chat)[-1]["train/num_tokens"] == sum(len(p) + len(c) + 1 for p, c in ROWS)
+    again = dataclasses.replace(
+        chat, model_name_or_path=chat.output_dir, output_dir=str(tmp_path / "again"),
+        chat_template_path=str(tmp_path / "other.jinja"),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"trained with another chat template"):
+        run(again)
+
+
 def test_lora_is_merged_into_a_plain_model(tmp_path):
     held_out = [("ee", "f"), ("e", "fghijkl")]
     settings = recipe(tmp_path, eval_rows=held_out, use_peft=True, lora_r=4, save_steps=1)
