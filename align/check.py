@@ -31,10 +31,10 @@ from align.memory import activations, memory_table, skeleton
 from align.models import is_encoder, load_config, load_tokenizer
 from align.pipeline import known_overrides, numbered_recipes, processes
 from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
+from align.stage import check_lengths, check_tokenizer
 from align.tables import make_console
 from align.tokenization import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.tracking import quiet
-from align.trainers import check_lengths, check_tokenizer
 
 SAMPLED_ROWS = 512  # training rows that are tokenised
 SHOWN = 400  # characters of each stretch of the sample row

@@ -137,7 +137,7 @@ def open_stage(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None]
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder} ({error.strerror}); choose another folder.") from error
     finished = is_finished(recipe, stage, inputs)
-    if not finished and not (folder / RUN).is_file() and int(os.environ.get("RANK", "0")) == 0:
+    if not finished and not complete_checkpoints(folder) and int(os.environ.get("RANK", "0")) == 0:
         write_json(folder / RUN, _identity(recipe, stage, inputs))
     return finished
 
@@ -150,8 +150,8 @@ def is_finished(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None
     """
     folder = Path(recipe.output_dir)
     finished = (folder / MANIFEST).is_file()
-    if not finished and not (folder / RUN).is_file():
-        return False
+    if not finished and not (complete_checkpoints(folder) and (folder / RUN).is_file()):
+        return False  # a run that has saved nothing yet has nothing to lose by another recipe
     found = json.loads((folder / (MANIFEST if finished else RUN)).read_text(encoding="utf-8"))
     if differing := differing_keys(found, _identity(recipe, stage, inputs)):
         raise UserError(

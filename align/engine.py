@@ -280,8 +280,8 @@ class DeepSpeedEngine(Engine):
         with torch.device("meta"):
             skeleton = type(self.module)(self.module.config)
         dtype = next(self.module.parameters()).dtype
-        copy: PreTrainedModel = skeleton.to(dtype).to_empty(device=self.world.device)
-        copy.tie_weights()
+        copy: nn.Module = skeleton.to(dtype).to_empty(device=self.world.device)
+        skeleton.tie_weights()  # the same object; memory made anew is not shared
         targets = dict(copy.named_parameters())
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():

@@ -34,9 +34,9 @@ from align.ppo_evaluation import SAMPLE_COLUMNS, Evaluation, response_kl, summar
 from align.ppo_setup import Models, check_inputs, check_room, functions, load_models
 from align.recipes import BatchPlan, batch_plan, stage_inputs
 from align.rollout import Rollout, Sampler, chunks, collect, gather_rollout, generator
+from align.stage import already_finished, finish, last_checkpoint, step_of
 from align.tokenization import PromptLoader, tokenize_prompts
 from align.tracking import Tracker, quiet
-from align.trainers import already_finished, finish, last_checkpoint, step_of
 from align.world import World
 
 
@@ -75,7 +75,8 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             gather=recipe.ds3_gather_for_generation,
         )
         evaluation = None
-        measured, samples = {}, []
+        measured: dict[str, float] = {}
+        samples: list[list[Any]] = []
         if held_out:
             truths = functions(recipe.eval_reward_funcs, "eval_reward_funcs")
             evaluation = Evaluation(world, sampler, models, held_out, truths, lambda s, e: missing_eos(recipe, s, e))

@@ -39,22 +39,17 @@ from align.reward_evaluation import (
     true_margins,
 )
 from align.reward_setup import check_inputs, zero_prompts
+from align.stage import already_finished, check_lengths, finish, last_checkpoint, step_of, write_untrained
 from align.tokenization import pad_to_batches, tokenize_preferences
 from align.tracking import Tracker, quiet
 from align.trainers import (
     ExactEvaluation,
-    already_finished,
-    check_lengths,
     eval_batch_size,
-    finish,
-    last_checkpoint,
     lora_config,
     save_trained,
-    step_of,
     total_steps,
     train,
     training_arguments,
-    write_untrained,
 )
 from align.world import World
 from reward_models import init_head, keep_head_float32, score_head

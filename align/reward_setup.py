@@ -12,8 +12,8 @@ from align.config import RewardRecipe, UserError
 from align.data import Preference, Prompt, render_text
 from align.models import is_encoder, load_config, load_tokenizer
 from align.recipes import resolve_function
+from align.stage import check_tokenizer
 from align.tokenization import tokenize_prompts
-from align.trainers import check_tokenizer
 from reward_models import FunctionReward, RewardSum
 
 

@@ -29,24 +29,26 @@ from align.data import Demonstration, load_rows, render_text
 from align.engine import connect, disconnect
 from align.models import is_encoder, load_config, load_policy, load_tokenizer
 from align.recipes import batch_plan, stage_inputs
+from align.stage import (
+    already_finished,
+    check_lengths,
+    check_tokenizer,
+    finish,
+    last_checkpoint,
+    step_of,
+    write_untrained,
+)
 from align.strict import nearest
 from align.tokenization import pad_to_batches, tokenize_demonstrations
 from align.tracking import Tracker, quiet
 from align.trainers import (
     ExactEvaluation,
-    already_finished,
-    check_lengths,
-    check_tokenizer,
     eval_batch_size,
-    finish,
-    last_checkpoint,
     lora_config,
     save_trained,
-    step_of,
     total_steps,
     train,
     training_arguments,
-    write_untrained,
 )
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
+from align.checkpoint import open_stage
 from align.config import UserError
 from align.ppo import learning_rates, missing_eos, run
 from align.recipes import load_recipe
@@ -243,11 +244,13 @@ class TestBadInput:
 
 def test_a_changed_recipe_does_not_resume(tmp_path):
     recipe = make_recipe(tmp_path)
-    (tmp_path / "out").mkdir()
     started = load_recipe("ppo", recipe, ["--kl_coef", "0.5"])
-    from align.checkpoint import open_stage
-
     assert open_stage(started, "ppo", {}) is False
+    assert open_stage(load_recipe("ppo", recipe), "ppo", {}) is False, "nothing was saved, so nothing is in the way"
+    assert open_stage(started, "ppo", {}) is False
+    (tmp_path / "out" / "checkpoint-2").mkdir()
+    (tmp_path / "out" / "checkpoint-2" / "complete.json").write_text("{}")
+    assert open_stage(load_recipe("ppo", recipe, ["--kl_coef", "0.5", "--save_steps", "7"]), "ppo", {}) is False
     with pytest.raises(UserError, match=r"output_dir: .* holds an unfinished run that differs in kl_coef"):
         open_stage(load_recipe("ppo", recipe), "ppo", {})
 

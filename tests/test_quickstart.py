@@ -25,7 +25,9 @@ CUT = ["--max_steps", "4", "--train_dataset.generator_kwargs.num_rows", "300", "
 def align(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "align", "run", str(RECIPES), *CUT, *more]
     environment = {**os.environ, "COLUMNS": "160", "WANDB_MODE": "offline"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
 
 
 def manifests(folder: Path) -> list[dict]:
@@ -41,13 +43,23 @@ def alone(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
 def test_it_ends_with_a_table_of_before_and_after(alone):
     _, done = alone
     assert done.returncode == 0, done.stderr[-3000:]
-    for measure in ("held-out loss", "accuracy ceiling (annotator noise)", "win rate by true reward", "KL from SFT", "EOS rate"):
+    for measure in (
+        "held-out loss",
+        "accuracy ceiling (annotator noise)",
+        "win rate by true reward",
+        "KL from SFT",
+        "EOS rate",
+    ):
         assert measure in done.stdout
 
 
 def test_nobody_else_chatters(alone):
     _, done = alone
-    said = [line for line in (done.stdout + done.stderr).splitlines() if "WARNING" in line or "Warning" in line or "it/s" in line]
+    said = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if "WARNING" in line or "Warning" in line or "it/s" in line
+    ]
     assert said == []
 
 

@@ -37,4 +37,6 @@ signs = np.where(np.arange(len(train)) % 2, 1, -1)  # half of the pairs turned r
 model = LogisticRegression(max_iter=1000).fit(x.multiply(signs[:, None]).tocsr(), signs)
 right = int((model.decision_function(differences(held_out)) > model.intercept_).sum())
 low, high = wilson_interval(right, len(held_out))
-print(f"{len(train)} pairs to learn from; accuracy {right / len(held_out):.3f} [{low:.3f}, {high:.3f}] on {len(held_out)} held out")
+print(
+    f"{len(train)} pairs to learn from; accuracy {right / len(held_out):.3f} [{low:.3f}, {high:.3f}] on {len(held_out)} held out"
+)

@@ -1,0 +1,130 @@
+"""What every stage does at its start and its end: find where to resume, check what it was given, finish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from align.checkpoint import (
+    clear_partial,
+    complete_checkpoints,
+    finish_stage,
+    new_folder,
+    read_manifest,
+    tokenizer_digest,
+)
+from align.config import StageRecipe, UserError
+from align.evaluation import markdown_table
+from align.world import World
+
+UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
+
+
+def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
+    """The newest whole checkpoint, once rank 0 has deleted what a killed run left half written."""
+    if world.is_main:
+        clear_partial(recipe.output_dir)
+    world.barrier()
+    return next(reversed(complete_checkpoints(recipe.output_dir)), None)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimiser steps done at a checkpoint; 0 without one."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def already_finished(recipe: StageRecipe) -> dict[str, Any]:
+    """Say that nothing is left to do; returns the results that the manifest holds."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{recipe.output_dir}: this stage is finished already", file=sys.stderr)
+    return dict((read_manifest(recipe.output_dir) or {})["results"])
+
+
+def write_untrained(recipe: StageRecipe, world: World, resuming: bool, write: Callable[[Path], None]) -> str:
+    """Have rank 0 make the stage's starting model, so that all ranks, and a resumed run, start from the same one.
+
+    Args:
+        write: fills the folder that it is given.
+
+    Returns:
+        The folder, for all ranks to load from.
+    """
+    folder = Path(recipe.output_dir) / UNTRAINED
+    if world.is_main and not (resuming and folder.is_dir()):
+        with new_folder(folder) as fresh:
+            write(fresh)
+    world.barrier()
+    return str(folder)
+
+
+def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, key: str, may_add_template: bool = True) -> None:
+    """See that a stage goes on with the tokenizer and chat template that the model in `path` was trained with.
+
+    Args:
+        may_add_template: whether the recipe may give a chat template to a model that was trained without one.
+
+    Raises:
+        UserError: its manifest says otherwise, or the stage that makes it has not finished.
+    """
+    manifest = read_manifest(path)
+    mine = tokenizer_digest(tokenizer)
+    theirs = manifest["tokenizer"] if manifest else mine
+    differing = [name.replace("_", " ") for name in mine if theirs[name] != mine[name]]
+    if may_add_template and theirs["chat_template"] is None:
+        differing = [name for name in differing if name != "chat template"]
+    if differing:
+        raise UserError(
+            f"{key}: {path} was trained with another {' and '.join(differing)} than this recipe gives; "
+            "use the same tokenizer files and chat_template_path as that stage."
+        )
+
+
+def check_lengths(ids: Iterable[Sequence[int]], config: PretrainedConfig) -> None:
+    """See that the model has a position for every token of the rows.
+
+    Raises:
+        UserError: a row is longer than the model can read.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, ids))
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"max_length: the longest row has {longest} tokens, and the model reads at most {limit}; "
+            f"set max_length: {limit}, and on_bad_row: skip to leave longer rows out."
+        )
+
+
+def finish(
+    recipe: StageRecipe,
+    stage: str,
+    inputs: Mapping[str, str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Any],
+    results: Mapping[str, Any],
+    card: str,
+    **more: Any,
+) -> None:
+    """Write the README.md and then the manifest, on rank 0.
+
+    Args:
+        stage, inputs, tokenizer, data, results, more: as for `align.checkpoint.finish_stage`.
+        card: Markdown that says what the model is and how to load it.
+    """
+    sources = [[source["source"], source["rows"], source["fingerprint"][:16]] for source in data["sources"]]
+    table = markdown_table(["measure", "before", "after"], results["table"]) if results["table"] else "Not evaluated.\n"
+    text = (
+        f"---\nlibrary_name: transformers\ntags: [align, {stage}]\n---\n\n{card}\n"
+        f"## Results\n\n{table}\n## Data\n\n{markdown_table(['source', 'rows', 'fingerprint'], sources)}\n"
+        f"{data['train_rows']} rows were trained on. The recipe, seed and package versions are in `stage.json`, the "
+        "metrics of the run in `metrics.jsonl`.\n"
+    )
+    folder = Path(recipe.output_dir)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    shutil.rmtree(folder / UNTRAINED, ignore_errors=True)
+    finish_stage(recipe, stage, inputs, tokenizer, data, results, **more)
