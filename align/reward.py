@@ -76,6 +76,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
         check_lengths(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
         truth = true_margins(inputs, rows.evaluation, eval_rows)
     prompts = zero_prompts(recipe, inputs, rows.train)
+    world.check_rows(len(train_rows))
     padded = pad_to_batches(train_rows, plan.batch_size)
     steps = total_steps(recipe, len(padded), plan)
 

@@ -79,6 +79,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
     skipped = {}
     train_rows, skipped["train"] = tokenize_demonstrations(rows.train, tokenizer, recipe)
     check_lengths(train_rows["input_ids"], config)
+    world.check_rows(len(train_rows))
     train_rows = pad_to_batches(train_rows, plan.batch_size)
     eval_rows = None
     if rows.evaluation:
