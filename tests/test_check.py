@@ -298,11 +298,11 @@ def test_a_folder_is_checked_to_its_end(world, capsys):
 
 def test_another_chat_template_than_the_stage_before(world, capsys):
     (world / "chat.jinja").write_text(TEMPLATE, encoding="utf-8")
-    with Path("r/1_sft.yaml").open("a", encoding="utf-8") as file:
+    with Path("r/2_reward.yaml").open("a", encoding="utf-8") as file:
         file.write(f"chat_template_path: {world / 'chat.jinja'}\n")
     code, said = outcome(capsys, "r")
     assert code == 2
-    assert "model_name_or_path: out/0 (made by 0_base.yaml) was trained with another chat template" in said
+    assert "model_name_or_path: out/1 (made by 1_sft.yaml) was trained with another chat template" in said
 
 
 def test_output_folders(world, capsys):
@@ -334,7 +334,7 @@ def test_answers_longer_than_the_model_can_read(world, capsys):
     assert outcome(capsys, "r/3_ppo.yaml", *words)[0] == 0
     code, said = outcome(capsys, "r/3_ppo.yaml", *words, "--response_length", "255")  # after prompts of two letters
     assert code == 2
-    assert "the model reads at most 256" in said
+    assert "response_length: the longest prompt has 2 tokens, and with 255 more it is over the 256" in said
 
 
 def test_an_encoder_reads_its_score_from_the_first_token(world, capsys):
