@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.config import StageRecipe, UserError
+from align.optimizer import optimizer_for
 from align.world import World, remove_stale_shared_memory
 
 
@@ -115,21 +116,6 @@ def full_parameters(parameters: list[nn.Parameter], modify: bool = False) -> Ite
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
         yield
-
-
-def optimizer_for(model: nn.Module, recipe: StageRecipe, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases and norms (all one-dimensional parameters) are not decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Under ZeRO-3 a parameter is an empty shard; `ds_shape` remembers what it was.
-    decayed = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    kept = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-    )
 
 
 class Engine:

@@ -9,10 +9,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
-
-SAMPLE_COLUMNS = ["prompt", "sft_response", "response", "score", "kl"]
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -116,32 +113,6 @@ def repetition(text: str) -> float:
     words = text.split()
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def summarise_responses(texts: Sequence[str], lengths: Sequence[int], ended: Sequence[bool]) -> dict[str, float]:
-    """Whether a model degenerates: mean length in tokens, share that ended by itself, mean `repetition`."""
-    return {
-        "length": fmean(lengths),
-        "eos_rate": fmean(float(one) for one in ended),
-        "repetition": fmean(repetition(text) for text in texts),
-    }
-
-
-def sample_table(
-    prompts: Sequence[str],
-    sft_responses: Sequence[str],
-    responses: Sequence[str],
-    scores: Sequence[float],
-    kl: Sequence[float],
-    limit: int,
-) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows for `Tracker.table`: the first `limit` prompts, the same ones at every evaluation.
-
-    Args:
-        scores, kl: of the current responses; KL in nats per response.
-    """
-    rows = zip(prompts, sft_responses, responses, map(float, scores), map(float, kl), strict=True)
-    return SAMPLE_COLUMNS, [list(row) for row in rows][:limit]
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

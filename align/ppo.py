@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
 from align.checkpoint import open_stage
 from align.config import PPORecipe, UserError
@@ -29,7 +28,8 @@ from align.maths.kl import k1
 from align.maths.losses import policy_loss, token_entropy, token_logprobs, value_loss
 from align.maths.masked import masked_mean, masked_var, masked_whiten
 from align.models import response_logits, response_values
-from align.ppo_checkpoint import load_checkpoint, save_checkpoint, save_policy
+from align.optimizer import learning_rates
+from align.ppo_checkpoint import check_layout, load_checkpoint, save_checkpoint, save_policy
 from align.ppo_evaluation import SAMPLE_COLUMNS, Evaluation, response_kl, summary
 from align.ppo_setup import Models, check_inputs, check_room, functions, load_models
 from align.recipes import BatchPlan, batch_plan, stage_inputs
@@ -61,6 +61,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     rates = learning_rates(recipe, updates)
 
     checkpoint = last_checkpoint(recipe, world)
+    check_layout(recipe, world, checkpoint)
     start = step_of(checkpoint)
     with Tracker(recipe, "ppo", updates, resume_step=start) as tracker:
         tracker.say(plan.describe())
@@ -125,20 +126,6 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     world.barrier()
     disconnect()
     return results
-
-
-def learning_rates(recipe: PPORecipe, updates: int) -> list[tuple[float, float]]:
-    """Learning rates of policy and value for each update: the schedule moves once per update, not per optimiser step."""
-    clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else recipe.warmup_steps * updates
-    schedule = get_scheduler(recipe.lr_scheduler_type, clock, math.ceil(warmup), updates)
-    rates = []
-    for _ in range(updates):
-        factor = clock.param_groups[0]["lr"]
-        rates.append((recipe.learning_rate * factor, (recipe.value_learning_rate or recipe.learning_rate) * factor))
-        clock.step()
-        schedule.step()
-    return rates
 
 
 def missing_eos(recipe: PPORecipe, scores: Tensor, ended: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import mark_complete, new_folder, read_state
-from align.config import PPORecipe
-from align.engine import Engine
+from align.config import PPORecipe, UserError
+from align.engine import Engine, zero_stage
 from align.ppo_setup import Models
 from align.world import World
 
@@ -34,8 +34,26 @@ def save_checkpoint(recipe: PPORecipe, world: World, models: Models, step: int, 
     models.value.save_checkpoint(folder / "value")
     world.barrier()
     if world.is_main:
-        mark_complete(folder, {"step": step, "best": best}, recipe.save_total_limit)
+        state = {"step": step, "best": best, "layout": _layout(recipe, world)}
+        mark_complete(folder, state, recipe.save_total_limit)
     world.barrier()
+
+
+def _layout(recipe: PPORecipe, world: World) -> str:
+    return f"{world.size} process{'es' * (world.size > 1)} at ZeRO {zero_stage(recipe)}"
+
+
+def check_layout(recipe: PPORecipe, world: World, checkpoint: Path | None) -> None:
+    """See that the checkpoint can be read back: optimiser states are sharded, and fit one layout only.
+
+    Raises:
+        UserError: it was written by another number of processes or ZeRO stage.
+    """
+    if checkpoint is not None and (theirs := read_state(checkpoint)["layout"]) != _layout(recipe, world):
+        raise UserError(
+            f"{checkpoint}: was saved by {theirs}, and this run has {_layout(recipe, world)}; "
+            f"resume in the same way, or delete {checkpoint.parent} to start anew."
+        )
 
 
 def load_checkpoint(models: Models, checkpoint: Path | None) -> dict[str, Any] | None:

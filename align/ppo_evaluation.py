@@ -75,10 +75,11 @@ class Evaluation:
             "eval/win_rate_high": won["high"],
         }
         for name, scores in truth.items():
-            metrics[f"eval/true/{name}"] = float(scores.mean())
-            metrics[f"eval/true_win_rate/{name}"] = win_rate(scores.tolist(), self.baseline_truth[name].tolist())[
-                "win_rate"
-            ]
+            metrics[f"eval/true/{name}"] = float(scores.nanmean())
+            judged = ~(scores + self.baseline_truth[name]).isnan()  # a function may pass on a row
+            if judged.any():
+                compared = win_rate(scores[judged].tolist(), self.baseline_truth[name][judged].tolist())
+                metrics[f"eval/true_win_rate/{name}"] = compared["win_rate"]
         before, after = self._responses(self.baseline).texts, self._responses(rollout).texts
         rows = [
             [
@@ -98,8 +99,8 @@ class Evaluation:
         before = summary(self.baseline, self.models.reward_names, "eval")
         rows: list[list[Any]] = []
         for name, scores in self.baseline_truth.items():
-            rows.append([f"true reward ({name})", float(scores.mean()), metrics[f"eval/true/{name}"]])
-            rows.append([f"win rate by true reward ({name})", None, metrics[f"eval/true_win_rate/{name}"]])
+            rows.append([f"true reward ({name})", float(scores.nanmean()), metrics[f"eval/true/{name}"]])
+            rows.append([f"win rate by true reward ({name})", None, metrics.get(f"eval/true_win_rate/{name}")])
         rows += [
             ["score (the training reward)", before["eval/score"], metrics["eval/score"]],
             ["win rate by score", None, metrics["eval/win_rate"]],

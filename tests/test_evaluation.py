@@ -11,8 +11,6 @@ from align.evaluation import (
     markdown_table,
     preference_accuracy,
     repetition,
-    sample_table,
-    summarise_responses,
     wilson_interval,
     win_rate,
 )
@@ -100,19 +98,6 @@ def test_scores_that_cannot_be_compared_are_refused(judge: object) -> None:
 )
 def test_repetition(text: str, share: float) -> None:
     assert repetition(text) == pytest.approx(share)
-
-
-def test_summarise_responses() -> None:
-    summary = summarise_responses(["a a a a a", "a b c d"], [6, 3], [True, False])
-    assert summary == pytest.approx({"length": 4.5, "eos_rate": 0.5, "repetition": 1 / 3})
-
-
-def test_sample_table() -> None:
-    columns, rows = sample_table(["p", "q"], ["old p", "old q"], ["new p", "new q"], [1, 2], [0.5, 0.25], limit=1)
-    assert columns == ["prompt", "sft_response", "response", "score", "kl"]
-    assert rows == [["p", "old p", "new p", 1.0, 0.5]]
-    with pytest.raises(ValueError, match="shorter"):
-        sample_table(["p", "q"], ["old p"], ["new p", "new q"], [1, 2], [0.5, 0.25], limit=1)
 
 
 def test_markdown_table() -> None:

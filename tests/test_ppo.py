@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from align.checkpoint import open_stage
 from align.config import UserError
-from align.ppo import learning_rates, missing_eos, run
+from align.optimizer import learning_rates
+from align.ppo import missing_eos, run
+from align.ppo_checkpoint import check_layout
 from align.recipes import load_recipe
 from align.tracking import undocumented
+from align.world import World
 from tests.worlds import LETTERS, deepspeed_file, launch, save_tiny_policy, write_jsonl
 
 RULES = '''
@@ -253,6 +256,14 @@ def test_a_changed_recipe_does_not_resume(tmp_path):
     assert open_stage(load_recipe("ppo", recipe, ["--kl_coef", "0.5", "--save_steps", "7"]), "ppo", {}) is False
     with pytest.raises(UserError, match=r"output_dir: .* holds an unfinished run that differs in kl_coef"):
         open_stage(load_recipe("ppo", recipe), "ppo", {})
+
+
+def test_a_checkpoint_of_another_layout_is_refused(finished):
+    recipe = load_recipe("ppo", str(finished.parent / "3_ppo.yaml"))
+    checkpoint = finished / "checkpoint-4"
+    check_layout(recipe, World(0, 1, torch.device("cpu")), checkpoint)
+    with pytest.raises(UserError, match=r"checkpoint-4: was saved by 1 process at ZeRO 0, .* 2 processes at ZeRO 0"):
+        check_layout(recipe, World(0, 2, torch.device("cpu")), checkpoint)
 
 
 def test_the_schedule_moves_once_per_update(tmp_path):
