@@ -91,6 +91,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             metrics |= optimise(recipe, plan, world, models, rollout, advantages, returns, update, rates[update])
             done = time.perf_counter()
             metrics |= {
+                "objective/truncated": models.truncated(world),
                 "episode": (update + 1) * recipe.rollout_batch_size,
                 "epoch": (update + 1) * recipe.rollout_batch_size / len(prompts),
                 "time/rollout": sampled - began,

@@ -48,6 +48,11 @@ class Models:
         """Names of the sources, in the order of `Rollout.source_scores`."""
         return [source.name for source in self.rewards.sources]
 
+    def truncated(self, world: World) -> float:
+        """Responses that a reward model with another tokenizer could not read whole, so far, over all ranks."""
+        count = sum(source.truncated for source in self.rewards.sources if isinstance(source, ModelReward))
+        return float(world.sum(torch.tensor(float(count), device=world.device)))
+
 
 def check_inputs(recipe: PPORecipe) -> Inputs:
     """Read configurations, tokenizers and manifests, and see that they fit.
