@@ -150,13 +150,18 @@ class Standing:
         return (self.reached - self.reference) / (self.optimum - self.reference)
 
 
+def optimal_logprobs(log_q: Tensor, score: Tensor, beta: float) -> Tensor:
+    """log pi* of every response, [prompts, responses] float64."""
+    return (log_q + score / beta).log_softmax(dim=1)
+
+
 def standing(log_p: Tensor, log_q: Tensor, score: Tensor, beta: float) -> Standing:
     """The exact numbers of a policy `log_p` with the reference `log_q`, all [prompts, responses] float64."""
 
     def mean(log_weight: Tensor, value: Tensor) -> float:
         return float((log_weight.exp() * value).sum(dim=1).mean())
 
-    log_best = (log_q + score / beta).log_softmax(dim=1)
+    log_best = optimal_logprobs(log_q, score, beta)
     return Standing(
         reference=mean(log_q, score),
         reached=mean(log_p, score) - beta * mean(log_p, log_p - log_q),

@@ -109,12 +109,7 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="align-verify-") as folder:
         cases = [write_case(Path(folder), language, beta, overrides) for language in (SMALL, LARGE) for beta in BETAS]
-        if num_gpus is None and cases[0].recipe.deepspeed is None:
-            for number, case in enumerate(cases, 1):
-                print(f"{number}/{len(cases)}: {case.language.name} language, beta {case.beta}", file=sys.stderr)
-                ppo.run(case.recipe)
-        else:
-            pipeline.run(folder, num_gpus, overrides)
+        train(folder, cases, num_gpus, overrides)
         verdicts = [Verdict(case.language, case.beta, measure(case)) for case in cases]
     passed = sum(verdict.passed for verdict in verdicts)
     report = {
@@ -170,6 +165,20 @@ def write_case(folder: Path, language: Language, beta: float, overrides: Sequenc
     recipe = load_recipe("ppo", str(path), overrides)
     assert isinstance(recipe, PPORecipe)
     return Case(language, str(path), recipe)
+
+
+def train(folder: str, cases: Sequence[Case], num_gpus: int | None = None, overrides: Sequence[str] = ()) -> None:
+    """Run the recipes of `folder`, which are those of `cases`: in this process, or as `align run` does with `num_gpus`.
+
+    Raises:
+        UserError: a stage failed.
+    """
+    if num_gpus is not None or any(case.recipe.deepspeed for case in cases):
+        pipeline.run(folder, num_gpus, overrides)
+        return
+    for number, case in enumerate(cases, 1):
+        print(f"{number}/{len(cases)}: {case.language.name} language, beta {case.beta}", file=sys.stderr)
+        ppo.run(case.recipe)
 
 
 def measure(case: Case) -> Standing:
