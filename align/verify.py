@@ -6,6 +6,7 @@ training every response is enumerated under the trained policy. Nothing is downl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -25,6 +26,7 @@ from align.config import PPORecipe
 from align.enumerable import LARGE, REWARDS, SMALL, Language, Standing, standing
 from align.recipes import load_recipe, resolve_function
 from align.tables import cell, make_console, make_table
+from align.tracking import quiet
 
 MODULE = "align_verify_rewards"
 BETAS = (0.5, 1.0)
@@ -106,10 +108,12 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
     Raises:
         UserError: a wrong override, or a stage that failed.
     """
+    quiet()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="align-verify-") as folder:
         cases = [write_case(Path(folder), language, beta, overrides) for language in (SMALL, LARGE) for beta in BETAS]
-        train(folder, cases, num_gpus, overrides)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result
+            train(folder, cases, num_gpus, overrides)
         verdicts = [Verdict(case.language, case.beta, measure(case)) for case in cases]
     passed = sum(verdict.passed for verdict in verdicts)
     report = {
