@@ -27,20 +27,23 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         lambda value: value >= 1,
         "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
         "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha "
-        "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows",
+        "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size",
     ),
     (
         "above 0",
         lambda value: value > 0,
-        "learning_rate value_learning_rate adam_epsilon num_train_epochs temperature cliprange cliprange_value max_kl weight",
+        "learning_rate value_learning_rate adam_epsilon num_train_epochs temperature cliprange cliprange_value max_kl weight "
+        "kl_target max_approx_kl score_clip",
     ),
     (
         "at least 0",
         lambda value: value >= 0,
-        "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows",
+        "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows "
+        "entropy_coef ptx_coef value_warmup_updates",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
-    ("from 0 to below 1", lambda value: 0 <= value < 1, "eval_fraction adam_beta1 adam_beta2"),
+    ("from 0 to below 1", lambda value: 0 <= value < 1, "eval_fraction adam_beta1 adam_beta2 ema_decay"),
+    ("above 1", lambda value: value > 1, "dual_clip"),
     ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
     ("at least 259, all bytes and three special tokens", lambda value: value >= 259, "tokenizer_vocab_size"),
     ("-1, or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
@@ -66,13 +69,14 @@ def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
         raise UserError(
             f"{where('train_dataset')}: expected a path, a hub id or a mapping, got nothing; name the training rows."
         )
-    for name in ("train_dataset", "eval_dataset"):
-        for index, source in enumerate(getattr(recipe, name)):
+    for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
+        for index, source in enumerate(getattr(recipe, name, [])):
             _check_source(source, f"{where(name)}[{index}]")
     if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
         raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
-    if recipe.deepspeed:
-        _check_deepspeed(Path(recipe.deepspeed), where("deepspeed"))
+    for name in ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed"):
+        if path := getattr(recipe, name, None):
+            _check_deepspeed(Path(path), where(name))
     for name in ("reward_funcs", "eval_reward_funcs"):
         for index, spec in enumerate(getattr(recipe, name, [])):
             _check_function(spec, f"{where(name)}[{index}]")
@@ -145,6 +149,11 @@ def _check_ppo(recipe: PPORecipe, where: Callable[[str], str]) -> None:
         raise UserError(
             f"{where('total_episodes')}: expected at least rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.total_episodes}"
         )
+    if recipe.rollout_batch_size % recipe.num_generations:
+        raise UserError(
+            f"{where('num_generations')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.num_generations}"
+        )
+    _check_objective(recipe, where)
     sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
     if not sources:
         raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
@@ -155,4 +164,34 @@ def _check_ppo(recipe: PPORecipe, where: Callable[[str], str]) -> None:
     if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
         raise UserError(
             f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score (replaces), got both"
+        )
+
+
+def _check_objective(recipe: PPORecipe, where: Callable[[str], str]) -> None:
+    estimator = recipe.advantage_estimator
+    if estimator in ("rloo", "grpo", "dr_grpo") and recipe.num_generations < 2:
+        raise UserError(
+            f"{where('num_generations')}: expected 2 or more with advantage_estimator: {estimator}, which compares the "
+            f"responses to one prompt, got {recipe.num_generations}"
+        )
+    if estimator != "gae" and (named := [n for n in ("value_model_path", "value_deepspeed") if getattr(recipe, n)]):
+        raise UserError(f"{where(named[0])}: advantage_estimator: {estimator} has no value model; leave it out.")
+    if estimator != "gae" and recipe.value_warmup_updates:
+        raise UserError(
+            f"{where('value_warmup_updates')}: advantage_estimator: {estimator} has no value model; leave it out."
+        )
+    if recipe.use_kl_loss and recipe.kl_estimator == "k1":
+        raise UserError(
+            f"{where('kl_estimator')}: k1 as a loss has an expected gradient of 0, so nothing would hold the policy; "
+            "use k2 (whose gradient is that of KL(policy || reference)) or k3, or use_kl_loss: false"
+        )
+    if not recipe.use_kl_loss and recipe.kl_estimator != "k1":
+        why = "is biased" if recipe.kl_estimator == "k2" else "has a gradient that vanishes near the reference"
+        raise UserError(
+            f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {why}; use k1, or use_kl_loss: true"
+        )
+    if recipe.use_peft and recipe.reference_deepspeed:
+        raise UserError(
+            f"{where('reference_deepspeed')}: with use_peft the reference is the policy with its adapter off, and has no "
+            "engine of its own; leave it out."
         )

@@ -29,9 +29,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from align.config import PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe
-from align.engine import zero_stage
 from align.recipes import BatchPlan
 from align.tables import make_table
+from align.zero import zero_stage
 from reward_models import score_head
 
 GIB = 2**30

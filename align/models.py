@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -157,6 +158,41 @@ def load_value_model(
     disable_dropout(model)
     head = score_head(model)[0]
     return model, {name.removeprefix(f"{head}.") for name in report["missing_keys"] if name.startswith(head)}
+
+
+def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
+    """A LoRA adapter on a causal language model: only it trains. It starts as the identity, the same for one seed."""
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=recipe.lora_target_modules or "all-linear",
+    )
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def skeleton(model: nn.Module) -> Any:
+    """A model of the same class, configuration and adapter, with shapes and no storage."""
+    with torch.device("meta"):
+        if isinstance(model, PeftModel):
+            base = model.get_base_model()
+            return get_peft_model(type(base)(base.config), model.peft_config["default"])
+        return type(model)(model.config)
+
+
+def write_model(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write a Hugging Face folder with these weights, under the names of `model`; an adapter is merged into them."""
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        return
+    whole = skeleton(model).to(next(iter(weights.values())).dtype).to_empty(device="cpu")
+    whole.get_base_model().tie_weights()
+    whole.load_state_dict(weights, strict=False)  # tied weights are there once
+    whole.merge_and_unload().save_pretrained(folder)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import mark_complete, new_folder, read_state
 from align.config import PPORecipe, UserError
-from align.engine import Engine, zero_stage
+from align.ema import EMA
+from align.engine import Engine
+from align.maths.running import RunningMoments
 from align.ppo_setup import Models
 from align.world import World
+from align.zero import zero_stage
 
 
 def save_policy(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, world: World, folder: Path, whole_folder: bool = True
+    engine: Engine | EMA, tokenizer: PreTrainedTokenizerBase, world: World, folder: Path, whole_folder: bool = True
 ) -> None:
     """Write a model and its tokenizer as a Hugging Face folder; a folder of its own appears at once or not at all."""
     fresh = new_folder(folder) if whole_folder and world.is_main else contextlib.nullcontext(folder)
@@ -27,20 +31,36 @@ def save_policy(
     world.barrier()
 
 
-def save_checkpoint(recipe: PPORecipe, world: World, models: Models, step: int, best: dict[str, Any] | None) -> None:
+@dataclass(slots=True)
+class Progress:
+    """What a run carries from update to update beside weights and optimiser states."""
+
+    kl_coef: float
+    score_moments: RunningMoments = field(default_factory=RunningMoments)
+    best: dict[str, Any] | None = None  # the evaluation of the checkpoint in `best/`
+
+
+def save_checkpoint(
+    recipe: PPORecipe, world: World, models: Models, ema: EMA | None, step: int, progress: Progress
+) -> None:
     """Write all that a resume needs. Data order and sampling noise are functions of the step, so no generator is saved."""
     folder = Path(recipe.output_dir) / f"checkpoint-{step}"
     models.policy.save_checkpoint(folder / "policy")
-    models.value.save_checkpoint(folder / "value")
+    if models.value is not None:
+        models.value.save_checkpoint(folder / "value")
+    if ema is not None:
+        ema.save_checkpoint(folder / "ema")
     world.barrier()
     if world.is_main:
-        state = {"step": step, "best": best, "layout": _layout(recipe, world)}
+        state = {"step": step, "progress": asdict(progress), "layout": _layout(recipe, world)}
         mark_complete(folder, state, recipe.save_total_limit)
     world.barrier()
 
 
 def _layout(recipe: PPORecipe, world: World) -> str:
-    return f"{world.size} process{'es' * (world.size > 1)} at ZeRO {zero_stage(recipe)}"
+    stages = {role: zero_stage(recipe, role) for role in ("policy", "value")}
+    zero = f"ZeRO {stages['policy']}" + (f" (value {stages['value']})" if len(set(stages.values())) > 1 else "")
+    return f"{world.size} process{'es' * (world.size > 1)} at {zero}"
 
 
 def check_layout(recipe: PPORecipe, world: World, checkpoint: Path | None) -> None:
@@ -56,11 +76,14 @@ def check_layout(recipe: PPORecipe, world: World, checkpoint: Path | None) -> No
         )
 
 
-def load_checkpoint(models: Models, checkpoint: Path | None) -> dict[str, Any] | None:
-    """Continue from a checkpoint, if there is one; returns the best evaluation before it."""
+def load_checkpoint(recipe: PPORecipe, models: Models, ema: EMA | None, checkpoint: Path | None) -> Progress:
+    """Continue from a checkpoint, if there is one."""
     if checkpoint is None:
-        return None
+        return Progress(recipe.kl_coef)
     models.policy.load_checkpoint(checkpoint / "policy")
-    models.value.load_checkpoint(checkpoint / "value")
-    best: dict[str, Any] | None = read_state(checkpoint)["best"]
-    return best
+    if models.value is not None:
+        models.value.load_checkpoint(checkpoint / "value")
+    if ema is not None:
+        ema.load_checkpoint(checkpoint / "ema")
+    state = read_state(checkpoint)["progress"]
+    return Progress(state["kl_coef"], RunningMoments(**state["score_moments"]), state["best"])

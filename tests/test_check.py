@@ -182,7 +182,7 @@ def test_a_folder_whose_models_are_not_made_yet(world, capsys):
     # 51 of the 64 prompts train; two processes of two micro-batches of 8 rows
     assert "32 sequences per step = 2 x 8 x 2 (processes x micro-batch x accumulation)" in said
     assert (
-        "64 sequences per step = 2 x 8 x 4 (processes x micro-batch x accumulation), 2 updates of 2 x 32 prompts"
+        "64 sequences per step = 2 x 8 x 4 (processes x micro-batch x accumulation), 2 updates of 2 x 32 responses"
         in said
     )
     assert "model_name_or_path: out/0 (made by 0_base.yaml)" in said

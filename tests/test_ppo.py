@@ -241,7 +241,7 @@ class TestBadInput:
             run(load_recipe("ppo", recipe))
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path):
-        with pytest.raises(UserError, match=r"update \d+: the loss is not finite.*learning_rate"):
+        with pytest.raises(UserError, match=r"update \d+ minibatch \d+: the loss is not finite.*Lower learning_rate"):
             run(load_recipe("ppo", make_recipe(tmp_path, learning_rate=1e30, max_grad_norm=0)))
 
 
