@@ -121,13 +121,15 @@ def footprints(
         return Footprint(name, count_parameters(skeleton(auto, its, code)), 0)
 
     if isinstance(recipe, PPORecipe):
-        policy = count_parameters(skeleton(AutoModelForCausalLM, config, code))
-        value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
-        models = [
-            Footprint("policy", policy, policy),
-            Footprint("value", value, value),
-            Footprint("reference", policy, 0),
-        ]
+        model = skeleton(AutoModelForCausalLM, config, code)
+        policy = count_parameters(model)
+        adapter = count_lora_parameters(model, recipe.lora_r, recipe.lora_target_modules) if recipe.use_peft else 0
+        models = [Footprint("policy", policy + adapter, adapter or policy)]
+        if recipe.advantage_estimator == "gae":
+            value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
+            models.append(Footprint("value", value, value))
+        if not recipe.use_peft:  # else the reference is the policy with its adapter off
+            models.append(Footprint("reference", policy, 0))
         if "reward" in others:
             models.append(frozen("reward", AutoModelForSequenceClassification, others["reward"]))
         return models
@@ -150,22 +152,24 @@ def footprints(
 def memory_table(
     recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig], plan: BatchPlan
 ) -> Table:
-    """Memory per GPU by model and ZeRO stage; the recipe's own stage is starred."""
+    """Memory per GPU by model and ZeRO stage, and as the recipe has it, which may choose for each model."""
     models = footprints(recipe, config, others)
     needs = [[state_bytes(model, stage, plan.world_size, recipe.bf16) for stage in range(4)] for model in models]
     if isinstance(recipe, PPORecipe) and recipe.ds3_gather_for_generation:
-        policy = replace(models[0], name="whole policy, while it generates", trained=0)
+        policy = replace(models[0], name="whole policy, while it generates", trained=0)  # its role is the default one
         models.append(policy)
         needs.append([0, 0, 0, state_bytes(policy, 0, 1, recipe.bf16)])
-    own = zero_stage(recipe) if recipe.deepspeed else None
-    columns = [f"ZeRO {stage}{' *' if stage == own else ''}" for stage in range(4)]
+    stages = [zero_stage(recipe, model.name) for model in models]
+    own = [sizes[stage] for sizes, stage in zip(needs, stages, strict=True)]
+    columns = [*(f"ZeRO {stage}" for stage in range(4)), "this recipe"]
     dtype = "bfloat16" if recipe.bf16 else "float32"
     table = make_table(
         f"Memory per GPU on {plan.world_size}, {dtype}, activations apart", "model", "parameters", *columns
     )
-    for model, sizes in zip(models, needs, strict=True):
-        table.add_row(model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, sizes))
-    table.add_row("all", "", *(_shown(sum(column)) for column in zip(*needs, strict=True)))
+    for model, sizes, stage, size in zip(models, needs, stages, own, strict=True):
+        mine = f"{_shown(size)} (ZeRO {stage})" if size else ""
+        table.add_row(model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, sizes), mine)
+    table.add_row("all", "", *(_shown(sum(column)) for column in zip(*needs, strict=True)), _shown(sum(own)))
     return table
 
 

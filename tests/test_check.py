@@ -356,10 +356,11 @@ def test_an_encoder_reads_its_score_from_the_first_token(world, capsys):
     assert "SFT model (to set the zero)" in said
 
 
-def test_the_recipes_own_zero_stage_is_starred(world, capsys):
+def test_the_recipes_own_zero_stage_has_a_column(world, capsys):
     Path("zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}), encoding="utf-8")
     said = outcome(capsys, "r/1_sft.yaml", "--model_name_or_path", "model", "--deepspeed", "zero.json", num_gpus=8)[1]
-    assert "ZeRO 2 *" in said
+    assert "(ZeRO 2)" in said
+    assert "(ZeRO 0)" not in said
     assert "Memory per GPU on 8, float32" in said
 
 
