@@ -9,9 +9,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import mark_complete, new_folder, read_state
-from align.config import PPORecipe, UserError
-from align.engine import Engine, zero_stage
+from align.config import PPORecipe
+from align.engine import Engine
 from align.ppo_setup import Models
+from align.stage import check_layout as check_layout
+from align.stage import layout
 from align.world import World
 
 
@@ -34,26 +36,9 @@ def save_checkpoint(recipe: PPORecipe, world: World, models: Models, step: int, 
     models.value.save_checkpoint(folder / "value")
     world.barrier()
     if world.is_main:
-        state = {"step": step, "best": best, "layout": _layout(recipe, world)}
+        state = {"step": step, "best": best, "layout": layout(recipe, world.size)}
         mark_complete(folder, state, recipe.save_total_limit)
     world.barrier()
-
-
-def _layout(recipe: PPORecipe, world: World) -> str:
-    return f"{world.size} process{'es' * (world.size > 1)} at ZeRO {zero_stage(recipe)}"
-
-
-def check_layout(recipe: PPORecipe, world: World, checkpoint: Path | None) -> None:
-    """See that the checkpoint can be read back: optimiser states are sharded, and fit one layout only.
-
-    Raises:
-        UserError: it was written by another number of processes or ZeRO stage.
-    """
-    if checkpoint is not None and (theirs := read_state(checkpoint)["layout"]) != _layout(recipe, world):
-        raise UserError(
-            f"{checkpoint}: was saved by {theirs}, and this run has {_layout(recipe, world)}; "
-            f"resume in the same way, or delete {checkpoint.parent} to start anew."
-        )
 
 
 def load_checkpoint(models: Models, checkpoint: Path | None) -> dict[str, Any] | None:
