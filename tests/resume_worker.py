@@ -37,8 +37,8 @@ def work(stage: str, recipe: str, rank: int, ranks: int, port: int, log: str, st
     make_noisy(rank)
     if stall is not None:
         marker = Path(recipe).with_name("stalled")
-        torch.save = stalling(torch.save, stall, marker)
-        align.engine.save_file = stalling(align.engine.save_file, stall, marker)
+        torch.save = stalling(torch.save, stall, rank + 1 == ranks, marker)
+        align.engine.save_file = stalling(align.engine.save_file, stall, rank + 1 == ranks, marker)
     STAGES[stage].run(load_recipe(stage, recipe))
 
 
@@ -54,13 +54,16 @@ def make_noisy(rank: int) -> None:
         trainer.compute_loss = noisy
 
 
-def stalling(write: Callable[..., None], checkpoint: str, marker: Path) -> Callable[..., None]:
-    """`write`, but of a file that comes late in the checkpoint only the first half, and then nothing any more."""
+def stalling(write: Callable[..., None], checkpoint: str, last_rank: bool, marker: Path) -> Callable[..., None]:
+    """`write`, but of the last file of the checkpoint only the first half, and then nothing any more.
+
+    Of a checkpoint by TRL's trainer that is the last rank's generator; the other ranks are done with theirs.
+    """
 
     def save(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         write(content, path, *args, **kwargs)
         place = str(path)
-        if f"/{checkpoint}/" in place and "training_args" not in place and "/policy/" not in place:
+        if f"/{checkpoint}/value/" in place or (last_rank and f"/{checkpoint}/rng_state" in place):
             os.truncate(path, os.path.getsize(path) // 2)
             marker.touch()
             time.sleep(600)
