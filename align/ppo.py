@@ -28,7 +28,7 @@ from align.maths.advantages import CRITIC_FREE, gae, token_rewards
 from align.maths.kl import adapted_kl_coef, k1
 from align.maths.masked import masked_mean, masked_var, masked_whiten
 from align.optimizer import learning_rates
-from align.ppo_checkpoint import Progress, check_layout, load_checkpoint, save_checkpoint, save_policy
+from align.ppo_checkpoint import Progress, load_checkpoint, save_checkpoint, save_policy
 from align.ppo_evaluation import SAMPLE_COLUMNS, Evaluation, response_kl, summary
 from align.ppo_setup import Models, check_inputs, check_room, functions, load_models
 from align.ppo_update import Updater
@@ -65,7 +65,6 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     rates = learning_rates(recipe, updates)
 
     checkpoint = last_checkpoint(recipe, world)
-    check_layout(recipe, world, checkpoint)
     start = step_of(checkpoint)
     with Tracker(recipe, "ppo", updates, resume_step=start) as tracker:
         tracker.say(plan.describe())

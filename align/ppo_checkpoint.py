@@ -10,13 +10,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import mark_complete, new_folder, read_state
-from align.config import PPORecipe, UserError
+from align.config import PPORecipe
 from align.ema import EMA
 from align.engine import Engine
 from align.maths.running import RunningMoments
 from align.ppo_setup import Models
+from align.stage import layout
 from align.world import World
-from align.zero import zero_stage
 
 
 def save_policy(
@@ -52,28 +52,9 @@ def save_checkpoint(
         ema.save_checkpoint(folder / "ema")
     world.barrier()
     if world.is_main:
-        state = {"step": step, "progress": asdict(progress), "layout": _layout(recipe, world)}
+        state = {"step": step, "progress": asdict(progress), "layout": layout(recipe, world.size)}
         mark_complete(folder, state, recipe.save_total_limit)
     world.barrier()
-
-
-def _layout(recipe: PPORecipe, world: World) -> str:
-    stages = {role: zero_stage(recipe, role) for role in ("policy", "value")}
-    zero = f"ZeRO {stages['policy']}" + (f" (value {stages['value']})" if len(set(stages.values())) > 1 else "")
-    return f"{world.size} process{'es' * (world.size > 1)} at {zero}"
-
-
-def check_layout(recipe: PPORecipe, world: World, checkpoint: Path | None) -> None:
-    """See that the checkpoint can be read back: optimiser states are sharded, and fit one layout only.
-
-    Raises:
-        UserError: it was written by another number of processes or ZeRO stage.
-    """
-    if checkpoint is not None and (theirs := read_state(checkpoint)["layout"]) != _layout(recipe, world):
-        raise UserError(
-            f"{checkpoint}: was saved by {theirs}, and this run has {_layout(recipe, world)}; "
-            f"resume in the same way, or delete {checkpoint.parent} to start anew."
-        )
 
 
 def load_checkpoint(recipe: PPORecipe, models: Models, ema: EMA | None, checkpoint: Path | None) -> Progress:

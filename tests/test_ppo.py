@@ -20,8 +20,8 @@ from align.checkpoint import open_stage
 from align.config import UserError
 from align.optimizer import learning_rates
 from align.ppo import missing_eos, run
-from align.ppo_checkpoint import check_layout
 from align.recipes import load_recipe
+from align.stage import check_layout
 from align.tracking import undocumented
 from align.world import World
 from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, save_tiny_policy, write_jsonl
