@@ -213,6 +213,7 @@ class DeepSpeedEngine(Engine):
         self.bf16 = recipe.bf16
         self.stage = zero_stage(recipe, role)
         self.accumulation = accumulation
+        self.pending = False  # gradients since the last step
         config = deepspeed_config(recipe, role, world.size, accumulation)
         if learning_rate is None:
             model.requires_grad_(False)
@@ -261,6 +262,7 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation steps and averages over ranks; our shares are to be added.
         self.engine.backward(loss * (self.world.size * self.accumulation))
+        self.pending = True
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # before the last microbatch it only counts
 
@@ -269,10 +271,13 @@ class DeepSpeedEngine(Engine):
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients) if gradients else None  # ZeRO 0 in float32, which reports none
         self.engine.step()
+        self.pending = False
         return float(norm if norm is not None else self.engine.get_global_grad_norm())
 
     def discard(self) -> None:
         # DeepSpeed has buffers of its own for gradients, which a step alone empties: a step that moves nothing.
+        if not self.pending:  # the policy while only the value model trains; a step would be counted as a microbatch
+            return
         assert self.adamw is not None
         step = self.adamw.step
         self.adamw.step = lambda *_, **__: None  # type: ignore[method-assign]
@@ -280,6 +285,7 @@ class DeepSpeedEngine(Engine):
             self.engine.step()
         finally:
             self.adamw.step = step  # type: ignore[method-assign]
+        self.pending = False
 
     def save_checkpoint(self, folder: Path) -> None:
         self.engine.save_checkpoint(

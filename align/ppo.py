@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from align.checkpoint import open_stage
+from align.collapse import CollapseWatch
 from align.config import PPORecipe, SFTRecipe
 from align.data import Demonstration, Prompt, load_rows
 from align.ema import EMA
@@ -34,6 +35,7 @@ from align.ppo_setup import Models, check_inputs, check_room, functions, load_mo
 from align.ppo_update import Updater
 from align.recipes import batch_plan, stage_inputs
 from align.rollout import Rollout, Sampler, collect, gather_rollout
+from align.self_checks import check_start
 from align.stage import already_finished, finish, last_checkpoint, step_of
 from align.tokenization import PromptLoader, tokenize_demonstrations, tokenize_prompts
 from align.tracking import Tracker, quiet
@@ -80,6 +82,9 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             seed=recipe.seed,
             gather=recipe.ds3_gather_for_generation,
         )
+        first = [prompts[index] for index in loader.batch(0, recipe.rollout_batch_size // recipe.num_generations)]
+        checked = check_start(recipe, plan, world, tracker, sampler, models, first, start)
+        watch = CollapseWatch(recipe)
         evaluation = None
         measured: dict[str, float] = {}
         samples: list[list[Any]] = []
@@ -113,6 +118,10 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
                 "time/tokens_per_second": float(rollout.mask.sum()) / (done - began),
             }
             step, last = update + 1, update + 1 == updates
+            if step == 1:
+                metrics |= checked
+            for warning in watch.warnings(step, metrics):
+                tracker.say(warning)
             if step % recipe.logging_steps == 0 or last or step == 1:
                 tracker.log(step, metrics)
             tracker.progress(step, score=metrics["objective/score"], kl=metrics["objective/kl"])
