@@ -117,6 +117,9 @@ class TrainerRecipe(StageRecipe):
     num_train_epochs: float = key(1.0, "Passes over the training rows.")
     max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.")
     max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.")
+    train_sampling_strategy: Literal["random", "group_by_length"] = key(
+        "random", "Order of rows: random, or random among rows of like length, which pads less."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +134,16 @@ class SFTRecipe(TrainerRecipe):
     tokenizer_vocab_size: int = key(
         512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows."
     )
+    loss_normalization: Literal["token_mean", "example_mean"] = key(
+        "token_mean", "Mean of the loss over all trained tokens of a step, or over examples of each one's own mean."
+    )
+    packing: bool = key(
+        False, "Fill rows of max_length with whole examples, which do not see one another; `train_batch_size` then counts "
+        "such rows. `text` that is longer is cut into pieces."
+    )  # fmt: skip
+    padding_free: bool = key(False, "Lay the rows of a batch end to end instead of padding them; changes no number.")
+    neftune_noise_alpha: float | None = key(None, "Noise added to embeddings in training, often 5 (arXiv 2310.05914).")
+    label_smoothing_factor: float = key(0.0, "Share of each label's probability spread over the vocabulary.")
     completion_only_loss: bool = key(
         True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too."
     )

@@ -33,7 +33,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "above 0",
         lambda value: value > 0,
         "learning_rate value_learning_rate adam_epsilon num_train_epochs temperature cliprange cliprange_value max_kl weight "
-        "kl_target max_approx_kl score_clip",
+        "kl_target max_approx_kl score_clip neftune_noise_alpha",
     ),
     (
         "at least 0",
@@ -42,7 +42,11 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "entropy_coef ptx_coef value_warmup_updates",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
-    ("from 0 to below 1", lambda value: 0 <= value < 1, "eval_fraction adam_beta1 adam_beta2 ema_decay"),
+    (
+        "from 0 to below 1",
+        lambda value: 0 <= value < 1,
+        "eval_fraction adam_beta1 adam_beta2 ema_decay label_smoothing_factor",
+    ),
     ("above 1", lambda value: value > 1, "dual_clip"),
     ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
     ("at least 259, all bytes and three special tokens", lambda value: value >= 259, "tokenizer_vocab_size"),
@@ -137,6 +141,14 @@ def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
     if recipe.model_config and "model_type" not in recipe.model_config:
         raise UserError(
             f"{where('model_config')}: expected a `model_type` such as llama among its keys, got {', '.join(recipe.model_config)}"
+        )
+    if recipe.label_smoothing_factor and recipe.loss_normalization == "example_mean":
+        raise UserError(
+            f"{where('label_smoothing_factor')}: is a mean over tokens; use loss_normalization: token_mean with it, or set it to 0"
+        )
+    if recipe.packing and recipe.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            f"{where('train_sampling_strategy')}: with packing all rows are of like length; leave group_by_length out"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from align.config import StageRecipe, TrainerRecipe
 from align.recipes import BatchPlan
@@ -64,6 +66,7 @@ def training_arguments(
         "dataloader_pin_memory": world.device.type != "cpu",
         "dataloader_num_workers": 0,
         "remove_unused_columns": False,
+        "train_sampling_strategy": recipe.train_sampling_strategy,
         "per_device_eval_batch_size": eval_batch_size(recipe, len(evaluation), world) if evaluation else 1,
         "eval_on_start": evaluation is not None and not resuming,
         "eval_strategy": "steps" if evaluation is not None and recipe.eval_steps else "no",
@@ -143,11 +146,37 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy == "random":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset
+        column = next(name for name in ("input_ids", "chosen_ids") if name in rows.column_names)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength([len(ids) for ids in rows[column]], batch, self.args.seed)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL would write one with every checkpoint; the stage writes its own at the end."""
 
     def _send_telemetry(self) -> None:
         """Nothing: a training run does not talk to anybody unasked."""
+
+
+class ByLength(Sampler[int]):
+    """transformers' order by length, as a function of seed and epoch alone, so that a resumed run finds its place."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def train(
