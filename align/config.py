@@ -91,10 +91,17 @@ class StageRecipe:
     attn_implementation: str | None = key(
         None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
     )
-    use_peft: bool = key(False, "Train a LoRA adapter, merged into the model that the stage saves.")
-    lora_r: int = key(16, "LoRA rank.")
+    method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
+        "full", "What is trained: all weights, some layers, the head, or an adapter, which is saved as such and merged."
+    )
+    freeze_layers: int = key(0, "With `method: freeze`: the embedding and so many first layers stay as they are.")
+    trainable_pattern: str | None = key(
+        None, "With `method: freeze`: train the parameters alone whose names this regular expression finds."
+    )
+    lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.")
     lora_alpha: int = key(32, "LoRA alpha.")
     lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
+    num_virtual_tokens: int = key(20, "Tokens that `method: prompt` or `prefix` learns and puts before each row.")
     deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
     trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,19 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 
+# What each stage may train; the others train all their weights.
+METHODS = {
+    "sft": ("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"),
+    "reward": ("full", "freeze", "head", "lora", "dora", "ia3"),
+    "ppo": ("full", "lora", "dora", "ia3"),
+}
+
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     (
         "at least 1",
         lambda value: value >= 1,
         "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
-        "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha "
+        "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha num_virtual_tokens "
         "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size",
     ),
     (
@@ -39,7 +47,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "at least 0",
         lambda value: value >= 0,
         "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows "
-        "entropy_coef ptx_coef value_warmup_updates",
+        "entropy_coef ptx_coef value_warmup_updates freeze_layers",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
     (
@@ -84,6 +92,7 @@ def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
     for name in ("reward_funcs", "eval_reward_funcs"):
         for index, spec in enumerate(getattr(recipe, name, [])):
             _check_function(spec, f"{where(name)}[{index}]")
+    _check_method(recipe, where)
     if isinstance(recipe, SFTRecipe):
         _check_sft(recipe, where)
     elif isinstance(recipe, PPORecipe):
@@ -130,6 +139,41 @@ def _check_deepspeed(path: Path, where: str) -> None:
         raise UserError(f"{where}: expected a JSON object in {path}, got a {type(loaded).__name__}")
     if loaded.get("fp16", {}).get("enabled", False) not in (False, "auto"):
         raise UserError(f"{where}: {path} switches fp16 on, which is not offered; leave it out and use `bf16: true`.")
+
+
+def _check_method(recipe: StageRecipe, where: Callable[[str], str]) -> None:
+    virtual = recipe.method in ("prompt", "prefix")
+    offered = METHODS.get(str(recipe.stage), ("full",))
+    if recipe.method not in offered:
+        why = "cannot be merged, so later stages could not start from it" if virtual else "is not offered here"
+        raise UserError(
+            f"{where('method')}: expected one of {', '.join(offered)} in the {recipe.stage} stage, got {recipe.method}, which {why}"
+        )
+    partial = bool(recipe.freeze_layers) + (recipe.trainable_pattern is not None)
+    if recipe.method == "freeze" and partial != 1:
+        raise UserError(
+            f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got {'both' if partial else 'neither'}"
+        )
+    if recipe.method != "freeze" and partial:
+        name = "freeze_layers" if recipe.freeze_layers else "trainable_pattern"
+        raise UserError(f"{where(name)}: is for method: freeze, got method: {recipe.method}")
+    if recipe.trainable_pattern is not None:
+        try:
+            re.compile(recipe.trainable_pattern)
+        except re.error as error:
+            raise UserError(f"{where('trainable_pattern')}: not a regular expression: {error}") from None
+    if virtual and (getattr(recipe, "packing", False) or getattr(recipe, "padding_free", False)):
+        raise UserError(
+            f"{where('method')}: {recipe.method} puts tokens before each row, which packed rows have no place for"
+        )
+    if virtual and recipe.deepspeed and _stage_of(Path(recipe.deepspeed)) == 3:
+        raise UserError(
+            f"{where('method')}: {recipe.method} is not offered at ZeRO 3; use ZeRO 2, it trains few parameters"
+        )
+
+
+def _stage_of(path: Path) -> int:
+    return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
 
 
 def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
@@ -202,8 +246,8 @@ def _check_objective(recipe: PPORecipe, where: Callable[[str], str]) -> None:
         raise UserError(
             f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {why}; use k1, or use_kl_loss: true"
         )
-    if recipe.use_peft and recipe.reference_deepspeed:
+    if recipe.method != "full" and recipe.reference_deepspeed:
         raise UserError(
-            f"{where('reference_deepspeed')}: with use_peft the reference is the policy with its adapter off, and has no "
+            f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and has no "
             "engine of its own; leave it out."
         )

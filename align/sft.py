@@ -26,6 +26,7 @@ from align.checkpoint import open_stage
 from align.config import SFTRecipe, UserError
 from align.data import Demonstration, load_rows, render_text
 from align.engine import connect, disconnect
+from align.methods import freeze, peft_config, quantization
 from align.models import is_encoder, load_config, load_policy, load_tokenizer
 from align.recipes import batch_plan, stage_inputs
 from align.sft_trainer import DemonstrationTrainer
@@ -43,7 +44,6 @@ from align.tokenization import pack, pad_to_batches, tokenize_demonstrations
 from align.tracking import Tracker, quiet
 from align.trainers import (
     eval_batch_size,
-    lora_config,
     save_trained,
     total_steps,
     train,
@@ -98,14 +98,16 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
             neftune_noise_alpha=recipe.neftune_noise_alpha,
             label_smoothing_factor=recipe.label_smoothing_factor,
         )
+        model = load_policy(start, recipe, **quantization(recipe))
+        freeze(model, recipe, model.get_output_embeddings())
         trainer = DemonstrationTrainer(
             example_mean=recipe.loss_normalization == "example_mean",
-            model=load_policy(start, recipe),
+            model=model,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            peft_config=lora_config(recipe, "CAUSAL_LM"),
+            peft_config=peft_config(recipe, "CAUSAL_LM"),
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
         save_trained(trainer, recipe, world, lambda: load_policy(start, recipe))

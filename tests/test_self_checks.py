@@ -136,7 +136,7 @@ class TestSoundRun:
 
     def test_precisions_and_adapters_that_are_sound(self, tmp_path, monkeypatch):
         start(tmp_path, bf16=True, output_dir=str(tmp_path / "bf16"))
-        start(tmp_path, use_peft=True, output_dir=str(tmp_path / "lora"))
+        start(tmp_path, method="lora", output_dir=str(tmp_path / "lora"))
         # On a GPU the frozen reference is stored in bfloat16, while the policy runs under autocast.
         monkeypatch.setattr(ppo_setup, "load_policy", in_bfloat16)
         start(tmp_path, bf16=True, gradient_checkpointing=True, output_dir=str(tmp_path / "stored"))
@@ -213,7 +213,7 @@ class TestFaults:
             return adapted
 
         monkeypatch.setattr(ppo_setup, "add_adapter", shifted)
-        (line,) = failures(refused(tmp_path, use_peft=True))
+        (line,) = failures(refused(tmp_path, method="lora"))
         assert "KL" in line
         assert "adapter does not start as the identity" in line
 
