@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +17,7 @@ from align.config import UserError
 from align.recipes import load_recipe
 from align.sft import run
 from tests.test_sft import metrics, nll, recipe, trained
-from tests.worlds import tiny_llama
+from tests.worlds import deepspeed_file, launch, tiny_llama
 
 HELD_OUT = [("ac", "d"), ("e", "fghijkl")]
 PROJECTIONS = {name for name in tiny_llama().state_dict() if name.endswith("_proj.weight")}
@@ -98,6 +100,35 @@ def test_a_later_stage_starts_from_the_adapter_or_from_what_it_was_merged_into(t
         again = recipe(tmp_path, **SETTINGS, model_name_or_path=start, output_dir=str(tmp_path / f"again{len(losses)}"))
         losses.append(run(again)["eval_loss_before"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix"]), (3, ["full", "lora"])])
+def test_two_ranks_do_what_one_does(tmp_path, stage, names):
+    ways = {
+        **{name: changes for name, (changes, _) in MOVES.items()},
+        "prompt": {"method": "prompt"},
+        "prefix": {"method": "prefix"},
+    }
+    alone, together = {}, {}
+    for name in names:
+        folder = tmp_path / name.replace(" ", "_")
+        settings = recipe(tmp_path, eval_rows=HELD_OUT, **ways[name], learning_rate=1e-3, adam_epsilon=1e-3,
+                          output_dir=str(folder / "alone"))  # fmt: skip
+        run(settings)
+        alone[name] = settings
+        together[name] = dataclasses.replace(
+            settings, output_dir=str(folder / "together"), deepspeed=deepspeed_file(tmp_path / "ds.json", stage)
+        )
+        (tmp_path / f"{folder.name}.yaml").write_text(yaml.safe_dump(dataclasses.asdict(together[name])))
+    worker = str(Path(__file__).with_name("methods_worker.py"))
+    done = launch(worker, *map(str, sorted(tmp_path.glob("*.yaml"))), module=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        file = "adapter_model.safetensors" if name in ("prompt", "prefix") else "model.safetensors"
+        ours, theirs = (load_file(Path(each[name].output_dir) / file) for each in (alone, together))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 class TestMerge:
