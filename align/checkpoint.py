@@ -46,7 +46,11 @@ COSMETIC_KEYS = {
     "gradient_checkpointing",
     "attn_implementation",
     "deepspeed",
+    "value_deepspeed",
+    "reference_deepspeed",
+    "reward_deepspeed",
     "num_sample_rows",
+    "skip_self_checks",
 }
 
 

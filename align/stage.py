@@ -26,9 +26,9 @@ from align.checkpoint import (
     tokenizer_digest,
 )
 from align.config import StageRecipe, UserError
-from align.engine import zero_stage
 from align.evaluation import markdown_table
 from align.world import World
+from align.zero import uses_deepspeed, zero_stage
 
 UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
 
@@ -69,8 +69,9 @@ def _newest_sound(recipe: StageRecipe) -> Path | None:
 
 def layout(recipe: StageRecipe, processes: int) -> str:
     """By how many processes and which kind of sharding a checkpoint is written, in words."""
-    unsharded_deepspeed = recipe.deepspeed is not None and zero_stage(recipe) == 0
-    how = f"ZeRO {zero_stage(recipe)}{' with a DeepSpeed file' * unsharded_deepspeed}"
+    policy, value = zero_stage(recipe), zero_stage(recipe, "value")
+    how = f"ZeRO {policy}" + (f" (value model {value})" if value != policy else "")
+    how += " with a DeepSpeed file" * (uses_deepspeed(recipe) and not policy)
     return f"{processes} process{'es' * (processes > 1)} at {how}"
 
 

@@ -226,7 +226,7 @@ def test_killed_before_its_last_line_it_measures_nothing_twice(forks, tmp_path, 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_adapters_resume_too(forks, tmp_path, stage):
-    recipes = [write_recipe(stage, tmp_path / name, use_peft=True, lora_r=2) for name in ("whole", "killed")]
+    recipes = [write_recipe(stage, tmp_path / name, method="lora", lora_r=2) for name in ("whole", "killed")]
     complete(forks, recipes[0], 1)
     processes = start(forks, recipes[1], 1, stall="checkpoint-4")
     wait_for(tmp_path / "killed" / "stalled", processes)
