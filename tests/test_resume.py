@@ -60,7 +60,8 @@ def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: A
             **COMMON, "sft_model_path": str(folder / "base"), "reward_funcs": ["resume_rules:count_a"], "kl_coef": 0.02,
             "total_episodes": 48, "rollout_batch_size": 8, "minibatch_size": 4, "num_ppo_epochs": 2,
             "response_length": 5, "learning_rate": 5e-3, "temperature": 0.9, "missing_eos_penalty": 0.1,
-            "eval_steps": 2, "max_kl": 2.5,  # KL is 0.9 at update 2 and 6 later, so the best one is before every stop
+            "ema_decay": 0.8, "kl_target": 0.05, "kl_horizon": 100, "normalize_scores": True,  # each has a state
+            "eval_steps": 2, "max_kl": 2.3,  # KL is 1.7 at update 2 and 3 later, so the best one is before every stop
         }  # fmt: skip
     elif stage == "reward":
         rows = [{"prompt": prompt, "chosen": word + "z", "rejected": word} for prompt, word in WORDS]
