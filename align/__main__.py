@@ -28,6 +28,7 @@ usage: align sft|reward|ppo RECIPE [--key value ...]    run one stage; `align pp
        align run DIR [--num_gpus N] [--key value ...]   run a folder's numbered recipes in order
        align check RECIPE|DIR [--num_gpus N] [--key value ...]
                                                         say whether it would run, and in how much memory
+       align merge ADAPTER OUTPUT                       make an adapter part of the model it was trained on
        align verify [--num_gpus N] [--json [FILE]] [--key value ...]
                                                         train PPO on languages with a known optimum, and compare
        align --version | --help
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guard(lambda: _stage(command, words[1:]))
     if command in ("run", "check"):
         return _guard(lambda: _folder_command(command, words[1:]))
+    if command == "merge":
+        return _guard(lambda: _merge(words[1:]))
     if command == "verify":
         return _guard(lambda: _verify(words[1:]))
     if command == "--version":
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
-    known = [*RECIPES, "run", "check", "verify", "--version", "--help"]
+    known = [*RECIPES, "run", "check", "merge", "verify", "--version", "--help"]
     got = f"unknown command {command!r}{nearest(command, known)}" if command else "no command given"
     print(f"error: {got}\n{USAGE}", end="", file=sys.stderr)
     return 2
@@ -112,6 +115,15 @@ def _folder_command(command: str, words: list[str]) -> int:
     if command == "run":
         return pipeline.run(words[0], num_gpus, overrides)
     return int(importlib.import_module("align.check").run(words[0], num_gpus, overrides))
+
+
+def _merge(words: list[str]) -> int:
+    if len(words) != 2 or words[0].startswith("-"):
+        raise UserError(
+            "align merge: expected an adapter's folder and a new folder, as in `align merge out/adapter merged`."
+        )
+    print(importlib.import_module("align.merge").run(*words))
+    return 0
 
 
 def _verify(words: list[str]) -> int:

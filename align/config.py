@@ -91,6 +91,17 @@ class StageRecipe:
     attn_implementation: str | None = key(
         None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
     )
+    method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
+        "full", "What is trained: all weights, some layers, the head, or an adapter, which is saved as such and merged."
+    )
+    freeze_layers: int = key(0, "With `method: freeze`: the embedding and so many first layers stay as they are.")
+    trainable_pattern: str | None = key(
+        None, "With `method: freeze`: train the parameters alone whose names this regular expression finds."
+    )
+    lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.")
+    lora_alpha: int = key(32, "LoRA alpha.")
+    lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
+    num_virtual_tokens: int = key(20, "Tokens that `method: prompt` or `prefix` learns and puts before each row.")
     deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
     trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
@@ -113,10 +124,9 @@ class TrainerRecipe(StageRecipe):
     num_train_epochs: float = key(1.0, "Passes over the training rows.")
     max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.")
     max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.")
-    use_peft: bool = key(False, "Train a LoRA adapter, merged into the model that the stage saves.")
-    lora_r: int = key(16, "LoRA rank.")
-    lora_alpha: int = key(32, "LoRA alpha.")
-    lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
+    train_sampling_strategy: Literal["random", "group_by_length"] = key(
+        "random", "Order of rows: random, or random among rows of like length, which pads less."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +141,16 @@ class SFTRecipe(TrainerRecipe):
     tokenizer_vocab_size: int = key(
         512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows."
     )
+    loss_normalization: Literal["token_mean", "example_mean"] = key(
+        "token_mean", "Mean of the loss over all trained tokens of a step, or over examples of each one's own mean."
+    )
+    packing: bool = key(
+        False, "Fill rows of max_length with whole examples, which do not see one another; `train_batch_size` then counts "
+        "such rows. `text` that is longer is cut into pieces."
+    )  # fmt: skip
+    padding_free: bool = key(False, "Lay the rows of a batch end to end instead of padding them; changes no number.")
+    neftune_noise_alpha: float | None = key(None, "Noise added to embeddings in training, often 5 (arXiv 2310.05914).")
+    label_smoothing_factor: float = key(0.0, "Share of each label's probability spread over the vocabulary.")
     completion_only_loss: bool = key(
         True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too."
     )
@@ -177,7 +197,10 @@ class PPORecipe(StageRecipe):
     )
 
     total_episodes: int = key(10_000, "Responses sampled in the whole run.")
-    rollout_batch_size: int = key(64, "Prompts per update over all devices.")
+    rollout_batch_size: int = key(64, "Responses per update over all devices.")
+    num_generations: int = key(
+        1, "Responses to each prompt; an update takes rollout_batch_size / num_generations prompts."
+    )
     minibatch_size: int = key(64, "Responses per optimiser step over all devices.")
     num_ppo_epochs: int = key(4, "Passes over each rollout batch.")
     max_prompt_length: int = key(512, "Most tokens of a prompt; longer prompts are bad rows.")
@@ -189,12 +212,46 @@ class PPORecipe(StageRecipe):
     learning_rate: float = key(3e-6, "Peak learning rate of the policy.")
     value_learning_rate: float | None = key(None, "Peak learning rate of the value model; the policy's by default.")
     adam_epsilon: float = key(1e-5, "AdamW epsilon.")
+    advantage_estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus"] = key(
+        "gae", "How rewards become advantages; only `gae` has a value model. rloo, grpo and dr_grpo compare the responses "
+        "to one prompt and need num_generations of 2 or more."
+    )  # fmt: skip
     kl_coef: float = key(0.05, "Weight of the KL penalty per token, in units of score per nat.")
+    kl_estimator: Literal["k1", "k2", "k3"] = key(
+        "k1", "Estimator of the penalty: k1 in the reward, k2 or k3 in the loss."
+    )
+    use_kl_loss: bool = key(False, "Penalise in the loss instead of in the reward; needs kl_estimator k2 or k3.")
+    kl_target: float | None = key(
+        None, "Adapt kl_coef so that the KL comes to this many nats per response (arXiv 1909.08593)."
+    )
+    kl_horizon: int = key(10_000, "With `kl_target`: episodes in which kl_coef changes by at most a fifth.")
+    max_approx_kl: float | None = key(
+        None, "End an update at the minibatch whose policy/approx_kl is above this, before its optimiser step."
+    )
     cliprange: float = key(0.2, "Clip range of the probability ratio.")
+    dual_clip: float | None = key(None, "Bound above 1 on the ratio where the advantage is negative, often 3.")
     cliprange_value: float = key(0.2, "Clip range of the value around its value at rollout.")
     gamma: float = key(1.0, "Discount.")
     lam: float = key(0.95, "Lambda of generalised advantage estimation.")
+    normalize_scores: bool = key(
+        False, "Subtract the running mean of all scores and divide by their running deviation."
+    )
+    score_clip: float | None = key(None, "Clip scores, after normalisation, to this either side of 0.")
     whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")
+    entropy_coef: float = key(0.0, "Weight of the entropy bonus, mean over tokens, in nats.")
+    value_warmup_updates: int = key(0, "First updates in which only the value model trains.")
+    ema_decay: float | None = key(
+        None, "Keep an exponential moving average of the policy with this decay per update, saved in `ema/`."
+    )
+    ptx_dataset: list[DataSource] = key(
+        [],
+        "Text or demonstrations whose likelihood is trained in the same optimiser steps (PPO-ptx, arXiv 2203.02155).",
+    )
+    ptx_coef: float = key(1.0, "Weight of their negative log-likelihood, mean over tokens, beside the PPO objective.")
+    ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimiser step over all devices.")
+    value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")
+    reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
+    reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")
     ds3_gather_for_generation: bool = key(
         True, "Under ZeRO-3 copy the gathered policy once per rollout; false when it does not fit."
     )
@@ -203,6 +260,7 @@ class PPORecipe(StageRecipe):
         "The best checkpoint has the highest evaluation score among those with at most this KL (nats per response).",
     )
     num_sample_rows: int = key(8, "Rows of the sample table.")
+    skip_self_checks: bool = key(False, "Start without the checks of models and rewards that precede the first update.")
 
 
 RECIPES: dict[str, type[StageRecipe]] = {"sft": SFTRecipe, "reward": RewardRecipe, "ppo": PPORecipe}

@@ -12,7 +12,6 @@ and ranks, never averaged, so how the work is cut up does not change the gradien
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +19,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.config import StageRecipe, UserError
+from align.models import skeleton, write_model
 from align.optimizer import optimizer_for
 from align.world import World, remove_stale_shared_memory
+from align.zero import deepspeed_config, uses_deepspeed, zero_stage
+from reward_models.heads import hf_model
 
 
 def connect(recipe: StageRecipe) -> World:
@@ -39,7 +42,7 @@ def connect(recipe: StageRecipe) -> World:
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if int(os.environ.get("RANK", "0")) == 0:
         remove_stale_shared_memory()
-    if size > 1 or recipe.deepspeed is not None:
+    if size > 1 or uses_deepspeed(recipe):
         import deepspeed
 
         # DeepSpeed's own CPU collective saves nothing at our sizes, needs a compiler at the first start and
@@ -59,47 +62,15 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def zero_stage(recipe: StageRecipe) -> int:
-    """The ZeRO stage that the recipe's DeepSpeed file asks for; 0 without one."""
-    if recipe.deepspeed is None:
-        return 0
-    return int(_deepspeed_json(recipe).get("zero_optimization", {}).get("stage", 0))
-
-
-def _deepspeed_json(recipe: StageRecipe) -> dict[str, Any]:
-    if recipe.deepspeed is None:
-        return {}
-    config: dict[str, Any] = json.loads(Path(recipe.deepspeed).read_text(encoding="utf-8"))
-    return config
-
-
-def _deepspeed_config(recipe: StageRecipe, world: World, micro_batch_size: int, accumulation: int) -> dict[str, Any]:
-    """The recipe's DeepSpeed file with every "auto" filled in from the recipe."""
-    config = _deepspeed_json(recipe)
-    config["train_micro_batch_size_per_gpu"] = micro_batch_size
-    config["gradient_accumulation_steps"] = accumulation
-    config["train_batch_size"] = micro_batch_size * accumulation * world.size
-    config["gradient_clipping"] = recipe.max_grad_norm
-    config["bf16"] = {**config.get("bf16", {}), "enabled": recipe.bf16}
-    config.setdefault("zero_allow_untested_optimizer", True)
-    config["zero_force_ds_cpu_optimizer"] = False
-    zero = config.setdefault("zero_optimization", {"stage": 0})
-    for name in [name for name, value in zero.items() if value == "auto"]:
-        del zero[name]  # DeepSpeed's own default
-    config.setdefault("steps_per_print", 10**9)
-    return config
-
-
 @contextlib.contextmanager
-def sharded_load(recipe: StageRecipe) -> Iterator[None]:
+def sharded_load(recipe: StageRecipe, role: str = "policy") -> Iterator[None]:
     """Under ZeRO-3, `from_pretrained` inside this block shards each weight as it is read, so no rank holds a whole model."""
-    if zero_stage(recipe) < 3:
+    if zero_stage(recipe, role) < 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
 
-    world = World(0, int(os.environ.get("WORLD_SIZE", "1")), torch.device("cpu"))
-    alive = HfDeepSpeedConfig(_deepspeed_config(recipe, world, 1, 1))
+    alive = HfDeepSpeedConfig(deepspeed_config(recipe, role, int(os.environ.get("WORLD_SIZE", "1")), 1))
     try:
         yield
     finally:
@@ -121,7 +92,9 @@ def full_parameters(parameters: list[nn.Parameter], modify: bool = False) -> Ite
 class Engine:
     """One model on one process, in plain torch: float32 weights, bfloat16 by autocast when the recipe asks for it."""
 
-    def __init__(self, model: PreTrainedModel, recipe: StageRecipe, world: World, learning_rate: float | None):
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, recipe: StageRecipe, world: World, learning_rate: float | None
+    ):
         self.module = model.to(world.device)
         self.bf16 = recipe.bf16
         self.world = world
@@ -160,6 +133,10 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def discard(self) -> None:
+        """Forget the gradients of all microbatches since the last step, instead of stepping."""
+        self.module.zero_grad(set_to_none=True)
+
     def _set_learning_rate(self, learning_rate: float) -> None:
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:
@@ -186,29 +163,30 @@ class Engine:
         }
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a Hugging Face folder (safetensors) from rank 0. Every rank must call it."""
+        """Write a Hugging Face folder (safetensors) from rank 0, adapters merged. Every rank must call it."""
         weights = self.state_dict()
         if self.world.is_main:
-            self.module.save_pretrained(folder, state_dict=weights)
+            write_model(self.module, weights, folder)
         self.world.barrier()
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write weights and optimiser state for an exact resume: safetensors only."""
         assert self.optimizer is not None
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: p.detach().contiguous() for n, p in self.module.named_parameters()}, folder / "weights.safetensors"
-        )
+        save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / "weights.safetensors")
         state = self.optimizer.state_dict()["state"]
         tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
         save_file(tensors, folder / "optimizer.safetensors")
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from `save_checkpoint`, to the bit."""
         assert self.optimizer is not None
         weights = load_file(folder / "weights.safetensors")
         with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self._trained():
                 parameter.copy_(weights[name])
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(folder / "optimizer.safetensors").items():
@@ -222,27 +200,29 @@ class DeepSpeedEngine(Engine):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         recipe: StageRecipe,
         world: World,
         learning_rate: float | None,
+        role: str,
         accumulation: int = 1,
     ):
         import deepspeed
 
         self.world = world
         self.bf16 = recipe.bf16
-        self.stage = zero_stage(recipe)
+        self.stage = zero_stage(recipe, role)
         self.accumulation = accumulation
-        config = _deepspeed_config(recipe, world, 1, accumulation)
+        self.pending = False  # gradients since the last step
+        config = deepspeed_config(recipe, role, world.size, accumulation)
         if learning_rate is None:
             model.requires_grad_(False)
             if self.stage < 3:  # nothing to shard: gradients and optimiser states do not exist
                 config["zero_optimization"] = {"stage": 0}
         elif recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        optimizer = optimizer_for(model, recipe, learning_rate) if learning_rate is not None else None
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.adamw = optimizer_for(model, recipe, learning_rate) if learning_rate is not None else None
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)
         self.module = self.engine.module
         self.engine.train(learning_rate is not None and recipe.gradient_checkpointing)
 
@@ -263,11 +243,10 @@ class DeepSpeedEngine(Engine):
 
     def _whole_copy(self) -> nn.Module:
         """An unsharded copy for one rollout: ranks then generate at their own pace, and freeing it frees the memory."""
-        with torch.device("meta"):
-            skeleton = type(self.module)(self.module.config)
-        dtype = next(self.module.parameters()).dtype
-        copy: nn.Module = skeleton.to(dtype).to_empty(device=self.world.device)
-        skeleton.tie_weights()  # the same object; memory made anew is not shared
+        copy: nn.Module = (
+            skeleton(self.module).to(next(self.module.parameters()).dtype).to_empty(device=self.world.device)
+        )
+        hf_model(copy).tie_weights()  # memory made anew is not shared
         targets = dict(copy.named_parameters())
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
@@ -283,6 +262,7 @@ class DeepSpeedEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed divides by the accumulation steps and averages over ranks; our shares are to be added.
         self.engine.backward(loss * (self.world.size * self.accumulation))
+        self.pending = True
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # before the last microbatch it only counts
 
@@ -291,28 +271,72 @@ class DeepSpeedEngine(Engine):
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients) if gradients else None  # ZeRO 0 in float32, which reports none
         self.engine.step()
+        self.pending = False
         return float(norm if norm is not None else self.engine.get_global_grad_norm())
 
+    def discard(self) -> None:
+        # DeepSpeed has buffers of its own for gradients, which a step alone empties: a step that moves nothing.
+        if not self.pending:  # the policy while only the value model trains; a step would be counted as a microbatch
+            return
+        assert self.adamw is not None
+        step = self.adamw.step
+        self.adamw.step = lambda *_, **__: None  # type: ignore[method-assign]
+        try:
+            self.engine.step()
+        finally:
+            self.adamw.step = step  # type: ignore[method-assign]
+        self.pending = False
+
     def save_checkpoint(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        self.engine.save_checkpoint(
+            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self._has_adapter()
+        )
 
     def load_checkpoint(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        loaded, _ = self.engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_module_strict=not self._has_adapter()
+        )
         if loaded is None:
             raise UserError(f"{folder}: DeepSpeed cannot read this checkpoint; delete it to use the one before it.")
 
+    def _has_adapter(self) -> bool:
+        return isinstance(self.module, PeftModel)
+
+
+class AdapterOff(Engine):
+    """The frozen model that a LoRA policy started from: the policy with its adapter off. It takes no memory."""
+
+    def __init__(self, policy: Engine):
+        self.policy = policy
+        self.module = policy.module
+        self.world = policy.world
+
+    def __call__(self, **inputs: Any) -> Any:
+        with torch.no_grad(), self.module.disable_adapter():
+            return self.policy(**inputs)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        with self.policy.whole() as model, model.disable_adapter():  # type: ignore[operator]
+            yield model
+
 
 def train_engine(
-    model: PreTrainedModel, recipe: StageRecipe, world: World, learning_rate: float, accumulation: int
+    model: PreTrainedModel | PeftModel,
+    recipe: StageRecipe,
+    world: World,
+    learning_rate: float,
+    accumulation: int,
+    role: str = "policy",
 ) -> Engine:
     """An engine that trains `model`, taking `accumulation` microbatches per step."""
     if dist.is_initialized():
-        return DeepSpeedEngine(model, recipe, world, learning_rate, accumulation)
+        return DeepSpeedEngine(model, recipe, world, learning_rate, role, accumulation)
     return Engine(model, recipe, world, learning_rate)
 
 
-def frozen_engine(model: PreTrainedModel, recipe: StageRecipe, world: World) -> Engine:
+def frozen_engine(model: PreTrainedModel, recipe: StageRecipe, world: World, role: str = "policy") -> Engine:
     """An engine that only runs `model` forward; under ZeRO-3 it is sharded all the same."""
     if dist.is_initialized():
-        return DeepSpeedEngine(model, recipe, world, None)
+        return DeepSpeedEngine(model, recipe, world, None, role)
     return Engine(model, recipe, world, None)

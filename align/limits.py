@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,40 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 
+# What each stage may train; the others train all their weights.
+METHODS = {
+    "sft": ("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"),
+    "reward": ("full", "freeze", "head", "lora", "dora", "ia3"),
+    "ppo": ("full", "lora", "dora", "ia3"),
+}
+
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     (
         "at least 1",
         lambda value: value >= 1,
         "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
-        "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha "
-        "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows",
+        "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha num_virtual_tokens "
+        "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size",
     ),
     (
         "above 0",
         lambda value: value > 0,
-        "learning_rate value_learning_rate adam_epsilon num_train_epochs temperature cliprange cliprange_value max_kl weight",
+        "learning_rate value_learning_rate adam_epsilon num_train_epochs temperature cliprange cliprange_value max_kl weight "
+        "kl_target max_approx_kl score_clip neftune_noise_alpha",
     ),
     (
         "at least 0",
         lambda value: value >= 0,
-        "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows",
+        "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows "
+        "entropy_coef ptx_coef value_warmup_updates freeze_layers",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
-    ("from 0 to below 1", lambda value: 0 <= value < 1, "eval_fraction adam_beta1 adam_beta2"),
+    (
+        "from 0 to below 1",
+        lambda value: 0 <= value < 1,
+        "eval_fraction adam_beta1 adam_beta2 ema_decay label_smoothing_factor",
+    ),
+    ("above 1", lambda value: value > 1, "dual_clip"),
     ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
     ("at least 259, all bytes and three special tokens", lambda value: value >= 259, "tokenizer_vocab_size"),
     ("-1, or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
@@ -66,16 +81,18 @@ def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
         raise UserError(
             f"{where('train_dataset')}: expected a path, a hub id or a mapping, got nothing; name the training rows."
         )
-    for name in ("train_dataset", "eval_dataset"):
-        for index, source in enumerate(getattr(recipe, name)):
+    for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
+        for index, source in enumerate(getattr(recipe, name, [])):
             _check_source(source, f"{where(name)}[{index}]")
     if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
         raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
-    if recipe.deepspeed:
-        _check_deepspeed(Path(recipe.deepspeed), where("deepspeed"))
+    for name in ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed"):
+        if path := getattr(recipe, name, None):
+            _check_deepspeed(Path(path), where(name))
     for name in ("reward_funcs", "eval_reward_funcs"):
         for index, spec in enumerate(getattr(recipe, name, [])):
             _check_function(spec, f"{where(name)}[{index}]")
+    _check_method(recipe, where)
     if isinstance(recipe, SFTRecipe):
         _check_sft(recipe, where)
     elif isinstance(recipe, PPORecipe):
@@ -124,6 +141,41 @@ def _check_deepspeed(path: Path, where: str) -> None:
         raise UserError(f"{where}: {path} switches fp16 on, which is not offered; leave it out and use `bf16: true`.")
 
 
+def _check_method(recipe: StageRecipe, where: Callable[[str], str]) -> None:
+    virtual = recipe.method in ("prompt", "prefix")
+    offered = METHODS.get(str(recipe.stage), ("full",))
+    if recipe.method not in offered:
+        why = "cannot be merged, so later stages could not start from it" if virtual else "is not offered here"
+        raise UserError(
+            f"{where('method')}: expected one of {', '.join(offered)} in the {recipe.stage} stage, got {recipe.method}, which {why}"
+        )
+    partial = bool(recipe.freeze_layers) + (recipe.trainable_pattern is not None)
+    if recipe.method == "freeze" and partial != 1:
+        raise UserError(
+            f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got {'both' if partial else 'neither'}"
+        )
+    if recipe.method != "freeze" and partial:
+        name = "freeze_layers" if recipe.freeze_layers else "trainable_pattern"
+        raise UserError(f"{where(name)}: is for method: freeze, got method: {recipe.method}")
+    if recipe.trainable_pattern is not None:
+        try:
+            re.compile(recipe.trainable_pattern)
+        except re.error as error:
+            raise UserError(f"{where('trainable_pattern')}: not a regular expression: {error}") from None
+    if virtual and (getattr(recipe, "packing", False) or getattr(recipe, "padding_free", False)):
+        raise UserError(
+            f"{where('method')}: {recipe.method} puts tokens before each row, which packed rows have no place for"
+        )
+    if virtual and recipe.deepspeed and _stage_of(Path(recipe.deepspeed)) == 3:
+        raise UserError(
+            f"{where('method')}: {recipe.method} is not offered at ZeRO 3; use ZeRO 2, it trains few parameters"
+        )
+
+
+def _stage_of(path: Path) -> int:
+    return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
+
+
 def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
     if (recipe.model_name_or_path is None) == (not recipe.model_config):
         got = "both; empty one with null" if recipe.model_config else "neither"
@@ -133,6 +185,14 @@ def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
     if recipe.model_config and "model_type" not in recipe.model_config:
         raise UserError(
             f"{where('model_config')}: expected a `model_type` such as llama among its keys, got {', '.join(recipe.model_config)}"
+        )
+    if recipe.label_smoothing_factor and recipe.loss_normalization == "example_mean":
+        raise UserError(
+            f"{where('label_smoothing_factor')}: is a mean over tokens; use loss_normalization: token_mean with it, or set it to 0"
+        )
+    if recipe.packing and recipe.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            f"{where('train_sampling_strategy')}: with packing all rows are of like length; leave group_by_length out"
         )
 
 
@@ -145,6 +205,11 @@ def _check_ppo(recipe: PPORecipe, where: Callable[[str], str]) -> None:
         raise UserError(
             f"{where('total_episodes')}: expected at least rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.total_episodes}"
         )
+    if recipe.rollout_batch_size % recipe.num_generations:
+        raise UserError(
+            f"{where('num_generations')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.num_generations}"
+        )
+    _check_objective(recipe, where)
     sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
     if not sources:
         raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
@@ -155,4 +220,34 @@ def _check_ppo(recipe: PPORecipe, where: Callable[[str], str]) -> None:
     if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
         raise UserError(
             f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score (replaces), got both"
+        )
+
+
+def _check_objective(recipe: PPORecipe, where: Callable[[str], str]) -> None:
+    estimator = recipe.advantage_estimator
+    if estimator in ("rloo", "grpo", "dr_grpo") and recipe.num_generations < 2:
+        raise UserError(
+            f"{where('num_generations')}: expected 2 or more with advantage_estimator: {estimator}, which compares the "
+            f"responses to one prompt, got {recipe.num_generations}"
+        )
+    if estimator != "gae" and (named := [n for n in ("value_model_path", "value_deepspeed") if getattr(recipe, n)]):
+        raise UserError(f"{where(named[0])}: advantage_estimator: {estimator} has no value model; leave it out.")
+    if estimator != "gae" and recipe.value_warmup_updates:
+        raise UserError(
+            f"{where('value_warmup_updates')}: advantage_estimator: {estimator} has no value model; leave it out."
+        )
+    if recipe.use_kl_loss and recipe.kl_estimator == "k1":
+        raise UserError(
+            f"{where('kl_estimator')}: k1 as a loss has an expected gradient of 0, so nothing would hold the policy; "
+            "use k2 (whose gradient is that of KL(policy || reference)) or k3, or use_kl_loss: false"
+        )
+    if not recipe.use_kl_loss and recipe.kl_estimator != "k1":
+        why = "is biased" if recipe.kl_estimator == "k2" else "has a gradient that vanishes near the reference"
+        raise UserError(
+            f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {why}; use k1, or use_kl_loss: true"
+        )
+    if recipe.method != "full" and recipe.reference_deepspeed:
+        raise UserError(
+            f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and has no "
+            "engine of its own; leave it out."
         )

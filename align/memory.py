@@ -12,11 +12,12 @@ gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from rich.table import Table
 from torch import nn
 from transformers import (
@@ -26,12 +27,12 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 
-from align.config import PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe
-from align.engine import zero_stage
+from align.config import PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe, UserError
+from align.methods import freeze, peft_config
 from align.recipes import BatchPlan
 from align.tables import make_table
+from align.zero import zero_stage
 from reward_models import score_head
 
 GIB = 2**30
@@ -87,28 +88,33 @@ def skeleton(auto: Any, config: PretrainedConfig, trust_remote_code: bool = Fals
     return model
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(model: nn.Module, trained: bool = False) -> int:
+    """Parameters, tied ones once; `trained` counts those alone that have a gradient."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
 
 
-def count_lora_parameters(model: nn.Module, rank: int, targets: Sequence[str], whole: Sequence[str] = ()) -> int:
-    """Parameters that LoRA trains: rank x (inputs + outputs) of each adapted layer, and the layers trained whole.
+def count_trained(
+    model: PreTrainedModel, recipe: StageRecipe, task_type: str, head: tuple[str, nn.Module]
+) -> tuple[int, int]:
+    """All parameters of a skeleton and those that the recipe's `method` trains, once it is applied. Changes the skeleton.
 
     Args:
-        targets: last names of the adapted layers; empty for all linear layers but the output head.
-        whole: names of layers that are trained in full, such as a new head.
+        head: name and module of its output head, which reward models train whole beside an adapter.
+
+    Raises:
+        UserError: the method does not fit the model.
     """
-    heads = {id(module) for module in (getattr(model, "get_output_embeddings", lambda: None)(),) if module is not None}
-    count = 0
-    for name, module in model.named_modules():
-        if name in whole:
-            count += count_parameters(module)
-        elif isinstance(module, nn.Linear | Conv1D) and (
-            name.rsplit(".", 1)[-1] in targets if targets else id(module) not in heads
-        ):
-            count += rank * sum(module.weight.shape)
-    return count
+    whole = [head[0].split(".")[0]] if task_type == "SEQ_CLS" else []
+    adapter = peft_config(recipe, task_type, whole)
+    if adapter is None:
+        freeze(model, recipe, head[1])
+        return count_parameters(model), count_parameters(model, trained=True)
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, adapter)
+    except ValueError as error:
+        raise UserError(f"method: {recipe.method} does not fit this model: {error}") from error
+    return count_parameters(adapted), count_parameters(adapted, trained=True)
 
 
 def footprints(
@@ -121,28 +127,26 @@ def footprints(
         return Footprint(name, count_parameters(skeleton(auto, its, code)), 0)
 
     if isinstance(recipe, PPORecipe):
-        policy = count_parameters(skeleton(AutoModelForCausalLM, config, code))
-        value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
-        models = [
-            Footprint("policy", policy, policy),
-            Footprint("value", value, value),
-            Footprint("reference", policy, 0),
-        ]
+        model = skeleton(AutoModelForCausalLM, config, code)
+        policy = count_parameters(model)
+        models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", ("", model.get_output_embeddings())))]
+        if recipe.advantage_estimator == "gae":
+            value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
+            models.append(Footprint("value", value, value))
+        if recipe.method == "full":  # else the reference is the policy with its adapter off
+            models.append(Footprint("reference", policy, 0))
         if "reward" in others:
             models.append(frozen("reward", AutoModelForSequenceClassification, others["reward"]))
         return models
     assert isinstance(recipe, TrainerRecipe)
     if isinstance(recipe, RewardRecipe):
         name, model = "reward", skeleton(AutoModelForSequenceClassification, config, code, num_labels=1)
-        whole = [score_head(model)[0]]
+        counts = count_trained(model, recipe, "SEQ_CLS", score_head(model))
     else:
-        name, model, whole = "policy", skeleton(AutoModelForCausalLM, config, code), []
-    total = count_parameters(model)
-    trained = (
-        count_lora_parameters(model, recipe.lora_r, recipe.lora_target_modules, whole) if recipe.use_peft else total
-    )
+        name, model = "policy", skeleton(AutoModelForCausalLM, config, code)
+        counts = count_trained(model, recipe, "CAUSAL_LM", ("", model.get_output_embeddings()))
     return [
-        Footprint(name, total, trained),
+        Footprint(name, *counts),
         *(frozen(other, AutoModelForCausalLM, its) for other, its in others.items()),
     ]
 
@@ -150,22 +154,24 @@ def footprints(
 def memory_table(
     recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig], plan: BatchPlan
 ) -> Table:
-    """Memory per GPU by model and ZeRO stage; the recipe's own stage is starred."""
+    """Memory per GPU by model and ZeRO stage, and as the recipe has it, which may choose for each model."""
     models = footprints(recipe, config, others)
     needs = [[state_bytes(model, stage, plan.world_size, recipe.bf16) for stage in range(4)] for model in models]
     if isinstance(recipe, PPORecipe) and recipe.ds3_gather_for_generation:
-        policy = replace(models[0], name="whole policy, while it generates", trained=0)
+        policy = replace(models[0], name="whole policy, while it generates", trained=0)  # its role is the default one
         models.append(policy)
         needs.append([0, 0, 0, state_bytes(policy, 0, 1, recipe.bf16)])
-    own = zero_stage(recipe) if recipe.deepspeed else None
-    columns = [f"ZeRO {stage}{' *' if stage == own else ''}" for stage in range(4)]
+    stages = [zero_stage(recipe, model.name) for model in models]
+    own = [sizes[stage] for sizes, stage in zip(needs, stages, strict=True)]
+    columns = [*(f"ZeRO {stage}" for stage in range(4)), "this recipe"]
     dtype = "bfloat16" if recipe.bf16 else "float32"
     table = make_table(
         f"Memory per GPU on {plan.world_size}, {dtype}, activations apart", "model", "parameters", *columns
     )
-    for model, sizes in zip(models, needs, strict=True):
-        table.add_row(model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, sizes))
-    table.add_row("all", "", *(_shown(sum(column)) for column in zip(*needs, strict=True)))
+    for model, sizes, stage, size in zip(models, needs, stages, own, strict=True):
+        mine = f"{_shown(size)} (ZeRO {stage})" if size else ""
+        table.add_row(model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, sizes), mine)
+    table.add_row("all", "", *(_shown(sum(column)) for column in zip(*needs, strict=True)), _shown(sum(own)))
     return table
 
 

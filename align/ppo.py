@@ -11,8 +11,8 @@ so that whitening and minibatches are those of one process; only forward and bac
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,24 @@ import torch
 from torch import Tensor
 
 from align.checkpoint import open_stage
-from align.config import PPORecipe, UserError
-from align.data import Prompt, load_rows
+from align.collapse import CollapseWatch
+from align.config import PPORecipe, SFTRecipe
+from align.data import Demonstration, Prompt, load_rows
+from align.ema import EMA
 from align.engine import connect, disconnect
-from align.maths.advantages import gae, token_rewards
-from align.maths.kl import k1
-from align.maths.losses import policy_loss, token_entropy, token_logprobs, value_loss
+from align.maths.advantages import CRITIC_FREE, gae, token_rewards
+from align.maths.kl import adapted_kl_coef, k1
 from align.maths.masked import masked_mean, masked_var, masked_whiten
-from align.models import response_logits, response_values
 from align.optimizer import learning_rates
-from align.ppo_checkpoint import check_layout, load_checkpoint, save_checkpoint, save_policy
+from align.ppo_checkpoint import Progress, load_checkpoint, save_checkpoint, save_policy
 from align.ppo_evaluation import SAMPLE_COLUMNS, Evaluation, response_kl, summary
 from align.ppo_setup import Models, check_inputs, check_room, functions, load_models
-from align.recipes import BatchPlan, batch_plan, stage_inputs
-from align.rollout import Rollout, Sampler, chunks, collect, gather_rollout, generator
+from align.ppo_update import Updater
+from align.recipes import batch_plan, stage_inputs
+from align.rollout import Rollout, Sampler, collect, gather_rollout
+from align.self_checks import check_start
 from align.stage import already_finished, finish, last_checkpoint, step_of
-from align.tokenization import PromptLoader, tokenize_prompts
+from align.tokenization import PromptLoader, tokenize_demonstrations, tokenize_prompts
 from align.tracking import Tracker, quiet
 from align.world import World
 
@@ -56,17 +58,22 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     )
     world.check_rows(len(prompts))
     check_room([ids for _, ids in (*prompts, *held_out)], recipe, inputs.config)
+    ptx = load_rows(text_recipe(recipe), Demonstration) if recipe.ptx_dataset else None
+    text, skipped_text = (
+        tokenize_demonstrations(ptx.train, inputs.tokenizer, text_recipe(recipe)) if ptx else (None, {})
+    )
     loader = PromptLoader(len(prompts), recipe.seed)
     updates = recipe.total_episodes // recipe.rollout_batch_size
     rates = learning_rates(recipe, updates)
 
     checkpoint = last_checkpoint(recipe, world)
-    check_layout(recipe, world, checkpoint)
     start = step_of(checkpoint)
     with Tracker(recipe, "ppo", updates, resume_step=start) as tracker:
         tracker.say(plan.describe())
         models = load_models(recipe, inputs, plan, world)
-        best = load_checkpoint(models, checkpoint)
+        ema = EMA(models.policy, recipe.ema_decay) if recipe.ema_decay is not None else None
+        progress = load_checkpoint(recipe, models, ema, checkpoint)
+        updater = Updater(recipe, plan, world, models, text)
         sampler = Sampler(
             tokenizer=inputs.tokenizer,
             temperature=recipe.temperature,
@@ -75,6 +82,9 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             seed=recipe.seed,
             gather=recipe.ds3_gather_for_generation,
         )
+        first = [prompts[index] for index in loader.batch(0, recipe.rollout_batch_size // recipe.num_generations)]
+        checked = check_start(recipe, plan, world, tracker, sampler, models, first, start)
+        watch = CollapseWatch(recipe)
         evaluation = None
         measured: dict[str, float] = {}
         samples: list[list[Any]] = []
@@ -83,23 +93,35 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             evaluation = Evaluation(world, sampler, models, held_out, truths, lambda s, e: missing_eos(recipe, s, e))
         for update in range(start, updates):
             began = time.perf_counter()
-            indexes = loader.batch(update, recipe.rollout_batch_size)
-            rollout = sample_rollout(recipe, world, sampler, models, prompts, indexes, update)
+            rollout = sample_rollout(recipe, world, sampler, models, prompts, loader, update)
             sampled = time.perf_counter()
-            advantages, returns = estimate_advantages(recipe, rollout)
-            metrics = rollout_metrics(recipe, rollout, advantages, returns, models.reward_names)
-            metrics |= optimise(recipe, plan, world, models, rollout, advantages, returns, update, rates[update])
+            kl_coef, scores = progress.kl_coef, shape_scores(recipe, rollout, progress)
+            advantages, returns = estimate_advantages(recipe, rollout, scores, kl_coef)
+            metrics = rollout_metrics(rollout, kl_coef, models.reward_names)
+            if models.value is not None:
+                metrics |= value_metrics(rollout, returns)
+            metrics |= updater.run(rollout, advantages, returns, kl_coef, update, rates[update])
+            if ema is not None and update >= recipe.value_warmup_updates:
+                ema.update()
+            if recipe.kl_target is not None:
+                progress.kl_coef = adapted_kl_coef(
+                    kl_coef, metrics["objective/kl"], recipe.kl_target, len(rollout), recipe.kl_horizon
+                )
             done = time.perf_counter()
             metrics |= {
                 "objective/truncated": models.truncated(world),
                 "episode": (update + 1) * recipe.rollout_batch_size,
-                "epoch": (update + 1) * recipe.rollout_batch_size / len(prompts),
+                "epoch": (update + 1) * recipe.rollout_batch_size / recipe.num_generations / len(prompts),
                 "time/rollout": sampled - began,
                 "time/update": done - sampled,
                 "time/total": done - began,
                 "time/tokens_per_second": float(rollout.mask.sum()) / (done - began),
             }
             step, last = update + 1, update + 1 == updates
+            if step == 1:
+                metrics |= checked
+            for warning in watch.warnings(step, metrics):
+                tracker.say(warning)
             if step % recipe.logging_steps == 0 or last or step == 1:
                 tracker.log(step, metrics)
             tracker.progress(step, score=metrics["objective/score"], kl=metrics["objective/kl"])
@@ -108,20 +130,25 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
                 tracker.log(step, measured)
                 tracker.table(step, "samples", SAMPLE_COLUMNS, samples[: recipe.num_sample_rows])
                 within = recipe.max_kl is None or measured["eval/kl"] <= recipe.max_kl
-                if within and (best is None or measured["eval/score"] > best["eval/score"]):
-                    best = {"update": step, **measured}
+                if within and (progress.best is None or measured["eval/score"] > progress.best["eval/score"]):
+                    progress.best = {"update": step, **measured}
                     save_policy(models.policy, inputs.tokenizer, world, Path(recipe.output_dir) / "best")
             if recipe.save_steps and step % recipe.save_steps == 0 and not last:
-                save_checkpoint(recipe, world, models, step, best)
+                save_checkpoint(recipe, world, models, ema, step, progress)
 
-        results: dict[str, Any] = {"updates": updates, "best": best, "table": []}
+        results: dict[str, Any] = {"updates": updates, "best": progress.best, "table": []}
         if evaluation is not None:  # the last update has been evaluated
             results |= {**measured, "table": evaluation.table(measured)}
             results["samples"] = [dict(zip(SAMPLE_COLUMNS, row, strict=True)) for row in samples[:3]]
         save_policy(models.policy, inputs.tokenizer, world, Path(recipe.output_dir), whole_folder=False)
-        save_policy(models.value, inputs.tokenizer, world, Path(recipe.output_dir) / "value")
+        if models.value is not None:
+            save_policy(models.value, inputs.tokenizer, world, Path(recipe.output_dir) / "value")
+        if ema is not None:
+            save_policy(ema, inputs.tokenizer, world, Path(recipe.output_dir) / "ema")
         if world.is_main:
-            data = {**rows.report, "skipped": {"train": skipped, "evaluation": skipped_held_out}}
+            data = {**rows.report, "skipped": {"train": skipped, "evaluation": skipped_held_out, "ptx": skipped_text}}
+            if ptx is not None:
+                data["ptx"] = ptx.report
             card = CARD.format(folder=recipe.output_dir, base=recipe.sft_model_path, kl_coef=recipe.kl_coef)
             finish(recipe, "ppo", sources, inputs.tokenizer, data, results, card)
     world.barrier()
@@ -136,124 +163,89 @@ def missing_eos(recipe: PPORecipe, scores: Tensor, ended: Tensor) -> Tensor:
     return scores - (recipe.missing_eos_penalty or 0.0) * ~ended
 
 
+def text_recipe(recipe: PPORecipe) -> SFTRecipe:
+    """How the rows of `ptx_dataset` are read: as the SFT stage would, none of them held out."""
+    return SFTRecipe(
+        output_dir=recipe.output_dir,
+        train_dataset=recipe.ptx_dataset,
+        eval_fraction=0.0,
+        seed=recipe.seed,
+        on_bad_row=recipe.on_bad_row,
+        max_length=recipe.max_prompt_length + recipe.response_length,
+    )
+
+
 def sample_rollout(
-    recipe: PPORecipe, world: World, sampler: Sampler, models: Models, prompts: list[tuple[Prompt, list[int]]],
-    indexes: list[int], update: int,
+    recipe: PPORecipe, world: World, sampler: Sampler, models: Models, prompts: Sequence[tuple[Prompt, list[int]]],
+    loader: PromptLoader, update: int,
 ) -> Rollout:  # fmt: skip
-    """Sample and score this rank's share of the rollout batch; returns everyone's, on every rank."""
-    share = len(indexes) // world.size
+    """Sample and score this rank's share of the rollout batch; returns everyone's, on every rank.
+
+    The `num_generations` responses to a prompt are rows in succession.
+    """
+    size, each = recipe.rollout_batch_size, recipe.num_generations
+    drawn = [index for index in loader.batch(update, size // each) for _ in range(each)]
+    share = size // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)
-    episodes = range(update * recipe.rollout_batch_size, (update + 1) * recipe.rollout_batch_size)[mine]
+    episodes = range(update * size, (update + 1) * size)[mine]
     rollout = collect(
         world, sampler, models.policy, models.policy, models.reference, models.value, models.rewards,
-        [prompts[index] for index in indexes[mine]], "train", list(episodes), lambda s, e: missing_eos(recipe, s, e),
+        [prompts[index] for index in drawn[mine]], "train", list(episodes), lambda s, e: missing_eos(recipe, s, e),
     )  # fmt: skip
     return gather_rollout(rollout, world, int(sampler.tokenizer.pad_token_id))
 
 
-def estimate_advantages(recipe: PPORecipe, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Whitened advantages and unwhitened returns, both [B, T]."""
+def shape_scores(recipe: PPORecipe, rollout: Rollout, progress: Progress) -> Tensor:
+    """Scores as they enter the rewards, [B]: normalised by their running moments, then clipped, as the recipe says."""
+    scores = rollout.scores
+    if recipe.normalize_scores:
+        moments = progress.score_moments = progress.score_moments.include(scores)
+        scores = (scores - moments.mean) / max(moments.std, 1e-8)
+    if recipe.score_clip is not None:
+        scores = scores.clamp(-recipe.score_clip, recipe.score_clip)
+    return scores
+
+
+def estimate_advantages(recipe: PPORecipe, rollout: Rollout, scores: Tensor, kl_coef: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, both [B, T]; those of GAE whitened, and returns 0 where there is no value model.
+
+    What single tokens were given stays on them; the last one gets the rest of the response's score.
+    """
     kl = k1(rollout.old_logprobs, rollout.ref_logprobs)
-    rewards = token_rewards(rollout.scores, kl, rollout.mask, recipe.kl_coef)
+    rest = scores - rollout.token_scores.sum(dim=1)
+    rewards = token_rewards(rest, kl, rollout.mask, 0.0 if recipe.use_kl_loss else kl_coef) + rollout.token_scores
     if recipe.whiten_rewards:
         rewards = masked_whiten(rewards, rollout.mask, shift_mean=False)
-    advantages, returns = gae(rewards, rollout.values, rollout.mask, recipe.gamma, recipe.lam)
-    return masked_whiten(advantages, rollout.mask), returns
+    if recipe.advantage_estimator == "gae":
+        advantages, returns = gae(rewards, rollout.values, rollout.mask, recipe.gamma, recipe.lam)
+        return masked_whiten(advantages, rollout.mask), returns
+    estimate = CRITIC_FREE[recipe.advantage_estimator]
+    advantages = estimate(rewards, rollout.mask, recipe.num_generations, recipe.gamma)
+    return advantages, torch.zeros_like(advantages)
 
 
-def rollout_metrics(
-    recipe: PPORecipe, rollout: Rollout, advantages: Tensor, returns: Tensor, sources: list[str]
-) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, kl_coef: float, sources: list[str]) -> dict[str, float]:
     """What is known before the update."""
     kl = response_kl(rollout)
-    unexplained = masked_var(returns - rollout.values, rollout.mask) / masked_var(returns, rollout.mask).clamp(min=1e-8)
+    gap = (rollout.sampled_logprobs - rollout.old_logprobs).abs()
     return {
         **summary(rollout, sources, ""),
         "objective/score_std": float(rollout.scores.std(correction=0)),
         "objective/kl": float(kl.mean()),
-        "objective/reward": float((rollout.scores - recipe.kl_coef * kl).mean()),
-        "value/mean": float(masked_mean(rollout.values, rollout.mask)),
-        "value/explained_variance": 1.0 - float(unexplained),
-        "advantage/std": float(masked_var(returns - rollout.values, rollout.mask).sqrt()),
+        "objective/kl_coef": kl_coef,
+        "objective/reward": float((rollout.scores - kl_coef * kl).mean()),
+        "policy/sampler_gap": float(masked_mean(gap, rollout.mask)),
     }
 
 
-def optimise(
-    recipe: PPORecipe, plan: BatchPlan, world: World, models: Models, rollout: Rollout, advantages: Tensor,
-    returns: Tensor, update: int, rates: tuple[float, float],
-) -> dict[str, float]:  # fmt: skip
-    """`num_ppo_epochs` passes over the rollout, one optimiser step of policy and value per minibatch.
-
-    Raises:
-        UserError: a loss is NaN or infinite; nothing is stepped then.
-    """
-    totals = torch.zeros(8, device=world.device, dtype=torch.float64)
-    norms, first_ratio = torch.zeros(2, dtype=torch.float64), None
-    for epoch in range(recipe.num_ppo_epochs):
-        order = torch.randperm(len(rollout), generator=generator(recipe.seed, "minibatches", update, epoch)).to(
-            world.device
-        )
-        for minibatch in torch.split(order, recipe.minibatch_size):
-            tokens = rollout.mask[minibatch].sum()  # of all ranks: every loss is a sum divided by it
-            sums = torch.zeros_like(totals)
-            for part in chunks(plan.micro_batch_size * plan.accumulation, plan.micro_batch_size):
-                index = minibatch[world.rank :: world.size][part]
-                sums += train_on(recipe, models, rollout.rows(index), advantages[index], returns[index], tokens)
-            sums = world.sum(sums)
-            if not bool(sums.isfinite().all()):
-                raise UserError(
-                    f"update {update + 1}: the loss is not finite (policy {float(sums[0])}, value {float(sums[1])}). "
-                    "Lower learning_rate, check that scores are of order 1, or resume from the last checkpoint."
-                )
-            if first_ratio is None:
-                first_ratio = float(sums[2] / sums[7])
-            totals += sums
-            norms += torch.tensor([models.policy.step(rates[0]), models.value.step(rates[1])], dtype=torch.float64)
-    means = (totals / totals[7]).tolist()
-    steps = recipe.num_ppo_epochs * (len(rollout) // recipe.minibatch_size)
-    names = [
-        "policy/loss",
-        "value/loss",
-        "policy/ratio",
-        "policy/clipfrac",
-        "policy/approx_kl",
-        "value/clipfrac",
-        "objective/entropy",
-    ]
+def value_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
+    """How well the value model foresaw the returns [B, T]."""
+    unexplained = masked_var(returns - rollout.values, rollout.mask)
     return {
-        **dict(zip(names, means, strict=False)),
-        "policy/first_ratio": first_ratio or math.nan,
-        "policy/grad_norm": float(norms[0]) / steps,
-        "value/grad_norm": float(norms[1]) / steps,
-        "policy/learning_rate": rates[0],
-        "value/learning_rate": rates[1],
+        "value/mean": float(masked_mean(rollout.values, rollout.mask)),
+        "value/explained_variance": 1.0 - float(unexplained / masked_var(returns, rollout.mask).clamp(min=1e-8)),
+        "advantage/std": float(unexplained.sqrt()),
     }
-
-
-def train_on(
-    recipe: PPORecipe, models: Models, batch: Rollout, advantages: Tensor, returns: Tensor, tokens: Tensor
-) -> Tensor:
-    """Forward and backward of one microbatch. Returns its sums over real tokens, in the order of `optimise`, [8]."""
-    length = batch.mask.shape[1]
-    advantages, returns = advantages[:, :length], returns[:, :length]
-    ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)
-    mask = torch.cat([batch.prompt_mask, batch.mask], dim=1)
-
-    logits = response_logits(models.policy, ids, mask, length)
-    logprobs = token_logprobs(logits, batch.response_ids, recipe.temperature)
-    policy = policy_loss(logprobs, batch.old_logprobs, advantages, batch.mask, recipe.cliprange)
-    models.policy.backward(policy.loss / tokens)
-    with torch.no_grad():
-        entropy = token_entropy(logits, recipe.temperature).masked_fill(~batch.mask, 0.0).sum()
-    del logits
-
-    values = response_values(models.value, ids, mask, length)
-    value = value_loss(values, batch.values, returns, batch.mask, recipe.cliprange_value)
-    models.value.backward(value.loss / tokens)
-    return torch.stack(
-        [policy.loss.detach(), value.loss.detach(), policy.ratio, policy.clipped, policy.approx_kl, value.clipped,
-         entropy, batch.mask.sum()]
-    ).double()  # fmt: skip
 
 
 CARD = """# Language model, trained by PPO

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from align.checkpoint import mark_complete, new_folder, read_state
-from align.config import PPORecipe, UserError
-from align.engine import Engine, zero_stage
+from align.config import PPORecipe
+from align.ema import EMA
+from align.engine import Engine
+from align.maths.running import RunningMoments
 from align.ppo_setup import Models
+from align.stage import layout
 from align.world import World
 
 
 def save_policy(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, world: World, folder: Path, whole_folder: bool = True
+    engine: Engine | EMA, tokenizer: PreTrainedTokenizerBase, world: World, folder: Path, whole_folder: bool = True
 ) -> None:
     """Write a model and its tokenizer as a Hugging Face folder; a folder of its own appears at once or not at all."""
     fresh = new_folder(folder) if whole_folder and world.is_main else contextlib.nullcontext(folder)
@@ -27,40 +31,40 @@ def save_policy(
     world.barrier()
 
 
-def save_checkpoint(recipe: PPORecipe, world: World, models: Models, step: int, best: dict[str, Any] | None) -> None:
+@dataclass(slots=True)
+class Progress:
+    """What a run carries from update to update beside weights and optimiser states."""
+
+    kl_coef: float
+    score_moments: RunningMoments = field(default_factory=RunningMoments)
+    best: dict[str, Any] | None = None  # the evaluation of the checkpoint in `best/`
+
+
+def save_checkpoint(
+    recipe: PPORecipe, world: World, models: Models, ema: EMA | None, step: int, progress: Progress
+) -> None:
     """Write all that a resume needs. Data order and sampling noise are functions of the step, so no generator is saved."""
     folder = Path(recipe.output_dir) / f"checkpoint-{step}"
     models.policy.save_checkpoint(folder / "policy")
-    models.value.save_checkpoint(folder / "value")
+    if models.value is not None:
+        models.value.save_checkpoint(folder / "value")
+    if ema is not None:
+        ema.save_checkpoint(folder / "ema")
     world.barrier()
     if world.is_main:
-        state = {"step": step, "best": best, "layout": _layout(recipe, world)}
+        state = {"step": step, "progress": asdict(progress), "layout": layout(recipe, world.size)}
         mark_complete(folder, state, recipe.save_total_limit)
     world.barrier()
 
 
-def _layout(recipe: PPORecipe, world: World) -> str:
-    return f"{world.size} process{'es' * (world.size > 1)} at ZeRO {zero_stage(recipe)}"
-
-
-def check_layout(recipe: PPORecipe, world: World, checkpoint: Path | None) -> None:
-    """See that the checkpoint can be read back: optimiser states are sharded, and fit one layout only.
-
-    Raises:
-        UserError: it was written by another number of processes or ZeRO stage.
-    """
-    if checkpoint is not None and (theirs := read_state(checkpoint)["layout"]) != _layout(recipe, world):
-        raise UserError(
-            f"{checkpoint}: was saved by {theirs}, and this run has {_layout(recipe, world)}; "
-            f"resume in the same way, or delete {checkpoint.parent} to start anew."
-        )
-
-
-def load_checkpoint(models: Models, checkpoint: Path | None) -> dict[str, Any] | None:
-    """Continue from a checkpoint, if there is one; returns the best evaluation before it."""
+def load_checkpoint(recipe: PPORecipe, models: Models, ema: EMA | None, checkpoint: Path | None) -> Progress:
+    """Continue from a checkpoint, if there is one."""
     if checkpoint is None:
-        return None
+        return Progress(recipe.kl_coef)
     models.policy.load_checkpoint(checkpoint / "policy")
-    models.value.load_checkpoint(checkpoint / "value")
-    best: dict[str, Any] | None = read_state(checkpoint)["best"]
-    return best
+    if models.value is not None:
+        models.value.load_checkpoint(checkpoint / "value")
+    if ema is not None:
+        ema.load_checkpoint(checkpoint / "ema")
+    state = read_state(checkpoint)["progress"]
+    return Progress(state["kl_coef"], RunningMoments(**state["score_moments"]), state["best"])

@@ -49,7 +49,8 @@ class Evaluation:
         rollout = gather_rollout(mine, self.world, int(self.sampler.tokenizer.pad_token_id))
         rollout = rollout.rows(torch.arange(count, device=self.world.device))
         try:
-            return rollout, {truth.name: truth.score(self._responses(rollout)) for truth in self.truths}
+            given = {truth.name: truth.score(self._responses(rollout)) for truth in self.truths}
+            return rollout, {name: own if own.dim() == 1 else own.sum(dim=1) for name, own in given.items()}
         except ValueError as error:  # the message names the function and the row
             raise UserError(f"eval_reward_funcs: {error}") from error
 

@@ -12,8 +12,16 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from align.checkpoint import read_manifest, tokenizer_digest
 from align.config import PPORecipe, UserError
 from align.data import Turns, as_response
-from align.engine import Engine, frozen_engine, full_parameters, sharded_load, train_engine
-from align.models import is_encoder, load_config, load_policy, load_tokenizer, load_value_model, value_head_renaming
+from align.engine import AdapterOff, Engine, frozen_engine, full_parameters, sharded_load, train_engine
+from align.models import (
+    add_adapter,
+    is_encoder,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    load_value_model,
+    value_head_renaming,
+)
 from align.recipes import BatchPlan, resolve_function
 from align.tokenization import encode_pair
 from align.world import World
@@ -30,16 +38,16 @@ class Inputs:
     reward_tokenizer: PreTrainedTokenizerBase | None
     reward_config: PretrainedConfig | None
     same_tokenizer: bool  # the reward model reads the policy's ids as they are
-    value_path: str
+    value_path: str  # unused without a value model, as is the next
     value_renaming: dict[str, str] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The four engines and the scores' sources."""
+    """The engines and the scores' sources. Only `gae` has a value model."""
 
     policy: Engine
-    value: Engine
+    value: Engine | None
     reference: Engine
     rewards: RewardSum
 
@@ -47,6 +55,12 @@ class Models:
     def reward_names(self) -> list[str]:
         """Names of the sources, in the order of `Rollout.source_scores`."""
         return [source.name for source in self.rewards.sources]
+
+    def discard(self) -> None:
+        """Forget the gradients since the last step."""
+        self.policy.discard()
+        if self.value is not None:
+            self.value.discard()
 
     def truncated(self, world: World) -> float:
         """Responses that a reward model with another tokenizer could not read whole, so far, over all ranks."""
@@ -104,7 +118,9 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
         reward_config=reward_config,
         same_tokenizer=same_tokenizer,
         value_path=value_path,
-        value_renaming=value_head_renaming(load_config(value_path, recipe, "value_model_path")),
+        value_renaming=value_head_renaming(load_config(value_path, recipe, "value_model_path"))
+        if recipe.advantage_estimator == "gae"
+        else None,
     )
 
 
@@ -137,19 +153,26 @@ def check_room(prompts: Sequence[Sequence[int]], recipe: PPORecipe, config: Pret
 def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World) -> Models:
     """Load the policy, value, reference and reward models, each as an engine of its own."""
     dtype = torch.bfloat16 if recipe.bf16 and world.device.type == "cuda" else torch.float32  # of frozen weights
-    with sharded_load(recipe):
-        policy = load_policy(recipe.sft_model_path, recipe)
-        reference = load_policy(recipe.sft_model_path, recipe, dtype)
-        value, missing = load_value_model(inputs.value_path, recipe, inputs.value_renaming)
-    _start_value_head(value, missing)
-    keep_head_float32(value)
-    value_rate = recipe.value_learning_rate or recipe.learning_rate
-    return Models(
-        policy=train_engine(policy, recipe, world, recipe.learning_rate, plan.accumulation),
-        value=train_engine(value, recipe, world, value_rate, plan.accumulation),
-        reference=frozen_engine(reference, recipe, world),
-        rewards=RewardSum(_sources(recipe, inputs, world, dtype), recipe.reward_weights or None),
-    )
+    with sharded_load(recipe, "policy"):
+        loaded = load_policy(recipe.sft_model_path, recipe)
+    adapted = add_adapter(loaded, recipe) if recipe.method != "full" else loaded
+    policy = train_engine(adapted, recipe, world, recipe.learning_rate, plan.policy_passes)
+    if recipe.method != "full":
+        reference: Engine = AdapterOff(policy)
+    else:
+        with sharded_load(recipe, "reference"):
+            frozen = load_policy(recipe.sft_model_path, recipe, dtype)
+        reference = frozen_engine(frozen, recipe, world, "reference")
+    value = None
+    if recipe.advantage_estimator == "gae":
+        with sharded_load(recipe, "value"):
+            model, missing = load_value_model(inputs.value_path, recipe, inputs.value_renaming)
+        _start_value_head(model, missing)
+        keep_head_float32(model)
+        rate = recipe.value_learning_rate or recipe.learning_rate
+        value = train_engine(model, recipe, world, rate, plan.accumulation, "value")
+    sources = RewardSum(_sources(recipe, inputs, world, dtype), recipe.reward_weights or None)
+    return Models(policy, value, reference, sources)
 
 
 def _start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
@@ -173,7 +196,7 @@ def _sources(recipe: PPORecipe, inputs: Inputs, world: World, dtype: torch.dtype
     if recipe.reward_model_path is not None:
         assert inputs.reward_tokenizer is not None
         assert inputs.reward_config is not None
-        with sharded_load(recipe):
+        with sharded_load(recipe, "reward"):
             try:
                 model = load_reward_model(
                     recipe.reward_model_path,
@@ -183,7 +206,7 @@ def _sources(recipe: PPORecipe, inputs: Inputs, world: World, dtype: torch.dtype
                 )
             except ValueError as error:
                 raise UserError(f"reward_model_path: {error}") from error
-        engine = frozen_engine(model, recipe, world)
+        engine = frozen_engine(model, recipe, world, "reward")
         rendered = partial(render, inputs.reward_tokenizer, is_encoder(inputs.reward_config))
         sources.append(
             ModelReward(

@@ -26,7 +26,9 @@ INPUTS = {
     "reward": ("model_name_or_path", "sft_model_path"),
     "ppo": ("sft_model_path", "reward_model_path", "value_model_path"),
 }
-_PATH_KEYS = {*(name for names in INPUTS.values() for name in names), "chat_template_path", "deepspeed"}
+DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed")
+_DATASET_KEYS = ("train_dataset", "eval_dataset", "ptx_dataset")
+_PATH_KEYS = {*(name for names in INPUTS.values() for name in names), "chat_template_path", *DEEPSPEED_KEYS}
 
 
 def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> StageRecipe:
@@ -151,7 +153,7 @@ def _descend(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
         inner = values.get(name) or {}
         if isinstance(inner, list) and len(inner) == 1:
             (inner,) = inner
-        if isinstance(inner, str) and name in ("train_dataset", "eval_dataset"):
+        if isinstance(inner, str) and name in _DATASET_KEYS:
             inner = {"path": inner}
         if not isinstance(inner, dict):
             raise UserError(
@@ -193,9 +195,10 @@ def _find_files(recipe: StageRecipe, folder: Path) -> StageRecipe:
         for field in dataclasses.fields(recipe)
         if field.name in _PATH_KEYS and (value := getattr(recipe, field.name))
     }
-    for name in ("train_dataset", "eval_dataset"):
-        sources: list[DataSource] = getattr(recipe, name)
-        changes[name] = [dataclasses.replace(s, path=find(s.path)) if s.path else s for s in sources]
+    for name in _DATASET_KEYS:
+        sources: list[DataSource] = getattr(recipe, name, [])
+        if sources:
+            changes[name] = [dataclasses.replace(s, path=find(s.path)) if s.path else s for s in sources]
     return dataclasses.replace(recipe, **changes)
 
 
@@ -232,6 +235,12 @@ class BatchPlan:
     accumulation: int  # such passes per optimiser step
     rollout_per_rank: int | None = None  # PPO: prompts per update on one process
     updates: int | None = None  # PPO: rollouts in the whole run
+    ptx_per_rank: int = 0  # PPO-ptx: rows per optimiser step on one process
+
+    @property
+    def policy_passes(self) -> int:
+        """Forward-backward passes of the policy per optimiser step: those of the batch, and those of PPO-ptx."""
+        return self.accumulation + -(-self.ptx_per_rank // self.micro_batch_size)
 
     def describe(self) -> str:
         """The plan in one line."""
@@ -240,7 +249,7 @@ class BatchPlan:
         )
         line += " (processes x micro-batch x accumulation)"
         if self.updates is not None:
-            line += f", {self.updates} updates of {self.world_size} x {self.rollout_per_rank} prompts"
+            line += f", {self.updates} updates of {self.world_size} x {self.rollout_per_rank} responses"
         return line
 
 
@@ -270,15 +279,17 @@ def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
     if isinstance(recipe, PPORecipe):
         updates = recipe.total_episodes // recipe.rollout_batch_size
         plan = dataclasses.replace(plan, rollout_per_rank=share("rollout_batch_size"), updates=updates)
-    if recipe.deepspeed:
-        sizes = json.loads(Path(recipe.deepspeed).read_text(encoding="utf-8"))
+        if recipe.ptx_dataset:
+            plan = dataclasses.replace(plan, ptx_per_rank=share("ptx_batch_size"))
+    for name in DEEPSPEED_KEYS:
+        if not (path := getattr(recipe, name, None)):
+            continue
+        sizes = json.loads(Path(path).read_text(encoding="utf-8"))
         for key, planned in (
             ("train_batch_size", plan.batch_size),
             ("train_micro_batch_size_per_gpu", plan.micro_batch_size),
             ("gradient_accumulation_steps", plan.accumulation),
         ):
             if sizes.get(key, "auto") not in ("auto", planned):
-                raise UserError(
-                    f'{recipe.deepspeed}: {key}: expected "auto" or {planned} ({plan.describe()}), got {sizes[key]!r}'
-                )
+                raise UserError(f'{path}: {key}: expected "auto" or {planned} ({plan.describe()}), got {sizes[key]!r}')
     return plan

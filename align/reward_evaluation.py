@@ -153,7 +153,9 @@ def sample_answers(
         seed=recipe.seed,
     )
     mine = spread(world, len(prompts))
-    *_, ids, mask = sampler.respond(engine, world, [prompts[index][1] for index in mine], "zero of the score", mine)
+    _, _, ids, mask, _ = sampler.respond(
+        engine, world, [prompts[index][1] for index in mine], "zero of the score", mine
+    )
     missing = (0, recipe.response_length - ids.shape[1])
     ids, mask = (world.gather(pad(tensor, missing))[: len(prompts)] for tensor in (ids, mask))
     answers: list[list[int]] = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]

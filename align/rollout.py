@@ -20,6 +20,7 @@ from align.config import UserError
 from align.data import Prompt, as_response
 from align.engine import Engine
 from align.evaluation import repetition
+from align.maths.losses import token_logprobs
 from align.models import position_ids, response_logprobs, response_values
 from align.world import World
 from reward_models import Responses, RewardSum
@@ -38,10 +39,12 @@ class Rollout:
     response_ids: Tensor  # [B, T] int64, the end-of-text token included
     mask: Tensor  # [B, T] bool
     ended: Tensor  # [B] bool, whether the response ends with end-of-text
-    old_logprobs: Tensor  # [B, T] float32
+    sampled_logprobs: Tensor  # [B, T] float32, as the generation loop had them
+    old_logprobs: Tensor  # [B, T] float32, by the forward pass that training uses
     ref_logprobs: Tensor  # [B, T] float32
     values: Tensor  # [B, T] float32
     scores: Tensor  # [B] float32, weighted sum over the sources
+    token_scores: Tensor  # [B, T] float32, the part of `scores` that sources gave to single tokens
     source_scores: Tensor  # [B, number of sources] float32
     repetition: Tensor  # [B] float32, share of repeated 3-grams
 
@@ -60,7 +63,15 @@ class Rollout:
         last = int(picked.lengths.max())
         for name in ("prompt_ids", "prompt_mask"):
             setattr(picked, name, getattr(picked, name)[:, first:])
-        for name in ("response_ids", "mask", "old_logprobs", "ref_logprobs", "values"):
+        for name in (
+            "response_ids",
+            "mask",
+            "sampled_logprobs",
+            "old_logprobs",
+            "ref_logprobs",
+            "values",
+            "token_scores",
+        ):
             setattr(picked, name, getattr(picked, name)[:, :last])
         return picked
 
@@ -81,6 +92,14 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, 
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    return ids, mask
+
+
+def pad_right(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
+    """Rows of numbers -> [B, S] int64 padded on the right, and their mask [B, S] bool."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([list(row) + [filler] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
     return ids, mask
 
 
@@ -106,7 +125,7 @@ def generate(
     eos_token_id: int,
     pad_token_id: int,
     anyone: Callable[[bool], bool] = bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sample a response to each prompt from softmax(logits / temperature), the whole distribution.
 
     Args:
@@ -117,11 +136,13 @@ def generate(
             all ranks must take the same number of steps.
 
     Returns:
-        response_ids [B, T'] and mask [B, T'] with T' <= T: up to and including end-of-text, padded on the right.
+        response_ids, mask and logprobs [B, T'] with T' <= T: up to and including end-of-text, padded on the right;
+        log-probabilities (float32, nats) are those of the distributions that were sampled from.
     """
     rows = torch.arange(prompt_ids.shape[0], device=prompt_ids.device)  # which response each row of the batch is
     responses = torch.full(noise.shape, pad_token_id, device=prompt_ids.device)
     mask = torch.zeros(noise.shape, dtype=torch.bool, device=prompt_ids.device)
+    logprobs = torch.zeros(noise.shape, device=prompt_ids.device)
     alive = torch.ones_like(rows, dtype=torch.bool)
     cache = DynamicCache(config=(model.module if isinstance(model, Engine) else model).config)
     ids, attention, positions = prompt_ids, prompt_mask, position_ids(prompt_mask)
@@ -136,6 +157,7 @@ def generate(
         )
         tokens = sample(output.logits[:, -1], noise[rows, step], temperature)
         responses[rows[alive], step] = tokens[alive]
+        logprobs[rows[alive], step] = token_logprobs(output.logits[:, -1], tokens, temperature)[alive]
         mask[rows[alive], step] = True
         alive = alive & (tokens != eos_token_id)
         if not anyone(bool(alive.any())):
@@ -147,7 +169,7 @@ def generate(
             cache.batch_select_indices(kept)
             rows, alive, ids, positions, attention = (t[kept] for t in (rows, alive, ids, positions, attention))
     length = int(mask.sum(dim=1).max())
-    return responses[:, :length], mask[:, :length]
+    return responses[:, :length], mask[:, :length], logprobs[:, :length]
 
 
 def chunks(count: int, size: int) -> list[slice]:
@@ -168,28 +190,30 @@ class Sampler:
 
     def respond(
         self, engine: Engine, world: World, prompts: Sequence[Sequence[int]], purpose: str, indexes: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Responses of `engine` to this rank's prompts.
 
         Returns:
-            prompt_ids, prompt_mask [B, Q], response_ids, mask [B, T'].
+            prompt_ids, prompt_mask [B, Q], response_ids, mask, logprobs [B, T'].
         """
         pad = int(self.tokenizer.pad_token_id)
         prompt_ids, prompt_mask = (tensor.to(world.device) for tensor in pad_left(prompts, pad))
         noise = uniforms(self.seed, purpose, indexes, self.response_length).to(world.device)
         responses = torch.full(noise.shape, pad, device=world.device)
         mask = torch.zeros(noise.shape, dtype=torch.bool, device=world.device)
+        logprobs = torch.zeros(noise.shape, device=world.device)
 
         def anyone(unfinished: bool) -> bool:
             return bool(world.max(torch.tensor(float(unfinished), device=world.device)))
 
         def fill(model: nn.Module | Engine, together: Callable[[bool], bool]) -> None:
             for part in chunks(len(prompts), self.batch_size):
-                ids, real = generate(
+                ids, real, chances = generate(
                     model, prompt_ids[part], prompt_mask[part], noise[part], self.temperature,
                     int(self.tokenizer.eos_token_id), pad, together,
                 )  # fmt: skip
-                responses[part, : ids.shape[1]], mask[part, : ids.shape[1]] = ids, real
+                for whole, piece in ((responses, ids), (mask, real), (logprobs, chances)):
+                    whole[part, : ids.shape[1]] = piece
 
         if self.gather:
             with engine.whole() as model:
@@ -197,7 +221,7 @@ class Sampler:
         else:
             fill(engine, anyone)
         length = int(mask.sum(dim=1).max())
-        return prompt_ids, prompt_mask, responses[:, :length], mask[:, :length]
+        return prompt_ids, prompt_mask, responses[:, :length], mask[:, :length], logprobs[:, :length]
 
 
 @torch.no_grad()
@@ -223,7 +247,7 @@ def collect(
         value: left out in evaluation; values are then 0.
         missing_eos: scores [B], ended [B] -> scores [B], what a response that does not end is worth.
     """
-    prompt_ids, prompt_mask, response_ids, mask = sampler.respond(
+    prompt_ids, prompt_mask, response_ids, mask, sampled_logprobs = sampler.respond(
         sampled, world, [ids for _, ids in prompts], purpose, indexes
     )
     ids, real = torch.cat([prompt_ids, response_ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
@@ -241,7 +265,7 @@ def collect(
         sampler.tokenizer, [prompt for prompt, _ in prompts], prompt_ids, prompt_mask, response_ids, mask
     )
     try:
-        scores, sources = rewards.score(batch)
+        scores, sources, token_scores = rewards.score(batch)
     except ValueError as error:  # a reward function that fails; the message shows the row
         raise UserError(str(error)) from error
     return Rollout(
@@ -250,12 +274,14 @@ def collect(
         response_ids=response_ids,
         mask=mask,
         ended=ended,
+        sampled_logprobs=sampled_logprobs,
         old_logprobs=logprobs(policy),
         ref_logprobs=logprobs(reference),
         values=torch.zeros_like(mask, dtype=torch.float32)
         if value is None
         else measure(lambda i, m: response_values(value, i, m, length)),
         scores=missing_eos(scores.to(world.device), ended),
+        token_scores=F.pad(token_scores, (0, length - token_scores.shape[1])).to(world.device),
         source_scores=torch.stack([score.to(world.device) for score in sources.values()], dim=1),
         repetition=torch.tensor([repetition(text) for text in batch.texts], device=world.device),
     )

@@ -9,29 +9,84 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.checkpoint import (
     clear_partial,
     complete_checkpoints,
+    cut_records,
+    damage,
     finish_stage,
     new_folder,
     read_manifest,
+    read_state,
+    rotate,
+    set_aside,
     tokenizer_digest,
 )
 from align.config import StageRecipe, UserError
 from align.evaluation import markdown_table
 from align.world import World
+from align.zero import uses_deepspeed, zero_stage
 
 UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
 
 
 def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
-    """The newest whole checkpoint, once rank 0 has deleted what a killed run left half written."""
+    """The newest checkpoint that is whole and undamaged, the same on every rank; None to start from the beginning.
+
+    Rank 0 deletes what a killed run left half written, sets damaged checkpoints aside and says so, and cuts the run's
+    records back to the checkpoint.
+
+    Raises:
+        UserError: the checkpoint was written in another layout than this run's.
+    """
+    step = torch.zeros(1, dtype=torch.int64, device=world.device)
     if world.is_main:
-        clear_partial(recipe.output_dir)
-    world.barrier()
-    return next(reversed(complete_checkpoints(recipe.output_dir)), None)
+        step += step_of(_newest_sound(recipe))
+    step = world.sum(step)  # one verdict for all ranks
+    checkpoint = Path(recipe.output_dir) / f"checkpoint-{int(step)}" if step else None
+    check_layout(recipe, world, checkpoint)
+    if checkpoint is not None and world.is_main:
+        cut_records(checkpoint)
+        rotate(recipe.output_dir, recipe.save_total_limit)
+    return checkpoint
+
+
+def _newest_sound(recipe: StageRecipe) -> Path | None:
+    clear_partial(recipe.output_dir)
+    damaged = []
+    while found := complete_checkpoints(recipe.output_dir):
+        if (wrong := damage(found[-1])) is None:
+            break
+        damaged.append(f"{found[-1]}: damaged, {wrong}; set aside as {set_aside(found[-1]).name}")
+    instead = f"going on from {found[-1].name}" if found else "starting from the beginning"
+    for message in damaged:
+        print(f"{message}, {instead}", file=sys.stderr)
+    return found[-1] if found else None
+
+
+def layout(recipe: StageRecipe, processes: int) -> str:
+    """By how many processes and which kind of sharding a checkpoint is written, in words."""
+    policy, value = zero_stage(recipe), zero_stage(recipe, "value")
+    how = f"ZeRO {policy}" + (f" (value model {value})" if value != policy else "")
+    how += " with a DeepSpeed file" * (uses_deepspeed(recipe) and not policy)
+    return f"{processes} process{'es' * (processes > 1)} at {how}"
+
+
+def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> None:
+    """See that the checkpoint can be read back: optimiser states are sharded, and fit one layout only.
+
+    Raises:
+        UserError: it was written by another number of processes or ZeRO stage.
+    """
+    mine = layout(recipe, world.size)
+    if checkpoint is not None and (theirs := read_state(checkpoint)["layout"]) != mine:
+        raise UserError(
+            f"{checkpoint}: was saved by {theirs}, and this run has {mine}; "
+            f"start it with {theirs} to resume, or delete {checkpoint.parent} to start anew."
+        )
 
 
 def step_of(checkpoint: Path | None) -> int:

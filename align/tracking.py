@@ -213,6 +213,8 @@ def trainer_callback(tracker: Tracker, recipe: TrainerRecipe) -> TrainerCallback
     from accelerate import PartialState
     from transformers import TrainerCallback
 
+    from align.stage import layout
+
     class StageCallback(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.shown: dict[str, float] = {}
@@ -245,10 +247,12 @@ def trainer_callback(tracker: Tracker, recipe: TrainerRecipe) -> TrainerCallback
             self.shown |= {key.removeprefix("train/"): metrics[key] for key in keys if key in metrics}
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            PartialState().wait_for_everyone()  # each rank writes its own share of the checkpoint
+            processes = PartialState()
+            processes.wait_for_everyone()  # each rank writes its own share of the checkpoint
             if tracker.is_main:
                 checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-                mark_complete(checkpoint, {"step": state.global_step}, recipe.save_total_limit)
+                told = {"step": state.global_step, "layout": layout(recipe, processes.num_processes)}
+                mark_complete(checkpoint, told, recipe.save_total_limit)
 
     return StageCallback()
 

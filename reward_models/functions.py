@@ -18,9 +18,10 @@ class FunctionReward:
 
     As in TRL: `prompts` and `completions` are lists of text or of message lists, `completion_ids` lists of token
     ids, and every further column of the data a list under its own name, so the function should end in `**kwargs`.
-    It returns one number per row (list, tuple, tensor or array), and may be `async`. None says that the function
-    does not apply to the row: its score is then NaN here, and `RewardSum` leaves it out. Unlike TRL, a NaN from the
-    function itself is an error, and `trainer_state`, `log_extra` and `log_metric` are not passed.
+    It returns one number per row (list, tuple, tensor or array), or for every row a list with one number per token of
+    the response, end-of-text included, which rewards each token; it may be `async`. None says that the function does
+    not apply to the row: its score is then NaN here, and `RewardSum` leaves it out. Unlike TRL, a NaN from the function
+    itself is an error, and `trainer_state`, `log_extra` and `log_metric` are not passed.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -28,10 +29,12 @@ class FunctionReward:
         self.function = function
 
     def score(self, batch: Responses) -> torch.Tensor:
-        """Scores [B], float32, on the CPU; NaN where the function returned None.
+        """Scores [B], or [B, T] of single tokens, float32, on the CPU; NaN where the function returned None.
+
+        T is the longest response; shorter ones are followed by 0.
 
         Raises:
-            ValueError: the function raised, or returned anything but one finite number or None per row.
+            ValueError: the function raised, or returned anything but one finite number, or one per token, or None per row.
         """
         try:
             values = self._call(batch)
@@ -41,6 +44,9 @@ class FunctionReward:
             raise ValueError(
                 f"reward {self.name!r}: returned {len(values)} scores for {len(batch)} responses; expected one each."
             )
+        given = [value for value in values if value is not None]
+        if given and all(_is_sequence(value) for value in given):
+            return torch.stack([self._numbers(batch, row, value) for row, value in enumerate(values)])
         return torch.tensor([self._number(batch, row, value) for row, value in enumerate(values)], dtype=torch.float32)
 
     def _call(self, batch: Responses) -> list[Any]:
@@ -66,6 +72,20 @@ class FunctionReward:
             f"(on {len(batch)} rows together, though on none of them alone)"
         )
 
+    def _numbers(self, batch: Responses, row: int, value: Any) -> torch.Tensor:
+        """What each token of a response got, [T], with zeros after it."""
+        width = max(map(len, batch.response_ids))
+        if value is None:
+            return torch.full((width,), float("nan"))
+        count = len(batch.response_ids[row])
+        if len(value) != count:
+            problem = f"returned {len(value)} numbers; expected one for each of its {count} tokens."
+            raise row_error(self.name, batch, row, problem)
+        numbers = [self._number(batch, row, each) for each in value]
+        if any(number != number for number in numbers):
+            raise row_error(self.name, batch, row, "returned None for a token; expected a finite number.")
+        return torch.tensor(numbers + [0.0] * (width - count))
+
     def _number(self, batch: Responses, row: int, value: Any) -> float:
         if value is None:
             return float("nan")
@@ -74,3 +94,7 @@ class FunctionReward:
         if not isinstance(value, Real) or not torch.tensor(float(value), dtype=torch.float32).isfinite():
             raise row_error(self.name, batch, row, f"returned {value!r}; expected a finite number, or None.")
         return float(value)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (getattr(value, "ndim", 0) == 1 and len(value) > 1)

@@ -40,12 +40,15 @@ class Responses:
 
 
 class RewardSource(Protocol):
-    """Anything with a name that turns B responses into B scores."""
+    """Anything with a name that turns B responses into B scores, or scores of their tokens."""
 
     name: str
 
     def score(self, batch: Responses) -> torch.Tensor:
-        """Scores [B], float32, on the CPU; NaN where the source does not apply to the row, and never otherwise."""
+        """Scores [B], or [B, T] of single tokens with zeros after the response, float32, on the CPU.
+
+        NaN where the source does not apply to the row, and never otherwise.
+        """
         ...
 
 

@@ -11,8 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig
 
 from align import check
-from align.config import UserError
-from align.memory import Footprint, activation_bytes, count_lora_parameters, count_parameters, skeleton, state_bytes
+from align.config import RewardRecipe, SFTRecipe, UserError
+from align.memory import Footprint, activation_bytes, count_parameters, count_trained, skeleton, state_bytes
 from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 # --- arithmetic
@@ -65,33 +65,33 @@ def test_parameters_are_counted_without_storage():
     assert getattr(config, "num_labels", 2) == 2  # the caller's configuration is left alone
 
 
-def test_adapters_are_counted():
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # rank x (in + out): four attention layers 8 + 8, three MLP layers 8 + 16, twice; not the head
+        ({"method": "lora", "lora_r": 4}, 4 * 2 * (4 * 16 + 3 * 24)),
+        ({"method": "lora", "lora_r": 4, "lora_target_modules": ["q_proj"]}, 4 * 2 * 16),
+        ({"method": "dora", "lora_r": 4, "lora_target_modules": ["q_proj"]}, 4 * 2 * 16 + 2 * 8),
+        ({"method": "head"}, 11 * 8),
+        ({"method": "freeze", "freeze_layers": 1}, 4 * 64 + 3 * 128 + 2 * 8 + 8 + 11 * 8),
+        ({"method": "freeze", "trainable_pattern": r"layers\.1\..*q_proj"}, 64),
+        ({"method": "prompt", "num_virtual_tokens": 5}, 5 * 8),
+        ({"method": "prefix", "num_virtual_tokens": 5}, 5 * 2 * 2 * 8),  # a key and a value in each layer
+        ({"method": "full"}, 2 * (4 * 64 + 3 * 128 + 16) + 8 + 2 * 11 * 8),
+    ],
+)  # fmt: skip
+def test_what_trains_is_counted(method, expected):
     config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
     model = skeleton(AutoModelForCausalLM, config)
-    # rank x (in + out): four attention layers 8 + 8, three MLP layers 8 + 16, twice; not the head
-    assert count_lora_parameters(model, 4, []) == 4 * 2 * (4 * 16 + 3 * 24)
-    assert count_lora_parameters(model, 4, ["q_proj"]) == 4 * 2 * 16
+    recipe = SFTRecipe(output_dir="out", **method)
+    assert count_trained(model, recipe, "CAUSAL_LM", ("lm_head", model.lm_head))[1] == expected
+
+
+def test_a_new_head_is_trained_beside_an_adapter():
+    config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
     scorer = skeleton(AutoModelForSequenceClassification, config, num_labels=1)
-    assert count_lora_parameters(scorer, 4, [], ["score"]) == 4 * 2 * (4 * 16 + 3 * 24) + 8
-    gpt2 = skeleton(AutoModelForCausalLM, GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=10))
-    assert count_lora_parameters(gpt2, 2, ["c_attn"]) == 2 * (8 + 24)  # its layers are Conv1D
-
-
-def test_adapters_are_counted_as_peft_makes_them():
-    from peft import LoraConfig, get_peft_model
-
-    for auto, task, whole in (
-        (AutoModelForCausalLM, "CAUSAL_LM", []),
-        (AutoModelForSequenceClassification, "SEQ_CLS", ["score"]),
-    ):
-        config = tiny_llama().config
-        config.num_labels = 1
-        model = auto.from_config(config)
-        expected = count_lora_parameters(model, 4, [], whole)
-        peft = get_peft_model(
-            model, LoraConfig(task_type=task, r=4, target_modules="all-linear", modules_to_save=whole or None)
-        )
-        assert sum(p.numel() for p in peft.parameters() if p.requires_grad) == expected
+    recipe = RewardRecipe(output_dir="out", model_name_or_path="m", method="lora", lora_r=4)
+    assert count_trained(scorer, recipe, "SEQ_CLS", ("score", scorer.score))[1] == 4 * 2 * (4 * 16 + 3 * 24) + 8
 
 
 # --- a recipe, a folder
@@ -182,7 +182,7 @@ def test_a_folder_whose_models_are_not_made_yet(world, capsys):
     # 51 of the 64 prompts train; two processes of two micro-batches of 8 rows
     assert "32 sequences per step = 2 x 8 x 2 (processes x micro-batch x accumulation)" in said
     assert (
-        "64 sequences per step = 2 x 8 x 4 (processes x micro-batch x accumulation), 2 updates of 2 x 32 prompts"
+        "64 sequences per step = 2 x 8 x 4 (processes x micro-batch x accumulation), 2 updates of 2 x 32 responses"
         in said
     )
     assert "model_name_or_path: out/0 (made by 0_base.yaml)" in said
@@ -356,10 +356,11 @@ def test_an_encoder_reads_its_score_from_the_first_token(world, capsys):
     assert "SFT model (to set the zero)" in said
 
 
-def test_the_recipes_own_zero_stage_is_starred(world, capsys):
+def test_the_recipes_own_zero_stage_has_a_column(world, capsys):
     Path("zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}), encoding="utf-8")
     said = outcome(capsys, "r/1_sft.yaml", "--model_name_or_path", "model", "--deepspeed", "zero.json", num_gpus=8)[1]
-    assert "ZeRO 2 *" in said
+    assert "(ZeRO 2)" in said
+    assert "(ZeRO 0)" not in said
     assert "Memory per GPU on 8, float32" in said
 
 

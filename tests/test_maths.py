@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import tensor
 
-from align.maths.advantages import gae, token_rewards
-from align.maths.kl import k1, k3
-from align.maths.losses import policy_loss, token_entropy, token_logprobs, value_loss
+from align.maths.advantages import CRITIC_FREE, gae, token_rewards
+from align.maths.kl import adapted_kl_coef, k1, k2, k3
+from align.maths.losses import loss_weights, policy_loss, token_entropy, token_logprobs, value_loss
 from align.maths.masked import last_index, masked_mean, masked_var, masked_whiten
+from align.maths.running import RunningMoments
 
 REAL = torch.ones(1, 3, dtype=torch.bool)
 
@@ -61,6 +62,33 @@ class TestKL:
         close((p * k1(log_p, log_q)).sum(), exact, 1e-12)
         close((p * k3(log_p, log_q)).sum(), exact, 1e-12)
         assert (k3(log_p, log_q) >= 0).all()
+        assert abs((p * k2(log_p, log_q)).sum() - exact) > 1e-2, "k2 is biased"
+
+    def test_where_each_estimator_has_the_gradient_of_the_kl(self):
+        """Section 2 of arXiv 2510.01555: as a weight on log pi (in the reward), or differentiated itself (in the loss)."""
+        torch.manual_seed(1)
+        logits = torch.randn(30, dtype=torch.double, requires_grad=True)
+        log_q = (logits.detach() + 0.5 * torch.randn(30, dtype=torch.double)).log_softmax(0)
+        log_p = logits.log_softmax(0)
+        p = log_p.exp().detach()
+
+        def gradient(objective):
+            return torch.autograd.grad(objective, logits, retain_graph=True)[0]
+
+        forward = gradient((log_p.exp() * (log_p - log_q)).sum())  # KL(pi || ref), exactly
+        backward = gradient((log_q.exp() * (log_q - log_p)).sum())  # KL(ref || pi)
+        close(gradient((p * k1(log_p, log_q).detach() * log_p).sum()), forward, 1e-12)
+        close(gradient((p * k1(log_p, log_q)).sum()), torch.zeros(30), 1e-12)
+        close(gradient((p * k2(log_p, log_q)).sum()), forward, 1e-12)
+        close(gradient((p * k3(log_p, log_q)).sum()), backward, 1e-12)
+        close(gradient((p * k3(log_p, log_q).detach() * log_p).sum()), forward - backward, 1e-12)
+
+    def test_the_adaptive_coefficient_by_hand(self):
+        coefficient, seen = 0.15, []
+        for kl in (12.0, 12.0, 3.0, 6.0, 6.6):
+            coefficient = adapted_kl_coef(coefficient, kl, target=6.0, episodes=512, horizon=10_000)
+            seen.append(coefficient)
+        close(tensor(seen), [0.151536, 0.15308773, 0.15152011, 0.15152011, 0.15229589], 1e-7)
 
 
 class TestTokenRewards:
@@ -102,6 +130,73 @@ class TestGAE:
         close(returns, [[1.02675, 1.165, 1.0, 0.0, 0.0]])
 
 
+class TestCriticFree:
+    """Four responses of 1, 2, 3 and 1 tokens to one prompt, worth 1, 0, 0 and 3; what lies in the padding is noise."""
+
+    mask = torch.arange(3)[None] < tensor([[1], [2], [3], [1]])
+    rewards = torch.where(mask, tensor([[1.0, 0, 0], [1.0, -1, 0], [0.5, 0, -0.5], [3.0, 0, 0]]), tensor(9.0))
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("rloo", [0.0, -1.3333, -1.3333, 2.6667]),
+            ("grpo", [0.0, -0.70706, -0.70706, 1.41411]),
+            ("dr_grpo", [0.0, -1.0, -1.0, 2.0]),
+        ],
+    )
+    def test_groups_by_hand(self, name, expected):
+        got = CRITIC_FREE[name](self.rewards, self.mask, 4, 1.0)
+        close(got, tensor(expected)[:, None] * self.mask, 1e-4)
+
+    @pytest.mark.parametrize("name", ["rloo", "grpo", "dr_grpo"])
+    def test_prompts_are_compared_with_themselves_only(self, name):
+        other = torch.cat([self.rewards, 100 + self.rewards])
+        got = CRITIC_FREE[name](other, self.mask.repeat(2, 1), 4, 1.0)
+        close(got[:4], CRITIC_FREE[name](self.rewards, self.mask, 4, 1.0))
+
+    @pytest.mark.parametrize("name", CRITIC_FREE)
+    def test_equal_rewards_have_no_advantage(self, name):
+        rewards = torch.zeros(4, 3).scatter(1, last_index(self.mask)[:, None], 7.0)
+        close(CRITIC_FREE[name](rewards, self.mask, 2, 1.0), torch.zeros(4, 3))
+
+    def test_reinforce_plus_plus_whitens_the_reward_to_go(self):
+        # To go, at discount 1/2: 1 | 1 - 1/2, -1 | 1/2 - 1/8, -1/4, -1/2 | 3
+        to_go = tensor([1.0, 0.5, -1.0, 0.375, -0.25, -0.5, 3.0])
+        expected = (to_go - to_go.mean()) / to_go.std(correction=0)
+        got = CRITIC_FREE["reinforce_plus_plus"](self.rewards, self.mask, 1, 0.5)
+        close(got[self.mask], expected)
+        assert not got[~self.mask].any()
+
+
+class TestAggregation:
+    """Responses of 1 and 3 tokens whose losses are 1 and 0, 0, 0."""
+
+    mask = tensor([[True, False, False], [True, True, True]])
+    losses = tensor([[1.0, 0, 0], [0.0, 0, 0]])
+
+    @pytest.mark.parametrize(
+        ("aggregation", "expected"), [("token_mean", 0.25), ("sequence_mean", 0.5), ("constant", 0.125)]
+    )
+    def test_by_hand(self, aggregation, expected):
+        close((self.losses * loss_weights(self.mask, aggregation, 4)).sum(), expected)
+
+    @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+    def test_weights_sum_to_one(self, aggregation):
+        weights = loss_weights(self.mask, aggregation, 4)
+        close(weights.sum(), 1.0)
+        assert not weights[~self.mask].any()
+
+
+def test_running_moments_are_those_of_the_whole_stream():
+    torch.manual_seed(4)
+    stream = 3 + 2 * torch.randn(60, dtype=torch.double)
+    moments = RunningMoments()
+    for part in torch.split(stream, [1, 9, 30, 20]):
+        moments = moments.include(part)
+    assert moments.mean == pytest.approx(float(stream.mean()), rel=1e-12)
+    assert moments.std == pytest.approx(float(stream.std(correction=0)), rel=1e-12)
+
+
 class TestLogprobs:
     logits = tensor([[2.0, 0.0, -1.0]])
 
@@ -135,15 +230,28 @@ class TestPolicyLoss:
         logprobs = tensor([[math.log(ratio)]], requires_grad=True)
         one = torch.ones(1, 1, dtype=torch.bool)
         got = policy_loss(logprobs, torch.zeros(1, 1), tensor([[advantage]]), one, 0.2)
-        got.loss.backward()
-        close(got.loss.detach(), loss)
+        got.loss.sum().backward()
+        close(got.loss.detach(), [[loss]])
         close(logprobs.grad, [[gradient * ratio]])  # d/dlogp = d/dratio * ratio
         close(got.clipped, float(gradient == 0.0))
 
-    def test_sums_leave_the_padding_out(self):
+    @pytest.mark.parametrize(
+        ("advantage", "ratio", "loss", "gradient"),
+        [(-1.0, 2.0, 2.0, 1.0), (-1.0, 5.0, 3.0, 0.0), (1.0, 5.0, -1.2, 0.0), (-1.0, 0.5, 0.8, 0.0)],
+    )
+    def test_dual_clip_by_hand(self, advantage, ratio, loss, gradient):
+        logprobs = tensor([[math.log(ratio)]], requires_grad=True)
+        one = torch.ones(1, 1, dtype=torch.bool)
+        got = policy_loss(logprobs, torch.zeros(1, 1), tensor([[advantage]]), one, 0.2, dual_clip=3.0)
+        got.loss.sum().backward()
+        close(got.loss.detach(), [[loss]])
+        close(logprobs.grad, [[gradient * ratio]])
+        close(got.clipped, float(gradient == 0.0))
+
+    def test_the_padding_is_left_out(self):
         mask = tensor([[True, False]])
         got = policy_loss(tensor([[0.1, 5.0]]), torch.zeros(1, 2), tensor([[2.0, 9.0]]), mask, 0.2)
-        close(got.loss, -2 * math.exp(0.1))
+        close(got.loss, [[-2 * math.exp(0.1), 0.0]])
         close(got.ratio, math.exp(0.1))
         close(got.approx_kl, 0.5 * 0.01)
 
@@ -156,7 +264,8 @@ class TestPolicyLoss:
             parts = [
                 policy_loss(*(x[i : i + size] for x in (new, old, advantages, mask)), 0.2) for i in range(0, 6, size)
             ]
-            for name in whole._fields:
+            close(torch.cat([part.loss for part in parts]), whole.loss)
+            for name in ("ratio", "clipped", "approx_kl"):
                 close(sum(getattr(part, name) for part in parts), getattr(whole, name))
 
 
@@ -169,15 +278,15 @@ class TestValueLoss:
         values = tensor([[value]], requires_grad=True)
         one = torch.ones(1, 1, dtype=torch.bool)
         got = value_loss(values, tensor([[1.0]]), tensor([[2.0]]), one, 0.2)
-        got.loss.backward()
-        close(got.loss.detach(), loss)
+        got.loss.sum().backward()
+        close(got.loss.detach(), [[loss]])
         close(values.grad, [[gradient]])
 
     def test_padding_is_left_out(self):
         got = value_loss(
             tensor([[1.0, 50.0]]), tensor([[1.0, 0.0]]), tensor([[2.0, 0.0]]), tensor([[True, False]]), 0.2
         )
-        close(got.loss, 0.5)
+        close(got.loss, [[0.5, 0.0]])
 
 
 def test_the_token_form_of_the_objective_is_the_sequence_form():

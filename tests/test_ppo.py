@@ -20,11 +20,11 @@ from align.checkpoint import open_stage
 from align.config import UserError
 from align.optimizer import learning_rates
 from align.ppo import missing_eos, run
-from align.ppo_checkpoint import check_layout
 from align.recipes import load_recipe
+from align.stage import check_layout
 from align.tracking import undocumented
 from align.world import World
-from tests.worlds import LETTERS, deepspeed_file, launch, save_tiny_policy, write_jsonl
+from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, save_tiny_policy, write_jsonl
 
 RULES = '''
 def count_a(prompts, completions, **columns):
@@ -133,11 +133,24 @@ class TestOneProcess:
 
     @pytest.mark.parametrize(
         "cut",
-        [{"per_device_train_batch_size": 1}, {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 16}],
+        [
+            {"per_device_train_batch_size": 1},
+            {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 16},
+            {"gradient_checkpointing": True},
+        ],
     )
     def test_microbatches_do_not_change_the_curve(self, finished, tmp_path, cut):
         run(load_recipe("ppo", make_recipe(tmp_path, **cut)))
         assert_same_curve(metrics(finished), metrics(tmp_path / "out"))
+
+    def test_a_padding_token_that_is_end_of_text_changes_nothing(self, finished, tmp_path):
+        recipe = make_recipe(tmp_path)
+        tokenizer = letter_tokenizer(pad_is_eos=True)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<pad>"]})  # so that text leaves it out as before
+        tokenizer.save_pretrained(tmp_path / "policy")
+        run(load_recipe("ppo", recipe))
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id == 2
+        assert_same_curve(metrics(finished), metrics(tmp_path / "out"), 1e-6)
 
     def test_the_seed_changes_it(self, finished, tmp_path):
         run(load_recipe("ppo", make_recipe(tmp_path, seed=1, total_episodes=16)))
@@ -154,7 +167,7 @@ def assert_same_curve(ours: list[dict], theirs: list[dict], tolerance: float = 2
 
 
 class TestTwoRanks:
-    @pytest.mark.parametrize("stage", [0, 2, 3])
+    @pytest.mark.parametrize("stage", [0, 1, 2, 3])
     def test_two_ranks_log_the_curve_of_one(self, finished, tmp_path, stage):
         recipe = make_recipe(tmp_path, deepspeed=deepspeed_file(tmp_path / "ds.json", stage))
         done = launch("align.ppo", recipe)
@@ -241,7 +254,7 @@ class TestBadInput:
             run(load_recipe("ppo", recipe))
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path):
-        with pytest.raises(UserError, match=r"update \d+: the loss is not finite.*learning_rate"):
+        with pytest.raises(UserError, match=r"update \d+ minibatch \d+: the loss is not finite.*Lower learning_rate"):
             run(load_recipe("ppo", make_recipe(tmp_path, learning_rate=1e30, max_grad_norm=0)))
 
 

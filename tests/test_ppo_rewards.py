@@ -91,7 +91,7 @@ def test_a_decoder_scores_the_very_ids_that_were_sampled(tmp_path):
         prompts=["a", "abcd"], texts=["efg", ""], completions=["efg", ""], prompt_ids=prompts, response_ids=responses
     )
     plain = AutoModelForSequenceClassification.from_pretrained(reward)
-    total, by_name = models.rewards.score(batch)
+    total, by_name, _ = models.rewards.score(batch)
     assert list(by_name) == ["reward_model"]
     for score, prompt, response in zip(total, prompts, responses, strict=True):
         with torch.no_grad():

@@ -157,7 +157,7 @@ def test_inputs_by_stage(load):
         ("sft", "Learning-Rate", "did you mean 'learning_rate'?"),
         ("ppo", "clip_range", "did you mean 'cliprange'?"),
         ("sft", "kl_coef", "it belongs to the ppo stage, and this is sft"),
-        ("ppo", "lora_r", "it belongs to the sft and reward stages, and this is ppo"),
+        ("ppo", "train_batch_size", "called minibatch_size here"),
         ("sft", "gradient_accumulation_steps", "derived: set train_batch_size"),
         ("ppo", "gradient_accumulation_steps", "derived: set minibatch_size"),
         ("ppo", "num_mini_batches", "set minibatch_size"),
@@ -428,13 +428,26 @@ def test_micro_batch_is_the_largest_divisor_that_fits(size, per_device, world, m
     assert plan.rollout_per_rank is None
 
 
+def test_ppo_plan_with_text_in_the_same_steps(tmp_path):
+    text = [DataSource(path="text.jsonl")]
+    plan = batch_plan(
+        ppo(
+            ptx_dataset=text, ptx_batch_size=20, minibatch_size=48, rollout_batch_size=96, per_device_train_batch_size=4
+        ),
+        4,
+    )
+    assert plan.policy_passes == 3 + 2  # 12 a process = 3 x 4, and 5 rows in 2 passes
+    with pytest.raises(UserError, match="ptx_batch_size: expected a multiple of the 4 processes, got 6; use 4 or 8"):
+        batch_plan(ppo(ptx_dataset=text, ptx_batch_size=6, minibatch_size=48, rollout_batch_size=96), 4)
+
+
 def test_ppo_plan():
     plan = batch_plan(
         ppo(total_episodes=1000, rollout_batch_size=96, minibatch_size=48, per_device_train_batch_size=10), 4
     )
-    assert dataclasses.astuple(plan) == (4, 48, 6, 2, 24, 10)  # 12 a process = 2 x 6; 1000 // 96 updates
+    assert dataclasses.astuple(plan) == (4, 48, 6, 2, 24, 10, 0)  # 12 a process = 2 x 6; 1000 // 96 updates
     assert plan.describe() == (
-        "48 sequences per step = 4 x 6 x 2 (processes x micro-batch x accumulation), 10 updates of 4 x 24 prompts"
+        "48 sequences per step = 4 x 6 x 2 (processes x micro-batch x accumulation), 10 updates of 4 x 24 responses"
     )
 
 

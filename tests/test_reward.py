@@ -319,7 +319,7 @@ def test_a_pretrained_encoder_learns_politeness(tmp_path):
 
 
 def test_lora_is_merged_and_the_head_is_trained_whole(tmp_path):
-    settings = recipe(tmp_path, eval_rows=HELD_OUT, use_peft=True, lora_r=4, save_steps=1)
+    settings = recipe(tmp_path, eval_rows=HELD_OUT, method="lora", lora_r=4, save_steps=1)
     results = run(settings)
     weights, base = trained(settings), untrained().state_dict()
     assert weights.keys() == base.keys()

@@ -420,6 +420,36 @@ def test_wrong_score_names_function_row_prompt_and_response(wrong, message):
         source.score(responses(4))
 
 
+class TestTokenRewards:
+    batch = responses(3, response_ids=[[5, 6, 2], [7, 2], [8]])
+
+    def test_one_number_per_token(self):
+        source = FunctionReward("dense", lambda completion_ids, **kwargs: [[0.5] * len(ids) for ids in completion_ids])
+        assert source.score(self.batch).tolist() == [[0.5, 0.5, 0.5], [0.5, 0.5, 0.0], [0.5, 0.0, 0.0]]
+
+    def test_they_join_the_sum_with_their_weight(self):
+        dense = FunctionReward("dense", lambda **kwargs: [[1.0, 2.0, 3.0], None, torch.tensor([4.0]).tolist()])
+        plain = FunctionReward("plain", lambda **kwargs: [10.0, 20.0, 30.0])
+        total, scores, tokens = RewardSum([dense, plain], [2.0, 0.5]).score(self.batch)
+        assert total.tolist() == [17.0, 10.0, 23.0]
+        assert scores["dense"].nan_to_num(-1).tolist() == [6.0, -1.0, 4.0]
+        assert tokens.tolist() == [[2.0, 4.0, 6.0], [0.0, 0.0, 0.0], [8.0, 0.0, 0.0]]
+
+    def test_without_them_tokens_have_nothing(self):
+        plain = FunctionReward("plain", lambda **kwargs: [10.0, 20.0, 30.0])
+        assert RewardSum([plain]).score(self.batch)[2].tolist() == [[0.0] * 3] * 3
+
+    def test_another_number_than_tokens_is_an_error(self):
+        source = FunctionReward("dense", lambda **kwargs: [[1.0, 2.0, 3.0], [1.0], [1.0]])
+        with pytest.raises(ValueError, match=r"row 1 of 3: returned 1 numbers; expected one for each of its 2 tokens"):
+            source.score(self.batch)
+
+    def test_none_for_a_token_is_an_error(self):
+        source = FunctionReward("dense", lambda **kwargs: [[1.0, None, 3.0], [1.0, 1.0], [1.0]])
+        with pytest.raises(ValueError, match=r"row 0 of 3: returned None for a token"):
+            source.score(self.batch)
+
+
 def test_exception_names_the_row_that_causes_it():
     def function(completions, limit, **kwargs):
         return [1 / (most - int(text[-1])) for text, most in zip(completions, limit, strict=True)]
@@ -461,7 +491,7 @@ def test_error_shows_the_ends_of_a_long_text():
 def test_weighted_sum_by_hand():
     one = FunctionReward("one", lambda **kwargs: [1.0, 2.0, 3.0])
     two = FunctionReward("two", lambda **kwargs: [10.0, 0.0, -10.0])
-    total, scores = RewardSum([one, two], [2.0, -0.5]).score(responses(3))
+    total, scores, _ = RewardSum([one, two], [2.0, -0.5]).score(responses(3))
     assert total.tolist() == [-3.0, 4.0, 11.0]
     assert {name: values.tolist() for name, values in scores.items()} == {"one": [1, 2, 3], "two": [10, 0, -10]}
     assert RewardSum([one, two]).score(responses(3))[0].tolist() == [11.0, 2.0, -7.0]
@@ -470,7 +500,7 @@ def test_weighted_sum_by_hand():
 def test_none_is_left_out_of_the_sum():
     one = FunctionReward("one", lambda **kwargs: [None, 2.0, 3.0])
     two = FunctionReward("two", lambda **kwargs: [10.0, None, 0.0])
-    total, scores = RewardSum([one, two], [2.0, 1.0]).score(responses(3))
+    total, scores, _ = RewardSum([one, two], [2.0, 1.0]).score(responses(3))
     assert total.tolist() == [10.0, 4.0, 6.0]
     assert scores["one"].nanmean() == 2.5
     assert scores["one"].isnan().tolist() == [True, False, False]

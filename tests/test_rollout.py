@@ -22,7 +22,7 @@ def model():
 
 def respond(model, prompts, noise, temperature=0.7):
     ids, mask = pad_left(prompts, PAD)
-    return ids, mask, *generate(model, ids, mask, noise, temperature, EOS, PAD)
+    return ids, mask, *generate(model, ids, mask, noise, temperature, EOS, PAD)[:2]
 
 
 def test_responses_are_what_the_training_forward_would_sample(model):
@@ -44,6 +44,17 @@ def test_responses_are_what_the_training_forward_would_sample(model):
         assert expected[-1] == EOS or length == LENGTH
         assert (responses[row, length:] == PAD).all()
         assert mask[row].tolist() == [t < length for t in range(mask.shape[1])]
+
+
+def test_generation_knows_the_log_probability_of_what_it_sampled(model):
+    prompts = (PROMPTS * 10)[:60]
+    ids, prompt_mask = pad_left(prompts, PAD)
+    responses, mask, logprobs = generate(model, ids, prompt_mask, uniforms(0, "test", range(60), LENGTH), 0.7, EOS, PAD)
+    with torch.no_grad():
+        expected = response_logprobs(
+            model, torch.cat([ids, responses], 1), torch.cat([prompt_mask, mask], 1), responses.shape[1], 0.7
+        )
+    torch.testing.assert_close(logprobs, expected.masked_fill(~mask, 0.0), atol=1e-5, rtol=0)
 
 
 def test_a_response_does_not_depend_on_its_neighbours(model):

@@ -429,7 +429,8 @@ def test_sft_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     assert [folder.name for folder in complete_checkpoints(tmp_path)] == ["checkpoint-5"]
     assert not (tmp_path / "checkpoint-4").exists()
-    assert json.loads((tmp_path / "checkpoint-5" / "complete.json").read_text()) == {"step": 5}
+    state = json.loads((tmp_path / "checkpoint-5" / "complete.json").read_text())
+    assert (state["step"], state["layout"]) == (5, "1 process at ZeRO 0")
 
 
 def test_nan_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:

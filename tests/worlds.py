@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -88,10 +89,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launch(
-    *command: str, ranks: int = 2, module: bool = True, cwd: Path | None = None, timeout: int = 600
-) -> subprocess.CompletedProcess[str]:
-    """Run a module (or a script) under the real `deepspeed` launcher on CPU."""
+def launched(*command: str, ranks: int = 2, module: bool = True) -> dict[str, Any]:
+    """`args` and `env`, for subprocess, of a module (or a script) under the real `deepspeed` launcher on CPU."""
     launcher = Path(sys.executable).with_name("deepspeed")
     words = [sys.executable, str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
     words += ["--module"] if module else []
@@ -99,6 +98,14 @@ def launch(
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
     }
+    return {"args": [*words, *command], "env": environment}
+
+
+def launch(
+    *command: str, ranks: int = 2, module: bool = True, cwd: Path | None = None, timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
+    """Run a module (or a script) under the real `deepspeed` launcher on CPU."""
     return subprocess.run(
-        [*words, *command], capture_output=True, text=True, cwd=cwd, env=environment, timeout=timeout, check=False
-    )
+        **launched(*command, ranks=ranks, module=module),
+        capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False,
+    )  # fmt: skip

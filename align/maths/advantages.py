@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from align.maths.masked import last_index
+from align.maths.masked import last_index, masked_whiten
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -47,3 +49,51 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         advantages[:, t] = following_advantage
     advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, (advantages + values).masked_fill(~mask, 0.0)
+
+
+# Without a value model. B responses are groups of K >= 2 to the same prompt, one after another; each estimator is
+# (rewards [B, T], mask [B, T], K, gamma) -> advantages [B, T], 0 outside the mask.
+
+
+def rloo(rewards: Tensor, mask: Tensor, group_size: int, gamma: float) -> Tensor:
+    """REINFORCE leave-one-out: a response's summed reward less the mean of the others of its prompt (arXiv 2402.14740)."""
+    groups = _group_sums(rewards, mask, group_size)
+    advantages = (groups - groups.mean(dim=1, keepdim=True)) * group_size / (group_size - 1)
+    return _on_tokens(advantages, mask)
+
+
+def grpo(rewards: Tensor, mask: Tensor, group_size: int, gamma: float) -> Tensor:
+    """(R - mean) / (std + 1e-4) over the responses to a prompt, std unbiased (arXiv 2402.03300; TRL's constants)."""
+    groups = _group_sums(rewards, mask, group_size)
+    deviations = groups - groups.mean(dim=1, keepdim=True)
+    return _on_tokens(deviations / (groups.std(dim=1, keepdim=True) + 1e-4), mask)
+
+
+def dr_grpo(rewards: Tensor, mask: Tensor, group_size: int, gamma: float) -> Tensor:
+    """R - mean over the responses to a prompt, without the std, which weighs prompts by difficulty (arXiv 2503.20783)."""
+    groups = _group_sums(rewards, mask, group_size)
+    return _on_tokens(groups - groups.mean(dim=1, keepdim=True), mask)
+
+
+def reinforce_plus_plus(rewards: Tensor, mask: Tensor, group_size: int, gamma: float) -> Tensor:
+    """Discounted reward to go of each token, whitened over the whole batch (arXiv 2501.03262); prompts need no groups."""
+    to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+    return masked_whiten(to_go, mask)
+
+
+CRITIC_FREE: dict[str, Callable[[Tensor, Tensor, int, float], Tensor]] = {
+    "rloo": rloo,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "reinforce_plus_plus": reinforce_plus_plus,
+}
+
+
+def _group_sums(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:
+    """Each response's summed reward, [B / K, K]."""
+    return rewards.masked_fill(~mask, 0.0).sum(dim=1).view(-1, group_size)
+
+
+def _on_tokens(advantages: Tensor, mask: Tensor) -> Tensor:
+    """One number per response, given to each of its tokens."""
+    return advantages.reshape(-1, 1) * mask

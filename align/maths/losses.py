@@ -1,18 +1,18 @@
-"""The losses of PPO, as sums over real tokens: whoever divides by the global token count makes the mean.
+"""The losses of PPO, token by token. `loss_weights` of the whole minibatch makes the objective of them, by a plain sum.
 
 A mean taken here would depend on how a minibatch is cut into microbatches and spread over ranks.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class PolicyLoss(NamedTuple):
-    """Sums over the real tokens of one microbatch, scalars. Only `loss` carries a gradient."""
+    """`loss` [B, T], 0 outside the mask, carries the gradient; the others are sums over real tokens."""
 
     loss: Tensor
     ratio: Tensor
@@ -21,7 +21,7 @@ class PolicyLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """Sums over the real tokens of one microbatch, scalars. Only `loss` carries a gradient."""
+    """`loss` [B, T], 0 outside the mask, carries the gradient; `clipped` is a sum over real tokens."""
 
     loss: Tensor
     clipped: Tensor
@@ -48,28 +48,58 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
 
+def loss_weights(mask: Tensor, aggregation: Literal["token_mean", "sequence_mean", "constant"], length: int) -> Tensor:
+    """What each token's loss counts for in the objective of one minibatch, [B, T] float32, 0 outside the mask.
+
+    Args:
+        mask: [B, T] of the whole minibatch, of all ranks: the weights are then the same however it is cut up.
+        aggregation: "token_mean" gives every token the same weight, 1 / tokens; "sequence_mean" every response, 1 / (B
+            |y|), so that the tokens of short responses count for more; "constant" 1 / (B length) (arXiv 2503.20783).
+        length: the most tokens that a response may have.
+    """
+    if aggregation == "token_mean":
+        return mask / mask.sum()
+    if aggregation == "sequence_mean":
+        return mask / (mask.sum(dim=1, keepdim=True) * len(mask))
+    return mask / (len(mask) * length)
+
+
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cliprange: float,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
-    """sum over tokens of max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = pi / pi_old (arXiv 1707.06347 eq. 7). All [B, T]."""
+    """max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = pi / pi_old (arXiv 1707.06347 eq. 7). All [B, T].
+
+    Args:
+        dual_clip: a bound > 1 on rho where A < 0, above which a token has no gradient (arXiv 1912.09729 eq. 5).
+    """
     difference = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
     ratio = difference.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = torch.maximum(unclipped, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
+    cut = loss > unclipped
+    if dual_clip is not None:
+        bound = -advantages * dual_clip
+        cut = cut | ((advantages < 0) & (loss > bound))
+        loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
     return PolicyLoss(
-        loss=torch.maximum(unclipped, clipped).masked_fill(~mask, 0.0).sum(),
+        loss=loss.masked_fill(~mask, 0.0),
         ratio=ratio.detach().masked_fill(~mask, 0.0).sum(),
-        clipped=((clipped > unclipped) & mask).sum().float(),
+        clipped=(cut & mask).sum().float(),
         approx_kl=0.5 * (difference.detach() ** 2).sum(),
     )
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange: float) -> ValueLoss:
-    """sum of 0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) (lm-human-preferences `train_policy.py`). All [B, T]."""
+    """0.5 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) (lm-human-preferences `train_policy.py`). All [B, T]."""
     bounded = torch.clamp(values, old_values - cliprange, old_values + cliprange)
     unclipped = (values - returns) ** 2
     clipped = (bounded - returns) ** 2
     return ValueLoss(
-        loss=0.5 * torch.maximum(unclipped, clipped).masked_fill(~mask, 0.0).sum(),
+        loss=0.5 * torch.maximum(unclipped, clipped).masked_fill(~mask, 0.0),
         clipped=((clipped > unclipped) & mask).sum().float(),
     )

@@ -1,0 +1,155 @@
+"""Bugs that PPO implementations are known for, put into a copy of the code one by one: each makes a named test fail.
+
+A test that nothing can turn red proves nothing. Every case runs one existing test twice over: as part of the suite, on
+the code as it is, and here, on the code with one line broken.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# bug: (file, the line as it is, the line broken, the test that must fail)
+BUGS = {
+    "the score one slot late": (
+        "align/maths/advantages.py",
+        "rewards.scatter_add(1, last_index(mask)[:, None], scores[:, None])",
+        "rewards.scatter_add(1, (last_index(mask)[:, None] + 1).clamp(max=mask.shape[1] - 1), scores[:, None])",
+        "tests/test_maths.py::TestTokenRewards::test_score_lands_on_the_last_real_token_whatever_the_length",
+    ),
+    "the score on every token": (
+        "align/maths/advantages.py",
+        "rewards.scatter_add(1, last_index(mask)[:, None], scores[:, None])",
+        "rewards + scores[:, None] * mask",
+        "tests/test_maths.py::TestTokenRewards::test_score_lands_on_the_last_real_token_whatever_the_length",
+    ),
+    "the sign of the KL": (
+        "align/maths/advantages.py",
+        "(-kl_coef * kl)",
+        "(kl_coef * kl)",
+        "tests/test_maths.py::TestTokenRewards::test_each_row_sums_to_score_minus_kl",
+    ),
+    "k3 in the reward": (
+        "align/ppo.py",
+        "kl = k1(rollout.old_logprobs, rollout.ref_logprobs)",
+        "kl = __import__('align.maths.kl').maths.kl.k3(rollout.old_logprobs, rollout.ref_logprobs)",
+        "tests/test_ppo_features.py::TestScores::test_clipping_leaves_the_kl_alone",
+    ),
+    "the KL of a token clamped at 0": (
+        "align/ppo.py",
+        "kl = k1(rollout.old_logprobs, rollout.ref_logprobs)",
+        "kl = k1(rollout.old_logprobs, rollout.ref_logprobs).clamp(min=0)",
+        "tests/test_ppo_features.py::TestScores::test_clipping_leaves_the_kl_alone",
+    ),
+    "no temperature in the training forward": (
+        "align/ppo_update.py",
+        "token_logprobs(logits, batch.response_ids, recipe.temperature)",
+        "token_logprobs(logits, batch.response_ids, 1.0)",
+        "tests/test_ppo.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",
+    ),
+    "no temperature in sampling": (
+        "align/rollout.py",
+        "cumulative = (logits.float() / temperature)",
+        "cumulative = logits.float()",
+        "tests/test_rollout.py::test_sampling_follows_the_tempered_distribution",
+    ),
+    "log-probabilities one token late": (
+        "align/models.py",
+        "return logits[:, -length - 1 : -1]",
+        "return logits[:, -length:]",
+        "tests/test_rollout.py::test_generation_knows_the_log_probability_of_what_it_sampled",
+    ),
+    "values one token late": (
+        "align/models.py",
+        "return values[:, -length - 1 : -1, 0].float()",
+        "return values[:, -length:, 0].float()",
+        "tests/test_rollout.py::test_values_judge_the_state_before_each_token",
+    ),
+    "end-of-text outside the mask": (
+        "align/rollout.py",
+        "        alive = alive & (tokens != eos_token_id)",
+        "        mask[rows[alive & (tokens == eos_token_id)], step] = False\n        alive = alive & (tokens != eos_token_id)",
+        "tests/test_rollout.py::test_responses_are_what_the_training_forward_would_sample",
+    ),
+    "whitening over the padding": (
+        "align/maths/masked.py",
+        "    mean = masked_mean(values, mask)\n",
+        "    mask = torch.ones_like(mask)\n    mean = masked_mean(values, mask)\n",
+        "tests/test_maths.py::TestMasked::test_whitening",
+    ),
+    "advantages flow through the padding": (
+        "align/maths/advantages.py",
+        "    values = values.masked_fill(~mask, 0.0)\n    advantages",
+        "    advantages",
+        "tests/test_maths.py::TestGAE::test_what_lies_in_the_padding_does_not_matter",
+    ),
+    "dropout left on": (
+        "align/models.py",
+        "            module.p = 0.0",
+        "            pass",
+        "tests/test_rollout.py::test_dropout_is_off_in_training_mode",
+    ),
+    "stale old log-probabilities": (
+        "align/rollout.py",
+        "old_logprobs=logprobs(policy)",
+        "old_logprobs=logprobs(reference)",
+        "tests/test_ppo.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",
+    ),
+    "a mean per microbatch": (
+        "align/ppo_update.py",
+        "models.value.backward(value.loss.sum() / tokens)",
+        "models.value.backward(value.loss.sum() / batch.mask.sum())",
+        "tests/test_ppo.py::TestOneProcess::test_microbatches_do_not_change_the_curve",
+    ),
+    "the weights of a microbatch instead of a minibatch": (
+        "align/ppo_update.py",
+        "numbers = [n[:, :width] for n in (advantages[index], returns[index], weights[mine[part]])]",
+        "numbers = [advantages[index][:, :width], returns[index][:, :width], batch.mask / batch.mask.sum()]",
+        "tests/test_ppo_features.py::TestLossTerms::test_the_gradient_does_not_depend_on_the_cut",
+    ),
+    "PPO-ptx as a step of its own": (
+        "align/ppo_update.py",
+        "            for part in chunks(len(mine), self.plan.micro_batch_size):\n                index",
+        "            if self.ptx is not None and self._trains_policy(update):\n"
+        "                self._train_on_text(self.ptx, update * recipe.num_ppo_epochs * count + number)\n"
+        "                models.policy.step(rates[0])\n"
+        "            for part in chunks(len(mine), self.plan.micro_batch_size):\n                index",
+        "tests/test_ppo_features.py::TestLossTerms::test_ptx_is_added_to_the_same_step",
+    ),
+    "the zero of the score left out of the value head": (
+        "align/ppo_setup.py",
+        'head.bias.sub_(getattr(value.config, "score_mean", 0.0))',
+        "head.bias.sub_(0.0)",
+        "tests/test_ppo_rewards.py::test_the_value_of_the_last_token_starts_as_the_score",
+    ),
+    "the KL of a token where that of a response belongs": (
+        "align/ppo.py",
+        'kl_coef, metrics["objective/kl"], recipe.kl_target',
+        'kl_coef, metrics["objective/kl"] / metrics["response/length"], recipe.kl_target',
+        "tests/test_ppo_features.py::TestSchedule::test_the_coefficient_adapts_to_the_kl_of_each_update",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_it_is_noticed(bug, tmp_path):
+    file, line, broken, test = BUGS[bug]
+    for folder in ("align", "reward_models", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    text = (tmp_path / file).read_text(encoding="utf-8")
+    assert text.count(line) == 1, "the line is not there any more: follow it"
+    (tmp_path / file).write_text(text.replace(line, broken), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", test],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1, f"{test} does not notice {bug}:\n{done.stdout[-2000:]}{done.stderr[-1000:]}"
+    assert f"FAILED {test}" in done.stdout
