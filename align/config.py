@@ -124,6 +124,17 @@ class TrainerRecipe(StageRecipe):
     num_train_epochs: float = key(1.0, "Passes over the training rows.")
     max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.")
     max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.")
+    load_best_model_at_end: bool = key(
+        False,
+        "Save the checkpoint with the best `metric_for_best_model` instead of the last; one is saved every eval_steps.",
+    )
+    metric_for_best_model: str = key(
+        "eval_loss",
+        "Evaluation metric that says which model is best: one whose name ends in loss is to be low, others high.",
+    )
+    early_stopping_patience: int | None = key(
+        None, "Stop after so many evaluations in a row that did not better `metric_for_best_model`."
+    )
     train_sampling_strategy: Literal["random", "group_by_length"] = key(
         "random", "Order of rows: random, or random among rows of like length, which pads less."
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import DataSource, PPORecipe, SFTRecipe, StageRecipe, UserError
+from align.config import DataSource, PPORecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
 from align.strict import nearest
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
@@ -35,7 +35,8 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         lambda value: value >= 1,
         "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
         "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha num_virtual_tokens "
-        "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size",
+        "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size "
+        "early_stopping_patience",
     ),
     (
         "above 0",
@@ -93,6 +94,8 @@ def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
         for index, spec in enumerate(getattr(recipe, name, [])):
             _check_function(spec, f"{where(name)}[{index}]")
     _check_method(recipe, where)
+    if isinstance(recipe, TrainerRecipe):
+        _check_best(recipe, where)
     if isinstance(recipe, SFTRecipe):
         _check_sft(recipe, where)
     elif isinstance(recipe, PPORecipe):
@@ -139,6 +142,21 @@ def _check_deepspeed(path: Path, where: str) -> None:
         raise UserError(f"{where}: expected a JSON object in {path}, got a {type(loaded).__name__}")
     if loaded.get("fp16", {}).get("enabled", False) not in (False, "auto"):
         raise UserError(f"{where}: {path} switches fp16 on, which is not offered; leave it out and use `bf16: true`.")
+
+
+def _check_best(recipe: TrainerRecipe, where: Callable[[str], str]) -> None:
+    asked = "load_best_model_at_end" if recipe.load_best_model_at_end else "early_stopping_patience"
+    if not getattr(recipe, asked):
+        return
+    if recipe.eval_steps is None:
+        raise UserError(f"{where(asked)}: needs evaluations to choose by; set eval_steps")
+    if not recipe.eval_dataset and recipe.eval_fraction == 0:
+        raise UserError(f"{where(asked)}: needs held-out rows to choose by; set eval_dataset or eval_fraction")
+    if recipe.load_best_model_at_end and recipe.save_steps not in (None, recipe.eval_steps):
+        raise UserError(
+            f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that what is "
+            f"judged is saved, got {recipe.save_steps}"
+        )
 
 
 def _check_method(recipe: StageRecipe, where: Callable[[str], str]) -> None:

@@ -13,11 +13,11 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from align.config import StageRecipe, TrainerRecipe
+from align.config import StageRecipe, TrainerRecipe, UserError
 from align.methods import MERGED
 from align.recipes import BatchPlan
 from align.tracking import Tracker, trainer_callback
@@ -38,6 +38,8 @@ def training_arguments(
     recipe: TrainerRecipe, plan: BatchPlan, world: World, evaluation: Dataset | None, resuming: bool
 ) -> dict[str, Any]:
     """Arguments for TRL's configs. Those that change the result, or whose default has moved, are explicit."""
+    choosing = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
+    saving = recipe.eval_steps if recipe.load_best_model_at_end else recipe.save_steps
     return {
         "output_dir": recipe.output_dir,
         "seed": recipe.seed,
@@ -71,8 +73,12 @@ def training_arguments(
         "eval_on_start": evaluation is not None and not resuming,
         "eval_strategy": "steps" if evaluation is not None and recipe.eval_steps else "no",
         "eval_steps": recipe.eval_steps,
-        "save_strategy": "steps" if recipe.save_steps else "no",
-        "save_steps": recipe.save_steps or 500,
+        "save_strategy": "steps" if saving else "no",
+        "save_steps": saving or 500,
+        "load_best_model_at_end": recipe.load_best_model_at_end,
+        "metric_for_best_model": recipe.metric_for_best_model if choosing else None,
+        "greater_is_better": not recipe.metric_for_best_model.endswith("loss"),
+        "restore_callback_states_from_checkpoint": True,  # how patient early stopping still is
         "save_total_limit": None,  # `align.checkpoint.mark_complete` deletes old ones
         "logging_steps": recipe.logging_steps,
         "logging_first_step": True,
@@ -171,10 +177,20 @@ def train(
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer_callback(tracker, recipe))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if recipe.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyError as error:
+        if recipe.metric_for_best_model not in str(error):
+            raise
+        known = ", ".join(name for name in _evaluations(trainer)[0] if name.startswith("eval_"))
+        raise UserError(
+            f"metric_for_best_model: no metric {recipe.metric_for_best_model}; this stage evaluates {known}."
+        ) from error
     if trainer.eval_dataset is None:
         return {}, {}
-    if _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
+    if recipe.load_best_model_at_end or _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     history = _evaluations(trainer)
     return history[0], history[-1]
