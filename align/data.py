@@ -114,7 +114,7 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
         "tasks": task_counts(train, evaluation),
         "train_rows_dropped_as_evaluated": dropped,
         "bad_rows": bad_rows,
-        "duplicates": find_duplicates(list({id(row): row for row in train}.values()), evaluation),
+        "duplicates": find_duplicates(train, evaluation),
     }
     return Rows(train, evaluation, report)
 
@@ -169,7 +169,7 @@ def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list
             if instructions:
                 said, drawn = instructions.apply(line, where)
                 row = read_row(said, where, form, formats)
-                row.extra.update({**ours, **row.extra, **drawn})
+                row.extra.update(ours | drawn)
             else:
                 row = read_row(ours, where, form, formats)
             if source.task or TASK not in row.extra:

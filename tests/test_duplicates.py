@@ -40,6 +40,8 @@ def test_jaccard_index_by_hand():
     assert near_duplicates([" ".join(whole)], [" ".join(whole[:17])]) == [(0, 0, 13 / 16)]
     assert near_duplicates([" ".join(whole)], [" ".join(whole[:16])]) == []
     assert near_duplicates([" ".join(whole[:17])], [" ".join(whole)]) == [(0, 0, 13 / 16)]
+    # The first 12 of 15 are just enough.
+    assert near_duplicates([" ".join(whole[:19])], [" ".join(whole[:16])]) == [(0, 0, 0.8)]
     # One changed word in the middle of 49 changes 5 of 45 sequences: 40 / 50, just enough; of 48, 39 / 49, just not.
     for size, found in ((49, [(0, 0, 0.8)]), (48, [])):
         words = numbered(size)

@@ -262,7 +262,7 @@ class TestRecipe:
 
 
 class TestWayBack:
-    LABELS = {"0": "negative", "1": "positive", "2": "very positive", "3": "C++"}  # noqa: RUF012
+    LABELS = {"0": "negative", "1": "positive", "2": "very positive", "3": "C++", "4": "C"}  # noqa: RUF012
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -273,6 +273,7 @@ class TestWayBack:
             ("I think that the sentiment is positive, not negative.", "1"),
             ("The sentiment is positive. The sentiment is negative.", "1"),
             ("The sentiment is C++.", "3"),
+            ("The sentiment is C.", "4"),
             ("Clearly negative!", "0"),  # the only label in it
             ("It is very positive", "2"),  # in which "positive" does not occur by itself
             ("positive or negative", None),
