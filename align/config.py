@@ -44,8 +44,26 @@ class DataSource:
     columns: dict[str, str] = key(
         {}, "Column names: ours (prompt, completion, chosen, rejected, messages, text) to the source's."
     )
+    task: str | None = key(
+        None,
+        "Name under which its rows are counted and evaluated; that of the file (of its folder when that is only a "
+        "split's), hub data set or generator by default.",
+    )
+    templates: list[dict[str, str]] = key(
+        [],
+        "Jinja templates over the source's columns that make its rows: {prompt, completion} for plain text (the completion "
+        "begins with the space or line break between them), {user, assistant} or {system, user, assistant} for "
+        "messages; of several, each row draws one by seed.",
+    )
+    label_column: str = key("label", "With `templates`: the column that holds the label, which they read as `label`.")
+    labels: dict[Any, str] = key(
+        {},
+        "With `templates`: what each class id or string of that column reads as, such as {0: negative, 1: positive}.",
+    )
     weight: float = key(1.0, "Times each row is used per epoch; 0.5 takes a seeded half.")
-    max_rows: int | None = key(None, "Use only this many rows (a seeded sample).")
+    max_rows: int | None = key(
+        None, "Use only this many rows (a seeded sample); `mixture_temperature` counts no more than these."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +78,11 @@ class StageRecipe:
 
     train_dataset: list[DataSource] = key(
         [], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these."
+    )
+    mixture_temperature: float = key(
+        1.0,
+        "T of the mixture of training sources: each gets a share proportional to weight x rows^(1/T) of as many rows "
+        "as 1 gives; 1 is by size, more is more even (arXiv 1910.10683).",
     )
     eval_dataset: list[DataSource] = key(
         [], "Evaluation rows; without it, a seeded share of the training prompts is held out."

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import DataSource, PPORecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
+from align.config import DataSource, PPORecipe, RewardRecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
 from align.strict import nearest
+from align.templates import check_template
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 SCHEDULES = (
@@ -36,7 +37,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
         "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha num_virtual_tokens "
         "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size "
-        "early_stopping_patience",
+        "early_stopping_patience mixture_temperature",
     ),
     (
         "above 0",
@@ -85,6 +86,11 @@ def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
     for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
         for index, source in enumerate(getattr(recipe, name, [])):
             _check_source(source, f"{where(name)}[{index}]")
+            if source.templates and isinstance(recipe, RewardRecipe):
+                raise UserError(
+                    f"{where(name)}[{index}].templates: they make prompts and completions, and this stage reads pairs with "
+                    "`chosen` and `rejected`; leave them out."
+                )
     if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
         raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
     for name in ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed"):
@@ -121,6 +127,28 @@ def _check_source(source: DataSource, where: str) -> None:
         if column not in COLUMNS:
             hint = nearest(column, COLUMNS) or "; it is written `ours: theirs`"
             raise UserError(f"{where}.columns: expected names among {', '.join(COLUMNS)}, got {column!r}{hint}")
+    if source.templates:
+        _check_templates(source, where)
+    elif source.labels:
+        raise UserError(f"{where}.labels: nothing reads them without `templates`; write these, or leave them out.")
+
+
+def _check_templates(source: DataSource, where: str) -> None:
+    if source.columns:
+        raise UserError(f"{where}.columns: `templates` read the source's own columns by name; leave `columns` out.")
+    for index, template in enumerate(source.templates):
+        check_template(template, f"{where}.templates[{index}]")
+    words: dict[str, str] = {}
+    for label, word in source.labels.items():
+        plain = " ".join(word.casefold().split())
+        if not plain:
+            raise UserError(f"{where}.labels.{label}: expected text, got {word!r}")
+        if plain in words:
+            raise UserError(
+                f"{where}.labels: {word!r} stands for both {words[plain]} and {label}, so that an answer could not be "
+                "told apart; give each a text of its own."
+            )
+        words[plain] = label
 
 
 def _check_function(spec: str, where: str) -> None:

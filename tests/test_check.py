@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -215,6 +216,55 @@ def test_the_sample_row_marks_what_is_trained(world, capsys, changes, shown):
     assert shown in said.replace(" ", "").replace("row:", "row: ")
     assert "at most 5 tokens in the first 1 rows" in said
     assert "1 to train on, 0 to evaluate on; up to 1 optimiser steps" in said
+
+
+def test_a_row_of_each_template_and_the_share_of_each_task(world, capsys):
+    """Tasks a and b, of which the second has two templates; one evaluation row stands in the training rows too."""
+    names = [a + b for a in "abcdefgh" for b in "abcdefgh"]
+    write_jsonl(world / "a.jsonl", [{"prompt": name, "completion": "x"} for name in names[:16]])
+    write_jsonl(world / "b.jsonl", [{"text": name, "label": 1} for name in names])
+    write_jsonl(world / "e.jsonl", [{"prompt": names[0].upper(), "completion": "x"}])
+    templates = [{"prompt": "p{{ text }}", "completion": "{{ label }}p"}, {"prompt": "q{{ text }}", "completion": "q"}]
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset=[{"path": "a.jsonl"}, {"path": "b.jsonl", "templates": templates, "labels": {1: "good"}}],
+        eval_dataset="e.jsonl",
+        mixture_temperature=2,
+        model_name_or_path="model",
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    flat = said.replace(" ", "")
+    # 80 rows in shares of 4 to 8
+    assert "tasks: b 66.2% (53 rows), a 33.8% (27 rows) ok " in " ".join(said.split())
+    assert "row:aa⟦x</s>⟧" in flat
+    assert re.search(r"b,row:p[a-h]{2}⟦goodp</s>⟧", flat)
+    assert re.search(r"b,row:q[a-h]{2}⟦q</s>⟧", flat)
+    assert "at most 9 tokens in the first 80 rows)" in " ".join(said.split())
+    assert "1 of 1 evaluation rows stand in the training rows too (1 exact, 0 near duplicates" in " ".join(said.split())
+    code, said = outcome(capsys, "r.yaml", "--max_length", "8")
+    assert code == 2
+    assert "longer than 8 tokens" in said
+
+
+def test_no_more_than_a_few_templates_are_shown(world, capsys):
+    write_jsonl(world / "a.jsonl", [{"text": a + b} for a in "abcdefghijklm" for b in "abcdefghijklm"])
+    templates = [{"prompt": f"{letter}{{{{ text }}}}", "completion": letter} for letter in "abcdefghij"]
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset={"path": "a.jsonl", "templates": templates},
+        eval_fraction=0,
+        model_name_or_path="model",
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    assert said.count("row: ") == 6
+    assert "rows of 6 of 10 templates" in said
+    assert "tasks:" not in said
 
 
 def test_the_sample_of_a_reward_recipe(world, capsys):

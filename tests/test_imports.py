@@ -13,7 +13,15 @@ ROOT = Path(__file__).parents[1]
 STAGES = {"align.sft", "align.reward", "align.ppo"}
 # Layers from the top. A module imports from layers below its own, and from its own layer apart from stages.
 ENTRY = {"align.__main__", "align.check", "align.merge", "align.pipeline", "align.verify"}
-BASE = ["align.recipes", "align.limits", "align.foreign_keys", "align.strict", "align.config"]
+BASE = [
+    "align.recipes",
+    "align.limits",
+    "align.templates",
+    "align.rows",
+    "align.foreign_keys",
+    "align.strict",
+    "align.config",
+]
 OWNERS = {"deepspeed": "align.engine", "wandb": "align.tracking", "evaluate": "align.evaluation"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "evaluate", "wandb", "deepspeed", "accelerate", "peft"}
 STANDARD = {*sys.stdlib_module_names, "__future__"}

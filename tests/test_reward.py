@@ -170,7 +170,7 @@ def test_the_zero_is_the_mean_score_of_sft_answers_and_travels_with_the_model(tm
     for index, (_, ids) in enumerate(zero_prompts(settings, inputs, load_rows(settings, Preference).train)):
         noise = uniforms(42, "zero of the score", [index], 8)
         prompt = torch.tensor([ids])
-        answer, _ = generate(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), noise, 1.0, 2, 0)
+        answer, *_ = generate(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), noise, 1.0, 2, 0)
         whole = torch.cat([prompt, answer], dim=1)
         scores.append(score_sequences(model, whole, torch.ones_like(whole, dtype=torch.bool)))
         logits.append(plain(whole).logits[0])
