@@ -170,6 +170,7 @@ def text_recipe(recipe: PPORecipe) -> SFTRecipe:
         train_dataset=recipe.ptx_dataset,
         eval_fraction=0.0,
         seed=recipe.seed,
+        mixture_temperature=recipe.mixture_temperature,
         on_bad_row=recipe.on_bad_row,
         max_length=recipe.max_prompt_length + recipe.response_length,
     )

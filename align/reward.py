@@ -25,6 +25,7 @@ from trl import RewardConfig, RewardTrainer
 from align.checkpoint import open_stage, write_json
 from align.config import RewardRecipe, UserError
 from align.data import Preference, load_rows
+from align.duplicates import duplicates_line
 from align.engine import connect, disconnect
 from align.methods import freeze, peft_config
 from align.models import new_scorer
@@ -84,6 +85,8 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
     start = write_untrained(recipe, world, checkpoint is not None, partial(write_scorer, recipe, inputs.tokenizer))
     with Tracker(recipe, "reward", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
+        if (line := duplicates_line(rows.report)) is not None:
+            tracker.say(line)
         before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
 
         # From here on the model is the one that was saved, scored in the way that PPO will.

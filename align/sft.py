@@ -25,6 +25,7 @@ from trl import SFTConfig
 from align.checkpoint import open_stage
 from align.config import SFTRecipe, UserError
 from align.data import Demonstration, load_rows, render_text
+from align.duplicates import duplicates_line
 from align.engine import connect, disconnect
 from align.methods import freeze, peft_config, quantization
 from align.models import is_encoder, load_config, load_policy, load_tokenizer
@@ -91,6 +92,8 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
     steps = total_steps(recipe, len(train_rows), plan)
     with Tracker(recipe, "sft", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
+        if (line := duplicates_line(rows.report)) is not None:
+            tracker.say(line)
         arguments = SFTConfig(
             **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
             dataset_kwargs={"skip_prepare_dataset": True},
