@@ -31,7 +31,7 @@ OPTIMA = {
     1.0: (0.554151778884, 0.909106658, 0.354954879, 0.782305698),
     2.0: (0.357156127, 0.575763517, 0.109303695, 0.684751655),
 }
-ESTIMATORS: list[dict] = [{}]  # recipe keys of each
+ESTIMATORS = {"rloo": 4, "grpo": 16, "dr_grpo": 4, "reinforce_plus_plus": 1}  # with responses to a prompt
 
 
 def reward(name: str):
@@ -188,9 +188,16 @@ class TestPPO:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert used.ru_utime + used.ru_stime < 120
 
-    @pytest.mark.parametrize("keys", ESTIMATORS, ids=lambda keys: keys.get("advantage_estimator", "gae"))
-    def test_every_estimator(self, tmp_path, keys):
-        found = reached(tmp_path, 0.5, **keys)
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_every_estimator_without_a_value_model(self, tmp_path, estimator):
+        """Twice the updates that `align verify` takes with GAE: the gradient has more noise."""
+        found = reached(
+            tmp_path,
+            0.5,
+            advantage_estimator=estimator,
+            num_generations=ESTIMATORS[estimator],
+            total_episodes=2 * verify.UPDATES["small"] * verify.ROLLOUT,
+        )
         assert found.normalised >= 0.98
         assert found.divergence < 0.02
 
