@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import DataSource, PPORecipe, SFTRecipe, StageRecipe, UserError
+from align.config import DataSource, MLMRecipe, PPORecipe, SFTRecipe, StageRecipe, UserError
 from align.strict import nearest
 
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
 SCHEDULES = (
     "linear",
     "cosine",
@@ -44,6 +44,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
     ("from 0 to below 1", lambda value: 0 <= value < 1, "eval_fraction adam_beta1 adam_beta2 ema_decay"),
     ("above 1", lambda value: value > 1, "dual_clip"),
+    ("above 0 and below 1", lambda value: 0 < value < 1, "mlm_probability"),
     ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
     ("at least 259, all bytes and three special tokens", lambda value: value >= 259, "tokenizer_vocab_size"),
     ("-1, or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
@@ -84,6 +85,8 @@ def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
         _check_sft(recipe, where)
     elif isinstance(recipe, PPORecipe):
         _check_ppo(recipe, where)
+    elif isinstance(recipe, MLMRecipe) and recipe.use_peft:
+        raise UserError(f"{where('use_peft')}: mlm trains the whole model; leave it out.")
 
 
 def _check_ranges(values: Any, where: Callable[[str], str]) -> None:
