@@ -19,26 +19,38 @@ from rich.console import Console
 from rich.text import Text
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from align.checkpoint import MANIFEST, RUN, is_finished, tokenizer_digest, write_json
-from align.config import PPORecipe, RewardRecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
-from align.data import Demonstration, Preference, Prompt, Rows, load_rows, render_text
+from align.config import (
+    ClassifyRecipe,
+    MLMRecipe,
+    PPORecipe,
+    RewardRecipe,
+    SFTRecipe,
+    StageRecipe,
+    TrainerRecipe,
+    UserError,
+)
+from align.data import Demonstration, Labelled, Passage, Preference, Prompt, Rows, load_rows, render_text
+from align.labels import Labels, find_labels
 from align.memory import activations, memory_table, skeleton
 from align.models import is_encoder, load_config, load_tokenizer
 from align.pipeline import known_overrides, numbered_recipes, processes
 from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
 from align.stage import check_lengths, check_tokenizer
 from align.tables import make_console
+from align.texts import piece_length, tokenize_labelled, tokenize_passages
 from align.tokenization import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.tracking import quiet
 
 SAMPLED_ROWS = 512  # training rows that are tokenised
 SHOWN = 400  # characters of each stretch of the sample row
-FORMS = {"sft": Demonstration, "reward": Preference, "ppo": Prompt}
+FORMS = {"sft": Demonstration, "reward": Preference, "ppo": Prompt, "classify": Labelled, "mlm": Passage}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +61,7 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     encoder: bool = False
     others: dict[str, PretrainedConfig] = dataclasses.field(default_factory=dict)
+    labels: Labels | None = None  # of a classifier
 
 
 class Report:
@@ -177,7 +190,7 @@ def _with_stand_ins(recipe: StageRecipe, made: dict[Path, Path], report: Report)
 
 
 def _start(recipe: StageRecipe, rows: Rows | None, stand_in: Path) -> Start | None:
-    """The stage's own look at what it starts from; None when it would be trained from rows that are not there.
+    """The stage's own look at what it starts from; None when that depends on rows that are not there.
 
     Raises:
         UserError: as the stage would.
@@ -198,6 +211,12 @@ def _start(recipe: StageRecipe, rows: Rows | None, stand_in: Path) -> Start | No
         if inputs.reward_config is not None:
             others["reward"] = inputs.reward_config
         return Start(load_config(recipe.sft_model_path, recipe, "sft_model_path"), inputs.tokenizer, False, others)
+    if isinstance(recipe, ClassifyRecipe):
+        return _classifier(recipe, rows) if rows is not None else None
+    if isinstance(recipe, MLMRecipe):
+        from align.mlm import check_inputs as check_mlm_inputs
+
+        return Start(*check_mlm_inputs(recipe), encoder=True)
     assert isinstance(recipe, SFTRecipe)
     if recipe.model_name_or_path is None:
         return _scratch(recipe, rows, stand_in) if rows is not None else None
@@ -208,6 +227,16 @@ def _start(recipe: StageRecipe, rows: Rows | None, stand_in: Path) -> Start | No
     tokenizer = load_tokenizer(path, recipe)
     check_tokenizer(path, tokenizer, "model_name_or_path")
     return Start(config, tokenizer)
+
+
+def _classifier(recipe: ClassifyRecipe, rows: Rows) -> Start:
+    """The model to put a head on, with the labels of the rows in its configuration."""
+    from align.classify import check_inputs
+
+    inputs = check_inputs(recipe)
+    labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
+    inputs.config.num_labels = len(labels.names)
+    return Start(inputs.config, inputs.tokenizer, inputs.encoder, labels=labels)
 
 
 def _scratch(recipe: SFTRecipe, rows: Rows, stand_in: Path) -> Start:
@@ -224,7 +253,9 @@ def _scratch(recipe: SFTRecipe, rows: Rows, stand_in: Path) -> Start:
 
 def _write_stand_in(recipe: StageRecipe, start: Start, folder: Path) -> None:
     """What the stage would leave in its output folder, weights apart."""
-    auto = AutoModelForSequenceClassification if isinstance(recipe, RewardRecipe) else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if isinstance(recipe, MLMRecipe) else AutoModelForCausalLM
+    if isinstance(recipe, RewardRecipe | ClassifyRecipe):
+        auto = AutoModelForSequenceClassification
     changes = {"num_labels": 1} if isinstance(recipe, RewardRecipe) else {}
     model = skeleton(auto, start.config, recipe.trust_remote_code, **changes)
     model.config.architectures = [type(model).__name__]
@@ -251,6 +282,22 @@ def _sample(recipe: StageRecipe, rows: Rows, start: Start) -> list[Text]:
         place = 0 if start.encoder else -1
         shown = {side: (ids, [i == place % len(ids) for i in range(len(ids))]) for side, ids in sides.items()}
         note, lengths = "marked: the token from which the score is read", [*data["chosen_ids"], *data["rejected_ids"]]
+    elif isinstance(recipe, ClassifyRecipe):
+        assert start.labels is not None
+        data, bad = tokenize_labelled(some, tokenizer, start.labels, recipe, start.encoder)
+        place = 0 if start.encoder else -1
+        ids = data[0]["input_ids"]
+        shown = {f"row labelled {some[0].label!r}": (ids, [i == place % len(ids) for i in range(len(ids))])}
+        note = f"marked: the token from which the label is read; {start.labels.problem_type}, {start.labels.describe()}"
+        lengths = data["input_ids"]
+    elif isinstance(recipe, MLMRecipe):
+        from align.mlm import Masking
+
+        bad = {}
+        data = tokenize_passages(some, tokenizer, piece_length(tokenizer, start.config, recipe))
+        masked, labels = Masking(tokenizer, recipe.mlm_probability, recipe.seed).mask(data[0]["input_ids"], 0, 0)
+        shown = {"piece": (masked.tolist(), (labels != -100).tolist())}
+        note, lengths = f"marked: the tokens to predict; {len(data)} pieces", data["input_ids"]
     else:
         assert isinstance(recipe, PPORecipe)
         prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)

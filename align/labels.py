@@ -155,8 +155,8 @@ def find_labels(training: Sequence[Labelled], evaluation: Sequence[Labelled], pr
             nothing to tell apart.
     """
     kind, example = _one_kind([*training, *evaluation])
-    if problem_type is None:
-        problem_type = next(name for name, kinds in FITTING.items() if kind in kinds)
+    if problem_type is None:  # whole numbers fit two, of which ids come first
+        problem_type = next((name for name, kinds in FITTING.items() if kind in kinds), MULTI)
     if kind not in FITTING[problem_type]:
         raise UserError(
             f"problem_type: {problem_type} needs {' or '.join(FITTING[problem_type])} as `label`, and the rows have {kind} "

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PretrainedConfig,
@@ -28,7 +29,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from align.config import PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe
+from align.config import ClassifyRecipe, MLMRecipe, PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe
+from align.models import head_modules
 from align.recipes import BatchPlan
 from align.tables import make_table
 from align.zero import zero_stage
@@ -137,6 +139,11 @@ def footprints(
     if isinstance(recipe, RewardRecipe):
         name, model = "reward", skeleton(AutoModelForSequenceClassification, config, code, num_labels=1)
         whole = [score_head(model)[0]]
+    elif isinstance(recipe, ClassifyRecipe):
+        name, model = "classifier", skeleton(AutoModelForSequenceClassification, config, code)
+        whole = head_modules(model)
+    elif isinstance(recipe, MLMRecipe):
+        name, model, whole = "masked language model", skeleton(AutoModelForMaskedLM, config, code), []
     else:
         name, model, whole = "policy", skeleton(AutoModelForCausalLM, config, code), []
     total = count_parameters(model)
@@ -191,6 +198,6 @@ def activations(recipe: StageRecipe, config: PretrainedConfig, plan: BatchPlan) 
     else:
         assert isinstance(recipe, TrainerRecipe)
         tokens = recipe.max_length
-    vocabulary = not isinstance(recipe, RewardRecipe)
+    vocabulary = not isinstance(recipe, RewardRecipe | ClassifyRecipe)
     size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, vocabulary)
     return f"  activations: roughly {_shown(size)} more for {sequences} sequences of up to {tokens} tokens"
