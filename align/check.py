@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from align.check_texts import sample_labelled, sample_pieces
 from align.checkpoint import MANIFEST, RUN, is_finished, tokenizer_digest, write_json
 from align.config import (
     ClassifyRecipe,
@@ -44,7 +45,6 @@ from align.pipeline import known_overrides, numbered_recipes, processes
 from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
 from align.stage import check_lengths, check_tokenizer
 from align.tables import make_console
-from align.texts import piece_length, tokenize_labelled, tokenize_passages
 from align.tokenization import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.tracking import quiet
 
@@ -284,20 +284,9 @@ def _sample(recipe: StageRecipe, rows: Rows, start: Start) -> list[Text]:
         note, lengths = "marked: the token from which the score is read", [*data["chosen_ids"], *data["rejected_ids"]]
     elif isinstance(recipe, ClassifyRecipe):
         assert start.labels is not None
-        data, bad = tokenize_labelled(some, tokenizer, start.labels, recipe, start.encoder)
-        place = 0 if start.encoder else -1
-        ids = data[0]["input_ids"]
-        shown = {f"row labelled {some[0].label!r}": (ids, [i == place % len(ids) for i in range(len(ids))])}
-        note = f"marked: the token from which the label is read; {start.labels.problem_type}, {start.labels.describe()}"
-        lengths = data["input_ids"]
+        shown, note, lengths, bad = sample_labelled(some, tokenizer, start.labels, recipe, start.encoder)
     elif isinstance(recipe, MLMRecipe):
-        from align.mlm import Masking
-
-        bad = {}
-        data = tokenize_passages(some, tokenizer, piece_length(tokenizer, start.config, recipe))
-        masked, labels = Masking(tokenizer, recipe.mlm_probability, recipe.seed).mask(data[0]["input_ids"], 0, 0)
-        shown = {"piece": (masked.tolist(), (labels != -100).tolist())}
-        note, lengths = f"marked: the tokens to predict; {len(data)} pieces", data["input_ids"]
+        shown, note, lengths, bad = sample_pieces(some, tokenizer, start.config, recipe)
     else:
         assert isinstance(recipe, PPORecipe)
         prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)

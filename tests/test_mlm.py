@@ -26,7 +26,8 @@ from transformers import (
 
 from align.checkpoint import MANIFEST, complete_checkpoints, read_manifest
 from align.config import ClassifyRecipe, DataSource, MLMRecipe, RewardRecipe, UserError
-from align.mlm import Masking, run
+from align.masking import Masking
+from align.mlm import run
 from align.rows import Passage
 from align.texts import tokenize_passages
 from align.tracking import undocumented
