@@ -16,13 +16,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     T5Config,
 )
 
@@ -162,13 +166,16 @@ def test_cutting_the_batch_up_changes_nothing(tmp_path):
         settings = recipe(tmp_path, per_device_train_batch_size=size, output_dir=str(tmp_path / f"out{size}"))
         run(settings)
         weights.append(trained(settings))
+        assert metrics(settings)[-1]["train/num_tokens"] == sum(len(text) for text, _ in ROWS)
     for other in weights[1:]:
         for name, weight in weights[0].items():
             torch.testing.assert_close(other[name], weight, atol=5e-6, rtol=0)
 
 
 def test_a_decoder_reads_its_last_token_also_when_padding_was_end_of_text(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
+    base = tiny_llama()
+    base.config.pad_token_id = 2
+    base.save_pretrained(tmp_path / "base")
     letter_tokenizer(pad_is_eos=True).save_pretrained(tmp_path / "base")
     rows = [(text, text[::-1], label) for text, label in ROWS]
     settings = recipe(tmp_path, rows, num_train_epochs=15, eval_rows=rows[:4])
@@ -258,6 +265,13 @@ def test_measures_of_a_regression(shift):
 def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
     """Prompts and responses with a number each; the base was a reward model itself, whose zero is forgotten."""
     base = save_tiny_bert(tmp_path / "base", score_mean=3.0)
+    typed = letter_tokenizer()
+    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    typed.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    typed.save_pretrained(base)
+    assert typed("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
     rows = [(text, text[::-1] + "b", number) for text, number in NUMBERS]
     settings = recipe(tmp_path, rows, [("bb", "a", 1.0), ("ccc", "d", -1), ("ax", "q", 0.5)], num_train_epochs=6)
     results = run(settings)
@@ -397,6 +411,9 @@ def test_models_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
     half.save_pretrained(tmp_path / "t5")  # T5EncoderModel's
     with pytest.raises(UserError, match=said):
         run(ClassifyRecipe(output_dir=str(tmp_path / "half"), **common))
+    BartConfig(vocab_size=29, d_model=8, encoder_layers=1, decoder_layers=1).save_pretrained(tmp_path / "t5")
+    with pytest.raises(UserError, match=r"is a sequence-to-sequence model \(bart\)"):
+        run(ClassifyRecipe(output_dir=str(tmp_path / "bart"), **common))
     with pytest.raises(UserError, match="model_name_or_path: no model at"):
         run(
             ClassifyRecipe(
@@ -406,6 +423,8 @@ def test_models_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
     long = [("a" * 65, "x"), ("b", "y")]
     with pytest.raises(UserError, match="longest row has 65 tokens, and the model reads at most 64"):
         run(recipe(tmp_path, long, output_dir=str(tmp_path / "long")))
+    with pytest.raises(UserError, match="longest row has 65 tokens, and the model reads at most 64"):
+        run(recipe(tmp_path, [("c", "x"), ("d", "y")], long, output_dir=str(tmp_path / "long-evaluation")))
 
 
 def test_columns_are_mapped_and_a_csv_keeps_numbers_as_numbers(tmp_path):
@@ -418,15 +437,33 @@ def test_columns_are_mapped_and_a_csv_keeps_numbers_as_numbers(tmp_path):
 
 
 def test_lora_is_merged_and_the_head_is_trained_whole(tmp_path):
+    config = DistilBertConfig(vocab_size=29, dim=16, hidden_dim=32, n_layers=1, n_heads=2, max_position_embeddings=64)
+    torch.manual_seed(0)
+    DistilBertModel(config).save_pretrained(tmp_path / "base")
+    letter_tokenizer().save_pretrained(tmp_path / "base")
     settings = recipe(tmp_path, eval_rows=HELD_OUT, use_peft=True, lora_r=4)
     results = run(settings)
     weights, base = trained(settings), untrained(settings, 3).state_dict()
     changed = {name for name, weight in weights.items() if not torch.equal(weight, base[name])}
-    assert {"classifier.weight", "classifier.bias"} <= changed
-    assert all(name.endswith("weight") and ("dense" in name or "attention.self" in name) for name in changed - {"classifier.weight", "classifier.bias"})  # fmt: skip
+    head = {f"{layer}.{name}" for layer in ("pre_classifier", "classifier") for name in ("weight", "bias")}
+    assert head <= changed
+    rest = changed - head
+    assert rest == {
+        name for name in base if name.startswith("distilbert.transformer") and name.endswith("lin.weight")
+    } | {name for name in base if "lin1.weight" in name or "lin2.weight" in name}
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
     losses = [row_loss(alone(model, text), label, ["maybe", "no", "yes"]) for text, label in HELD_OUT]
     assert results["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+
+
+def test_a_head_of_another_size_makes_room_for_a_new_one(tmp_path):
+    first = recipe(tmp_path, max_steps=1)
+    run(first)
+    second = recipe(
+        tmp_path, ROWS[:3], model_name_or_path=first.output_dir, output_dir=str(tmp_path / "second"), max_steps=1
+    )
+    run(second)
+    assert trained(second)["classifier.weight"].shape == (2, 16)
 
 
 def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_path, capsys):

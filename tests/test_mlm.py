@@ -45,7 +45,7 @@ def masking_tokenizer():
     tokenizer = letter_tokenizer()
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     return tokenizer
 
@@ -367,6 +367,7 @@ def test_a_finished_stage_is_a_plain_model_folder(tmp_path, capsys):
     assert not (folder / "untrained").exists()
     names: dict = {}
     exec((folder / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
+    assert names["tokenizer"].padding_side == "right"
     assert names["tokenizer"].mask_token_id == AutoTokenizer.from_pretrained(folder).mask_token_id == MASK
     assert run(settings) == results
     assert "finished already" in capsys.readouterr().err
