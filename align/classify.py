@@ -133,6 +133,7 @@ def check_inputs(recipe: ClassifyRecipe) -> Inputs:
     # PPO shows a reward model ids and nothing else, so it is trained without token types; plain
     # transformers, reading the saved tokenizer, leaves them out too.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else it is not saved with the others
     return Inputs(config, is_encoder(config), tokenizer)
 
 

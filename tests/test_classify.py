@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from align.checkpoint import MANIFEST, complete_checkpoints, read_manifest
-from align.classify import run
+from align.classify import check_inputs, run, write_classifier
 from align.config import ClassifyRecipe, DataSource, MLMRecipe, PPORecipe, RewardRecipe, SFTRecipe, UserError
 from align.evaluation import wilson_interval
 from align.labels import Labels, find_labels
@@ -182,6 +182,9 @@ def test_a_decoder_reads_its_last_token_also_when_padding_was_end_of_text(tmp_pa
     with pytest.raises(UserError, match=r"no training row is left: 4 are for evaluation, 4 were dropped"):
         run(dataclasses.replace(settings, train_dataset=settings.eval_dataset))  # the same texts on both sides
     settings = recipe(tmp_path, rows, num_train_epochs=15)
+    labels = find_labels(labelled("yes", "no"), [], None)
+    write_classifier(settings, check_inputs(settings), labels, tmp_path / "untrained")
+    assert json.loads((tmp_path / "untrained" / "config.json").read_text())["pad_token_id"] not in (None, 2)
     run(settings)
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
     names = {"text": "cdefgh", "text_pair": "hgfedc"}
@@ -267,11 +270,12 @@ def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
     base = save_tiny_bert(tmp_path / "base", score_mean=3.0)
     typed = letter_tokenizer()
     typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    typed.init_kwargs["model_input_names"] = typed.model_input_names
     typed.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     typed.save_pretrained(base)
-    assert typed("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
+    assert AutoTokenizer.from_pretrained(base)("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
     rows = [(text, text[::-1] + "b", number) for text, number in NUMBERS]
     settings = recipe(tmp_path, rows, [("bb", "a", 1.0), ("ccc", "d", -1), ("ax", "q", 0.5)], num_train_epochs=6)
     results = run(settings)
@@ -283,11 +287,12 @@ def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
     assert results["eval_loss"] == pytest.approx(results["eval_mse"])
     assert read_manifest(settings.output_dir)["problem_type"] == "regression"
 
-    from align.ppo_setup import check_inputs, render
+    from align.ppo_setup import check_inputs as check_ppo_inputs
+    from align.ppo_setup import render
 
     policy = save_tiny_policy(tmp_path / "policy")
     ppo = PPORecipe(output_dir=str(tmp_path / "ppo"), sft_model_path=policy, reward_model_path=settings.output_dir)
-    inputs = check_inputs(ppo)
+    inputs = check_ppo_inputs(ppo)
     assert inputs.reward_config.num_labels == 1
     scorer = load_reward_model(settings.output_dir)
     plain = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
@@ -301,11 +306,11 @@ def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
     three = dataclasses.replace(recipe(tmp_path, output_dir=str(tmp_path / "three")), max_steps=1)
     run(three)
     with pytest.raises(UserError, match="has no scalar head"):
-        check_inputs(dataclasses.replace(ppo, reward_model_path=three.output_dir))
+        check_ppo_inputs(dataclasses.replace(ppo, reward_model_path=three.output_dir))
     decoder = dataclasses.replace(three, model_name_or_path=policy, output_dir=str(tmp_path / "decoder"))
     run(decoder)
     with pytest.raises(UserError, match="output of the classify stage, which cannot generate"):
-        check_inputs(dataclasses.replace(ppo, sft_model_path=decoder.output_dir))
+        check_ppo_inputs(dataclasses.replace(ppo, sft_model_path=decoder.output_dir))
 
 
 def labelled(*labels, name="rows.jsonl") -> list[Labelled]:
@@ -541,6 +546,7 @@ def test_a_pretrained_encoder_learns_which_book_a_passage_is_from(tmp_path):
         per_device_train_batch_size=16, learning_rate=3e-4, adam_epsilon=1e-8, max_grad_norm=1.0, num_train_epochs=2,
     )  # fmt: skip
     results = run(settings)
+    assert "token_type_ids" not in AutoTokenizer.from_pretrained(settings.output_dir)("a", "b")
     assert results["eval_accuracy_low"] > results["baseline"]["accuracy"]  # by more than so many rows leave to chance
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir)
     assert isinstance(model, BertForSequenceClassification)
