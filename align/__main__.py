@@ -24,7 +24,8 @@ from align.strict import nearest, type_name
 from align.tracking import quiet
 
 USAGE = """\
-usage: align sft|reward|ppo RECIPE [--key value ...]    run one stage; `align ppo --help` lists its keys
+usage: align sft|reward|ppo|classify|mlm RECIPE [--key value ...]
+                                                        run one stage; `align ppo --help` lists its keys
        align run DIR [--num_gpus N] [--key value ...]   run a folder's numbered recipes in order
        align check RECIPE|DIR [--num_gpus N] [--key value ...]
                                                         say whether it would run, and in how much memory

@@ -21,15 +21,27 @@ from rich.console import Console
 from rich.text import Text
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
+from align.check_texts import sample_labelled, sample_pieces
 from align.checkpoint import MANIFEST, RUN, is_finished, tokenizer_digest, write_json
-from align.config import PPORecipe, RewardRecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
-from align.data import Demonstration, Preference, Prompt, Rows, load_rows, render_text
+from align.config import (
+    ClassifyRecipe,
+    MLMRecipe,
+    PPORecipe,
+    RewardRecipe,
+    SFTRecipe,
+    StageRecipe,
+    TrainerRecipe,
+    UserError,
+)
+from align.data import Demonstration, Labelled, Passage, Preference, Prompt, Rows, load_rows, render_text
 from align.duplicates import duplicates_line
+from align.labels import Labels, find_labels
 from align.memory import activations, memory_table, skeleton
 from align.mixture import shares_line
 from align.models import is_encoder, load_config, load_tokenizer
@@ -44,7 +56,7 @@ from align.tracking import quiet
 SAMPLED_ROWS = 512  # training rows that are tokenised
 SHOWN_ROWS = 6  # sample rows, one of each template
 SHOWN = 400  # characters of each stretch of the sample row
-FORMS = {"sft": Demonstration, "reward": Preference, "ppo": Prompt}
+FORMS = {"sft": Demonstration, "reward": Preference, "ppo": Prompt, "classify": Labelled, "mlm": Passage}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +67,7 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     encoder: bool = False
     others: dict[str, PretrainedConfig] = dataclasses.field(default_factory=dict)
+    labels: Labels | None = None  # of a classifier
 
 
 class Report:
@@ -187,7 +200,7 @@ def _with_stand_ins(recipe: StageRecipe, made: dict[Path, Path], report: Report)
 
 
 def _start(recipe: StageRecipe, rows: Rows | None, stand_in: Path) -> Start | None:
-    """The stage's own look at what it starts from; None when it would be trained from rows that are not there.
+    """The stage's own look at what it starts from; None when that depends on rows that are not there.
 
     Raises:
         UserError: as the stage would.
@@ -208,6 +221,12 @@ def _start(recipe: StageRecipe, rows: Rows | None, stand_in: Path) -> Start | No
         if inputs.reward_config is not None:
             others["reward"] = inputs.reward_config
         return Start(load_config(recipe.sft_model_path, recipe, "sft_model_path"), inputs.tokenizer, False, others)
+    if isinstance(recipe, ClassifyRecipe):
+        return _classifier(recipe, rows) if rows is not None else None
+    if isinstance(recipe, MLMRecipe):
+        from align.mlm import check_inputs as check_mlm_inputs
+
+        return Start(*check_mlm_inputs(recipe), encoder=True)
     assert isinstance(recipe, SFTRecipe)
     if recipe.model_name_or_path is None:
         return _scratch(recipe, rows, stand_in) if rows is not None else None
@@ -218,6 +237,16 @@ def _start(recipe: StageRecipe, rows: Rows | None, stand_in: Path) -> Start | No
     tokenizer = load_tokenizer(path, recipe)
     check_tokenizer(path, tokenizer, "model_name_or_path")
     return Start(config, tokenizer)
+
+
+def _classifier(recipe: ClassifyRecipe, rows: Rows) -> Start:
+    """The model to put a head on, with the labels of the rows in its configuration."""
+    from align.classify import check_inputs
+
+    inputs = check_inputs(recipe)
+    labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
+    inputs.config.num_labels = len(labels.names)
+    return Start(inputs.config, inputs.tokenizer, inputs.encoder, labels=labels)
 
 
 def _scratch(recipe: SFTRecipe, rows: Rows, stand_in: Path) -> Start:
@@ -234,7 +263,9 @@ def _scratch(recipe: SFTRecipe, rows: Rows, stand_in: Path) -> Start:
 
 def _write_stand_in(recipe: StageRecipe, start: Start, folder: Path) -> None:
     """What the stage would leave in its output folder, weights apart."""
-    auto = AutoModelForSequenceClassification if isinstance(recipe, RewardRecipe) else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if isinstance(recipe, MLMRecipe) else AutoModelForCausalLM
+    if isinstance(recipe, RewardRecipe | ClassifyRecipe):
+        auto = AutoModelForSequenceClassification
     changes = {"num_labels": 1} if isinstance(recipe, RewardRecipe) else {}
     model = skeleton(auto, start.config, recipe.trust_remote_code, **changes)
     model.config.architectures = [type(model).__name__]
@@ -290,6 +321,11 @@ def _tokenized(
         shown = {side: (ids, [i == place % len(ids) for i in range(len(ids))]) for side, ids in sides.items()}
         note = "marked: the token from which the score is read"
         return shown, note, [*data["chosen_ids"], *data["rejected_ids"]], bad
+    if isinstance(recipe, ClassifyRecipe):
+        assert start.labels is not None
+        return sample_labelled(some, tokenizer, start.labels, recipe, start.encoder)
+    if isinstance(recipe, MLMRecipe):
+        return sample_pieces(some, tokenizer, start.config, recipe)
     assert isinstance(recipe, PPORecipe)
     prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
     from align.ppo_setup import check_room

@@ -42,7 +42,8 @@ class DataSource:
     name: str | None = key(None, "Hub data set configuration.")
     split: str = key("train", "Hub data set split.")
     columns: dict[str, str] = key(
-        {}, "Column names: ours (prompt, completion, chosen, rejected, messages, text) to the source's."
+        {},
+        "Column names: ours (prompt, completion, chosen, rejected, messages, text, text_pair, label) to the source's.",
     )
     task: str | None = key(
         None,
@@ -71,7 +72,7 @@ class StageRecipe:
     """Keys that all stages share."""
 
     output_dir: str = required("Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints.")
-    stage: Literal["sft", "reward", "ppo"] | None = key(
+    stage: Literal["sft", "reward", "ppo", "classify", "mlm"] | None = key(
         None, "Which stage this recipe is for; `align run` and `align check` need it."
     )
     seed: int = key(42, "Seed of data order, splits, initialisation and sampling.")
@@ -141,7 +142,7 @@ class StageRecipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerRecipe(StageRecipe):
-    """Keys of the two stages that TRL's trainers run."""
+    """Keys of the stages that a Trainer runs, TRL's or transformers'."""
 
     train_batch_size: int = key(32, "Rows per optimiser step over all devices; accumulation is derived.")
     num_train_epochs: float = key(1.0, "Passes over the training rows.")
@@ -297,4 +298,41 @@ class PPORecipe(StageRecipe):
     skip_self_checks: bool = key(False, "Start without the checks of models and rewards that precede the first update.")
 
 
-RECIPES: dict[str, type[StageRecipe]] = {"sft": SFTRecipe, "reward": RewardRecipe, "ppo": PPORecipe}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassifyRecipe(TrainerRecipe):
+    """`align classify`: a classifier or a regression on texts or pairs of texts, from an encoder or a decoder."""
+
+    model_name_or_path: str = required("Encoder (BERT-like) or decoder to put the classification head on.")
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = key(
+        None,
+        "What `label` means, by transformers' name: one label per row (text or ids from 0), the list of those that apply, "
+        "or a number. By default text and whole numbers are single labels, lists multiple ones, and fractions a regression.",
+    )
+    max_length: int = key(512, "Most tokens of a row; longer rows are bad rows.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MLMRecipe(TrainerRecipe):
+    """`align mlm`: continued pre-training of an encoder (BERT-like) on plain text by masked language modelling."""
+
+    model_name_or_path: str = required(
+        "Encoder to go on training; one without a masked-language-model head gets a new one."
+    )
+    learning_rate: float = key(5e-5, "Peak learning rate of AdamW.")
+    mlm_probability: float = key(
+        0.15,
+        "Share of the tokens to predict: 80% of them masked, 10% replaced by a random token, 10% left as they are.",
+    )
+    max_length: int = key(
+        512,
+        "Most tokens of a piece, special tokens included: longer texts are cut into even pieces, of which none is lost.",
+    )
+
+
+RECIPES: dict[str, type[StageRecipe]] = {
+    "sft": SFTRecipe,
+    "reward": RewardRecipe,
+    "ppo": PPORecipe,
+    "classify": ClassifyRecipe,
+    "mlm": MLMRecipe,
+}

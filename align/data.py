@@ -25,6 +25,8 @@ from align.rows import (
     BadRow,
     BadRows,
     Demonstration,
+    Labelled,
+    Passage,
     Preference,
     Prompt,
     Row,
@@ -35,7 +37,18 @@ from align.rows import (
 )
 from align.templates import TASK, TEMPLATE, Instructions, task_name
 
-__all__ = ["Demonstration", "Preference", "Prompt", "Rows", "Turns", "as_response", "load_rows", "render_text"]
+__all__ = [
+    "Demonstration",
+    "Labelled",
+    "Passage",
+    "Preference",
+    "Prompt",
+    "Rows",
+    "Turns",
+    "as_response",
+    "load_rows",
+    "render_text",
+]
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -58,7 +71,7 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
     train on one of its prompts are dropped and counted. Training rows keep the order of the data.
 
     Args:
-        form: `Prompt`, `Demonstration` or `Preference`.
+        form: `Prompt`, `Demonstration`, `Preference`, `Labelled` or `Passage`.
 
     Raises:
         UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a side
@@ -227,7 +240,8 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
         # Streamed, so that no copy is left in the cache that could be taken for a newer file.
         options: dict[str, Any] = {}
         if kind == ".csv":  # our columns are text, whatever they look like: "42" and "None" too
-            ours = [*COLUMNS, *source.columns.values()]
+            label = source.columns.get("label", "label")  # which may be a number
+            ours = {*COLUMNS, *source.columns.values()} - {label}
             options = {"converters": dict.fromkeys(ours, str), "keep_default_na": False, "na_values": [""]}
         rows = datasets.load_dataset(kind[1:], data_files=[file], split="train", streaming=True, **options)
         for number, row in enumerate(rows, 1):

@@ -66,6 +66,17 @@ _ANY_STAGE = {
 _OF_STAGE = {
     "sft": {},
     "reward": {},
+    "classify": {
+        "num_labels": "derived from the labels of the training rows",
+        "id2label": "derived: text labels get ids in alphabetical order; whole numbers are ids",
+        "label2id": "derived: text labels get ids in alphabetical order; whole numbers are ids",
+        "label_names": "derived: the labels are in the column `label`; map another to it under `columns:`",
+    },
+    "mlm": {
+        "mask_probability": "called mlm_probability here",
+        "line_by_line": "not needed: each row is a text; longer ones are cut into pieces of max_length tokens",
+        "whole_word_mask": "not offered: tokens are masked one by one",
+    },
     "ppo": {
         "gradient_accumulation_steps": "derived: set minibatch_size (responses per optimiser step over all devices) and per_device_train_batch_size",
         "num_mini_batches": "derived: set minibatch_size; there are rollout_batch_size / minibatch_size of them",

@@ -1,7 +1,7 @@
 """A raw row, in any of TRL's formats, becomes a `Prompt`, a `Demonstration` or a `Preference`, or a `BadRow`.
 
 Formats: prompt-completion, messages, text, preference with an explicit or implicit prompt, prompt only; each as text or
-as messages. Anthropic HH transcripts count as messages.
+as messages. Anthropic HH transcripts count as messages. `Labelled` and `Passage` rows hold text as it is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.config import UserError
-from align.rows import BadRow, Demonstration, Preference, Prompt, Row, Turns, as_response, canonical
+from align.rows import (
+    BadRow,
+    Demonstration,
+    Labelled,
+    Passage,
+    Preference,
+    Prompt,
+    Row,
+    Turns,
+    as_response,
+    canonical,
+    label_kind,
+)
 from align.strict import nearest
 
 Format = tuple[str, ...]  # the columns that a row is read from
@@ -22,6 +34,8 @@ FORMATS: dict[type, list[Format]] = {
     Preference: [PAIR],
     Demonstration: [("prompt", "completion"), ("messages",), PAIR, ("text",)],
     Prompt: [("prompt", "completion"), ("messages",), PAIR, ("prompt",), ("text",)],
+    Labelled: [("text", "text_pair", "label"), ("text", "label")],
+    Passage: [("text",)],
 }
 
 
@@ -60,6 +74,8 @@ def read_row(values: Mapping[str, Any], where: str, form: type, formats: Sequenc
         missing = next(name for name in formats[0] if values.get(name) is None)
         raise BadRow(f"missing field `{missing}`")
     columns = filled[0]
+    if form in (Labelled, Passage):
+        return _texts(values, where, columns, form)
     read = {"prompt"} if form is Prompt and values.get("prompt") is not None else {"prompt", *columns}
     extra = {name: value for name, value in values.items() if name not in read}
     if columns == PAIR:
@@ -77,6 +93,22 @@ def read_row(values: Mapping[str, Any], where: str, form: type, formats: Sequenc
     first = [message["role"] for message in dialogue].index("user")  # an opening assistant turn answers nothing
     trained = sum(message["role"] == "assistant" for message in dialogue[max(first, len(given)) :])
     return Demonstration(dialogue[:-1], dialogue[-1:], where, extra, trained)
+
+
+def _texts(values: Mapping[str, Any], where: str, columns: Format, form: type) -> Row:
+    extra = {name: value for name, value in values.items() if name not in columns}
+    for name in columns:
+        value = values[name]
+        if name != "label" and not isinstance(value, str):
+            raise BadRow(f"`{name}` is not text")
+        if isinstance(value, str) and not value.strip():
+            raise BadRow(f"empty `{name}`")
+    if form is Passage:
+        return Passage(values["text"], where, extra)
+    label_kind(values["label"])
+    return Labelled(
+        values["text"], values["text_pair"] if "text_pair" in columns else None, values["label"], where, extra
+    )
 
 
 def _given_and_learnt(values: Mapping[str, Any], columns: Format) -> tuple[Turns, Turns]:

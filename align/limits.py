@@ -8,11 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import DataSource, PPORecipe, RewardRecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
+from align.config import (
+    DataSource,
+    PPORecipe,
+    RewardRecipe,
+    SFTRecipe,
+    StageRecipe,
+    TrainerRecipe,
+    UserError,
+)
 from align.strict import nearest
 from align.templates import check_template
 
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
 SCHEDULES = (
     "linear",
     "cosine",
@@ -28,6 +36,8 @@ METHODS = {
     "sft": ("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"),
     "reward": ("full", "freeze", "head", "lora", "dora", "ia3"),
     "ppo": ("full", "lora", "dora", "ia3"),
+    "classify": ("full", "freeze", "head", "lora", "dora", "ia3"),
+    "mlm": ("full", "freeze"),
 }
 
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
@@ -58,6 +68,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "eval_fraction adam_beta1 adam_beta2 ema_decay label_smoothing_factor",
     ),
     ("above 1", lambda value: value > 1, "dual_clip"),
+    ("above 0 and below 1", lambda value: 0 < value < 1, "mlm_probability"),
     ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
     ("at least 259, all bytes and three special tokens", lambda value: value >= 259, "tokenizer_vocab_size"),
     ("-1, or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),

@@ -12,7 +12,7 @@ gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +22,24 @@ from rich.table import Table
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
-from align.config import PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe, UserError
+from align.config import (
+    ClassifyRecipe,
+    MLMRecipe,
+    PPORecipe,
+    RewardRecipe,
+    StageRecipe,
+    TrainerRecipe,
+    UserError,
+)
 from align.methods import freeze, peft_config
+from align.models import head_modules
 from align.recipes import BatchPlan
 from align.tables import make_table
 from align.zero import zero_stage
@@ -94,20 +104,20 @@ def count_parameters(model: nn.Module, trained: bool = False) -> int:
 
 
 def count_trained(
-    model: PreTrainedModel, recipe: StageRecipe, task_type: str, head: tuple[str, nn.Module]
+    model: PreTrainedModel, recipe: StageRecipe, task_type: str, head: nn.Module, whole: Sequence[str] = ()
 ) -> tuple[int, int]:
     """All parameters of a skeleton and those that the recipe's `method` trains, once it is applied. Changes the skeleton.
 
     Args:
-        head: name and module of its output head, which reward models train whole beside an adapter.
+        head: the output head, for methods that freeze.
+        whole: names of modules that are trained whole beside an adapter.
 
     Raises:
         UserError: the method does not fit the model.
     """
-    whole = [head[0].split(".")[0]] if task_type == "SEQ_CLS" else []
     adapter = peft_config(recipe, task_type, whole)
     if adapter is None:
-        freeze(model, recipe, head[1])
+        freeze(model, recipe, head)
         return count_parameters(model), count_parameters(model, trained=True)
     try:
         with torch.device("meta"):
@@ -129,7 +139,7 @@ def footprints(
     if isinstance(recipe, PPORecipe):
         model = skeleton(AutoModelForCausalLM, config, code)
         policy = count_parameters(model)
-        models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", ("", model.get_output_embeddings())))]
+        models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
         if recipe.advantage_estimator == "gae":
             value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
             models.append(Footprint("value", value, value))
@@ -141,10 +151,17 @@ def footprints(
     assert isinstance(recipe, TrainerRecipe)
     if isinstance(recipe, RewardRecipe):
         name, model = "reward", skeleton(AutoModelForSequenceClassification, config, code, num_labels=1)
-        counts = count_trained(model, recipe, "SEQ_CLS", score_head(model))
+        counts = count_trained(model, recipe, "SEQ_CLS", score_head(model)[1], [score_head(model)[0].split(".")[0]])
+    elif isinstance(recipe, ClassifyRecipe):
+        name, model = "classifier", skeleton(AutoModelForSequenceClassification, config, code)
+        whole = head_modules(model)
+        counts = count_trained(model, recipe, "SEQ_CLS", model.get_submodule(whole[-1]), whole)
+    elif isinstance(recipe, MLMRecipe):
+        name, model = "masked language model", skeleton(AutoModelForMaskedLM, config, code)
+        counts = count_trained(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings())
     else:
         name, model = "policy", skeleton(AutoModelForCausalLM, config, code)
-        counts = count_trained(model, recipe, "CAUSAL_LM", ("", model.get_output_embeddings()))
+        counts = count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings())
     return [
         Footprint(name, *counts),
         *(frozen(other, AutoModelForCausalLM, its) for other, its in others.items()),
@@ -193,6 +210,6 @@ def activations(recipe: StageRecipe, config: PretrainedConfig, plan: BatchPlan) 
     else:
         assert isinstance(recipe, TrainerRecipe)
         tokens = recipe.max_length
-    vocabulary = not isinstance(recipe, RewardRecipe)
+    vocabulary = not isinstance(recipe, RewardRecipe | ClassifyRecipe)
     size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, vocabulary)
     return f"  activations: roughly {_shown(size)} more for {sequences} sequences of up to {tokens} tokens"

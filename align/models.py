@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -25,7 +26,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from align.config import StageRecipe, UserError
 from align.maths.losses import token_logprobs
@@ -37,17 +41,23 @@ def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
     """The model's configuration, without its weights.
 
     Raises:
-        UserError: there is no model at `path`; `key` is the recipe key that named it.
+        UserError: there is no model at `path`, or one that no stage trains; `key` is the recipe key that named it.
     """
     if (base := adapter_base(path)) is not None:
         return load_config(base, recipe, f"{key}: {path} is an adapter of {base}")
     if _looks_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{key}: no model at {path}; check the path or hub id. {reason}") from error
+    if is_sequence_to_sequence(config):
+        raise UserError(
+            f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; name a causal "
+            "decoder (llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
+        )
+    return config
 
 
 def adapter_base(path: str) -> str | None:
@@ -101,6 +111,14 @@ def load_tokenizer(path: str, recipe: StageRecipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def is_sequence_to_sequence(config: PretrainedConfig) -> bool:
+    """Whether the model is an encoder with a decoder (T5-like), or the one half of it that is no model by itself."""
+    only = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return getattr(config, "is_encoder_decoder", False) or (
+        only and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+
+
 def is_encoder(config: PretrainedConfig) -> bool:
     """Whether the backbone is an encoder (BERT-like): it reads both ways and cannot generate."""
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
@@ -149,6 +167,35 @@ def new_scorer(path: str, recipe: StageRecipe) -> PreTrainedModel:
     model: PreTrainedModel = _load(AutoModelForSequenceClassification, path, recipe, torch.float32, num_labels=1)
     disable_dropout(model)
     return model
+
+
+def new_classifier(path: str, recipe: StageRecipe, **head: Any) -> PreTrainedModel:
+    """A sequence classifier on the backbone in `path`, dropout off; a head there is kept if it has the right size.
+
+    Args:
+        head: entries of the configuration: `num_labels` or `id2label`, `label2id`, `problem_type`.
+    """
+    model: PreTrainedModel = _load(
+        AutoModelForSequenceClassification, path, recipe, torch.float32, ignore_mismatched_sizes=True, **head
+    )
+    disable_dropout(model)
+    return model
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of a classifier's modules outside its backbone: what is new on a model that was none."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def load_masked_lm(path: str, recipe: StageRecipe) -> tuple[PreTrainedModel, bool]:
+    """A masked language model, dropout off, and whether its head is new."""
+    model, report = _load(AutoModelForMaskedLM, path, recipe, torch.float32, output_loading_info=True)
+    disable_dropout(model)
+    return model, bool(report["missing_keys"])
 
 
 def value_head_renaming(config: PretrainedConfig) -> dict[str, str] | None:

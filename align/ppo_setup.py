@@ -80,8 +80,11 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
             f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder."
         )
     sft = read_manifest(recipe.sft_model_path)
-    if sft is not None and sft["stage"] == "reward":
-        raise UserError(f"sft_model_path: {recipe.sft_model_path} is a reward model; name the output of the sft stage.")
+    if sft is not None and sft["stage"] in ("reward", "classify"):
+        raise UserError(
+            f"sft_model_path: {recipe.sft_model_path} is the output of the {sft['stage']} stage, which cannot generate; name "
+            "that of the sft stage."
+        )
     tokenizer = load_tokenizer(recipe.sft_model_path, recipe)
     mine = tokenizer_digest(tokenizer)
     if sft is not None:
@@ -92,7 +95,7 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
     if (path := recipe.reward_model_path) is not None:
         reward_config = load_config(path, recipe, "reward_model_path")
         manifest = read_manifest(path)
-        if manifest is not None and manifest["stage"] != "reward":
+        if manifest is not None and manifest["stage"] not in ("reward", "classify"):
             raise UserError(f"reward_model_path: {path} is the output of the {manifest['stage']} stage, not of reward.")
         head = (reward_config.architectures or ["no architecture"])[0]
         if not head.endswith("ForSequenceClassification") or reward_config.num_labels != 1:

@@ -25,6 +25,8 @@ INPUTS = {
     "sft": ("model_name_or_path",),
     "reward": ("model_name_or_path", "sft_model_path"),
     "ppo": ("sft_model_path", "reward_model_path", "value_model_path"),
+    "classify": ("model_name_or_path",),
+    "mlm": ("model_name_or_path",),
 }
 DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed")
 _DATASET_KEYS = ("train_dataset", "eval_dataset", "ptx_dataset")

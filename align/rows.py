@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,37 @@ class Preference:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-Row = Prompt | Demonstration | Preference
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, or a pair of texts, and what to say of it: a name or id, a list of those, or a number."""
+
+    text: str
+    text_pair: str | None
+    label: Any
+    where: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """What must not stand on both sides, training and evaluation."""
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Plain text."""
+
+    text: str
+    where: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """What must not stand on both sides, training and evaluation."""
+        return self.text
+
+
+Row = Prompt | Demonstration | Preference | Labelled | Passage
 
 
 class BadRow(UserError):
@@ -90,6 +121,32 @@ class BadRows:
             lines.insert(0, f"{len(self)} rows cannot be used:")
             raise UserError("\n".join([*lines, "Mend them, or leave them out with `on_bad_row: skip`."]))
         return {reason: {"count": len(rows), "first": rows[:5]} for reason, rows in self.by_reason.items()}
+
+
+def label_kind(label: Any) -> str:
+    """Of what kind a label is, in words.
+
+    Raises:
+        BadRow: it is of no use, whatever other rows have.
+    """
+    if isinstance(label, str | bool):
+        return "text"
+    if isinstance(label, int):
+        return "whole numbers"
+    if isinstance(label, float):
+        if not math.isfinite(label):
+            raise BadRow("`label` is not a finite number")
+        return "fractions"
+    if not isinstance(label, list):
+        raise BadRow("`label` is neither text nor a number nor a list")
+    if not label:
+        return "empty lists"
+    kinds = {type(each) for each in label}
+    if kinds not in ({str}, {int}):
+        raise BadRow("`label` is a list, but not of names or of ids")
+    if len(set(label)) < len(label):
+        raise BadRow("`label` names one twice; a list holds the labels that apply, not 0 or 1 for each")
+    return f"lists of {'text' if kinds == {str} else 'whole numbers'}"
 
 
 def render_text(turns: Turns) -> str:

@@ -112,6 +112,7 @@ def write_untrained(recipe: StageRecipe, world: World, resuming: bool, write: Ca
     """
     folder = Path(recipe.output_dir) / UNTRAINED
     if world.is_main and not (resuming and folder.is_dir()):
+        torch.manual_seed(recipe.seed)  # of whatever weights the model lacks
         with new_folder(folder) as fresh:
             write(fresh)
     world.barrier()

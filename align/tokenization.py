@@ -140,13 +140,16 @@ def pack(dataset: Dataset, length: int) -> Dataset:
 def pad_to_batches(dataset: Dataset, batch_size: int) -> Dataset:
     """Append rows without weight until `batch_size` divides the count, so that samplers repeat and drop no real row.
 
-    In SFT such a row has no label; in a preference it is chosen and rejected at once, which has no gradient.
+    Such a row has the weight 0, where rows have weights; in SFT it has no label; in a preference it is chosen and
+    rejected at once, which has no gradient.
     """
     missing = -len(dataset) % batch_size
     if missing == 0:
         return dataset
     row = dict(dataset[0])
-    if "labels" in row:
+    if "weight" in row:
+        row["weight"] = 0
+    elif "labels" in row:
         row["labels"] = [IGNORED] * len(row["labels"])
     else:
         row["rejected_ids"] = row["chosen_ids"]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.checkpoint import mark_complete, write_json
-from align.config import SFTRecipe, StageRecipe, TrainerRecipe, UserError
+from align.config import MLMRecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
 from align.progress import Display
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def trainer_callback(tracker: Tracker, recipe: TrainerRecipe) -> TrainerCallback
                         f"number. Lower learning_rate (now {recipe.learning_rate:g}), lengthen warmup_steps, look for "
                         "odd rows with `align check`, or compare bf16 true and false; then delete the folder and start again."
                     )
-            metrics = trainer_metrics(logs, perplexity=isinstance(recipe, SFTRecipe))
+            metrics = trainer_metrics(logs, perplexity=isinstance(recipe, SFTRecipe | MLMRecipe))
             if metrics:
                 tracker.log(state.global_step, metrics)
             keys = ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy")

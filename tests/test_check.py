@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 
 from align import check
 from align.config import RewardRecipe, SFTRecipe, UserError
@@ -85,14 +93,14 @@ def test_what_trains_is_counted(method, expected):
     config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
     model = skeleton(AutoModelForCausalLM, config)
     recipe = SFTRecipe(output_dir="out", **method)
-    assert count_trained(model, recipe, "CAUSAL_LM", ("lm_head", model.lm_head))[1] == expected
+    assert count_trained(model, recipe, "CAUSAL_LM", model.lm_head)[1] == expected
 
 
 def test_a_new_head_is_trained_beside_an_adapter():
     config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
     scorer = skeleton(AutoModelForSequenceClassification, config, num_labels=1)
     recipe = RewardRecipe(output_dir="out", model_name_or_path="m", method="lora", lora_r=4)
-    assert count_trained(scorer, recipe, "SEQ_CLS", ("score", scorer.score))[1] == 4 * 2 * (4 * 16 + 3 * 24) + 8
+    assert count_trained(scorer, recipe, "SEQ_CLS", scorer.score, ["score"])[1] == 4 * 2 * (4 * 16 + 3 * 24) + 8
 
 
 # --- a recipe, a folder
@@ -420,3 +428,57 @@ def test_no_recipes_at_all(world):
         check.run("empty")
     with pytest.raises(UserError, match="no such recipe"):
         check.run("gone.yaml")
+
+
+def save_encoder(folder: Path) -> None:
+    from tests.test_mlm import save_tiny_encoder
+
+    save_tiny_encoder(folder)
+    (folder / "model.safetensors").unlink()  # a check loads no weights
+
+
+def test_a_folder_of_a_masked_language_model_and_a_classifier(world, capsys):
+    save_encoder(world / "encoder")
+    texts = write_jsonl(world / "t/texts.jsonl", [{"text": "abcdefghijklmnopqrstuvwxyz"}, {"text": "ab"}])
+    rows = write_jsonl(world / "t/rows.jsonl", [{"text": "ab", "label": "x"}, {"text": "cd", "label": "y"}])
+    numbers = write_jsonl(world / "t/n.jsonl", [{"text": "ab", "text_pair": "c", "label": n} for n in (0.5, 2)])
+    common = {"eval_fraction": 0}
+    write_recipe("t/0_mlm.yaml", stage="mlm", output_dir="out/m", train_dataset=texts, model_name_or_path="encoder",
+                 mlm_probability=0.5, **common)  # fmt: skip
+    write_recipe("t/1_classify.yaml", stage="classify", output_dir="out/c", train_dataset=rows,
+                 model_name_or_path="out/m", **common)  # fmt: skip
+    write_recipe("t/2_scorer.yaml", stage="classify", output_dir="out/n", train_dataset=numbers,
+                 model_name_or_path="out/m", **common)  # fmt: skip
+    write_recipe("t/3_ppo.yaml", stage="ppo", output_dir="out/p", train_dataset="r/demos.jsonl", sft_model_path="model",
+                 reward_model_path="out/n", eval_fraction=0.2, response_length=8)  # fmt: skip
+    code, said = outcome(capsys, "t")
+    assert code == 0, said
+    assert said.rstrip().endswith("it would run")
+    flat = said.replace(" ", "")
+    assert "⟦<mask>" in flat.split("piece:")[1].splitlines()[0]
+    assert "the tokens to predict; 3 pieces; at most 15 tokens in the first 2 rows" in said  # of 16; cut evenly
+    assert "rowlabelled'x':⟦<s>⟧ab</s>" in flat
+    assert "single_label_classification, 2 labels, x, y; at most 4 tokens" in said
+    assert "rowlabelled0.5:⟦<s>⟧ab</s>c</s>" in flat
+    assert "regression, mean label 1.25" in said
+    assert "model_name_or_path: out/m (made by 0_mlm.yaml)" in said
+    assert "reward_model_path: out/n (made by 2_scorer.yaml)" in said
+    config = AutoConfig.from_pretrained("encoder")
+    heads = {"maskedlanguagemodel": AutoModelForMaskedLM, "classifier": AutoModelForSequenceClassification}
+    for name, auto in heads.items():
+        assert f"|{name}|{count_parameters(skeleton(auto, config)):,}|" in flat
+    assert not (world / "out").exists()
+
+
+def test_a_classifier_that_would_not_run(world, capsys):
+    save_encoder(world / "encoder")
+    rows = write_jsonl(world / "t.jsonl", [{"text": "ab", "label": "x"}, {"text": "cd", "label": "x"}])
+    write_recipe("c.yaml", stage="classify", output_dir="out/c", train_dataset=rows, model_name_or_path="encoder",
+                 eval_fraction=0)  # fmt: skip
+    code, said = outcome(capsys, "c.yaml")
+    assert code == 2
+    assert "label: all 2 training rows have the same, x" in said
+    assert "not checked: tokens and memory" in said
+    code, said = outcome(capsys, "c.yaml", "--train_dataset", "gone.jsonl")
+    assert code == 2
+    assert "gone.jsonl: no such file" in said

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = {"align.sft", "align.reward", "align.ppo"}
+STAGES = {"align.sft", "align.reward", "align.ppo", "align.classify", "align.mlm"}
 # Layers from the top. A module imports from layers below its own, and from its own layer apart from stages.
 ENTRY = {"align.__main__", "align.check", "align.merge", "align.pipeline", "align.verify"}
 BASE = [
