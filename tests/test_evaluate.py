@@ -205,11 +205,11 @@ def test_intervals_and_comparisons(tmp_path):
 
 def test_by_task(tmp_path):
     tasks = ["up", "down", "up", "down", "up", "down", "down"]
-    results = run(recipe(tmp_path, evaluation=rows(ROWS, task=tasks), metrics=["token_accuracy"]))
+    results = run(recipe(tmp_path, evaluation=rows(ROWS, task=tasks), metrics=["perplexity"]))
     for task in ("up", "down"):
         own = [judged(tiny_llama(0), *row) for row, its in zip(ROWS, tasks, strict=True) if its == task]
-        share = sum(right for _, right, _ in own) / sum(count for *_, count in own)
-        assert values(results, "token_accuracy", task)["base", 0] == pytest.approx(share)
+        nll, _, count = map(sum, zip(*own, strict=True))
+        assert values(results, "perplexity", task)["base", 0] == pytest.approx(math.exp(nll / count), rel=1e-5)
     sizes = {(entry["task"], entry["n"]) for entry in results["results"]}
     assert sizes == {(None, 7), ("up", 3), ("down", 4)}
     assert "## Results by task" in (tmp_path / "out" / "results.md").read_text()
@@ -336,6 +336,11 @@ def test_a_row_that_one_condition_cannot_use_is_left_out_of_all(tmp_path):
     assert results["data"]["evaluation_rows"] == len(ROWS)
 
 
+def test_a_reference_of_nothing_but_end_of_text(tmp_path):
+    with pytest.raises(UserError, match=r"empty response: 1 \(.*eval.jsonl:1\)"):
+        prepare(recipe(tmp_path, evaluation=rows([("a", "</s>"), *ROWS])), False)
+
+
 def test_room_for_the_answer_is_needed_only_where_one_is_written(tmp_path):
     settings = recipe(tmp_path, max_length=12, max_new_tokens=9, on_bad_row="skip")
     assert len(prepare(settings, generates=False).rows) == 7
@@ -430,7 +435,17 @@ def tokens(completion_ids, **_):
 
 
 def test_a_grader_sees_what_a_reward_function_sees(tmp_path, graders):
-    results = run(recipe(tmp_path, evaluation=graders, metrics=[], grader="my_graders:keep", num_shots=[2]))
+    results = run(
+        recipe(
+            tmp_path,
+            evaluation=graders,
+            metrics=[],
+            grader="my_graders:keep",
+            num_shots=[2],
+            temperature=1.0,
+            max_new_tokens=20,
+        )
+    )
     assert values(results, "keep") == {(name, 2): pytest.approx((3 + 4 * 0.25) / 7) for name in ("base", "tuned")}
     given = sys.modules["my_graders"].seen[0]
     assert given["prompts"] == [prompt for prompt, _ in ROWS]  # without the examples
@@ -440,6 +455,9 @@ def test_a_grader_sees_what_a_reward_function_sees(tmp_path, graders):
     assert given["completions"] == [line["prediction"] for line in own]
     decoded = [letter_tokenizer().decode(ids, skip_special_tokens=True) for ids in given["completion_ids"]]
     assert decoded == given["completions"]
+    assert len({len(ids) for ids in given["completion_ids"]}) > 1
+    assert all(2 not in ids[:-1] for ids in given["completion_ids"])  # end-of-text is real, and the last
+    assert all(len(ids) == 20 or ids[-1] == 2 for ids in given["completion_ids"])
     assert [line["scores"] for line in own][:2] == [{"keep": 1.0}, {"keep": 0.25}]
 
 
@@ -490,11 +508,12 @@ class Length(evaluate.Metric):
         encoding="utf-8",
     )
     script = str(tmp_path / "length.py")
-    results = run(recipe(tmp_path, metrics=[script]))
+    results = run(recipe(tmp_path, evaluation=rows(ROWS, task=["x"] * 7), metrics=[script]))
     lengths = {(name, 0): 0 for name in ("base", "tuned")}
     for line in predictions(tmp_path):
         lengths[line["model"], 0] += len(line["prediction"])
     assert values(results, "length") == lengths
+    assert values(results, "length", "x") == {}
     assert values(results, "length/longest") == {("base", 0): 7, ("tuned", 0): 7}
     assert {entry["low"] for entry in results["results"]} == {None}
     assert results["comparisons"] == []
@@ -507,7 +526,7 @@ class Length(evaluate.Metric):
 
 
 def test_the_files(tmp_path, capsys):
-    settings = recipe(tmp_path, metrics=["perplexity", "exact_match"], num_shots=[0, 1])
+    settings = recipe(tmp_path, metrics=["perplexity", "exact_match", "f1"], num_shots=[0, 1])
     results = run(settings)
     shown = capsys.readouterr()
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
@@ -526,6 +545,7 @@ def test_the_files(tmp_path, capsys):
     assert "evaluate 28/28  0:00:00 left  tuned 1-shot" in shown.err
     assert results["data"]["sources"][1]["rows"] == 7
     assert results["recipe"]["num_shots"] == [0, 1]
+    assert list(predictions(tmp_path)[0]["scores"]) == ["perplexity", "exact_match"]  # F1 is of no single row
 
 
 def test_nothing_is_done_twice(tmp_path, monkeypatch, capsys):

@@ -65,6 +65,13 @@ def test_bleu():
     assert compute("bleu", ["a b c d e"], ["a b c d e f g"]) == {"bleu": pytest.approx(100 * np.exp(1 - 7 / 5))}
 
 
+def test_bleu_of_rows_without_four_words_is_zero():
+    """As sacrebleu has it for a corpus; only its score of single sentences makes do with fewer."""
+    assert (
+        compute("bleu", ["a b"], ["a b"]) == {"bleu": sacrebleu.corpus_bleu(["a b"], [["a b"]]).score} == {"bleu": 0.0}
+    )
+
+
 def test_bleu_is_of_the_corpus():
     # 9 of 10, 7 of 8, 5 of 6, 3 of 4 over both rows; the mean of the rows' scores is another number
     expected = 100 * (9 / 10 * 7 / 8 * 5 / 6 * 3 / 4) ** 0.25
