@@ -31,6 +31,9 @@ usage: align sft|reward|ppo RECIPE [--key value ...]    run one stage; `align pp
        align run DIR [--num_gpus N] [--key value ...]   run a folder's numbered recipes in order
        align check RECIPE|DIR [--num_gpus N] [--key value ...]
                                                         say whether it would run, and in how much memory
+       align merge ADAPTER OUTPUT                       make an adapter part of the model it was trained on
+       align verify [--num_gpus N] [--json [FILE]] [--key value ...]
+                                                        train PPO on languages with a known optimum, and compare
        align --version | --help
 
 A stage also runs under the launcher: deepspeed --num_gpus N --module align.ppo RECIPE [--key value ...]
@@ -46,13 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _guard(lambda: _stage(command, words[1:]))
     if command in ("run", "check"):
         return _guard(lambda: _folder_command(command, words[1:]))
+    if command == "merge":
+        return _guard(lambda: _merge(words[1:]))
+    if command == "verify":
+        return _guard(lambda: _verify(words[1:]))
     if command == "--version":
         print(f"align {_version()}")
         return 0
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
-    known = [*RECIPES, EVALUATE, "run", "check", "--version", "--help"]
+    known = [*RECIPES, EVALUATE, "run", "check", "merge", "verify", "--version", "--help"]
     got = f"unknown command {command!r}{nearest(command, known)}" if command else "no command given"
     print(f"error: {got}\n{USAGE}", end="", file=sys.stderr)
     return 2
@@ -112,6 +119,30 @@ def _folder_command(command: str, words: list[str]) -> int:
     if command == "run":
         return pipeline.run(words[0], num_gpus, overrides)
     return int(importlib.import_module("align.check").run(words[0], num_gpus, overrides))
+
+
+def _merge(words: list[str]) -> int:
+    if len(words) != 2 or words[0].startswith("-"):
+        raise UserError(
+            "align merge: expected an adapter's folder and a new folder, as in `align merge out/adapter merged`."
+        )
+    print(importlib.import_module("align.merge").run(*words))
+    return 0
+
+
+def _verify(words: list[str]) -> int:
+    if "--help" in words or "-h" in words:
+        print(USAGE, end="")
+        return 0
+    num_gpus, words = _take_num_gpus(words)
+    path = None
+    if "--json" in words:
+        at = words.index("--json")
+        has_path = len(words) > at + 1 and not words[at + 1].startswith("--")
+        path = words.pop(at + 1) if has_path else "-"
+        words.pop(at)
+    quiet()
+    return int(importlib.import_module("align.verify").run(num_gpus, path, words))
 
 
 def _take_num_gpus(words: list[str]) -> tuple[int | None, list[str]]:

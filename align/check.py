@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,16 +29,20 @@ from transformers import (
 from align.checkpoint import MANIFEST, RUN, is_finished, tokenizer_digest, write_json
 from align.config import PPORecipe, RewardRecipe, SFTRecipe, StageRecipe, TrainerRecipe, UserError
 from align.data import Demonstration, Preference, Prompt, Rows, load_rows, render_text
+from align.duplicates import duplicates_line
 from align.memory import activations, memory_table, skeleton
+from align.mixture import shares_line
 from align.models import is_encoder, load_config, load_tokenizer
 from align.pipeline import known_overrides, numbered_recipes, processes
 from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
 from align.stage import check_lengths, check_tokenizer
 from align.tables import make_console
+from align.templates import TASK, TEMPLATE
 from align.tokenization import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.tracking import quiet
 
 SAMPLED_ROWS = 512  # training rows that are tokenised
+SHOWN_ROWS = 6  # sample rows, one of each template
 SHOWN = 400  # characters of each stretch of the sample row
 FORMS = {"sft": Demonstration, "reward": Preference, "ppo": Prompt}
 
@@ -121,6 +127,10 @@ def _check_stage(
     with report.part():
         rows = load_rows(recipe, FORMS[stage])
         report.say(f"rows: {_counts(rows, recipe, plan)}")
+        if shares := shares_line(rows.report):
+            report.say(f"tasks: {shares}")
+        if repeated := duplicates_line(rows.report):
+            report.say(repeated)
     with report.part():
         recipe = _with_stand_ins(recipe, made, report)
         start = _start(recipe, rows, stand_in)
@@ -234,36 +244,59 @@ def _write_stand_in(recipe: StageRecipe, start: Start, folder: Path) -> None:
 
 
 def _sample(recipe: StageRecipe, rows: Rows, start: Start) -> list[Text]:
-    """The first training row as the model will see it, what is learnt of it marked, and how long the rows are.
+    """The first training row (of each template) as the model will see it, what is learnt of it marked, and how long rows are.
 
     Raises:
         UserError: rows that cannot be tokenised, or are longer than the model can read.
     """
-    tokenizer, some = start.tokenizer, rows.train[:SAMPLED_ROWS]
+    kinds: dict[str, list[Any]] = {}
+    for row in rows.train:
+        template = row.extra.get(TEMPLATE)
+        kinds.setdefault(json.dumps([row.extra[TASK], template]) if template else "", []).append(row)
+    groups = [some[: SAMPLED_ROWS // min(len(kinds), SHOWN_ROWS)] for some in kinds.values()][:SHOWN_ROWS]
+    lines: list[Text] = []
+    sizes: list[int] = []
+    skipped: Counter[str] = Counter()
+    for some in groups:
+        shown, note, sequences, bad = _tokenized(recipe, some, start)
+        check_lengths(sequences, start.config)
+        sizes += map(len, sequences)
+        skipped.update({reason: entry["count"] for reason, entry in bad.items()})
+        task = f"{some[0].extra[TASK]}, " if TEMPLATE in some[0].extra else ""
+        lines += [
+            Text(f"  {task}{name}: ", style="bold") + _marked(start.tokenizer, *tokens)
+            for name, tokens in shown.items()
+        ]
+    longest = f"at most {max(sizes)} tokens in the first {sum(map(len, groups))} rows"
+    longest += f" of {len(groups)} of {len(kinds)} templates" if len(kinds) > len(groups) else ""
+    without = "".join(f"; {count} of them skipped: {reason}" for reason, count in skipped.items())
+    return [*lines, Text(f"  ({note}; {longest}{without})", style="dim")]
+
+
+def _tokenized(
+    recipe: StageRecipe, some: Sequence[Any], start: Start
+) -> tuple[dict[str, tuple[list[int], list[bool]]], str, Sequence[list[int]], dict[str, dict[str, Any]]]:
+    """The first row's sequences with marks, what the marks mean, the sequences of all rows, and the bad rows."""
+    tokenizer = start.tokenizer
     if isinstance(recipe, SFTRecipe):
         data, bad = tokenize_demonstrations(some, tokenizer, recipe)
         first = data[0]
         shown = {"row": (first["input_ids"], [label != -100 for label in first["labels"]])}
-        note, lengths = "marked: the tokens that are trained", data["input_ids"]
-    elif isinstance(recipe, RewardRecipe):
+        return shown, "marked: the tokens that are trained", data["input_ids"], bad
+    if isinstance(recipe, RewardRecipe):
         data, bad = tokenize_preferences(some, tokenizer, recipe, start.encoder)
         sides = {side: data[0][f"{side}_ids"] for side in ("chosen", "rejected")}
         place = 0 if start.encoder else -1
         shown = {side: (ids, [i == place % len(ids) for i in range(len(ids))]) for side, ids in sides.items()}
-        note, lengths = "marked: the token from which the score is read", [*data["chosen_ids"], *data["rejected_ids"]]
-    else:
-        assert isinstance(recipe, PPORecipe)
-        prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
-        shown = {"prompt": (prompts[0][1], [False] * len(prompts[0][1]))}
-        from align.ppo_setup import check_room
+        note = "marked: the token from which the score is read"
+        return shown, note, [*data["chosen_ids"], *data["rejected_ids"]], bad
+    assert isinstance(recipe, PPORecipe)
+    prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
+    from align.ppo_setup import check_room
 
-        check_room([ids for _, ids in prompts], recipe, start.config)
-        note, lengths = "the policy answers here, and its answer is trained", [ids for _, ids in prompts]
-    check_lengths(lengths, start.config)
-    lines = [Text(f"  {name}: ", style="bold") + _marked(tokenizer, *tokens) for name, tokens in shown.items()]
-    longest = f"at most {max(map(len, lengths))} tokens in the first {len(some)} rows"
-    skipped = "".join(f"; {entry['count']} of them skipped: {reason}" for reason, entry in bad.items())
-    return [*lines, Text(f"  ({note}; {longest}{skipped})", style="dim")]
+    ids = [ids for _, ids in prompts]
+    check_room(ids, recipe, start.config)
+    return {"prompt": (ids[0], [False] * len(ids[0]))}, "the policy answers here, and its answer is trained", ids, bad
 
 
 def _marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequence[bool]) -> Text:

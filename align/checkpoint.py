@@ -249,8 +249,10 @@ def mark_complete(checkpoint: Path, state: Mapping[str, Any], save_total_limit: 
 
 
 def rotate(output_dir: str | Path, save_total_limit: int) -> None:
-    """Delete the oldest checkpoints beyond `save_total_limit`."""
-    for old in complete_checkpoints(output_dir)[:-save_total_limit]:
+    """Delete the oldest checkpoints beyond `save_total_limit`, apart from the one that the newest names as the best."""
+    found = complete_checkpoints(output_dir)
+    best = read_state(found[-1]).get("best_checkpoint") if found else None
+    for old in [checkpoint for checkpoint in found[:-save_total_limit] if checkpoint.name != best]:
         (old / COMPLETE).unlink()  # first, so that a half-deleted folder is never taken for a checkpoint
         shutil.rmtree(old, ignore_errors=True)
 

@@ -44,8 +44,26 @@ class DataSource:
     columns: dict[str, str] = key(
         {}, "Column names: ours (prompt, completion, chosen, rejected, messages, text) to the source's."
     )
+    task: str | None = key(
+        None,
+        "Name under which its rows are counted and evaluated; that of the file (of its folder when that is only a "
+        "split's), hub data set or generator by default.",
+    )
+    templates: list[dict[str, str]] = key(
+        [],
+        "Jinja templates over the source's columns that make its rows: {prompt, completion} for plain text (the completion "
+        "begins with the space or line break between them), {user, assistant} or {system, user, assistant} for "
+        "messages; of several, each row draws one by seed.",
+    )
+    label_column: str = key("label", "With `templates`: the column that holds the label, which they read as `label`.")
+    labels: dict[Any, str] = key(
+        {},
+        "With `templates`: what each class id or string of that column reads as, such as {0: negative, 1: positive}.",
+    )
     weight: float = key(1.0, "Times each row is used per epoch; 0.5 takes a seeded half.")
-    max_rows: int | None = key(None, "Use only this many rows (a seeded sample).")
+    max_rows: int | None = key(
+        None, "Use only this many rows (a seeded sample); `mixture_temperature` counts no more than these."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +78,11 @@ class StageRecipe:
 
     train_dataset: list[DataSource] = key(
         [], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these."
+    )
+    mixture_temperature: float = key(
+        1.0,
+        "T of the mixture of training sources: each gets a share proportional to weight x rows^(1/T) of as many rows "
+        "as 1 gives; 1 is by size, more is more even (arXiv 1910.10683).",
     )
     eval_dataset: list[DataSource] = key(
         [], "Evaluation rows; without it, a seeded share of the training prompts is held out."
@@ -91,10 +114,17 @@ class StageRecipe:
     attn_implementation: str | None = key(
         None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
     )
-    use_peft: bool = key(False, "Train a LoRA adapter, merged into the model that the stage saves.")
-    lora_r: int = key(16, "LoRA rank.")
+    method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
+        "full", "What is trained: all weights, some layers, the head, or an adapter, which is saved as such and merged."
+    )
+    freeze_layers: int = key(0, "With `method: freeze`: the embedding and so many first layers stay as they are.")
+    trainable_pattern: str | None = key(
+        None, "With `method: freeze`: train the parameters alone whose names this regular expression finds."
+    )
+    lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.")
     lora_alpha: int = key(32, "LoRA alpha.")
     lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
+    num_virtual_tokens: int = key(20, "Tokens that `method: prompt` or `prefix` learns and puts before each row.")
     deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
     trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
@@ -117,6 +147,20 @@ class TrainerRecipe(StageRecipe):
     num_train_epochs: float = key(1.0, "Passes over the training rows.")
     max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.")
     max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.")
+    load_best_model_at_end: bool = key(
+        False,
+        "Save the checkpoint with the best `metric_for_best_model` instead of the last; one is saved every eval_steps.",
+    )
+    metric_for_best_model: str = key(
+        "eval_loss",
+        "Evaluation metric that says which model is best: one whose name ends in loss is to be low, others high.",
+    )
+    early_stopping_patience: int | None = key(
+        None, "Stop after so many evaluations in a row that did not better `metric_for_best_model`."
+    )
+    train_sampling_strategy: Literal["random", "group_by_length"] = key(
+        "random", "Order of rows: random, or random among rows of like length, which pads less."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +175,16 @@ class SFTRecipe(TrainerRecipe):
     tokenizer_vocab_size: int = key(
         512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows."
     )
+    loss_normalization: Literal["token_mean", "example_mean"] = key(
+        "token_mean", "Mean of the loss over all trained tokens of a step, or over examples of each one's own mean."
+    )
+    packing: bool = key(
+        False, "Fill rows of max_length with whole examples, which do not see one another; `train_batch_size` then counts "
+        "such rows. `text` that is longer is cut into pieces."
+    )  # fmt: skip
+    padding_free: bool = key(False, "Lay the rows of a batch end to end instead of padding them; changes no number.")
+    neftune_noise_alpha: float | None = key(None, "Noise added to embeddings in training, often 5 (arXiv 2310.05914).")
+    label_smoothing_factor: float = key(0.0, "Share of each label's probability spread over the vocabulary.")
     completion_only_loss: bool = key(
         True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too."
     )
@@ -274,7 +328,7 @@ class EvaluateRecipe:
     metrics: list[str] = key(
         ["perplexity", "token_accuracy"],
         "perplexity, token_accuracy (of the reference), exact_match, accuracy, f1, bleu, rouge, chrf (of the prediction), "
-        "or what `evaluate.load` takes, such as the path of a metric script.",
+        "or what `evaluate.load` takes, such as the path of a metric script. accuracy and f1 read labels back from templates.",
     )
     grader: str | None = key(
         None, "`module:function` with TRL's reward signature that gives each prediction a score from 0 to 1."

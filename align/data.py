@@ -7,18 +7,19 @@ import gzip
 import hashlib
 import json
 import os.path
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 
 from align.config import DataSource, StageRecipe, UserError
+from align.duplicates import find_duplicates
 from align.formats import choose_formats, missing_column, read_row
 from align.limits import COLUMNS
+from align.mixture import sample, task_counts, times_used, weighted
 from align.recipes import resolve_function
 from align.rows import (
     BadRow,
@@ -32,10 +33,9 @@ from align.rows import (
     canonical,
     render_text,
 )
+from align.templates import TASK, TEMPLATE, Instructions, task_name
 
 __all__ = ["Demonstration", "Preference", "Prompt", "Rows", "Turns", "as_response", "load_rows", "render_text"]
-
-Item = TypeVar("Item")
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -72,9 +72,9 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
     sources = [rows for rows, _ in loaded]
     evaluation = list(chain.from_iterable(sources[len(recipe.train_dataset) :]))
     evaluated = {prompt for row in evaluation for prompt in _prompts(row)}
-    training: list[Row] = []
+    training: list[list[Row]] = []
     dropped = 0
-    for number, (source, rows) in enumerate(zip(recipe.train_dataset, sources, strict=False)):
+    for rows in sources[: len(recipe.train_dataset)]:
         if recipe.eval_dataset:
             kept = [row for row in rows if evaluated.isdisjoint(_prompts(row))]
             dropped += len(rows) - len(kept)
@@ -82,8 +82,15 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
             held_out = [_is_held_out(row, recipe) for row in rows]
             kept = [row for row, out in zip(rows, held_out, strict=True) if not out]
             evaluation += [row for row, out in zip(rows, held_out, strict=True) if out]
-        training += _weighted(kept, source.weight, f"{recipe.seed} weight {number}")
-    if not training:
+        training.append(kept)
+    weights = [source.weight for source in recipe.train_dataset]
+    times = times_used([len(rows) for rows in training], weights, recipe.mixture_temperature)
+    used = [
+        weighted(rows, each, f"{recipe.seed} weight {number}")
+        for number, (rows, each) in enumerate(zip(training, times, strict=True))
+    ]
+    train = list(chain.from_iterable(used))
+    if not train:
         raise UserError(
             f"train_dataset: no training row is left: {len(evaluation)} are for evaluation, {dropped} were dropped because "
             f"eval_dataset has their prompt, and these are bad rows: {bad.summary()}. Give more or other rows, or lower "
@@ -93,33 +100,23 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
         raise UserError(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
     if not evaluation and recipe.eval_fraction > 0:
         raise UserError(
-            f"eval_fraction: {recipe.eval_fraction} of the prompts of {len(training)} rows came to none; raise it, give "
+            f"eval_fraction: {recipe.eval_fraction} of the prompts of {len(train)} rows came to none; raise it, give "
             "an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
         )
     if recipe.max_eval_rows is not None:
-        evaluation = _sample(evaluation, recipe.max_eval_rows, f"{recipe.seed} evaluation")
+        evaluation = sample(evaluation, recipe.max_eval_rows, f"{recipe.seed} evaluation")
+    uses = [{"used_for": "training", "train_rows": len(rows)} for rows in used]
+    uses += [{"used_for": "evaluation"}] * len(recipe.eval_dataset)
     report = {
-        "sources": [
-            {**description, "used_for": "training" if number < len(recipe.train_dataset) else "evaluation"}
-            for number, (_, description) in enumerate(loaded)
-        ],
-        "train_rows": len(training),
+        "sources": [{**description, **use} for (_, description), use in zip(loaded, uses, strict=True)],
+        "train_rows": len(train),
         "evaluation_rows": len(evaluation),
+        "tasks": task_counts(train, evaluation),
         "train_rows_dropped_as_evaluated": dropped,
         "bad_rows": bad_rows,
+        "duplicates": find_duplicates(train, evaluation),
     }
-    return Rows(training, evaluation, report)
-
-
-def _sample(items: Sequence[Item], count: int, seed: str) -> list[Item]:
-    """`count` of the items (all when there are fewer), in their order."""
-    chosen = random.Random(seed).sample(range(len(items)), min(count, len(items)))
-    return [items[index] for index in sorted(chosen)]
-
-
-def _weighted(rows: list[Row], weight: float, seed: str) -> list[Row]:
-    whole = int(weight)
-    return rows * whole + _sample(rows, round((weight - whole) * len(rows)), seed)
+    return Rows(train, evaluation, report)
 
 
 def _context(row: Row) -> list[tuple[str, str]]:
@@ -152,9 +149,11 @@ def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list
         if theirs not in columns:
             raise missing_column(name, theirs, columns)
     taken = set(source.columns.values())
-    formats = choose_formats(name, [*source.columns, *(column for column in columns if column not in taken)], form)
+    instructions = Instructions(source, seed, columns) if source.templates else None
+    given = ["prompt", "completion"] if instructions else [*source.columns, *(c for c in columns if c not in taken)]
+    formats = choose_formats(name, given, form)
     if source.max_rows is not None:
-        raw = _sample(raw, source.max_rows, f"{seed} rows of {name}")
+        raw = sample(raw, source.max_rows, f"{seed} rows of {name}")
     rows: list[Row] = []
     digest = hashlib.sha256()
     for where, values in raw:
@@ -167,9 +166,20 @@ def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list
                 line = json.dumps(ours, sort_keys=True, ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError:
                 raise BadRow("not valid Unicode (a lone surrogate)") from None
-            rows.append(read_row(ours, where, form, formats))
+            if instructions:
+                said, drawn = instructions.apply(line, where)
+                row = read_row(said, where, form, formats)
+                row.extra.update(ours | drawn)
+            else:
+                row = read_row(ours, where, form, formats)
+            if source.task or TASK not in row.extra:
+                row.extra[TASK] = task_name(source)
+            rows.append(row)
             digest.update(line + b"\n")
-    return rows, {"source": name, "rows": len(rows), "weight": source.weight, "fingerprint": digest.hexdigest()}
+    description = {"source": name, "task": task_name(source), "rows": len(rows), "weight": source.weight}
+    if instructions:
+        description["templates"] = [sum(row.extra[TEMPLATE] is each for row in rows) for each in source.templates]
+    return rows, {**description, "fingerprint": digest.hexdigest()}
 
 
 def _read(source: DataSource) -> Iterator[tuple[str, Any]]:

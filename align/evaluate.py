@@ -38,6 +38,7 @@ from align.progress import Display
 from align.recipes import resolve_function
 from align.resampling import Floats, Measure
 from align.tables import make_console, make_table
+from align.templates import LABEL, LABELS, TEMPLATE, label_of
 from align.text_metrics import TextMetric, load_metric
 from align.tracking import quiet
 from align.world import World
@@ -187,7 +188,8 @@ def _judge(
         elif name == "token_accuracy":
             result.measures.append(Measure(tokens[:, [1, 2]], _mean_of(name)))
         elif isinstance(metric := metrics[name], TextMetric):
-            statistics = metric.statistics(predictions, inputs.references)
+            texts = _labels(inputs, predictions) if metric.of_labels else (predictions, inputs.references)
+            statistics = metric.statistics(*texts)
             result.measures.append(Measure(statistics, metric.score, metric.of_rows))
         else:
             result.others |= _foreign(name, metric, predictions, inputs.references)
@@ -197,6 +199,16 @@ def _judge(
         statistics = np.stack([np.where(applies, scores, 0.0), applies.astype(np.float64)], axis=1)
         result.measures.append(Measure(statistics, _mean_of(str(recipe.grader).partition(":")[2])))
     return result
+
+
+def _labels(inputs: Inputs, predictions: list[str]) -> tuple[list[str], list[str]]:
+    """What is said and what is right, as labels where templates made the rows from these, else as it is written."""
+    said, right = [], []
+    for row, prediction, reference in zip(inputs.rows, predictions, inputs.references, strict=True):
+        labelled = LABEL in row.extra
+        said.append(label_of(prediction, row.extra[TEMPLATE], row.extra[LABELS]) or "" if labelled else prediction)
+        right.append(row.extra[LABEL] if labelled else reference)
+    return said, right
 
 
 def _perplexity(sums: Floats) -> dict[str, float]:

@@ -13,7 +13,7 @@ from align.data import Demonstration, Turns, load_rows, render_text
 from align.encoding import encode_prompt, encode_response
 from align.models import is_encoder, load_config, load_tokenizer
 from align.rows import BadRow, BadRows
-from align.shots import SEPARATOR, draw, ends_at_separator, kind, pools, with_examples
+from align.shots import SEPARATOR, draw, ends_at_separator, pool_for, pools, with_examples
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def prepare(recipe: EvaluateRecipe, generates: bool) -> Inputs:
         for shots in recipe.num_shots:
             condition = Condition(name, recipe.models[name], shots, tokenizer, [], [], [], [])
             for index, row in enumerate(rows):
-                examples = draw(by_kind.get(kind(row), []), shots, f"{recipe.seed} examples {index}")
+                examples = draw(pool_for(row, by_kind), shots, f"{recipe.seed} examples {index}")
                 if index in good:
                     _add(condition, row, examples, recipe, generates, limit, bad)
                 if len(condition.prompts) == index:  # bad: fill its place, to be taken out of all conditions

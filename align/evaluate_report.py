@@ -16,6 +16,7 @@ from align.data import render_text
 from align.evaluate_inputs import Condition, Inputs
 from align.evaluation import markdown_table
 from align.resampling import Measure, compare, intervals
+from align.templates import TASK
 
 RESULTS = "results.json"
 REPORT = "results.md"
@@ -46,8 +47,9 @@ def summarise(recipe: EvaluateRecipe, inputs: Inputs, results: Sequence[Result])
     """Values with intervals of each condition over all rows and by task, and comparisons with the baseline model."""
     tasks: dict[Any, list[int]] = {None: list(range(len(inputs.rows)))}
     for index, row in enumerate(inputs.rows):
-        if (task := row.extra.get("task")) is not None:
-            tasks.setdefault(str(task), []).append(index)
+        tasks.setdefault(str(row.extra[TASK]), []).append(index)
+    if len(tasks) == 2:  # a single task is all there is
+        tasks.popitem()
     values = [
         {**_named(result.condition), "task": task, "n": len(rows), **value}
         for result in results
@@ -141,7 +143,7 @@ def _lines(inputs: Inputs, found: Sequence[Result]) -> list[str]:
                     scores |= {name: _finite(value) for name, value in measure.rows([index]).scores().items()}
             line = {
                 "row": row.where,
-                **({"task": row.extra["task"]} if "task" in row.extra else {}),
+                "task": row.extra[TASK],
                 **_named(result.condition),
                 "prompt": render_text(result.condition.prompts[index]),
                 "prediction": result.predictions[index],

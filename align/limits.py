@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from align.config import DataSource, EvaluateRecipe, PPORecipe, SFTRecipe, StageRecipe, UserError
+from align.config import (
+    DataSource,
+    EvaluateRecipe,
+    PPORecipe,
+    RewardRecipe,
+    SFTRecipe,
+    StageRecipe,
+    TrainerRecipe,
+    UserError,
+)
 from align.strict import nearest
+from align.templates import check_template
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text")
 SCHEDULES = (
@@ -22,29 +33,40 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 
+# What each stage may train; the others train all their weights.
+METHODS = {
+    "sft": ("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"),
+    "reward": ("full", "freeze", "head", "lora", "dora", "ia3"),
+    "ppo": ("full", "lora", "dora", "ia3"),
+}
+
 _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     (
         "at least 1",
         lambda value: value >= 1,
         "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
-        "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha "
+        "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha num_virtual_tokens "
         "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size "
-        "max_new_tokens bootstrap_iters",
+        "early_stopping_patience mixture_temperature max_new_tokens bootstrap_iters",
     ),
     (
         "above 0",
         lambda value: value > 0,
         "learning_rate value_learning_rate adam_epsilon num_train_epochs temperature cliprange cliprange_value max_kl weight "
-        "kl_target max_approx_kl score_clip",
+        "kl_target max_approx_kl score_clip neftune_noise_alpha",
     ),
     (
         "at least 0",
         lambda value: value >= 0,
         "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows "
-        "entropy_coef ptx_coef value_warmup_updates",
+        "entropy_coef ptx_coef value_warmup_updates freeze_layers",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
-    ("from 0 to below 1", lambda value: 0 <= value < 1, "eval_fraction adam_beta1 adam_beta2 ema_decay"),
+    (
+        "from 0 to below 1",
+        lambda value: 0 <= value < 1,
+        "eval_fraction adam_beta1 adam_beta2 ema_decay label_smoothing_factor",
+    ),
     ("above 1", lambda value: value > 1, "dual_clip"),
     ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
     ("at least 259, all bytes and three special tokens", lambda value: value >= 259, "tokenizer_vocab_size"),
@@ -64,6 +86,11 @@ def check_values(recipe: StageRecipe | EvaluateRecipe, where: Callable[[str], st
     for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
         for index, source in enumerate(getattr(recipe, name, [])):
             _check_source(source, f"{where(name)}[{index}]")
+            if source.templates and isinstance(recipe, RewardRecipe):
+                raise UserError(
+                    f"{where(name)}[{index}].templates: they make prompts and completions, and this stage reads pairs with "
+                    "`chosen` and `rejected`; leave them out."
+                )
     if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
         raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
     if isinstance(recipe, EvaluateRecipe):
@@ -85,6 +112,9 @@ def check_values(recipe: StageRecipe | EvaluateRecipe, where: Callable[[str], st
     for name in ("reward_funcs", "eval_reward_funcs"):
         for index, spec in enumerate(getattr(recipe, name, [])):
             _check_function(spec, f"{where(name)}[{index}]")
+    _check_method(recipe, where)
+    if isinstance(recipe, TrainerRecipe):
+        _check_best(recipe, where)
     if isinstance(recipe, SFTRecipe):
         _check_sft(recipe, where)
     elif isinstance(recipe, PPORecipe):
@@ -110,6 +140,28 @@ def _check_source(source: DataSource, where: str) -> None:
         if column not in COLUMNS:
             hint = nearest(column, COLUMNS) or "; it is written `ours: theirs`"
             raise UserError(f"{where}.columns: expected names among {', '.join(COLUMNS)}, got {column!r}{hint}")
+    if source.templates:
+        _check_templates(source, where)
+    elif source.labels:
+        raise UserError(f"{where}.labels: nothing reads them without `templates`; write these, or leave them out.")
+
+
+def _check_templates(source: DataSource, where: str) -> None:
+    if source.columns:
+        raise UserError(f"{where}.columns: `templates` read the source's own columns by name; leave `columns` out.")
+    for index, template in enumerate(source.templates):
+        check_template(template, f"{where}.templates[{index}]")
+    words: dict[str, str] = {}
+    for label, word in source.labels.items():
+        plain = " ".join(word.casefold().split())
+        if not plain:
+            raise UserError(f"{where}.labels.{label}: expected text, got {word!r}")
+        if plain in words:
+            raise UserError(
+                f"{where}.labels: {word!r} stands for both {words[plain]} and {label}, so that an answer could not be "
+                "told apart; give each a text of its own."
+            )
+        words[plain] = label
 
 
 def _check_function(spec: str, where: str) -> None:
@@ -133,6 +185,56 @@ def _check_deepspeed(path: Path, where: str) -> None:
         raise UserError(f"{where}: {path} switches fp16 on, which is not offered; leave it out and use `bf16: true`.")
 
 
+def _check_best(recipe: TrainerRecipe, where: Callable[[str], str]) -> None:
+    asked = "load_best_model_at_end" if recipe.load_best_model_at_end else "early_stopping_patience"
+    if not getattr(recipe, asked):
+        return
+    if recipe.eval_steps is None:
+        raise UserError(f"{where(asked)}: needs evaluations to choose by; set eval_steps")
+    if not recipe.eval_dataset and recipe.eval_fraction == 0:
+        raise UserError(f"{where(asked)}: needs held-out rows to choose by; set eval_dataset or eval_fraction")
+    if recipe.load_best_model_at_end and recipe.save_steps not in (None, recipe.eval_steps):
+        raise UserError(
+            f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that what is "
+            f"judged is saved, got {recipe.save_steps}"
+        )
+
+
+def _check_method(recipe: StageRecipe, where: Callable[[str], str]) -> None:
+    virtual = recipe.method in ("prompt", "prefix")
+    offered = METHODS.get(str(recipe.stage), ("full",))
+    if recipe.method not in offered:
+        why = "cannot be merged, so later stages could not start from it" if virtual else "is not offered here"
+        raise UserError(
+            f"{where('method')}: expected one of {', '.join(offered)} in the {recipe.stage} stage, got {recipe.method}, which {why}"
+        )
+    partial = bool(recipe.freeze_layers) + (recipe.trainable_pattern is not None)
+    if recipe.method == "freeze" and partial != 1:
+        raise UserError(
+            f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got {'both' if partial else 'neither'}"
+        )
+    if recipe.method != "freeze" and partial:
+        name = "freeze_layers" if recipe.freeze_layers else "trainable_pattern"
+        raise UserError(f"{where(name)}: is for method: freeze, got method: {recipe.method}")
+    if recipe.trainable_pattern is not None:
+        try:
+            re.compile(recipe.trainable_pattern)
+        except re.error as error:
+            raise UserError(f"{where('trainable_pattern')}: not a regular expression: {error}") from None
+    if virtual and (getattr(recipe, "packing", False) or getattr(recipe, "padding_free", False)):
+        raise UserError(
+            f"{where('method')}: {recipe.method} puts tokens before each row, which packed rows have no place for"
+        )
+    if virtual and recipe.deepspeed and _stage_of(Path(recipe.deepspeed)) == 3:
+        raise UserError(
+            f"{where('method')}: {recipe.method} is not offered at ZeRO 3; use ZeRO 2, it trains few parameters"
+        )
+
+
+def _stage_of(path: Path) -> int:
+    return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
+
+
 def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
     if (recipe.model_name_or_path is None) == (not recipe.model_config):
         got = "both; empty one with null" if recipe.model_config else "neither"
@@ -142,6 +244,14 @@ def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
     if recipe.model_config and "model_type" not in recipe.model_config:
         raise UserError(
             f"{where('model_config')}: expected a `model_type` such as llama among its keys, got {', '.join(recipe.model_config)}"
+        )
+    if recipe.label_smoothing_factor and recipe.loss_normalization == "example_mean":
+        raise UserError(
+            f"{where('label_smoothing_factor')}: is a mean over tokens; use loss_normalization: token_mean with it, or set it to 0"
+        )
+    if recipe.packing and recipe.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            f"{where('train_sampling_strategy')}: with packing all rows are of like length; leave group_by_length out"
         )
 
 
@@ -195,9 +305,9 @@ def _check_objective(recipe: PPORecipe, where: Callable[[str], str]) -> None:
         raise UserError(
             f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {why}; use k1, or use_kl_loss: true"
         )
-    if recipe.use_peft and recipe.reference_deepspeed:
+    if recipe.method != "full" and recipe.reference_deepspeed:
         raise UserError(
-            f"{where('reference_deepspeed')}: with use_peft the reference is the policy with its adapter off, and has no "
+            f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and has no "
             "engine of its own; leave it out."
         )
 

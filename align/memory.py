@@ -12,11 +12,12 @@ gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from rich.table import Table
 from torch import nn
 from transformers import (
@@ -26,9 +27,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.pytorch_utils import Conv1D
 
-from align.config import PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe
+from align.config import PPORecipe, RewardRecipe, StageRecipe, TrainerRecipe, UserError
+from align.methods import freeze, peft_config
 from align.recipes import BatchPlan
 from align.tables import make_table
 from align.zero import zero_stage
@@ -87,28 +88,33 @@ def skeleton(auto: Any, config: PretrainedConfig, trust_remote_code: bool = Fals
     return model
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def count_parameters(model: nn.Module, trained: bool = False) -> int:
+    """Parameters, tied ones once; `trained` counts those alone that have a gradient."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
 
 
-def count_lora_parameters(model: nn.Module, rank: int, targets: Sequence[str], whole: Sequence[str] = ()) -> int:
-    """Parameters that LoRA trains: rank x (inputs + outputs) of each adapted layer, and the layers trained whole.
+def count_trained(
+    model: PreTrainedModel, recipe: StageRecipe, task_type: str, head: tuple[str, nn.Module]
+) -> tuple[int, int]:
+    """All parameters of a skeleton and those that the recipe's `method` trains, once it is applied. Changes the skeleton.
 
     Args:
-        targets: last names of the adapted layers; empty for all linear layers but the output head.
-        whole: names of layers that are trained in full, such as a new head.
+        head: name and module of its output head, which reward models train whole beside an adapter.
+
+    Raises:
+        UserError: the method does not fit the model.
     """
-    heads = {id(module) for module in (getattr(model, "get_output_embeddings", lambda: None)(),) if module is not None}
-    count = 0
-    for name, module in model.named_modules():
-        if name in whole:
-            count += count_parameters(module)
-        elif isinstance(module, nn.Linear | Conv1D) and (
-            name.rsplit(".", 1)[-1] in targets if targets else id(module) not in heads
-        ):
-            count += rank * sum(module.weight.shape)
-    return count
+    whole = [head[0].split(".")[0]] if task_type == "SEQ_CLS" else []
+    adapter = peft_config(recipe, task_type, whole)
+    if adapter is None:
+        freeze(model, recipe, head[1])
+        return count_parameters(model), count_parameters(model, trained=True)
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, adapter)
+    except ValueError as error:
+        raise UserError(f"method: {recipe.method} does not fit this model: {error}") from error
+    return count_parameters(adapted), count_parameters(adapted, trained=True)
 
 
 def footprints(
@@ -123,12 +129,11 @@ def footprints(
     if isinstance(recipe, PPORecipe):
         model = skeleton(AutoModelForCausalLM, config, code)
         policy = count_parameters(model)
-        adapter = count_lora_parameters(model, recipe.lora_r, recipe.lora_target_modules) if recipe.use_peft else 0
-        models = [Footprint("policy", policy + adapter, adapter or policy)]
+        models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", ("", model.get_output_embeddings())))]
         if recipe.advantage_estimator == "gae":
             value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
             models.append(Footprint("value", value, value))
-        if not recipe.use_peft:  # else the reference is the policy with its adapter off
+        if recipe.method == "full":  # else the reference is the policy with its adapter off
             models.append(Footprint("reference", policy, 0))
         if "reward" in others:
             models.append(frozen("reward", AutoModelForSequenceClassification, others["reward"]))
@@ -136,15 +141,12 @@ def footprints(
     assert isinstance(recipe, TrainerRecipe)
     if isinstance(recipe, RewardRecipe):
         name, model = "reward", skeleton(AutoModelForSequenceClassification, config, code, num_labels=1)
-        whole = [score_head(model)[0]]
+        counts = count_trained(model, recipe, "SEQ_CLS", score_head(model))
     else:
-        name, model, whole = "policy", skeleton(AutoModelForCausalLM, config, code), []
-    total = count_parameters(model)
-    trained = (
-        count_lora_parameters(model, recipe.lora_r, recipe.lora_target_modules, whole) if recipe.use_peft else total
-    )
+        name, model = "policy", skeleton(AutoModelForCausalLM, config, code)
+        counts = count_trained(model, recipe, "CAUSAL_LM", ("", model.get_output_embeddings()))
     return [
-        Footprint(name, total, trained),
+        Footprint(name, *counts),
         *(frozen(other, AutoModelForCausalLM, its) for other, its in others.items()),
     ]
 

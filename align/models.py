@@ -6,12 +6,13 @@ real token), of which the last T columns are the response.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,10 +24,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from align.config import StageRecipe, UserError
 from align.maths.losses import token_logprobs
+from align.methods import peft_config
 from reward_models.heads import score_head
 
 
@@ -36,6 +39,8 @@ def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
     Raises:
         UserError: there is no model at `path`; `key` is the recipe key that named it.
     """
+    if (base := adapter_base(path)) is not None:
+        return load_config(base, recipe, f"{key}: {path} is an adapter of {base}")
     if _looks_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     try:
@@ -43,6 +48,24 @@ def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{key}: no model at {path}; check the path or hub id. {reason}") from error
+
+
+def adapter_base(path: str) -> str | None:
+    """The model that the adapter in `path` was trained on; None when `path` holds no adapter alone.
+
+    Raises:
+        UserError: it is an adapter of virtual tokens, which no later stage can start from.
+    """
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return None
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
+        raise UserError(
+            f"{path}: holds learnt virtual tokens, which cannot be merged into a model; `align evaluate` can use them, no "
+            "stage can start from them. Train with method: lora for that."
+        )
+    return str(config["base_model_name_or_path"])
 
 
 def _looks_local(path: str) -> bool:
@@ -91,6 +114,17 @@ ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-
 
 
 def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwargs: Any) -> Any:
+    if (base := adapter_base(path)) is not None:
+        if is_deepspeed_zero3_enabled():
+            raise UserError(
+                f"{path}: is an adapter, which cannot be merged while ZeRO 3 shards; run `align merge` first."
+            )
+        loaded = _load(auto, base, recipe, dtype, **kwargs)
+        model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
+        config = PeftConfig.from_pretrained(path)
+        config.task_type = None  # a value model may start from a language model's adapter
+        merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().requires_grad_(True)
+        return (merged, *report) if report else merged
     try:
         return auto.from_pretrained(
             path,
@@ -103,9 +137,9 @@ def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwarg
         raise UserError(f"{path}: the model cannot be loaded. {str(error).splitlines()[0]}") from error
 
 
-def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
     """A causal language model, dropout off. Trained weights stay float32; bfloat16 is the engine's business."""
-    model: PreTrainedModel = _load(AutoModelForCausalLM, path, recipe, dtype)
+    model: PreTrainedModel = _load(AutoModelForCausalLM, path, recipe, dtype, **kwargs)
     disable_dropout(model)
     return model
 
@@ -161,16 +195,9 @@ def load_value_model(
 
 
 def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
-    """A LoRA adapter on a causal language model: only it trains. It starts as the identity, the same for one seed."""
+    """The adapter of the recipe's `method` on a model: only it trains. It starts as the identity, the same for one seed."""
     torch.manual_seed(recipe.seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=recipe.lora_target_modules or "all-linear",
-    )
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(model, peft_config(recipe, "CAUSAL_LM"))
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -185,7 +212,10 @@ def skeleton(model: nn.Module) -> Any:
 
 
 def write_model(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write a Hugging Face folder with these weights, under the names of `model`; an adapter is merged into them."""
+    """Write a Hugging Face folder with these weights, under the names of `model`.
+
+    An adapter is merged into them, and saved as such in `adapter/`.
+    """
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         return
@@ -193,6 +223,7 @@ def write_model(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> N
     whole.get_base_model().tie_weights()
     whole.load_state_dict(weights, strict=False)  # tied weights are there once
     whole.merge_and_unload().save_pretrained(folder)
+    model.save_pretrained(folder / "adapter", state_dict=weights)
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -155,9 +155,9 @@ def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World
     dtype = torch.bfloat16 if recipe.bf16 and world.device.type == "cuda" else torch.float32  # of frozen weights
     with sharded_load(recipe, "policy"):
         loaded = load_policy(recipe.sft_model_path, recipe)
-    adapted = add_adapter(loaded, recipe) if recipe.use_peft else loaded
+    adapted = add_adapter(loaded, recipe) if recipe.method != "full" else loaded
     policy = train_engine(adapted, recipe, world, recipe.learning_rate, plan.policy_passes)
-    if recipe.use_peft:
+    if recipe.method != "full":
         reference: Engine = AdapterOff(policy)
     else:
         with sharded_load(recipe, "reference"):

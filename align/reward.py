@@ -26,6 +26,7 @@ from align.checkpoint import open_stage, write_json
 from align.config import RewardRecipe, UserError
 from align.data import Preference, load_rows
 from align.engine import connect, disconnect
+from align.methods import freeze, peft_config
 from align.models import new_scorer
 from align.recipes import BatchPlan, batch_plan, stage_inputs
 from align.reward_evaluation import (
@@ -45,7 +46,6 @@ from align.tracking import Tracker, quiet
 from align.trainers import (
     ExactEvaluation,
     eval_batch_size,
-    lora_config,
     save_trained,
     total_steps,
     train,
@@ -163,13 +163,14 @@ def fit(
     )
     model = new_scorer(start, recipe)
     keep_head_float32(model)
+    freeze(model, recipe, score_head(model)[1])
     trainer = PairTrainer(
         model=model,
         args=arguments,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=lora_config(recipe, "SEQ_CLS", trained_whole=[score_head(model)[0].split(".")[0]]),
+        peft_config=peft_config(recipe, "SEQ_CLS", trained_whole=[score_head(model)[0].split(".")[0]]),
     )
     before, _ = train(trainer, recipe, tracker, checkpoint)
     save_trained(trainer, recipe, world, lambda: new_scorer(start, recipe))

@@ -4,7 +4,7 @@
     deepspeed --num_gpus 8 --module align.sft recipes/hh-rlhf/1_sft.yaml
 
 Rows are tokenised here, so that end-of-text, chat template, labels and what is too long are ours to decide. The
-loss of an optimiser step is the sum over its label tokens, of all microbatches and ranks, divided by their number.
+objective, and how it stays exact, is in `align/sft_trainer.py`.
 With `model_config` the stage first trains a tokenizer on its rows and starts from a random model.
 """
 
@@ -19,16 +19,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from align.checkpoint import open_stage
 from align.config import SFTRecipe, UserError
 from align.data import Demonstration, load_rows, render_text
 from align.engine import connect, disconnect
+from align.methods import freeze, peft_config, quantization
 from align.models import is_encoder, load_config, load_policy, load_tokenizer
 from align.recipes import batch_plan, stage_inputs
+from align.sft_trainer import DemonstrationTrainer
 from align.stage import (
     already_finished,
     check_lengths,
@@ -39,12 +40,10 @@ from align.stage import (
     write_untrained,
 )
 from align.strict import nearest
-from align.tokenization import pad_to_batches, tokenize_demonstrations
+from align.tokenization import pack, pad_to_batches, tokenize_demonstrations
 from align.tracking import Tracker, quiet
 from align.trainers import (
-    ExactEvaluation,
     eval_batch_size,
-    lora_config,
     save_trained,
     total_steps,
     train,
@@ -78,6 +77,8 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
     check_tokenizer(start, tokenizer, "model_name_or_path")
     skipped = {}
     train_rows, skipped["train"] = tokenize_demonstrations(rows.train, tokenizer, recipe)
+    if recipe.packing:
+        train_rows = pack(train_rows, recipe.max_length)
     check_lengths(train_rows["input_ids"], config)
     world.check_rows(len(train_rows))
     train_rows = pad_to_batches(train_rows, plan.batch_size)
@@ -93,14 +94,20 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
         arguments = SFTConfig(
             **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
             dataset_kwargs={"skip_prepare_dataset": True},
+            padding_free=recipe.packing or recipe.padding_free,
+            neftune_noise_alpha=recipe.neftune_noise_alpha,
+            label_smoothing_factor=recipe.label_smoothing_factor,
         )
-        trainer = TokenMeanTrainer(
-            model=load_policy(start, recipe),
+        model = load_policy(start, recipe, **quantization(recipe))
+        freeze(model, recipe, model.get_output_embeddings())
+        trainer = DemonstrationTrainer(
+            example_mean=recipe.loss_normalization == "example_mean",
+            model=model,
             args=arguments,
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
-            peft_config=lora_config(recipe, "CAUSAL_LM"),
+            peft_config=peft_config(recipe, "CAUSAL_LM"),
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
         save_trained(trainer, recipe, world, lambda: load_policy(start, recipe))
@@ -117,24 +124,6 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
     world.barrier()
     disconnect()
     return results
-
-
-class TokenMeanTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose evaluation is a mean over tokens, as its training is."""
-
-    accuracy = "mean_token_accuracy"
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        def measured(**batch: Any) -> Any:
-            output = model(**batch)
-            if not self.model.training:
-                nll: Tensor = -output.log_probs.sum()
-                self.sums += torch.stack([nll, output.is_top1.sum(), output.label_mask.sum()]).double()
-            return output
-
-        return super().compute_loss(measured, inputs, return_outputs, num_items_in_batch)
 
 
 def closing_numbers(before: dict[str, float], after: dict[str, float], steps: int) -> dict[str, Any]:

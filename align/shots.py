@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from align.config import UserError
 from align.data import Demonstration, Turns
+from align.templates import TASK
 
 SEPARATOR = "\n\n"  # between examples of plain text
 
@@ -19,9 +20,16 @@ def pools(training: Sequence[Demonstration]) -> dict[tuple[object, bool], list[D
     return found
 
 
+def pool_for(row: Demonstration, found: dict[tuple[object, bool], list[Demonstration]]) -> list[Demonstration]:
+    """The rows of `pools` that may be examples for this one: of its task, or all when no training row is of it."""
+    task, is_text = kind(row)
+    own = found.get((task, is_text))
+    return own or [each for (_, text), rows in found.items() if text == is_text for each in rows]
+
+
 def kind(row: Demonstration) -> tuple[object, bool]:
-    """What an example must share with the row that it is for: the task, where rows name one, and being text or messages."""
-    return row.extra.get("task"), isinstance(row.prompt, str)
+    """What an example shares with the row that it is for: the task, and being text or messages."""
+    return row.extra[TASK], isinstance(row.prompt, str)
 
 
 def draw(pool: Sequence[Demonstration], count: int, seed: str) -> list[Demonstration]:
@@ -31,9 +39,9 @@ def draw(pool: Sequence[Demonstration], count: int, seed: str) -> list[Demonstra
         UserError: there are not as many.
     """
     if count > len(pool):
-        task = f" of task {pool[0].extra['task']!r}" if pool and "task" in pool[0].extra else ""
+        task = pool[0].extra[TASK] if pool else None
         raise UserError(
-            f"num_shots: expected at least {count} training rows{task} to take examples from, found {len(pool)}; "
+            f"num_shots: expected at least {count} training rows of task {task!r} to take examples from, found {len(pool)}; "
             "give more training rows, or lower num_shots."
         )
     random_ = random.Random(seed)

@@ -63,8 +63,8 @@ def finite(unsound: Sequence[str]) -> Check:
 def same_reference(gap: float, limits: Limits, recipe: PPORecipe) -> Check:
     """Given the mean difference of policy and reference, nats per token."""
     other = (
-        "the LoRA adapter does not start as the identity."
-        if recipe.use_peft
+        "the adapter does not start as the identity."
+        if recipe.method != "full"
         else "policy and reference hold other weights, or run in other precision or with dropout; see that the weights in "
         f"{recipe.sft_model_path} are whole and compare bf16 true and false, else go back to the sft stage."
     )

@@ -88,7 +88,10 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
         return [] if value is None else [convert(value, args[0], where)]
     if origin is dict:
         if isinstance(value, dict | NoneType):
-            return {_text(key, where): convert(item, args[1], f"{where}.{key}") for key, item in (value or {}).items()}
+            return {
+                key_text(key) if args[0] is Any else _text(key, where): convert(item, args[1], f"{where}.{key}")
+                for key, item in (value or {}).items()
+            }
         raise UserError(f"{where}: expected a mapping of names to values, got {_shown(value)}")
     if annotation is DataSource:
         return _data_source(value, where)
@@ -130,6 +133,13 @@ def _whole(value: Any) -> int | None:
         return int(float(value)) if float(value).is_integer() and not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def key_text(value: Any) -> str:
+    """A class id as text, whichever way a file holds it: 1, 1.0 and "1" are `1`, true is `true`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _text(key: Any, where: str) -> str:

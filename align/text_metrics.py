@@ -32,9 +32,11 @@ class TextMetric(evaluate.Metric):  # type: ignore[misc]
 
     Attributes:
         of_rows: whether `score` says something of a single row.
+        of_labels: whether the texts are taken for names of classes.
     """
 
     of_rows = True
+    of_labels = False
 
     def _info(self) -> Any:
         text = datasets.Value("string")
@@ -70,6 +72,8 @@ class ExactMatch(TextMetric):
 class Accuracy(TextMetric):
     """Share of predictions that name the label of their reference; case and a closing full stop do not count."""
 
+    of_labels = True
+
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
         pairs = zip(_labels(predictions), _labels(references), strict=True)
         return np.array([[p == r, 1] for p, r in pairs], dtype=np.float64)
@@ -89,6 +93,7 @@ class F1(TextMetric):
     """
 
     of_rows = False
+    of_labels = True
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
         classes = np.array(sorted(set(_labels(references))))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
 
 from align.config import RewardRecipe, SFTRecipe, UserError
 from align.encoding import (
@@ -30,6 +31,7 @@ from align.rows import BadRow, BadRows, Demonstration, Preference, Prompt, Turns
 __all__ = [
     "PromptLoader",
     "encode_pair",
+    "pack",
     "pad_to_batches",
     "tokenize_demonstrations",
     "tokenize_preferences",
@@ -55,7 +57,8 @@ def tokenize_demonstrations(
         for row, text, prompt, (response,) in _encoded(tokenizer, rows, bad):
             with bad.counted(row.where):
                 ids = prompt + response
-                _check_length(len(ids), recipe.max_length, "max_length", tokenizer)
+                if not (recipe.packing and not row.prompt):  # plain text is cut into pieces when it is packed
+                    _check_length(len(ids), recipe.max_length, "max_length", tokenizer)
                 labels = ids
                 if recipe.completion_only_loss:
                     labels = [IGNORED] * len(prompt)
@@ -123,6 +126,15 @@ class PromptLoader:
             for epoch in range(first // self.size, places[-1] // self.size + 1)
         }
         return [int(orders[place // self.size][place % self.size]) for place in places]
+
+
+def pack(dataset: Dataset, length: int) -> Dataset:
+    """Rows of at most `length` tokens that hold several examples each, their lengths in `seq_lengths`.
+
+    The longest examples go first, each to where it leaves the least room (best fit decreasing). Examples stay whole, apart
+    from those over `length`, which are cut into pieces.
+    """
+    return pack_dataset(dataset, length, "bfd_split", {"batch_size": None})
 
 
 def pad_to_batches(dataset: Dataset, batch_size: int) -> Dataset:

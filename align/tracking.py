@@ -252,6 +252,8 @@ def trainer_callback(tracker: Tracker, recipe: TrainerRecipe) -> TrainerCallback
             if tracker.is_main:
                 checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
                 told = {"step": state.global_step, "layout": layout(recipe, processes.num_processes)}
+                if recipe.load_best_model_at_end and state.best_model_checkpoint:
+                    told["best_checkpoint"] = Path(state.best_model_checkpoint).name
                 mark_complete(checkpoint, told, recipe.save_total_limit)
 
     return StageCallback()

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, Trainer
+from torch.utils.data import Sampler
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from align.config import StageRecipe, TrainerRecipe
+from align.config import StageRecipe, TrainerRecipe, UserError
+from align.methods import MERGED
 from align.recipes import BatchPlan
 from align.tracking import Tracker, trainer_callback
 from align.world import World
@@ -36,6 +38,8 @@ def training_arguments(
     recipe: TrainerRecipe, plan: BatchPlan, world: World, evaluation: Dataset | None, resuming: bool
 ) -> dict[str, Any]:
     """Arguments for TRL's configs. Those that change the result, or whose default has moved, are explicit."""
+    choosing = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
+    saving = recipe.eval_steps if recipe.load_best_model_at_end else recipe.save_steps
     return {
         "output_dir": recipe.output_dir,
         "seed": recipe.seed,
@@ -64,12 +68,17 @@ def training_arguments(
         "dataloader_pin_memory": world.device.type != "cpu",
         "dataloader_num_workers": 0,
         "remove_unused_columns": False,
+        "train_sampling_strategy": recipe.train_sampling_strategy,
         "per_device_eval_batch_size": eval_batch_size(recipe, len(evaluation), world) if evaluation else 1,
         "eval_on_start": evaluation is not None and not resuming,
         "eval_strategy": "steps" if evaluation is not None and recipe.eval_steps else "no",
         "eval_steps": recipe.eval_steps,
-        "save_strategy": "steps" if recipe.save_steps else "no",
-        "save_steps": recipe.save_steps or 500,
+        "save_strategy": "steps" if saving else "no",
+        "save_steps": saving or 500,
+        "load_best_model_at_end": recipe.load_best_model_at_end,
+        "metric_for_best_model": recipe.metric_for_best_model if choosing else None,
+        "greater_is_better": not recipe.metric_for_best_model.endswith("loss"),
+        "restore_callback_states_from_checkpoint": True,  # how patient early stopping still is
         "save_total_limit": None,  # `align.checkpoint.mark_complete` deletes old ones
         "logging_steps": recipe.logging_steps,
         "logging_first_step": True,
@@ -92,24 +101,6 @@ def deepspeed_config(recipe: StageRecipe) -> dict[str, Any] | None:
     if zero.get("stage") == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # in the dtype they have, despite the name
     return config
-
-
-def lora_config(recipe: TrainerRecipe, task_type: str, trained_whole: Sequence[str] = ()) -> LoraConfig | None:
-    """LoRA as the recipe asks, without dropout; None when it asks for none.
-
-    Args:
-        trained_whole: modules to train in full beside the adapters, such as a new head.
-    """
-    if not recipe.use_peft:
-        return None
-    return LoraConfig(
-        task_type=task_type,
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=recipe.lora_target_modules or "all-linear",
-        modules_to_save=list(trained_whole) or None,
-    )
 
 
 class ExactEvaluation(Trainer):  # type: ignore[misc]
@@ -143,11 +134,37 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy == "random":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset
+        column = next(name for name in ("input_ids", "chosen_ids") if name in rows.column_names)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength([len(ids) for ids in rows[column]], batch, self.args.seed)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL would write one with every checkpoint; the stage writes its own at the end."""
 
     def _send_telemetry(self) -> None:
         """Nothing: a training run does not talk to anybody unasked."""
+
+
+class ByLength(Sampler[int]):
+    """transformers' order by length, as a function of seed and epoch alone, so that a resumed run finds its place."""
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def train(
@@ -160,10 +177,20 @@ def train(
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer_callback(tracker, recipe))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if recipe.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyError as error:
+        if recipe.metric_for_best_model not in str(error):
+            raise
+        known = ", ".join(name for name in _evaluations(trainer)[0] if name.startswith("eval_"))
+        raise UserError(
+            f"metric_for_best_model: no metric {recipe.metric_for_best_model}; this stage evaluates {known}."
+        ) from error
     if trainer.eval_dataset is None:
         return {}, {}
-    if _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
+    if recipe.load_best_model_at_end or _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     history = _evaluations(trainer)
     return history[0], history[-1]
@@ -175,18 +202,23 @@ def _evaluations(trainer: Trainer) -> list[dict[str, float]]:
 
 
 def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
-    """Write the trained model into `output_dir` as a plain Hugging Face folder, adapters merged. For all ranks.
+    """Write the trained model into `output_dir` as a plain Hugging Face folder. For all ranks.
+
+    An adapter is also saved as such, in `adapter/`; one that cannot be merged is all that there is to save.
 
     Args:
         load: the model that training started from, whole and on the CPU, to merge adapters into; called on rank 0.
     """
     output = Path(recipe.output_dir)
-    target = output / "adapter" if recipe.use_peft else output
+    adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    target = output / "adapter" if recipe.method in MERGED else output
     trainer.save_model(str(target))
     unset_hf_deepspeed_config()  # else what is loaded next would be sharded, by one rank alone
     if world.is_main:
         (target / "training_args.bin").unlink()  # a pickle, and the manifest says the same
-        if recipe.use_peft:
+        if adapted:
+            (target / "README.md").unlink(missing_ok=True)  # PEFT's card; the stage writes its own
+        if recipe.method in MERGED:
+            trainer.processing_class.save_pretrained(output)
             PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(output)
-            shutil.rmtree(target)
     world.barrier()

@@ -44,7 +44,7 @@ def work(stage: str, recipe: str, rank: int, ranks: int, port: int, log: str, st
 
 def make_noisy(rank: int) -> None:
     """Have what TRL trains depend on this rank's generator, as dropout would; ranks draw at a pace of their own."""
-    for trainer in (sft.TokenMeanTrainer, reward.PairTrainer):
+    for trainer in (sft.DemonstrationTrainer, reward.PairTrainer):
         plain = trainer.compute_loss
 
         def noisy(self: Any, model: Any, *args: Any, plain: Callable[..., Any] = plain, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, GPT2Config, LlamaConfig
 
 from align import check
-from align.config import UserError
-from align.memory import Footprint, activation_bytes, count_lora_parameters, count_parameters, skeleton, state_bytes
+from align.config import RewardRecipe, SFTRecipe, UserError
+from align.memory import Footprint, activation_bytes, count_parameters, count_trained, skeleton, state_bytes
 from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 # --- arithmetic
@@ -65,33 +66,33 @@ def test_parameters_are_counted_without_storage():
     assert getattr(config, "num_labels", 2) == 2  # the caller's configuration is left alone
 
 
-def test_adapters_are_counted():
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # rank x (in + out): four attention layers 8 + 8, three MLP layers 8 + 16, twice; not the head
+        ({"method": "lora", "lora_r": 4}, 4 * 2 * (4 * 16 + 3 * 24)),
+        ({"method": "lora", "lora_r": 4, "lora_target_modules": ["q_proj"]}, 4 * 2 * 16),
+        ({"method": "dora", "lora_r": 4, "lora_target_modules": ["q_proj"]}, 4 * 2 * 16 + 2 * 8),
+        ({"method": "head"}, 11 * 8),
+        ({"method": "freeze", "freeze_layers": 1}, 4 * 64 + 3 * 128 + 2 * 8 + 8 + 11 * 8),
+        ({"method": "freeze", "trainable_pattern": r"layers\.1\..*q_proj"}, 64),
+        ({"method": "prompt", "num_virtual_tokens": 5}, 5 * 8),
+        ({"method": "prefix", "num_virtual_tokens": 5}, 5 * 2 * 2 * 8),  # a key and a value in each layer
+        ({"method": "full"}, 2 * (4 * 64 + 3 * 128 + 16) + 8 + 2 * 11 * 8),
+    ],
+)  # fmt: skip
+def test_what_trains_is_counted(method, expected):
     config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
     model = skeleton(AutoModelForCausalLM, config)
-    # rank x (in + out): four attention layers 8 + 8, three MLP layers 8 + 16, twice; not the head
-    assert count_lora_parameters(model, 4, []) == 4 * 2 * (4 * 16 + 3 * 24)
-    assert count_lora_parameters(model, 4, ["q_proj"]) == 4 * 2 * 16
+    recipe = SFTRecipe(output_dir="out", **method)
+    assert count_trained(model, recipe, "CAUSAL_LM", ("lm_head", model.lm_head))[1] == expected
+
+
+def test_a_new_head_is_trained_beside_an_adapter():
+    config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
     scorer = skeleton(AutoModelForSequenceClassification, config, num_labels=1)
-    assert count_lora_parameters(scorer, 4, [], ["score"]) == 4 * 2 * (4 * 16 + 3 * 24) + 8
-    gpt2 = skeleton(AutoModelForCausalLM, GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=10))
-    assert count_lora_parameters(gpt2, 2, ["c_attn"]) == 2 * (8 + 24)  # its layers are Conv1D
-
-
-def test_adapters_are_counted_as_peft_makes_them():
-    from peft import LoraConfig, get_peft_model
-
-    for auto, task, whole in (
-        (AutoModelForCausalLM, "CAUSAL_LM", []),
-        (AutoModelForSequenceClassification, "SEQ_CLS", ["score"]),
-    ):
-        config = tiny_llama().config
-        config.num_labels = 1
-        model = auto.from_config(config)
-        expected = count_lora_parameters(model, 4, [], whole)
-        peft = get_peft_model(
-            model, LoraConfig(task_type=task, r=4, target_modules="all-linear", modules_to_save=whole or None)
-        )
-        assert sum(p.numel() for p in peft.parameters() if p.requires_grad) == expected
+    recipe = RewardRecipe(output_dir="out", model_name_or_path="m", method="lora", lora_r=4)
+    assert count_trained(scorer, recipe, "SEQ_CLS", ("score", scorer.score))[1] == 4 * 2 * (4 * 16 + 3 * 24) + 8
 
 
 # --- a recipe, a folder
@@ -215,6 +216,55 @@ def test_the_sample_row_marks_what_is_trained(world, capsys, changes, shown):
     assert shown in said.replace(" ", "").replace("row:", "row: ")
     assert "at most 5 tokens in the first 1 rows" in said
     assert "1 to train on, 0 to evaluate on; up to 1 optimiser steps" in said
+
+
+def test_a_row_of_each_template_and_the_share_of_each_task(world, capsys):
+    """Tasks a and b, of which the second has two templates; one evaluation row stands in the training rows too."""
+    names = [a + b for a in "abcdefgh" for b in "abcdefgh"]
+    write_jsonl(world / "a.jsonl", [{"prompt": name, "completion": "x"} for name in names[:16]])
+    write_jsonl(world / "b.jsonl", [{"text": name, "label": 1} for name in names])
+    write_jsonl(world / "e.jsonl", [{"prompt": names[0].upper(), "completion": "x"}])
+    templates = [{"prompt": "p{{ text }}", "completion": "{{ label }}p"}, {"prompt": "q{{ text }}", "completion": "q"}]
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset=[{"path": "a.jsonl"}, {"path": "b.jsonl", "templates": templates, "labels": {1: "good"}}],
+        eval_dataset="e.jsonl",
+        mixture_temperature=2,
+        model_name_or_path="model",
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    flat = said.replace(" ", "")
+    # 80 rows in shares of 4 to 8
+    assert "tasks: b 66.2% (53 rows), a 33.8% (27 rows) ok " in " ".join(said.split())
+    assert "row:aa⟦x</s>⟧" in flat
+    assert re.search(r"b,row:p[a-h]{2}⟦goodp</s>⟧", flat)
+    assert re.search(r"b,row:q[a-h]{2}⟦q</s>⟧", flat)
+    assert "at most 9 tokens in the first 80 rows)" in " ".join(said.split())
+    assert "1 of 1 evaluation rows stand in the training rows too (1 exact, 0 near duplicates" in " ".join(said.split())
+    code, said = outcome(capsys, "r.yaml", "--max_length", "8")
+    assert code == 2
+    assert "longer than 8 tokens" in said
+
+
+def test_no_more_than_a_few_templates_are_shown(world, capsys):
+    write_jsonl(world / "a.jsonl", [{"text": a + b} for a in "abcdefghijklm" for b in "abcdefghijklm"])
+    templates = [{"prompt": f"{letter}{{{{ text }}}}", "completion": letter} for letter in "abcdefghij"]
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset={"path": "a.jsonl", "templates": templates},
+        eval_fraction=0,
+        model_name_or_path="model",
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    assert said.count("row: ") == 6
+    assert "rows of 6 of 10 templates" in said
+    assert "tasks:" not in said
 
 
 def test_the_sample_of_a_reward_recipe(world, capsys):

@@ -145,6 +145,24 @@ def test_the_number_of_processes_may_stand_anywhere(monkeypatch):
     assert calls == [("folder", 2, ["--seed", "1"])] * 3 + [("folder", None, [])]
 
 
+def test_verify_takes_a_number_of_processes_a_file_and_keys(monkeypatch, capsys):
+    calls = []
+    module = types.ModuleType("align.verify")
+    module.run = lambda *args: calls.append(args) or 1
+    monkeypatch.setitem(sys.modules, "align.verify", module)
+    for words, wanted in (
+        ([], (None, None, [])),
+        (["--json"], (None, "-", [])),
+        (["--json", "--seed", "1"], (None, "-", ["--seed", "1"])),
+        (["--seed", "1", "--json", "out.json", "--num_gpus", "2"], (2, "out.json", ["--seed", "1"])),
+    ):
+        assert cli.main(["verify", *words]) == 1  # what `run` says
+        assert calls.pop() == wanted
+    assert cli.main(["verify", "--help"]) == 0
+    assert "align verify" in capsys.readouterr().out
+    assert not calls
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_help_lists_every_key_with_type_meaning_and_default(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

@@ -15,6 +15,8 @@ from datasets import Dataset
 
 from align.config import DataSource, RewardRecipe, SFTRecipe, UserError
 from align.data import Demonstration, Preference, Prompt, Rows, Turns, load_rows
+from align.mixture import shares_line, times_used
+from align.templates import task_name
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -46,8 +48,8 @@ class TestFiles:
         path.write_text('\ufeff{"prompt": "p", "completion": "c", "score": 2}\n\n{"prompt": "q", "completion": "d"}\n')
         rows = load(str(path)).train
         assert rows == [
-            Demonstration("p", "c", f"{path}:1", {"score": 2}),
-            Demonstration("q", "d", f"{path}:3", {}),
+            Demonstration("p", "c", f"{path}:1", {"score": 2, "task": "a"}),
+            Demonstration("q", "d", f"{path}:3", {"task": "a"}),
         ]
 
     def test_json_list(self, tmp_path):
@@ -60,15 +62,15 @@ class TestFiles:
         text = "prompt,completion\np,c\n" if suffix == "csv" else '{"prompt": "p", "completion": "c"}\n'
         path = tmp_path / f"a.{suffix}.gz"
         path.write_bytes(gzip.compress(text.encode()))
-        assert load(str(path)).train == [Demonstration("p", "c", f"{path}:1", {})]
+        assert load(str(path)).train == [Demonstration("p", "c", f"{path}:1", {"task": "a"})]
 
     def test_csv_cells_stay_text(self, tmp_path):
         path = tmp_path / "a.csv"
         path.write_text("question,completion,score\n12,007,1\n13,None,2\n")
         rows = load(DataSource(path=str(path), columns={"prompt": "question"})).train
         assert [(row.prompt, row.completion, row.extra, row.where) for row in rows] == [
-            ("12", "007", {"score": 1}, f"{path}:1"),
-            ("13", "None", {"score": 2}, f"{path}:2"),
+            ("12", "007", {"score": 1, "task": "a"}, f"{path}:1"),
+            ("13", "None", {"score": 2, "task": "a"}, f"{path}:2"),
         ]
 
     def test_csv_cells_may_hold_commas_and_line_breaks(self, tmp_path):
@@ -84,7 +86,7 @@ class TestFiles:
         path = tmp_path / "a.parquet"
         messages = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]
         Dataset.from_dict({"messages": [messages]}).to_parquet(path)
-        assert load(str(path)).train == [Demonstration(messages[:1], messages[1:], f"{path}:1", {})]
+        assert load(str(path)).train == [Demonstration(messages[:1], messages[1:], f"{path}:1", {"task": "a"})]
         Dataset.from_dict({"prompt": ["q"], "completion": ["d"]}).to_parquet(path)
         assert prompts(load(str(path)).train) == ["q"]
 
@@ -282,7 +284,7 @@ class TestSources:
     def test_columns(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [{"question": "p", "completion": "c", "prompt": "not this", "id": 3}])
         rows = load(DataSource(path=path, columns={"prompt": "question"})).train
-        assert (rows[0].prompt, rows[0].completion, rows[0].extra) == ("p", "c", {"id": 3})
+        assert (rows[0].prompt, rows[0].completion, rows[0].extra) == ("p", "c", {"id": 3, "task": "a"})
 
     def test_fingerprint_is_of_the_rows_used(self, tmp_path):
         def fingerprint(rows: list[Any], **keys: Any) -> str:
@@ -309,6 +311,81 @@ class TestSources:
             (other, "evaluation"),
         ]
         assert report["train_rows"] + 2 * report["evaluation_rows"] == 100
+
+
+class TestMixture:
+    def test_rates_by_hand(self):
+        # T 2: the roots of 100, 400 and 900 are in shares 1 : 2 : 3 of 1400 rows
+        assert times_used([100, 400, 900], [1, 1, 1], 2) == pytest.approx(
+            [1400 / 6 / 100, 1400 / 3 / 400, 1400 / 2 / 900]
+        )
+        assert times_used([100, 400], [3, 0.5], 1) == [3, 0.5]
+        # T 2 with weights: 2 x 10 to 1 x 20 share 2 x 100 + 400 rows equally
+        assert times_used([100, 400], [2, 1], 2) == pytest.approx([3, 0.75])
+        # a very high T makes them even
+        assert times_used([100, 900], [1, 1], 1e9) == pytest.approx([5, 500 / 900])
+        assert times_used([0, 4], [1, 1], 2) == [0, 1]  # all of the first are evaluated
+
+    def test_rows_of_a_mixture(self, tmp_path):
+        small = [{"prompt": f"small {i}", "completion": "c"} for i in range(100)]
+        large = [{"prompt": f"large {i}", "completion": "c"} for i in range(600)]
+        sources = [
+            DataSource(path=write_jsonl(tmp_path / "small.jsonl", small)),
+            DataSource(path=write_jsonl(tmp_path / "large.jsonl", large), max_rows=400),
+        ]
+        rows = load(*sources, mixture_temperature=2.0)  # the cap counts: 1 : 2 of 500
+        used = Counter(prompts(rows.train))
+        assert sum(count for prompt, count in used.items() if prompt.startswith("small")) == 167
+        assert sum(count for prompt, count in used.items() if prompt.startswith("large")) == 333
+        assert {count for prompt, count in used.items() if prompt.startswith("small")} == {1, 2}
+        assert {count for prompt, count in used.items() if prompt.startswith("large")} == {1}
+        assert prompts(rows.train) == prompts(load(*sources, mixture_temperature=2.0).train)
+        assert prompts(rows.train) != prompts(load(*sources, mixture_temperature=2.0, seed=1).train)
+        assert rows.report["tasks"] == {
+            "large": {"train_rows": 333, "share": 333 / 500, "evaluation_rows": 0},
+            "small": {"train_rows": 167, "share": 167 / 500, "evaluation_rows": 0},
+        }
+        assert [source["train_rows"] for source in rows.report["sources"]] == [167, 333]
+        assert [source["rows"] for source in rows.report["sources"]] == [100, 400]
+        assert len(load(*sources).train) == 500
+
+    @pytest.mark.parametrize(
+        ("keys", "task"),
+        [
+            ({"path": "data/reviews_train.jsonl.gz"}, "reviews"),
+            ({"path": "data/reviews.csv"}, "reviews"),
+            ({"path": "reviews/train.parquet"}, "reviews"),
+            ({"path": "reviews/train-*.parquet"}, "reviews"),
+            ({"path": "/x/strain.jsonl"}, "strain"),
+            ({"path": "train.jsonl"}, "train"),
+            ({"path": "org/imdb"}, "imdb"),
+            ({"path": "nyu-mll/glue", "name": "sst2"}, "sst2"),
+            ({"generator": "world:rows"}, "world:rows"),
+            ({"path": "reviews.csv", "task": "mood"}, "mood"),
+        ],
+    )
+    def test_name_of_a_task(self, keys, task):
+        assert task_name(DataSource(**keys)) == task
+
+    def test_tasks_of_both_sides(self, tmp_path):
+        path = write_jsonl(tmp_path / "a.jsonl", [{**row, "task": "own"} for row in pairs(3)])
+        other = write_jsonl(tmp_path / "b_eval.jsonl", [{"prompt": "q", "completion": "c"}])
+        assert {row.extra["task"] for row in load(path).train} == {"own"}  # a column of the data stays,
+        rows = load(DataSource(path=path, task="named"), eval_dataset=[DataSource(path=other)])
+        assert {row.extra["task"] for row in rows.train} == {"named"}  # unless the recipe says otherwise
+        assert rows.report["tasks"] == {
+            "named": {"train_rows": 3, "share": 1.0, "evaluation_rows": 0},
+            "b": {"train_rows": 0, "share": 0.0, "evaluation_rows": 1},
+        }
+
+    def test_the_report_names_no_more_than_the_most_frequent_tasks(self, tmp_path):
+        rows = [{**row, "task": f"task {n}"} for n, row in enumerate(pairs(300))]
+        tasks = load(write_jsonl(tmp_path / "a.jsonl", [*rows, {**pairs(301)[-1], "task": "task 299"}])).report["tasks"]
+        assert len(tasks) == 100
+        assert next(iter(tasks)) == "task 299"
+        line = str(shares_line({"tasks": tasks}))
+        assert line.startswith("task 299 0.7% (2 rows), task 0 0.3% (1 rows), ")
+        assert line.endswith("task 18 0.3% (1 rows), and 80 more")
 
 
 class TestSplit:

@@ -26,7 +26,7 @@ from align.evaluate_inputs import prepare
 from align.foreign_keys import _ANY_STAGE, _OF_STAGE, _SAMPLING
 from align.recipes import load_evaluation
 from align.rollout import generate
-from align.shots import draw, pools, with_examples
+from align.shots import draw, pool_for, pools, with_examples
 from tests.worlds import LETTERS, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 TRAIN = [(first + "b", "c" + first) for first in LETTERS[:12]]
@@ -251,7 +251,7 @@ def test_examples_of_text_and_of_messages():
 
 
 def test_examples_are_drawn_by_seed_without_repetition():
-    pool = [Demonstration(letter, letter, letter) for letter in LETTERS]
+    pool = [Demonstration(letter, letter, letter, {"task": "x"}) for letter in LETTERS]
     eight = [row.where for row in draw(pool, 8, "seed")]
     assert len(set(eight)) == 8
     assert [row.where for row in draw(pool, 3, "seed")] == eight[:3]  # fewer examples are the first of more
@@ -264,6 +264,33 @@ def test_examples_are_of_the_same_task_and_kind_and_weights_do_not_count():
     chat = Demonstration([message("user", "a")], [message("assistant", "b")], "2", {"task": "x"})
     other = Demonstration("a", "b", "3", {"task": "y"})
     assert pools([row, row, chat, other]) == {("x", True): [row], ("x", False): [chat], ("y", True): [other]}
+
+
+def test_where_no_training_row_is_of_the_task_all_may_be_examples():
+    row = Demonstration("a", "b", "1", {"task": "x"})
+    chat = Demonstration([message("user", "a")], [message("assistant", "b")], "2", {"task": "x"})
+    other = Demonstration("a", "b", "3", {"task": "y"})
+    found = pools([row, chat, other])
+    assert pool_for(row, found) == [row]
+    assert pool_for(Demonstration("a", "b", "4", {"task": "z"}), found) == [row, other]
+
+
+def test_labels_are_read_back_from_what_templates_made(tmp_path, monkeypatch):
+    """No prediction is its reference, and two of three name the right label."""
+    source = DataSource(
+        path=write_jsonl(
+            tmp_path / "labelled.jsonl",
+            [{"text": "x", "label": 1}, {"text": "y", "label": 0}, {"text": "z", "label": 1}],
+        ),
+        templates=[{"prompt": "{{ text }}", "completion": "{{ label }} q"}],
+        labels={"0": "n", "1": "p"},
+    )
+    settings = recipe(tmp_path, train_dataset=[], eval_dataset=[source], metrics=["accuracy", "f1", "exact_match"])
+    monkeypatch.setattr(stage, "predicted", lambda *_: ["P, q", "well n", "n q"])
+    results = run(settings)
+    assert values(results, "exact_match")["base", 0] == 0.0
+    assert values(results, "accuracy")["base", 0] == pytest.approx(2 / 3)
+    assert values(results, "f1")["base", 0] == pytest.approx(2 / 3)  # n: 1 of 2 said and 1 true. p: 1 of 1 and 2
 
 
 def test_prompts_with_examples_come_from_the_training_rows_of_the_task(tmp_path):
@@ -508,7 +535,7 @@ class Length(evaluate.Metric):
         encoding="utf-8",
     )
     script = str(tmp_path / "length.py")
-    results = run(recipe(tmp_path, evaluation=rows(ROWS, task=["x"] * 7), metrics=[script]))
+    results = run(recipe(tmp_path, evaluation=rows(ROWS, task=[*"xxxyyyy"]), metrics=[script]))
     lengths = {(name, 0): 0 for name in ("base", "tuned")}
     for line in predictions(tmp_path):
         lengths[line["model"], 0] += len(line["prediction"])
@@ -542,6 +569,7 @@ def test_the_files(tmp_path, capsys):
         assert "Differences from base, on the same rows" in text
         assert f"{values(results, 'perplexity')['tuned', 1]:.4g} [" in text
     assert "7 rows." in report
+    assert {entry["task"] for entry in results["results"]} == {None}  # one task is not told apart
     assert "evaluate 28/28  0:00:00 left  tuned 1-shot" in shown.err
     assert results["data"]["sources"][1]["rows"] == 7
     assert results["recipe"]["num_shots"] == [0, 1]
@@ -615,7 +643,10 @@ def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
         ),
         ({"models": {"base": "gone/model/there"}}, "models: no model at gone/model/there"),
         ({"grader": "no_such_module:f"}, "grader: no module 'no_such_module'"),
-        ({"num_shots": [0, 13]}, "num_shots: expected at least 13 training rows to take examples from, found 12"),
+        (
+            {"num_shots": [0, 13]},
+            "num_shots: expected at least 13 training rows of task '.*' to take examples from, found 12",
+        ),
         ({"output_dir": "/proc/out"}, "output_dir: cannot write to /proc/out"),
     ],
 )

@@ -12,8 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = {"align.sft", "align.reward", "align.ppo", "align.evaluate"}
 # Layers from the top. A module imports from layers below its own, and from its own layer apart from stages.
-ENTRY = {"align.__main__", "align.check", "align.pipeline"}
-BASE = ["align.recipes", "align.limits", "align.foreign_keys", "align.strict", "align.config"]
+ENTRY = {"align.__main__", "align.check", "align.merge", "align.pipeline", "align.verify"}
+BASE = [
+    "align.recipes",
+    "align.limits",
+    "align.templates",
+    "align.rows",
+    "align.foreign_keys",
+    "align.strict",
+    "align.config",
+]
 OWNERS = {
     "deepspeed": {"align.engine"},
     "wandb": {"align.tracking"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -314,7 +315,7 @@ class TestEMA:
 
 class TestLora:
     def test_the_reference_is_the_policy_with_its_adapter_off(self, tmp_path):
-        updater, rollout = start(recipe_of(tmp_path, use_peft=True, lora_r=2))
+        updater, rollout = start(recipe_of(tmp_path, method="lora", lora_r=2))
         models = updater.models
         assert models.reference.module is models.policy.module
         assert torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
@@ -330,7 +331,7 @@ class TestLora:
         assert (logprobs[2] - logprobs[0]).abs().max() > 0.1
 
     def test_what_is_saved_is_plain_and_of_the_adapters_rank(self, tmp_path):
-        recipe = recipe_of(tmp_path, use_peft=True, lora_r=2, learning_rate=2e-2)
+        recipe = recipe_of(tmp_path, method="lora", lora_r=2, learning_rate=2e-2)
         results = run(recipe)
         before, after = next(row[1:] for row in results["table"] if row[0].startswith("score"))
         assert after > before
@@ -340,7 +341,10 @@ class TestLora:
         assert changed == {name for name in base if name.endswith("_proj.weight")}
         for name in changed:
             assert int(torch.linalg.matrix_rank(trained[name] - base[name], rtol=1e-3)) <= 2
-        AutoModelForCausalLM.from_pretrained(recipe.output_dir)
+        plain = AutoModelForCausalLM.from_pretrained(recipe.output_dir).state_dict()
+        adapted = AutoPeftModelForCausalLM.from_pretrained(f"{recipe.output_dir}/adapter").merge_and_unload()
+        for name, weight in adapted.state_dict().items():
+            torch.testing.assert_close(weight, plain[name], atol=1e-6, rtol=0)
 
 
 def everything(folder: Path, **changes) -> str:
@@ -355,7 +359,7 @@ def everything(folder: Path, **changes) -> str:
 
 def adapter(folder: Path, **changes) -> str:
     return make_recipe(
-        folder, use_peft=True, lora_r=4, learning_rate=3e-3, advantage_estimator="rloo", num_generations=2,
+        folder, method="lora", lora_r=4, learning_rate=3e-3, advantage_estimator="rloo", num_generations=2,
         gradient_checkpointing=True, ema_decay=0.5, **changes,
     )  # fmt: skip
 
@@ -420,7 +424,7 @@ class TestRefused:
             ({"advantage_estimator": "rloo", "num_generations": 2, "value_model_path": "x"}, r"value_model_path: .*no value"),
             ({"dual_clip": 0.9}, r"dual_clip: expected a number above 1"),
             ({"ema_decay": 1.0}, r"ema_decay: expected a number from 0 to below 1"),
-            ({"use_peft": True, "reference_deepspeed": "ds.json"}, r"reference_deepspeed: with use_peft the reference is"),
+            ({"method": "lora", "reference_deepspeed": "ds.json"}, r"reference_deepspeed: with an adapter the reference is"),
             ({"top_k": 50}, r"top_k: unknown key; refused: it would sample from another distribution"),
             ({"ptx_dataset": "nowhere.jsonl"}, r"nowhere.jsonl"),
         ],

@@ -170,7 +170,7 @@ def test_the_zero_is_the_mean_score_of_sft_answers_and_travels_with_the_model(tm
     for index, (_, ids) in enumerate(zero_prompts(settings, inputs, load_rows(settings, Preference).train)):
         noise = uniforms(42, "zero of the score", [index], 8)
         prompt = torch.tensor([ids])
-        answer, _ = generate(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), noise, 1.0, 2, 0)
+        answer, *_ = generate(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), noise, 1.0, 2, 0)
         whole = torch.cat([prompt, answer], dim=1)
         scores.append(score_sequences(model, whole, torch.ones_like(whole, dtype=torch.bool)))
         logits.append(plain(whole).logits[0])
@@ -319,7 +319,7 @@ def test_a_pretrained_encoder_learns_politeness(tmp_path):
 
 
 def test_lora_is_merged_and_the_head_is_trained_whole(tmp_path):
-    settings = recipe(tmp_path, eval_rows=HELD_OUT, use_peft=True, lora_r=4, save_steps=1)
+    settings = recipe(tmp_path, eval_rows=HELD_OUT, method="lora", lora_r=4, save_steps=1)
     results = run(settings)
     weights, base = trained(settings), untrained().state_dict()
     assert weights.keys() == base.keys()

@@ -1,0 +1,191 @@
+"""What `method` trains, in the stages that fine-tune: which weights move, what is saved, what a later stage loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align.__main__ import main
+from align.config import UserError
+from align.recipes import load_recipe
+from align.sft import run
+from tests.test_sft import metrics, nll, recipe, trained
+from tests.worlds import deepspeed_file, launch, tiny_llama
+
+HELD_OUT = [("ac", "d"), ("e", "fghijkl")]
+PROJECTIONS = {name for name in tiny_llama().state_dict() if name.endswith("_proj.weight")}
+EVERYTHING = set(tiny_llama().state_dict())
+LAST_LAYER = {name for name in EVERYTHING if name.startswith("model.layers.1.")}
+
+# method: what moves, of the plain model that is saved
+MOVES = {
+    "full": ({}, EVERYTHING),
+    "freeze layers": ({"method": "freeze", "freeze_layers": 1}, LAST_LAYER | {"model.norm.weight", "lm_head.weight"}),
+    "freeze pattern": (
+        {"method": "freeze", "trainable_pattern": r"layers\.0\..*(q|k)_proj"},
+        {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"},
+    ),
+    "head": ({"method": "head"}, {"lm_head.weight"}),
+    "lora": ({"method": "lora", "lora_r": 2}, PROJECTIONS),
+    "dora": ({"method": "dora", "lora_r": 2}, PROJECTIONS),
+    "ia3": ({"method": "ia3"}, {name for name in PROJECTIONS if name.split(".")[-2] in ("k_proj", "v_proj", "down_proj")}),
+}  # fmt: skip
+SETTINGS = {"eval_rows": HELD_OUT, "num_train_epochs": 4, "learning_rate": 3e-2, "save_steps": 3}
+
+
+def held_out_loss(model) -> float:
+    with torch.no_grad():
+        total, count = nll(model, HELD_OUT)
+    return float(total / count)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_moves_and_what_is_saved(tmp_path, name):
+    changes, moves = MOVES[name]
+    settings = recipe(tmp_path, **SETTINGS, **changes)
+    results = run(settings)
+    base = tiny_llama().state_dict()
+    assert {key for key, weight in trained(settings).items() if not torch.equal(weight, base[key])} == moves
+    losses = [row["train/loss"] for row in metrics(settings) if "train/loss" in row]
+    assert losses[-1] < losses[0]
+    plain = AutoModelForCausalLM.from_pretrained(settings.output_dir)
+    assert held_out_loss(plain) == pytest.approx(results["eval_loss"], abs=1e-4)
+    adapter = Path(settings.output_dir) / "adapter"
+    assert adapter.exists() == (name in ("lora", "dora", "ia3"))
+    if adapter.exists():
+        assert not list(adapter.glob("*.bin"))
+        with_adapter = AutoPeftModelForCausalLM.from_pretrained(adapter)
+        assert held_out_loss(with_adapter) == pytest.approx(results["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_leave_the_model_alone(tmp_path, method):
+    settings = recipe(tmp_path, **SETTINGS, method=method, num_virtual_tokens=4)
+    results = run(settings)
+    out = Path(settings.output_dir)
+    assert results["eval_loss"] < results["eval_loss_before"]
+    assert not (out / "model.safetensors").exists()
+    assert (
+        sum(weight.numel() for weight in load_file(out / "adapter_model.safetensors").values())
+        == {
+            "prompt": 4 * 32,
+            "prefix": 4 * 2 * 2 * 16,  # a key and a value, of two heads of 8, in each of two layers
+        }[method]
+    )
+    model = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).eos_token_id == 2
+    total, count = 0.0, 0
+    for prompt, completion in HELD_OUT:
+        ids = torch.tensor([[ord(c) - ord("a") + 3 for c in prompt + completion] + [2]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, -ids.shape[1] :]
+        log_p = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        total -= float(log_p.gather(1, ids[0, len(prompt) :, None]).sum())
+        count += len(completion) + 1
+    assert results["eval_loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_a_later_stage_starts_from_the_adapter_or_from_what_it_was_merged_into(tmp_path):
+    first = recipe(tmp_path, **SETTINGS, method="lora")
+    run(first)
+    losses = []
+    for start in (first.output_dir, f"{first.output_dir}/adapter"):
+        again = recipe(tmp_path, **SETTINGS, model_name_or_path=start, output_dir=str(tmp_path / f"again{len(losses)}"))
+        losses.append(run(again)["eval_loss_before"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix"]), (3, ["full", "lora"])])
+def test_two_ranks_do_what_one_does(tmp_path, stage, names):
+    ways = {
+        **{name: changes for name, (changes, _) in MOVES.items()},
+        "prompt": {"method": "prompt"},
+        "prefix": {"method": "prefix"},
+    }
+    alone, together = {}, {}
+    for name in names:
+        folder = tmp_path / name.replace(" ", "_")
+        settings = recipe(tmp_path, eval_rows=HELD_OUT, **ways[name], learning_rate=1e-3, adam_epsilon=1e-3,
+                          output_dir=str(folder / "alone"))  # fmt: skip
+        run(settings)
+        alone[name] = settings
+        together[name] = dataclasses.replace(
+            settings, output_dir=str(folder / "together"), deepspeed=deepspeed_file(tmp_path / "ds.json", stage)
+        )
+        (tmp_path / f"{folder.name}.yaml").write_text(yaml.safe_dump(dataclasses.asdict(together[name])))
+    worker = str(Path(__file__).with_name("methods_worker.py"))
+    done = launch(worker, *map(str, sorted(tmp_path.glob("*.yaml"))), module=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        file = "adapter_model.safetensors" if name in ("prompt", "prefix") else "model.safetensors"
+        ours, theirs = (load_file(Path(each[name].output_dir) / file) for each in (alone, together))
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            torch.testing.assert_close(ours[key], theirs[key], atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class TestMerge:
+    def test_it_is_the_model_that_the_stage_merged(self, tmp_path, capsys):
+        settings = recipe(tmp_path, **SETTINGS, method="lora")
+        run(settings)
+        assert main(["merge", f"{settings.output_dir}/adapter", str(tmp_path / "merged")]) == 0
+        assert "merged into" in capsys.readouterr().out
+        merged = load_file(tmp_path / "merged" / "model.safetensors")
+        for name, weight in trained(settings).items():
+            torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=0)
+        assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 2
+        assert main(["merge", f"{settings.output_dir}/adapter", str(tmp_path / "merged")]) == 2
+        assert "is there already" in capsys.readouterr().err
+
+    def test_what_cannot_be_merged(self, tmp_path, capsys):
+        settings = recipe(tmp_path, **SETTINGS, method="prompt")
+        run(settings)
+        assert main(["merge", settings.output_dir, str(tmp_path / "merged")]) == 2
+        assert "virtual tokens, which cannot be merged" in capsys.readouterr().err
+        assert main(["merge", str(tmp_path), str(tmp_path / "merged")]) == 2
+        assert "no adapter there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ("method: freeze", "freeze needs either freeze_layers or trainable_pattern, got neither"),
+        ("method: freeze\nfreeze_layers: 1\ntrainable_pattern: x", "got both"),
+        ("freeze_layers: 1", "freeze_layers: is for method: freeze, got method: full"),
+        ("method: freeze\ntrainable_pattern: '('", "trainable_pattern: not a regular expression"),
+        ("method: prompt\npacking: true", "puts tokens before each row"),
+        ("method: adapter", "expected one of full, freeze, head, lora"),
+        ("use_peft: true", "called method: lora here"),
+    ],
+)
+def test_refused(tmp_path, changes, words):
+    (tmp_path / "sft.yaml").write_text(f"output_dir: o\nmodel_name_or_path: m\ntrain_dataset: d.jsonl\n{changes}\n")
+    with pytest.raises(UserError, match=words):
+        load_recipe("sft", str(tmp_path / "sft.yaml"))
+
+
+def test_stages_that_cannot_use_a_method_say_why(tmp_path):
+    (tmp_path / "ppo.yaml").write_text("output_dir: o\nsft_model_path: m\ntrain_dataset: d.jsonl\nmethod: prompt\n")
+    with pytest.raises(
+        UserError, match=r"expected one of full, lora, dora, ia3 in the ppo stage, got prompt, which cannot be merged"
+    ):
+        load_recipe("ppo", str(tmp_path / "ppo.yaml"))
+
+
+def test_more_layers_frozen_than_there_are(tmp_path):
+    with pytest.raises(UserError, match="freeze_layers: expected at most 2"):
+        run(recipe(tmp_path, method="freeze", freeze_layers=3))
+
+
+def test_a_pattern_that_fits_nothing(tmp_path):
+    with pytest.raises(
+        UserError, match=r"trainable_pattern: 'blocks' fits no parameter; their names are like model.embed"
+    ):
+        run(recipe(tmp_path, method="freeze", trainable_pattern="blocks"))
