@@ -14,6 +14,7 @@ _SAMPLED = (
     "refused: it would sample from another distribution than the one whose log-probabilities PPO compares; "
     "only `temperature` applies to both"
 )
+_GREEDY = "not offered: temperature 0 takes the likeliest token, above 0 samples from the whole distribution"
 
 _DERIVED_SIZES = (
     "derived: set train_batch_size (rows per optimiser step over all devices) and per_device_train_batch_size"
@@ -111,13 +112,27 @@ _OF_STAGE = {
         "stop_token_id": "derived: a response ends at the tokenizer's end-of-text token",
         "whiten_advantages": "not needed: advantages are always whitened over all devices",
     },
+    "evaluate": {
+        "model": "called models here, a list or a mapping of names to folders or hub ids",
+        "model_name_or_path": "called models here, a list or a mapping of names to folders or hub ids",
+        "tasks": "called eval_dataset here: rows are data sources, measured by metrics or a grader",
+        "num_fewshot": "called num_shots here, a list",
+        "batch_size": "called per_device_eval_batch_size here",
+        "limit": "called max_eval_rows here",
+        "until": "called stop_strings here",
+        "max_gen_toks": "called max_new_tokens here",
+        "response_length": "called max_new_tokens here",
+        "reward_funcs": "called grader here, one function",
+        "eval_reward_funcs": "called grader here, one function",
+        "deepspeed": "not offered: every process holds whole models, and takes its share of the rows",
+    },
 }
 
 
 def explain(stage: str, name: str) -> str | None:
     """The clause that follows "unknown key", or None when only a nearest key can help."""
     if name in _SAMPLING.split():
-        return f"; {_SAMPLED}"
+        return f"; {_SAMPLED if stage != 'evaluate' else _GREEDY}"
     if known := _OF_STAGE[stage].get(name) or _ANY_STAGE.get(name):
         return f"; {known}"
     owners = [other for other, cls in RECIPES.items() if name in {field.name for field in dataclasses.fields(cls)}]

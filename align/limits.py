@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from align.config import (
     DataSource,
+    EvaluateRecipe,
     PPORecipe,
     RewardRecipe,
     SFTRecipe,
@@ -47,7 +49,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
         "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha num_virtual_tokens "
         "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size "
-        "early_stopping_patience mixture_temperature",
+        "early_stopping_patience mixture_temperature max_new_tokens bootstrap_iters",
     ),
     (
         "above 0",
@@ -75,7 +77,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
 ]
 
 
-def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
+def check_values(recipe: StageRecipe | EvaluateRecipe, where: Callable[[str], str]) -> None:
     """Refuse values out of range, keys that exclude one another, and named files that are not there.
 
     Args:
@@ -84,16 +86,6 @@ def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
     Raises:
         UserError: the first thing that is wrong.
     """
-    _check_ranges(recipe, where)
-    if recipe.lr_scheduler_type not in SCHEDULES:
-        hint = nearest(recipe.lr_scheduler_type, SCHEDULES)
-        raise UserError(
-            f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got {recipe.lr_scheduler_type!r}{hint}"
-        )
-    if not recipe.train_dataset:
-        raise UserError(
-            f"{where('train_dataset')}: expected a path, a hub id or a mapping, got nothing; name the training rows."
-        )
     for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
         for index, source in enumerate(getattr(recipe, name, [])):
             _check_source(source, f"{where(name)}[{index}]")
@@ -104,6 +96,19 @@ def check_values(recipe: StageRecipe, where: Callable[[str], str]) -> None:
                 )
     if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
         raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
+    if isinstance(recipe, EvaluateRecipe):
+        _check_evaluate(recipe, where)
+        return
+    _check_ranges(recipe, where)
+    if recipe.lr_scheduler_type not in SCHEDULES:
+        hint = nearest(recipe.lr_scheduler_type, SCHEDULES)
+        raise UserError(
+            f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got {recipe.lr_scheduler_type!r}{hint}"
+        )
+    if not recipe.train_dataset:
+        raise UserError(
+            f"{where('train_dataset')}: expected a path, a hub id or a mapping, got nothing; name the training rows."
+        )
     for name in ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed"):
         if path := getattr(recipe, name, None):
             _check_deepspeed(Path(path), where(name))
@@ -308,3 +313,28 @@ def _check_objective(recipe: PPORecipe, where: Callable[[str], str]) -> None:
             f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and has no "
             "engine of its own; leave it out."
         )
+
+
+def _check_evaluate(recipe: EvaluateRecipe, where: Callable[[str], str]) -> None:
+    if recipe.temperature < 0:
+        raise UserError(f"{where('temperature')}: expected 0 (the likeliest token) or more, got {recipe.temperature}")
+    _check_ranges(dataclasses.replace(recipe, temperature=recipe.temperature or 1.0), where)
+    if not recipe.models:
+        raise UserError(f"{where('models')}: expected folders or hub ids of models, got none")
+    if not recipe.train_dataset and not recipe.eval_dataset:
+        raise UserError(
+            f"{where('eval_dataset')}: expected rows to evaluate on, got no eval_dataset and no train_dataset"
+        )
+    if any(source.weight != 1 for source in recipe.eval_dataset):
+        raise UserError(f"{where('eval_dataset')}: `weight` is for training rows; limit evaluation rows by `max_rows`.")
+    if not recipe.metrics and recipe.grader is None:
+        raise UserError(f"{where('metrics')}: expected names of metrics, or a `grader`, got neither")
+    if recipe.grader is not None:
+        _check_function(recipe.grader, where("grader"))
+    if "" in recipe.stop_strings:
+        raise UserError(f"{where('stop_strings')}: expected text that ends a prediction, got an empty string")
+    shots = recipe.num_shots
+    if not shots or min(shots) < 0 or len(set(shots)) < len(shots):
+        raise UserError(f"{where('num_shots')}: expected different numbers from 0, got {shots}")
+    if max(shots) and not recipe.train_dataset:
+        raise UserError(f"{where('train_dataset')}: expected rows that give the {max(shots)} examples, got none")

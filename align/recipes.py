@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from align.config import RECIPES, DataSource, PPORecipe, StageRecipe, TrainerRecipe, UserError
+from align.config import RECIPES, DataSource, EvaluateRecipe, PPORecipe, StageRecipe, TrainerRecipe, UserError
 from align.foreign_keys import explain
 from align.limits import check_values
 from align.strict import build, nearest
@@ -32,6 +32,8 @@ DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward
 _DATASET_KEYS = ("train_dataset", "eval_dataset", "ptx_dataset")
 _PATH_KEYS = {*(name for names in INPUTS.values() for name in names), "chat_template_path", *DEEPSPEED_KEYS}
 
+AnyRecipe = TypeVar("AnyRecipe", StageRecipe, EvaluateRecipe)
+
 
 def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> StageRecipe:
     """The recipe for `stage` in the YAML file `path`, checked, with `stage` filled in.
@@ -47,9 +49,19 @@ def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> StageRe
         UserError: an unreadable file, an unknown key, a value of another type or out of range, keys that
             exclude one another, a DeepSpeed JSON or chat template that is not there.
     """
-    cls = RECIPES[stage]
+    return _load(RECIPES[stage], stage, path, overrides)
+
+
+def load_evaluation(path: str, overrides: Sequence[str] = ()) -> EvaluateRecipe:
+    """The recipe for `align evaluate` in the YAML file `path`; all else as in `load_recipe`."""
+    return _load(EvaluateRecipe, "evaluate", path, overrides)
+
+
+def _load(cls: type[AnyRecipe], stage: str, path: str, overrides: Sequence[str]) -> AnyRecipe:
     values, lines = _read(path)
     changed = _apply(values, overrides, get_type_hints(cls))
+    if cls is EvaluateRecipe and "models" in values:
+        values["models"] = _named(values["models"])
     if values.get("stage") is None:
         values["stage"] = stage
 
@@ -89,6 +101,16 @@ def stage_inputs(recipe: StageRecipe) -> dict[str, str | None]:
     """The models a stage starts from by recipe key, as `align.checkpoint` wants them."""
     stage = next(name for name, cls in RECIPES.items() if isinstance(recipe, cls))
     return {name: getattr(recipe, name) for name in INPUTS[stage]}
+
+
+def _named(models: Any) -> Any:
+    """One model, or a list of them, as a mapping of names to paths; a model is called by its last name where that is enough."""
+    paths = [models] if isinstance(models, str) else models
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        return models
+    short = [Path(path).name for path in paths]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    return dict(zip(names, paths, strict=True))
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,7 +207,7 @@ def _value(tokens: list[str], annotation: Any, name: str) -> Any:
     return tokens[0] if takes_text and not isinstance(parsed, str | list | dict | None) else parsed
 
 
-def _find_files(recipe: StageRecipe, folder: Path) -> StageRecipe:
+def _find_files(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
     """The recipe with its relative paths resolved: from here, else from `folder`, else as they are (hub ids)."""
 
     def find(path: str) -> str:
@@ -197,6 +219,9 @@ def _find_files(recipe: StageRecipe, folder: Path) -> StageRecipe:
         for field in dataclasses.fields(recipe)
         if field.name in _PATH_KEYS and (value := getattr(recipe, field.name))
     }
+    if isinstance(recipe, EvaluateRecipe):
+        changes["models"] = {name: find(model) for name, model in recipe.models.items()}
+        changes["metrics"] = [find(name) if name.endswith(".py") else name for name in recipe.metrics]
     for name in _DATASET_KEYS:
         sources: list[DataSource] = getattr(recipe, name, [])
         if sources:

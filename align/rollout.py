@@ -109,7 +109,10 @@ def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     Args:
         logits: [B, V].
         noise: [B] in [0, 1).
+        temperature: 0 takes the likeliest token, whatever the noise.
     """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
     cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
     thresholds = noise[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
@@ -127,6 +130,8 @@ def generate(
     anyone: Callable[[bool], bool] = bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample a response to each prompt from softmax(logits / temperature), the whole distribution.
+
+    At temperature 0 the likeliest tokens, with their log-probabilities at temperature 1.
 
     Args:
         model: a causal language model that takes a key-value cache.
@@ -157,7 +162,7 @@ def generate(
         )
         tokens = sample(output.logits[:, -1], noise[rows, step], temperature)
         responses[rows[alive], step] = tokens[alive]
-        logprobs[rows[alive], step] = token_logprobs(output.logits[:, -1], tokens, temperature)[alive]
+        logprobs[rows[alive], step] = token_logprobs(output.logits[:, -1], tokens, temperature or 1.0)[alive]
         mask[rows[alive], step] = True
         alive = alive & (tokens != eos_token_id)
         if not anyone(bool(alive.any())):

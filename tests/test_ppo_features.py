@@ -223,6 +223,17 @@ class TestScores:
         torch.testing.assert_close(shape_scores(recipe, rollout, progress), torch.full((16,), 2 / 4.5**0.5))
         assert progress.score_moments == RunningMoments(32, 4.0, 144.0)
 
+    def test_advantages_are_white_over_the_real_tokens(self, tmp_path):
+        recipe = recipe_of(tmp_path)
+        _, rollout = start(recipe)
+        assert not rollout.mask.all(), "the test wants padding"
+        rollout.scores = torch.arange(16.0)
+        advantages, _ = estimate_advantages(recipe, rollout, rollout.scores, 0.1)
+        real = advantages[rollout.mask]
+        assert float(real.mean()) == pytest.approx(0.0, abs=1e-5)
+        assert float(real.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
+        assert not advantages[~rollout.mask].any()
+
     def test_rewards_of_single_tokens_stay_on_them(self, tmp_path):
         recipe = recipe_of(tmp_path, lam=1.0)
         _, rollout = start(recipe)

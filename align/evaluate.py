@@ -1,0 +1,273 @@
+"""Compare language models on the same rows: `align evaluate`.
+
+    align evaluate recipes/mine/4_evaluate.yaml
+    deepspeed --num_gpus 8 --module align.evaluate recipes/mine/4_evaluate.yaml
+
+Every model is tried with every number of worked examples in the prompt. Perplexity and token accuracy are those of
+the reference responses, as exact means over their tokens; all other metrics, and the grader, judge what the model
+writes itself. Each process holds the whole model and takes its share of the batches; which rows share a batch does not
+depend on the number of processes. What a killed run has done of a model is not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from align.checkpoint import COSMETIC_KEYS, differing_keys, digest, read_manifest, write_json
+from align.config import EvaluateRecipe, UserError
+from align.data import as_response
+from align.engine import connect, disconnect
+from align.evaluate_answers import Answers, answer, predicted
+from align.evaluate_inputs import Condition, Inputs, prepare, shared_keys
+from align.evaluate_report import REPORT, RESULTS, Result, summarise, write_report
+from align.models import load_policy
+from align.progress import Display
+from align.recipes import resolve_function
+from align.resampling import Floats, Measure
+from align.tables import make_console, make_table
+from align.templates import LABEL, LABELS, TEMPLATE, label_of
+from align.text_metrics import TextMetric, load_metric
+from align.tracking import quiet
+from align.world import World
+from reward_models import FunctionReward, Responses
+
+PARTS = "parts"  # in output_dir while the command runs: a file per condition that is done
+TOKEN_METRICS = ("perplexity", "token_accuracy")
+
+
+def run(recipe: EvaluateRecipe) -> dict[str, Any]:
+    """Evaluate; returns what is in `results.json`, on rank 0 (elsewhere nothing)."""
+    quiet()
+    identity = _identity(recipe)
+    if (found := _finished(recipe, identity)) is not None:
+        return found
+    metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
+    grader = resolve_function(recipe.grader, "grader") if recipe.grader else None
+    generates = bool(metrics) or grader is not None
+    inputs = prepare(recipe, generates)
+    try:
+        (Path(recipe.output_dir) / PARTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: cannot write to {recipe.output_dir} ({error.strerror}); choose another."
+        ) from error
+    world = connect(shared_keys(recipe))
+    answers = _answer_all(recipe, inputs, world, generates, digest([_lasting(identity), inputs.report]))
+    results: dict[str, Any] = {}
+    if world.is_main:
+        found_all = [
+            _judge(recipe, inputs, *pair, metrics, grader) for pair in zip(inputs.conditions, answers, strict=True)
+        ]
+        results = {**identity, **summarise(recipe, inputs, found_all)}
+        tables = write_report(recipe, inputs, found_all, results)
+        shutil.rmtree(Path(recipe.output_dir) / PARTS)
+        console = make_console()
+        for table in tables:
+            drawn = make_table(table.title, *table.columns)
+            for row in table.rows:
+                drawn.add_row(*row)
+            console.print(drawn)
+    world.barrier()
+    disconnect()
+    return results
+
+
+def _identity(recipe: EvaluateRecipe) -> dict[str, Any]:
+    """What makes two evaluations the same one, the rows themselves apart."""
+    manifests = {name: read_manifest(path) for name, path in recipe.models.items()}
+    plain = {
+        **dataclasses.asdict(recipe),
+        "models": list(recipe.models.items()),
+    }  # the order of a mapping counts for nothing
+    return {
+        "stage": "evaluate",
+        "recipe": json.loads(json.dumps(plain)),
+        "inputs": {name: digest(manifest) for name, manifest in manifests.items() if manifest},
+    }
+
+
+def _lasting(identity: Mapping[str, Any]) -> list[Any]:
+    recipe = {name: value for name, value in identity["recipe"].items() if name not in COSMETIC_KEYS}
+    return [recipe, identity["inputs"]]
+
+
+def _finished(recipe: EvaluateRecipe, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of the same evaluation, if `output_dir` has them.
+
+    Raises:
+        UserError: it has those of another one.
+    """
+    folder = Path(recipe.output_dir)
+    if (folder / RESULTS).is_file():
+        found: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if differing := differing_keys(found, identity):
+            raise UserError(
+                f"output_dir: {folder} holds results that differ in {', '.join(differing)}; delete the folder to "
+                "evaluate anew, or choose another output_dir."
+            )
+        print(f"{folder}: evaluated already; see {REPORT} there", file=sys.stderr)
+        return found
+    return None
+
+
+def _answer_all(recipe: EvaluateRecipe, inputs: Inputs, world: World, generates: bool, name: str) -> list[Answers]:
+    """The answers of every condition, in their order: on rank 0.
+
+    Args:
+        name: of this evaluation of these rows, by which a part that an earlier run left is known.
+    """
+    conditions = inputs.conditions
+    files = [Path(recipe.output_dir) / PARTS / f"{number}.json" for number in range(len(conditions))]
+    parts = [_read_part(file, name) if world.is_main else None for file in files]
+    absent = world.sum(torch.tensor([world.is_main and part is None for part in parts], device=world.device).long())
+    todo = [number for number, missing in enumerate(absent.tolist()) if missing]
+    display = Display("evaluate", len(conditions) * len(inputs.rows)) if world.is_main else None
+    done = (len(conditions) - len(todo)) * len(inputs.rows)
+    with contextlib.ExitStack() as stack:
+        if display is not None:
+            display.start(done)
+            stack.callback(display.stop)
+        for path, numbers in itertools.groupby(todo, key=lambda number: conditions[number].path):
+            model = load_policy(path, shared_keys(recipe), torch.bfloat16 if recipe.bf16 else torch.float32)
+            model = model.to(world.device).eval()
+            for number in numbers:
+                condition = conditions[number]
+
+                def tell(rows: int, before: int = done, condition: Condition = condition) -> None:
+                    if display is not None:
+                        display.update(before + rows, {condition.model: f"{condition.num_shots}-shot"})
+
+                answers = answer(model, condition, recipe, world, generates, tell)
+                done += len(inputs.rows)
+                if world.is_main:
+                    parts[number] = answers
+                    write_json(files[number], {"name": name, **dataclasses.asdict(answers)})
+            del model  # before the next one is loaded
+    return [part for part in parts if part is not None]
+
+
+def _read_part(file: Path, name: str) -> Answers | None:
+    if not file.is_file():
+        return None
+    part = json.loads(file.read_text(encoding="utf-8"))
+    return Answers(part["tokens"], part["ids"]) if part["name"] == name else None
+
+
+def _judge(
+    recipe: EvaluateRecipe,
+    inputs: Inputs,
+    condition: Condition,
+    answers: Answers,
+    metrics: Mapping[str, Any],
+    grader: Callable[..., Any] | None,
+) -> Result:
+    """A condition's measures, by what they measure.
+
+    Raises:
+        UserError: a metric or the grader fails.
+    """
+    predictions = predicted(condition, answers)
+    tokens = np.array(answers.tokens)
+    result = Result(condition, predictions)
+    for name in recipe.metrics:
+        if name == "perplexity":
+            result.measures.append(Measure(tokens[:, [0, 2]], _perplexity))
+        elif name == "token_accuracy":
+            result.measures.append(Measure(tokens[:, [1, 2]], _mean_of(name)))
+        elif isinstance(metric := metrics[name], TextMetric):
+            texts = _labels(inputs, predictions) if metric.of_labels else (predictions, inputs.references)
+            statistics = metric.statistics(*texts)
+            result.measures.append(Measure(statistics, metric.score, metric.of_rows))
+        else:
+            result.others |= _foreign(name, metric, predictions, inputs.references)
+    if grader is not None:
+        scores = _grade(recipe, inputs, condition, answers, predictions, grader)
+        applies = ~np.isnan(scores)
+        statistics = np.stack([np.where(applies, scores, 0.0), applies.astype(np.float64)], axis=1)
+        result.measures.append(Measure(statistics, _mean_of(str(recipe.grader).partition(":")[2])))
+    return result
+
+
+def _labels(inputs: Inputs, predictions: list[str]) -> tuple[list[str], list[str]]:
+    """What is said and what is right, as labels where templates made the rows from these, else as it is written."""
+    said, right = [], []
+    for row, prediction, reference in zip(inputs.rows, predictions, inputs.references, strict=True):
+        labelled = LABEL in row.extra
+        said.append(label_of(prediction, row.extra[TEMPLATE], row.extra[LABELS]) or "" if labelled else prediction)
+        right.append(row.extra[LABEL] if labelled else reference)
+    return said, right
+
+
+def _perplexity(sums: Floats) -> dict[str, float]:
+    return {"perplexity": math.exp(min(sums[0] / sums[1], 700.0))}  # e^710 is beyond a float
+
+
+def _mean_of(name: str) -> Callable[[Floats], dict[str, float]]:
+    return lambda sums: {name: float(sums[0] / sums[1]) if sums[1] else math.nan}
+
+
+def _foreign(name: str, metric: Any, predictions: list[str], references: list[str]) -> dict[str, float]:
+    """The numbers of a metric of which nothing else is known: no intervals, no comparison."""
+    try:
+        found = metric.compute(predictions=predictions, references=references)
+    except Exception as error:  # whatever it expects instead of texts
+        raise UserError(
+            f"metrics: {name} fails on texts as predictions and references: {type(error).__name__}: {error}"
+        ) from error
+    numbers = {key: float(value) for key, value in found.items() if isinstance(value, Real)}
+    short = Path(name).stem
+    return {key if key.startswith(short) else f"{short}/{key}": value for key, value in numbers.items()}
+
+
+def _grade(
+    recipe: EvaluateRecipe,
+    inputs: Inputs,
+    condition: Condition,
+    answers: Answers,
+    predictions: list[str],
+    grader: Callable[..., Any],
+) -> Floats:
+    """The grader's score of each prediction, [n]; NaN where it does not apply.
+
+    It sees the rows as a reward function of PPO does: the row's own prompt without examples, and the columns of the
+    data, the reference as `completion` among them.
+    """
+    names = dict.fromkeys(name for row in inputs.rows for name in row.extra)
+    columns = {name: [row.extra.get(name) for row in inputs.rows] for name in names}
+    columns.setdefault("completion", [row.completion for row in inputs.rows])
+    prompts = [row.prompt for row in inputs.rows]
+    completions = [as_response(prompt, text) for prompt, text in zip(prompts, predictions, strict=True)]
+    batch = Responses(prompts, predictions, completions, condition.prompt_ids, answers.ids, columns)
+    try:
+        scores = FunctionReward(str(recipe.grader), grader).score(batch).double().numpy()
+    except ValueError as error:  # the message names the function and the row
+        raise UserError(f"grader: {error}") from error
+    if scores.ndim != 1:
+        raise UserError(f"grader: {recipe.grader} scores single tokens; expected one number per response.")
+    if np.isnan(scores).all() or np.nanmin(scores) < 0 or np.nanmax(scores) > 1:
+        raise UserError(f"grader: {recipe.grader} gave {_range(scores)}; expected numbers from 0 to 1, at least one.")
+    return np.asarray(scores, dtype=np.float64)
+
+
+def _range(scores: Floats) -> str:
+    given = scores[~np.isnan(scores)]
+    return f"numbers from {given.min():g} to {given.max():g}" if len(given) else "None to every row"
+
+
+if __name__ == "__main__":
+    from align.__main__ import run_stage_cli
+
+    run_stage_cli("evaluate")
