@@ -183,7 +183,11 @@ def test_a_decoder_reads_its_last_token_also_when_padding_was_end_of_text(tmp_pa
         run(dataclasses.replace(settings, train_dataset=settings.eval_dataset))  # the same texts on both sides
     settings = recipe(tmp_path, rows, num_train_epochs=15)
     labels = find_labels(labelled("yes", "no"), [], None)
-    write_classifier(settings, check_inputs(settings), labels, tmp_path / "untrained")
+    inputs = check_inputs(settings)
+    inputs.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert saved["model_input_names"] == ["input_ids", "attention_mask"]
+    write_classifier(settings, inputs, labels, tmp_path / "untrained")
     assert json.loads((tmp_path / "untrained" / "config.json").read_text())["pad_token_id"] not in (None, 2)
     run(settings)
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
