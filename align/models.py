@@ -72,8 +72,8 @@ def adapter_base(path: str) -> str | None:
     config = json.loads(file.read_text(encoding="utf-8"))
     if config["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
         raise UserError(
-            f"{path}: holds learnt virtual tokens, which cannot be merged into a model; `align evaluate` can use them, no "
-            "stage can start from them. Train with method: lora for that."
+            f"{path}: holds learnt virtual tokens, which cannot be merged into a model; nothing here "
+            "can start from them (PEFT's AutoPeftModelForCausalLM loads them). Train with method: lora for that."
         )
     return str(config["base_model_name_or_path"])
 
