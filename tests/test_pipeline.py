@@ -254,7 +254,8 @@ def test_ending_the_run_ends_everything_that_it_started(folder, signum, code):
     """Also a grandchild that ignores SIGTERM."""
     Path("hang_sft").touch()
     runner = (
-        "import sys; from align import pipeline; from align.__main__ import main\n"
+        "import signal, sys; from align import pipeline; from align.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job is born ignoring it
         "pipeline.GRACE = 1.0; pipeline.command = lambda step: [sys.executable, 'stage.py', step.stage, step.path]\n"
         "sys.exit(main(['run', 'r']))"
     )
