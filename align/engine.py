@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from align.clock import Clock
 from align.config import StageRecipe, UserError
 from align.models import skeleton, write_model
 from align.optimizer import optimizer_for
@@ -52,7 +53,7 @@ def connect(recipe: StageRecipe) -> World:
             if "MASTER_ADDR" not in os.environ:  # one process without the launcher
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-    return World(rank=int(os.environ.get("RANK", "0")), size=size, device=device)
+    return World(rank=int(os.environ.get("RANK", "0")), size=size, device=device, clock=Clock(device))
 
 
 def disconnect() -> None:

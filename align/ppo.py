@@ -92,9 +92,9 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             truths = functions(recipe.eval_reward_funcs, "eval_reward_funcs")
             evaluation = Evaluation(world, sampler, models, held_out, truths, lambda s, e: missing_eos(recipe, s, e))
         for update in range(start, updates):
+            world.clock.take()
             began = time.perf_counter()
             rollout = sample_rollout(recipe, world, sampler, models, prompts, loader, update)
-            sampled = time.perf_counter()
             kl_coef, scores = progress.kl_coef, shape_scores(recipe, rollout, progress)
             advantages, returns = estimate_advantages(recipe, rollout, scores, kl_coef)
             metrics = rollout_metrics(rollout, kl_coef, models.reward_names)
@@ -107,15 +107,17 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
                 progress.kl_coef = adapted_kl_coef(
                     kl_coef, metrics["objective/kl"], recipe.kl_target, len(rollout), recipe.kl_horizon
                 )
-            done = time.perf_counter()
+            elapsed = time.perf_counter() - began
+            phases = world.clock.take()
             metrics |= {
                 "objective/truncated": models.truncated(world),
                 "episode": (update + 1) * recipe.rollout_batch_size,
                 "epoch": (update + 1) * recipe.rollout_batch_size / recipe.num_generations / len(prompts),
-                "time/rollout": sampled - began,
-                "time/update": done - sampled,
-                "time/total": done - began,
-                "time/tokens_per_second": float(rollout.mask.sum()) / (done - began),
+                "time/communication": 0.0,
+                **{f"time/{phase}": seconds for phase, seconds in phases.items()},
+                "time/other": elapsed - sum(phases.values()),
+                "time/total": elapsed,
+                "time/tokens_per_second": float(rollout.mask.sum()) / elapsed,
             }
             step, last = update + 1, update + 1 == updates
             if step == 1:

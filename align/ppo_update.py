@@ -13,8 +13,8 @@ from torch import Tensor
 
 from align.config import PPORecipe, UserError
 from align.maths.kl import LOSS_ESTIMATORS
-from align.maths.losses import loss_weights, policy_loss, token_entropy, token_logprobs, value_loss
-from align.models import position_ids, response_logits, response_values
+from align.maths.losses import loss_weights, policy_loss, token_logprobs, value_loss
+from align.models import position_ids, response_loss, response_values
 from align.ppo_setup import Models
 from align.recipes import BatchPlan
 from align.rollout import Rollout, chunks, generator, pad_right
@@ -66,7 +66,9 @@ class Updater:
             )  # fmt: skip
             tokens = rollout.mask[minibatch].sum()  # of all ranks, as the weights are
             parts: list[Sums] = []
-            mine = torch.arange(world.rank, len(minibatch), world.size, device=world.device)
+            # By length, rows that share a microbatch need little padding, and ranks have the same work.
+            by_length = (rollout.prompt_mask[minibatch].sum(dim=1) + rollout.lengths[minibatch]).argsort(stable=True)
+            mine = by_length[world.rank :: world.size]
             for part in chunks(len(mine), self.plan.micro_batch_size):
                 index = minibatch[mine[part]]
                 batch = rollout.rows(index)
@@ -92,9 +94,11 @@ class Updater:
                 totals[name] += value
             steps += 1
             if self._trains_policy(update):
-                totals["policy/grad_norm"] += models.policy.step(rates[0]) * sums["tokens"]
+                with world.clock.phase("update_policy"):
+                    totals["policy/grad_norm"] += models.policy.step(rates[0]) * sums["tokens"]
             if models.value is not None:
-                totals["value/grad_norm"] += models.value.step(rates[1]) * sums["tokens"]
+                with world.clock.phase("update_value"):
+                    totals["value/grad_norm"] += models.value.step(rates[1]) * sums["tokens"]
 
         every = totals.pop("tokens", 1.0)
         ptx = {"ptx/loss": totals.pop("ptx/loss") / totals.pop("ptx/tokens")} if "ptx/loss" in totals else {}
@@ -120,34 +124,38 @@ class Updater:
         sums = {"tokens": batch.mask.sum()}
 
         if self._trains_policy(update):
-            logits = response_logits(models.policy, ids, mask, length)  # [m, T, V]
-            logprobs = token_logprobs(logits, batch.response_ids, recipe.temperature)
-            policy = policy_loss(
-                logprobs, batch.old_logprobs, advantages, batch.mask, recipe.cliprange, recipe.dual_clip
-            )
-            loss = (policy.loss * weights).sum()
-            sums["policy/loss"] = loss.detach() * tokens
-            with torch.set_grad_enabled(recipe.entropy_coef > 0):
-                entropy = token_entropy(logits, recipe.temperature).masked_fill(~batch.mask, 0.0)
-            if recipe.entropy_coef > 0:
-                loss = loss - recipe.entropy_coef * (entropy * weights).sum()
-            if recipe.use_kl_loss:
-                kl = LOSS_ESTIMATORS[recipe.kl_estimator](logprobs, batch.ref_logprobs).masked_fill(~batch.mask, 0.0)
-                loss = loss + kl_coef * (kl * weights).sum()
-                sums["policy/kl_loss"] = kl.detach().sum()
-            models.policy.backward(loss)
-            sums |= {
-                "policy/ratio": policy.ratio,
-                "policy/clipfrac": policy.clipped,
-                "policy/approx_kl": policy.approx_kl,
-                "objective/entropy": entropy.detach().sum(),
-            }
-            del logits, logprobs, loss, entropy
+            with self.world.clock.phase("update_policy"):
+                old, reference, advantage, weight = (
+                    numbers[batch.mask] for numbers in (batch.old_logprobs, batch.ref_logprobs, advantages, weights)
+                )  # [n], as the objective takes them
+
+                def objective(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
+                    clipped = policy_loss(logprobs, old[part], advantage[part], recipe.cliprange, recipe.dual_clip)
+                    loss = clipped.loss
+                    if recipe.entropy_coef > 0:
+                        loss = loss - recipe.entropy_coef * entropy
+                    if recipe.use_kl_loss:
+                        loss = loss + kl_coef * LOSS_ESTIMATORS[recipe.kl_estimator](logprobs, reference[part])
+                    return (loss * weight[part]).sum()
+
+                loss, logprobs, entropy = response_loss(models.policy, ids, mask, length, recipe.temperature, objective)
+                models.policy.backward(loss)
+                policy = policy_loss(logprobs, old, advantage, recipe.cliprange, recipe.dual_clip)
+                sums |= {
+                    "policy/loss": (policy.loss * weight).sum() * tokens,
+                    "policy/ratio": policy.ratio,
+                    "policy/clipfrac": policy.clipped,
+                    "policy/approx_kl": policy.approx_kl,
+                    "objective/entropy": entropy.sum(),
+                }
+                if recipe.use_kl_loss:
+                    sums["policy/kl_loss"] = LOSS_ESTIMATORS[recipe.kl_estimator](logprobs, reference).sum()
 
         if models.value is not None:
-            values = response_values(models.value, ids, mask, length)  # [m, T]
-            value = value_loss(values, batch.values, returns, batch.mask, recipe.cliprange_value)
-            models.value.backward(value.loss.sum() / tokens)
+            with self.world.clock.phase("update_value"):
+                values = response_values(models.value, ids, mask, length)  # [m, T]
+                value = value_loss(values, batch.values, returns, batch.mask, recipe.cliprange_value)
+                models.value.backward(value.loss.sum() / tokens)
             sums |= {"value/loss": value.loss.detach().sum(), "value/clipfrac": value.clipped}
         return sums
 

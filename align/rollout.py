@@ -252,25 +252,28 @@ def collect(
         value: left out in evaluation; values are then 0.
         missing_eos: scores [B], ended [B] -> scores [B], what a response that does not end is worth.
     """
-    prompt_ids, prompt_mask, response_ids, mask, sampled_logprobs = sampler.respond(
-        sampled, world, [ids for _, ids in prompts], purpose, indexes
-    )
+    with world.clock.phase("generate"):
+        prompt_ids, prompt_mask, response_ids, mask, sampled_logprobs = sampler.respond(
+            sampled, world, [ids for _, ids in prompts], purpose, indexes
+        )
     ids, real = torch.cat([prompt_ids, response_ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
     ended = ((response_ids == sampler.tokenizer.eos_token_id) & mask).any(dim=1)
     length = mask.shape[1]
 
-    def measure(forward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        parts = [forward(ids[part], real[part]) for part in chunks(len(prompts), sampler.batch_size)]
-        return torch.cat(parts).masked_fill(~mask, 0.0)
+    def measure(name: str, forward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        with world.clock.phase(f"score_{name}"):
+            parts = [forward(ids[part], real[part]) for part in chunks(len(prompts), sampler.batch_size)]
+            return torch.cat(parts).masked_fill(~mask, 0.0)
 
-    def logprobs(engine: Engine) -> Tensor:
-        return measure(lambda i, m: response_logprobs(engine, i, m, length, sampler.temperature))
+    def logprobs(name: str, engine: Engine) -> Tensor:
+        return measure(name, lambda i, m: response_logprobs(engine, i, m, length, sampler.temperature))
 
     batch = responses_of(
         sampler.tokenizer, [prompt for prompt, _ in prompts], prompt_ids, prompt_mask, response_ids, mask
     )
     try:
-        scores, sources, token_scores = rewards.score(batch)
+        with world.clock.phase("score_reward"):
+            scores, sources, token_scores = rewards.score(batch)
     except ValueError as error:  # a reward function that fails; the message shows the row
         raise UserError(str(error)) from error
     return Rollout(
@@ -280,11 +283,11 @@ def collect(
         mask=mask,
         ended=ended,
         sampled_logprobs=sampled_logprobs,
-        old_logprobs=logprobs(policy),
-        ref_logprobs=logprobs(reference),
+        old_logprobs=logprobs("policy", policy),
+        ref_logprobs=logprobs("reference", reference),
         values=torch.zeros_like(mask, dtype=torch.float32)
         if value is None
-        else measure(lambda i, m: response_values(value, i, m, length)),
+        else measure("value", lambda i, m: response_values(value, i, m, length)),
         scores=missing_eos(scores.to(world.device), ended),
         token_scores=F.pad(token_scores, (0, length - token_scores.shape[1])).to(world.device),
         source_scores=torch.stack([score.to(world.device) for score in sources.values()], dim=1),

@@ -53,6 +53,7 @@ class Still(Engine):
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.module = engine.module
 
     def __call__(self, **inputs: Any) -> Any:
         return self.engine(**inputs)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from align.clock import Clock
 from align.config import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -24,6 +25,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    clock: Clock = field(default_factory=Clock, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -32,13 +34,15 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over ranks, on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor := tensor.clone())
+            with self.clock.phase("communication"):
+                dist.all_reduce(tensor := tensor.clone())
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """Elementwise maximum over ranks, on every rank."""
         if self.size > 1:
-            dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
+            with self.clock.phase("communication"):
+                dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -47,7 +51,8 @@ class World:
             return tensor
         carried = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
         parts = [torch.empty_like(carried) for _ in range(self.size)]
-        dist.all_gather(parts, carried)
+        with self.clock.phase("communication"):
+            dist.all_gather(parts, carried)
         return torch.cat(parts).to(tensor.dtype)
 
     def check_rows(self, count: int) -> None:

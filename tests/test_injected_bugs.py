@@ -50,8 +50,8 @@ BUGS = {
     ),
     "no temperature in the training forward": (
         "align/ppo_update.py",
-        "token_logprobs(logits, batch.response_ids, recipe.temperature)",
-        "token_logprobs(logits, batch.response_ids, 1.0)",
+        "models.policy, ids, mask, length, recipe.temperature, objective",
+        "models.policy, ids, mask, length, 1.0, objective",
         "tests/test_ppo.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",
     ),
     "no temperature in sampling": (
@@ -62,14 +62,14 @@ BUGS = {
     ),
     "log-probabilities one token late": (
         "align/models.py",
-        "return logits[:, -length - 1 : -1]",
-        "return logits[:, -length:]",
+        "places = ((columns >= first - 1) & (columns < sizes - 1))",
+        "places = ((columns >= first) & (columns < sizes))",
         "tests/test_rollout.py::test_generation_knows_the_log_probability_of_what_it_sampled",
     ),
     "values one token late": (
         "align/models.py",
-        "return values[:, -length - 1 : -1, 0].float()",
-        "return values[:, -length:, 0].float()",
+        "return spread(_logits(model, closed)[places, 0], mask[:, -length:])",
+        "return spread(_logits(model, closed)[places + 1, 0], mask[:, -length:])",
         "tests/test_rollout.py::test_values_judge_the_state_before_each_token",
     ),
     "end-of-text outside the mask": (
@@ -104,8 +104,8 @@ BUGS = {
     ),
     "stale old log-probabilities": (
         "align/rollout.py",
-        "old_logprobs=logprobs(policy)",
-        "old_logprobs=logprobs(reference)",
+        'old_logprobs=logprobs("policy", policy)',
+        'old_logprobs=logprobs("policy", reference)',
         "tests/test_ppo.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",
     ),
     "a mean per microbatch": (

@@ -227,12 +227,11 @@ class TestPolicyLoss:
         [(1.0, 1.5, -1.2, 0.0), (-1.0, 0.5, 0.8, 0.0), (-1.0, 1.5, 1.5, 1.0), (1.0, 0.5, -0.5, -1.0)],
     )
     def test_clipping_by_hand(self, advantage, ratio, loss, gradient):
-        logprobs = tensor([[math.log(ratio)]], requires_grad=True)
-        one = torch.ones(1, 1, dtype=torch.bool)
-        got = policy_loss(logprobs, torch.zeros(1, 1), tensor([[advantage]]), one, 0.2)
+        logprobs = tensor([math.log(ratio)], requires_grad=True)
+        got = policy_loss(logprobs, torch.zeros(1), tensor([advantage]), 0.2)
         got.loss.sum().backward()
-        close(got.loss.detach(), [[loss]])
-        close(logprobs.grad, [[gradient * ratio]])  # d/dlogp = d/dratio * ratio
+        close(got.loss.detach(), [loss])
+        close(logprobs.grad, [gradient * ratio])  # d/dlogp = d/dratio * ratio
         close(got.clipped, float(gradient == 0.0))
 
     @pytest.mark.parametrize(
@@ -240,30 +239,25 @@ class TestPolicyLoss:
         [(-1.0, 2.0, 2.0, 1.0), (-1.0, 5.0, 3.0, 0.0), (1.0, 5.0, -1.2, 0.0), (-1.0, 0.5, 0.8, 0.0)],
     )
     def test_dual_clip_by_hand(self, advantage, ratio, loss, gradient):
-        logprobs = tensor([[math.log(ratio)]], requires_grad=True)
-        one = torch.ones(1, 1, dtype=torch.bool)
-        got = policy_loss(logprobs, torch.zeros(1, 1), tensor([[advantage]]), one, 0.2, dual_clip=3.0)
+        logprobs = tensor([math.log(ratio)], requires_grad=True)
+        got = policy_loss(logprobs, torch.zeros(1), tensor([advantage]), 0.2, dual_clip=3.0)
         got.loss.sum().backward()
-        close(got.loss.detach(), [[loss]])
-        close(logprobs.grad, [[gradient * ratio]])
+        close(got.loss.detach(), [loss])
+        close(logprobs.grad, [gradient * ratio])
         close(got.clipped, float(gradient == 0.0))
 
-    def test_the_padding_is_left_out(self):
-        mask = tensor([[True, False]])
-        got = policy_loss(tensor([[0.1, 5.0]]), torch.zeros(1, 2), tensor([[2.0, 9.0]]), mask, 0.2)
-        close(got.loss, [[-2 * math.exp(0.1), 0.0]])
-        close(got.ratio, math.exp(0.1))
-        close(got.approx_kl, 0.5 * 0.01)
+    def test_sums_by_hand(self):
+        got = policy_loss(tensor([0.1, -0.1]), torch.zeros(2), tensor([2.0, 1.0]), 0.2)
+        close(got.loss, [-2 * math.exp(0.1), -math.exp(-0.1)])
+        close(got.ratio, math.exp(0.1) + math.exp(-0.1))
+        close(got.approx_kl, 0.01)
 
     def test_a_minibatch_may_be_cut_anywhere(self):
         torch.manual_seed(2)
-        new, old, advantages = torch.randn(3, 6, 4)
-        mask = torch.rand(6, 4) > 0.3
-        whole = policy_loss(new, old, advantages, mask, 0.2)
+        new, old, advantages = torch.randn(3, 6)
+        whole = policy_loss(new, old, advantages, 0.2)
         for size in (1, 2, 3):
-            parts = [
-                policy_loss(*(x[i : i + size] for x in (new, old, advantages, mask)), 0.2) for i in range(0, 6, size)
-            ]
+            parts = [policy_loss(*(x[i : i + size] for x in (new, old, advantages)), 0.2) for i in range(0, 6, size)]
             close(torch.cat([part.loss for part in parts]), whole.loss)
             for name in ("ratio", "clipped", "approx_kl"):
                 close(sum(getattr(part, name) for part in parts), getattr(whole, name))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from align import models as align_models
@@ -15,8 +17,7 @@ from align import ppo, ppo_setup, ppo_update, rollout
 from align.collapse import CollapseWatch
 from align.config import UserError
 from align.engine import Engine
-from align.maths.losses import token_logprobs
-from align.models import add_adapter, load_policy, response_logits, response_logprobs
+from align.models import add_adapter, load_policy, response_logprobs
 from align.ppo import run
 from align.ppo_setup import check_inputs, load_models
 from align.ppo_update import Updater
@@ -97,10 +98,10 @@ def endless_policy(folder: Path) -> None:
     letter_tokenizer().save_pretrained(folder)
 
 
-def cold(*args, **kwargs):
-    """`token_logprobs`, or `response_logprobs`, with the temperature, their last argument, forgotten."""
-    function = token_logprobs if len(args) == 3 else response_logprobs
-    return function(*args[:-1], 1.0, **kwargs)
+def cold(function):
+    """`function` with its argument `temperature` forgotten."""
+    place = list(inspect.signature(function).parameters).index("temperature")
+    return lambda *args: function(*args[:place], 1.0, *args[place + 1 :])
 
 
 class TestSoundRun:
@@ -188,13 +189,13 @@ class TestFaults:
     @pytest.mark.parametrize(
         ("module", "name", "found"),
         [
-            (ppo_update, "token_logprobs", [") ratio"]),
+            (ppo_update, "response_loss", [") ratio"]),
             (rollout, "token_logprobs", [") generation gap"]),
             (rollout, "response_logprobs", [") ratio", ") generation gap"]),
         ],
     )
     def test_the_temperature_missing_in_one_forward(self, tmp_path, monkeypatch, module, name, found):
-        monkeypatch.setattr(module, name, cold)
+        monkeypatch.setattr(module, name, cold(getattr(module, name)))
         lines = failures(refused(tmp_path))
         assert len(lines) == len(found)
         for line, word in zip(lines, found, strict=True):
@@ -204,11 +205,11 @@ class TestFaults:
     def test_a_mask_that_padding_shines_through(self, tmp_path, monkeypatch):
         """Rollout and training make the same mistake: only other padding, as training has it, brings it to light."""
 
-        def unmasked(model, ids, mask, length):
-            return response_logits(model, ids, torch.ones_like(mask), length)
+        def left_open(ids, mask, length):
+            places = (F.pad(mask[:, -length:], (ids.shape[1] - length - 1, 1))).flatten().nonzero().squeeze(1)
+            return ids, places, ids[:, -length:][mask[:, -length:]]
 
-        monkeypatch.setattr(align_models, "response_logits", unmasked)
-        monkeypatch.setattr(ppo_update, "response_logits", unmasked)
+        monkeypatch.setattr(align_models, "close_up", left_open)
         message = refused(tmp_path, per_device_train_batch_size=1)
         assert any(") ratio" in line and "padding" in line for line in failures(message))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class PolicyLoss(NamedTuple):
-    """`loss` [B, T], 0 outside the mask, carries the gradient; the others are sums over real tokens."""
+    """`loss` [n] carries the gradient; the others are sums."""
 
     loss: Tensor
     ratio: Tensor
@@ -65,19 +65,14 @@ def loss_weights(mask: Tensor, aggregation: Literal["token_mean", "sequence_mean
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    cliprange: float,
-    dual_clip: float | None = None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float, dual_clip: float | None = None
 ) -> PolicyLoss:
-    """max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = pi / pi_old (arXiv 1707.06347 eq. 7). All [B, T].
+    """max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = pi / pi_old (arXiv 1707.06347 eq. 7), of real tokens. All [n].
 
     Args:
         dual_clip: a bound > 1 on rho where A < 0, above which a token has no gradient (arXiv 1912.09729 eq. 5).
     """
-    difference = (logprobs - old_logprobs).masked_fill(~mask, 0.0)
+    difference = logprobs - old_logprobs
     ratio = difference.exp()
     unclipped = -advantages * ratio
     loss = torch.maximum(unclipped, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange))
@@ -87,9 +82,9 @@ def policy_loss(
         cut = cut | ((advantages < 0) & (loss > bound))
         loss = torch.where(advantages < 0, torch.minimum(loss, bound), loss)
     return PolicyLoss(
-        loss=loss.masked_fill(~mask, 0.0),
-        ratio=ratio.detach().masked_fill(~mask, 0.0).sum(),
-        clipped=(cut & mask).sum().float(),
+        loss=loss,
+        ratio=ratio.detach().sum(),
+        clipped=cut.sum().float(),
         approx_kl=0.5 * (difference.detach() ** 2).sum(),
     )
 

@@ -1,0 +1,165 @@
+"""The language-model head, run on the tokens that count, a chunk at a time.
+
+Logits are the largest tensors of a step by far: [tokens, vocabulary]. A model's own forward pass makes them for every
+position and keeps them for the backward pass. Here the head's work is replaced while a forward pass runs: it sees the
+positions that predict response tokens, and no more than CHUNK logits exist at once, also in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from align.maths.losses import token_entropy, token_logprobs
+from reward_models.heads import hf_model
+
+CHUNK = 2**23  # logits at once: 32 MiB in float32
+Objective = Callable[[Tensor, Tensor, slice], Tensor]
+Job = Callable[[Tensor, nn.Linear], Tensor]
+
+
+def output_head(model: Any) -> nn.Linear:
+    """The layer that makes logits of states, in a model or an engine of one."""
+    head: nn.Linear = hf_model(getattr(model, "module", model)).get_output_embeddings()
+    return head
+
+
+@contextlib.contextmanager
+def instead_of_head(head: nn.Linear, job: Job) -> Iterator[None]:
+    """While inside, the head returns what `job` makes of the states [B, S, H] and itself.
+
+    Only its arithmetic is replaced: hooks stay, by which ZeRO-3 gathers its weight.
+    """
+    head.forward = lambda states: job(states, head)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+@torch.no_grad()
+def is_last(model: Callable[..., Any]) -> bool:
+    """Whether the model returns what its head does: it neither scales nor caps logits afterwards. Found once, by trial."""
+    head = output_head(model)
+    if not hasattr(head, "is_last"):
+        marks = torch.tensor([[[0.75, -1.5, 24.0]]])  # exact in any float type
+        with instead_of_head(head, lambda states, _: marks.to(states)):
+            output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=head.weight.device), use_cache=False)
+        head.is_last = torch.equal(output.logits.float().cpu(), marks)  # type: ignore[assignment]
+    return bool(head.is_last)
+
+
+def pieces(count: int, vocabulary: int) -> list[slice]:
+    """`count` tokens in pieces of no more than CHUNK logits."""
+    size = max(1, CHUNK // vocabulary)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def logprobs_job(places: Tensor, tokens: Tensor, temperature: float) -> Job:
+    """Log-probabilities of `tokens` [N], each predicted from the state at its place [N] in the flattened batch."""
+
+    def job(states: Tensor, head: nn.Linear) -> Tensor:
+        chosen = states.flatten(0, 1)[places]
+        parts = [
+            token_logprobs(F.linear(chosen[part], head.weight, head.bias), tokens[part], temperature)
+            for part in pieces(len(tokens), head.weight.shape[0])
+        ]
+        return torch.cat(parts)
+
+    return job
+
+
+def loss_job(places: Tensor, tokens: Tensor, temperature: float, objective: Objective, found: Tensor) -> Job:
+    """A loss over tokens, with its gradient: a scalar.
+
+    Args:
+        objective: given log-probabilities and entropies [n] (float32, nats) of a piece of the tokens, and which, its share
+            of the loss.
+        found: [2, N] float32, filled with all log-probabilities and entropies.
+    """
+
+    def job(states: Tensor, head: nn.Linear) -> Tensor:
+        chosen = states.flatten(0, 1)[places]
+        apply: Any = _ChunkedLoss.apply
+        loss: Tensor = apply(chosen, head.weight, head.bias, tokens, temperature, objective, found)
+        return loss
+
+    return job
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Finds the gradient in the forward pass, chunk by chunk, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float,
+        objective: Objective, found: Tensor,
+    ) -> Tensor:  # fmt: skip
+        total = torch.zeros((), device=states.device)
+        d_states = torch.empty_like(states)
+        d_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        d_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
+        for part in pieces(len(tokens), weight.shape[0]):
+            logits = F.linear(states[part], weight, bias)
+            loss, d_logits = _piece(logits, tokens[part], temperature, part, objective, found)
+            total += loss
+            d_logits = d_logits.to(logits.dtype)
+            matrix = weight.to(logits.dtype)
+            d_states[part] = d_logits @ matrix
+            if d_weight is not None:
+                if d_logits.dtype == d_weight.dtype:
+                    d_weight.addmm_(d_logits.T, states[part])
+                else:
+                    d_weight += d_logits.T @ states[part].to(d_logits.dtype)
+            if d_bias is not None:
+                d_bias += d_logits.sum(dim=0)
+        ctx.gradients = (d_states, d_weight, d_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
+        del ctx.gradients
+        return (*gradients, None, None, None, None)
+
+
+def _piece(
+    logits: Tensor, tokens: Tensor, temperature: float, part: slice, objective: Objective, found: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss of a piece and its gradient by the logits, [n, V] float32; `logits` may be overwritten.
+
+    With p = softmax(z), z = logits / temperature: d log p_y / dz = 1_y - p and dH / dz = -p (log p + H).
+    """
+    scaled = logits.float()
+    if temperature != 1.0:
+        scaled = scaled / temperature
+    log_total = scaled.logsumexp(dim=-1)
+    logprobs = scaled.gather(-1, tokens[:, None]).squeeze(1) - log_total
+    probabilities = (scaled - log_total[:, None]).exp_()
+    entropy = log_total - torch.einsum("nv,nv->n", probabilities, scaled)
+    found[0, part], found[1, part] = logprobs, entropy
+    with torch.enable_grad():
+        logprobs.requires_grad_()
+        entropy.requires_grad_()
+        loss = objective(logprobs, entropy, part)
+        by_logprob, by_entropy = torch.autograd.grad(loss, [logprobs, entropy], materialize_grads=True)
+    by_logprob, by_entropy = by_logprob[:, None], by_entropy[:, None]
+    factor = -by_logprob
+    if by_entropy.any():
+        factor = factor - by_entropy * (scaled - log_total[:, None] + entropy.detach()[:, None])
+    gradient = probabilities.mul_(factor)
+    gradient.scatter_add_(1, tokens[:, None], by_logprob)
+    return loss.detach(), gradient.div_(temperature) if temperature != 1.0 else gradient
+
+
+def plain_loss(logits: Tensor, tokens: Tensor, temperature: float, objective: Objective, found: Tensor) -> Tensor:
+    """The same loss from logits [N, V] as a model gave them, for one that does something to them after its head."""
+    logprobs = token_logprobs(logits, tokens, temperature)
+    entropy = token_entropy(logits, temperature)
+    found[0], found[1] = logprobs.detach(), entropy.detach()
+    return objective(logprobs, entropy, slice(0, len(tokens)))

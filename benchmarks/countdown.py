@@ -1,0 +1,93 @@
+"""Models, prompts and responses whose work is known: every program that runs them does the same.
+
+A token is a word of a vocabulary of V and a count, its id modulo 64. The policy follows each token by the one with the
+next lower count, and count 0 by end-of-text, with a probability of nearly 1: the last token of a prompt sets the length
+of the response. Otherwise the models are Llamas with random weights, and cost what any of their size costs.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+COUNTS = 64
+PAD, BOS, EOS = 0, 1, 2  # the words of these three ids are never part of a countdown
+SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary: shapes as of Pythia's small models
+    "1M": (64, 8, 4, 172, 4096),
+    "10M": (128, 8, 4, 344, 32768),
+    "60M": (512, 8, 8, 1376, 32768),
+    "160M": (768, 12, 12, 3072, 50304),
+}
+LOGIT = 20.0  # of the next token; the others' are about 0
+
+
+def config(size: str, positions: int) -> LlamaConfig:
+    hidden, layers, heads, intermediate, vocabulary = SIZES[size]
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, intermediate_size=intermediate, max_position_embeddings=positions,
+        tie_word_embeddings=False, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+
+
+def make_models(folder: Path, size: str, positions: int = 2048) -> dict[str, str]:
+    """Write policy, value and reward model as Hugging Face folders; returns their paths by role."""
+    torch.manual_seed(0)
+    settings = config(size, positions)
+    policy = LlamaForCausalLM(settings)
+    with torch.no_grad():
+        for layer in policy.model.layers:  # what a layer adds must not hide the token that it is added to
+            layer.self_attn.o_proj.weight.mul_(0.02)
+            layer.mlp.down_proj.weight.mul_(0.02)
+        words = torch.nn.functional.normalize(torch.randn(settings.vocab_size, settings.hidden_size), dim=1)
+        policy.model.embed_tokens.weight.copy_(words)
+        policy.lm_head.weight.zero_()
+        scale = LOGIT / settings.hidden_size**0.5  # the last norm gives the state a length of sqrt(hidden_size)
+        after = torch.arange(COUNTS, settings.vocab_size)
+        follower = torch.where(after % COUNTS == 0, EOS, after - 1)
+        # Only one word of each count 0 can speak through the row of EOS: their average direction does.
+        policy.lm_head.weight.index_add_(0, follower, words[after] * scale)
+        ends = words[after[after % COUNTS == 0]]
+        policy.model.embed_tokens.weight[after[after % COUNTS == 0]] = words[EOS] + 0.05 * ends
+        policy.lm_head.weight[EOS] = words[EOS] * scale
+    paths = {name: str(folder / name) for name in ("policy", "value", "reward")}
+    tokenizer = _tokenizer(settings.vocab_size, positions)
+    policy.save_pretrained(paths["policy"])
+    settings.num_labels = 1
+    for name in ("value", "reward"):
+        LlamaForSequenceClassification(settings).save_pretrained(paths[name])
+    for path in paths.values():
+        tokenizer.save_pretrained(path)
+    return paths
+
+
+def _tokenizer(size: int, positions: int) -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=positions
+    )
+
+
+def write_prompts(
+    path: Path, size: str, count: int, lengths: tuple[int, int], responses: tuple[int, int], seed: int = 0
+) -> None:
+    """JSON lines of `prompt`: their lengths, and those of their responses, are spread evenly over the two ranges.
+
+    A range of responses may exceed the 64 counts only as a single number, a multiple of which ends no response.
+    """
+    draw = random.Random(seed)
+    vocabulary = SIZES[size][-1]
+    with path.open("w", encoding="utf-8") as file:
+        for row in range(count):
+            share = (row + 0.5) / count
+            wanted = round(responses[0] + share * (responses[1] - responses[0]))
+            last = draw.randrange(1, vocabulary // COUNTS) * COUNTS + (wanted - 1) % COUNTS
+            body = [draw.randrange(COUNTS, vocabulary) for _ in range(draw.randint(*lengths) - 1)]
+            file.write(json.dumps({"prompt": " ".join(f"w{i}" for i in [*body, last])}) + "\n")

@@ -1,0 +1,233 @@
+"""What a step of PPO costs, phase by phase, beside the machine's limit and beside TRL 1.12.
+
+    python benchmarks/ppo.py --sizes 1M 10M --json results.json
+    python benchmarks/ppo.py --sizes 10M --against-trl "$(benchmarks/trl_env.sh)"
+    python benchmarks/ppo.py --sizes 10M --ranks 2 --zero 3
+
+Runs the stage as its user does, on models and prompts made for it (`countdown.py`). Rounds of the programs that are
+compared alternate, and medians over all updates of all rounds are reported; the first update of a process warms up.
+Peak memory is that of the largest process, everything included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from countdown import COUNTS, SIZES, make_models, write_prompts
+from machine import decode_bytes, describe, rates, step_flops
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = ("generate", "score", "update", "communication", "other", "total")
+
+
+def main() -> None:
+    arguments = parse()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, Any] = {"machine": describe(device), "rates": rates(device), "arguments": vars(arguments)}
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            results[size] = measure(arguments, size, Path(folder), results["rates"])
+        show(size, results[size], bool(arguments.against_trl))
+    text = json.dumps(results, indent=2)
+    if arguments.json:
+        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["1M", "10M"], choices=list(SIZES))
+    parser.add_argument("--batch", type=int, default=32, help="responses an update; one optimiser step per epoch")
+    parser.add_argument("--micro_batch", type=int, default=8, help="sequences in a training pass")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--prompt_lengths", type=int, nargs=2, default=[16, 64])
+    parser.add_argument("--response_lengths", type=int, nargs=2, default=[8, 64], help="spread evenly")
+    parser.add_argument("--updates", type=int, default=4, help="of a process, the first of which is not counted")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--ranks", type=int, default=1, help="processes, under the deepspeed launcher if more than one")
+    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="ZeRO stage; plain torch without")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--against-trl", metavar="PYTHON", help="interpreter of an environment made by trl_env.sh")
+    parser.add_argument("--json", help="write the results there instead of printing them")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, size: str, folder: Path, machine: dict[str, float]) -> dict[str, Any]:
+    paths = make_models(folder, size)
+    prompts = folder / "prompts.jsonl"
+    write_prompts(prompts, size, arguments.batch, tuple(arguments.prompt_lengths), tuple(arguments.response_lengths))
+    runs: dict[str, list[dict[str, float]]] = {"align": []}
+    peaks: dict[str, list[int]] = {"align": []}
+    if arguments.against_trl:
+        runs["trl"], peaks["trl"] = [], []
+    for number in range(arguments.rounds):
+        for name in runs:
+            run = run_align if name == "align" else run_trl
+            updates, peak = run(arguments, folder / f"{name}-{number}", paths, prompts)
+            runs[name] += updates[1:]
+            peaks[name].append(peak)
+    found: dict[str, Any] = {
+        name: {
+            "seconds": {phase: statistics.median(update.get(phase, 0.0) for update in updates) for phase in updates[0]},
+            "peak_gib": statistics.median(peaks[name]) / 2**30,
+        }
+        for name, updates in runs.items()
+    }
+    for numbers in found.values():
+        numbers["episodes_per_second"] = arguments.batch / numbers["seconds"]["total"]
+    lengths = [
+        (len(words), (int(words[-1][1:]) % COUNTS) + 1)
+        for words in (json.loads(line)["prompt"].split() for line in prompts.read_text().splitlines())
+    ]
+    mine = found["align"]
+    mine["response_tokens_per_second"] = sum(r for _, r in lengths) / mine["seconds"]["total"]
+    mine["share_of_limit"] = share_of_limit(arguments, size, lengths, machine, mine["seconds"])
+    if arguments.against_trl:
+        theirs = found["trl"]
+        found["ratio"] = {phase: theirs["seconds"][phase] / mine["seconds"][phase] for phase in theirs["seconds"]}
+        found["ratio"]["peak_memory"] = mine["peak_gib"] / theirs["peak_gib"]
+    return found
+
+
+def share_of_limit(
+    arguments: argparse.Namespace,
+    size: str,
+    lengths: Sequence[tuple[int, int]],
+    machine: dict[str, float],
+    seconds: dict[str, float],
+) -> dict[str, float]:
+    """Least time of each phase, by operations and by bytes, over the time that it took."""
+    kind = "bfloat16" if arguments.bf16 else "float32"
+    work = step_flops(SIZES[size], [p for p, _ in lengths], [r for _, r in lengths], arguments.epochs)
+    least = {phase: flops / (machine[f"{kind}_gflops"] * 1e9) for phase, flops in work.items()}
+    read = decode_bytes(SIZES[size], [r for _, r in lengths], 2 if arguments.bf16 else 4)
+    least["generate"] = max(least["generate"], read / (machine["memory_gbytes"] * 1e9))
+    return {phase: least[phase] / seconds[phase] for phase in least}
+
+
+def run_align(
+    arguments: argparse.Namespace, output: Path, paths: dict[str, str], prompts: Path
+) -> tuple[list[dict[str, float]], int]:
+    recipe: dict[str, Any] = {
+        "stage": "ppo",
+        "output_dir": str(output),
+        "sft_model_path": paths["policy"],
+        "value_model_path": paths["value"],
+        "reward_model_path": paths["reward"],
+        "train_dataset": str(prompts),
+        "eval_fraction": 0.0,
+        "total_episodes": arguments.batch * arguments.updates,
+        "rollout_batch_size": arguments.batch,
+        "minibatch_size": arguments.batch,
+        "num_ppo_epochs": arguments.epochs,
+        "per_device_train_batch_size": arguments.micro_batch,
+        "per_device_eval_batch_size": arguments.batch,
+        "max_prompt_length": max(arguments.prompt_lengths),
+        "response_length": max(arguments.response_lengths),
+        "learning_rate": 1e-9,  # the responses are to stay as long as they are
+        "bf16": arguments.bf16,
+        "logging_steps": 1,
+        "skip_self_checks": True,
+    }
+    if arguments.zero is not None:
+        recipe["deepspeed"] = str(ROOT / "recipes" / "deepspeed" / f"zero{arguments.zero}.json")
+    file = output.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    words = [sys.executable, "-m", "align.ppo", str(file)]
+    if arguments.ranks > 1:
+        count = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
+        words = ["deepspeed", count, str(arguments.ranks), "--module", "align.ppo", str(file)]
+    _, peak = run(words, arguments.threads // arguments.ranks)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [_phases(line) for line in lines if "time/total" in line], peak
+
+
+def _phases(line: dict[str, float]) -> dict[str, float]:
+    parts = {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")}
+    together = {
+        phase: sum(value for name, value in parts.items() if name.startswith(f"{phase}_"))
+        for phase in ("score", "update")
+    }
+    return {**parts, **together}
+
+
+def run_trl(
+    arguments: argparse.Namespace, output: Path, paths: dict[str, str], prompts: Path
+) -> tuple[list[dict[str, float]], int]:
+    spec = {
+        **paths,
+        "prompts": str(prompts),
+        "folder": str(output),
+        "threads": arguments.threads,
+        "episodes": arguments.batch * arguments.updates,
+        "batch": arguments.batch,
+        "micro_batch": arguments.micro_batch,
+        "epochs": arguments.epochs,
+        "response_length": max(arguments.response_lengths),
+        "learning_rate": 1e-9,
+        "bf16": arguments.bf16,
+    }
+    file = output.with_suffix(".json")
+    file.write_text(json.dumps(spec), encoding="utf-8")
+    text, peak = run([arguments.against_trl, str(ROOT / "benchmarks" / "trl_ppo.py"), str(file)], arguments.threads)
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{"generate')], peak
+
+
+def run(words: list[str], threads: int) -> tuple[str, int]:
+    """Standard output, and the peak resident memory in bytes of the largest process."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": str(ROOT),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(words, stdout=output, stderr=errors, env=environment, cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            sys.exit(f"{' '.join(words)} failed:\n{output.read()[-2000:]}\n{errors.read()[-2000:]}")
+        return output.read(), usage.ru_maxrss * 1024
+
+
+def show(size: str, found: dict[str, Any], compared: bool) -> None:
+    console = Console(stderr=True)
+    names = ["align", "trl"] if compared else ["align"]
+    table = Table("phase", *(f"{name}, s" for name in names), *(["ratio"] if compared else []), "share of limit",
+                  title=f"{size} parameters: seconds an update")  # fmt: skip
+    mine = found["align"]
+    for phase in [*PHASES, *(name for name in mine["seconds"] if name not in PHASES)]:
+        row = [_short(found[name]["seconds"].get(phase)) for name in names]
+        if compared:
+            row.append(_short(found["ratio"].get(phase)))
+        table.add_row(phase, *row, _short(mine["share_of_limit"].get(phase)))
+    table.add_row("peak memory, GiB", *(_short(found[name]["peak_gib"]) for name in names),
+                  *([_short(found["ratio"]["peak_memory"])] if compared else []), "")  # fmt: skip
+    table.add_row("episodes/s", *(_short(found[name]["episodes_per_second"]) for name in names))
+    console.print(table)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The head in chunks, on the tokens that count: the same numbers and gradients as the model's own forward pass gives."""
+
+import pytest
+import torch
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from align import head
+from align.head import is_last, output_head
+from align.maths.losses import token_entropy, token_logprobs
+from align.models import close_up, response_logprobs, response_loss, response_values, spread
+from tests.worlds import tiny_llama
+
+EOS = 2
+SMALL = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+         "intermediate_size": 32, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=64)).eval()
+
+
+def capped():
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=0.5, attn_implementation="eager")).eval()
+
+
+def scaled():
+    torch.manual_seed(0)
+    return CohereForCausalLM(CohereConfig(**SMALL, logit_scale=3.0)).eval()
+
+
+MODELS = {"llama": lambda: tiny_llama(spread=0.3), "tied": gpt2, "capped": capped, "scaled": scaled}
+
+
+def batch():
+    """Prompts of 1 to 6 tokens padded on the left with junk, responses of 1 to 5 on the right, one of which never ends."""
+    prompts = [[1, 5, 6, 7, 8, 9], [1], [1, 9], [1, 3, 4], [1, 28, 27, 26, 25]]
+    responses = [[8, EOS], [11, 12, 13, 14, 15], [EOS], [7, 7, 7, EOS], [3, 4, EOS]]
+    width, length = max(map(len, prompts)), max(map(len, responses))
+    pairs = list(zip(prompts, responses, strict=True))
+    ids = [[17] * (width - len(p)) + p + r + [EOS] * (length - len(r)) for p, r in pairs]
+    mask = [[0] * (width - len(p)) + [1] * (len(p) + len(r)) + [0] * (length - len(r)) for p, r in pairs]
+    return torch.tensor(ids), torch.tensor(mask, dtype=torch.bool), length, pairs
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(head, "CHUNK", 120)  # four tokens of 30 logits
+
+
+def test_rows_are_closed_up():
+    ids, mask, length, pairs = batch()
+    closed, places, tokens = close_up(ids, mask, length)
+    assert closed.shape == (5, 8)
+    for row, (prompt, response) in enumerate(pairs):
+        assert closed[row].tolist() == [*prompt, *response] + [0] * (8 - len(prompt) - len(response))
+    expected = [row * 8 + len(p) - 1 + t for row, (p, r) in enumerate(pairs) for t in range(len(r))]
+    assert places.tolist() == expected
+    assert tokens.tolist() == [token for _, response in pairs for token in response]
+    assert spread(tokens, mask[:, -length:]).tolist() == [r + [0] * (length - len(r)) for _, r in pairs]
+
+
+@pytest.mark.parametrize(("name", "last"), [("llama", True), ("tied", True), ("capped", False), ("scaled", False)])
+def test_models_that_change_logits_after_the_head_are_known(name, last):
+    assert is_last(MODELS[name]()) is last
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probabilities_are_those_of_each_row_alone(name):
+    model = MODELS[name]()
+    ids, mask, length, pairs = batch()
+    with torch.no_grad():
+        got = response_logprobs(model, ids, mask, length, 0.7)
+        for row, (prompt, response) in enumerate(pairs):
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+            torch.testing.assert_close(got[row, : len(response)], expected, atol=1e-5, rtol=0)
+            assert not got[row, len(response) :].any()
+    assert "forward" not in vars(output_head(model)), "the head is its own again"
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_and_its_gradients_are_those_of_plain_autograd(name, entropy_coef):
+    """A loss as PPO's: not linear in the log-probabilities, with another weight for each token."""
+    ids, mask, length, pairs = batch()
+    real = mask[:, -length:]
+    torch.manual_seed(1)
+    weights, old = torch.randn(2, int(real.sum()))
+
+    def objective(logprobs, entropy, part):
+        return (((logprobs - old[part]).exp() - entropy_coef * entropy) * weights[part]).sum()
+
+    model, plain = MODELS[name](), MODELS[name]()
+    loss, logprobs, entropy = response_loss(model, ids, mask, length, 0.7, objective)
+    assert not logprobs.requires_grad
+    (3 * loss).backward()
+
+    rows = [plain(torch.tensor([p + r])).logits[0, len(p) - 1 : -1] for p, r in pairs]
+    tokens = ids[:, -length:][real]
+    expected = token_logprobs(torch.cat(rows), tokens, 0.7), token_entropy(torch.cat(rows), 0.7)
+    wanted = objective(*expected, slice(None))
+    (3 * wanted).backward()
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-5)
+    for got, want in zip((logprobs, entropy), expected, strict=True):
+        torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=0)
+    for (parameter, got), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, atol=2e-5, rtol=1e-4, msg=lambda m, n=parameter: f"{n}: {m}")
+
+
+def test_a_head_with_a_bias_and_a_frozen_one():
+    ids, mask, length, _ = batch()
+
+    def objective(logprobs, entropy, part):
+        return logprobs.sum()
+
+    model = tiny_llama(spread=0.3)
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
+    response_loss(model, ids, mask, length, 1.0, objective)[0].backward()
+    # d sum log p / d bias_v = how often v was the token, less its probabilities: over the vocabulary, 0
+    assert abs(float(model.lm_head.bias.grad.sum())) < 1e-5
+    assert float(model.lm_head.bias.grad.abs().max()) > 0.1
+    frozen = tiny_llama(spread=0.3)
+    frozen.lm_head.requires_grad_(False)
+    response_loss(frozen, ids, mask, length, 1.0, objective)[0].backward()
+    assert frozen.lm_head.weight.grad is None
+    assert frozen.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
+
+
+def test_no_more_logits_exist_at_once_than_a_chunk(monkeypatch):
+    """The largest tensor that any operation makes, in forward and backward pass."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[1:] == (31,) and len(result) != 32:  # 32: the weight
+                self.rows = max(self.rows, result.shape[0])
+            return result
+
+    model = tiny_llama(vocab_size=31)
+    ids, mask, length, _ = batch()
+    with Largest() as largest:
+        response_loss(model, ids, mask, length, 1.0, lambda logprobs, entropy, part: logprobs.sum())[0].backward()
+        response_logprobs(model, ids, mask, length, 1.0)
+    assert largest.rows == 120 // 31
+
+
+def test_values_are_zero_at_padding():
+    from transformers import LlamaForTokenClassification
+
+    model = LlamaForTokenClassification(tiny_llama().config).eval()
+    ids, mask, length, pairs = batch()
+    got = response_values(model, ids, mask, length)
+    for row, (prompt, response) in enumerate(pairs):
+        expected = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, 0]
+        torch.testing.assert_close(got[row, : len(response)], expected, atol=1e-5, rtol=0)
+        assert not got[row, len(response) :].any()
