@@ -47,6 +47,8 @@ from align.mixture import shares_line
 from align.models import is_encoder, load_config, load_tokenizer
 from align.pipeline import known_overrides, numbered_recipes, processes
 from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
+from align.retention import Retention, load_with_retention, replay_count
+from align.sft_report import retention_lines
 from align.stage import check_lengths, check_tokenizer
 from align.tables import make_console
 from align.templates import TASK, TEMPLATE
@@ -137,9 +139,20 @@ def _check_stage(
             for spec in getattr(recipe, key, []):
                 resolve_function(spec, key)
                 report.say(f"{key}: {spec}")
+        if isinstance(recipe, SFTRecipe) and recipe.eval_metrics:
+            from align.eval_responses import load_metrics
+
+            report.say(f"eval_metrics: {', '.join(load_metrics(recipe))}")
     with report.part():
-        rows = load_rows(recipe, FORMS[stage])
+        retention = None
+        if isinstance(recipe, SFTRecipe):
+            rows, retention = load_with_retention(recipe)
+        else:
+            rows = load_rows(recipe, FORMS[stage])
         report.say(f"rows: {_counts(rows, recipe, plan)}")
+        if retention is not None:
+            for line in _retention_lines(recipe, rows, retention):
+                report.say(line)
         if shares := shares_line(rows.report):
             report.say(f"tasks: {shares}")
         if repeated := duplicates_line(rows.report):
@@ -180,10 +193,31 @@ def _counts(rows: Rows, recipe: StageRecipe, plan: BatchPlan | None) -> str:
     bad = "; ".join(f"{entry['count']} skipped: {reason}" for reason, entry in rows.report["bad_rows"].items())
     text = f"{len(rows.train)} to train on, {len(rows.evaluation)} to evaluate on" + (f"; {bad}" if bad else "")
     if isinstance(recipe, TrainerRecipe) and plan is not None:
-        per_epoch = math.ceil(len(rows.train) / plan.batch_size)
+        trained = len(rows.train)
+        if isinstance(recipe, SFTRecipe):
+            trained += replay_count(recipe.replay_fraction, trained)
+        per_epoch = math.ceil(trained / plan.batch_size)
         steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
         text += f"; up to {steps} optimiser steps"
     return text
+
+
+def _retention_lines(recipe: SFTRecipe, rows: Rows, retention: Retention) -> list[str]:
+    """Where the retention rows come from and of which form they are, and what becomes of them."""
+    if not recipe.retention:
+        return []
+    forms = Counter(map(_form, [*retention.measured, *retention.replayable]))
+    sources = [each for each in rows.report["sources"] if each["used_for"] == "retention"]
+    named = ", ".join(f"{each['source']} ({each['rows']} rows)" for each in sources)
+    replayed = replay_count(recipe.replay_fraction, len(rows.train))
+    lines = [f"retention rows: {named}; {', '.join(f'{count} of {form}' for form, count in forms.items())}"]
+    return lines + retention_lines(rows.report, len(rows.train), replayed)
+
+
+def _form(row: Demonstration) -> str:
+    if not isinstance(row.completion, str):
+        return "`messages`"
+    return "`prompt` and `completion`" if row.prompt else "`text`"
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from align.config import SFTRecipe, UserError
 
-OF_RETENTION = ("eval_retention", "eval_forgetting")  # how the names of metrics begin that need `retention`
+OF_RETENTION = ("retention", "forgetting")  # how the names of metrics begin that need `retention`
 
 
 def check_retention(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
@@ -19,7 +19,7 @@ def check_retention(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
     for name in ("replay_fraction", "max_forgetting"):
         if getattr(recipe, name) and not recipe.retention:
             raise UserError(f"{where(name)}: is about the rows of `retention`, and there are none; set retention too")
-    if recipe.metric_for_best_model.startswith(OF_RETENTION) and not recipe.retention:
+    if recipe.metric_for_best_model.removeprefix("eval_").startswith(OF_RETENTION) and not recipe.retention:
         raise UserError(
             f"{where('metric_for_best_model')}: {recipe.metric_for_best_model} is measured on `retention`; set that too"
         )
