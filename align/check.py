@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from align.check_retention import described_retention
 from align.check_texts import sample_labelled, sample_pieces
 from align.checkpoint import MANIFEST, RUN, is_finished, tokenizer_digest, write_json
 from align.config import (
@@ -47,8 +48,7 @@ from align.mixture import shares_line
 from align.models import is_encoder, load_config, load_tokenizer
 from align.pipeline import known_overrides, numbered_recipes, processes
 from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
-from align.retention import Retention, load_with_retention, replay_count
-from align.sft_report import retention_lines
+from align.retention import load_with_retention, replay_count
 from align.stage import check_lengths, check_tokenizer
 from align.tables import make_console
 from align.templates import TASK, TEMPLATE
@@ -144,15 +144,14 @@ def _check_stage(
 
             report.say(f"eval_metrics: {', '.join(load_metrics(recipe))}")
     with report.part():
-        retention = None
+        lines: list[str] = []
         if isinstance(recipe, SFTRecipe):
             rows, retention = load_with_retention(recipe)
+            lines = described_retention(recipe, rows, retention)
         else:
             rows = load_rows(recipe, FORMS[stage])
-        report.say(f"rows: {_counts(rows, recipe, plan)}")
-        if retention is not None:
-            for line in _retention_lines(recipe, rows, retention):
-                report.say(line)
+        for line in (f"rows: {_counts(rows, recipe, plan)}", *lines):
+            report.say(line)
         if shares := shares_line(rows.report):
             report.say(f"tasks: {shares}")
         if repeated := duplicates_line(rows.report):
@@ -168,8 +167,8 @@ def _check_stage(
         return
     if rows is not None:
         with report.part():
-            for line in _sample(recipe, rows, start):
-                report.console.print(line, soft_wrap=True)
+            for shown in _sample(recipe, rows, start):
+                report.console.print(shown, soft_wrap=True)
     if plan is not None:
         report.console.print(memory_table(recipe, start.config, start.others, plan))
         report.console.print(Text(activations(recipe, start.config, plan)), soft_wrap=True)
@@ -200,24 +199,6 @@ def _counts(rows: Rows, recipe: StageRecipe, plan: BatchPlan | None) -> str:
         steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
         text += f"; up to {steps} optimiser steps"
     return text
-
-
-def _retention_lines(recipe: SFTRecipe, rows: Rows, retention: Retention) -> list[str]:
-    """Where the retention rows come from and of which form they are, and what becomes of them."""
-    if not recipe.retention:
-        return []
-    forms = Counter(map(_form, [*retention.measured, *retention.replayable]))
-    sources = [each for each in rows.report["sources"] if each["used_for"] == "retention"]
-    named = ", ".join(f"{each['source']} ({each['rows']} rows)" for each in sources)
-    replayed = replay_count(recipe.replay_fraction, len(rows.train))
-    lines = [f"retention rows: {named}; {', '.join(f'{count} of {form}' for form, count in forms.items())}"]
-    return lines + retention_lines(rows.report, len(rows.train), replayed)
-
-
-def _form(row: Demonstration) -> str:
-    if not isinstance(row.completion, str):
-        return "`messages`"
-    return "`prompt` and `completion`" if row.prompt else "`text`"
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -405,9 +405,7 @@ class TestBound:
         ]
         assert without_time[0] == without_time[1]
         assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(cut).items())
-        assert [(Path(each.output_dir) / "samples.jsonl").read_text() for each in (whole, cut)][0] == (
-            out / "samples.jsonl"
-        ).read_text()
+        assert (out / "samples.jsonl").read_text() == (Path(whole.output_dir) / "samples.jsonl").read_text()
 
 
 class TestReplay:
@@ -465,7 +463,7 @@ class TestReplay:
     def test_training_rows_that_retention_measures_are_dropped(self, tmp_path):
         """The texts are trained on too: those that are measured are taken out there."""
         source = texts(tmp_path)
-        settings, rows, retention = self.split(tmp_path, train_dataset=source, retention=source)
+        _, rows, retention = self.split(tmp_path, train_dataset=source, retention=source)
         measured = {row.completion for row in retention.measured}
         assert {row.completion for row in rows.train} == set(TEXTS) - measured
         assert rows.report["train_rows_dropped_as_retention"] == len(measured) > 0
