@@ -31,7 +31,7 @@ from align.methods import freeze, peft_config, quantization
 from align.models import is_encoder, load_config, load_policy, load_tokenizer
 from align.recipes import batch_plan, stage_inputs
 from align.retention import load_with_retention
-from align.sft_report import bound_line, closing_numbers, course, curves, retention_lines
+from align.sft_report import bound_line, closing_numbers, course, curves, retention_lines, write_picture
 from align.sft_rows import token_rows
 from align.sft_trainer import DemonstrationTrainer
 from align.stage import (
@@ -122,10 +122,14 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
         history = evaluations(trainer)
         results = closing_numbers(before, after, steps, recipe.eval_metrics)
         if history:
-            tracker.chart(steps, "losses", [int(entry["step"]) for entry in history], curves(history))
+            tracker.chart(
+                int(history[-1]["step"]), "losses", [int(entry["step"]) for entry in history], curves(history)
+            )
         if (line := bound_line(after, trainer.state.best_global_step, recipe)) is not None:
             tracker.say(line)
         if world.is_main:
+            if history:
+                write_picture(recipe.output_dir, history)
             replayed = {"replayed_rows": tokens.replayed, "train_rows": rows.report["train_rows"] + tokens.replayed}
             data = {**rows.report, **replayed, "skipped": tokens.skipped}
             card = CARD.format(

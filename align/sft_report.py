@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from align.config import SFTRecipe
+from align.drawing import draw
 from align.duplicates import duplicates_line
 from align.evaluation import markdown_table
 from align.retention import FORGETTING, keeps
 
 MOST_LINES = 20  # of the table of evaluations
+PICTURE = "losses.svg"  # in output_dir
 Log = Mapping[str, float]
 
 # What the table of before and after says, the name of the number in the log, and what to do with it.
@@ -99,7 +101,14 @@ def course(history: Sequence[Log]) -> str:
     picked = sorted({round(index * last / min(last, MOST_LINES - 1)) for index in range(min(last, MOST_LINES - 1) + 1)})
     columns = {words: name for words, name in COURSE.items() if name in history[0]}
     rows = [[history[index].get(name) for name in columns.values()] for index in picked]
-    return f"\n## Evaluations on the way\n\n{markdown_table(list(columns), rows)}"
+    picture = f"![Losses in nats per token over the steps]({PICTURE})"
+    return f"\n## Evaluations on the way\n\n{picture}\n\n{markdown_table(list(columns), rows)}\nThe last line is the saved model.\n"
+
+
+def write_picture(folder: str, history: Sequence[Log]) -> None:
+    """Draw the losses of the evaluations, the retention loss beside the others."""
+    steps = [entry["step"] for entry in history]
+    (Path(folder) / PICTURE).write_text(draw(steps, curves(history), "nats per token"), encoding="utf-8")
 
 
 def curves(history: Sequence[Log]) -> dict[str, list[float]]:

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ import yaml
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
+from align import check
 from align.checkpoint import complete_checkpoints, read_manifest
 from align.config import DataSource, SFTRecipe, UserError
+from align.drawing import draw
 from align.measured import HELD_OUT, OTHER, RETENTION, TRAINING, measured_rows, measures, part_sums
 from align.recipes import load_recipe
 from align.retention import BoundedPatience, better, load_with_retention, replay_count, with_replay
@@ -144,6 +147,12 @@ class TestMeasured:
         card = (Path(finished[0].output_dir) / "README.md").read_text()
         assert "| step | held-out loss | training rows | gap | retention loss | forgetting % |" in card
         assert "| retention loss (nats/token) |" in card
+        picture = ElementTree.parse(Path(finished[0].output_dir) / "losses.svg").getroot()
+        curves = picture.findall("{http://www.w3.org/2000/svg}polyline")
+        assert [len(curve.attrib["points"].split()) for curve in curves] == [7, 7, 7]
+        words = [text.text for text in picture.findall("{http://www.w3.org/2000/svg}text")]
+        last = evaluations(finished[0])[-1]["eval/retention_loss"]
+        assert any(word.startswith("eval/retention_loss: ") and word.endswith(f" to {last:.4g}") for word in words)
 
     @pytest.mark.parametrize("changes", [{"padding_free": True}, {"packing": True, "max_length": 10}])
     def test_without_padding_too(self, tmp_path, finished, changes):
@@ -564,3 +573,25 @@ def test_a_model_from_scratch_has_nothing_to_forget(tmp_path):
     )
     with pytest.raises(UserError, match="retention: a model from scratch"):
         load_recipe("sft", str(tmp_path / "sft.yaml"))
+
+
+def test_a_picture_by_hand():
+    """Two curves over steps 0 to 10: highest at the top line, lowest at the bottom one, NaN left out."""
+    nan = float("nan")
+    root = ElementTree.fromstring(draw([0, 5, 10], {"a<b": [4.0, 2.0, 0.0], "c": [0.0, nan, 4.0]}, "nats"))
+    ours = "{http://www.w3.org/2000/svg}"
+    points = [line.attrib["points"] for line in root.findall(f"{ours}polyline")]
+    assert points == ["56.0,70.0 340.0,204.0 624.0,338.0", "56.0,338.0 624.0,70.0"]
+    assert "a<b: 4 to 0" in [text.text for text in root.findall(f"{ours}text")]
+    draw([0], {"one": [nan]}, "nothing to draw")
+
+
+def test_check_shows_retention(tmp_path, capsys):
+    settings = retaining(tmp_path, replay_fraction=0.5, eval_fraction=0.4, eval_metrics=["rouge"], num_train_epochs=1)
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings)))
+    assert check.run(str(tmp_path / "sft.yaml")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{tmp_path}/texts.jsonl (23 rows); 23 of `text`" in said
+    assert "retention: 8 rows measured; 4 of 8 training rows (50.0%) replayed from 15" in said
+    assert "4 to train on, 4 to evaluate on; up to 2 optimiser steps" in said
+    assert "eval_metrics: rouge" in said
