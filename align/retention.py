@@ -50,7 +50,7 @@ def load_with_retention(recipe: SFTRecipe) -> tuple[Rows, Retention]:
     try:
         found = load_rows(alone, Demonstration)
     except UserError as error:
-        raise UserError(f"retention: {error}") from error
+        raise UserError(f"retention, whose rows are split as those of train_dataset: {error}") from error
     measured, replayable = found.evaluation, found.train
     if not recipe.eval_fraction:
         measured, replayable = (

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -26,7 +27,7 @@ from align.retention import BoundedPatience, better, load_with_retention, replay
 from align.sft import run
 from align.sft_report import course
 from align.tokenization import tokenize_demonstrations
-from align.tracking import undocumented
+from align.tracking import Tracker, undocumented
 from tests.test_sft import ROWS, letters, metrics, nll, recipe, trained
 from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, tiny_llama, write_jsonl
 
@@ -241,7 +242,9 @@ class TestMeasured:
         assert len(rows[0]) == 180, "4 of 9 prompts are short enough for 6 tokens"
         assert rows[0] == rows[1]
         assert max(map(len, rows[0])) == 6
-        long = measured_rows(held_out, None, data(training, "t")[0], 16, 1)
+        more = [measured_rows(held_out, None, data(training, "t")[0], 16, seed) for seed in (1, 1, 2)]
+        assert more[0].rows["input_ids"][:] == more[1].rows["input_ids"][:] != more[2].rows["input_ids"][:]
+        long = more[0]
         assert sum(long.parts[part][0] == TRAINING for part in long.rows["part"]) == 256
         assert (HELD_OUT, OTHER) in long.parts
         assert len(long.parts) == 102, "100 tasks, the others, and training rows"
@@ -584,6 +587,19 @@ def test_a_picture_by_hand():
     assert points == ["56.0,70.0 340.0,204.0 624.0,338.0", "56.0,338.0 624.0,70.0"]
     assert "a<b: 4 to 0" in [text.text for text in root.findall(f"{ours}text")]
     draw([0], {"one": [nan]}, "nothing to draw")
+
+
+def test_a_chart_in_wandb_has_the_losses_beside_each_other(tmp_path):
+    tracker, logged = Tracker(recipe(tmp_path), "sft", 4), []
+    tracker.chart(4, "losses", [0, 4], {"eval/loss": [3.0, 1.0]})  # nothing without W&B
+    tracker._wandb = SimpleNamespace(log=lambda values, **_: logged.append(values))
+    tracker.chart(4, "losses", [0, 4], {"eval/loss": [3.0, 1.0], "eval/retention_loss": [1.0, 2.0]})
+    (values,) = logged
+    assert values["step"] == 4
+    table = values["losses (chart)"].table
+    assert sorted(zip(table.get_column("lineKey"), table.get_column("step"), table.get_column("lineVal"), strict=True)) == [
+        ("eval/loss", 0, 3.0), ("eval/loss", 4, 1.0), ("eval/retention_loss", 0, 1.0), ("eval/retention_loss", 4, 2.0),
+    ]  # fmt: skip
 
 
 def test_check_shows_retention(tmp_path, capsys):
