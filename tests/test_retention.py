@@ -26,6 +26,7 @@ from align.recipes import load_recipe
 from align.retention import BoundedPatience, better, load_with_retention, replay_count, with_replay
 from align.sft import run
 from align.sft_report import course
+from align.sft_trainer import DemonstrationTrainer
 from align.tokenization import tokenize_demonstrations
 from align.tracking import Tracker, undocumented
 from tests.test_sft import ROWS, letters, metrics, nll, recipe, trained
@@ -394,6 +395,35 @@ class TestBound:
         assert control.should_training_stop
         again = BoundedPatience.from_state(stop.state())
         assert (again.max_forgetting, again.early_stopping_patience_counter) == (10.0, 2)
+
+    def test_what_patience_compares_with_keeps_to_the_bound(self):
+        """The choice after each evaluation, from the log alone; the metric is kept only of a model that may be chosen."""
+        arguments = SimpleNamespace(metric_for_best_model="loss", greater_is_better=False)
+        trainer = SimpleNamespace(max_forgetting=10.0, args=arguments, state=TrainerState())
+        chosen = []
+        evaluated = [
+            (0, 0.1, 0.0),
+            (2, 1.0, 30.0),
+            (4, 2.0, 20.0),
+            (6, 3.0, 10.0),
+            (8, 0.5, 11.0),
+            (10, 2.5, 9.0),
+            (12, 2.5, 1.0),
+        ]
+        for step, loss, lost in evaluated:
+            trainer.state.log_history.append({"step": step, "eval_loss": loss, "eval_forgetting": lost})
+            trainer.state.global_step = step
+            if step:
+                new = DemonstrationTrainer._determine_best_metric(trainer, {}, None)
+                chosen.append((trainer.state.best_global_step, trainer.state.best_metric, new))
+        assert chosen == [
+            (2, None, True),
+            (4, None, True),
+            (6, 3.0, True),
+            (6, 3.0, False),
+            (10, 2.5, True),
+            (10, 2.5, False),
+        ]
 
     def test_a_killed_run_chooses_the_same(self, tmp_path, finished):
         """What a kill right after the checkpoint that follows the best one leaves behind."""
