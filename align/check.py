@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from align.check_retention import described_retention
 from align.check_texts import sample_labelled, sample_pieces
 from align.checkpoint import MANIFEST, RUN, is_finished, tokenizer_digest, write_json
 from align.config import (
@@ -47,6 +48,7 @@ from align.mixture import shares_line
 from align.models import is_encoder, load_config, load_tokenizer
 from align.pipeline import known_overrides, numbered_recipes, processes
 from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
+from align.retention import load_with_retention, replay_count
 from align.stage import check_lengths, check_tokenizer
 from align.tables import make_console
 from align.templates import TASK, TEMPLATE
@@ -137,9 +139,19 @@ def _check_stage(
             for spec in getattr(recipe, key, []):
                 resolve_function(spec, key)
                 report.say(f"{key}: {spec}")
+        if isinstance(recipe, SFTRecipe) and recipe.eval_metrics:
+            from align.eval_responses import load_metrics
+
+            report.say(f"eval_metrics: {', '.join(load_metrics(recipe))}")
     with report.part():
-        rows = load_rows(recipe, FORMS[stage])
-        report.say(f"rows: {_counts(rows, recipe, plan)}")
+        lines: list[str] = []
+        if isinstance(recipe, SFTRecipe):
+            rows, retention = load_with_retention(recipe)
+            lines = described_retention(recipe, rows, retention)
+        else:
+            rows = load_rows(recipe, FORMS[stage])
+        for line in (f"rows: {_counts(rows, recipe, plan)}", *lines):
+            report.say(line)
         if shares := shares_line(rows.report):
             report.say(f"tasks: {shares}")
         if repeated := duplicates_line(rows.report):
@@ -155,8 +167,8 @@ def _check_stage(
         return
     if rows is not None:
         with report.part():
-            for line in _sample(recipe, rows, start):
-                report.console.print(line, soft_wrap=True)
+            for shown in _sample(recipe, rows, start):
+                report.console.print(shown, soft_wrap=True)
     if plan is not None:
         report.console.print(memory_table(recipe, start.config, start.others, plan))
         report.console.print(Text(activations(recipe, start.config, plan)), soft_wrap=True)
@@ -180,7 +192,10 @@ def _counts(rows: Rows, recipe: StageRecipe, plan: BatchPlan | None) -> str:
     bad = "; ".join(f"{entry['count']} skipped: {reason}" for reason, entry in rows.report["bad_rows"].items())
     text = f"{len(rows.train)} to train on, {len(rows.evaluation)} to evaluate on" + (f"; {bad}" if bad else "")
     if isinstance(recipe, TrainerRecipe) and plan is not None:
-        per_epoch = math.ceil(len(rows.train) / plan.batch_size)
+        trained = len(rows.train)
+        if isinstance(recipe, SFTRecipe):
+            trained += replay_count(recipe.replay_fraction, trained)
+        per_epoch = math.ceil(trained / plan.batch_size)
         steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
         text += f"; up to {steps} optimiser steps"
     return text

@@ -154,7 +154,8 @@ class TrainerRecipe(StageRecipe):
     )
     metric_for_best_model: str = key(
         "eval_loss",
-        "Evaluation metric that says which model is best: one whose name ends in loss is to be low, others high.",
+        "Evaluation metric that says which model is best: one whose name ends in loss, perplexity, gap or forgetting is to "
+        "be low, others high.",
     )
     early_stopping_patience: int | None = key(
         None, "Stop after so many evaluations in a row that did not better `metric_for_best_model`."
@@ -189,6 +190,27 @@ class SFTRecipe(TrainerRecipe):
     completion_only_loss: bool = key(
         True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too."
     )
+    retention: list[DataSource] = key(
+        [],
+        "Rows of what the model could do before, in any form of `train_dataset`: `eval_fraction` of their prompts (all, when "
+        "it is 0) are measured with each evaluation, which tells what is forgotten.",
+    )
+    replay_fraction: float = key(
+        0.0,
+        "Share of the training rows, before packing, that are replayed from `retention`, of whose rows none that is measured.",
+    )
+    max_forgetting: float | None = key(
+        None,
+        "Most percent by which the loss on `retention` may rise against the start: the best model is chosen among the "
+        "checkpoints that keep to it, and for `early_stopping_patience` one that does not is no better.",
+    )
+    eval_metrics: list[str] = key(
+        [],
+        "Metrics of the greedy responses to evaluation prompts: exact_match, accuracy, f1, bleu, rouge, chrf, or what "
+        "`evaluate.load` takes; logged as `eval/<name>`.",
+    )
+    max_eval_generations: int = key(64, "With `eval_metrics`: most prompts answered in an evaluation.")
+    response_length: int = key(64, "With `eval_metrics`: most tokens of a response.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,11 @@ import gzip
 import hashlib
 import json
 import os.path
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
@@ -46,9 +46,13 @@ __all__ = [
     "Rows",
     "Turns",
     "as_response",
+    "free_of",
     "load_rows",
+    "prompts_of",
     "render_text",
 ]
+
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -84,12 +88,12 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
     bad_rows = bad.settle(recipe.on_bad_row)
     sources = [rows for rows, _ in loaded]
     evaluation = list(chain.from_iterable(sources[len(recipe.train_dataset) :]))
-    evaluated = {prompt for row in evaluation for prompt in _prompts(row)}
+    evaluated = prompts_of(evaluation)
     training: list[list[Row]] = []
     dropped = 0
     for rows in sources[: len(recipe.train_dataset)]:
         if recipe.eval_dataset:
-            kept = [row for row in rows if evaluated.isdisjoint(_prompts(row))]
+            kept = free_of(rows, evaluated)
             dropped += len(rows) - len(kept)
         else:
             held_out = [_is_held_out(row, recipe) for row in rows]
@@ -149,6 +153,16 @@ def _prompts(row: Row) -> list[str]:
     earlier = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
     trained = row.trained_turns - 1 if isinstance(row, Demonstration) else 0
     return [json.dumps(turns[:end]) for end in (*earlier[len(earlier) - trained :], len(turns))]
+
+
+def prompts_of(rows: Sequence[Row]) -> set[str]:
+    """Every prompt that one of the rows trains a response to."""
+    return {prompt for row in rows for prompt in _prompts(row)}
+
+
+def free_of(rows: Sequence[AnyRow], prompts: set[str]) -> list[AnyRow]:
+    """The rows that train a response to none of the prompts."""
+    return [row for row in rows if prompts.isdisjoint(_prompts(row))]
 
 
 def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list[Row], dict[str, Any]]:

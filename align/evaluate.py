@@ -19,7 +19,6 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,7 @@ from align.progress import Display
 from align.recipes import resolve_function
 from align.resampling import Floats, Measure
 from align.tables import make_console, make_table
-from align.templates import LABEL, LABELS, TEMPLATE, label_of
-from align.text_metrics import TextMetric, load_metric
+from align.text_metrics import TextMetric, as_labels, foreign_scores, load_metric
 from align.tracking import quiet
 from align.world import World
 from reward_models import FunctionReward, Responses
@@ -188,11 +186,15 @@ def _judge(
         elif name == "token_accuracy":
             result.measures.append(Measure(tokens[:, [1, 2]], _mean_of(name)))
         elif isinstance(metric := metrics[name], TextMetric):
-            texts = _labels(inputs, predictions) if metric.of_labels else (predictions, inputs.references)
+            texts = (
+                as_labels(inputs.rows, predictions, inputs.references)
+                if metric.of_labels
+                else (predictions, inputs.references)
+            )
             statistics = metric.statistics(*texts)
             result.measures.append(Measure(statistics, metric.score, metric.of_rows))
         else:
-            result.others |= _foreign(name, metric, predictions, inputs.references)
+            result.others |= foreign_scores(name, metric, predictions, inputs.references)
     if grader is not None:
         scores = _grade(recipe, inputs, condition, answers, predictions, grader)
         applies = ~np.isnan(scores)
@@ -201,35 +203,12 @@ def _judge(
     return result
 
 
-def _labels(inputs: Inputs, predictions: list[str]) -> tuple[list[str], list[str]]:
-    """What is said and what is right, as labels where templates made the rows from these, else as it is written."""
-    said, right = [], []
-    for row, prediction, reference in zip(inputs.rows, predictions, inputs.references, strict=True):
-        labelled = LABEL in row.extra
-        said.append(label_of(prediction, row.extra[TEMPLATE], row.extra[LABELS]) or "" if labelled else prediction)
-        right.append(row.extra[LABEL] if labelled else reference)
-    return said, right
-
-
 def _perplexity(sums: Floats) -> dict[str, float]:
     return {"perplexity": math.exp(min(sums[0] / sums[1], 700.0))}  # e^710 is beyond a float
 
 
 def _mean_of(name: str) -> Callable[[Floats], dict[str, float]]:
     return lambda sums: {name: float(sums[0] / sums[1]) if sums[1] else math.nan}
-
-
-def _foreign(name: str, metric: Any, predictions: list[str], references: list[str]) -> dict[str, float]:
-    """The numbers of a metric of which nothing else is known: no intervals, no comparison."""
-    try:
-        found = metric.compute(predictions=predictions, references=references)
-    except Exception as error:  # whatever it expects instead of texts
-        raise UserError(
-            f"metrics: {name} fails on texts as predictions and references: {type(error).__name__}: {error}"
-        ) from error
-    numbers = {key: float(value) for key, value in found.items() if isinstance(value, Real)}
-    short = Path(name).stem
-    return {key if key.startswith(short) else f"{short}/{key}": value for key, value in numbers.items()}
 
 
 def _grade(

@@ -41,7 +41,7 @@ _ANY_STAGE = {
     "save_strategy": _BY_STEPS,
     "logging_strategy": _BY_STEPS,
     "logging_dir": "not offered: metrics go to metrics.jsonl in output_dir, and to W&B with report_to",
-    "greater_is_better": "derived: a metric_for_best_model whose name ends in loss is to be low, others high",
+    "greater_is_better": "derived: a metric_for_best_model whose name ends in loss, perplexity, gap or forgetting is to be low, others high",
     "resume_from_checkpoint": _RESUMES,
     "overwrite_output_dir": _RESUMES,
     "push_to_hub": _NO_HUB,

@@ -19,6 +19,7 @@ from align.config import (
     TrainerRecipe,
     UserError,
 )
+from align.retention_limits import check_retention
 from align.strict import nearest
 from align.templates import check_template
 
@@ -49,7 +50,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
         "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha num_virtual_tokens "
         "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size "
-        "early_stopping_patience mixture_temperature max_new_tokens bootstrap_iters",
+        "early_stopping_patience mixture_temperature max_new_tokens bootstrap_iters max_eval_generations",
     ),
     (
         "above 0",
@@ -61,13 +62,13 @@ _RANGES: list[tuple[str, Callable[[float], bool], str]] = [
         "at least 0",
         lambda value: value >= 0,
         "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows "
-        "entropy_coef ptx_coef value_warmup_updates freeze_layers",
+        "entropy_coef ptx_coef value_warmup_updates freeze_layers max_forgetting",
     ),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
     (
         "from 0 to below 1",
         lambda value: 0 <= value < 1,
-        "eval_fraction adam_beta1 adam_beta2 ema_decay label_smoothing_factor",
+        "eval_fraction adam_beta1 adam_beta2 ema_decay label_smoothing_factor replay_fraction",
     ),
     ("above 1", lambda value: value > 1, "dual_clip"),
     ("above 0 and below 1", lambda value: 0 < value < 1, "mlm_probability"),
@@ -86,7 +87,7 @@ def check_values(recipe: StageRecipe | EvaluateRecipe, where: Callable[[str], st
     Raises:
         UserError: the first thing that is wrong.
     """
-    for name in ("train_dataset", "eval_dataset", "ptx_dataset"):
+    for name in ("train_dataset", "eval_dataset", "ptx_dataset", "retention"):
         for index, source in enumerate(getattr(recipe, name, [])):
             _check_source(source, f"{where(name)}[{index}]")
             if source.templates and isinstance(recipe, RewardRecipe):
@@ -120,6 +121,7 @@ def check_values(recipe: StageRecipe | EvaluateRecipe, where: Callable[[str], st
         _check_best(recipe, where)
     if isinstance(recipe, SFTRecipe):
         _check_sft(recipe, where)
+        check_retention(recipe, where)
     elif isinstance(recipe, PPORecipe):
         _check_ppo(recipe, where)
 

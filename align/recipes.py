@@ -29,7 +29,7 @@ INPUTS = {
     "mlm": ("model_name_or_path",),
 }
 DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed")
-_DATASET_KEYS = ("train_dataset", "eval_dataset", "ptx_dataset")
+_DATASET_KEYS = ("train_dataset", "eval_dataset", "ptx_dataset", "retention")
 _PATH_KEYS = {*(name for names in INPUTS.values() for name in names), "chat_template_path", *DEEPSPEED_KEYS}
 
 AnyRecipe = TypeVar("AnyRecipe", StageRecipe, EvaluateRecipe)
@@ -221,7 +221,9 @@ def _find_files(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
     }
     if isinstance(recipe, EvaluateRecipe):
         changes["models"] = {name: find(model) for name, model in recipe.models.items()}
-        changes["metrics"] = [find(name) if name.endswith(".py") else name for name in recipe.metrics]
+    for key in ("metrics", "eval_metrics"):
+        if names := getattr(recipe, key, None):
+            changes[key] = [find(name) if name.endswith(".py") else name for name in names]
     for name in _DATASET_KEYS:
         sources: list[DataSource] = getattr(recipe, name, [])
         if sources:

@@ -21,7 +21,7 @@ from align.models import load_policy
 from align.reward_setup import Inputs, positions
 from align.rollout import Sampler
 from align.tokenization import encode_pair
-from align.world import World
+from align.world import World, spread
 from reward_models import ModelReward, Responses, load_reward_model
 
 CHECKED_PAIRS = 8  # pairs that the manifest holds with their scores
@@ -47,12 +47,6 @@ def load_scorer(recipe: RewardRecipe, world: World) -> ModelReward:
 
 def frozen_dtype(recipe: RewardRecipe, world: World) -> torch.dtype:
     return torch.bfloat16 if recipe.bf16 and world.device.type == "cuda" else torch.float32
-
-
-def spread(world: World, count: int) -> list[int]:
-    """This rank's rows of `count`. All ranks have as many, so the last may repeat a row."""
-    share = -(-count // world.size)
-    return [min(index, count - 1) for index in range(world.rank * share, (world.rank + 1) * share)]
 
 
 def score_ids(reward: ModelReward, world: World, ids: Sequence[list[int]]) -> Tensor:

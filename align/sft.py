@@ -10,7 +10,6 @@ With `model_config` the stage first trains a tokenizer on its rows and starts fr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,19 @@ from trl import SFTConfig
 
 from align.checkpoint import open_stage
 from align.config import SFTRecipe, UserError
-from align.data import Demonstration, load_rows, render_text
+from align.data import Demonstration, render_text
 from align.duplicates import duplicates_line
 from align.engine import connect, disconnect
+from align.eval_responses import questions
 from align.methods import freeze, peft_config, quantization
 from align.models import is_encoder, load_config, load_policy, load_tokenizer
 from align.recipes import batch_plan, stage_inputs
+from align.retention import load_with_retention
+from align.sft_report import bound_line, closing_numbers, course, curves, retention_lines, write_picture
+from align.sft_rows import token_rows
 from align.sft_trainer import DemonstrationTrainer
 from align.stage import (
     already_finished,
-    check_lengths,
     check_tokenizer,
     finish,
     last_checkpoint,
@@ -41,10 +43,11 @@ from align.stage import (
     write_untrained,
 )
 from align.strict import nearest
-from align.tokenization import pack, pad_to_batches, tokenize_demonstrations
+from align.tokenization import pad_to_batches
 from align.tracking import Tracker, quiet
 from align.trainers import (
     eval_batch_size,
+    evaluations,
     save_trained,
     total_steps,
     train,
@@ -62,7 +65,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
         return already_finished(recipe)
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
-    rows = load_rows(recipe, Demonstration)
+    rows, retention = load_with_retention(recipe)
     checkpoint = last_checkpoint(recipe, world)
     if (start := recipe.model_name_or_path) is None:
         config = scratch_config(recipe)
@@ -76,23 +79,21 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
         )
     tokenizer = load_tokenizer(start, recipe)
     check_tokenizer(start, tokenizer, "model_name_or_path")
-    skipped = {}
-    train_rows, skipped["train"] = tokenize_demonstrations(rows.train, tokenizer, recipe)
-    if recipe.packing:
-        train_rows = pack(train_rows, recipe.max_length)
-    check_lengths(train_rows["input_ids"], config)
-    world.check_rows(len(train_rows))
-    train_rows = pad_to_batches(train_rows, plan.batch_size)
+    tokens = token_rows(recipe, rows, retention, tokenizer, config)
+    asked = questions(recipe, rows.evaluation, tokenizer, config, world)
+    world.check_rows(len(tokens.train))
+    train_rows = pad_to_batches(tokens.train, plan.batch_size)
     eval_rows = None
-    if rows.evaluation:
-        eval_rows, skipped["evaluation"] = tokenize_demonstrations(rows.evaluation, tokenizer, recipe)
-        check_lengths(eval_rows["input_ids"], config)
-        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+    if tokens.measured is not None:
+        size = eval_batch_size(recipe, len(tokens.measured.rows), world)
+        eval_rows = pad_to_batches(tokens.measured.rows, world.size * size)
 
     steps = total_steps(recipe, len(train_rows), plan)
     with Tracker(recipe, "sft", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         if (line := duplicates_line(rows.report)) is not None:
+            tracker.say(line)
+        for line in retention_lines(rows.report, tokens.target, tokens.replayed):
             tracker.say(line)
         arguments = SFTConfig(
             **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
@@ -105,6 +106,10 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
         freeze(model, recipe, model.get_output_embeddings())
         trainer = DemonstrationTrainer(
             example_mean=recipe.loss_normalization == "example_mean",
+            measured=tokens.measured,
+            questions=asked,
+            tracker=tracker,
+            max_forgetting=recipe.max_forgetting,
             model=model,
             args=arguments,
             train_dataset=train_rows,
@@ -114,36 +119,28 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
         save_trained(trainer, recipe, world, lambda: load_policy(start, recipe))
-        results = closing_numbers(before, after, steps)
+        history = evaluations(trainer)
+        results = closing_numbers(before, after, steps, recipe.eval_metrics)
+        if history:
+            tracker.chart(
+                int(history[-1]["step"]), "losses", [int(entry["step"]) for entry in history], curves(history)
+            )
+        if (line := bound_line(after, trainer.state.best_global_step, recipe)) is not None:
+            tracker.say(line)
         if world.is_main:
-            data = {**rows.report, "skipped": skipped}
+            if history:
+                write_picture(recipe.output_dir, history)
+            replayed = {"replayed_rows": tokens.replayed, "train_rows": rows.report["train_rows"] + tokens.replayed}
+            data = {**rows.report, **replayed, "skipped": tokens.skipped}
             card = CARD.format(
                 folder=recipe.output_dir,
                 base=recipe.model_name_or_path or f"a random {config.model_type} model",
                 prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
                 eos=tokenizer.eos_token,
             )
-            finish(recipe, "sft", inputs, tokenizer, data, results, card)
+            finish(recipe, "sft", inputs, tokenizer, data, results, card + course(history))
     world.barrier()
     disconnect()
-    return results
-
-
-def closing_numbers(before: dict[str, float], after: dict[str, float], steps: int) -> dict[str, Any]:
-    """The stage's results, from the evaluation logs before and after training; without these, only the steps."""
-    results: dict[str, Any] = {"steps": steps, "table": []}
-    for name, log in (("before", before), ("", after)):
-        if log:
-            suffix = f"_{name}" if name else ""
-            results[f"eval_loss{suffix}"] = log["eval_loss"]
-            results[f"eval_perplexity{suffix}"] = math.exp(log["eval_loss"])
-            results[f"eval_token_accuracy{suffix}"] = log["eval_mean_token_accuracy"]
-    if after:
-        results["table"] = [
-            ["held-out loss (nats/token)", before["eval_loss"], after["eval_loss"]],
-            ["held-out perplexity", math.exp(before["eval_loss"]), math.exp(after["eval_loss"])],
-            ["held-out token accuracy", before["eval_mean_token_accuracy"], after["eval_mean_token_accuracy"]],
-        ]
     return results
 
 

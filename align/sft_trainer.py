@@ -5,6 +5,9 @@ example_mean    mean over examples of the mean over each example's own label tok
 
 Both are over the whole batch of an optimiser step: all microbatches of all ranks. A packed row holds several
 examples, told apart by its position ids, which start again at 0 with each.
+
+An evaluation measures the rows of `align/measured.py`, and the responses of `align/eval_responses.py`; all that it found
+is one log entry, from which, and from those before it, the best checkpoint follows.
 """
 
 from __future__ import annotations
@@ -13,9 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from align.trainers import ExactEvaluation
+from align import eval_responses
+from align.eval_responses import Questions
+from align.measured import PART, Measured, PartCollator, measures, part_sums
+from align.retention import BoundedPatience, better, keeps
+from align.tracking import Tracker
+from align.trainers import ExactEvaluation, evaluations
 
 
 class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
@@ -23,29 +32,75 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
 
     Args:
         example_mean: which of the two objectives it trains.
+        measured: what an evaluation measures; `eval_dataset` has its rows, padded to whole batches.
+        questions: what it has the model answer.
+        tracker: gets the table of answers.
+        max_forgetting: percent by which the retention loss of the best checkpoint may be above that at the start.
     """
 
-    accuracy = "mean_token_accuracy"
+    data_collator: Any
 
-    def __init__(self, *args: Any, example_mean: bool, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        example_mean: bool,
+        measured: Measured | None = None,
+        questions: Questions | None = None,
+        tracker: Tracker,
+        max_forgetting: float | None = None,
+        **kwargs: Any,
+    ):
         self.example_mean = example_mean
+        self.parts = measured.parts if measured else []
+        self.sums_shape = (len(self.parts), 4)
+        self.questions, self.tracker, self.max_forgetting = questions, tracker, max_forgetting
         super().__init__(*args, **kwargs)
+        self.data_collator = PartCollator(self.data_collator)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        part = inputs.pop(PART, None)
+
         def measured(**batch: Any) -> Any:
             output = model(**batch)
             if "fused_lm_head" not in batch:
                 return output  # the logits, for label smoothing
             if not self.model.training:
-                nll: Tensor = -output.log_probs.sum()
-                self.sums += torch.stack([nll, output.is_top1.sum(), output.label_mask.sum()]).double()
+                values = (-output.log_probs, output.is_top1, output.label_mask, output.entropy)
+                self.sums += part_sums(inputs, part, len(self.parts), *values)
             elif self.example_mean:
                 output.log_probs = output.log_probs * token_shares(inputs)
             return output
 
         return super().compute_loss(measured, inputs, return_outputs, num_items_in_batch)
+
+    def measure(self, logs: dict[str, float]) -> None:
+        start = [entry["eval_retention_loss"] for entry in evaluations(self) if "eval_retention_loss" in entry]
+        logs |= measures(self.accelerator.reduce(self.sums, "sum"), self.parts, start[0] if start else None)
+        self._metrics["eval"].clear()  # TRL's means of batches
+        if self.questions is not None:
+            with self.compute_loss_context_manager():
+                responses = eval_responses.respond(self.model, self.questions)
+            logs |= {f"eval_{name}": value for name, value in eval_responses.judge(self.questions, responses).items()}
+            rows = eval_responses.table(self.questions, responses)
+            self.tracker.table(self.state.global_step, "samples", eval_responses.COLUMNS, rows)
+
+    def patience(self, evaluations: int) -> TrainerCallback:
+        if self.max_forgetting is None:
+            return super().patience(evaluations)
+        return BoundedPatience(evaluations, max_forgetting=self.max_forgetting)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if (bound := self.max_forgetting) is None:
+            return bool(super()._determine_best_metric(metrics, trial))
+        metric = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+        trained = [entry for entry in evaluations(self) if entry["step"] > 0]  # checkpoints carry the log
+        best = min(trained, key=lambda entry: better(entry, metric, self.args.greater_is_better, bound))
+        self.state.best_global_step = int(best["step"])
+        if keeps(best, bound):  # what early stopping compares with
+            self.state.best_metric = best[metric]
+        return int(best["step"]) == int(self.state.global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
         if not self.example_mean:

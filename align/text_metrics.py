@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,7 +23,9 @@ from sacrebleu.metrics import BLEU, CHRF
 from sklearn.metrics import accuracy_score, f1_score
 
 from align.config import UserError
+from align.rows import Demonstration
 from align.strict import nearest
+from align.templates import LABEL, LABELS, TEMPLATE, label_of
 
 Floats = NDArray[np.float64]
 Scores = dict[str, float]
@@ -172,11 +176,12 @@ METRICS: dict[str, type[TextMetric]] = {
 }
 
 
-def load_metric(name: str, known: Sequence[str] = ()) -> Any:
+def load_metric(name: str, known: Sequence[str] = (), key: str = "metrics") -> Any:
     """One of ours, or what `evaluate.load` finds under this name: a metric script's path, or a metric of the hub.
 
     Args:
         known: further names that a wrong one may be near to.
+        key: of the recipe, with which an error begins.
 
     Raises:
         UserError: there is none, or it cannot be loaded.
@@ -190,8 +195,39 @@ def load_metric(name: str, known: Sequence[str] = ()) -> Any:
     except Exception as error:  # the script's own imports, the network, the hub
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"metrics: no metric {name!r}{nearest(name, [*METRICS, *known])}; ours are "
+            f"{key}: no metric {name!r}{nearest(name, [*METRICS, *known])}; ours are "
             f"{', '.join([*known, *METRICS])}, and `evaluate.load` says: {reason}"
         ) from error
     metric.folder = folder  # deleted with the metric
     return metric
+
+
+def as_labels(
+    rows: Sequence[Demonstration], predictions: Sequence[str], references: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """What is said and what is right, as labels where templates made the rows from these, else as it is written."""
+    said, right = [], []
+    for row, prediction, reference in zip(rows, predictions, references, strict=True):
+        labelled = LABEL in row.extra
+        said.append(label_of(prediction, row.extra[TEMPLATE], row.extra[LABELS]) or "" if labelled else prediction)
+        right.append(row.extra[LABEL] if labelled else reference)
+    return said, right
+
+
+def foreign_scores(
+    name: str, metric: Any, predictions: Sequence[str], references: Sequence[str], key: str = "metrics"
+) -> Scores:
+    """The numbers of a metric of which nothing else is known: no intervals, no comparison.
+
+    Raises:
+        UserError: it fails on texts; begins with `key`.
+    """
+    try:
+        found = metric.compute(predictions=predictions, references=references)
+    except Exception as error:  # whatever it expects instead of texts
+        raise UserError(
+            f"{key}: {name} fails on texts as predictions and references: {type(error).__name__}: {error}"
+        ) from error
+    numbers = {name: float(value) for name, value in found.items() if isinstance(value, Real)}
+    short = Path(name).stem
+    return {each if each.startswith(short) else f"{short}/{each}": value for each, value in numbers.items()}

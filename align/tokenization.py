@@ -44,9 +44,15 @@ Report = dict[str, dict[str, Any]]
 
 
 def tokenize_demonstrations(
-    rows: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, recipe: SFTRecipe
+    rows: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: SFTRecipe,
+    kept: list[Demonstration] | None = None,
 ) -> tuple[Dataset, Report]:
     """`input_ids` and `labels` (-100 on what is not learnt) of each row, and the bad rows by reason.
+
+    Args:
+        kept: is filled with the rows that the data set holds, in its order.
 
     Raises:
         UserError: bad rows and `on_bad_row` is "error"; no row is left; messages and no chat template.
@@ -65,6 +71,8 @@ def tokenize_demonstrations(
                     if row.trained_turns > 1:
                         labels = prompt_labels(tokenizer, row, text, IGNORED)
                     labels = labels + response
+                if kept is not None:
+                    kept.append(row)
                 yield ids, labels
 
     dataset = _dataset(("input_ids", "labels"), records())

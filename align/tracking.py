@@ -128,6 +128,16 @@ class Tracker:
 
             self._to_wandb(step, {name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
+    def chart(self, step: int, name: str, steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
+        """Draw curves over the same steps into one chart of W&B; nothing without it."""
+        if self._wandb is not None:
+            import wandb
+
+            series = wandb.plot.line_series(
+                list(steps), [list(curve) for curve in curves.values()], list(curves), name, "step"
+            )
+            self._to_wandb(step, {f"{name} (chart)": series})
+
     def progress(self, step: int, **fields: float | str) -> None:
         """Show that `step` of all steps are done, with a few key numbers."""
         if self.is_main:
@@ -243,7 +253,7 @@ def trainer_callback(tracker: Tracker, recipe: TrainerRecipe) -> TrainerCallback
             metrics = trainer_metrics(logs, perplexity=isinstance(recipe, SFTRecipe | MLMRecipe))
             if metrics:
                 tracker.log(state.global_step, metrics)
-            keys = ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy")
+            keys = ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy", "eval/forgetting")
             self.shown |= {key.removeprefix("train/"): metrics[key] for key in keys if key in metrics}
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -274,7 +284,7 @@ def trainer_metrics(logs: Mapping[str, float], perplexity: bool) -> dict[str, fl
 
 
 def documented_metrics() -> set[str]:
-    """Names in `metrics.md`; `<source>` in a name stands for any text."""
+    """Names in `metrics.md`; `<source>`, `<task>` and `<metric>` in a name stand for any text."""
     text = Path(__file__).with_name("metrics.md").read_text(encoding="utf-8")
     return {
         name for row in re.findall(r"^\|([^|]*)\|", text, flags=re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)
@@ -283,5 +293,5 @@ def documented_metrics() -> set[str]:
 
 def undocumented(names: Iterable[str]) -> list[str]:
     """Those of `names` that `metrics.md` does not explain."""
-    patterns = [re.escape(name).replace("<source>", ".+") for name in documented_metrics()]
+    patterns = [re.sub("<[a-z]+>", ".+", re.escape(name)) for name in documented_metrics()]
     return [name for name in names if not re.fullmatch("|".join(patterns), name)]

@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -22,6 +22,8 @@ from align.methods import MERGED
 from align.recipes import BatchPlan
 from align.tracking import Tracker, trainer_callback
 from align.world import World
+
+LOW_IS_GOOD = ("loss", "perplexity", "gap", "forgetting")  # how names of metrics end that are to be low
 
 
 def total_steps(recipe: TrainerRecipe, rows: int, plan: BatchPlan) -> int:
@@ -77,7 +79,7 @@ def training_arguments(
         "save_steps": saving or 500,
         "load_best_model_at_end": recipe.load_best_model_at_end,
         "metric_for_best_model": recipe.metric_for_best_model if choosing else None,
-        "greater_is_better": not recipe.metric_for_best_model.endswith("loss"),
+        "greater_is_better": not recipe.metric_for_best_model.endswith(LOW_IS_GOOD),
         "restore_callback_states_from_checkpoint": True,  # how patient early stopping still is
         "save_total_limit": None,  # `align.checkpoint.mark_complete` deletes old ones
         "logging_steps": recipe.logging_steps,
@@ -112,19 +114,28 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
 
     accuracy: str  # TRL's name for it
     sums: Tensor
+    sums_shape: tuple[int, ...] = (3,)
     _total_train_tokens: int
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.args.device)
+        self.sums = torch.zeros(self.sums_shape, dtype=torch.float64, device=self.args.device)
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:
-            loss, correct, count = self.accelerator.reduce(self.sums, "sum").tolist()
-            logs["eval_loss"] = loss / count
-            self._metrics["eval"][self.accuracy] = [correct / count]
+            self.measure(logs)
         super().log(logs, start_time)
+
+    def measure(self, logs: dict[str, float]) -> None:
+        """Put the exact numbers into the log of an evaluation. For all ranks."""
+        loss, correct, count = self.accelerator.reduce(self.sums, "sum").tolist()
+        logs["eval_loss"] = loss / count
+        self._metrics["eval"][self.accuracy] = [correct / count]
+
+    def patience(self, evaluations: int) -> TrainerCallback:
+        """What stops training after so many evaluations that were no better."""
+        return EarlyStoppingCallback(evaluations)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # A resumed TRL trainer counts tokens from 0 again.
@@ -178,25 +189,25 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(trainer_callback(tracker, recipe))
     if recipe.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
+        trainer.add_callback(trainer.patience(recipe.early_stopping_patience))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyError as error:
         if recipe.metric_for_best_model not in str(error):
             raise
-        known = ", ".join(name for name in _evaluations(trainer)[0] if name.startswith("eval_"))
+        known = ", ".join(name for name in evaluations(trainer)[0] if name.startswith("eval_"))
         raise UserError(
             f"metric_for_best_model: no metric {recipe.metric_for_best_model}; this stage evaluates {known}."
         ) from error
     if trainer.eval_dataset is None:
         return {}, {}
-    if recipe.load_best_model_at_end or _evaluations(trainer)[-1]["step"] != trainer.state.global_step:
+    if recipe.load_best_model_at_end or evaluations(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-    history = _evaluations(trainer)
+    history = evaluations(trainer)
     return history[0], history[-1]
 
 
-def _evaluations(trainer: Trainer) -> list[dict[str, float]]:
+def evaluations(trainer: Trainer) -> list[dict[str, float]]:
     """Evaluation logs of the whole run, of the processes before a resume too: checkpoints carry them."""
     return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 

@@ -71,6 +71,12 @@ class World:
             dist.barrier()
 
 
+def spread(world: World, count: int) -> list[int]:
+    """This rank's rows of `count`. All ranks have as many, so the last may repeat a row."""
+    share = -(-count // world.size)
+    return [min(index, count - 1) for index in range(world.rank * share, (world.rank + 1) * share)]
+
+
 def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
     """Delete DeepSpeed's shared-memory files of this user that no living process maps. Returns what was deleted."""
     candidates = [path for path in folder.glob(SHARED_MEMORY_FILES) if path.stat().st_uid == os.getuid()]

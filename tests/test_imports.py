@@ -16,6 +16,7 @@ ENTRY = {"align.__main__", "align.check", "align.merge", "align.pipeline", "alig
 BASE = [
     "align.recipes",
     "align.limits",
+    "align.retention_limits",
     "align.templates",
     "align.rows",
     "align.foreign_keys",

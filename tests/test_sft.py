@@ -167,7 +167,7 @@ def test_evaluation_is_the_mean_over_held_out_tokens_before_and_after(tmp_path):
         expected.append((float(total / count), right / count))
     (loss_before, accuracy_before), (loss_after, accuracy_after) = expected
     assert 0 < accuracy_after < 1
-    assert results["table"] == [
+    assert results["table"][:3] == [
         ["held-out loss (nats/token)", pytest.approx(loss_before, abs=1e-5), pytest.approx(loss_after, abs=1e-5)],
         [
             "held-out perplexity",

@@ -1,0 +1,54 @@
+"""Curves as an SVG picture, without a library: what a model card shows, on any machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 640, 320
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 36  # margins
+LINE = 18  # height of a line of the legend
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by all eyes (Okabe and Ito)
+
+
+def draw(steps: Sequence[float], curves: Mapping[str, Sequence[float]], title: str) -> str:
+    """An SVG document with curves over the same steps; what is not finite leaves a gap.
+
+    Args:
+        curves: one value per step, by name.
+        title: what is on the vertical axis.
+    """
+    finite = [value for curve in curves.values() for value in curve if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
+    high += (high == low) * (abs(high) or 1.0)
+    first, last = steps[0], max(steps[-1], steps[0] + 1)
+
+    def x(step: float) -> float:
+        return LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT)
+
+    def y(value: float) -> float:
+        return TOP + LINE * (len(curves) + 1) + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    height = HEIGHT + LINE * (len(curves) + 1)
+    parts = [_text(LEFT, TOP + 4, title)]
+    for value in (low, (low + high) / 2, high):
+        parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="#ccc"/>')
+        parts.append(_text(LEFT - 6, y(value) + 4, f"{value:.3g}", "end"))
+    for step in (first, (first + last) / 2, last):
+        parts.append(_text(x(step), height - BOTTOM + 20, f"{step:g}", "middle"))
+    for index, (name, curve) in enumerate(curves.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, curve, strict=True) if math.isfinite(v))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<rect x="{LEFT}" y="{TOP + LINE * (index + 1) - 7}" width="10" height="10" fill="{colour}"/>')
+        parts.append(_text(LEFT + 16, TOP + LINE * (index + 1) + 2, f"{name}: {curve[0]:.4g} to {curve[-1]:.4g}"))
+    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
+        f'<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+    )
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
