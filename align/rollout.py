@@ -23,7 +23,7 @@ from align.evaluation import repetition
 from align.kv_cache import closed_ranks, roomy_cache
 from align.models import position_ids, response_logprobs, response_values
 from align.world import World
-from reward_models import Responses, RewardSum
+from reward_models import Responses, RewardSum, passes
 
 
 @dataclass(slots=True)
@@ -124,14 +124,15 @@ def sample(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, T
     if temperature not in (0, 1):
         scaled = scaled / temperature
     rows, vocabulary = scaled.shape
-    top, likeliest = scaled.max(dim=-1, keepdim=True)
+    top = scaled.amax(dim=-1, keepdim=True)
     weights = scaled.new_zeros(rows, -(-vocabulary // BLOCK) * BLOCK)
     torch.sub(scaled, top, out=weights[:, :vocabulary]).exp_()
     weights = weights.view(rows, -1, BLOCK)
     ends = weights.sum(dim=-1).cumsum(dim=-1)
     total = ends[:, -1:]
-    tokens = likeliest
-    if temperature != 0:
+    if temperature == 0:
+        tokens = scaled.argmax(dim=-1, keepdim=True)
+    else:
         threshold = noise[:, None] * total
         block = (ends <= threshold).sum(dim=-1, keepdim=True).clamp(max=ends.shape[1] - 1)
         inside = weights.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1)
@@ -270,15 +271,17 @@ def collect(
     purpose: str,
     indexes: Sequence[int],
     missing_eos: Callable[[Tensor, Tensor], Tensor],
+    trusted: bool = False,
 ) -> Rollout:
     """Sample from `sampled` and measure: this rank's share of a rollout batch.
 
-    `policy` and `reference` judge the responses by the same forward pass that training uses, never by the
+    `policy` and `reference` judge the responses by the same forward pass that training uses, not by the
     numbers of the generation loop, so that the first ratio of an update is 1.
 
     Args:
         value: left out in evaluation; values are then 0.
         missing_eos: scores [B], ended [B] -> scores [B], what a response that does not end is worth.
+        trusted: take the policy's log-probabilities from the generation loop after all, which saves a forward pass.
     """
     with world.clock.phase("generate"):
         prompt_ids, prompt_mask, response_ids, mask, sampled_logprobs = sampler.respond(
@@ -289,9 +292,11 @@ def collect(
     length = mask.shape[1]
 
     def measure(name: str, forward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        measured = torch.zeros(mask.shape, device=world.device)
         with world.clock.phase(f"score_{name}"):
-            parts = [forward(ids[part], real[part]) for part in chunks(len(prompts), sampler.batch_size)]
-            return torch.cat(parts).masked_fill(~mask, 0.0)
+            for rows in passes(real.sum(dim=1).tolist(), sampler.batch_size):
+                measured[rows] = forward(ids[rows], real[rows])
+        return measured
 
     def logprobs(name: str, engine: Engine) -> Tensor:
         return measure(name, lambda i, m: response_logprobs(engine, i, m, length, sampler.temperature))
@@ -311,7 +316,7 @@ def collect(
         mask=mask,
         ended=ended,
         sampled_logprobs=sampled_logprobs,
-        old_logprobs=logprobs("policy", policy),
+        old_logprobs=sampled_logprobs if trusted else logprobs("policy", policy),
         ref_logprobs=logprobs("reference", reference),
         values=torch.zeros_like(mask, dtype=torch.float32)
         if value is None
