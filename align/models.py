@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
 
 from align.config import StageRecipe, UserError
 from align.maths.losses import token_logprobs
-from align.methods import peft_config
+from align.methods import keep_trainable, peft_config
 from reward_models.heads import score_head
 
 
@@ -137,6 +137,10 @@ def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwarg
             raise UserError(
                 f"{path}: is an adapter, which cannot be merged while ZeRO 3 shards; run `align merge` first."
             )
+        if "quantization_config" in kwargs:
+            raise UserError(
+                f"{path}: is an adapter, which is not merged into the 4-bit weights of method: qlora; run `align merge` first."
+            )
         loaded = _load(auto, base, recipe, dtype, **kwargs)
         model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
         config = PeftConfig.from_pretrained(path)
@@ -158,6 +162,7 @@ def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwarg
 def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
     """A causal language model, dropout off. Trained weights stay float32; bfloat16 is the engine's business."""
     model: PreTrainedModel = _load(AutoModelForCausalLM, path, recipe, dtype, **kwargs)
+    keep_trainable(model)
     disable_dropout(model)
     return model
 
