@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from align.config import RECIPES, DataSource, EvaluateRecipe, PPORecipe, StageRecipe, TrainerRecipe, UserError
-from align.foreign_keys import explain
+from align.foreign_keys import METHODS_ELSEWHERE, explain
 from align.limits import check_values
 from align.strict import build, nearest
 
@@ -70,6 +70,9 @@ def _load(cls: type[AnyRecipe], stage: str, path: str, overrides: Sequence[str])
             return f"--{name}"
         return f"{path}:{lines[name]}: {name}" if name in lines else f"{path}: {name}"
 
+    method = values.get("method")
+    if "method" in get_type_hints(cls) and isinstance(method, str) and method in METHODS_ELSEWHERE:
+        raise UserError(f"{where('method')}: {method} is {METHODS_ELSEWHERE[method]}")
     recipe = build(cls, values, where, lambda name: explain(stage, name))
     if recipe.stage != stage:
         raise UserError(

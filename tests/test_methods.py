@@ -211,7 +211,9 @@ class TestMerge:
         ("freeze_layers: 1", "freeze_layers: is for method: freeze, got method: full"),
         ("method: freeze\ntrainable_pattern: '('", "trainable_pattern: not a regular expression"),
         ("method: prompt\npacking: true", "puts tokens before each row"),
-        ("method: adapter", "expected one of full, freeze, head, lora"),
+        ("method: bottleneck", "method: bottleneck is not offered: PEFT has no bottleneck adapters.* use lora"),
+        ("method: adapter", "method: adapter is not offered: PEFT has no bottleneck adapters"),
+        ("method: adaptor", "expected one of full, freeze, head, lora"),
         ("use_peft: true", "called method: lora here"),
     ],
 )
