@@ -33,7 +33,6 @@ from align.engine import connect, disconnect
 from align.evaluate_answers import Answers, answer, predicted
 from align.evaluate_inputs import Condition, Inputs, prepare, shared_keys
 from align.evaluate_report import REPORT, RESULTS, Result, summarise, write_report
-from align.models import load_policy
 from align.progress import Display
 from align.recipes import resolve_function
 from align.resampling import Floats, Measure
@@ -41,6 +40,7 @@ from align.tables import make_console, make_table
 from align.templates import LABEL, LABELS, TEMPLATE, label_of
 from align.text_metrics import TextMetric, load_metric
 from align.tracking import quiet
+from align.virtual_tokens import load_writer
 from align.world import World
 from reward_models import FunctionReward, Responses
 
@@ -141,7 +141,7 @@ def _answer_all(recipe: EvaluateRecipe, inputs: Inputs, world: World, generates:
             display.start(done)
             stack.callback(display.stop)
         for path, numbers in itertools.groupby(todo, key=lambda number: conditions[number].path):
-            model = load_policy(path, shared_keys(recipe), torch.bfloat16 if recipe.bf16 else torch.float32)
+            model = load_writer(path, shared_keys(recipe), torch.bfloat16 if recipe.bf16 else torch.float32)
             model = model.to(world.device).eval()
             for number in numbers:
                 condition = conditions[number]

@@ -60,22 +60,30 @@ def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
     return config
 
 
+def adapter_settings(path: str) -> dict[str, Any] | None:
+    """PEFT's settings of the adapter in `path`; None when `path` holds no adapter alone."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return None
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {"num_virtual_tokens": None, **settings}
+
+
 def adapter_base(path: str) -> str | None:
     """The model that the adapter in `path` was trained on; None when `path` holds no adapter alone.
 
     Raises:
         UserError: it is an adapter of virtual tokens, which no later stage can start from.
     """
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file() or (Path(path) / "config.json").is_file():
+    settings = adapter_settings(path)
+    if settings is None:
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
+    if settings["num_virtual_tokens"]:
         raise UserError(
-            f"{path}: holds learnt virtual tokens, which cannot be merged into a model; nothing here "
-            "can start from them (PEFT's AutoPeftModelForCausalLM loads them). Train with method: lora for that."
+            f"{path}: holds learnt virtual tokens, which cannot be merged into a model, so that no stage can start from "
+            "them; `align evaluate` and PEFT's AutoPeftModelForCausalLM load them. Train with method: lora for that."
         )
-    return str(config["base_model_name_or_path"])
+    return str(settings["base_model_name_or_path"])
 
 
 def _looks_local(path: str) -> bool:
