@@ -39,14 +39,13 @@ from align.recipes import resolve_function
 from align.resampling import Floats, Measure
 from align.tables import make_console
 from align.templates import LABEL, LABELS, TEMPLATE, label_of
-from align.text_metrics import TextMetric, load_metric
+from align.text_metrics import TOKEN_METRICS, TextMetric, load_metric
 from align.tracking import quiet
 from align.virtual_tokens import load_writer
 from align.world import World
 from reward_models import FunctionReward, Responses
 
 PARTS = "parts"  # in output_dir while the command runs: a file per condition that is done
-TOKEN_METRICS = ("perplexity", "token_accuracy")
 
 
 def run(recipe: EvaluateRecipe) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from align.checkpoint import read_manifest
 from align.config import EvaluateRecipe, StageRecipe, UserError
 from align.data import Demonstration, Turns, load_rows, render_text
 from align.encoding import encode_prompt, encode_response
@@ -15,6 +16,8 @@ from align.models import is_encoder, load_config, load_tokenizer
 from align.rows import BadRow, BadRows
 from align.shots import SEPARATOR, draw, ends_at_separator, pool_for, pools, with_examples
 from align.virtual_tokens import base_and_size
+
+SILENT = ("reward", "classify", "mlm")  # stages whose models give scores, labels or missing words
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,6 +119,8 @@ def _rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demonstrati
 def _tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokenizerBase, int]:
     """A model's tokenizer, and the most tokens that it can read."""
     shared = shared_keys(recipe)
+    if (stage := (read_manifest(path) or {}).get("stage")) in SILENT:
+        raise UserError(f"models: {path} was made by the {stage} stage and writes nothing; name a language model.")
     if found := base_and_size(path):
         base, before = found
         config = load_config(base, shared, f"models: {path} holds virtual tokens for {base}")
