@@ -1,6 +1,8 @@
 """What each `method` of the SFT stage trains, what it takes, and what it comes to: one model, one table.
 
-    python benchmarks/methods.py --json methods.json
+    OMP_NUM_THREADS=1 python benchmarks/methods.py
+
+It prints what it measured as JSON, and a table.
 
 Nothing is downloaded: a Llama of some ten million parameters is trained from scratch for a while on the texts of
 `recipes/quickstart/world.py`, then fine-tuned on its demonstrations by the real stage, each method in a process of its
@@ -53,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"learning_rate": 2e-3, "lora_r": 8, "lora_alpha": 16},
     "qlora": {"learning_rate": 2e-3, "lora_r": 8, "lora_alpha": 16},
     "ia3": {"learning_rate": 2e-2},
-    "prompt": {"learning_rate": 2e-2, "num_virtual_tokens": 20},
+    "prompt": {"learning_rate": 5e-2, "num_virtual_tokens": 20},
     "prefix": {"learning_rate": 2e-2, "num_virtual_tokens": 20},
 }
 
@@ -61,10 +63,9 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the methods of the SFT stage side by side.")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=40, help="optimiser steps of each method")
-    parser.add_argument("--base-steps", type=int, default=100, help="optimiser steps of the model they start from")
+    parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each method")
+    parser.add_argument("--base-steps", type=int, default=200, help="optimiser steps of the model they start from")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each method, which take turns")
-    parser.add_argument("--json", type=Path, help="also write what was measured to this file")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -72,8 +73,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         found = compare(Path(folder), arguments)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2))
     show(found)
 
 
@@ -201,32 +201,23 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    first = next(iter(found["methods"].values()))
-    title = (
-        f"{first['parameters']:,} parameters, {found['rows_per_step']} rows a step, {found['machine']}, {found['date']}"
+    first = next(iter(found["methods"]))
+    whole_model, unit = (found["methods"][first][name] for name in ("parameters", "seconds_per_step"))
+    table = Table(
+        title=f"{whole_model:,} parameters, {found['rows_per_step']} rows a step, {found['steps']} steps, "
+        f"{found['machine']}, {found['threads'] or 'all'} threads, {found['date']}"
     )
-    table = Table(title=title)
-    loss = f"held-out loss after {found['steps']} steps (before: {first['loss_before']:.3f})"
-    slowest = "full" if "full" in found["methods"] else next(iter(found["methods"]))
-    for column in (
-        "method",
-        "trained",
-        "share",
-        "peak memory",
-        "above the libraries",
-        f"CPU time per step, {slowest} = 1",
-        loss,
-    ):
+    for column in ("method", "trained", "share", "peak MiB", "above libraries", f"time / {first}", "held-out loss"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for method, values in found["methods"].items():
         table.add_row(
             method,
             f"{values['trained']:,}",
-            f"{values['trained'] / values['parameters']:.2%}",
-            f"{values['mib']:.0f} MiB",
-            f"{values['mib'] - values['mib_before']:.0f} MiB",
-            f"{values['seconds_per_step'] / found['methods'][slowest]['seconds_per_step']:.2f}",
-            f"{values['loss']:.3f}",
+            f"{values['trained'] / whole_model:.2%}",
+            f"{values['mib']:.0f}",
+            f"{values['mib'] - values['mib_before']:.0f}",
+            f"{values['seconds_per_step'] / unit:.2f}",
+            f"{values['loss_before']:.3f} to {values['loss']:.3f}",
         )
     Console().print(table)
 
