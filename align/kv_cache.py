@@ -11,23 +11,36 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values [B, heads, tokens so far, head size], at the front of a buffer with room for all tokens.
+    """One layer's keys and values [B, heads, tokens so far, head size], at the front of a buffer with room for more.
 
     transformers' own layer copies the whole cache for every token.
+
+    Args:
+        room: tokens that the buffer takes; it is made anew, with as much room again, when more come.
     """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, room: int):
         super().__init__()
         self.room = room
+        self.buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.buffers = [states.new_empty(*states.shape[:2], self.room, states.shape[3]) for states in
-                            (key_states, value_states)]  # fmt: skip
         start = self.get_seq_length()
         stop = start + key_states.shape[2]
         rows = len(key_states)
+        if not self.buffers or stop > self.buffers[0].shape[2]:
+            held: list[Tensor] = [self.keys, self.values] if start else []
+            self.buffers = [
+                states.new_empty(*states.shape[:2], start + max(self.room, key_states.shape[2]), states.shape[3])
+                for states in (key_states, value_states)
+            ]
+            for buffer, states in zip(self.buffers, held, strict=False):
+                buffer[:, :, :start] = states
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, start:stop] = states
         self.keys, self.values = (buffer[:rows, :, :stop] for buffer in self.buffers)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from align.kv_cache import closed_ranks
+from align.kv_cache import closed_ranks, roomy_cache
 from align.models import disable_dropout, position_ids, response_logits, response_logprobs, response_values
 from align.rollout import chunks, generate, pad_left, sample, uniforms
 from tests.worlds import tiny_llama
@@ -64,6 +65,20 @@ def test_a_response_does_not_depend_on_its_neighbours(model):
     for row, prompt in enumerate(PROMPTS):
         *_, alone, alone_mask = respond(model, [prompt], noise[row : row + 1])
         assert alone[0, alone_mask[0]].tolist() == together[row, mask[row]].tolist()
+
+
+@pytest.mark.parametrize("room", [1, 5, 64])
+def test_the_cache_holds_what_transformers_would_whatever_its_room(model, room):
+    torch.manual_seed(0)
+    plain, roomy = DynamicCache(config=model.config), roomy_cache(model.config, room)
+    kept = torch.tensor([0, 3, 2])
+    for step, width in enumerate((4, 1, 1, 3, 1)):
+        states = torch.randn(2, 3 if step > 2 else 4, 2, width, 8)
+        for got, expected in zip(roomy.update(*states, 0), plain.update(*states, 0), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        if step == 2:
+            for cache in (plain, roomy):
+                cache.layers[0].batch_select_indices(kept)
 
 
 def test_noise_belongs_to_the_response_not_to_the_batch():
