@@ -229,11 +229,15 @@ def closing_numbers(
         labels.problem_type, "always the commonest label"
     )
     results["table"] = [["held-out loss (per row)", before["eval_loss"], after["eval_loss"]]]
-    for name in baseline:
-        if name in MEASURES:
-            results["table"].append([f"held-out {MEASURES[name]}", before[f"eval_{name}"], after[f"eval_{name}"]])
-            if not name.endswith(("pearson", "_low", "_high")):  # a constant correlates with nothing
-                results["table"].append([f"{MEASURES[name]} of {plain}", None, baseline[name]])
+    named = [name for name in baseline if name in MEASURES]
+    results["table"] += [
+        [f"held-out {MEASURES[name]}", before[f"eval_{name}"], after[f"eval_{name}"]] for name in named
+    ]
+    results["table"] += [
+        [f"{MEASURES[name]} of {plain}", None, baseline[name]]
+        for name in named
+        if not name.endswith(("pearson", "_low", "_high"))  # a constant correlates with nothing
+    ]
     return results
 
 
