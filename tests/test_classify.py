@@ -576,6 +576,23 @@ def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     assert [{**line, "time": 0} for line in metrics(settings)] == [{**line, "time": 0} for line in metrics(whole)]
 
 
+def test_a_run_killed_after_its_last_evaluation_still_has_its_table_of_labels(tmp_path, monkeypatch):
+    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=2, eval_steps=4, save_steps=4)
+
+    def killed(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("align.classify.label_table", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    assert [path.name for path in complete_checkpoints(settings.output_dir)] == ["checkpoint-4"]
+    whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"))
+    assert run(settings) == run(whole)
+    tables = [(Path(each.output_dir) / "samples.jsonl").read_text() for each in (settings, whole)]
+    assert tables[0] == tables[1] != ""
+
+
 def test_two_processes_with_zero2_train_the_same_model(tmp_path):
     settings = recipe(tmp_path, eval_rows=HELD_OUT, max_grad_norm=1.0, per_device_train_batch_size=1, save_steps=2)
     results = run(settings)
