@@ -63,7 +63,8 @@ def test_from_the_corpus_to_a_classifier(tmp_path):
     said = python(tmp_path, "-m", "align", "check", str(RECIPES), *model)
     assert "it would run" in said
     said = python(tmp_path, "-m", "align", "mlm", str(RECIPES / "0_mlm.yaml"), *cut)
-    said += python(tmp_path, "-m", "align", "classify", str(RECIPES / "1_classify.yaml"), *cut[2:])  # from there
+    cut[1] = "outputs/textbooks/0_mlm"
+    said += python(tmp_path, "-m", "align", "classify", str(RECIPES / "1_classify.yaml"), *cut)
     for measure in ("held-out perplexity of masked tokens", "held-out macro F1, 95% interval from", "taken for"):
         assert measure in said
     for stage in ("0_mlm", "1_classify"):
