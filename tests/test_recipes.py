@@ -518,3 +518,20 @@ def test_deepspeed_files_leave_sizes_to_the_recipe(name, stage):
     assert "optimizer" not in config
     assert config["zero_allow_untested_optimizer"] is True
     batch_plan(sft(deepspeed=str(path)), 8)
+
+
+# --- the recipes that come with the repository
+
+
+RECIPE_FILES = sorted(Path(__file__).parents[1].glob("recipes/*/[0-9]_*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_recipes_of_the_repository_load_and_say_how_they_are_started(path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    stage = read_stage(str(path))
+    recipe = load_recipe(stage, str(path))
+    shown = path.relative_to(Path(__file__).parents[1])
+    readme = (path.parent / "README.md").read_text(encoding="utf-8")
+    assert any(words in readme for words in (f"align run {shown.parent}", f"align {stage} {shown}"))
+    assert batch_plan(recipe, 1).accumulation >= 1
