@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -154,12 +155,16 @@ def test_a_later_stage_starts_from_the_adapter_or_from_what_it_was_merged_into(t
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix"]), (3, ["full", "lora"])])
+QLORA = ["qlora"] if importlib.util.find_spec("bitsandbytes") else []
+
+
+@pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix", *QLORA]), (3, ["full", "lora"])])
 def test_two_ranks_do_what_one_does(tmp_path, stage, names):
     ways = {
         **{name: changes for name, (changes, _) in MOVES.items()},
         "prompt": {"method": "prompt"},
         "prefix": {"method": "prefix"},
+        "qlora": {"method": "qlora"},
     }
     alone, together = {}, {}
     for name in names:
