@@ -104,7 +104,7 @@ BUGS = {
     ),
     "stale old log-probabilities": (
         "align/rollout.py",
-        'old_logprobs=logprobs("policy", policy)',
+        'old_logprobs=sampled_logprobs if trusted else logprobs("policy", policy)',
         'old_logprobs=logprobs("policy", reference)',
         "tests/test_ppo.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",
     ),

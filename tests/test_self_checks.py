@@ -17,12 +17,14 @@ from align import ppo, ppo_setup, ppo_update, rollout
 from align.collapse import CollapseWatch
 from align.config import UserError
 from align.engine import Engine
+from align.maths.losses import token_logprobs
 from align.models import add_adapter, load_policy, response_logprobs
 from align.ppo import run
 from align.ppo_setup import check_inputs, load_models
 from align.ppo_update import Updater
 from align.recipes import batch_plan, load_recipe
 from align.rollout import Rollout, generator
+from align.rollout import sample as rollout_sample
 from align.soundness import BFLOAT16, FLOAT32, ends, knows_something, same_reference, same_sampling, tells_apart
 from align.world import World
 from reward_models import ModelReward
@@ -102,6 +104,12 @@ def cold(function):
     """`function` with its argument `temperature` forgotten."""
     place = list(inspect.signature(function).parameters).index("temperature")
     return lambda *args: function(*args[:place], 1.0, *args[place + 1 :])
+
+
+def cold_chances(logits, noise, temperature):
+    """Tokens sampled as they should be, with their log-probabilities at temperature 1."""
+    tokens, _ = rollout_sample(logits, noise, temperature)
+    return tokens, token_logprobs(logits, tokens, 1.0)
 
 
 class TestSoundRun:
@@ -190,12 +198,12 @@ class TestFaults:
         ("module", "name", "found"),
         [
             (ppo_update, "response_loss", [") ratio"]),
-            (rollout, "token_logprobs", [") generation gap"]),
+            (rollout, "sample", [") generation gap"]),
             (rollout, "response_logprobs", [") ratio", ") generation gap"]),
         ],
     )
     def test_the_temperature_missing_in_one_forward(self, tmp_path, monkeypatch, module, name, found):
-        monkeypatch.setattr(module, name, cold(getattr(module, name)))
+        monkeypatch.setattr(module, name, cold_chances if name == "sample" else cold(getattr(module, name)))
         lines = failures(refused(tmp_path))
         assert len(lines) == len(found)
         for line, word in zip(lines, found, strict=True):
