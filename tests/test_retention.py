@@ -67,10 +67,10 @@ def retaining(folder: Path, some=TEXTS, **changes) -> SFTRecipe:
 
 
 def text_nll(model, some) -> tuple[float, int, int]:
-    """Sum of -log p over all tokens but the first of each text alone, tokens ranked first, and their number."""
+    """Sum of -log p over all tokens but the first of each text alone, tokens ranked first, and their number; no EOS."""
     total, right, count = 0.0, 0, 0
     for text in some:
-        ids = torch.tensor([[*letters(text), 2]])  # the letters' tokenizer adds no BOS
+        ids = torch.tensor([letters(text)])  # the letters' tokenizer adds no BOS
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
         total += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
@@ -177,7 +177,7 @@ class TestMeasured:
         )
         run(settings)
         total, count = 0.0, 0
-        for ids in (letters("abcdefghij"), [*letters("kl"), 2], [*letters("xyz"), 2]):
+        for ids in (letters("abcdefghij"), letters("kl"), letters("xyz")):
             with torch.no_grad():
                 logits = fluent()(input_ids=torch.tensor([ids])).logits[0, :-1]
             total += float(cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
