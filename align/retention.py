@@ -50,7 +50,9 @@ def load_with_retention(recipe: SFTRecipe) -> tuple[Rows, Retention]:
     try:
         found = load_rows(alone, Demonstration)
     except NoneHeldOut as error:
-        instead = "" if recipe.replay_fraction else ", or measure all of them: `eval_fraction: 0` beside an `eval_dataset`"
+        instead = (
+            "" if recipe.replay_fraction else ", or measure all of them: `eval_fraction: 0` beside an `eval_dataset`"
+        )
         raise UserError(
             f"retention: `eval_fraction` ({recipe.eval_fraction:g}) of its prompts are measured, and that came to none; name "
             f"more rows or raise eval_fraction{instead}."

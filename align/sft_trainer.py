@@ -81,7 +81,11 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
         with contextlib.ExitStack() as stack:
             model = self.accelerator.unwrap_model(self.model)
             # Before the first step virtual tokens are noise: without them it is the model that may forget.
-            if self.state.global_step == 0 and isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            if (
+                self.state.global_step == 0
+                and isinstance(model, PeftModel)
+                and model.active_peft_config.is_prompt_learning
+            ):
                 stack.enter_context(model.disable_adapter())
             return super().evaluate(*args, **kwargs)
 
