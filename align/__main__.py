@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import importlib.metadata
 import json
@@ -19,12 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 from align import pipeline
-from align.config import RECIPES, DataSource, EvaluateRecipe, UserError
-from align.recipes import load_evaluation, load_recipe
+from align.config import CLASSES, DataSource, UserError
+from align.recipes import load_any
 from align.strict import nearest, type_name
 from align.tracking import quiet
 
-EVALUATE = "evaluate"
 USAGE = """\
 usage: align sft|reward|ppo|classify|mlm RECIPE [--key value ...]
                                                         run one stage; `align ppo --help` lists its keys
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error that the user can mend, 130 when interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else None
-    if command in (*RECIPES, EVALUATE):
+    if command in CLASSES:
         return _guard(lambda: _stage(command, words[1:]))
     if command in ("run", "check"):
         return _guard(lambda: _folder_command(command, words[1:]))
@@ -60,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in ("--help", "-h", "help"):
         print(USAGE, end="")
         return 0
-    known = [*RECIPES, EVALUATE, "run", "check", "merge", "verify", "--version", "--help"]
+    known = [*CLASSES, "run", "check", "merge", "verify", "--version", "--help"]
     got = f"unknown command {command!r}{nearest(command, known)}" if command else "no command given"
     print(f"error: {got}\n{USAGE}", end="", file=sys.stderr)
     return 2
@@ -99,8 +97,7 @@ def _stage(stage: str, words: list[str]) -> int:
         return 0
     if not words or words[0].startswith("-"):
         raise UserError(f"align {stage}: expected a recipe file first; `align {stage} --help` lists the keys.")
-    load = load_evaluation if stage == EVALUATE else functools.partial(load_recipe, stage)
-    recipe = load(words[0], words[1:])
+    recipe = load_any(stage, words[0], words[1:])
     if "WORLD_SIZE" not in os.environ:
         # Alone on a machine with several GPUs, Trainer would use them all by DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -164,7 +161,7 @@ def _take_num_gpus(words: list[str]) -> tuple[int | None, list[str]]:
 
 def stage_help(stage: str) -> str:
     """Every key of a stage's recipe with its type, default and meaning, wrapped to the terminal."""
-    cls: type[Any] = EvaluateRecipe if stage == EVALUATE else RECIPES[stage]
+    cls: type[Any] = CLASSES[stage]
     head = [
         f"usage: align {stage} RECIPE [--key value ...]",
         f"       deepspeed --num_gpus N --module align.{stage} RECIPE [--key value ...]",

@@ -6,32 +6,28 @@ tokenizer and manifest, so that the stages' own checks run on it as they will on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
-import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
 )
 
+from align.check_evaluation import check_evaluation
+from align.check_report import Report, describe, writable
 from align.check_retention import described_retention
-from align.check_texts import sample_labelled, sample_pieces
+from align.check_texts import Start, sample
 from align.checkpoint import MANIFEST, RUN, is_finished, tokenizer_digest, write_json
 from align.config import (
     ClassifyRecipe,
+    EvaluateRecipe,
     MLMRecipe,
     PPORecipe,
     RewardRecipe,
@@ -42,58 +38,18 @@ from align.config import (
 )
 from align.data import Demonstration, Labelled, Passage, Preference, Prompt, Rows, load_rows, render_text
 from align.duplicates import duplicates_line
-from align.labels import Labels, find_labels
+from align.labels import find_labels
 from align.memory import activations, memory_table, skeleton
 from align.mixture import shares_line
 from align.models import is_encoder, load_config, load_tokenizer
 from align.pipeline import known_overrides, numbered_recipes, processes
-from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
+from align.recipes import BatchPlan, batch_plan, load_any, read_stage, resolve_function, stage_inputs
 from align.retention import load_with_retention, replay_count
-from align.stage import check_lengths, check_tokenizer
+from align.stage import check_tokenizer
 from align.tables import make_console
-from align.templates import TASK, TEMPLATE
-from align.tokenization import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.tracking import quiet
 
-SAMPLED_ROWS = 512  # training rows that are tokenised
-SHOWN_ROWS = 6  # sample rows, one of each template
-SHOWN = 400  # characters of each stretch of the sample row
 FORMS = {"sft": Demonstration, "reward": Preference, "ppo": Prompt, "classify": Labelled, "mlm": Passage}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Start:
-    """What a stage starts from: the configuration and tokenizer of its main model, and of the others by role."""
-
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    encoder: bool = False
-    others: dict[str, PretrainedConfig] = dataclasses.field(default_factory=dict)
-    labels: Labels | None = None  # of a classifier
-
-
-class Report:
-    """Prints findings as they come, and counts the mistakes."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.mistakes = 0
-        self.stand_ins: dict[str, str] = {}  # folder to what it stands for, which is what the user knows
-
-    def say(self, text: str, good: bool = True) -> None:
-        for folder, name in self.stand_ins.items():
-            text = text.replace(folder, name)
-        mark = Text("  ok     " if good else "  error  ", style="green" if good else "bold red")
-        self.console.print(mark + Text(text), soft_wrap=True)
-
-    @contextlib.contextmanager
-    def part(self) -> Iterator[None]:
-        """A part of the check: a mistake in it is told, and the check goes on behind it."""
-        try:
-            yield
-        except UserError as error:
-            self.mistakes += 1
-            self.say(str(error), good=False)
 
 
 def run(path: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -> int:
@@ -112,8 +68,11 @@ def run(path: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -
             report.console.print(Text(f"{each} ({stage})", style="bold"))
             with report.part():
                 words = known_overrides(stage, overrides, set(stages.values())) if Path(path).is_dir() else overrides
-                recipe = load_recipe(stage, each, words)
+                recipe = load_any(stage, each, words)
                 report.say("keys and values")
+                if isinstance(recipe, EvaluateRecipe):
+                    check_evaluation(recipe, report, made)
+                    continue
                 _check_stage(recipe, num_gpus, report, made, Path(temporary) / str(number), Path(each).name)
     if report.mistakes:
         report.console.print(Text(f"{report.mistakes} mistake{'s' * (report.mistakes > 1)} to mend", style="bold red"))
@@ -160,14 +119,13 @@ def _check_stage(
         recipe = _with_stand_ins(recipe, made, report)
         start = _start(recipe, rows, stand_in)
         if start is not None:
-            tokenizer = f"tokenizer of {len(start.tokenizer)} tokens, {_template(start.tokenizer)}"
-            report.say(f"model: {start.config.model_type}, {tokenizer}; all inputs fit together")
+            report.say(f"model: {start.config.model_type}, {describe(start.tokenizer)}; all inputs fit together")
     if start is None:
         report.say("not checked: tokens and memory, for want of the above", good=False)
         return
     if rows is not None:
         with report.part():
-            for shown in _sample(recipe, rows, start):
+            for shown in sample(recipe, rows, start):
                 report.console.print(shown, soft_wrap=True)
     if plan is not None:
         report.console.print(memory_table(recipe, start.config, start.others, plan))
@@ -182,10 +140,7 @@ def _output_state(recipe: StageRecipe, stage: str) -> str:
     folder = Path(recipe.output_dir)
     if is_finished(recipe, stage, stage_inputs(recipe)):
         return f"{folder} is finished; the stage would be skipped"
-    there = next(parent for parent in (folder, *folder.resolve().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"output_dir: cannot write to {folder}, because of {there}; choose another folder.")
-    return f"{folder}, {'which would be resumed' if (folder / RUN).is_file() else 'new'}"
+    return f"{writable(folder)}, {'which would be resumed' if (folder / RUN).is_file() else 'new'}"
 
 
 def _counts(rows: Rows, recipe: StageRecipe, plan: BatchPlan | None) -> str:
@@ -199,10 +154,6 @@ def _counts(rows: Rows, recipe: StageRecipe, plan: BatchPlan | None) -> str:
         steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
         text += f"; up to {steps} optimiser steps"
     return text
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    return "with a chat template" if tokenizer.chat_template else "without a chat template"
 
 
 def _with_stand_ins(recipe: StageRecipe, made: dict[Path, Path], report: Report) -> StageRecipe:
@@ -287,81 +238,3 @@ def _write_stand_in(recipe: StageRecipe, start: Start, folder: Path) -> None:
     model.config.save_pretrained(folder)
     start.tokenizer.save_pretrained(folder)
     write_json(folder / MANIFEST, {"stage": recipe.stage, "tokenizer": tokenizer_digest(start.tokenizer)})
-
-
-def _sample(recipe: StageRecipe, rows: Rows, start: Start) -> list[Text]:
-    """The first training row (of each template) as the model will see it, what is learnt of it marked, and how long rows are.
-
-    Raises:
-        UserError: rows that cannot be tokenised, or are longer than the model can read.
-    """
-    kinds: dict[str, list[Any]] = {}
-    for row in rows.train:
-        template = row.extra.get(TEMPLATE)
-        kinds.setdefault(json.dumps([row.extra[TASK], template]) if template else "", []).append(row)
-    groups = [some[: SAMPLED_ROWS // min(len(kinds), SHOWN_ROWS)] for some in kinds.values()][:SHOWN_ROWS]
-    lines: list[Text] = []
-    sizes: list[int] = []
-    skipped: Counter[str] = Counter()
-    for some in groups:
-        shown, note, sequences, bad = _tokenized(recipe, some, start)
-        check_lengths(sequences, start.config)
-        sizes += map(len, sequences)
-        skipped.update({reason: entry["count"] for reason, entry in bad.items()})
-        task = f"{some[0].extra[TASK]}, " if TEMPLATE in some[0].extra else ""
-        lines += [
-            Text(f"  {task}{name}: ", style="bold") + _marked(start.tokenizer, *tokens)
-            for name, tokens in shown.items()
-        ]
-    longest = f"at most {max(sizes)} tokens in the first {sum(map(len, groups))} rows"
-    longest += f" of {len(groups)} of {len(kinds)} templates" if len(kinds) > len(groups) else ""
-    without = "".join(f"; {count} of them skipped: {reason}" for reason, count in skipped.items())
-    return [*lines, Text(f"  ({note}; {longest}{without})", style="dim")]
-
-
-def _tokenized(
-    recipe: StageRecipe, some: Sequence[Any], start: Start
-) -> tuple[dict[str, tuple[list[int], list[bool]]], str, Sequence[list[int]], dict[str, dict[str, Any]]]:
-    """The first row's sequences with marks, what the marks mean, the sequences of all rows, and the bad rows."""
-    tokenizer = start.tokenizer
-    if isinstance(recipe, SFTRecipe):
-        data, bad = tokenize_demonstrations(some, tokenizer, recipe)
-        first = data[0]
-        shown = {"row": (first["input_ids"], [label != -100 for label in first["labels"]])}
-        return shown, "marked: the tokens that are trained", data["input_ids"], bad
-    if isinstance(recipe, RewardRecipe):
-        data, bad = tokenize_preferences(some, tokenizer, recipe, start.encoder)
-        sides = {side: data[0][f"{side}_ids"] for side in ("chosen", "rejected")}
-        place = 0 if start.encoder else -1
-        shown = {side: (ids, [i == place % len(ids) for i in range(len(ids))]) for side, ids in sides.items()}
-        note = "marked: the token from which the score is read"
-        return shown, note, [*data["chosen_ids"], *data["rejected_ids"]], bad
-    if isinstance(recipe, ClassifyRecipe):
-        assert start.labels is not None
-        return sample_labelled(some, tokenizer, start.labels, recipe, start.encoder)
-    if isinstance(recipe, MLMRecipe):
-        return sample_pieces(some, tokenizer, start.config, recipe)
-    assert isinstance(recipe, PPORecipe)
-    prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
-    from align.ppo_setup import check_room
-
-    ids = [ids for _, ids in prompts]
-    check_room(ids, recipe, start.config)
-    return {"prompt": (ids[0], [False] * len(ids[0]))}, "the policy answers here, and its answer is trained", ids, bad
-
-
-def _marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequence[bool]) -> Text:
-    """Tokens as text, in stretches: marked ones in brackets, and green on a terminal."""
-    text = Text()
-    begin = 0
-    for end in range(1, len(ids) + 1):
-        if end < len(ids) and marks[end] == marks[begin]:
-            continue
-        # Decoded from the start, because a token alone may lose its space.
-        before = tokenizer.decode(ids[:begin], clean_up_tokenization_spaces=False)
-        piece = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)[len(before) :]
-        if len(piece) > SHOWN:
-            piece = f"{piece[: SHOWN // 2]} [...] {piece[-SHOWN // 2 :]}"
-        text.append(f"⟦{piece}⟧" if marks[begin] else piece, style="green" if marks[begin] else "")
-        begin = end
-    return text

@@ -24,7 +24,8 @@ from align.checkpoint import open_stage
 from align.config import ClassifyRecipe
 from align.data import Labelled, load_rows
 from align.engine import connect, disconnect
-from align.labels import MULTI, REGRESSION, Labels, find_labels
+from align.evaluation import markdown_table
+from align.labels import COLUMNS, MULTI, REGRESSION, SHOWN, Labels, find_labels
 from align.methods import freeze, peft_config
 from align.models import head_modules, is_encoder, load_config, load_tokenizer, new_classifier
 from align.recipes import batch_plan, stage_inputs
@@ -100,11 +101,20 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
             processing_class=inputs.tokenizer,
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
+        by_label = label_table(trainer) if eval_rows else []
         save_trained(trainer, recipe, world, lambda: new_classifier(start, recipe))
         results = closing_numbers(labels, before, after, baseline, steps)
+        if by_label:
+            tracker.table(trainer.state.global_step, "labels", COLUMNS, by_label)
+            more = f"({len(by_label) - SHOWN} more labels in README.md)\n" if len(by_label) > SHOWN else ""
+            tracker.say("\n" + markdown_table(COLUMNS, by_label[:SHOWN]) + more)
+        if results["table"]:
+            tracker.say("\n" + markdown_table(["measure", "before", "after"], results["table"]))
         if world.is_main:
             data = {**rows.report, "skipped": skipped}
             card = write_card(recipe, inputs, labels, pairs=any(row.text_pair is not None for row in rows.train))
+            if by_label:
+                card += f"\n## Labels\n\n{markdown_table(COLUMNS, by_label)}"
             told = {"problem_type": labels.problem_type, "labels": labels.names}
             finish(recipe, "classify", sources, inputs.tokenizer, data, results, card, **told)
     world.barrier()
@@ -158,6 +168,7 @@ class LabelTrainer(ExactEvaluation, RowTrainer):
     """Trainer with the loss and the measures of a label set, exact over all rows and ranks."""
 
     counts: Tensor  # of the evaluation, as `Labels.counts`
+    judged: Tensor | None = None  # their sum over ranks, once this process has evaluated
 
     def __init__(self, labels: Labels, **kwargs: Any):
         super().__init__(**kwargs)
@@ -177,16 +188,28 @@ class LabelTrainer(ExactEvaluation, RowTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:
             _, correct, count = self.accelerator.reduce(self.sums, "sum").tolist()
-            counts = self.accelerator.reduce(self.counts, "sum")
-            measures = self.labels.summary(counts, correct, count)
+            self.judged = self.accelerator.reduce(self.counts, "sum").cpu()
+            measures = self.labels.summary(self.judged, correct, count)
             self._metrics["eval"] |= {name: [value] for name, value in measures.items()}
         super().log(logs, start_time)
 
 
+def label_table(trainer: LabelTrainer) -> list[list[Any]]:
+    """Precision, recall and errors of each label at the last evaluation, commonest label first. For all ranks."""
+    if trainer.judged is None:  # resumed after the last one
+        trainer.evaluate()
+    assert trainer.judged is not None
+    return sorted(trainer.labels.table(trainer.judged), key=lambda row: -row[1])
+
+
 MEASURES = {
     "accuracy": "accuracy",
+    "accuracy_low": "accuracy, 95% interval from",
+    "accuracy_high": "accuracy, 95% interval to",
     "micro_f1": "micro F1",
     "macro_f1": "macro F1",
+    "macro_f1_low": "macro F1, 95% interval from",
+    "macro_f1_high": "macro F1, 95% interval to",
     "mse": "mean squared error",
     "pearson": "Pearson correlation",
 }
@@ -206,11 +229,15 @@ def closing_numbers(
         labels.problem_type, "always the commonest label"
     )
     results["table"] = [["held-out loss (per row)", before["eval_loss"], after["eval_loss"]]]
-    for name in baseline:
-        if name in MEASURES:
-            results["table"].append([f"held-out {MEASURES[name]}", before[f"eval_{name}"], after[f"eval_{name}"]])
-            if name != "pearson":  # of a constant there is none
-                results["table"].append([f"{MEASURES[name]} of {plain}", None, baseline[name]])
+    named = [name for name in baseline if name in MEASURES]
+    results["table"] += [
+        [f"held-out {MEASURES[name]}", before[f"eval_{name}"], after[f"eval_{name}"]] for name in named
+    ]
+    results["table"] += [
+        [f"{MEASURES[name]} of {plain}", None, baseline[name]]
+        for name in named
+        if not name.endswith(("pearson", "_low", "_high"))  # a constant correlates with nothing
+    ]
     return results
 
 

@@ -411,3 +411,5 @@ RECIPES: dict[str, type[StageRecipe]] = {
     "classify": ClassifyRecipe,
     "mlm": MLMRecipe,
 }
+EVALUATE = "evaluate"  # the `stage` of a recipe that trains nothing
+CLASSES: dict[str, type[StageRecipe] | type[EvaluateRecipe]] = {**RECIPES, EVALUATE: EvaluateRecipe}

@@ -25,33 +25,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from align.checkpoint import COSMETIC_KEYS, differing_keys, digest, read_manifest, write_json
+from align.checkpoint import COSMETIC_KEYS, digest, write_json
 from align.config import EvaluateRecipe, UserError
 from align.data import as_response
 from align.engine import connect, disconnect
 from align.evaluate_answers import Answers, answer, predicted
 from align.evaluate_inputs import Condition, Inputs, prepare, shared_keys
-from align.evaluate_report import REPORT, RESULTS, Result, summarise, write_report
-from align.models import load_policy
+from align.evaluate_record import REPORT, finished, identity
+from align.evaluate_report import Result, summarise, write_report
 from align.progress import Display
 from align.recipes import resolve_function
 from align.resampling import Floats, Measure
-from align.tables import make_console, make_table
-from align.text_metrics import TextMetric, as_labels, foreign_scores, load_metric
+from align.tables import make_console
+from align.text_metrics import TOKEN_METRICS, TextMetric, as_labels, foreign_scores, load_metric
 from align.tracking import quiet
+from align.virtual_tokens import load_writer
 from align.world import World
 from reward_models import FunctionReward, Responses
 
 PARTS = "parts"  # in output_dir while the command runs: a file per condition that is done
-TOKEN_METRICS = ("perplexity", "token_accuracy")
 
 
 def run(recipe: EvaluateRecipe) -> dict[str, Any]:
     """Evaluate; returns what is in `results.json`, on rank 0 (elsewhere nothing)."""
     quiet()
-    identity = _identity(recipe)
-    if (found := _finished(recipe, identity)) is not None:
+    if (found := finished(recipe)) is not None:
+        print(f"{recipe.output_dir}: evaluated already; see {REPORT} there", file=sys.stderr)
         return found
+    own = identity(recipe)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
     grader = resolve_function(recipe.grader, "grader") if recipe.grader else None
     generates = bool(metrics) or grader is not None
@@ -63,62 +64,26 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
             f"output_dir: cannot write to {recipe.output_dir} ({error.strerror}); choose another."
         ) from error
     world = connect(shared_keys(recipe))
-    answers = _answer_all(recipe, inputs, world, generates, digest([_lasting(identity), inputs.report]))
+    answers = _answer_all(recipe, inputs, world, generates, digest([_lasting(own), inputs.report]))
     results: dict[str, Any] = {}
     if world.is_main:
         found_all = [
             _judge(recipe, inputs, *pair, metrics, grader) for pair in zip(inputs.conditions, answers, strict=True)
         ]
-        results = {**identity, **summarise(recipe, inputs, found_all)}
+        results = {**own, **summarise(recipe, inputs, found_all)}
         tables = write_report(recipe, inputs, found_all, results)
         shutil.rmtree(Path(recipe.output_dir) / PARTS)
         console = make_console()
         for table in tables:
-            drawn = make_table(table.title, *table.columns)
-            for row in table.rows:
-                drawn.add_row(*row)
-            console.print(drawn)
+            console.print(table.drawn())
     world.barrier()
     disconnect()
     return results
 
 
-def _identity(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """What makes two evaluations the same one, the rows themselves apart."""
-    manifests = {name: read_manifest(path) for name, path in recipe.models.items()}
-    plain = {
-        **dataclasses.asdict(recipe),
-        "models": list(recipe.models.items()),
-    }  # the order of a mapping counts for nothing
-    return {
-        "stage": "evaluate",
-        "recipe": json.loads(json.dumps(plain)),
-        "inputs": {name: digest(manifest) for name, manifest in manifests.items() if manifest},
-    }
-
-
-def _lasting(identity: Mapping[str, Any]) -> list[Any]:
-    recipe = {name: value for name, value in identity["recipe"].items() if name not in COSMETIC_KEYS}
-    return [recipe, identity["inputs"]]
-
-
-def _finished(recipe: EvaluateRecipe, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The results of the same evaluation, if `output_dir` has them.
-
-    Raises:
-        UserError: it has those of another one.
-    """
-    folder = Path(recipe.output_dir)
-    if (folder / RESULTS).is_file():
-        found: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        if differing := differing_keys(found, identity):
-            raise UserError(
-                f"output_dir: {folder} holds results that differ in {', '.join(differing)}; delete the folder to "
-                "evaluate anew, or choose another output_dir."
-            )
-        print(f"{folder}: evaluated already; see {REPORT} there", file=sys.stderr)
-        return found
-    return None
+def _lasting(own: Mapping[str, Any]) -> list[Any]:
+    recipe = {name: value for name, value in own["recipe"].items() if name not in COSMETIC_KEYS}
+    return [recipe, own["inputs"]]
 
 
 def _answer_all(recipe: EvaluateRecipe, inputs: Inputs, world: World, generates: bool, name: str) -> list[Answers]:
@@ -139,7 +104,7 @@ def _answer_all(recipe: EvaluateRecipe, inputs: Inputs, world: World, generates:
             display.start(done)
             stack.callback(display.stop)
         for path, numbers in itertools.groupby(todo, key=lambda number: conditions[number].path):
-            model = load_policy(path, shared_keys(recipe), torch.bfloat16 if recipe.bf16 else torch.float32)
+            model = load_writer(path, shared_keys(recipe), torch.bfloat16 if recipe.bf16 else torch.float32)
             model = model.to(world.device).eval()
             for number in numbers:
                 condition = conditions[number]

@@ -8,12 +8,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from align.checkpoint import read_manifest
 from align.config import EvaluateRecipe, StageRecipe, UserError
 from align.data import Demonstration, Turns, load_rows, render_text
 from align.encoding import encode_prompt, encode_response
 from align.models import is_encoder, load_config, load_tokenizer
 from align.rows import BadRow, BadRows
 from align.shots import SEPARATOR, draw, ends_at_separator, pool_for, pools, with_examples
+from align.virtual_tokens import base_and_size
+
+SILENT = ("reward", "classify", "mlm")  # stages whose models give scores, labels or missing words
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,15 +119,22 @@ def _rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demonstrati
 def _tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokenizerBase, int]:
     """A model's tokenizer, and the most tokens that it can read."""
     shared = shared_keys(recipe)
-    config = load_config(path, shared, "models")
+    if (stage := (read_manifest(path) or {}).get("stage")) in SILENT:
+        raise UserError(f"models: {path} was made by the {stage} stage and writes nothing; name a language model.")
+    if found := base_and_size(path):
+        base, before = found
+        config = load_config(base, shared, f"models: {path} holds virtual tokens for {base}")
+    else:
+        before = 0
+        config = load_config(path, shared, "models")
     if is_encoder(config) or getattr(config, "is_encoder_decoder", False):
         raise UserError(f"models: {path} ({config.model_type}) is no decoder; name models that continue text.")
     tokenizer = load_tokenizer(path, dataclasses.replace(shared, chat_template_path=None))
     if not tokenizer.chat_template and recipe.chat_template_path:
         tokenizer = load_tokenizer(path, shared)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limits = [tokenizer.model_max_length, *(limit for limit in (positions, recipe.max_length) if limit)]
-    return tokenizer, min(limits)
+    limits = [tokenizer.model_max_length, *([positions - before] if positions else []), recipe.max_length]
+    return tokenizer, min(limit for limit in limits if limit is not None)
 
 
 def _add(

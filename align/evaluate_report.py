@@ -14,12 +14,11 @@ from align.checkpoint import tokenizer_digest, write_json
 from align.config import EvaluateRecipe
 from align.data import render_text
 from align.evaluate_inputs import Condition, Inputs
+from align.evaluate_record import REPORT, RESULTS, Table, tables
 from align.evaluation import markdown_table
 from align.resampling import Measure, compare, intervals
 from align.templates import TASK
 
-RESULTS = "results.json"
-REPORT = "results.md"
 PREDICTIONS = "predictions.jsonl"
 PER_TOKEN = {"perplexity", "token_accuracy"}  # of two tokenizers they are in different units
 
@@ -32,15 +31,6 @@ class Result:
     predictions: list[str]
     measures: list[Measure] = dataclasses.field(default_factory=list)
     others: dict[str, float] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Table:
-    """A table of text, for Markdown and for the screen."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
 
 
 def summarise(recipe: EvaluateRecipe, inputs: Inputs, results: Sequence[Result]) -> dict[str, Any]:
@@ -152,47 +142,3 @@ def _lines(inputs: Inputs, found: Sequence[Result]) -> list[str]:
             }
             lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     return lines
-
-
-def tables(recipe: EvaluateRecipe, results: dict[str, Any]) -> list[Table]:
-    """The results as text: values by condition, comparisons, values by task."""
-    several = len(recipe.num_shots) > 1 or recipe.num_shots != [0]
-
-    def label(named: dict[str, Any]) -> str:
-        return f"{named['model']}, {named['num_shots']}-shot" if several else str(named["model"])
-
-    columns = list(dict.fromkeys(label(value) for value in results["results"]))
-    cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    for value in results["results"]:
-        cells.setdefault((value["task"], value["n"], value["metric"]), {})[label(value)] = _with_interval(value)
-    whole = [[metric, *(row[column] for column in columns)] for (task, _, metric), row in cells.items() if task is None]
-    parts = [
-        [task, str(n), metric, *(row[column] for column in columns)]
-        for (task, n, metric), row in cells.items()
-        if task is not None
-    ]
-    compared = [
-        [
-            entry["metric"],
-            label(entry),
-            label(entry["against"]),
-            _with_interval(entry, "difference"),
-            f"{entry['p_value']:.2g}",
-        ]
-        for entry in results["comparisons"]
-    ]
-    found = [Table("Results", ["metric", *columns], whole)]
-    if compared:
-        heads = ["metric", "model", "against", "difference", "p"]
-        found.append(Table(f"Differences from {results['baseline']}, on the same rows", heads, compared))
-    if parts:
-        found.append(Table("Results by task", ["task", "rows", "metric", *columns], parts))
-    return found
-
-
-def _with_interval(entry: dict[str, Any], name: str = "value") -> str:
-    if entry[name] is None:
-        return "-"
-    sign = "+" if name == "difference" else ""
-    text = f"{entry[name]:{sign}.4g}"
-    return text if entry["low"] is None else f"{text} [{entry['low']:.4g}, {entry['high']:.4g}]"

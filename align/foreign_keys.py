@@ -128,6 +128,13 @@ _OF_STAGE = {
     },
 }
 
+_BOTTLENECK = (
+    "not offered: PEFT has no bottleneck adapters, and the `adapters` library, which has, needs transformers 4.57 where "
+    "this project needs 5; use lora, which trains as few parameters and can be merged"
+)
+# What others call a way to train, and there is none of that name here.
+METHODS_ELSEWHERE = dict.fromkeys(("bottleneck", "adapter", "adapters", "houlsby", "pfeiffer"), _BOTTLENECK)
+
 
 def explain(stage: str, name: str) -> str | None:
     """The clause that follows "unknown key", or None when only a nearest key can help."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from align.maths.losses import token_entropy, token_logprobs
 from reward_models.heads import hf_model
 
-CHUNK = 2**23  # logits at once: 32 MiB in float32
+CHUNK = 2**22  # logits at once: 16 MiB in float32, which a processor's cache holds
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
 Job = Callable[[Tensor, nn.Linear], Tensor]
 
@@ -131,29 +131,30 @@ class _ChunkedLoss(torch.autograd.Function):
 def _piece(
     logits: Tensor, tokens: Tensor, temperature: float, part: slice, objective: Objective, found: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a piece and its gradient by the logits, [n, V] float32; `logits` may be overwritten.
+    """Loss of a piece and its gradient by the logits, [n, V] float32; `logits` are overwritten.
 
     With p = softmax(z), z = logits / temperature: d log p_y / dz = 1_y - p and dH / dz = -p (log p + H).
     """
-    scaled = logits.float()
+    shifted = logits.float()
     if temperature != 1.0:
-        scaled = scaled / temperature
-    log_total = scaled.logsumexp(dim=-1)
-    logprobs = scaled.gather(-1, tokens[:, None]).squeeze(1) - log_total
-    probabilities = (scaled - log_total[:, None]).exp_()
-    entropy = log_total - torch.einsum("nv,nv->n", probabilities, scaled)
+        shifted = shifted.div_(temperature) if shifted is logits else shifted / temperature
+    shifted -= shifted.amax(dim=-1, keepdim=True)
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    logprobs = shifted.gather(-1, tokens[:, None]).squeeze(1) - total.log()
+    products = shifted.mul_(weights)
+    entropy = total.log() - products.sum(dim=-1) / total
     found[0, part], found[1, part] = logprobs, entropy
     with torch.enable_grad():
         logprobs.requires_grad_()
         entropy.requires_grad_()
         loss = objective(logprobs, entropy, part)
         by_logprob, by_entropy = torch.autograd.grad(loss, [logprobs, entropy], materialize_grads=True)
-    by_logprob, by_entropy = by_logprob[:, None], by_entropy[:, None]
-    factor = -by_logprob
+    factor = -by_logprob - by_entropy * (entropy.detach() - total.log())
+    gradient = weights.mul_((factor / total)[:, None])
     if by_entropy.any():
-        factor = factor - by_entropy * (scaled - log_total[:, None] + entropy.detach()[:, None])
-    gradient = probabilities.mul_(factor)
-    gradient.scatter_add_(1, tokens[:, None], by_logprob)
+        gradient.addcmul_(products, (-by_entropy / total)[:, None])
+    gradient.scatter_add_(1, tokens[:, None], by_logprob[:, None])
     return loss.detach(), gradient.div_(temperature) if temperature != 1.0 else gradient
 
 

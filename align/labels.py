@@ -13,9 +13,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -31,6 +32,9 @@ FITTING = {  # kinds of label, as `label_kind` names them
     MULTI: ("lists of text", "lists of whole numbers"),
     REGRESSION: ("fractions", "whole numbers"),
 }
+COLUMNS = ["label", "training rows", "held-out rows", "precision", "recall", "F1", "taken for"]
+SHOWN = 8  # labels that a message names
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +42,23 @@ class Labels:
     """The label set of a classifier. `names` are in the order of their ids; a regression has one, which says nothing.
 
     `center` is the mean label of a regression's training rows: counts are taken from there, where they lose no digits.
+    `frequency` says how many training rows have each label, in the order of `names`.
     """
 
     problem_type: str
     names: list[str]
     ids: dict[Any, int]
     center: float = 0.0
+    frequency: list[int] = field(default_factory=list)
 
     def describe(self) -> str:
-        """The label set in one line."""
+        """The label set in one line, the commonest first, so that one sees how uneven it is."""
         if self.problem_type == REGRESSION:
             return f"mean label {self.center:.4g}"
-        return f"{len(self.names)} labels, {_some(self.names)}"
+        order = sorted(range(len(self.names)), key=lambda place: -self.frequency[place])
+        shown = _some([f"{self.names[place]} ({self.frequency[place]})" for place in order])
+        rarest = f"; the rarest has {min(self.frequency)}" if len(order) > SHOWN else ""
+        return f"{len(self.names)} labels by training rows: {shown}{rarest}"
 
     def encode(self, row: Labelled) -> int | float | list[float]:
         """The label as the loss takes it: an id, a number, or 0 and 1 for each label.
@@ -109,7 +118,7 @@ class Labels:
 
         Macro F1 is the mean over labels of 2 found / (2 found + missed + wrong), as in scikit-learn: single labels that
         nobody has and nobody is said to have are left out, multiple ones count as 0. Pearson's correlation is 0 where
-        one side is constant.
+        one side is constant. Single labels' macro F1 has a 95% interval, by bootstrap of the rows.
         """
         if self.problem_type == REGRESSION:
             _, x, y, xx, yy, xy = counts.tolist()
@@ -118,17 +127,43 @@ class Labels:
             return {"mse": correct / rows, "pearson": 0.0 if constant else (xy - x * y / rows) / math.sqrt(of_x * of_y)}
         low, high = wilson_interval(correct, rows)
         measures = {"accuracy": correct / rows, "accuracy_low": low, "accuracy_high": high}
+        found, true, said = self._sides(counts)
         if self.problem_type == SINGLE:
-            found = counts.diagonal()
-            missed, wrong = counts.sum(dim=1) - found, counts.sum(dim=0) - found
-            there = found + missed + wrong > 0
-        else:
-            found, missed, wrong = counts
-            there = torch.ones_like(found, dtype=torch.bool)
-            total = 2 * found.sum() + missed.sum() + wrong.sum()
-            measures["micro_f1"] = float(2 * found.sum() / total.clamp(min=1))
-        f1 = 2 * found / (2 * found + missed + wrong).clamp(min=1)
-        return {**measures, "macro_f1": float(f1[there].mean())}
+            low, high = _macro_f1_interval(counts)
+            return {
+                **measures,
+                "macro_f1": float(_macro_f1(found, true, said)),
+                "macro_f1_low": low,
+                "macro_f1_high": high,
+            }
+        micro = 2 * found.sum() / (true + said).sum().clamp(min=1)
+        return {**measures, "micro_f1": float(micro), "macro_f1": float(_f1(found, true, said).mean())}
+
+    def _sides(self, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For each label the rows that have it and are said to, those that have it, those that are said to, [L] each."""
+        if self.problem_type == SINGLE:
+            return counts.diagonal(), counts.sum(dim=1), counts.sum(dim=0)
+        found, missed, wrong = counts
+        return found, found + missed, found + wrong
+
+    def table(self, counts: Tensor) -> list[list[Any]]:
+        """A row for each label, as `COLUMNS` names them, from the sums of `counts`; none for a regression.
+
+        What a single label is taken for is all of its row in the confusion matrix, the commonest first.
+        """
+        if self.problem_type == REGRESSION:
+            return []
+        found, true, said = self._sides(counts)
+        measures = torch.stack([found / said.clamp(min=1), found / true.clamp(min=1), _f1(found, true, said)], dim=1)
+        rows: list[list[Any]] = []
+        for place, name in enumerate(self.names):
+            taken = None
+            if self.problem_type == SINGLE:
+                errors = {other: int(n) for other, n in enumerate(counts[place].tolist()) if n and other != place}
+                order = sorted(errors, key=lambda other: -errors[other])
+                taken = ", ".join(f"{self.names[other]} ({errors[other]})" for other in order)
+            rows.append([name, self.frequency[place], int(true[place]), *measures[place].tolist(), taken])
+        return rows
 
     def baseline(self, training: Sequence[Any], evaluation: Sequence[Any]) -> dict[str, float]:
         """Measures of always saying what is most frequent among the encoded training labels (a regression: their mean)."""
@@ -170,10 +205,36 @@ def find_labels(training: Sequence[Labelled], evaluation: Sequence[Labelled], pr
         )
     if problem_type == REGRESSION:
         return Labels(problem_type, ["LABEL_0"], {}, math.fsum(row.label for row in training) / len(training))
-    labels = Labels(problem_type, *_named(known))
+    names, ids = _named(known)
+    counted = Counter(ids[label] for row in training for label in _each(row))
+    labels = Labels(problem_type, names, ids, frequency=[counted[place] for place in range(len(names))])
     for row in evaluation:
         labels.encode(row)
     return labels
+
+
+def _f1(found: Tensor, true: Tensor, said: Tensor) -> Tensor:
+    return 2 * found / (true + said).clamp(min=1)
+
+
+def _macro_f1(found: Tensor, true: Tensor, said: Tensor) -> Tensor:
+    """Mean of F1 over the last dimension, without labels that nobody has and nobody is said to have."""
+    return _f1(found, true, said).sum(dim=-1) / (true + said > 0).sum(dim=-1)
+
+
+def _macro_f1_interval(confusion: Tensor) -> tuple[float, float]:
+    """The 95% percentile interval of macro F1 when the rows are drawn anew with replacement, as many as there are.
+
+    Rows of one cell of the confusion matrix [L, L] are alike, so how many of each are drawn is multinomial.
+    """
+    cells = confusion.cpu().nonzero()  # [n, 2]
+    held = confusion.cpu()[cells[:, 0], cells[:, 1]].numpy()
+    draws = np.random.default_rng(0).multinomial(int(held.sum()), held / held.sum(), size=RESAMPLES)
+    drawn = torch.from_numpy(draws).double()  # [RESAMPLES, n]
+    true, said = (one_hot(side, len(confusion)).double() for side in cells.unbind(dim=1))  # [n, L]
+    scores = _macro_f1(drawn @ (true * said), drawn @ true, drawn @ said)
+    low, high = np.percentile(scores.numpy(), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _one_kind(rows: Sequence[Labelled]) -> tuple[str, Labelled]:
@@ -217,5 +278,5 @@ def _each(row: Labelled) -> list[Any]:
 
 
 def _some(labels: Collection[Any]) -> str:
-    shown = ", ".join(map(str, list(labels)[:8]))
-    return shown + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
+    shown = ", ".join(map(str, list(labels)[:SHOWN]))
+    return shown + (f" and {len(labels) - SHOWN} more" if len(labels) > SHOWN else "")

@@ -127,7 +127,9 @@ def quantization(recipe: StageRecipe) -> dict[str, Any]:
     try:
         importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise UserError("method: qlora needs bitsandbytes; `pip install bitsandbytes`, or use method: lora.") from error
+        raise UserError(
+            "method: qlora needs bitsandbytes; `pip install -e '.[qlora]'` in its repository, or use method: lora."
+        ) from error
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -139,3 +141,21 @@ def quantization(recipe: StageRecipe) -> dict[str, Any]:
             bnb_4bit_compute_dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
         )
     }
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Keep the 4-bit layers of a model on the CPU to the one kernel that has a gradient; other models stay as they are.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer in its first evaluation for a kernel in bfloat16 without a
+    gradient, which training would silently go on with: the layers below would learn nothing through it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Have what trains in float32: TRL gives the adapter of a 4-bit model bfloat16, which loses small steps."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()

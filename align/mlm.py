@@ -25,6 +25,7 @@ from align.checkpoint import open_stage
 from align.config import MLMRecipe, UserError
 from align.data import Passage, load_rows
 from align.engine import connect, disconnect
+from align.evaluation import markdown_table
 from align.masking import Masking
 from align.methods import freeze
 from align.models import is_encoder, load_config, load_masked_lm, load_tokenizer
@@ -78,6 +79,8 @@ def run(recipe: MLMRecipe) -> dict[str, Any]:
         before, after = train(trainer, recipe, tracker, checkpoint)
         save_trained(trainer, recipe, world, lambda: load_masked_lm(start, recipe)[0])
         results = closing_numbers(before, after, steps)
+        if results["table"]:
+            tracker.say("\n" + markdown_table(["measure", "before", "after"], results["table"]))
         if world.is_main:
             data = {**rows.report, "pieces": len(pieces)}
             card = CARD.format(folder=recipe.output_dir, base=recipe.model_name_or_path, mask=tokenizer.mask_token)

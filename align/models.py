@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import (
 from align.config import StageRecipe, UserError
 from align.head import Objective, instead_of_head, is_last, logprobs_job, loss_job, output_head, plain_loss
 from align.maths.losses import token_logprobs
-from align.methods import peft_config
+from align.methods import keep_trainable, peft_config
 from reward_models.heads import score_head
 
 
@@ -61,22 +61,30 @@ def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
     return config
 
 
+def adapter_settings(path: str) -> dict[str, Any] | None:
+    """PEFT's settings of the adapter in `path`; None when `path` holds no adapter alone."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return None
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {"num_virtual_tokens": None, **settings}
+
+
 def adapter_base(path: str) -> str | None:
     """The model that the adapter in `path` was trained on; None when `path` holds no adapter alone.
 
     Raises:
         UserError: it is an adapter of virtual tokens, which no later stage can start from.
     """
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file() or (Path(path) / "config.json").is_file():
+    settings = adapter_settings(path)
+    if settings is None:
         return None
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if config["peft_type"] in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
+    if settings["num_virtual_tokens"]:
         raise UserError(
-            f"{path}: holds learnt virtual tokens, which cannot be merged into a model; nothing here "
-            "can start from them (PEFT's AutoPeftModelForCausalLM loads them). Train with method: lora for that."
+            f"{path}: holds learnt virtual tokens, which cannot be merged into a model, so that no stage can start from "
+            "them; `align evaluate` and PEFT's AutoPeftModelForCausalLM load them. Train with method: lora for that."
         )
-    return str(config["base_model_name_or_path"])
+    return str(settings["base_model_name_or_path"])
 
 
 def _looks_local(path: str) -> bool:
@@ -138,6 +146,10 @@ def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwarg
             raise UserError(
                 f"{path}: is an adapter, which cannot be merged while ZeRO 3 shards; run `align merge` first."
             )
+        if "quantization_config" in kwargs:
+            raise UserError(
+                f"{path}: is an adapter, which is not merged into the 4-bit weights of method: qlora; run `align merge` first."
+            )
         loaded = _load(auto, base, recipe, dtype, **kwargs)
         model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
         config = PeftConfig.from_pretrained(path)
@@ -159,6 +171,7 @@ def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwarg
 def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
     """A causal language model, dropout off. Trained weights stay float32; bfloat16 is the engine's business."""
     model: PreTrainedModel = _load(AutoModelForCausalLM, path, recipe, dtype, **kwargs)
+    keep_trainable(model)
     disable_dropout(model)
     return model
 

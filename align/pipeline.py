@@ -18,8 +18,9 @@ from typing import Any
 from rich.table import Table
 
 from align.checkpoint import is_finished, read_manifest
-from align.config import RECIPES, StageRecipe, UserError
-from align.recipes import BatchPlan, batch_plan, load_recipe, read_stage, stage_inputs
+from align.config import CLASSES, EvaluateRecipe, StageRecipe, UserError
+from align.evaluate_record import finished, tables
+from align.recipes import batch_plan, load_any, read_stage, stage_inputs
 from align.strict import nearest
 from align.tables import cell, make_console, make_table
 
@@ -33,10 +34,9 @@ class Step:
 
     path: str
     stage: str
-    recipe: StageRecipe
+    recipe: StageRecipe | EvaluateRecipe
     overrides: list[str]
     processes: int
-    plan: BatchPlan
 
     @property
     def name(self) -> str:
@@ -51,9 +51,12 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
     """
     steps = read_steps(directory, num_gpus, overrides)
     signal.signal(signal.SIGTERM, _terminated)
+    console = make_console()
     for step in steps:
-        if is_finished(step.recipe, step.stage, stage_inputs(step.recipe)):
+        if (found := already_done(step)) is not None:
             print(f"{step.name}: finished already, in {step.recipe.output_dir}", flush=True)
+            for renderable in found:
+                console.print(renderable)
             continue
         words = command(step)
         launched = "--module" in words
@@ -68,11 +71,22 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
                 f"{f'; what it measured is in {metrics}' if metrics.exists() else ''}. The same command continues from there."
             )
         print(f"{step.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
-    console = make_console()
     manifests = [(step.name, read_manifest(step.recipe.output_dir) or {}) for step in steps]
     for renderable in closing_tables(manifests):
         console.print(renderable)
     return 0
+
+
+def already_done(step: Step) -> list[Table] | None:
+    """None when there is something to do; else what only the step itself would have shown: an evaluation's tables.
+
+    Raises:
+        UserError: its output folder holds something else.
+    """
+    if isinstance(step.recipe, EvaluateRecipe):
+        results = finished(step.recipe)
+        return None if results is None else [table.drawn() for table in tables(step.recipe, results)]
+    return [] if is_finished(step.recipe, step.stage, stage_inputs(step.recipe)) else None
 
 
 def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -> list[Step]:
@@ -86,7 +100,7 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
     shared = {stage: known_overrides(stage, overrides, set(stages.values())) for stage in set(stages.values())}
     steps: list[Step] = []
     for path, stage in stages.items():
-        recipe = load_recipe(stage, path, shared[stage])
+        recipe = load_any(stage, path, shared[stage])
         count = processes(recipe, num_gpus)
         for other in steps:
             if Path(other.recipe.output_dir).resolve() == Path(recipe.output_dir).resolve():
@@ -94,10 +108,11 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
                     f"{path}: output_dir: expected a folder of its own, got that of {other.path} ({recipe.output_dir})"
                 )
         try:
-            plan = batch_plan(recipe, count)
+            if isinstance(recipe, StageRecipe):
+                batch_plan(recipe, count)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        steps.append(Step(path, stage, recipe, shared[stage], count, plan))
+        steps.append(Step(path, stage, recipe, shared[stage], count))
     return steps
 
 
@@ -127,7 +142,7 @@ def numbered_recipes(directory: str) -> list[str]:
 
 def known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> list[str]:
     """The overrides, with their values, whose key `stage` has; one that no stage has is an error."""
-    keys = {name: {field.name for field in dataclasses.fields(RECIPES[name])} for name in stages}
+    keys = {name: {field.name for field in dataclasses.fields(CLASSES[name])} for name in stages}
     kept: list[str] = []
     keep = True
     for word in overrides:
@@ -141,9 +156,9 @@ def known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> l
     return kept
 
 
-def processes(recipe: StageRecipe, num_gpus: int | None) -> int:
+def processes(recipe: StageRecipe | EvaluateRecipe, num_gpus: int | None) -> int:
     """Processes for a recipe: `num_gpus` if given; else one, or with a `deepspeed` key one per visible GPU."""
-    if num_gpus is None and not recipe.deepspeed:
+    if num_gpus is None and not getattr(recipe, "deepspeed", None):
         return 1
     import torch  # only here: a folder for one process starts at once
 
@@ -156,7 +171,7 @@ def processes(recipe: StageRecipe, num_gpus: int | None) -> int:
 def command(step: Step) -> list[str]:
     """The command line that runs a stage: alone, or by the `deepspeed` launcher when its recipe or `--num_gpus` asks."""
     stage = [f"align.{step.stage}", step.path, *step.overrides]
-    if not step.recipe.deepspeed and step.processes == 1:
+    if not getattr(step.recipe, "deepspeed", None) and step.processes == 1:
         return [sys.executable, "-m", *stage]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     # With a number alone the launcher ignores CUDA_VISIBLE_DEVICES and takes the machine's first GPUs.

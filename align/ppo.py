@@ -41,6 +41,9 @@ from align.tokenization import PromptLoader, tokenize_demonstrations, tokenize_p
 from align.tracking import Tracker, quiet
 from align.world import World
 
+# Log-probabilities this close (nats) are the same but for rounding; they are compared in every so many updates.
+SAME_LOGPROB, COMPARE_EVERY = 1e-5, 16
+
 
 def run(recipe: PPORecipe) -> dict[str, Any]:
     """Train a policy by PPO; returns the closing numbers, also in `stage.json`."""
@@ -94,10 +97,11 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
         for update in range(start, updates):
             world.clock.take()
             began = time.perf_counter()
-            rollout = sample_rollout(recipe, world, sampler, models, prompts, loader, update)
+            rollout = sample_rollout(recipe, world, sampler, models, prompts, loader, update, progress)
             kl_coef, scores = progress.kl_coef, shape_scores(recipe, rollout, progress)
             advantages, returns = estimate_advantages(recipe, rollout, scores, kl_coef)
             metrics = rollout_metrics(rollout, kl_coef, models.reward_names)
+            metrics["policy/sampler_gap"] = progress.sampler_gap
             if models.value is not None:
                 metrics |= value_metrics(rollout, returns)
             metrics |= updater.run(rollout, advantages, returns, kl_coef, update, rates[update])
@@ -180,22 +184,28 @@ def text_recipe(recipe: PPORecipe) -> SFTRecipe:
 
 def sample_rollout(
     recipe: PPORecipe, world: World, sampler: Sampler, models: Models, prompts: Sequence[tuple[Prompt, list[int]]],
-    loader: PromptLoader, update: int,
+    loader: PromptLoader, update: int, progress: Progress,
 ) -> Rollout:  # fmt: skip
     """Sample and score this rank's share of the rollout batch; returns everyone's, on every rank.
 
-    The `num_generations` responses to a prompt are rows in succession.
+    The `num_generations` responses to a prompt are rows in succession. Where the generation loop's log-probabilities
+    proved to be those of training (float32), the policy's own scoring pass is left out, but for a comparison now and then.
     """
     size, each = recipe.rollout_batch_size, recipe.num_generations
     drawn = [index for index in loader.batch(update, size // each) for _ in range(each)]
     share = size // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)
     episodes = range(update * size, (update + 1) * size)[mine]
+    trusted = progress.sampler_gap <= SAME_LOGPROB and update % COMPARE_EVERY != 0
     rollout = collect(
         world, sampler, models.policy, models.policy, models.reference, models.value, models.rewards,
-        [prompts[index] for index in drawn[mine]], "train", list(episodes), lambda s, e: missing_eos(recipe, s, e),
+        [prompts[index] for index in drawn[mine]], "train", list(episodes), lambda s, e: missing_eos(recipe, s, e), trusted,
     )  # fmt: skip
-    return gather_rollout(rollout, world, int(sampler.tokenizer.pad_token_id))
+    rollout = gather_rollout(rollout, world, int(sampler.tokenizer.pad_token_id))
+    if not trusted:
+        gap = (rollout.sampled_logprobs - rollout.old_logprobs).abs()
+        progress.sampler_gap = float(gap.masked_fill(~rollout.mask, 0.0).max())
+    return rollout
 
 
 def shape_scores(recipe: PPORecipe, rollout: Rollout, progress: Progress) -> Tensor:
@@ -230,14 +240,12 @@ def estimate_advantages(recipe: PPORecipe, rollout: Rollout, scores: Tensor, kl_
 def rollout_metrics(rollout: Rollout, kl_coef: float, sources: list[str]) -> dict[str, float]:
     """What is known before the update."""
     kl = response_kl(rollout)
-    gap = (rollout.sampled_logprobs - rollout.old_logprobs).abs()
     return {
         **summary(rollout, sources, ""),
         "objective/score_std": float(rollout.scores.std(correction=0)),
         "objective/kl": float(kl.mean()),
         "objective/kl_coef": kl_coef,
         "objective/reward": float((rollout.scores - kl_coef * kl).mean()),
-        "policy/sampler_gap": float(masked_mean(gap, rollout.mask)),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Progress:
     kl_coef: float
     score_moments: RunningMoments = field(default_factory=RunningMoments)
     best: dict[str, Any] | None = None  # the evaluation of the checkpoint in `best/`
+    sampler_gap: float = math.inf  # the largest between sampling's and training's log-probabilities, when last compared
 
 
 def save_checkpoint(
@@ -67,4 +69,6 @@ def load_checkpoint(recipe: PPORecipe, models: Models, ema: EMA | None, checkpoi
     if ema is not None:
         ema.load_checkpoint(checkpoint / "ema")
     state = read_state(checkpoint)["progress"]
-    return Progress(state["kl_coef"], RunningMoments(**state["score_moments"]), state["best"])
+    return Progress(
+        state["kl_coef"], RunningMoments(**state["score_moments"]), state["best"], state.get("sampler_gap", math.inf)
+    )

@@ -15,8 +15,18 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from align.config import RECIPES, DataSource, EvaluateRecipe, PPORecipe, StageRecipe, TrainerRecipe, UserError
-from align.foreign_keys import explain
+from align.config import (
+    CLASSES,
+    EVALUATE,
+    RECIPES,
+    DataSource,
+    EvaluateRecipe,
+    PPORecipe,
+    StageRecipe,
+    TrainerRecipe,
+    UserError,
+)
+from align.foreign_keys import METHODS_ELSEWHERE, explain
 from align.limits import check_values
 from align.strict import build, nearest
 
@@ -54,7 +64,12 @@ def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> StageRe
 
 def load_evaluation(path: str, overrides: Sequence[str] = ()) -> EvaluateRecipe:
     """The recipe for `align evaluate` in the YAML file `path`; all else as in `load_recipe`."""
-    return _load(EvaluateRecipe, "evaluate", path, overrides)
+    return _load(EvaluateRecipe, EVALUATE, path, overrides)
+
+
+def load_any(stage: str, path: str, overrides: Sequence[str] = ()) -> StageRecipe | EvaluateRecipe:
+    """`load_recipe`, or `load_evaluation` when that is the stage."""
+    return load_evaluation(path, overrides) if stage == EVALUATE else load_recipe(stage, path, overrides)
 
 
 def _load(cls: type[AnyRecipe], stage: str, path: str, overrides: Sequence[str]) -> AnyRecipe:
@@ -70,6 +85,9 @@ def _load(cls: type[AnyRecipe], stage: str, path: str, overrides: Sequence[str])
             return f"--{name}"
         return f"{path}:{lines[name]}: {name}" if name in lines else f"{path}: {name}"
 
+    method = values.get("method")
+    if "method" in get_type_hints(cls) and isinstance(method, str) and method in METHODS_ELSEWHERE:
+        raise UserError(f"{where('method')}: {method} is {METHODS_ELSEWHERE[method]}")
     recipe = build(cls, values, where, lambda name: explain(stage, name))
     if recipe.stage != stage:
         raise UserError(
@@ -90,9 +108,9 @@ def read_stage(path: str) -> str:
         UserError: the file cannot be read, or names no stage.
     """
     stage = _read(path)[0].get("stage")
-    if not isinstance(stage, str) or stage not in RECIPES:
-        stages = ", ".join(RECIPES)
-        got = f"{stage!r}{nearest(str(stage), RECIPES)}" if stage else "nothing; add a line such as `stage: sft`"
+    if not isinstance(stage, str) or stage not in CLASSES:
+        stages = ", ".join(CLASSES)
+        got = f"{stage!r}{nearest(str(stage), CLASSES)}" if stage else "nothing; add a line such as `stage: sft`"
         raise UserError(f"{path}: stage: expected one of {stages}, got {got}")
     return stage
 

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from align.config import UserError
 from align.data import Prompt, as_response
 from align.engine import Engine
 from align.evaluation import repetition
-from align.maths.losses import token_logprobs
+from align.kv_cache import closed_ranks, roomy_cache
 from align.models import position_ids, response_logprobs, response_values
 from align.world import World
-from reward_models import Responses, RewardSum
+from reward_models import Responses, RewardSum, passes
 
 
 @dataclass(slots=True)
@@ -103,19 +103,46 @@ def pad_right(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tenso
     return ids, mask
 
 
-def sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+BLOCK = 256
+
+
+def sample(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row by inverse transform sampling: the first whose cumulative probability exceeds the noise.
+
+    Cumulative sums of blocks of the vocabulary find the block, and those inside it the token: one sum over everything
+    would take longer than all else here.
 
     Args:
         logits: [B, V].
         noise: [B] in [0, 1).
         temperature: 0 takes the likeliest token, whatever the noise.
+
+    Returns:
+        tokens [B]; their log-probabilities [B] float32, nats, at temperature 1 if it is 0.
     """
+    scaled = logits.float()
+    if temperature not in (0, 1):
+        scaled = scaled / temperature
+    rows, vocabulary = scaled.shape
+    top = scaled.amax(dim=-1, keepdim=True)
+    weights = scaled.new_zeros(rows, -(-vocabulary // BLOCK) * BLOCK)
+    torch.sub(scaled, top, out=weights[:, :vocabulary]).exp_()
+    weights = weights.view(rows, -1, BLOCK)
+    ends = weights.sum(dim=-1).cumsum(dim=-1)
+    total = ends[:, -1:]
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    cumulative = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    thresholds = noise[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, thresholds, right=True).squeeze(1).clamp(max=logits.shape[-1] - 1)
+        tokens = scaled.argmax(dim=-1, keepdim=True)
+    else:
+        threshold = noise[:, None] * total
+        block = (ends <= threshold).sum(dim=-1, keepdim=True).clamp(max=ends.shape[1] - 1)
+        inside = weights.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1)
+        before = ends.gather(1, block) - inside.sum(dim=-1, keepdim=True)
+        beyond = (inside.cumsum(dim=-1) + before > threshold) & (inside > 0)
+        # Rounding may leave none beyond the threshold: then the block's likeliest.
+        place = torch.where(beyond.any(dim=-1), beyond.int().argmax(dim=-1), inside.argmax(dim=-1))
+        tokens = block * BLOCK + place[:, None]
+    logprobs = scaled.gather(1, tokens) - top - total.log()
+    return tokens.squeeze(1), logprobs.squeeze(1)
 
 
 @torch.no_grad()
@@ -144,35 +171,37 @@ def generate(
         response_ids, mask and logprobs [B, T'] with T' <= T: up to and including end-of-text, padded on the right;
         log-probabilities (float32, nats) are those of the distributions that were sampled from.
     """
-    rows = torch.arange(prompt_ids.shape[0], device=prompt_ids.device)  # which response each row of the batch is
+    count, width = prompt_ids.shape
+    rows = torch.arange(count, device=prompt_ids.device)  # which response each row of the batch is
     responses = torch.full(noise.shape, pad_token_id, device=prompt_ids.device)
     mask = torch.zeros(noise.shape, dtype=torch.bool, device=prompt_ids.device)
     logprobs = torch.zeros(noise.shape, device=prompt_ids.device)
-    alive = torch.ones_like(rows, dtype=torch.bool)
-    cache = DynamicCache(config=(model.module if isinstance(model, Engine) else model).config)
-    ids, attention, positions = prompt_ids, prompt_mask, position_ids(prompt_mask)
+    cache = roomy_cache((model.module if isinstance(model, Engine) else model).config, width + noise.shape[1])
+    ids, positions = prompt_ids, position_ids(prompt_mask)
+    real = F.pad(prompt_mask, (0, noise.shape[1]), value=True)
+    done = False
     for step in range(noise.shape[1]):
         output = model(
             input_ids=ids,
-            attention_mask=attention.long(),
+            attention_mask=real[:, : width + step].long(),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        tokens = sample(output.logits[:, -1], noise[rows, step], temperature)
-        responses[rows[alive], step] = tokens[alive]
-        logprobs[rows[alive], step] = token_logprobs(output.logits[:, -1], tokens, temperature or 1.0)[alive]
-        mask[rows[alive], step] = True
-        alive = alive & (tokens != eos_token_id)
-        if not anyone(bool(alive.any())):
+        positions = positions[:, -1:] + 1
+        if not done:
+            tokens, chances = sample(output.logits[:, -1], noise[rows, step], temperature)
+            responses[rows, step], logprobs[rows, step], mask[rows, step] = tokens, chances, True
+            ids, alive = tokens[:, None], tokens != eos_token_id
+            done = not alive.any()
+            if not alive.all():  # rows that have ended stop costing anything, but for one that others may wait with
+                alive[0] |= done
+                order = closed_ranks(alive)
+                cache.batch_select_indices(order)
+                rows, ids, positions, real = (tensor[order] for tensor in (rows, ids, positions, real))
+        if not anyone(not done):
             break
-        ids, positions = tokens[:, None], positions[:, -1:] + 1
-        attention = F.pad(attention, (0, 1), value=True)
-        if 2 * int(alive.sum()) <= len(rows) and alive.any():  # rows that are done stop costing anything
-            kept = alive.nonzero().squeeze(1)
-            cache.batch_select_indices(kept)
-            rows, alive, ids, positions, attention = (t[kept] for t in (rows, alive, ids, positions, attention))
     length = int(mask.sum(dim=1).max())
     return responses[:, :length], mask[:, :length], logprobs[:, :length]
 
@@ -242,15 +271,17 @@ def collect(
     purpose: str,
     indexes: Sequence[int],
     missing_eos: Callable[[Tensor, Tensor], Tensor],
+    trusted: bool = False,
 ) -> Rollout:
     """Sample from `sampled` and measure: this rank's share of a rollout batch.
 
-    `policy` and `reference` judge the responses by the same forward pass that training uses, never by the
+    `policy` and `reference` judge the responses by the same forward pass that training uses, not by the
     numbers of the generation loop, so that the first ratio of an update is 1.
 
     Args:
         value: left out in evaluation; values are then 0.
         missing_eos: scores [B], ended [B] -> scores [B], what a response that does not end is worth.
+        trusted: take the policy's log-probabilities from the generation loop after all, which saves a forward pass.
     """
     with world.clock.phase("generate"):
         prompt_ids, prompt_mask, response_ids, mask, sampled_logprobs = sampler.respond(
@@ -261,9 +292,11 @@ def collect(
     length = mask.shape[1]
 
     def measure(name: str, forward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        measured = torch.zeros(mask.shape, device=world.device)
         with world.clock.phase(f"score_{name}"):
-            parts = [forward(ids[part], real[part]) for part in chunks(len(prompts), sampler.batch_size)]
-            return torch.cat(parts).masked_fill(~mask, 0.0)
+            for rows in passes(real.sum(dim=1).tolist(), sampler.batch_size):
+                measured[rows] = forward(ids[rows], real[rows])
+        return measured
 
     def logprobs(name: str, engine: Engine) -> Tensor:
         return measure(name, lambda i, m: response_logprobs(engine, i, m, length, sampler.temperature))
@@ -283,7 +316,7 @@ def collect(
         mask=mask,
         ended=ended,
         sampled_logprobs=sampled_logprobs,
-        old_logprobs=logprobs("policy", policy),
+        old_logprobs=sampled_logprobs if trusted else logprobs("policy", policy),
         ref_logprobs=logprobs("reference", reference),
         values=torch.zeros_like(mask, dtype=torch.float32)
         if value is None

@@ -27,7 +27,7 @@ from align.data import Demonstration, render_text
 from align.duplicates import duplicates_line
 from align.engine import connect, disconnect
 from align.eval_responses import questions
-from align.methods import freeze, parameter_counts, peft_config, quantization
+from align.methods import freeze, parameter_counts, peft_config, quantization, train_in_float32
 from align.models import is_encoder, load_config, load_policy, load_tokenizer
 from align.recipes import batch_plan, stage_inputs
 from align.retention import load_with_retention
@@ -117,6 +117,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
             processing_class=tokenizer,
             peft_config=peft_config(recipe, "CAUSAL_LM"),
         )
+        train_in_float32(trainer.model)
         trained, whole = parameter_counts(trainer.model)
         tracker.say(f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%})")
         before, after = train(trainer, recipe, tracker, checkpoint)

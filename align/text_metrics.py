@@ -166,6 +166,7 @@ class Rouge(TextMetric):
         return dict(zip(self.kinds, (sums[:-1] / sums[-1]).tolist(), strict=True))
 
 
+TOKEN_METRICS = ("perplexity", "token_accuracy")  # of the reference's tokens, not of what is written
 METRICS: dict[str, type[TextMetric]] = {
     "exact_match": ExactMatch,
     "accuracy": Accuracy,

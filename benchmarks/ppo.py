@@ -12,16 +12,18 @@ Peak memory is that of the largest process, everything included.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from countdown import COUNTS, SIZES, make_models, write_prompts
@@ -198,14 +200,25 @@ def run(words: list[str], threads: int) -> tuple[str, int]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(words, stdout=output, stderr=errors, env=environment, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process = psutil.Popen(words, stdout=output, stderr=errors, env=environment, cwd=ROOT)
+        peak = 0
+        while process.poll() is None:  # what getrusage says of a child starts from its parent's memory
+            with contextlib.suppress(psutil.Error):
+                peak = max(peak, *(_peak(child.pid) for child in [process, *process.children(recursive=True)]))
+            time.sleep(0.05)
         output.seek(0)
         errors.seek(0)
         if process.returncode:
             sys.exit(f"{' '.join(words)} failed:\n{output.read()[-2000:]}\n{errors.read()[-2000:]}")
-        return output.read(), usage.ru_maxrss * 1024
+        return output.read(), peak
+
+
+def _peak(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def show(size: str, found: dict[str, Any], compared: bool) -> None:

@@ -3,7 +3,7 @@
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward
 from reward_models.heads import init_head, keep_head_float32, load_reward_model, score_head, score_sequences
-from reward_models.responses import Responses, RewardSource, Turns
+from reward_models.responses import Responses, RewardSource, Turns, passes
 from reward_models.trained import ModelReward
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "init_head",
     "keep_head_float32",
     "load_reward_model",
+    "passes",
     "score_head",
     "score_sequences",
 ]

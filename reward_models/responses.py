@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, TypeAlias
 
@@ -63,3 +64,14 @@ def row_error(name: str, batch: Responses, row: int, problem: str) -> ValueError
         f"reward {name!r}, row {row} of {len(batch)}: {problem}\n"
         f"  prompt: {shown(batch.prompts[row])}\n  response: {shown(batch.completions[row])}"
     )
+
+
+def passes(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Rows in forward passes without gradients: the longest first, rows of like length together, so that little is padding.
+
+    At least four passes when there are rows enough, at most `most` rows in one. How many passes there are, and of how
+    many rows, depends on the number of rows alone, so that ranks with as many keep step under ZeRO-3.
+    """
+    size = min(most, max(8, -(-len(lengths) // 4)))
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reward_models.heads import score_sequences
-from reward_models.responses import Responses, Turns, row_error
+from reward_models.responses import Responses, Turns, passes, row_error
 
 
 class ModelReward:
@@ -47,17 +47,13 @@ class ModelReward:
     def score(self, batch: Responses) -> Tensor:
         """Scores [B], float32, on the CPU.
 
-        The number of forward passes depends on B alone, so that ranks with as many rows keep step under ZeRO-3.
-
         Raises:
             ValueError: a row has no token, or its score is not finite; the message shows the row.
         """
         sequences = [self._ids(batch, row) for row in range(len(batch))]
-        longest_first = sorted(range(len(batch)), key=lambda row: -len(sequences[row]))
         device = self.model.device
         scores = torch.empty(len(batch))
-        for start in range(0, len(batch), self.batch_size):
-            rows = longest_first[start : start + self.batch_size]
+        for rows in passes([len(ids) for ids in sequences], self.batch_size):
             lengths = torch.tensor([len(sequences[row]) for row in rows])
             mask = torch.arange(int(lengths[0])) < lengths[:, None]  # [m, S], right-padded
             ids = torch.zeros(mask.shape, dtype=torch.int64)

@@ -458,7 +458,7 @@ def test_a_folder_of_a_masked_language_model_and_a_classifier(world, capsys):
     assert "⟦<mask>" in flat.split("piece:")[1].splitlines()[0]
     assert "the tokens to predict; 3 pieces; at most 15 tokens in the first 2 rows" in said  # of 16; cut evenly
     assert "rowlabelled'x':⟦<s>⟧ab</s>" in flat
-    assert "single_label_classification, 2 labels, x, y; at most 4 tokens" in said
+    assert "single_label_classification, 2 labels by training rows: x (1), y (1); at most 4 tokens" in said
     assert "rowlabelled0.5:⟦<s>⟧ab</s>c</s>" in flat
     assert "regression, mean label 1.25" in said
     assert "model_name_or_path: out/m (made by 0_mlm.yaml)" in said

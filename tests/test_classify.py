@@ -11,11 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, f1_score, recall_score
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import (
@@ -204,7 +205,7 @@ def test_a_decoder_reads_its_last_token_also_when_padding_was_end_of_text(tmp_pa
 
 
 @pytest.mark.parametrize("batch", [2, 16])
-def test_evaluation_is_exact_and_has_a_baseline(tmp_path, batch):
+def test_evaluation_is_exact_and_has_a_baseline(tmp_path, batch, capsys):
     settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=4, eval_steps=2, per_device_eval_batch_size=batch)
     results = run(settings)
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
@@ -221,6 +222,23 @@ def test_evaluation_is_exact_and_has_a_baseline(tmp_path, batch):
     assert results["baseline"]["accuracy"] == pytest.approx(2 / 5)  # "yes" is commonest
     assert ["accuracy of always the commonest label", None, results["baseline"]["accuracy"]] in results["table"]
     assert ["held-out accuracy", results["eval_accuracy_before"], results["eval_accuracy"]] in results["table"]
+    low, high = results["eval_macro_f1_low"], results["eval_macro_f1_high"]
+    assert low <= results["eval_macro_f1"] <= high
+    assert ["held-out macro F1, 95% interval to", results["eval_macro_f1_high_before"], high] in results["table"]
+    assert not [row for row in results["table"] if "95%" in row[0] and row[0].endswith("commonest label")]
+    samples = [json.loads(line) for line in (Path(settings.output_dir) / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["label"], row["training rows"], row["held-out rows"]) for row in samples] == [
+        (8, "yes", 3, 2), (8, "maybe", 2, 1), (8, "no", 2, 2)
+    ]  # fmt: skip
+    assert [row["recall"] for row in samples] == pytest.approx(
+        recall_score(true, said, labels=["yes", "maybe", "no"], average=None, zero_division=0)
+    )
+    shown = capsys.readouterr().err
+    card = (Path(settings.output_dir) / "README.md").read_text()
+    for text in (shown, card):
+        assert "| label | training rows | held-out rows | precision | recall | F1 | taken for |" in text
+        assert "| held-out macro F1, 95% interval from |" in text
+    assert "3 labels by training rows: yes (3), maybe (2), no (2)" in shown
     logged = metrics(settings)
     assert [line["step"] for line in logged if "eval/loss" in line] == [0, 2, 4, 6, 8]
     assert undocumented(name for line in logged for name in line if name not in ("step", "time")) == []
@@ -251,6 +269,53 @@ def test_a_label_that_nobody_has_is_left_out_of_macro_f1():
     measured = labels.summary(counts, 2.0, 3)
     assert measured["macro_f1"] == pytest.approx(2 / 3)
     assert measured["macro_f1"] == pytest.approx(f1_score([0, 0, 1], [0, 1, 1], average="macro"))
+
+
+CONFUSION = torch.tensor([[3, 1, 0, 2], [0, 4, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.float64)
+
+
+def test_each_label_has_a_row_with_what_it_is_taken_for():
+    labels = Labels("single_label_classification", ["a", "b", "c", "d"], {}, frequency=[9, 7, 2, 1])
+    assert labels.table(CONFUSION) == [
+        ["a", 9, 6, pytest.approx(3 / 4), pytest.approx(1 / 2), pytest.approx(6 / 10), "d (2), b (1)"],
+        ["b", 7, 4, pytest.approx(4 / 5), 1.0, pytest.approx(8 / 9), ""],
+        ["c", 2, 2, 1.0, pytest.approx(1 / 2), pytest.approx(2 / 3), "a (1)"],
+        ["d", 1, 0, 0.0, 0.0, 0.0, ""],
+    ]
+    several = dataclasses.replace(labels, problem_type="multi_label_classification")
+    counts = torch.tensor([[2, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1]], dtype=torch.float64)  # found, missed, wrong
+    assert several.table(counts)[:2] == [["a", 9, 2, 1.0, 1.0, 1.0, None], ["b", 7, 2, 0.5, 0.5, 0.5, None]]
+    assert several.table(counts)[3][2:] == [0, 0.0, 0.0, 0.0, None]
+    assert Labels("regression", ["LABEL_0"], {}).table(torch.zeros(6)) == []
+
+
+def test_the_interval_of_macro_f1_is_that_of_resampled_rows():
+    """Against scikit-learn on rows drawn with replacement, one by one."""
+    labels = Labels("single_label_classification", ["a", "b", "c", "d"], {})
+    counts = CONFUSION * 8
+    measured = labels.summary(counts, float(counts.diagonal().sum()), int(counts.sum()))
+    rows = [cell for cell in counts.nonzero().tolist() for _ in range(int(counts[tuple(cell)]))]
+    true, said = np.array(rows).T
+    random = np.random.default_rng(7)
+    drawn = [random.integers(0, len(rows), len(rows)) for _ in range(1000)]
+    scores = [f1_score(true[rows], said[rows], average="macro", zero_division=0) for rows in drawn]
+    low, high = np.percentile(scores, [2.5, 97.5])
+    assert measured["macro_f1"] == pytest.approx(f1_score(true, said, average="macro", zero_division=0))
+    assert (measured["macro_f1_low"], measured["macro_f1_high"]) == pytest.approx((low, high), abs=0.015)
+    right = labels.summary(torch.eye(4, dtype=torch.float64), 4.0, 4)  # a resample may lack a label, which is left out
+    assert (right["macro_f1_low"], right["macro_f1_high"]) == (1.0, 1.0)
+
+
+def test_the_label_set_is_shown_with_its_balance():
+    labels = find_labels(labelled(*"abbccc"), [], None)
+    assert labels.frequency == [1, 2, 3]
+    assert labels.describe() == "3 labels by training rows: c (3), b (2), a (1)"
+    several = find_labels(labelled(["b", "a"], ["b"], []), [], None)
+    assert several.describe() == "2 labels by training rows: b (2), a (1)"
+    many = find_labels(labelled(*"abcdefghii"), [], None)
+    assert many.describe().endswith(
+        "by training rows: i (2), a (1), b (1), c (1), d (1), e (1), f (1), g (1) and 1 more; the rarest has 1"
+    )
 
 
 @pytest.mark.parametrize("shift", [0.0, 1e6])
@@ -509,6 +574,23 @@ def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
     assert read_manifest(folder)["results"] == results
     assert [{**line, "time": 0} for line in metrics(settings)] == [{**line, "time": 0} for line in metrics(whole)]
+
+
+def test_a_run_killed_after_its_last_evaluation_still_has_its_table_of_labels(tmp_path, monkeypatch):
+    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=2, eval_steps=4, save_steps=4)
+
+    def killed(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("align.classify.label_table", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    assert [path.name for path in complete_checkpoints(settings.output_dir)] == ["checkpoint-4"]
+    whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"))
+    assert run(settings) == run(whole)
+    tables = [(Path(each.output_dir) / "samples.jsonl").read_text() for each in (settings, whole)]
+    assert tables[0] == tables[1] != ""
 
 
 def test_two_processes_with_zero2_train_the_same_model(tmp_path):

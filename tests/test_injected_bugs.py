@@ -56,8 +56,8 @@ BUGS = {
     ),
     "no temperature in sampling": (
         "align/rollout.py",
-        "cumulative = (logits.float() / temperature)",
-        "cumulative = logits.float()",
+        "        scaled = scaled / temperature\n    rows, vocabulary",
+        "        pass\n    rows, vocabulary",
         "tests/test_rollout.py::test_sampling_follows_the_tempered_distribution",
     ),
     "log-probabilities one token late": (
@@ -74,8 +74,8 @@ BUGS = {
     ),
     "end-of-text outside the mask": (
         "align/rollout.py",
-        "        alive = alive & (tokens != eos_token_id)",
-        "        mask[rows[alive & (tokens == eos_token_id)], step] = False\n        alive = alive & (tokens != eos_token_id)",
+        "            ids, alive = tokens[:, None], tokens != eos_token_id",
+        "            mask[rows[tokens == eos_token_id], step] = False\n            ids, alive = tokens[:, None], tokens != eos_token_id",
         "tests/test_rollout.py::test_responses_are_what_the_training_forward_would_sample",
     ),
     "whitening over the padding": (

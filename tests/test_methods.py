@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from align.methods import parameter_counts
 from align.recipes import load_recipe
 from align.sft import run
 from tests.test_sft import metrics, nll, recipe, trained
-from tests.worlds import deepspeed_file, launch, tiny_llama
+from tests.worlds import deepspeed_file, launch, save_tiny_policy, tiny_llama
 
 HELD_OUT = [("ac", "d"), ("e", "fghijkl")]
 PROJECTIONS = {name for name in tiny_llama().state_dict() if name.endswith("_proj.weight")}
@@ -64,6 +66,57 @@ def test_what_moves_and_what_is_saved(tmp_path, name):
         assert not list(adapter.glob("*.bin"))
         with_adapter = AutoPeftModelForCausalLM.from_pretrained(adapter)
         assert held_out_loss(with_adapter) == pytest.approx(results["eval_loss"], abs=1e-5)
+
+
+class TestQLoRA:
+    """Low-rank updates beside 4-bit weights: `pip install align[qlora]`."""
+
+    def test_merged_into_the_weights_as_they_were_before_rounding(self, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        settings = recipe(tmp_path, **SETTINGS, method="qlora", lora_r=2)
+        results = run(settings)
+        base, merged = tiny_llama().state_dict(), trained(settings)
+        adapter = load_file(Path(settings.output_dir) / "adapter" / "adapter_model.safetensors")
+        assert {name for name in base if not torch.equal(merged[name], base[name])} == PROJECTIONS
+        for name in PROJECTIONS:
+            a, b = (adapter[f"base_model.model.{name.removesuffix('weight')}lora_{ab}.weight"].float() for ab in "AB")
+            torch.testing.assert_close(merged[name], base[name] + 32 / 2 * b @ a, atol=1e-5, rtol=0)
+        plain = AutoModelForCausalLM.from_pretrained(settings.output_dir)
+        assert plain.dtype == torch.float32
+        assert not hasattr(plain.config, "quantization_config")
+        # The adapter trained in float32: TRL alone would have it in bfloat16.
+        assert all(not torch.equal(weight, weight.bfloat16().float()) for weight in adapter.values())
+        # What was trained and evaluated had rounded weights.
+        assert 1e-4 < abs(held_out_loss(plain) - results["eval_loss"]) < 0.5
+        assert abs(held_out_loss(tiny_llama()) - results["eval_loss_before"]) > 1e-2
+        assert results["eval_loss"] < results["eval_loss_before"] - 0.5
+
+    def test_evaluation_leaves_training_as_it_is(self, tmp_path):
+        """bitsandbytes has a kernel for evaluation on some CPUs, which layers never leave again, without a gradient."""
+        pytest.importorskip("bitsandbytes")
+        save_tiny_policy(tmp_path / "base", hidden_size=64)  # the kernel's sizes
+        adapters = []
+        for rows in (None, HELD_OUT):
+            out = tmp_path / f"out{len(adapters)}"
+            changes = {"eval_rows": rows, "eval_steps": 1 if rows else None, "output_dir": str(out)}
+            run(recipe(tmp_path, **changes, method="qlora", lora_r=2, num_train_epochs=2))
+            adapters.append(load_file(out / "adapter" / "adapter_model.safetensors"))
+        for name, weight in adapters[0].items():
+            torch.testing.assert_close(adapters[1][name], weight, atol=1e-6, rtol=0)
+
+    def test_an_adapter_is_not_merged_into_rounded_weights(self, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        first = recipe(tmp_path, method="lora")
+        run(first)
+        again = recipe(tmp_path, method="qlora", model_name_or_path=f"{first.output_dir}/adapter",
+                       output_dir=str(tmp_path / "again"))  # fmt: skip
+        with pytest.raises(UserError, match="is not merged into the 4-bit weights"):
+            run(again)
+
+    def test_without_bitsandbytes(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(UserError, match=r"pip install -e '\.\[qlora\]'"):
+            run(recipe(tmp_path, method="qlora"))
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
@@ -114,12 +167,16 @@ def test_a_later_stage_starts_from_the_adapter_or_from_what_it_was_merged_into(t
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix"]), (3, ["full", "lora"])])
+QLORA = ["qlora"] if importlib.util.find_spec("bitsandbytes") else []
+
+
+@pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix", *QLORA]), (3, ["full", "lora"])])
 def test_two_ranks_do_what_one_does(tmp_path, stage, names):
     ways = {
         **{name: changes for name, (changes, _) in MOVES.items()},
         "prompt": {"method": "prompt"},
         "prefix": {"method": "prefix"},
+        "qlora": {"method": "qlora"},
     }
     alone, together = {}, {}
     for name in names:
@@ -173,7 +230,9 @@ class TestMerge:
         ("freeze_layers: 1", "freeze_layers: is for method: freeze, got method: full"),
         ("method: freeze\ntrainable_pattern: '('", "trainable_pattern: not a regular expression"),
         ("method: prompt\npacking: true", "puts tokens before each row"),
-        ("method: adapter", "expected one of full, freeze, head, lora"),
+        ("method: bottleneck", "method: bottleneck is not offered: PEFT has no bottleneck adapters.* use lora"),
+        ("method: adapter", "method: adapter is not offered: PEFT has no bottleneck adapters"),
+        ("method: adaptor", "expected one of full, freeze, head, lora"),
         ("use_peft: true", "called method: lora here"),
     ],
 )

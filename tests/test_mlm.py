@@ -236,7 +236,7 @@ def test_the_model_limits_the_pieces(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [2, 16])
-def test_evaluation_is_exact_and_its_masks_are_fixed(tmp_path, batch):
+def test_evaluation_is_exact_and_its_masks_are_fixed(tmp_path, batch, capsys):
     settings = recipe(
         tmp_path, eval_texts=HELD_OUT, eval_steps=2, num_train_epochs=20, per_device_eval_batch_size=batch
     )
@@ -251,6 +251,9 @@ def test_evaluation_is_exact_and_its_masks_are_fixed(tmp_path, batch):
         assert loss == pytest.approx(float(total) / count, abs=1e-5)
         assert accuracy == pytest.approx(hits / count)
     assert results["eval_loss"] < results["eval_loss_before"]
+    assert f"held-out loss (nats/masked token) | {results['eval_loss_before']:.4g} | {results['eval_loss']:.4g} |" in (
+        capsys.readouterr().err
+    )
     assert results["table"][0] == [
         "held-out loss (nats/masked token)",
         results["eval_loss_before"],

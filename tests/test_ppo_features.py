@@ -48,7 +48,10 @@ def start(recipe: PPORecipe) -> tuple[Updater, Rollout]:
     rows = [row for row in _prompts(recipe)]
     prompts, _ = tokenize_prompts(rows, inputs.tokenizer, recipe.max_prompt_length, "error")
     sampler = Sampler(inputs.tokenizer, recipe.temperature, recipe.response_length, 64, recipe.seed)
-    rollout = sample_rollout(recipe, ALONE, sampler, models, prompts, PromptLoader(len(prompts), recipe.seed), 0)
+    progress = Progress(recipe.kl_coef)
+    rollout = sample_rollout(
+        recipe, ALONE, sampler, models, prompts, PromptLoader(len(prompts), recipe.seed), 0, progress
+    )
     return Updater(recipe, plan, ALONE, models), rollout
 
 

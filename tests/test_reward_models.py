@@ -23,6 +23,7 @@ from reward_models import (
     init_head,
     keep_head_float32,
     load_reward_model,
+    passes,
     score_head,
     score_sequences,
 )
@@ -521,3 +522,17 @@ def test_sum_that_cannot_be():
     for weights in ([1.0, 2.0], [], [float("nan")]):
         with pytest.raises(ValueError, match="reward weights: expected a finite number for each of"):
             RewardSum([one], weights)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [
+        ([3], 16, [[0]]),
+        ([1, 9, 5], 2, [[1, 2], [0]]),
+        ([5] * 8, 16, [list(range(8))]),  # too few to be worth four passes
+        (list(range(40)), 32, [list(range(39 - 10 * i, 29 - 10 * i, -1)) for i in range(4)]),
+        (list(range(40)), 4, [list(range(39 - 4 * i, 35 - 4 * i, -1)) for i in range(10)]),
+    ],
+)
+def test_passes_take_rows_of_like_length_together(lengths, most, expected):
+    assert passes(lengths, most) == expected

@@ -1,0 +1,40 @@
+"""The floor for a classifier: which label, told from the words alone.
+
+    python recipes/textbooks/words_only.py recipes/textbooks/1_classify.yaml [--key value ...]
+
+Logistic regression on the TF-IDF of word 1-2-grams, on the same rows as the classify stage with the same recipe and
+overrides, and measured as there. Regularisation and the weight of rare labels are chosen by five-fold
+cross-validation on the training rows. Needs scikit-learn.
+"""
+
+import sys
+
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from torch.nn.functional import one_hot
+
+from align.data import Labelled, load_rows
+from align.evaluation import markdown_table
+from align.labels import COLUMNS, find_labels
+from align.recipes import load_recipe
+
+recipe = load_recipe("classify", sys.argv[1], sys.argv[2:])
+rows = load_rows(recipe, Labelled)
+labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
+(train, train_ids), (held_out, true) = (
+    ([row.text for row in some], [labels.encode(row) for row in some]) for some in (rows.train, rows.evaluation)
+)
+words = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000))
+settings = {"logisticregression__C": [10, 100, 1000], "logisticregression__class_weight": [None, "balanced"]}
+search = GridSearchCV(words, settings, scoring="accuracy").fit(train, train_ids)
+answers = one_hot(torch.tensor(search.predict(held_out)), len(labels.names)).float()
+targets, weight = torch.tensor(true), torch.ones(len(true))
+counts = labels.counts(answers, targets, weight)
+measures = labels.summary(counts, float(labels.correct(answers, targets).sum()), len(true))
+print(f"{len(train)} rows to learn from, {len(true)} held out, {search.best_params_}")
+for name in ("accuracy", "macro_f1"):
+    print(f"{name} {measures[name]:.3f} [{measures[f'{name}_low']:.3f}, {measures[f'{name}_high']:.3f}]")
+print(markdown_table(COLUMNS, sorted(labels.table(counts), key=lambda row: -row[1])))
