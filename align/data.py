@@ -40,6 +40,7 @@ from align.templates import TASK, TEMPLATE, Instructions, task_name
 __all__ = [
     "Demonstration",
     "Labelled",
+    "NoneHeldOut",
     "Passage",
     "Preference",
     "Prompt",
@@ -53,6 +54,11 @@ __all__ = [
 ]
 
 AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+class NoneHeldOut(UserError):
+    """`eval_fraction` of the prompts came to none."""
+
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -79,7 +85,7 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
 
     Raises:
         UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a side
-            is empty.
+            is empty (`NoneHeldOut` when that is by `eval_fraction`).
     """
     if any(source.weight != 1 for source in recipe.eval_dataset):
         raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
@@ -116,7 +122,7 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
     if not evaluation and recipe.eval_dataset:
         raise UserError(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
     if not evaluation and recipe.eval_fraction > 0:
-        raise UserError(
+        raise NoneHeldOut(
             f"eval_fraction: {recipe.eval_fraction} of the prompts of {len(train)} rows came to none; raise it, give "
             "an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
         )

@@ -13,7 +13,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # 
 
 
 def draw(steps: Sequence[float], curves: Mapping[str, Sequence[float]], title: str) -> str:
-    """An SVG document with curves over the same steps; what is not finite leaves a gap.
+    """An SVG document with curves over the same steps; what is not finite leaves a gap. The axes have round numbers.
 
     Args:
         curves: one value per step, by name.
@@ -32,11 +32,12 @@ def draw(steps: Sequence[float], curves: Mapping[str, Sequence[float]], title: s
 
     height = HEIGHT + LINE * (len(curves) + 1)
     parts = [_text(LEFT, TOP + 4, title)]
-    for value in (low, (low + high) / 2, high):
+    for value in ticks(low, high):
         parts.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="#ccc"/>')
-        parts.append(_text(LEFT - 6, y(value) + 4, f"{value:.3g}", "end"))
-    for step in (first, (first + last) / 2, last):
-        parts.append(_text(x(step), height - BOTTOM + 20, f"{step:g}", "middle"))
+        parts.append(_text(LEFT - 6, y(value) + 4, f"{value:.6g}", "end"))
+    for step in ticks(first, last, whole=True):
+        parts.append(_text(x(step), height - BOTTOM + 20, f"{step:.0f}", "middle"))
+    parts.append(_text(WIDTH - RIGHT, height - 4, "step", "end"))
     for index, (name, curve) in enumerate(curves.items()):
         colour = COLOURS[index % len(COLOURS)]
         points = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in zip(steps, curve, strict=True) if math.isfinite(v))
@@ -48,6 +49,20 @@ def draw(steps: Sequence[float], curves: Mapping[str, Sequence[float]], title: s
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
         f'<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
+
+
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Round numbers between two different ones, both included: two to six multiples of 1, 2 or 5 times a power of ten.
+
+    Args:
+        whole: whole numbers alone, of which there may be but one.
+    """
+    size = 10.0 ** math.floor(math.log10((high - low) / 2))
+    size *= next(each for each in (1, 2, 5, 10) if (high - low) / (each * size) <= 5)
+    size = max(size, 1.0) if whole else size
+    slack = 1e-9 * (high - low)  # an end that is a multiple stays one in floating point
+    numbers = range(math.ceil((low - slack) / size), math.floor((high + slack) / size) + 1)
+    return [number * size for number in numbers]
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start") -> str:

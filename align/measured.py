@@ -24,6 +24,7 @@ from torch.nn.functional import one_hot
 from align.mixture import TASKS
 from align.rows import Demonstration
 from align.templates import TASK
+from align.tokenization import IGNORED
 
 HELD_OUT, RETENTION, TRAINING = "held out", "retention", "training"
 MOST_TRAINING_ROWS = 256
@@ -63,7 +64,9 @@ def measured_rows(
     parts = list(dict.fromkeys((side, task) for side, _, tasks in sides for task in tasks))
     numbers = [parts.index((side, task)) for side, _, tasks in sides for task in tasks]
     rows = concatenate_datasets([dataset.select_columns(["input_ids", "labels"]) for _, dataset, _ in sides])
-    return Measured(rows.add_column(PART, numbers), parts)
+    # Nothing predicts a first token, but for virtual tokens before it: those would be asked for one token more.
+    columns = {"input_ids": rows["input_ids"][:], "labels": [[IGNORED, *labels[1:]] for labels in rows["labels"]]}
+    return Measured(Dataset.from_dict(columns, features=rows.features).add_column(PART, numbers), parts)
 
 
 def _tasks(rows: Sequence[Demonstration]) -> list[str]:

@@ -7,7 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,7 +48,11 @@ def peft_config(recipe: StageRecipe, task_type: str, trained_whole: Sequence[str
         names = {"target_modules": recipe.lora_target_modules} if recipe.lora_target_modules else {}
         return IA3Config(task_type=task_type, modules_to_save=whole, **names)
     if recipe.method == "prompt":
-        return PromptTuningConfig(task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens)
+        # From embeddings of tokens (arXiv 2104.08691): PEFT's own start is noise, many times longer than an embedding.
+        start = PromptTuningInit.SAMPLE_VOCAB
+        return PromptTuningConfig(
+            task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens, prompt_tuning_init=start
+        )
     if recipe.method == "prefix":
         return PrefixTuningConfig(task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens)
     return None
@@ -84,6 +96,15 @@ def freeze(model: PreTrainedModel, recipe: StageRecipe, head: nn.Module) -> None
         for module in frozen:
             module.requires_grad_(False)
         head.requires_grad_(True)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are, an adapter's among them; under ZeRO-3 over all shards."""
+    if isinstance(model, PeftModel):  # knows of weights that are packed two to a number
+        trained, whole = model.get_nb_trainable_parameters()
+        return int(trained), int(whole)
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:

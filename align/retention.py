@@ -16,7 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 
 from align.config import SFTRecipe, UserError
-from align.data import Demonstration, Rows, free_of, load_rows, prompts_of
+from align.data import Demonstration, NoneHeldOut, Rows, free_of, load_rows, prompts_of
 from align.mixture import sample
 from align.tokenization import Report, tokenize_demonstrations
 
@@ -49,6 +49,14 @@ def load_with_retention(recipe: SFTRecipe) -> tuple[Rows, Retention]:
     alone = dataclasses.replace(recipe, train_dataset=sources, eval_dataset=[], mixture_temperature=1.0)
     try:
         found = load_rows(alone, Demonstration)
+    except NoneHeldOut as error:
+        instead = (
+            "" if recipe.replay_fraction else ", or measure all of them: `eval_fraction: 0` beside an `eval_dataset`"
+        )
+        raise UserError(
+            f"retention: `eval_fraction` ({recipe.eval_fraction:g}) of its prompts are measured, and that came to none; name "
+            f"more rows or raise eval_fraction{instead}."
+        ) from error
     except UserError as error:
         raise UserError(f"retention, whose rows are split as those of train_dataset: {error}") from error
     measured, replayable = found.evaluation, found.train

@@ -27,7 +27,7 @@ from align.data import Demonstration, render_text
 from align.duplicates import duplicates_line
 from align.engine import connect, disconnect
 from align.eval_responses import questions
-from align.methods import freeze, peft_config, quantization, train_in_float32
+from align.methods import freeze, parameter_counts, peft_config, quantization, train_in_float32
 from align.models import is_encoder, load_config, load_policy, load_tokenizer
 from align.recipes import batch_plan, stage_inputs
 from align.retention import load_with_retention
@@ -118,10 +118,12 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
             peft_config=peft_config(recipe, "CAUSAL_LM"),
         )
         train_in_float32(trainer.model)
+        trained, whole = parameter_counts(trainer.model)
+        tracker.say(f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%})")
         before, after = train(trainer, recipe, tracker, checkpoint)
         save_trained(trainer, recipe, world, lambda: load_policy(start, recipe))
         history = evaluations(trainer)
-        results = closing_numbers(before, after, steps, recipe.eval_metrics)
+        results = {"trained_parameters": trained, **closing_numbers(before, after, steps, recipe.eval_metrics)}
         if history:
             tracker.chart(
                 int(history[-1]["step"]), "losses", [int(entry["step"]) for entry in history], curves(history)

@@ -22,19 +22,17 @@ MEASURES = {
     "held-out loss (nats/token)": "eval_loss",
     "held-out perplexity": "eval_perplexity",
     "held-out token accuracy": "eval_mean_token_accuracy",
-    "held-out less training loss (nats/token)": "eval_gap",
+    "gap: held-out minus training loss (nats/token)": "eval_gap",
     "retention loss (nats/token)": "eval_retention_loss",
     "retention token accuracy": "eval_retention_token_accuracy",
-    "forgetting (% of the retention loss)": FORGETTING,
+    "forgetting (rise of the retention loss, %)": FORGETTING,
 }
-COURSE = {
-    "step": "step",
+CURVES = {
     "held-out loss": "eval_loss",
-    "training rows": "eval_train_loss",
-    "gap": "eval_gap",
+    "loss on training rows": "eval_train_loss",
     "retention loss": "eval_retention_loss",
-    "forgetting %": FORGETTING,
 }
+COURSE = {"step": "step", **CURVES, "gap": "eval_gap", "forgetting %": FORGETTING}
 
 
 def retention_lines(report: Mapping[str, Any], target: int, replayed: int) -> list[str]:
@@ -46,7 +44,8 @@ def retention_lines(report: Mapping[str, Any], target: int, replayed: int) -> li
     """
     if (retention := report.get("retention")) is None:
         return []
-    line = f"retention: {retention['measured_rows']} rows measured"
+    rows = sum(source["rows"] for source in report["sources"] if source["used_for"] == "retention")
+    line = f"retention: {retention['measured_rows']} of {rows} rows measured"
     if replayed:
         share = replayed / (target + replayed)
         line += f"; {replayed} of {target + replayed} training rows ({share:.1%}) replayed from {retention['replayable_rows']}"
@@ -113,5 +112,4 @@ def write_picture(folder: str, history: Sequence[Log]) -> None:
 
 def curves(history: Sequence[Log]) -> dict[str, list[float]]:
     """The losses that belong beside each other, by name, one value per evaluation."""
-    names = ("eval_loss", "eval_train_loss", "eval_retention_loss")
-    return {name.replace("_", "/", 1): [entry[name] for entry in history] for name in names if name in history[0]}
+    return {words: [entry[name] for entry in history] for words, name in CURVES.items() if name in history[0]}

@@ -47,7 +47,7 @@ def token_rows(
         held_out, skipped["evaluation"] = _kept(rows.evaluation, tokenizer, recipe)
         remembered = None
         if retention.measured:
-            remembered, skipped["retention"] = _kept(retention.measured, tokenizer, recipe)
+            remembered, skipped["retention"] = _kept(retention.measured, tokenizer, recipe, ends=False)
         measured = measured_rows(held_out, remembered, target, recipe.max_length, recipe.seed)
         check_lengths(measured.rows["input_ids"], config)
     train, skipped["replay"] = with_replay(target, retention.replayable, tokenizer, recipe)
@@ -59,11 +59,23 @@ def token_rows(
 
 
 def _kept(
-    rows: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, recipe: SFTRecipe
+    rows: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, recipe: SFTRecipe, ends: bool = True
 ) -> tuple[tuple[Dataset, list[Demonstration]], Report]:
-    """Rows in token ids with what they were made of. What packing would cut in training is cut here too."""
+    """Rows in token ids with what they were made of. What packing would cut in training is cut here too.
+
+    Args:
+        ends: whether plain text closes with EOS. What a model has forgotten is asked without: many base models never
+            saw EOS after text, and would seem to remember better once any fine-tuning has taught it.
+    """
     kept: list[Demonstration] = []
     dataset, bad = tokenize_demonstrations(rows, tokenizer, recipe, kept)
+    if not ends:
+        closing = [-1 if isinstance(row.completion, str) and not row.prompt else None for row in kept]
+        columns = {
+            name: [ids[:end] for ids, end in zip(dataset[name], closing, strict=True)]
+            for name in ("input_ids", "labels")
+        }
+        dataset = Dataset.from_dict(columns, features=dataset.features)
     if recipe.packing and max(map(len, dataset["input_ids"])) > recipe.max_length:
         size = recipe.max_length
         cuts = [range(0, len(ids), size) for ids in dataset["input_ids"]]

@@ -12,9 +12,11 @@ is one log entry, from which, and from those before it, the best checkpoint foll
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTTrainer
@@ -74,6 +76,18 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
             return output
 
         return super().compute_loss(measured, inputs, return_outputs, num_items_in_batch)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with contextlib.ExitStack() as stack:
+            model = self.accelerator.unwrap_model(self.model)
+            # Before the first step virtual tokens are noise: without them it is the model that may forget.
+            if (
+                self.state.global_step == 0
+                and isinstance(model, PeftModel)
+                and model.active_peft_config.is_prompt_learning
+            ):
+                stack.enter_context(model.disable_adapter())
+            return super().evaluate(*args, **kwargs)
 
     def measure(self, logs: dict[str, float]) -> None:
         start = [entry["eval_retention_loss"] for entry in evaluations(self) if "eval_retention_loss" in entry]

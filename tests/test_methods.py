@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.__main__ import main
 from align.config import UserError
+from align.methods import parameter_counts
 from align.recipes import load_recipe
 from align.sft import run
 from tests.test_sft import metrics, nll, recipe, trained
@@ -132,7 +133,10 @@ def test_virtual_tokens_leave_the_model_alone(tmp_path, method):
             "prefix": 4 * 2 * 2 * 16,  # a key and a value, of two heads of 8, in each of two layers
         }[method]
     )
+    size = sum(weight.numel() for weight in tiny_llama().parameters())
+    assert parameter_counts(tiny_llama()) == (size, size)
     model = AutoPeftModelForCausalLM.from_pretrained(out)
+    assert results["trained_parameters"] == {"prompt": 4 * 32, "prefix": 4 * 2 * 2 * 16}[method]
     assert AutoTokenizer.from_pretrained(out).eos_token_id == 2
     total, count = 0.0, 0
     for prompt, completion in HELD_OUT:
@@ -143,6 +147,14 @@ def test_virtual_tokens_leave_the_model_alone(tmp_path, method):
         total -= float(log_p.gather(1, ids[0, len(prompt) :, None]).sum())
         count += len(completion) + 1
     assert results["eval_loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_a_soft_prompt_starts_from_embeddings(tmp_path):
+    settings = recipe(tmp_path, **{**SETTINGS, "learning_rate": 1e-9}, method="prompt", num_virtual_tokens=4)
+    run(settings)
+    prompt = load_file(Path(settings.output_dir) / "adapter_model.safetensors")["prompt_embeddings"]
+    model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path)
+    assert torch.cdist(prompt, model.get_input_embeddings().weight).min(dim=1).values.max() < 1e-5
 
 
 def test_a_later_stage_starts_from_the_adapter_or_from_what_it_was_merged_into(tmp_path):

@@ -14,7 +14,7 @@ import yaml
 from align.config import RECIPES, DataSource, PPORecipe, RewardRecipe, SFTRecipe, StageRecipe, UserError
 from align.foreign_keys import _ANY_STAGE, _OF_STAGE, _SAMPLING
 from align.limits import _RANGES
-from align.recipes import batch_plan, load_recipe, read_stage, resolve_function, stage_inputs
+from align.recipes import batch_plan, load_any, load_evaluation, load_recipe, read_stage, resolve_function, stage_inputs
 
 MINIMAL = {
     "sft": {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base"},
@@ -530,8 +530,33 @@ RECIPE_FILES = sorted(Path(__file__).parents[1].glob("recipes/*/[0-9]_*.yaml"))
 def test_recipes_of_the_repository_load_and_say_how_they_are_started(path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     stage = read_stage(str(path))
-    recipe = load_recipe(stage, str(path))
+    recipe = load_any(stage, str(path))
     shown = path.relative_to(Path(__file__).parents[1])
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
     assert any(words in readme for words in (f"align run {shown.parent}", f"align {stage} {shown}"))
-    assert batch_plan(recipe, 1).accumulation >= 1
+    if isinstance(recipe, StageRecipe):
+        assert batch_plan(recipe, 1).accumulation >= 1
+
+
+METHOD_KEYS = {
+    "1_full": {"learning_rate"},
+    "2_lora": {"method", "lora_r", "lora_alpha", "learning_rate"},
+    "3_prompt": {"method", "num_virtual_tokens", "learning_rate"},
+    "4_replay": {"replay_fraction", "learning_rate"},
+    "5_bound": {"max_forgetting", "load_best_model_at_end", "eval_steps", "learning_rate"},
+}
+
+
+def test_those_of_forgetting_differ_in_what_they_compare(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = Path(__file__).parents[1] / "recipes" / "forgetting"
+    assert {path.stem for path in folder.glob("[0-9]_*.yaml")} == {*METHOD_KEYS, "6_evaluate"}
+    recipes = {name: dataclasses.asdict(load_recipe("sft", str(folder / f"{name}.yaml"))) for name in METHOD_KEYS}
+    for name, keys in METHOD_KEYS.items():
+        differing = {key for key, value in recipes[name].items() if value != recipes["1_full"][key]}
+        assert differing - {"output_dir", "learning_rate"} <= keys, name
+    evaluation = dataclasses.asdict(load_evaluation(str(folder / "6_evaluate.yaml")))
+    for key in ("train_dataset", "eval_fraction", "max_eval_rows", "seed", "max_length"):  # the same rows are held out
+        assert evaluation[key] == recipes["1_full"][key], key
+    outputs = {each["output_dir"] for each in recipes.values()}
+    assert {*evaluation["models"].values()} == {*outputs, recipes["1_full"]["model_name_or_path"]}

@@ -14,13 +14,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from peft import AutoPeftModelForCausalLM
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from align import check
 from align.checkpoint import complete_checkpoints, read_manifest
 from align.config import DataSource, SFTRecipe, UserError
-from align.drawing import draw
+from align.drawing import draw, ticks
 from align.measured import HELD_OUT, OTHER, RETENTION, TRAINING, measured_rows, measures, part_sums
 from align.recipes import load_recipe
 from align.retention import BoundedPatience, better, load_with_retention, replay_count, with_replay
@@ -67,10 +68,10 @@ def retaining(folder: Path, some=TEXTS, **changes) -> SFTRecipe:
 
 
 def text_nll(model, some) -> tuple[float, int, int]:
-    """Sum of -log p over all tokens but the first of each text alone, tokens ranked first, and their number."""
+    """Sum of -log p over all tokens but the first of each text alone, tokens ranked first, and their number; no EOS."""
     total, right, count = 0.0, 0, 0
     for text in some:
-        ids = torch.tensor([[*letters(text), 2]])  # the letters' tokenizer adds no BOS
+        ids = torch.tensor([letters(text)])  # the letters' tokenizer adds no BOS
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
         total += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
@@ -112,7 +113,26 @@ class TestMeasured:
         assert lines[-1]["eval/forgetting"] > 5, "the test wants a model that forgets"
         rows = {name: (before, after) for name, before, after in results["table"]}
         assert rows["retention loss (nats/token)"] == pytest.approx(losses, abs=1e-5)
-        assert rows["forgetting (% of the retention loss)"][1] == lines[-1]["eval/forgetting"]
+        assert rows["forgetting (rise of the retention loss, %)"][1] == lines[-1]["eval/forgetting"]
+
+    @pytest.mark.parametrize("method", ["prompt", "prefix"])
+    def test_what_virtual_tokens_cost_is_against_the_model_without_them(self, tmp_path, finished, method):
+        settings = retaining(tmp_path, method=method, num_virtual_tokens=3, max_steps=2, learning_rate=1e-2)
+        run(settings)
+        lines, theirs = evaluations(settings), evaluations(finished[0])[0]
+        for name in ("eval/loss", "eval/train_loss", "eval/retention_loss", "eval/entropy"):
+            assert lines[0][name] == pytest.approx(theirs[name], abs=1e-5), name
+        total, count = 0.0, 0
+        model = AutoPeftModelForCausalLM.from_pretrained(settings.output_dir)
+        for text in TEXTS:
+            ids = torch.tensor([letters(text)])
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, -ids.shape[1] : -1]
+            total += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            count += ids.shape[1] - 1
+        assert lines[-1]["eval/retention_loss"] == pytest.approx(total / count, abs=1e-5)
+        before = theirs["eval/retention_loss"]
+        assert lines[-1]["eval/forgetting"] == pytest.approx(100 * (total / count / before - 1), rel=1e-4)
 
     def test_held_out_loss_and_gap(self, finished):
         settings, results = finished
@@ -147,14 +167,14 @@ class TestMeasured:
 
     def test_the_card_tells_the_course(self, finished):
         card = (Path(finished[0].output_dir) / "README.md").read_text()
-        assert "| step | held-out loss | training rows | gap | retention loss | forgetting % |" in card
+        assert "| step | held-out loss | loss on training rows | retention loss | gap | forgetting % |" in card
         assert "| retention loss (nats/token) |" in card
         picture = ElementTree.parse(Path(finished[0].output_dir) / "losses.svg").getroot()
         curves = picture.findall("{http://www.w3.org/2000/svg}polyline")
         assert [len(curve.attrib["points"].split()) for curve in curves] == [7, 7, 7]
         words = [text.text for text in picture.findall("{http://www.w3.org/2000/svg}text")]
         last = evaluations(finished[0])[-1]["eval/retention_loss"]
-        assert any(word.startswith("eval/retention_loss: ") and word.endswith(f" to {last:.4g}") for word in words)
+        assert any(word.startswith("retention loss: ") and word.endswith(f" to {last:.4g}") for word in words)
 
     @pytest.mark.parametrize("changes", [{"padding_free": True}, {"packing": True, "max_length": 10}])
     def test_without_padding_too(self, tmp_path, finished, changes):
@@ -177,7 +197,7 @@ class TestMeasured:
         )
         run(settings)
         total, count = 0.0, 0
-        for ids in (letters("abcdefghij"), [*letters("kl"), 2], [*letters("xyz"), 2]):
+        for ids in (letters("abcdefghij"), letters("kl"), letters("xyz")):
             with torch.no_grad():
                 logits = fluent()(input_ids=torch.tensor([ids])).logits[0, :-1]
             total += float(cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
@@ -608,6 +628,19 @@ def test_a_model_from_scratch_has_nothing_to_forget(tmp_path):
         load_recipe("sft", str(tmp_path / "sft.yaml"))
 
 
+def test_too_few_rows_for_the_share_that_is_measured(tmp_path):
+    """The message names the key that the user wrote, and what would help there."""
+    settings = retaining(tmp_path, TEXTS[:3], eval_fraction=1e-6)
+    with pytest.raises(UserError) as error:
+        load_with_retention(settings)
+    assert str(error.value) == (
+        "retention: `eval_fraction` (1e-06) of its prompts are measured, and that came to none; name more rows or raise "
+        "eval_fraction, or measure all of them: `eval_fraction: 0` beside an `eval_dataset`."
+    )
+    with pytest.raises(UserError, match=r"name more rows or raise eval_fraction\.$"):
+        load_with_retention(dataclasses.replace(settings, replay_fraction=0.5))
+
+
 def test_a_picture_by_hand():
     """Two curves over steps 0 to 10: highest at the top line, lowest at the bottom one, NaN left out."""
     nan = float("nan")
@@ -615,8 +648,30 @@ def test_a_picture_by_hand():
     ours = "{http://www.w3.org/2000/svg}"
     points = [line.attrib["points"] for line in root.findall(f"{ours}polyline")]
     assert points == ["56.0,70.0 340.0,204.0 624.0,338.0", "56.0,338.0 624.0,70.0"]
-    assert "a<b: 4 to 0" in [text.text for text in root.findall(f"{ours}text")]
+    words = [text.text for text in root.findall(f"{ours}text")]
+    assert words == ["nats", "0", "1", "2", "3", "4", "0", "2", "4", "6", "8", "10", "step", "a<b: 4 to 0", "c: 0 to 4"]
     draw([0], {"one": [nan]}, "nothing to draw")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.514, 4.51, [1, 2, 3, 4]),
+        (1.3, 2.94, [1.5, 2, 2.5]),
+        (0.1, 0.3, [0.1, 0.2, 0.3]),
+        (-3, 1, [-3, -2, -1, 0, 1]),
+        (0, 1530, [0, 500, 1000, 1500]),
+        (2.0001, 2.0002, [2.0001, 2.00012, 2.00014, 2.00016, 2.00018, 2.0002]),
+    ],
+)
+def test_axes_have_round_numbers(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected, abs=1e-12)
+
+
+def test_steps_are_whole():
+    assert ticks(0, 1, whole=True) == [0, 1]
+    assert ticks(0, 2, whole=True) == [0, 1, 2]
+    assert ticks(0, 153, whole=True) == [0, 50, 100, 150]
 
 
 def test_a_chart_in_wandb_has_the_losses_beside_each_other(tmp_path):
@@ -638,6 +693,6 @@ def test_check_shows_retention(tmp_path, capsys):
     assert check.run(str(tmp_path / "sft.yaml")) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path}/texts.jsonl (23 rows); 23 of `text`" in said
-    assert "retention: 8 rows measured; 4 of 8 training rows (50.0%) replayed from 15" in said
+    assert "retention: 8 of 23 rows measured; 4 of 8 training rows (50.0%) replayed from 15" in said
     assert "4 to train on, 4 to evaluate on; up to 2 optimiser steps" in said
     assert "eval_metrics: rouge" in said
