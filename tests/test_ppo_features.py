@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -42,17 +43,22 @@ def recipe_of(folder: Path, **changes) -> PPORecipe:
 
 def start(recipe: PPORecipe) -> tuple[Updater, Rollout]:
     """The models as a run starts with them, and its first rollout."""
+    return start_at(recipe, 0, math.inf)[:2]
+
+
+def start_at(recipe: PPORecipe, update: int, sampler_gap: float) -> tuple[Updater, Rollout, Progress]:
+    """The same at another update, with what the last comparison of sampling and training found."""
     plan = batch_plan(recipe, 1)
     inputs = check_inputs(recipe)
     models = load_models(recipe, inputs, plan, ALONE)
     rows = [row for row in _prompts(recipe)]
     prompts, _ = tokenize_prompts(rows, inputs.tokenizer, recipe.max_prompt_length, "error")
     sampler = Sampler(inputs.tokenizer, recipe.temperature, recipe.response_length, 64, recipe.seed)
-    progress = Progress(recipe.kl_coef)
+    progress = Progress(recipe.kl_coef, sampler_gap=sampler_gap)
     rollout = sample_rollout(
-        recipe, ALONE, sampler, models, prompts, PromptLoader(len(prompts), recipe.seed), 0, progress
+        recipe, ALONE, sampler, models, prompts, PromptLoader(len(prompts), recipe.seed), update, progress
     )
-    return Updater(recipe, plan, ALONE, models), rollout
+    return Updater(recipe, plan, ALONE, models), rollout, progress
 
 
 def _prompts(recipe: PPORecipe):
@@ -287,6 +293,19 @@ class TestSchedule:
             assert row["objective/kl_coef"] == pytest.approx(expected, rel=1e-12)
             expected = adapted_kl_coef(expected, row["objective/kl"], 5.0, 16, 100)
         assert len({row["objective/kl_coef"] for row in rows}) == 6
+
+
+@pytest.mark.parametrize(
+    ("update", "gap", "trusted"),
+    [(0, 0.0, False), (1, 1e-6, True), (1, 1e-4, False), (15, 1e-6, True), (16, 1e-6, False)],
+)
+def test_sampling_is_trusted_where_it_proved_to_agree_and_compared_again(tmp_path, update, gap, trusted):
+    _, rollout, progress = start_at(recipe_of(tmp_path), update, gap)
+    assert torch.equal(rollout.old_logprobs, rollout.sampled_logprobs) == trusted
+    if trusted:
+        assert progress.sampler_gap == gap
+    else:
+        assert progress.sampler_gap == float((rollout.old_logprobs - rollout.sampled_logprobs).abs().max()) < 1e-5
 
 
 class TestGroups:
