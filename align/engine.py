@@ -28,6 +28,7 @@ from align.clock import Clock
 from align.config import StageRecipe, UserError
 from align.models import skeleton, write_model
 from align.optimizer import optimizer_for
+from align.precision import round_off, train_in_bfloat16, widen_attention
 from align.world import World, remove_stale_shared_memory
 from align.zero import deepspeed_config, uses_deepspeed, zero_stage
 from reward_models.heads import hf_model
@@ -91,34 +92,35 @@ def full_parameters(parameters: list[nn.Parameter], modify: bool = False) -> Ite
 
 
 class Engine:
-    """One model on one process, in plain torch: float32 weights, bfloat16 by autocast when the recipe asks for it."""
+    """One model on one process, in plain torch; with `bf16` its weights are bfloat16 and those that train float32, too."""
 
     def __init__(
         self, model: PreTrainedModel | PeftModel, recipe: StageRecipe, world: World, learning_rate: float | None
     ):
         self.module = model.to(world.device)
-        self.bf16 = recipe.bf16
         self.world = world
         self.max_grad_norm = recipe.max_grad_norm
-        self.optimizer = optimizer_for(model, recipe, learning_rate) if learning_rate is not None else None
-        if self.optimizer is None:
+        if learning_rate is None:
             self.module.requires_grad_(False)
+        if recipe.bf16 and world.device.type == "cpu":
+            widen_attention(model)
+        self.masters = train_in_bfloat16(model) if recipe.bf16 else {}
+        trained = [self._master(parameter) for _, parameter in self._trained()]
+        self.optimizer = optimizer_for(trained, recipe, learning_rate) if learning_rate is not None else None
         self.module.eval()  # dropout is off anyway; some architectures switch gradient checkpointing by this flag
         if self.optimizer is not None and recipe.gradient_checkpointing:
             self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             self.module.train()
 
     def __call__(self, **inputs: Any) -> Any:
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.module(**inputs)
+        return self.module(**inputs)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[nn.Module]:
         """The model with all its weights on this rank, for generation without a word to the other ranks."""
         training = self.module.training
         self.module.eval()
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.bf16):
-            yield self.module
+        yield self.module
         self.module.train(training)
 
     def backward(self, loss: Tensor) -> None:
@@ -128,15 +130,18 @@ class Engine:
     def step(self, learning_rate: float) -> float:
         """One optimiser step at this learning rate, after the last microbatch. Returns the gradient norm before clipping."""
         assert self.optimizer is not None
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm or float("inf"))
+        trained = [self._master(parameter) for _, parameter in self._trained()]
+        norm = nn.utils.clip_grad_norm_(trained, self.max_grad_norm or float("inf"))
         self._set_learning_rate(learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        round_off(self.masters.items())
         return float(norm)
 
     def discard(self) -> None:
         """Forget the gradients of all microbatches since the last step, instead of stepping."""
-        self.module.zero_grad(set_to_none=True)
+        assert self.optimizer is not None
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         assert self.optimizer is not None
@@ -152,7 +157,7 @@ class Engine:
         for name, parameter in named:  # one by one, so that no rank ever holds a second whole model
             with full_parameters([parameter] if isinstance(parameter, nn.Parameter) else []):
                 if self.world.is_main:
-                    weights[name] = parameter.detach().cpu().clone()
+                    weights[name] = self._master(parameter).detach().cpu().clone()
         return weights
 
     def _persistent_buffers(self) -> set[str]:
@@ -174,7 +179,8 @@ class Engine:
         """Write weights and optimiser state for an exact resume: safetensors only."""
         assert self.optimizer is not None
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trained()}, folder / "weights.safetensors")
+        weights = {name: self._master(p).detach().contiguous() for name, p in self._trained()}
+        save_file(weights, folder / "weights.safetensors")
         state = self.optimizer.state_dict()["state"]
         tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
         save_file(tensors, folder / "optimizer.safetensors")
@@ -182,13 +188,18 @@ class Engine:
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
+    def _master(self, parameter: Any) -> Any:
+        """The float32 weight behind one that the model computes with; itself where there is no other."""
+        return self.masters.get(parameter, parameter)
+
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from `save_checkpoint`, to the bit."""
         assert self.optimizer is not None
         weights = load_file(folder / "weights.safetensors")
         with torch.no_grad():
             for name, parameter in self._trained():
-                parameter.copy_(weights[name])
+                self._master(parameter).copy_(weights[name])
+        round_off(self.masters.items())
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(folder / "optimizer.safetensors").items():
             index, name = key.split(".", 1)
@@ -211,7 +222,7 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         self.world = world
-        self.bf16 = recipe.bf16
+        self.masters = {}  # DeepSpeed has its own
         self.stage = zero_stage(recipe, role)
         self.accumulation = accumulation
         self.pending = False  # gradients since the last step
@@ -222,7 +233,10 @@ class DeepSpeedEngine(Engine):
                 config["zero_optimization"] = {"stage": 0}
         elif recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.adamw = optimizer_for(model, recipe, learning_rate) if learning_rate is not None else None
+        if recipe.bf16 and world.device.type == "cpu":
+            widen_attention(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.adamw = optimizer_for(trained, recipe, learning_rate) if learning_rate is not None else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)
         self.module = self.engine.module
         self.engine.train(learning_rate is not None and recipe.gradient_checkpointing)

@@ -102,7 +102,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         total = torch.zeros((), device=states.device)
         d_states = torch.empty_like(states)
-        d_weight = torch.zeros_like(weight) if weight.requires_grad else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         d_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         for part in pieces(len(tokens), weight.shape[0]):
             logits = F.linear(states[part], weight, bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,9 +12,8 @@ from transformers import get_scheduler
 from align.config import PPORecipe, StageRecipe
 
 
-def optimizer_for(model: nn.Module, recipe: StageRecipe, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases and norms (all one-dimensional parameters) are not decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def optimizer_for(trainable: Sequence[nn.Parameter], recipe: StageRecipe, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW over these parameters; biases and norms (all one-dimensional parameters) are not decayed."""
     # Under ZeRO-3 a parameter is an empty shard; `ds_shape` remembers what it was.
     decayed = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
     kept = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]

@@ -155,7 +155,7 @@ def check_room(prompts: Sequence[Sequence[int]], recipe: PPORecipe, config: Pret
 
 def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World) -> Models:
     """Load the policy, value, reference and reward models, each as an engine of its own."""
-    dtype = torch.bfloat16 if recipe.bf16 and world.device.type == "cuda" else torch.float32  # of frozen weights
+    dtype = torch.bfloat16 if recipe.bf16 else torch.float32  # of frozen weights
     with sharded_load(recipe, "policy"):
         loaded = load_policy(recipe.sft_model_path, recipe)
     adapted = add_adapter(loaded, recipe) if recipe.method != "full" else loaded

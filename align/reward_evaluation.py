@@ -32,7 +32,7 @@ def load_scorer(recipe: RewardRecipe, world: World) -> ModelReward:
     with sharded_load(recipe):
         model = load_reward_model(
             recipe.output_dir,
-            dtype=frozen_dtype(recipe, world),
+            dtype=frozen_dtype(recipe),
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
@@ -45,8 +45,8 @@ def load_scorer(recipe: RewardRecipe, world: World) -> ModelReward:
     )
 
 
-def frozen_dtype(recipe: RewardRecipe, world: World) -> torch.dtype:
-    return torch.bfloat16 if recipe.bf16 and world.device.type == "cuda" else torch.float32
+def frozen_dtype(recipe: RewardRecipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.bf16 else torch.float32
 
 
 def score_ids(reward: ModelReward, world: World, ids: Sequence[list[int]]) -> Tensor:
@@ -137,7 +137,7 @@ def sample_answers(
     assert inputs.answering is not None
     assert inputs.answering_tokenizer is not None
     with sharded_load(recipe):
-        model = load_policy(inputs.answering, recipe, frozen_dtype(recipe, world))
+        model = load_policy(inputs.answering, recipe, frozen_dtype(recipe))
     engine = frozen_engine(model, recipe, world)
     sampler = Sampler(
         tokenizer=inputs.answering_tokenizer,

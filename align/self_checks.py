@@ -163,7 +163,7 @@ def check_policy(
         "self_check/sampler_gap": float(mean),
     }
     checks = [
-        same_reference(float(kl), limits, recipe),
+        same_reference(float(kl), recipe),
         same_training(ratio_gap, trained["policy/ratio"], limits),
         same_sampling(float(mean), float(sampler_gap[rollout.mask].max()), limits),
         can_explore(trained["objective/entropy"]),

@@ -19,20 +19,19 @@ LOW_ENTROPY = 0.05  # nats per token
 class Limits:
     """How far numbers may lie apart that would be equal if arithmetic were exact.
 
-    float32: two passes over a row differ by some 1e-6 nats when padding or neighbours differ; policy and reference make
-    the very same pass, so that nothing but noise of a GPU's kernels is let through there. bfloat16 has 8 bits: a logit
-    of 10 is off by 0.03, and a reference stored in bfloat16 rounds where a policy under autocast does not. Faults are
-    larger: another checkpoint, dropout, or a temperature of 0.9 instead of 1 move a token by 0.1 nats and more.
+    float32: two passes over a row differ by some 1e-6 nats when padding or neighbours differ. bfloat16 has 8 bits: a
+    logit of 10 is off by 0.03. Faults are larger: another checkpoint, dropout, or a temperature of 0.9 instead of 1 move a
+    token by 0.1 nats and more.
     """
 
-    same: float  # mean over tokens, of the same pass by equal weights, nats
     mean: float  # mean (or root mean square) over tokens, of passes that pad or cut otherwise, nats
     most: float  # of a single token, nats
     score: float  # of a score, in units of the scores' spread, or of 1 where that is smaller
 
 
-FLOAT32 = Limits(same=1e-6, mean=1e-4, most=0.01, score=1e-3)
-BFLOAT16 = Limits(same=0.05, mean=0.05, most=1.0, score=0.1)
+FLOAT32 = Limits(mean=1e-4, most=0.01, score=1e-3)
+BFLOAT16 = Limits(mean=0.05, most=1.0, score=0.1)
+SAME = 1e-6  # nats in the mean, of policy and reference: the very same pass by equal weights, in either precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ def finite(unsound: Sequence[str]) -> Check:
     )
 
 
-def same_reference(gap: float, limits: Limits, recipe: PPORecipe) -> Check:
+def same_reference(gap: float, recipe: PPORecipe) -> Check:
     """Given the mean difference of policy and reference, nats per token."""
     other = (
         "the adapter does not start as the identity."
@@ -69,9 +68,9 @@ def same_reference(gap: float, limits: Limits, recipe: PPORecipe) -> Check:
         f"{recipe.sft_model_path} are whole and compare bf16 true and false, else go back to the sft stage."
     )
     return Check(
-        gap <= limits.same,
+        gap <= SAME,
         f"KL {gap:.1g}" if gap else "KL 0",
-        f"policy and reference to give equal log-probabilities (to {limits.same:g} nats per token)",
+        f"policy and reference to give equal log-probabilities (to {SAME:g} nats per token)",
         f"Likely cause: {other}",
     )
 

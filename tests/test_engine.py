@@ -96,14 +96,73 @@ class TestOneProcess:
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
-    def test_bfloat16_trains_float32_weights(self):
-        engine = train_engine(tiny_llama(), recipe(bf16=True), ALONE, 1e-2, 2)
+
+class TestBfloat16:
+    def engine(self, **changes):
+        return train_engine(tiny_llama(), recipe(bf16=True, **changes), ALONE, 1e-2, 2)
+
+    def test_it_computes_with_bfloat16_weights_and_trains_float32_ones(self):
+        engine = self.engine()
+        assert {parameter.dtype for parameter in engine.module.parameters()} == {torch.bfloat16}
+        assert engine.module.model.rotary_emb.inv_freq.dtype == torch.float32
+        before = {name: p.detach() for name, p in tiny_llama().named_parameters()}
+        for _ in range(20):  # too small for bfloat16, whose steps are 1/256 of a weight
+            for loss in losses(engine):
+                engine.backward(loss)
+            engine.step(1e-5)
+        after = engine.state_dict()
+        for name, weight in before.items():
+            assert after[name].dtype == torch.float32
+            moved = (after[name] - weight).abs().max()
+            assert 1e-4 < float(moved) < 1e-3, name
+        for name, weight in engine.module.named_parameters():
+            assert torch.equal(weight, after[name].bfloat16())
+
+    def test_gradients_are_summed_in_float32(self):
+        engine = self.engine()
+        bias = engine.module.lm_head.weight
+        for _ in range(300):  # equal parts: in bfloat16 their sum would stop at 256
+            engine.backward(engine.module.lm_head.weight.float().sum())
+        assert bias.grad is None
+        assert torch.equal(engine.masters[bias].grad, torch.full(bias.shape, 300.0))
+        engine.discard()
+        assert engine.masters[bias].grad is None
+
+    def test_a_gradient_is_that_of_float32_but_for_rounding(self):
+        exact, rounded = train_engine(tiny_llama(), recipe(), ALONE, 1e-2, 2), self.engine()
+        for engine in (exact, rounded):
+            for loss in losses(engine):
+                engine.backward(loss)
+        for ours, theirs in zip(rounded.masters.values(), exact.module.parameters(), strict=True):
+            assert nn.functional.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0) > 0.999
+
+    def test_attention_is_that_of_bfloat16_in_float32(self):
         ids, mask = batch()
-        assert engine(input_ids=ids, attention_mask=mask.long()).logits.dtype == torch.bfloat16
-        for loss in losses(engine):
-            engine.backward(loss)
-        engine.step(1e-2)
-        assert {parameter.dtype for parameter in engine.module.parameters()} == {torch.float32}
+        mask[0, :3] = False
+        engine = self.engine()
+        assert engine.module.config._attn_implementation == "sdpa_in_float32"
+        plain = tiny_llama().bfloat16()
+        for given in ({"attention_mask": mask.long()}, {}):
+            theirs, ours = (model(input_ids=ids, **given).logits.float()[mask] for model in (plain, engine))
+            torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0)
+
+    def test_a_checkpoint_continues_to_the_bit(self, tmp_path):
+        def steps(engine):
+            for _ in range(2):
+                for loss in losses(engine):
+                    engine.backward(loss)
+                engine.step(1e-2)
+
+        straight = self.engine()
+        steps(straight)
+        straight.save_checkpoint(tmp_path)
+        steps(straight)
+        resumed = train_engine(tiny_llama(seed=9), recipe(bf16=True), ALONE, 1e-2, 2)
+        resumed.load_checkpoint(tmp_path)
+        steps(resumed)
+        theirs = resumed.state_dict()
+        for name, weight in straight.state_dict().items():
+            assert torch.equal(weight, theirs[name])
 
 
 def test_each_rank_holds_half_of_each_of_the_four_models_under_zero_3(tmp_path):
