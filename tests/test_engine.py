@@ -167,6 +167,10 @@ class TestBfloat16:
 
 def test_each_rank_holds_half_of_each_of_the_four_models_under_zero_3(tmp_path):
     save_tiny_policy(tmp_path / "policy")
+    policy = tiny_llama(spread=0.3)
+    with torch.no_grad():
+        policy.lm_head.weight[2] *= 2.5  # so that responses end at every length
+    policy.save_pretrained(tmp_path / "policy")
     LlamaForSequenceClassification(
         tiny_llama().config.__class__(**{**tiny_llama().config.to_dict(), "num_labels": 1})
     ).save_pretrained(tmp_path / "reward")
@@ -188,7 +192,11 @@ def test_each_rank_holds_half_of_each_of_the_four_models_under_zero_3(tmp_path):
         for name, count in held.items():
             assert count["resident"] == 0, name
             assert count["shard"] == pytest.approx(count["whole"] / 2, rel=0.02), name
-        assert held["policy"]["copy"] == held["policy"]["whole"]
+        ours = held["policy"]
+        assert ours["copy"] == ours["whole"]
+        assert ours["tokens differ"] == [0, 0, 0]  # of the model on disk, the whole copy, the shards themselves
+        assert ours["gap"] < 1e-5
+        assert len(set(ours["lengths"])) > 1, "the test wants ragged responses"
 
 
 def test_shared_memory_of_dead_processes_is_removed(tmp_path):

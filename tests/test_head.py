@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from align import head
@@ -30,7 +31,19 @@ def scaled():
     return CohereForCausalLM(CohereConfig(**SMALL, logit_scale=3.0)).eval()
 
 
-MODELS = {"llama": lambda: tiny_llama(spread=0.3), "tied": gpt2, "capped": capped, "scaled": scaled}
+def lora(**changes):
+    """An adapter that has trained: B is not 0."""
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], **changes)
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(spread=0.3), settings).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+MODELS = {"llama": lambda: tiny_llama(spread=0.3), "tied": gpt2, "capped": capped, "scaled": scaled, "lora": lora,
+          "lora with its head": lambda: lora(modules_to_save=["lm_head"])}  # fmt: skip
 
 
 def batch():
@@ -61,7 +74,9 @@ def test_rows_are_closed_up():
     assert spread(tokens, mask[:, -length:]).tolist() == [r + [0] * (length - len(r)) for _, r in pairs]
 
 
-@pytest.mark.parametrize(("name", "last"), [("llama", True), ("tied", True), ("capped", False), ("scaled", False)])
+@pytest.mark.parametrize(
+    ("name", "last"), [("llama", True), ("tied", True), ("capped", False), ("scaled", False), ("lora", True)]
+)
 def test_models_that_change_logits_after_the_head_are_known(name, last):
     assert is_last(MODELS[name]()) is last
 
@@ -106,6 +121,7 @@ def test_the_loss_and_its_gradients_are_those_of_plain_autograd(name, entropy_co
     for got, want in zip((logprobs, entropy), expected, strict=True):
         torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=0)
     for (parameter, got), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (want.grad is None) == (not got.requires_grad)
         torch.testing.assert_close(got.grad, want.grad, atol=2e-5, rtol=1e-4, msg=lambda m, n=parameter: f"{n}: {m}")
 
 
