@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from align.models import response_logprobs
+from align.forward import response_logprobs
 
 END = "<end>"  # opens a prompt and closes a response, as in GPT-2: without an opening, "a" and "aa" look alike
 

@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from align.config import SFTRecipe, UserError
 from align.data import Demonstration, render_text
 from align.encoding import encode_prompt
+from align.generation import chunks, generate, pad_left
 from align.mixture import sample
-from align.rollout import chunks, generate, pad_left
 from align.text_metrics import TextMetric, as_labels, foreign_scores, load_metric
 from align.world import World, spread
 

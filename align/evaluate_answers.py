@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from align.config import EvaluateRecipe
 from align.evaluate_inputs import Condition
+from align.forward import response_logits
+from align.generation import chunks, generate, pad_left, pad_right, uniforms
 from align.maths.losses import token_logprobs
-from align.models import response_logits
-from align.rollout import chunks, generate, pad_left, pad_right, uniforms
 from align.world import World
 
 

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from align.config import PPORecipe, UserError
+from align.forward import position_ids, response_loss, response_values
+from align.generation import chunks, generator, pad_right
 from align.maths.kl import LOSS_ESTIMATORS
 from align.maths.losses import loss_weights, policy_loss, token_logprobs, value_loss
-from align.models import position_ids, response_loss, response_values
 from align.ppo_setup import Models
 from align.recipes import BatchPlan
-from align.rollout import Rollout, chunks, generator, pad_right
+from align.rollout import Rollout
 from align.tokenization import IGNORED, PromptLoader
 from align.world import World
 

@@ -12,7 +12,7 @@ import torch
 
 from align.config import PPORecipe
 from align.engine import connect, disconnect, train_engine
-from align.models import response_logprobs
+from align.forward import response_logprobs
 from tests.worlds import deepspeed_file, tiny_llama
 
 folder = Path(sys.argv[-1])

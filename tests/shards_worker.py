@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.engine import connect, disconnect
-from align.models import response_logprobs
+from align.forward import response_logprobs
+from align.generation import generate, pad_left, uniforms
 from align.ppo_setup import check_inputs, load_models
 from align.recipes import batch_plan, load_recipe
-from align.rollout import generate, pad_left, uniforms
 
 recipe = load_recipe("ppo", next(word for word in sys.argv[1:] if word.endswith(".yaml")))
 world = connect(recipe)

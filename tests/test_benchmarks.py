@@ -14,7 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from countdown import EOS, make_models, write_prompts  # noqa: E402
 from machine import decode_bytes, step_flops  # noqa: E402
 
-from align.rollout import generate, pad_left, uniforms  # noqa: E402
+from align.generation import generate, pad_left, uniforms  # noqa: E402
 
 
 def test_responses_are_as_long_as_their_prompts_say(tmp_path):

@@ -15,7 +15,7 @@ from transformers import LlamaForSequenceClassification
 
 from align.config import PPORecipe, UserError
 from align.engine import frozen_engine, train_engine
-from align.models import response_logprobs
+from align.forward import response_logprobs
 from align.world import World, remove_stale_shared_memory
 from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 

@@ -24,8 +24,8 @@ from align.evaluate import run
 from align.evaluate_answers import Answers, predicted
 from align.evaluate_inputs import prepare
 from align.foreign_keys import _ANY_STAGE, _OF_STAGE, _SAMPLING
+from align.generation import generate
 from align.recipes import load_evaluation
-from align.rollout import generate
 from align.shots import draw, pool_for, pools, with_examples
 from tests.worlds import LETTERS, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 

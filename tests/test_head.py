@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from align import head
+from align.forward import close_up, response_logprobs, response_loss, response_values, spread
 from align.head import is_last, output_head
 from align.maths.losses import token_entropy, token_logprobs
-from align.models import close_up, response_logprobs, response_loss, response_values, spread
 from tests.worlds import tiny_llama
 
 EOS = 2

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from align.checkpoint import complete_checkpoints
 from align.config import PPORecipe, UserError
 from align.ema import EMA
+from align.forward import response_logits, response_logprobs
 from align.maths.kl import adapted_kl_coef, k2
 from align.maths.losses import token_entropy
 from align.maths.running import RunningMoments
-from align.models import response_logits, response_logprobs
 from align.ppo import estimate_advantages, run, sample_rollout, shape_scores
 from align.ppo_checkpoint import Progress
 from align.ppo_setup import Models, check_inputs, load_models

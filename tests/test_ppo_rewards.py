@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from align.config import UserError
-from align.models import position_ids
+from align.forward import position_ids
 from align.ppo import run
 from align.ppo_setup import check_inputs, load_models
 from align.recipes import batch_plan, load_recipe

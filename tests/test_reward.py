@@ -27,10 +27,10 @@ from transformers import (
 from align.checkpoint import MANIFEST, complete_checkpoints, read_manifest
 from align.config import DataSource, RewardRecipe, UserError
 from align.data import Preference, load_rows
+from align.generation import generate, uniforms
 from align.reward import run
 from align.reward_evaluation import judge_pairs
 from align.reward_setup import check_inputs, set_padding, zero_prompts
-from align.rollout import generate, uniforms
 from align.world import World
 from reward_models import init_head, load_reward_model, score_sequences
 from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl

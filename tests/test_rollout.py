@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from align.forward import position_ids, response_logits, response_logprobs, response_values
+from align.generation import chunks, generate, pad_left, sample, uniforms
 from align.kv_cache import closed_ranks, roomy_cache
-from align.models import disable_dropout, position_ids, response_logits, response_logprobs, response_values
-from align.rollout import chunks, generate, pad_left, sample, uniforms
+from align.models import disable_dropout
 from tests.worlds import tiny_llama
 
 EOS, PAD = 2, 0

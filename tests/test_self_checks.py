@@ -12,19 +12,21 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
+from align import forward, generation, ppo, ppo_setup, ppo_update, rollout
 from align import models as align_models
-from align import ppo, ppo_setup, ppo_update, rollout
 from align.collapse import CollapseWatch
 from align.config import UserError
 from align.engine import Engine
+from align.forward import response_logprobs
+from align.generation import generator
+from align.generation import sample as rollout_sample
 from align.maths.losses import token_logprobs
-from align.models import add_adapter, load_policy, response_logprobs
+from align.models import add_adapter, load_policy
 from align.ppo import run
 from align.ppo_setup import check_inputs, load_models
 from align.ppo_update import Updater
 from align.recipes import batch_plan, load_recipe
-from align.rollout import Rollout, generator
-from align.rollout import sample as rollout_sample
+from align.rollout import Rollout
 from align.soundness import FLOAT32, ends, knows_something, same_reference, same_sampling, tells_apart
 from align.world import World
 from reward_models import ModelReward
@@ -199,7 +201,7 @@ class TestFaults:
         ("module", "name", "found"),
         [
             (ppo_update, "response_loss", [") ratio"]),
-            (rollout, "sample", [") generation gap"]),
+            (generation, "sample", [") generation gap"]),
             (rollout, "response_logprobs", [") ratio", ") generation gap"]),
         ],
     )
@@ -218,7 +220,7 @@ class TestFaults:
             places = (F.pad(mask[:, -length:], (ids.shape[1] - length - 1, 1))).flatten().nonzero().squeeze(1)
             return ids, places, ids[:, -length:][mask[:, -length:]]
 
-        monkeypatch.setattr(align_models, "close_up", left_open)
+        monkeypatch.setattr(forward, "close_up", left_open)
         message = refused(tmp_path, per_device_train_batch_size=1)
         assert any(") ratio" in line and "padding" in line for line in failures(message))
 
