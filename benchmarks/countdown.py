@@ -56,7 +56,7 @@ def make_models(folder: Path, size: str, positions: int = 2048) -> dict[str, str
         policy.model.embed_tokens.weight[after[after % COUNTS == 0]] = words[EOS] + 0.05 * ends
         policy.lm_head.weight[EOS] = words[EOS] * scale
     paths = {name: str(folder / name) for name in ("policy", "value", "reward")}
-    tokenizer = _tokenizer(settings.vocab_size, positions)
+    tokenizer = make_tokenizer(settings.vocab_size, positions)
     policy.save_pretrained(paths["policy"])
     settings.num_labels = 1
     for name in ("value", "reward"):
@@ -66,7 +66,7 @@ def make_models(folder: Path, size: str, positions: int = 2048) -> dict[str, str
     return paths
 
 
-def _tokenizer(size: int, positions: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(size: int, positions: int) -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
