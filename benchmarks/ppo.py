@@ -25,7 +25,7 @@ import torch
 import yaml
 from countdown import COUNTS, SIZES, make_models, write_prompts
 from machine import decode_bytes, describe, rates, step_flops
-from programs import ROOT, report, run, short
+from programs import ROOT, free_port, report, run, short
 from rich.console import Console
 from rich.table import Table
 
@@ -149,7 +149,8 @@ def run_align(
     words = [sys.executable, "-m", "align.ppo", str(file)]
     if arguments.ranks > 1:
         count = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
-        words = ["deepspeed", count, str(arguments.ranks), "--module", "align.ppo", str(file)]
+        port = ["--master_port", str(free_port())]
+        words = ["deepspeed", count, str(arguments.ranks), *port, "--module", "align.ppo", str(file)]
     _, peak = run(words, arguments.threads // arguments.ranks)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [_phases(line) for line in lines if "time/total" in line], peak

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -44,6 +45,13 @@ def _peak(pid: int) -> int:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
     return 0
+
+
+def free_port() -> int:
+    """A port for the launcher: its own choice is the same for every run of a machine."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def report(results: dict[str, Any], path: str | None) -> None:

@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -25,20 +24,17 @@ from typing import Any
 
 import torch
 import yaml
-from countdown import SIZES, config, make_tokenizer
+from countdown import SIZES, make_untrained, write_rows
 from machine import describe
 from programs import ROOT, report, run, short
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 MODES = {  # what is compared: the stage, and keys of its recipe
     "sft, padding-free": ("sft", {"padding_free": True}),
     "sft, padded": ("sft", {"padding_free": False}),
     "reward": ("reward", {}),
 }
-POSITIONS = 2048
-PROMPTS, COMPLETIONS = (16, 64), (8, 64)  # tokens, end-of-text included
 COMPARED = 5  # steps whose losses are compared: later ones drift apart by rounding
 SAME = {"learning_rate": 1e-4, "seed": 42}
 Step = dict[str, float]
@@ -51,7 +47,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": describe(device), "arguments": vars(arguments)}
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            make_models(Path(folder), size)
+            make_untrained(Path(folder), size)
             results[size] = {mode: measure(arguments, mode, size, Path(folder)) for mode in arguments.modes}
         show(size, results[size])
     report(results, arguments.json)
@@ -72,42 +68,9 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.rows % arguments.batch or arguments.batch % arguments.micro_batch:
         parser.error("--rows must be a multiple of --batch, and --batch of --micro_batch")
+    if not 1 <= arguments.warm_up < arguments.rows // arguments.batch * arguments.epochs:
+        parser.error("--warm_up must be at least 1 (the first step starts up), and leave steps to count")
     return arguments
-
-
-def make_models(folder: Path, size: str) -> None:
-    """Random models `sft` and `reward` in this folder, to start the stages from."""
-    settings = config(size, POSITIONS)
-    torch.manual_seed(0)
-    LlamaForCausalLM(settings).save_pretrained(folder / "sft")
-    settings.num_labels = 1
-    LlamaForSequenceClassification(settings).save_pretrained(folder / "reward")
-    for stage in ("sft", "reward"):
-        make_tokenizer(SIZES[size][-1], POSITIONS).save_pretrained(folder / stage)
-
-
-def write_rows(path: Path, stage: str, size: str, count: int, seed: int = 0) -> int:
-    """JSON lines of demonstrations or of pairs, of random words; returns the tokens in them.
-
-    Prompts are spread evenly. So are the logarithms of completions, most of which are short, as answers of people are.
-    """
-    draw = random.Random(seed)
-
-    def text(tokens: int) -> str:
-        return "".join(f" w{draw.randrange(3, SIZES[size][-1])}" for _ in range(tokens))
-
-    tokens = 0
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(count):
-            prompt = draw.randint(*PROMPTS)
-            row = {"prompt": text(prompt).strip()}
-            for name in ("completion",) if stage == "sft" else ("chosen", "rejected"):
-                low, high = COMPLETIONS
-                length = round(low * (high / low) ** draw.random())
-                row[name] = text(length - 1)  # both programs add end-of-text
-                tokens += prompt + length
-            file.write(json.dumps(row) + "\n")
-    return tokens
 
 
 def measure(arguments: argparse.Namespace, mode: str, size: str, folder: Path) -> dict[str, Any]:
@@ -134,6 +97,7 @@ def compare(runs: dict[str, list[list[Step]]], peaks: dict[str, list[int]], warm
     if tokens["align"] != tokens["trl"]:
         sys.exit(f"the steps that are counted have {tokens} tokens: not the same work")
     found: dict[str, Any] = {"tokens": tokens["align"], "steps": len(first["align"]) - warm_up}
+    totals = {}
     for name, rounds in runs.items():
         seconds = sum(statistics.median(step["seconds"] for step in steps) for steps in zip(*rounds, strict=True)
                       if steps[0]["step"] > warm_up)  # fmt: skip
@@ -142,18 +106,16 @@ def compare(runs: dict[str, list[list[Step]]], peaks: dict[str, list[int]], warm
             "tokens_per_second": found["tokens"] / seconds,
             "peak_gib": statistics.median(peaks[name]) / 2**30,
         }
+        totals[name] = [sum(step["seconds"] for step in steps[warm_up:]) for steps in rounds]
     mine, theirs = found["align"], found["trl"]
-    totals = {
-        name: [sum(step["seconds"] for step in steps[warm_up:]) for steps in rounds] for name, rounds in runs.items()
-    }
     found["ratio"] = {
         "tokens_per_second": mine["tokens_per_second"] / theirs["tokens_per_second"],
-        "tokens_per_second_by_round": [t / m for m, t in zip(totals["align"], totals["trl"], strict=True)],
-        "peak_memory": theirs["peak_gib"] / mine["peak_gib"],
+        "tokens_per_second_by_round": [b / a for a, b in zip(totals["align"], totals["trl"], strict=True)],
+        "peak_gib": theirs["peak_gib"] / mine["peak_gib"],
     }
-    pairs = list(zip(first["align"], first["trl"], strict=True))[:COMPARED]
-    found["losses"] = {name: [step["loss"] for step in steps[:COMPARED]] for name, steps in first.items()}
-    found["largest_loss_difference"] = max(abs(mine["loss"] - theirs["loss"]) for mine, theirs in pairs)
+    losses = {name: [step["loss"] for step in steps[:COMPARED]] for name, steps in first.items()}
+    found["losses"] = losses
+    found["largest_loss_difference"] = max(abs(a - b) for a, b in zip(losses["align"], losses["trl"], strict=True))
     return found
 
 
@@ -202,13 +164,12 @@ def run_trl(
 
 
 def show(size: str, found: dict[str, Any]) -> None:
-    table = Table("", "align, tokens/s", "TRL, tokens/s", "ratio", "align, GiB", "TRL, GiB", "ratio", "loss differs by",
+    table = Table("", "align", "TRL", "ratio", "align, GiB", "TRL, GiB", "ratio", "loss differs by",
                   title=f"{size} parameters: real tokens a second, and peak memory")  # fmt: skip
     for mode, each in found.items():
-        pairs = [(*(each[name][key] for name in ("align", "trl")), each["ratio"][ratio])
-                 for key, ratio in (("tokens_per_second", "tokens_per_second"), ("peak_gib", "peak_memory"))]  # fmt: skip
-        numbers = [short(number) for pair in pairs for number in pair]
-        table.add_row(mode, *numbers, f"{each['largest_loss_difference']:.1e}")
+        keys = ("tokens_per_second", "peak_gib")
+        numbers = [each[name][key] for key in keys for name in ("align", "trl", "ratio")]
+        table.add_row(mode, *map(short, numbers), f"{each['largest_loss_difference']:.1e}")
     Console(stderr=True).print(table)
 
 

@@ -27,7 +27,7 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from reward_models import init_head
 
 
-class Steps(TrainerCallback):
+class Steps(TrainerCallback):  # type: ignore[misc]
     """Prints each step when it is logged, which is when the stage of ours writes its line."""
 
     began = 0.0
