@@ -1,6 +1,6 @@
 """Models, prompts and responses whose work is known: every program that runs them does the same.
 
-A token is a word of a vocabulary of V and a count, its id modulo 64. The policy follows each token by the one with the
+A token is a word of a vocabulary of V and a count, its id modulo 1024. The policy follows each token by the one with the
 next lower count, and count 0 by end-of-text, with a probability of nearly 1: the last token of a prompt sets the length
 of the response. Otherwise the models are Llamas with random weights, and cost what any of their size costs.
 """
@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-COUNTS = 64
+COUNTS = 1024  # tokens of the longest response
 PAD, BOS, EOS = 0, 1, 2  # the words of these three ids are never part of a countdown
 SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary: shapes as of Pythia's small models
     "1M": (64, 8, 4, 172, 4096),
@@ -23,7 +23,7 @@ SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary: shapes a
     "60M": (512, 8, 8, 1376, 32768),
     "160M": (768, 12, 12, 3072, 50304),
 }
-LOGIT = 20.0  # of the next token; the others' are about 0
+LOGIT = 40.0  # of the next token; the others' are about 0, the highest of them half of it
 
 
 def config(size: str, positions: int) -> LlamaConfig:
@@ -56,7 +56,7 @@ def make_models(folder: Path, size: str, positions: int = 2048) -> dict[str, str
         policy.model.embed_tokens.weight[after[after % COUNTS == 0]] = words[EOS] + 0.05 * ends
         policy.lm_head.weight[EOS] = words[EOS] * scale
     paths = {name: str(folder / name) for name in ("policy", "value", "reward")}
-    tokenizer = _tokenizer(settings.vocab_size, positions)
+    tokenizer = make_tokenizer(settings.vocab_size, positions)
     policy.save_pretrained(paths["policy"])
     settings.num_labels = 1
     for name in ("value", "reward"):
@@ -66,7 +66,7 @@ def make_models(folder: Path, size: str, positions: int = 2048) -> dict[str, str
     return paths
 
 
-def _tokenizer(size: int, positions: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(size: int, positions: int) -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": EOS} | {f"w{i}": i for i in range(3, size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -78,10 +78,7 @@ def _tokenizer(size: int, positions: int) -> PreTrainedTokenizerFast:
 def write_prompts(
     path: Path, size: str, count: int, lengths: tuple[int, int], responses: tuple[int, int], seed: int = 0
 ) -> None:
-    """JSON lines of `prompt`: their lengths, and those of their responses, are spread evenly over the two ranges.
-
-    A range of responses may exceed the 64 counts only as a single number, a multiple of which ends no response.
-    """
+    """JSON lines of `prompt`: their lengths, and those of their responses, are spread evenly over the two ranges."""
     draw = random.Random(seed)
     vocabulary = SIZES[size][-1]
     with path.open("w", encoding="utf-8") as file:
@@ -91,3 +88,44 @@ def write_prompts(
             last = draw.randrange(1, vocabulary // COUNTS) * COUNTS + (wanted - 1) % COUNTS
             body = [draw.randrange(COUNTS, vocabulary) for _ in range(draw.randint(*lengths) - 1)]
             file.write(json.dumps({"prompt": " ".join(f"w{i}" for i in [*body, last])}) + "\n")
+
+
+def make_untrained(folder: Path, size: str, positions: int = 2048) -> None:
+    """Write random models to train, `sft` and `reward`, as Hugging Face folders in this one."""
+    settings = config(size, positions)
+    torch.manual_seed(0)
+    LlamaForCausalLM(settings).save_pretrained(folder / "sft")
+    settings.num_labels = 1
+    LlamaForSequenceClassification(settings).save_pretrained(folder / "reward")
+    for stage in ("sft", "reward"):
+        make_tokenizer(settings.vocab_size, positions).save_pretrained(folder / stage)
+
+
+def write_rows(
+    path: Path,
+    stage: str,
+    size: str,
+    count: int,
+    prompts: tuple[int, int] = (16, 64),
+    answers: tuple[int, int] = (8, 64),
+) -> int:
+    """JSON lines of demonstrations (`stage` sft) or pairs of random words; returns the tokens that they come to.
+
+    Lengths are drawn evenly from the range of `prompts`; of `answers` their logarithms are, for most answers are short.
+    """
+    draw = random.Random(0)
+    tokens = 0
+
+    def text(length: int) -> str:
+        return " ".join(f"w{draw.randrange(3, SIZES[size][-1])}" for _ in range(length))
+
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            prompt = draw.randint(*prompts)
+            row = {"prompt": text(prompt)}
+            for name in ("completion",) if stage == "sft" else ("chosen", "rejected"):
+                length = round(answers[0] * (answers[1] / answers[0]) ** draw.random())
+                row[name] = " " + text(length - 1)  # who trains on it adds end-of-text
+                tokens += prompt + length
+            file.write(json.dumps(row) + "\n")
+    return tokens

@@ -12,26 +12,23 @@ Peak memory is that of the largest process, everything included.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from countdown import COUNTS, SIZES, make_models, write_prompts
 from machine import decode_bytes, describe, rates, step_flops
+from programs import ROOT, free_port, report, run, short
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("generate", "score", "update", "communication", "other", "total")
 
 
@@ -44,14 +41,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results[size] = measure(arguments, size, Path(folder), results["rates"])
         show(size, results[size], bool(arguments.against_trl))
-    text = json.dumps(results, indent=2)
-    if arguments.json:
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
-    else:
-        print(text)
+    report(results, arguments.json)
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1M", "10M"], choices=list(SIZES))
     parser.add_argument("--batch", type=int, default=32, help="responses an update; one optimiser step per epoch")
@@ -63,11 +56,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--ranks", type=int, default=1, help="processes, under the deepspeed launcher if more than one")
-    parser.add_argument("--zero", type=int, choices=[0, 1, 2, 3], help="ZeRO stage; plain torch without")
+    parser.add_argument(
+        "--zero", type=int, choices=[1, 2, 3], help="ZeRO stage; without, plain torch or stage 0 on ranks"
+    )
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--against-trl", metavar="PYTHON", help="interpreter of an environment made by trl_env.sh")
     parser.add_argument("--json", help="write the results there instead of printing them")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def measure(arguments: argparse.Namespace, size: str, folder: Path, machine: dict[str, float]) -> dict[str, Any]:
@@ -154,7 +149,8 @@ def run_align(
     words = [sys.executable, "-m", "align.ppo", str(file)]
     if arguments.ranks > 1:
         count = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
-        words = ["deepspeed", count, str(arguments.ranks), "--module", "align.ppo", str(file)]
+        port = ["--master_port", str(free_port())]
+        words = ["deepspeed", count, str(arguments.ranks), *port, "--module", "align.ppo", str(file)]
     _, peak = run(words, arguments.threads // arguments.ranks)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [_phases(line) for line in lines if "time/total" in line], peak
@@ -191,36 +187,6 @@ def run_trl(
     return [json.loads(line) for line in text.splitlines() if line.startswith('{"generate')], peak
 
 
-def run(words: list[str], threads: int) -> tuple[str, int]:
-    """Standard output, and the peak resident memory in bytes of the largest process."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": str(ROOT),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = psutil.Popen(words, stdout=output, stderr=errors, env=environment, cwd=ROOT)
-        peak = 0
-        while process.poll() is None:  # what getrusage says of a child starts from its parent's memory
-            with contextlib.suppress(psutil.Error):
-                peak = max(peak, *(_peak(child.pid) for child in [process, *process.children(recursive=True)]))
-            time.sleep(0.05)
-        output.seek(0)
-        errors.seek(0)
-        if process.returncode:
-            sys.exit(f"{' '.join(words)} failed:\n{output.read()[-2000:]}\n{errors.read()[-2000:]}")
-        return output.read(), peak
-
-
-def _peak(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
 def show(size: str, found: dict[str, Any], compared: bool) -> None:
     console = Console(stderr=True)
     names = ["align", "trl"] if compared else ["align"]
@@ -228,18 +194,14 @@ def show(size: str, found: dict[str, Any], compared: bool) -> None:
                   title=f"{size} parameters: seconds an update")  # fmt: skip
     mine = found["align"]
     for phase in [*PHASES, *(name for name in mine["seconds"] if name not in PHASES)]:
-        row = [_short(found[name]["seconds"].get(phase)) for name in names]
+        row = [short(found[name]["seconds"].get(phase)) for name in names]
         if compared:
-            row.append(_short(found["ratio"].get(phase)))
-        table.add_row(phase, *row, _short(mine["share_of_limit"].get(phase)))
-    table.add_row("peak memory, GiB", *(_short(found[name]["peak_gib"]) for name in names),
-                  *([_short(found["ratio"]["peak_memory"])] if compared else []), "")  # fmt: skip
-    table.add_row("episodes/s", *(_short(found[name]["episodes_per_second"]) for name in names))
+            row.append(short(found["ratio"].get(phase)))
+        table.add_row(phase, *row, short(mine["share_of_limit"].get(phase)))
+    table.add_row("peak memory, GiB", *(short(found[name]["peak_gib"]) for name in names),
+                  *([short(found["ratio"]["peak_memory"])] if compared else []), "")  # fmt: skip
+    table.add_row("episodes/s", *(short(found[name]["episodes_per_second"]) for name in names))
     console.print(table)
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
 
 
 if __name__ == "__main__":
