@@ -51,7 +51,7 @@ def training_arguments(
         "per_device_train_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
         "average_tokens_across_devices": True,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
         "adam_beta1": recipe.adam_beta1,
