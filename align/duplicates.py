@@ -132,7 +132,7 @@ def _sequences(texts: Sequence[str], vocabulary: Mapping[str, int]) -> Iterator[
         whole = (
             owners[: max(len(owners) - SIZE + 1, 0)] == owners[SIZE - 1 :]
         )  # sequences that end in the row they begin in
-        codes = np.zeros(len(whole), np.uint64)
+        codes: Codes = np.zeros(len(whole), np.uint64)
         for place in range(SIZE):
             codes = codes * _FACTOR + _mixed(ids[place : place + len(whole)])
         packed = owners[: len(whole)][whole] << _CODE_BITS | codes[whole] >> (64 - _CODE_BITS)

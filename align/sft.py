@@ -98,12 +98,14 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
         arguments = SFTConfig(
             **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
             dataset_kwargs={"skip_prepare_dataset": True},
+            loss_type="nll",
             padding_free=recipe.packing or recipe.padding_free,
             neftune_noise_alpha=recipe.neftune_noise_alpha,
             label_smoothing_factor=recipe.label_smoothing_factor,
         )
         model = load_policy(start, recipe, **quantization(recipe))
         freeze(model, recipe, model.get_output_embeddings())
+        set_seed(recipe.seed)  # for the first weights of an adapter, which TRL 1.14 draws without one
         trainer = DemonstrationTrainer(
             example_mean=recipe.loss_normalization == "example_mean",
             measured=tokens.measured,

@@ -27,6 +27,7 @@ from align.measured import PART, Measured, PartCollator, measures, part_sums
 from align.retention import BoundedPatience, better, keeps
 from align.tracking import Tracker
 from align.trainers import ExactEvaluation, evaluations
+from align.whole_logits import FUSED, token_scores
 
 
 class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
@@ -58,24 +59,44 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
         self.questions, self.tracker, self.max_forgetting = questions, tracker, max_forgetting
         super().__init__(*args, **kwargs)
         self.data_collator = PartCollator(self.data_collator)
+        if not FUSED:
+            self.compute_loss_func = self._loss_of_logits
+            self.num_virtual_tokens = 0  # TRL need not take theirs off the logits again
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         part = inputs.pop(PART, None)
+        batch = dict(inputs)  # Trainer takes the labels out before it calls a function for the loss
 
-        def measured(**batch: Any) -> Any:
-            output = model(**batch)
-            if "fused_lm_head" not in batch:
-                return output  # the logits, for label smoothing
+        def weighed(scores: Any) -> Any:
             if not self.model.training:
-                values = (-output.log_probs, output.is_top1, output.label_mask, output.entropy)
-                self.sums += part_sums(inputs, part, len(self.parts), *values)
+                values = (-scores.log_probs, scores.is_top1, scores.label_mask, scores.entropy)
+                self.sums += part_sums(batch, part, len(self.parts), *values)
             elif self.example_mean:
-                output.log_probs = output.log_probs * token_shares(inputs)
-            return output
+                scores.log_probs = scores.log_probs * token_shares(batch)
+            return scores
 
-        return super().compute_loss(measured, inputs, return_outputs, num_items_in_batch)
+        def measured(**arguments: Any) -> Any:
+            output = model(**arguments)
+            return weighed(output) if "fused_lm_head" in arguments else output  # the logits, for label smoothing
+
+        self._weighed = weighed
+        return super().compute_loss(measured if FUSED else model, inputs, return_outputs, num_items_in_batch)
+
+    def _loss_of_logits(self, output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Any:
+        """The loss as TRL makes it from the fused head, on Python 3.10, whose last TRL (1.14) has none."""
+        output.logits = output.logits[:, -labels.shape[1] :]  # those of virtual tokens come first
+        scores = self._weighed(token_scores(output.logits, labels))
+        if self.label_smoother is not None:
+            return self.label_smoother(output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+        count = scores.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = -scores.log_probs.sum() / count.clamp(min=1)
+        if self.aux_loss_enabled and self.model.training:
+            # A mean over microbatches and ranks, though Trainer takes what it is given for a share of a sum.
+            shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / shares
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with contextlib.ExitStack() as stack:

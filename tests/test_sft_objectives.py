@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from align.sft import run
 from align.sft_trainer import token_shares
 from align.tokenization import tokenize_demonstrations
 from align.trainers import ByLength
-from tests.test_sft import ROWS, letters, metrics, recipe, trained
+from align.whole_logits import FUSED, token_scores
+from tests.test_sft import ROWS, SCRATCH, letters, metrics, recipe, trained
 from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 
@@ -118,6 +120,48 @@ class TestOneStep:
         done = launch("align.sft", str(tmp_path / "sft.yaml"))
         assert done.returncode == 0, done.stderr[-3000:]
         assert_weights(trained(settings), stepped(ROWS, objective))
+
+
+class TestWholeLogits:
+    """What Python 3.10 has in place of TRL's fused head."""
+
+    def test_by_hand(self):
+        """Three tokens to predict, of which one counts: p = 3/4 and 1/4 and 0 of a third, of entropy log 4 - 3/4 log 3."""
+        row = torch.tensor([0.0, -math.log(3), -math.inf])
+        scores = token_scores(row.expand(1, 4, 3), torch.tensor([[1, -100, 0, 1]]))
+        assert scores.label_mask.tolist() == [[False, True, True]]
+        assert scores.is_top1.tolist() == [[False, True, False]]
+        assert scores.log_probs[0].tolist() == pytest.approx([0, math.log(3 / 4), math.log(1 / 4)])
+        assert scores.entropy[0].tolist() == pytest.approx([0, *[math.log(4) - 3 / 4 * math.log(3)] * 2])
+
+    @pytest.mark.skipif(not FUSED, reason="TRL 1.14, the last for Python 3.10, has no fused head")
+    def test_is_what_the_fused_head_gives(self):
+        from trl.trainer.utils import add_fused_lm_head
+
+        model = tiny_llama()
+        ids = torch.tensor([[*letters("abcdef"), 2], [*letters("bca"), 2, 0, 0, 0]])
+        labels = torch.where(ids == 0, -100, ids)
+        labels[0, :3] = -100
+        mine = token_scores(model(input_ids=ids).logits, labels)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        theirs = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        for name in ("log_probs", "entropy", "is_top1", "label_mask"):
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), atol=1e-6, rtol=0)
+
+    def test_the_loss_of_a_mixture_of_experts_has_its_auxiliary_part(self, tmp_path):
+        """Its mean over microbatches, by the configuration's coefficient."""
+        lines = []
+        for coefficient in (0.5, 0.0):
+            settings = recipe(
+                tmp_path, ROWS[:4], max_steps=1, per_device_train_batch_size=2, output_dir=f"{tmp_path}/{coefficient}",
+                model_config={**SCRATCH, "model_type": "mixtral", "num_key_value_heads": 4, "num_local_experts": 4,
+                              "router_aux_loss_coef": coefficient},
+            )  # fmt: skip
+            run(settings)
+            lines.append(metrics(settings)[0])
+        assert lines[0]["train/loss"] == pytest.approx(
+            lines[1]["train/loss"] + 0.5 * lines[0]["train/aux_loss"], abs=1e-5
+        )
 
 
 class TestPacking:
