@@ -25,9 +25,9 @@ from align import eval_responses
 from align.eval_responses import Questions
 from align.measured import PART, Measured, PartCollator, measures, part_sums
 from align.retention import BoundedPatience, better, keeps
+from align.sft_head import FUSED, labels_alone, token_scores
 from align.tracking import Tracker
 from align.trainers import ExactEvaluation, evaluations
-from align.whole_logits import FUSED, token_scores
 
 
 class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
@@ -82,7 +82,10 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
             return weighed(output) if "fused_lm_head" in arguments else output  # the logits, for label smoothing
 
         self._weighed = weighed
-        return super().compute_loss(measured if FUSED else model, inputs, return_outputs, num_items_in_batch)
+        if not FUSED:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with labels_alone():
+            return super().compute_loss(measured, inputs, return_outputs, num_items_in_batch)
 
     def _loss_of_logits(self, output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Any:
         """The loss as TRL makes it from the fused head, on Python 3.10, whose last TRL (1.14) has none."""

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from align.checkpoint import complete_checkpoints
 from align.config import SFTRecipe, UserError
 from align.recipes import load_recipe
 from align.sft import run
+from align.sft_head import FUSED, token_scores
 from align.sft_trainer import token_shares
 from align.tokenization import tokenize_demonstrations
 from align.trainers import ByLength
-from align.whole_logits import FUSED, token_scores
 from tests.test_sft import ROWS, SCRATCH, letters, metrics, recipe, trained
 from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
@@ -120,6 +121,22 @@ class TestOneStep:
         done = launch("align.sft", str(tmp_path / "sft.yaml"))
         assert done.returncode == 0, done.stderr[-3000:]
         assert_weights(trained(settings), stepped(ROWS, objective))
+
+
+@pytest.mark.skipif(not FUSED, reason="TRL 1.14, the last for Python 3.10, has no fused head")
+def test_the_head_sees_label_tokens_alone(tmp_path, monkeypatch):
+    from trl.trainer import utils
+
+    apply, rows = utils._ChunkedLogProbFunction.apply, []
+
+    def counted(states, *arguments):
+        rows.append(len(states))
+        return apply(states, *arguments)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=counted))
+    run(recipe(tmp_path))
+    assert sum(rows) == sum(len(completion) + 1 for _, completion in ROWS)  # and end-of-text
+    assert not utils._use_triton(torch.device("cpu")), "TRL's own answer is back"
 
 
 class TestWholeLogits:
