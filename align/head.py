@@ -18,7 +18,11 @@ from torch.nn import functional as F
 from align.maths.losses import token_entropy, token_logprobs
 from reward_models.heads import hf_model
 
-CHUNK = 2**22  # logits at once: 16 MiB in float32, which a processor's cache holds
+CHUNK = 2**22  # logits at once: 16 MiB in float32, which a processor's cache holds ...
+GPU_CHUNK = 2**26  # ... and 256 MiB, which keep a GPU busy
+SUMMED = (
+    2**24
+)  # of the head's weight gradient: bfloat16 logits at once, whose products are slow to add to a float32 sum
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
 Job = Callable[[Tensor, nn.Linear], Tensor]
 
@@ -54,10 +58,14 @@ def is_last(model: Callable[..., Any]) -> bool:
     return bool(head.is_last)
 
 
-def pieces(count: int, vocabulary: int) -> list[slice]:
-    """`count` tokens in pieces of no more than CHUNK logits."""
-    size = max(1, CHUNK // vocabulary)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def pieces(first: int, last: int, vocabulary: int, logits: int) -> list[slice]:
+    """Tokens from `first` to before `last` in pieces of no more than `logits` logits, though of a token at least."""
+    size = max(1, logits // vocabulary)
+    return [slice(start, min(start + size, last)) for start in range(first, last, size)]
+
+
+def _chunk(states: Tensor) -> int:
+    return GPU_CHUNK if states.is_cuda else CHUNK
 
 
 def logprobs_job(places: Tensor, tokens: Tensor, temperature: float) -> Job:
@@ -67,7 +75,7 @@ def logprobs_job(places: Tensor, tokens: Tensor, temperature: float) -> Job:
         chosen = states.flatten(0, 1)[places]
         parts = [
             token_logprobs(F.linear(chosen[part], head.weight, head.bias), tokens[part], temperature)
-            for part in pieces(len(tokens), head.weight.shape[0])
+            for part in pieces(0, len(tokens), head.weight.shape[0], _chunk(states))
         ]
         return torch.cat(parts)
 
@@ -104,18 +112,22 @@ class _ChunkedLoss(torch.autograd.Function):
         d_states = torch.empty_like(states)
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
         d_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
-        for part in pieces(len(tokens), weight.shape[0]):
-            logits = F.linear(states[part], weight, bias)
-            loss, d_logits = _piece(logits, tokens[part], temperature, part, objective, found)
-            total += loss
-            d_logits = d_logits.to(logits.dtype)
-            matrix = weight.to(logits.dtype)
-            d_states[part] = d_logits @ matrix
+        vocabulary, chunk = weight.shape[0], _chunk(states)
+        summed = chunk if states.dtype == torch.float32 else max(chunk, SUMMED)
+        for group in pieces(0, len(tokens), vocabulary, summed):
+            gradients = []
+            for part in pieces(group.start, group.stop, vocabulary, chunk):
+                logits = F.linear(states[part], weight, bias)
+                loss, gradient = _piece(logits, tokens[part], temperature, part, objective, found)
+                total += loss
+                gradients.append(gradient.to(states.dtype))
+            d_logits = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+            d_states[group] = d_logits @ weight
             if d_weight is not None:
                 if d_logits.dtype == d_weight.dtype:
-                    d_weight.addmm_(d_logits.T, states[part])
+                    d_weight.addmm_(d_logits.T, states[group])
                 else:
-                    d_weight += d_logits.T @ states[part].to(d_logits.dtype)
+                    d_weight += d_logits.T @ states[group]
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
         ctx.gradients = (d_states, d_weight, d_bias)

@@ -144,6 +144,23 @@ def test_a_head_with_a_bias_and_a_frozen_one():
     assert frozen.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("summed", [1, 240, 2**24])
+def test_bfloat16_gives_the_gradient_of_float32_but_for_rounding(monkeypatch, summed):
+    monkeypatch.setattr(head, "SUMMED", summed)  # the weight's gradient in pieces of 4, 8 and all tokens
+    ids, mask, length, _ = batch()
+
+    def objective(logprobs, entropy, part):
+        return (logprobs.exp() - entropy).sum()
+
+    exact, rounded = tiny_llama(spread=0.3), tiny_llama(spread=0.3).bfloat16()
+    for model in (exact, rounded):
+        response_loss(model, ids, mask, length, 0.7, objective)[0].backward()
+    for (name, ours), theirs in zip(rounded.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.bfloat16
+        likeness = torch.nn.functional.cosine_similarity(ours.grad.float().flatten(), theirs.grad.flatten(), dim=0)
+        assert likeness > 0.99, name
+
+
 def test_no_more_logits_exist_at_once_than_a_chunk(monkeypatch):
     """The largest tensor that any operation makes, in forward and backward pass."""
     from torch.utils._python_dispatch import TorchDispatchMode
