@@ -26,6 +26,7 @@ from align.eval_responses import Questions
 from align.measured import PART, Measured, PartCollator, measures, part_sums
 from align.retention import BoundedPatience, better, keeps
 from align.sft_head import FUSED, labels_alone, token_scores
+from align.tokenization import IGNORED
 from align.tracking import Tracker
 from align.trainers import ExactEvaluation, evaluations
 
@@ -67,6 +68,8 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         part = inputs.pop(PART, None)
+        # Nothing predicts a first token, but for virtual tokens before it: those would be asked for one token more.
+        inputs["labels"][:, 0] = IGNORED
         batch = dict(inputs)  # Trainer takes the labels out before it calls a function for the loss
 
         def weighed(scores: Any) -> Any:

@@ -19,7 +19,7 @@ from align.config import UserError
 from align.methods import parameter_counts
 from align.recipes import load_recipe
 from align.sft import run
-from tests.test_sft import metrics, nll, recipe, trained
+from tests.test_sft import ROWS, metrics, nll, recipe, trained
 from tests.worlds import deepspeed_file, launch, save_tiny_policy, tiny_llama
 
 HELD_OUT = [("ac", "d"), ("e", "fghijkl")]
@@ -168,6 +168,26 @@ def test_a_later_stage_starts_from_the_adapter_or_from_what_it_was_merged_into(t
 
 
 QLORA = ["qlora"] if importlib.util.find_spec("bitsandbytes") else []
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_the_loss_with_virtual_tokens_before_it_is_that_of_each_row_alone(tmp_path, method, completion_only):
+    """Also where a row's own first token could be predicted, from the virtual ones: it is not counted."""
+    settings = recipe(
+        tmp_path, method=method, num_virtual_tokens=3, train_batch_size=8, max_steps=1, learning_rate=1e-9,
+        completion_only_loss=completion_only,
+    )  # fmt: skip
+    run(settings)
+    tuned = AutoPeftModelForCausalLM.from_pretrained(settings.output_dir).eval()
+
+    def model(input_ids):
+        output = tuned(input_ids=input_ids)
+        output.logits = output.logits[:, -input_ids.shape[1] :]
+        return output
+
+    total, count = nll(model, ROWS, completion_only)
+    assert metrics(settings)[0]["train/loss"] == pytest.approx(float(total / count), abs=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix", *QLORA]), (3, ["full", "lora"])])
