@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
@@ -77,12 +78,17 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
                 values = (-scores.log_probs, scores.is_top1, scores.label_mask, scores.entropy)
                 self.sums += part_sums(batch, part, len(self.parts), *values)
             elif self.example_mean:
-                scores.log_probs = scores.log_probs * token_shares(batch)
+                shares = token_shares(batch)
+                virtual = scores.log_probs.shape[1] - shares.shape[1]
+                scores.log_probs = scores.log_probs * F.pad(shares, (virtual, 0))
             return scores
 
         def measured(**arguments: Any) -> Any:
             output = model(**arguments)
-            return weighed(output) if "fused_lm_head" in arguments else output  # the logits, for label smoothing
+            if "fused_lm_head" in arguments:
+                return weighed(output)
+            output.logits = output.logits[:, -batch["labels"].shape[1] :]  # for label smoothing, without virtual tokens
+            return output
 
         self._weighed = weighed
         if not FUSED:

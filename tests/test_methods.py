@@ -19,7 +19,7 @@ from align.config import UserError
 from align.methods import parameter_counts
 from align.recipes import load_recipe
 from align.sft import run
-from tests.test_sft import ROWS, metrics, nll, recipe, trained
+from tests.test_sft import ROWS, letters, metrics, nll, recipe, trained
 from tests.worlds import deepspeed_file, launch, save_tiny_policy, tiny_llama
 
 HELD_OUT = [("ac", "d"), ("e", "fghijkl")]
@@ -171,23 +171,26 @@ QLORA = ["qlora"] if importlib.util.find_spec("bitsandbytes") else []
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
-@pytest.mark.parametrize("completion_only", [True, False])
-def test_the_loss_with_virtual_tokens_before_it_is_that_of_each_row_alone(tmp_path, method, completion_only):
+@pytest.mark.parametrize(
+    "changes", [{}, {"completion_only_loss": False}, {"loss_normalization": "example_mean"}, {"label_smoothing_factor": 0.3}]
+)  # fmt: skip
+def test_the_loss_with_virtual_tokens_before_it_is_that_of_each_row_alone(tmp_path, method, changes):
     """Also where a row's own first token could be predicted, from the virtual ones: it is not counted."""
     settings = recipe(
-        tmp_path, method=method, num_virtual_tokens=3, train_batch_size=8, max_steps=1, learning_rate=1e-9,
-        completion_only_loss=completion_only,
-    )  # fmt: skip
+        tmp_path, method=method, num_virtual_tokens=3, train_batch_size=8, max_steps=1, learning_rate=1e-9, **changes
+    )
     run(settings)
     tuned = AutoPeftModelForCausalLM.from_pretrained(settings.output_dir).eval()
-
-    def model(input_ids):
-        output = tuned(input_ids=input_ids)
-        output.logits = output.logits[:, -input_ids.shape[1] :]
-        return output
-
-    total, count = nll(model, ROWS, completion_only)
-    assert metrics(settings)[0]["train/loss"] == pytest.approx(float(total / count), abs=1e-5)
+    rows = []
+    for prompt, completion in ROWS:
+        ids = torch.tensor([letters(prompt) + letters(completion) + [2]])
+        first = len(prompt) if settings.completion_only_loss else 1
+        chances = tuned(input_ids=ids).logits[0, -ids.shape[1] :][first - 1 : -1].log_softmax(dim=-1)
+        hard, smooth = -chances.gather(1, ids[0, first:, None])[:, 0], -chances.mean(dim=-1)
+        share = settings.label_smoothing_factor
+        rows.append((1 - share) * hard + share * smooth)
+    expected = torch.stack([row.mean() for row in rows]) if "loss_normalization" in changes else torch.cat(rows)
+    assert metrics(settings)[0]["train/loss"] == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix", *QLORA]), (3, ["full", "lora"])])
