@@ -29,6 +29,7 @@ from align.config import StageRecipe, UserError
 from align.models import skeleton, write_model
 from align.optimizer import optimizer_for
 from align.precision import round_off, train_in_bfloat16, widen_attention
+from align.processor import prepare_processor
 from align.world import World, remove_stale_shared_memory
 from align.zero import deepspeed_config, uses_deepspeed, zero_stage
 from reward_models.heads import hf_model
@@ -42,6 +43,7 @@ def connect(recipe: StageRecipe) -> World:
     if gpu:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    prepare_processor()
     if int(os.environ.get("RANK", "0")) == 0:
         remove_stale_shared_memory()
     if size > 1 or uses_deepspeed(recipe):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.maths.losses import token_entropy, token_logprobs
+from align.precision import add_to
 from reward_models.heads import hf_model
 
 CHUNK = 2**22  # logits at once: 16 MiB in float32, which a processor's cache holds ...
@@ -110,7 +111,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         total = torch.zeros((), device=states.device)
         d_states = torch.empty_like(states)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
+        d_weight: Tensor | None = None
         d_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         vocabulary, chunk = weight.shape[0], _chunk(states)
         summed = chunk if states.dtype == torch.float32 else max(chunk, SUMMED)
@@ -123,11 +124,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 gradients.append(gradient.to(states.dtype))
             d_logits = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
             d_states[group] = d_logits @ weight
-            if d_weight is not None:
-                if d_logits.dtype == d_weight.dtype:
-                    d_weight.addmm_(d_logits.T, states[group])
-                else:
-                    d_weight += d_logits.T @ states[group]
+            if weight.requires_grad:
+                d_weight = _add_product(d_weight, d_logits.T, states[group])
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
         ctx.gradients = (d_states, d_weight, d_bias)
@@ -138,6 +136,17 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
         del ctx.gradients
         return (*gradients, None, None, None, None)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right; a sum of more than one product is float32."""
+    if total is None:
+        return left @ right
+    if left.dtype == torch.float32:
+        return total.addmm_(left, right)
+    total = total.float()
+    add_to(total, left @ right)
+    return total
 
 
 def _piece(
