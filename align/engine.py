@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from align.clock import Clock
 from align.config import StageRecipe, UserError
+from align.gradients import sum_in_place
 from align.models import skeleton, write_model
 from align.optimizer import optimizer_for
 from align.precision import round_off, train_in_bfloat16, widen_attention
@@ -108,6 +109,9 @@ class Engine:
             widen_attention(model)
         self.masters = train_in_bfloat16(model) if recipe.bf16 else {}
         trained = [self._master(parameter) for _, parameter in self._trained()]
+        if trained and world.device.type == "cpu":  # on a GPU such sums would not come out the same twice
+            inner = hf_model(model)
+            sum_in_place(inner.get_input_embeddings(), inner.get_output_embeddings(), self._master)
         self.optimizer = optimizer_for(trained, recipe, learning_rate) if learning_rate is not None else None
         self.module.eval()  # dropout is off anyway; some architectures switch gradient checkpointing by this flag
         if self.optimizer is not None and recipe.gradient_checkpointing:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from align.gradients import add_product, total_of
 from align.maths.losses import token_entropy, token_logprobs
-from align.precision import add_to
 from reward_models.heads import hf_model
 
 CHUNK = 2**22  # logits at once: 16 MiB in float32, which a processor's cache holds ...
@@ -102,7 +102,10 @@ def loss_job(places: Tensor, tokens: Tensor, temperature: float, objective: Obje
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Finds the gradient in the forward pass, chunk by chunk, while the logits are there."""
+    """Finds the gradient in the forward pass, chunk by chunk, while the logits are there.
+
+    Where the weight's gradients are summed in place it is added then, so that backward must follow, from this loss.
+    """
 
     @staticmethod
     def forward(
@@ -111,7 +114,8 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         total = torch.zeros((), device=states.device)
         d_states = torch.empty_like(states)
-        d_weight: Tensor | None = None
+        summed_in = total_of(weight)
+        d_weight = summed_in.grad if summed_in is not None else None
         d_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         vocabulary, chunk = weight.shape[0], _chunk(states)
         summed = chunk if states.dtype == torch.float32 else max(chunk, SUMMED)
@@ -125,28 +129,22 @@ class _ChunkedLoss(torch.autograd.Function):
             d_logits = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
             d_states[group] = d_logits @ weight
             if weight.requires_grad:
-                d_weight = _add_product(d_weight, d_logits.T, states[group])
+                d_weight = add_product(d_weight, d_logits.T, states[group])
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
+        if summed_in is not None and d_weight is not None:
+            summed_in.grad, d_weight = d_weight.float(), None
+        ctx.in_place = summed_in is not None
         ctx.gradients = (d_states, d_weight, d_bias)
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.in_place and upstream != 1.0:
+            raise RuntimeError("the head's gradient has been summed already: call backward on the loss itself")
         gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]
         del ctx.gradients
         return (*gradients, None, None, None, None)
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right; a sum of more than one product is float32."""
-    if total is None:
-        return left @ right
-    if left.dtype == torch.float32:
-        return total.addmm_(left, right)
-    total = total.float()
-    add_to(total, left @ right)
-    return total
 
 
 def _piece(

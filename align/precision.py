@@ -15,10 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from align.gradients import add_to
 from reward_models.heads import hf_model
 
 WIDE_ATTENTION = "sdpa_in_float32"
-PIECE = 2**18  # numbers that are added at once
 
 
 def train_in_bfloat16(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
@@ -39,25 +39,13 @@ def train_in_bfloat16(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
 
 
 def _collect(master: nn.Parameter, weight: Tensor) -> None:
-    assert weight.grad is not None
+    if weight.grad is None:  # summed in place
+        return
     if master.grad is None:
         master.grad = weight.grad.float()
     else:
         add_to(master.grad, weight.grad)
     weight.grad = None
-
-
-def add_to(total: Tensor, part: Tensor) -> None:
-    """Add a bfloat16 tensor to a float32 one of its shape, in place.
-
-    In pieces: torch makes a float32 copy of what it adds, which is to stay in the processor's cache.
-    """
-    if part.numel() <= PIECE:
-        total += part
-        return
-    rows = max(1, PIECE // part[0].numel())
-    for into, piece in zip(total.split(rows), part.split(rows), strict=True):
-        into += piece
 
 
 @torch.no_grad()

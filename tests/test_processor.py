@@ -1,0 +1,44 @@
+"""Settings of the process, seen from inside one that a stage has connected."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+CONNECTED = """
+import resource
+import torch
+from align.config import PPORecipe
+from align.engine import connect
+connect(PPORecipe(output_dir="out", sft_model_path="a", reward_model_path="b", train_dataset="c"))
+"""
+
+
+def run(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", CONNECTED + program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "subnormal" not in done.stderr  # numpy's word on it
+    return done.stdout.strip()
+
+
+def test_denormals_are_zero_in_every_thread():
+    denormals = run("""
+torch.set_num_threads(2)
+product = torch.full((2**20,), 1e-20) * torch.full((2**20,), 1e-20)
+print(int((product.view(torch.int32) != 0).sum()))
+""")
+    assert denormals == "0"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_freed_memory_is_kept():
+    faults = run("""
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), min(faults() for _ in range(4)))
+""")
+    first, later = map(int, faults.split())
+    assert later < 32 <= first, faults  # 64 MiB are 16,384 pages of 4 KiB, 32 of 2 MiB
