@@ -25,7 +25,7 @@ def sum_in_place(embedding: nn.Module, head: nn.Module | None, master: Callable[
     if type(embedding) is nn.Embedding and embedding.weight.requires_grad and _is_plain(embedding):
         _set_total(embedding.weight, master)
         apply: Any = _Embed.apply
-        embedding.forward = lambda ids: apply(ids, embedding.weight, embedding.padding_idx)  # type: ignore[method-assign]
+        embedding.forward = lambda ids: apply(ids, embedding.weight, embedding.padding_idx)  # type: ignore[method-assign, assignment]
     if type(head) is nn.Linear and head.weight.requires_grad:
         _set_total(head.weight, master)
 
