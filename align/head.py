@@ -21,9 +21,7 @@ from reward_models.heads import hf_model
 
 CHUNK = 2**22  # logits at once: 16 MiB in float32, which a processor's cache holds ...
 GPU_CHUNK = 2**26  # ... and 256 MiB, which keep a GPU busy
-SUMMED = (
-    2**24
-)  # of the head's weight gradient: bfloat16 logits at once, whose products are slow to add to a float32 sum
+SUMMED = 2**24  # in bfloat16, before a product is added to the float32 sum of the weight's gradient: adding is slow
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
 Job = Callable[[Tensor, nn.Linear], Tensor]
 
@@ -94,8 +92,9 @@ def loss_job(places: Tensor, tokens: Tensor, temperature: float, objective: Obje
 
     def job(states: Tensor, head: nn.Linear) -> Tensor:
         chosen = states.flatten(0, 1)[places]
+        weight = head.weight if torch.is_grad_enabled() else head.weight.detach()
         apply: Any = _ChunkedLoss.apply
-        loss: Tensor = apply(chosen, head.weight, head.bias, tokens, temperature, objective, found)
+        loss: Tensor = apply(chosen, weight, head.bias, tokens, temperature, objective, found)
         return loss
 
     return job

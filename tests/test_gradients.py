@@ -87,6 +87,14 @@ def test_a_loss_that_is_scaled_first_is_refused():
         engine.backward(loss * 0.5)
 
 
+def test_a_pass_without_gradients_adds_none():
+    engine = train_engine(model(), recipe(), ALONE, 1e-2, 2)
+    ids, mask, length, _ = batch()
+    with torch.no_grad():
+        response_loss(engine, ids, mask, length, 1.0, objective)
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+
+
 def test_frozen_weights_are_left_alone():
     adapter = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     engine = train_engine(get_peft_model(model(), adapter), recipe(), ALONE, 1e-2, 2)

@@ -99,8 +99,10 @@ def assert_gradients(got, expected, tolerance=1e-6) -> None:
 
 
 def gradient_of(model, objective) -> dict[str, torch.Tensor]:
-    parameters = dict(model.named_parameters())
-    return dict(zip(parameters, torch.autograd.grad(objective, list(parameters.values())), strict=True))
+    """By `backward`, since an engine sums some gradients in place."""
+    model.zero_grad()
+    objective.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def whole(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, int]:
