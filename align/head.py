@@ -72,13 +72,27 @@ def logprobs_job(places: Tensor, tokens: Tensor, temperature: float) -> Job:
 
     def job(states: Tensor, head: nn.Linear) -> Tensor:
         chosen = states.flatten(0, 1)[places]
-        parts = [
-            token_logprobs(F.linear(chosen[part], head.weight, head.bias), tokens[part], temperature)
-            for part in pieces(0, len(tokens), head.weight.shape[0], _chunk(states))
-        ]
+        parts = []
+        for part in pieces(0, len(tokens), head.weight.shape[0], _chunk(states)):
+            logits = F.linear(chosen[part], head.weight, head.bias)
+            if logits.requires_grad:
+                parts.append(token_logprobs(logits, tokens[part], temperature))
+                continue
+            shifted = _shift(logits, temperature)
+            picked = shifted.gather(-1, tokens[part, None]).squeeze(1)
+            parts.append(picked - shifted.exp_().sum(dim=-1).log())
         return torch.cat(parts)
 
     return job
+
+
+def _shift(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature less the largest of each row, float32, in the memory of `logits` if they are."""
+    shifted = logits.float()
+    if temperature != 1.0:
+        shifted /= temperature
+    shifted -= shifted.amax(dim=-1, keepdim=True)
+    return shifted
 
 
 def loss_job(places: Tensor, tokens: Tensor, temperature: float, objective: Objective, found: Tensor) -> Job:
@@ -131,6 +145,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 d_weight = add_product(d_weight, d_logits.T, states[group])
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
+            del logits, gradient, gradients, d_logits  # the next chunk takes their memory
         if summed_in is not None and d_weight is not None:
             summed_in.grad, d_weight = d_weight.float(), None
         ctx.in_place = summed_in is not None
@@ -149,14 +164,11 @@ class _ChunkedLoss(torch.autograd.Function):
 def _piece(
     logits: Tensor, tokens: Tensor, temperature: float, part: slice, objective: Objective, found: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Loss of a piece and its gradient by the logits, [n, V] float32; `logits` are overwritten.
+    """Loss of a piece and its gradient by the logits, [n, V] float32; `logits` may be overwritten.
 
     With p = softmax(z), z = logits / temperature: d log p_y / dz = 1_y - p and dH / dz = -p (log p + H).
     """
-    shifted = logits.float()
-    if temperature != 1.0:
-        shifted = shifted.div_(temperature) if shifted is logits else shifted / temperature
-    shifted -= shifted.amax(dim=-1, keepdim=True)
+    shifted = _shift(logits, temperature)
     weights = shifted.exp()
     total = weights.sum(dim=-1)
     logprobs = shifted.gather(-1, tokens[:, None]).squeeze(1) - total.log()

@@ -1,5 +1,7 @@
 """The head in chunks, on the tokens that count: the same numbers and gradients as the model's own forward pass gives."""
 
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -180,6 +182,22 @@ def test_no_more_logits_exist_at_once_than_a_chunk(monkeypatch):
         response_loss(model, ids, mask, length, 1.0, lambda logprobs, entropy, part: logprobs.sum())[0].backward()
         response_logprobs(model, ids, mask, length, 1.0)
     assert largest.rows == 120 // 31
+
+
+def test_the_memory_of_a_chunk_is_free_for_the_next(monkeypatch):
+    chunks = []
+    piece = head._piece
+
+    def watched(logits, *rest):
+        assert not any(chunk() is not None for chunk in chunks)
+        loss, gradient = piece(logits, *rest)
+        chunks.extend(map(weakref.ref, (logits, gradient)))
+        return loss, gradient
+
+    monkeypatch.setattr(head, "_piece", watched)
+    ids, mask, length, _ = batch()
+    response_loss(tiny_llama(), ids, mask, length, 1.0, lambda logprobs, entropy, part: logprobs.sum())[0].backward()
+    assert len(chunks) == 2 * 4, "15 tokens, four at a time"
 
 
 def test_values_are_zero_at_padding():

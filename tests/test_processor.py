@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 CONNECTED = """
 import resource
@@ -42,3 +43,23 @@ print(faults(), min(faults() for _ in range(4)))
 """)
     first, later = map(int, faults.split())
     assert later < 32 <= first, faults  # 64 MiB are 16,384 pages of 4 KiB, 32 of 2 MiB
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="only MKL has a heap of its own")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc tells what is in use")
+def test_products_leave_no_memory_behind():
+    left = run("""
+import ctypes
+class Figures(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "a b c d mapped f g used i j".split()]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Figures
+def used():
+    figures = libc.mallinfo2()
+    return figures.used + figures.mapped
+matrix = torch.ones(1000, 1000)
+before = used()
+matrix @ matrix
+print(used() - before)
+""")
+    assert int(left) < 2**20, left  # MKL keeps 3 MiB a thread of such a product, unless told not to
