@@ -199,8 +199,11 @@ class TestPPO:
         assert found.divergence < 0.02
 
     def test_another_temperature(self, tmp_path):
-        """Sampling, reference and every training forward belong to one distribution."""
-        found = reached(tmp_path, 0.5, temperature=0.7)
+        """Sampling, reference and every training forward belong to one distribution.
+
+        Twice the updates: ten seeds then end at divergences from 0.002 to 0.014; with half as many, at 0.008 to 0.025.
+        """
+        found = reached(tmp_path, 0.5, temperature=0.7, total_episodes=2 * verify.UPDATES["small"] * verify.ROLLOUT)
         assert found.normalised >= 0.98
         assert found.divergence < 0.02
 
