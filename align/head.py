@@ -72,18 +72,22 @@ def logprobs_job(places: Tensor, tokens: Tensor, temperature: float) -> Job:
 
     def job(states: Tensor, head: nn.Linear) -> Tensor:
         chosen = states.flatten(0, 1)[places]
-        parts = []
-        for part in pieces(0, len(tokens), head.weight.shape[0], _chunk(states)):
-            logits = F.linear(chosen[part], head.weight, head.bias)
-            if logits.requires_grad:
-                parts.append(token_logprobs(logits, tokens[part], temperature))
-                continue
-            shifted = _shift(logits, temperature)
-            picked = shifted.gather(-1, tokens[part, None]).squeeze(1)
-            parts.append(picked - shifted.exp_().sum(dim=-1).log())
+        parts = [
+            _logprobs(F.linear(chosen[part], head.weight, head.bias), tokens[part], temperature)
+            for part in pieces(0, len(tokens), head.weight.shape[0], _chunk(states))
+        ]
         return torch.cat(parts)
 
     return job
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """`token_logprobs` of logits [n, V] that nobody else needs: without gradients, in their memory."""
+    if logits.requires_grad:
+        return token_logprobs(logits, tokens, temperature)
+    shifted = _shift(logits, temperature)
+    chosen = shifted.gather(-1, tokens[:, None]).squeeze(1)
+    return chosen - shifted.exp_().sum(dim=-1).log()
 
 
 def _shift(logits: Tensor, temperature: float) -> Tensor:

@@ -184,6 +184,23 @@ def test_no_more_logits_exist_at_once_than_a_chunk(monkeypatch):
     assert largest.rows == 120 // 31
 
 
+def test_large_logits_overflow_nothing():
+    """exp of 89 is infinite in float32."""
+    model = tiny_llama(spread=0.3)
+    ids, mask, length, pairs = batch()
+    with torch.no_grad():
+        model.lm_head.weight *= 500 / model(ids).logits.abs().max()
+        got = response_logprobs(model, ids, mask, length, 1.0)[mask[:, -length:]]
+        rows = [model(torch.tensor([p + r])).logits[0, len(p) - 1 : -1] for p, r in pairs]
+    expected = token_logprobs(torch.cat(rows), ids[:, -length:][mask[:, -length:]], 1.0)
+    assert torch.cat(rows).amax(dim=1).max() > 200
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+    loss, logprobs, _ = response_loss(model, ids, mask, length, 1.0, lambda logprobs, entropy, part: logprobs.sum())
+    loss.backward()
+    torch.testing.assert_close(logprobs, expected, atol=1e-3, rtol=0)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_the_memory_of_a_chunk_is_free_for_the_next(monkeypatch):
     chunks = []
     piece = head._piece
