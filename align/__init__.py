@@ -3,5 +3,5 @@
 import os
 
 # MKL keeps a heap of its own beside that of the process, 60 MB in a run, which gains nothing where the process keeps its
-# memory (align/processor.py). It reads this when torch loads it.
+# memory (align/engine/cpu.py). It reads this when torch loads it.
 os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")

@@ -142,9 +142,9 @@ def measure(path: Path) -> dict[str, Any]:
     """Run the SFT stage here, and say what it took."""
     from transformers import TrainerCallback
 
-    from align import sft
-    from align.memory import count_parameters
-    from align.recipes import load_recipe
+    from align.cli.check.memory import count_parameters
+    from align.config.load import load_recipe
+    from align.sft import train as sft
 
     found: dict[str, Any] = {"mib_before": peak()}
     train = sft.train
@@ -178,7 +178,7 @@ def whole(recipe: Any) -> int:
     """Parameters of the model that was started from, or made."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from align.memory import count_parameters, skeleton
+    from align.cli.check.memory import count_parameters, skeleton
 
     config = AutoConfig.from_pretrained(recipe.model_name_or_path or recipe.output_dir)
     return count_parameters(skeleton(AutoModelForCausalLM, config))

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from reward_models import init_head
+from reward_models.heads import init_head
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]

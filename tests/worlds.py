@@ -96,7 +96,7 @@ def launched(*command: str, ranks: int = 2, module: bool = True) -> dict[str, An
     words += ["--module"] if module else []
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
     }
     return {"args": [*words, *command], "env": environment}
 

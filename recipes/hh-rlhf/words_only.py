@@ -13,9 +13,10 @@ from scipy.sparse import csr_matrix, hstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from align.data import Preference, load_rows, render_text
-from align.evaluation import wilson_interval
-from align.recipes import load_recipe
+from align.config.load import load_recipe
+from align.data.load import load_rows
+from align.data.rows import Preference, render_text
+from align.evaluate.statistics import wilson_interval
 
 recipe = load_recipe("reward", sys.argv[1], sys.argv[2:])
 rows = load_rows(recipe, Preference)

@@ -16,10 +16,11 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from torch.nn.functional import one_hot
 
-from align.data import Labelled, load_rows
-from align.evaluation import markdown_table
-from align.labels import COLUMNS, find_labels
-from align.recipes import load_recipe
+from align.config.load import load_recipe
+from align.data.load import load_rows
+from align.data.rows import Labelled
+from align.encoders.labels import COLUMNS, find_labels
+from align.runs.tables import markdown_table
 
 recipe = load_recipe("classify", sys.argv[1], sys.argv[2:])
 rows = load_rows(recipe, Labelled)

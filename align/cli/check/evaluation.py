@@ -1,0 +1,70 @@
+"""`align check` of a recipe for `align evaluate`: its models, rows, prompts and measures, without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from rich.text import Text
+
+from align.cli.check.findings import Report, describe, writable
+from align.cli.check.sample_rows import marked
+from align.config.evaluate import EvaluateRecipe
+from align.config.load import resolve_function
+from align.evaluate.inputs import Inputs, prepare
+from align.evaluate.results import finished
+from align.evaluate.text_metrics import TOKEN_METRICS, load_metric
+
+
+def check_evaluation(recipe: EvaluateRecipe, report: Report, made: dict[Path, Path]) -> None:
+    """All that can be said of the recipe. `made` maps outputs of earlier recipes to their stand-ins."""
+    with report.part():
+        done = "is finished; the step would be skipped" if finished(recipe) else "new"
+        report.say(f"output_dir: {writable(Path(recipe.output_dir))}, {done}")
+    with report.part():
+        for name in recipe.metrics:
+            if name not in TOKEN_METRICS:
+                load_metric(name, TOKEN_METRICS)
+        if recipe.grader is not None:
+            resolve_function(recipe.grader, "grader")
+        graded = [f"the grader {recipe.grader}"] if recipe.grader else []
+        report.say(f"measures: {', '.join([*recipe.metrics, *graded])}")
+    with report.part():
+        models = {name: str(made.get(Path(path).resolve(), path)) for name, path in recipe.models.items()}
+        generates = recipe.grader is not None or any(name not in TOKEN_METRICS for name in recipe.metrics)
+        inputs = prepare(dataclasses.replace(recipe, models=models), generates)
+        for name, path in models.items():
+            tokenizer = next(each.tokenizer for each in inputs.conditions if each.model == name)
+            report.say(f"model {name}: {path}, {describe(tokenizer)}")
+        report.say(f"rows: {_counts(recipe, inputs)}")
+        for line in _sample(inputs, generates):
+            report.console.print(line, soft_wrap=True)
+
+
+def _counts(recipe: EvaluateRecipe, inputs: Inputs) -> str:
+    bad = "; ".join(f"{entry['count']} skipped: {reason}" for reason, entry in inputs.report["bad_rows"].items())
+    text = f"{len(inputs.rows)} to evaluate on"
+    if max(recipe.num_shots):
+        text += f", {inputs.report['train_rows']} to take examples from"
+    return text + (f"; {bad}" if bad else "")
+
+
+def _sample(inputs: Inputs, generates: bool) -> list[Text]:
+    """The first row of the baseline, by number of examples, with the reference marked, and how long rows are."""
+    lines = [
+        Text(f"  {each.num_shots}-shot row: ", style="bold")
+        + marked(
+            each.tokenizer,
+            [*each.prompt_ids[0], *each.answer_ids[0]],
+            [*[False] * len(each.prompt_ids[0]), *[True] * len(each.answer_ids[0])],
+        )
+        for each in inputs.conditions
+        if each.model == inputs.conditions[0].model
+    ]
+    longest = max(
+        len(prompt) + len(answer)
+        for each in inputs.conditions
+        for prompt, answer in zip(each.prompt_ids, each.answer_ids, strict=True)
+    )
+    what = "the models write after the prompt" if generates else "nothing is written, the reference is judged"
+    return [*lines, Text(f"  (marked: the reference; {what}; at most {longest} tokens)", style="dim")]

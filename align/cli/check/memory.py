@@ -1,0 +1,211 @@
+"""How much memory a stage needs per GPU, from its models' configurations alone: no weights are loaded.
+
+Bytes per parameter of a model that trains with AdamW, 16 in all:
+
+    float32    4 weight   4 gradient    8 optimiser (two moments)
+    bfloat16   2 weight   2 gradient   12 optimiser (float32 master weight and two moments)
+
+A frozen parameter has its weight only. ZeRO 1 divides the optimiser states by the number of processes N, ZeRO 2 the
+gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from rich.table import Table
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from align.config.base import StageRecipe, TrainerRecipe
+from align.config.encoders import ClassifyRecipe, MLMRecipe
+from align.config.ppo import PPORecipe
+from align.config.reward import RewardRecipe
+from align.engine.batch_plan import BatchPlan
+from align.engine.deepspeed_config import zero_stage
+from align.errors import UserError
+from align.models.load import head_modules
+from align.models.trainable import freeze, peft_config
+from align.runs.tables import make_table
+from reward_models.heads import score_head
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """One model of a stage: all its parameters, and how many of them train (0: frozen)."""
+
+    name: str
+    parameters: int
+    trained: int
+
+
+def state_bytes(model: Footprint, zero_stage: int, processes: int, bf16: bool) -> float:
+    """Bytes per GPU for a model's weights, gradients and optimiser states; formula above."""
+    weight, gradient, optimiser = (2, 2, 12) if bf16 else (4, 4, 8)
+    return (
+        model.parameters * weight / (processes if zero_stage >= 3 else 1)
+        + model.trained * gradient / (processes if zero_stage >= 2 else 1)
+        + model.trained * optimiser / (processes if zero_stage >= 1 else 1)
+    )
+
+
+def activation_bytes(
+    config: PretrainedConfig, sequences: int, tokens: int, bf16: bool, checkpointing: bool, vocabulary: bool
+) -> float:
+    """Rough bytes that one forward-backward pass keeps for `sequences` of `tokens` tokens.
+
+    Per token: 17 values of the hidden size in each layer (arXiv 2205.05198 without attention scores, which fused
+    attention does not keep); with gradient checkpointing one value per layer and 17 in one layer at a time; and with
+    a `vocabulary`, the logits, and in float32 their log-softmax and gradient.
+    """
+    text = config.get_text_config()
+    width = 2 if bf16 else 4
+    kept = text.num_hidden_layers + 17 if checkpointing else 17 * text.num_hidden_layers
+    logits = text.vocab_size * (width + 4 + 4) if vocabulary else 0
+    return float(sequences * tokens * (kept * text.hidden_size * width + logits))
+
+
+def skeleton(auto: Any, config: PretrainedConfig, trust_remote_code: bool = False, **changes: Any) -> PreTrainedModel:
+    """The model of this configuration with shapes and no storage.
+
+    Args:
+        auto: `AutoModelForCausalLM` or another auto class.
+        changes: entries of the configuration to change, such as `num_labels`.
+    """
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def count_parameters(model: nn.Module, trained: bool = False) -> int:
+    """Parameters, tied ones once; `trained` counts those alone that have a gradient."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
+
+
+def count_trained(
+    model: PreTrainedModel, recipe: StageRecipe, task_type: str, head: nn.Module, whole: Sequence[str] = ()
+) -> tuple[int, int]:
+    """All parameters of a skeleton and those that the recipe's `method` trains, once it is applied. Changes the skeleton.
+
+    Args:
+        head: the output head, for methods that freeze.
+        whole: names of modules that are trained whole beside an adapter.
+
+    Raises:
+        UserError: the method does not fit the model.
+    """
+    adapter = peft_config(recipe, task_type, whole)
+    if adapter is None:
+        freeze(model, recipe, head)
+        return count_parameters(model), count_parameters(model, trained=True)
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, adapter)
+    except ValueError as error:
+        raise UserError(f"method: {recipe.method} does not fit this model: {error}") from error
+    return count_parameters(adapted), count_parameters(adapted, trained=True)
+
+
+def footprints(
+    recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig]
+) -> list[Footprint]:
+    """The models of a stage: what trains, then what is frozen."""
+    code = recipe.trust_remote_code
+
+    def frozen(name: str, auto: Any, its: PretrainedConfig) -> Footprint:
+        return Footprint(name, count_parameters(skeleton(auto, its, code)), 0)
+
+    if isinstance(recipe, PPORecipe):
+        model = skeleton(AutoModelForCausalLM, config, code)
+        policy = count_parameters(model)
+        models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
+        if recipe.advantage_estimator == "gae":
+            value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
+            models.append(Footprint("value", value, value))
+        if recipe.method == "full":  # else the reference is the policy with its adapter off
+            models.append(Footprint("reference", policy, 0))
+        if "reward" in others:
+            models.append(frozen("reward", AutoModelForSequenceClassification, others["reward"]))
+        return models
+    assert isinstance(recipe, TrainerRecipe)
+    if isinstance(recipe, RewardRecipe):
+        name, model = "reward", skeleton(AutoModelForSequenceClassification, config, code, num_labels=1)
+        counts = count_trained(model, recipe, "SEQ_CLS", score_head(model)[1], [score_head(model)[0].split(".")[0]])
+    elif isinstance(recipe, ClassifyRecipe):
+        name, model = "classifier", skeleton(AutoModelForSequenceClassification, config, code)
+        whole = head_modules(model)
+        counts = count_trained(model, recipe, "SEQ_CLS", model.get_submodule(whole[-1]), whole)
+    elif isinstance(recipe, MLMRecipe):
+        name, model = "masked language model", skeleton(AutoModelForMaskedLM, config, code)
+        counts = count_trained(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings())
+    else:
+        name, model = "policy", skeleton(AutoModelForCausalLM, config, code)
+        counts = count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings())
+    return [
+        Footprint(name, *counts),
+        *(frozen(other, AutoModelForCausalLM, its) for other, its in others.items()),
+    ]
+
+
+def memory_table(
+    recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig], plan: BatchPlan
+) -> Table:
+    """Memory per GPU by model and ZeRO stage, and as the recipe has it, which may choose for each model."""
+    models = footprints(recipe, config, others)
+    needs = [[state_bytes(model, stage, plan.world_size, recipe.bf16) for stage in range(4)] for model in models]
+    if isinstance(recipe, PPORecipe) and recipe.ds3_gather_for_generation:
+        policy = replace(models[0], name="whole policy, while it generates", trained=0)  # its role is the default one
+        models.append(policy)
+        needs.append([0, 0, 0, state_bytes(policy, 0, 1, recipe.bf16)])
+    stages = [zero_stage(recipe, model.name) for model in models]
+    own = [sizes[stage] for sizes, stage in zip(needs, stages, strict=True)]
+    columns = [*(f"ZeRO {stage}" for stage in range(4)), "this recipe"]
+    dtype = "bfloat16" if recipe.bf16 else "float32"
+    table = make_table(
+        f"Memory per GPU on {plan.world_size}, {dtype}, activations apart", "model", "parameters", *columns
+    )
+    for model, sizes, stage, size in zip(models, needs, stages, own, strict=True):
+        mine = f"{_shown(size)} (ZeRO {stage})" if size else ""
+        table.add_row(model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, sizes), mine)
+    table.add_row("all", "", *(_shown(sum(column)) for column in zip(*needs, strict=True)), _shown(sum(own)))
+    return table
+
+
+def _share(model: Footprint) -> str:
+    return f" ({model.trained:,} trained)" if 0 < model.trained < model.parameters else ""
+
+
+def _shown(size: float) -> str:
+    if size == 0:
+        return ""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def activations(recipe: StageRecipe, config: PretrainedConfig, plan: BatchPlan) -> str:
+    """The line below the table: what one micro-batch of the longest sequences adds."""
+    sequences = plan.micro_batch_size * (2 if isinstance(recipe, RewardRecipe) else 1)
+    if isinstance(recipe, PPORecipe):
+        tokens = recipe.max_prompt_length + recipe.response_length
+    else:
+        assert isinstance(recipe, TrainerRecipe)
+        tokens = recipe.max_length
+    vocabulary = not isinstance(recipe, RewardRecipe | ClassifyRecipe)
+    size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, vocabulary)
+    return f"  activations: roughly {_shown(size)} more for {sequences} sequences of up to {tokens} tokens"

@@ -1,0 +1,67 @@
+"""Child processes of `align run`: process groups that end with it, a free port, exit codes in words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from align.runs.launch import PIPELINE
+
+GRACE = 10.0  # seconds that a process has after SIGTERM
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _terminated(signum: int, frame: Any) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _quiet_launcher() -> dict[str, str]:
+    """Environment in which DeepSpeed does not warn, process by process, that it found nothing but a CPU."""
+    import torch
+
+    return {} if torch.accelerator.is_available() else {"DS_ACCELERATOR": "cpu"}
+
+
+def _run_process(words: list[str], environment: Mapping[str, str]) -> int:
+    """Run a command in a process group of its own, none of which outlives this call; returns its exit code."""
+    environment = {**os.environ, PIPELINE: str(os.getpid()), **environment}
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
+    ended = False
+    try:
+        code = process.wait()
+        ended = code == 0
+    finally:
+        _end_group(process, patience=5 if ended else 0)
+    return code
+
+
+def _end_group(process: subprocess.Popen[bytes], patience: float) -> None:
+    """End what is left of a process group: wait `patience` seconds, then SIGTERM, and at last SIGKILL."""
+    for signum, seconds in ((0, patience), (signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signum)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                process.poll()  # reaps the leader, which would count as alive
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+            continue
+        return
+
+
+def _ending(code: int) -> str:
+    """An exit code in words; the launcher reports death by signal n as 256 - n."""
+    number = -code if code < 0 else 256 - code if code > 192 else 0
+    name = signal.Signals(number).name if number in {*signal.Signals} else ""
+    return f"was killed by {name}" if name else f"failed with exit code {code}"

@@ -1,0 +1,99 @@
+"""`align run DIR`: the numbered recipes of a folder in order, each stage in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from align.cli.processes import _ending, _free_port, _quiet_launcher, _run_process, _terminated
+from align.cli.steps import Step, read_steps
+from align.config.evaluate import EvaluateRecipe
+from align.config.stages import stage_inputs
+from align.errors import UserError
+from align.evaluate.results import finished, tables
+from align.runs.manifest import is_finished, read_manifest
+from align.runs.tables import cell, make_console, make_table
+
+
+def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -> int:
+    """Run what is not finished, in order, and close with the table of before and after; returns 0.
+
+    Raises:
+        UserError: no recipes, a recipe that is wrong (all are read before the first starts), or a stage that failed.
+    """
+    steps = read_steps(directory, num_gpus, overrides)
+    signal.signal(signal.SIGTERM, _terminated)
+    console = make_console()
+    for step in steps:
+        if (found := already_done(step)) is not None:
+            print(f"{step.name}: finished already, in {step.recipe.output_dir}", flush=True)
+            for renderable in found:
+                console.print(renderable)
+            continue
+        words = command(step)
+        launched = "--module" in words
+        how = f"deepspeed with {step.processes} process{'es' * (step.processes > 1)}" if launched else "one process"
+        print(f"{step.name}: {step.stage}, {how}, into {step.recipe.output_dir}", flush=True)
+        began = time.monotonic()
+        code = _run_process(words, _quiet_launcher() if launched else {})
+        if code:
+            metrics = Path(step.recipe.output_dir) / "metrics.jsonl"
+            raise UserError(
+                f"{step.path}: the {step.stage} stage {_ending(code)} after {time.monotonic() - began:.0f} s"
+                f"{f'; what it measured is in {metrics}' if metrics.exists() else ''}. The same command continues from there."
+            )
+        print(f"{step.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
+    manifests = [(step.name, read_manifest(step.recipe.output_dir) or {}) for step in steps]
+    for renderable in closing_tables(manifests):
+        console.print(renderable)
+    return 0
+
+
+def already_done(step: Step) -> list[Table] | None:
+    """None when there is something to do; else what only the step itself would have shown: an evaluation's tables.
+
+    Raises:
+        UserError: its output folder holds something else.
+    """
+    if isinstance(step.recipe, EvaluateRecipe):
+        results = finished(step.recipe)
+        return None if results is None else [table.drawn() for table in tables(step.recipe, results)]
+    return [] if is_finished(step.recipe, step.stage, stage_inputs(step.recipe)) else None
+
+
+def command(step: Step) -> list[str]:
+    """The command line that runs a stage: alone, or by the `deepspeed` launcher when its recipe or `--num_gpus` asks."""
+    stage = ["align", step.stage, step.path, *step.overrides]
+    if not getattr(step.recipe, "deepspeed", None) and step.processes == 1:
+        return [sys.executable, "-m", *stage]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # With a number alone the launcher ignores CUDA_VISIBLE_DEVICES and takes the machine's first GPUs.
+    where = (
+        ["--include", f"localhost:{','.join(visible.split(',')[: step.processes])}"]
+        if visible
+        else ["--num_accelerators", str(step.processes)]
+    )
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *where]
+    return [*launcher, "--master_port", str(_free_port()), "--module", *stage]
+
+
+def closing_tables(manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[Table]:
+    """Before and after by stage from `results["table"]`, and three of each stage's `results["samples"]`."""
+    measures = make_table("Before and after", "stage", "measure", "before", "after")
+    examples = []
+    for name, manifest in manifests:
+        results = manifest.get("results", {})
+        for measure, before, after in results.get("table", []):
+            measures.add_row(name, cell(measure), cell(before), cell(after))
+        if samples := results.get("samples"):
+            examples.append(make_table(f"Responses ({name})", *samples[0]))
+            for sample in samples[:3]:
+                examples[-1].add_row(*map(cell, sample.values()))
+    return [*([measures] if measures.row_count else []), *examples]

@@ -1,0 +1,109 @@
+"""The numbered recipes of a folder, with the overrides that each of them takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from align.config.base import StageRecipe
+from align.config.evaluate import EvaluateRecipe
+from align.config.load import load_any
+from align.config.stages import CLASSES, read_stage
+from align.engine.batch_plan import batch_plan
+from align.errors import UserError, nearest
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One numbered recipe: where it is, what it says, and how it will be run."""
+
+    path: str
+    stage: str
+    recipe: StageRecipe | EvaluateRecipe
+    overrides: list[str]
+    processes: int
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+
+def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -> list[Step]:
+    """The folder's recipes `N_name.yaml` by number, checked, each with those overrides whose key its stage has.
+
+    Raises:
+        UserError: no such folder or recipes, a wrong recipe or override, two recipes with one `output_dir`.
+    """
+    paths = numbered_recipes(directory)
+    stages = {path: read_stage(path) for path in paths}
+    shared = {stage: known_overrides(stage, overrides, set(stages.values())) for stage in set(stages.values())}
+    steps: list[Step] = []
+    for path, stage in stages.items():
+        recipe = load_any(stage, path, shared[stage])
+        count = processes(recipe, num_gpus)
+        for other in steps:
+            if Path(other.recipe.output_dir).resolve() == Path(recipe.output_dir).resolve():
+                raise UserError(
+                    f"{path}: output_dir: expected a folder of its own, got that of {other.path} ({recipe.output_dir})"
+                )
+        try:
+            if isinstance(recipe, StageRecipe):
+                batch_plan(recipe, count)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        steps.append(Step(path, stage, recipe, shared[stage], count))
+    return steps
+
+
+def numbered_recipes(directory: str) -> list[str]:
+    """Paths of `N_name.yaml` in a folder, by number.
+
+    Raises:
+        UserError: no such folder, no such recipes, or two with one number.
+    """
+    if not Path(directory).is_dir():
+        beside = Path(directory).parent
+        known = [str(folder) for folder in beside.iterdir() if folder.is_dir()] if beside.is_dir() else []
+        raise UserError(f"{directory}: no such folder of recipes{nearest(directory, known)}")
+    numbered: dict[int, str] = {}
+    for path in sorted(Path(directory).iterdir()):
+        if match := re.fullmatch(r"(\d+)_.+\.ya?ml", path.name):
+            number = int(match[1])
+            if number in numbered:
+                raise UserError(
+                    f"{path}: {numbered[number]} has the number {number} too; number the recipes in their order."
+                )
+            numbered[number] = str(path)
+    if not numbered:
+        raise UserError(f"{directory}: expected recipes named like 1_sft.yaml, found none")
+    return [numbered[number] for number in sorted(numbered)]
+
+
+def known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> list[str]:
+    """The overrides, with their values, whose key `stage` has; one that no stage has is an error."""
+    keys = {name: {field.name for field in dataclasses.fields(CLASSES[name])} for name in stages}
+    kept: list[str] = []
+    keep = True
+    for word in overrides:
+        if word.startswith("--"):
+            name = re.split(r"[=.]", word[2:])[0].replace("-", "_")
+            keep = name in keys[stage]
+            if not any(name in known for known in keys.values()):
+                raise UserError(f"--{name}: no stage here has this key{nearest(name, set.union(*keys.values()))}")
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def processes(recipe: StageRecipe | EvaluateRecipe, num_gpus: int | None) -> int:
+    """Processes for a recipe: `num_gpus` if given; else one, or with a `deepspeed` key one per visible GPU."""
+    if num_gpus is None and not getattr(recipe, "deepspeed", None):
+        return 1
+    import torch  # only here: a folder for one process starts at once
+
+    gpus = torch.cuda.device_count()
+    if num_gpus is not None and 0 < gpus < num_gpus:
+        raise UserError(f"--num_gpus: expected at most the {gpus} visible GPUs, got {num_gpus}")
+    return num_gpus or max(gpus, 1)

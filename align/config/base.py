@@ -1,0 +1,206 @@
+"""What a recipe may say: one frozen, strict dataclass per stage, each key with its meaning and default.
+
+Keys carry the names of `transformers.TrainingArguments`, TRL's configs and TRL 1.12's `PPOConfig` where
+one exists. Sizes that change the result (`train_batch_size`, `rollout_batch_size`, `minibatch_size`) are
+global, so that a recipe gives the same result on one process and on eight; what only has to fit in memory
+is per device, and gradient accumulation is derived (`align.engine.batch_plan.BatchPlan`).
+
+Reading YAML, overrides and their errors live in `align.config.read` and `align.config.load`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from align.config.data_source import DataSource
+from align.config.keys import key, required
+from align.errors import UserError
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
+
+# What each stage may train; the others train all their weights.
+METHODS = {
+    "sft": ("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"),
+    "reward": ("full", "freeze", "head", "lora", "dora", "ia3"),
+    "ppo": ("full", "lora", "dora", "ia3"),
+    "classify": ("full", "freeze", "head", "lora", "dora", "ia3"),
+    "mlm": ("full", "freeze"),
+}
+DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed")
+_DATASET_KEYS = ("train_dataset", "eval_dataset", "ptx_dataset", "retention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecipe:
+    """Keys that all stages share."""
+
+    output_dir: str = required("Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints.")
+    stage: Literal["sft", "reward", "ppo", "classify", "mlm"] | None = key(
+        None, "Which stage this recipe is for; `align run` and `align check` need it."
+    )
+    seed: int = key(42, "Seed of data order, splits, initialisation and sampling.")
+
+    train_dataset: list[DataSource] = key(
+        [], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these."
+    )
+    mixture_temperature: float = key(
+        1.0,
+        "T of the mixture of training sources: each gets a share proportional to weight x rows^(1/T) of as many rows "
+        "as 1 gives; 1 is by size, more is more even (arXiv 1910.10683).",
+    )
+    eval_dataset: list[DataSource] = key(
+        [], "Evaluation rows; without it, a seeded share of the training prompts is held out."
+    )
+    eval_fraction: float = key(0.05, "Share of the prompts held out when there is no `eval_dataset`.")
+    max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.")
+    on_bad_row: Literal["error", "skip"] = key(
+        "error", "What to do with rows that cannot be used: refuse the data, or skip and count."
+    )
+    chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
+
+    learning_rate: float = key(2e-5, "Peak learning rate of AdamW.")
+    weight_decay: float = key(0.0, "AdamW weight decay.")
+    adam_beta1: float = key(0.9, "AdamW beta 1.")
+    adam_beta2: float = key(0.999, "AdamW beta 2.")
+    adam_epsilon: float = key(1e-8, "AdamW epsilon.")
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0 switches clipping off.")
+    lr_scheduler_type: str = key(
+        "linear", "Schedule name as in transformers: linear, cosine, constant, constant_with_warmup, ..."
+    )
+    warmup_steps: float = key(0, "Warm-up in optimiser steps; a number below 1 is a share of all steps.")
+    per_device_train_batch_size: int = key(
+        8, "Most sequences in one forward-backward pass per device; only memory depends on it."
+    )
+    per_device_eval_batch_size: int = key(16, "Most sequences in one forward pass without gradients per device.")
+
+    bf16: bool = key(False, "Train in bfloat16 mixed precision with float32 master weights.")
+    gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
+    attn_implementation: str | None = key(
+        None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
+    )
+    method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
+        "full", "What is trained: all weights, some layers, the head, or an adapter, which is saved as such and merged."
+    )
+    freeze_layers: int = key(0, "With `method: freeze`: the embedding and so many first layers stay as they are.")
+    trainable_pattern: str | None = key(
+        None, "With `method: freeze`: train the parameters alone whose names this regular expression finds."
+    )
+    lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.")
+    lora_alpha: int = key(32, "LoRA alpha.")
+    lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
+    num_virtual_tokens: int = key(20, "Tokens that `method: prompt` or `prefix` learns and puts before each row.")
+    deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
+    trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
+
+    logging_steps: int = key(10, "Log training metrics every so many steps.")
+    eval_steps: int | None = key(None, "Evaluate every so many steps (PPO: updates), and always at the end.")
+    save_steps: int | None = key(None, "Save a resumable checkpoint every so many steps (PPO: updates).")
+    save_total_limit: int = key(2, "Checkpoints kept; older ones are deleted.")
+    report_to: Literal["none", "wandb"] = key(
+        "none", "Also log to Weights & Biases; `metrics.jsonl` is always written."
+    )
+    project: str = key("align", "Weights & Biases project.")
+    run_name: str | None = key(None, "Weights & Biases run name; the output folder's name by default.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerRecipe(StageRecipe):
+    """Keys of the stages that a Trainer runs, TRL's or transformers'."""
+
+    train_batch_size: int = key(32, "Rows per optimiser step over all devices; accumulation is derived.")
+    num_train_epochs: float = key(1.0, "Passes over the training rows.")
+    max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.")
+    max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.")
+    load_best_model_at_end: bool = key(
+        False,
+        "Save the checkpoint with the best `metric_for_best_model` instead of the last; one is saved every eval_steps.",
+    )
+    metric_for_best_model: str = key(
+        "eval_loss",
+        "Evaluation metric that says which model is best: one whose name ends in loss, perplexity, gap or forgetting is to "
+        "be low, others high.",
+    )
+    early_stopping_patience: int | None = key(
+        None, "Stop after so many evaluations in a row that did not better `metric_for_best_model`."
+    )
+    train_sampling_strategy: Literal["random", "group_by_length"] = key(
+        "random", "Order of rows: random, or random among rows of like length, which pads less."
+    )
+
+
+def _check_deepspeed(path: Path, where: str) -> None:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{where}: cannot read {path} ({error.strerror}); see recipes/deepspeed for ready ones."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{where}: {path} is not JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{where}: expected a JSON object in {path}, got a {type(loaded).__name__}")
+    if loaded.get("fp16", {}).get("enabled", False) not in (False, "auto"):
+        raise UserError(f"{where}: {path} switches fp16 on, which is not offered; leave it out and use `bf16: true`.")
+
+
+def _check_best(recipe: TrainerRecipe, where: Callable[[str], str]) -> None:
+    asked = "load_best_model_at_end" if recipe.load_best_model_at_end else "early_stopping_patience"
+    if not getattr(recipe, asked):
+        return
+    if recipe.eval_steps is None:
+        raise UserError(f"{where(asked)}: needs evaluations to choose by; set eval_steps")
+    if not recipe.eval_dataset and recipe.eval_fraction == 0:
+        raise UserError(f"{where(asked)}: needs held-out rows to choose by; set eval_dataset or eval_fraction")
+    if recipe.load_best_model_at_end and recipe.save_steps not in (None, recipe.eval_steps):
+        raise UserError(
+            f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that what is "
+            f"judged is saved, got {recipe.save_steps}"
+        )
+
+
+def _check_method(recipe: StageRecipe, where: Callable[[str], str]) -> None:
+    virtual = recipe.method in ("prompt", "prefix")
+    offered = METHODS.get(str(recipe.stage), ("full",))
+    if recipe.method not in offered:
+        why = "cannot be merged, so later stages could not start from it" if virtual else "is not offered here"
+        raise UserError(
+            f"{where('method')}: expected one of {', '.join(offered)} in the {recipe.stage} stage, got {recipe.method}, which {why}"
+        )
+    partial = bool(recipe.freeze_layers) + (recipe.trainable_pattern is not None)
+    if recipe.method == "freeze" and partial != 1:
+        raise UserError(
+            f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got {'both' if partial else 'neither'}"
+        )
+    if recipe.method != "freeze" and partial:
+        name = "freeze_layers" if recipe.freeze_layers else "trainable_pattern"
+        raise UserError(f"{where(name)}: is for method: freeze, got method: {recipe.method}")
+    if recipe.trainable_pattern is not None:
+        try:
+            re.compile(recipe.trainable_pattern)
+        except re.error as error:
+            raise UserError(f"{where('trainable_pattern')}: not a regular expression: {error}") from None
+    if virtual and (getattr(recipe, "packing", False) or getattr(recipe, "padding_free", False)):
+        raise UserError(
+            f"{where('method')}: {recipe.method} puts tokens before each row, which packed rows have no place for"
+        )
+    if virtual and recipe.deepspeed and _stage_of(Path(recipe.deepspeed)) == 3:
+        raise UserError(
+            f"{where('method')}: {recipe.method} is not offered at ZeRO 3; use ZeRO 2, it trains few parameters"
+        )
+
+
+def _stage_of(path: Path) -> int:
+    return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))

@@ -1,0 +1,156 @@
+"""One source of rows in a recipe: its keys, and the syntax of its templates."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from jinja2 import meta
+from jinja2.exceptions import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from align.config.keys import _check_function, _check_ranges, key
+from align.errors import BadRow, UserError, nearest
+
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
+_TEXT_PARTS = ("prompt", "completion")
+_CHAT_PARTS = ("user", "assistant")
+_SYSTEM = "system"
+_VERBALISED = "label"  # the variable that holds the verbalised label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSource:
+    """One source of rows. In a recipe: a path or hub id alone, a mapping of these keys, or a list of such."""
+
+    path: str | None = key(None, "A JSONL, JSON, Parquet or CSV file (may be gzipped; globs allowed), or a hub id.")
+    generator: str | None = key(
+        None, "`module:function` that yields rows, instead of a path; the module may lie beside the recipe."
+    )
+    generator_kwargs: dict[str, Any] = key({}, "Keyword arguments for the generator.")
+    name: str | None = key(None, "Hub data set configuration.")
+    split: str = key("train", "Hub data set split.")
+    columns: dict[str, str] = key(
+        {},
+        "Column names: ours (prompt, completion, chosen, rejected, messages, text, text_pair, label) to the source's.",
+    )
+    task: str | None = key(
+        None,
+        "Name under which its rows are counted and evaluated; that of the file (of its folder when that is only a "
+        "split's), hub data set or generator by default.",
+    )
+    templates: list[dict[str, str]] = key(
+        [],
+        "Jinja templates over the source's columns that make its rows: {prompt, completion} for plain text (the completion "
+        "begins with the space or line break between them), {user, assistant} or {system, user, assistant} for "
+        "messages; of several, each row draws one by seed.",
+    )
+    label_column: str = key("label", "With `templates`: the column that holds the label, which they read as `label`.")
+    labels: dict[Any, str] = key(
+        {},
+        "With `templates`: what each class id or string of that column reads as, such as {0: negative, 1: positive}.",
+    )
+    weight: float = key(1.0, "Times each row is used per epoch; 0.5 takes a seeded half.")
+    max_rows: int | None = key(
+        None, "Use only this many rows (a seeded sample); `mixture_temperature` counts no more than these."
+    )
+
+
+def _check_source(source: DataSource, where: str) -> None:
+    if (source.path is None) == (source.generator is None):
+        got = "both" if source.path else "neither"
+        raise UserError(f"{where}: expected either `path` or `generator`, got {got}")
+    _check_ranges(source, lambda name: f"{where}.{name}")
+    if source.generator:
+        _check_function(source.generator, f"{where}.generator")
+    for column in source.columns:
+        if column not in COLUMNS:
+            hint = nearest(column, COLUMNS) or "; it is written `ours: theirs`"
+            raise UserError(f"{where}.columns: expected names among {', '.join(COLUMNS)}, got {column!r}{hint}")
+    if source.templates:
+        _check_templates(source, where)
+    elif source.labels:
+        raise UserError(f"{where}.labels: nothing reads them without `templates`; write these, or leave them out.")
+
+
+def _check_templates(source: DataSource, where: str) -> None:
+    if source.columns:
+        raise UserError(f"{where}.columns: `templates` read the source's own columns by name; leave `columns` out.")
+    for index, template in enumerate(source.templates):
+        check_template(template, f"{where}.templates[{index}]")
+    words: dict[str, str] = {}
+    for label, word in source.labels.items():
+        plain = " ".join(word.casefold().split())
+        if not plain:
+            raise UserError(f"{where}.labels.{label}: expected text, got {word!r}")
+        if plain in words:
+            raise UserError(
+                f"{where}.labels: {word!r} stands for both {words[plain]} and {label}, so that an answer could not be "
+                "told apart; give each a text of its own."
+            )
+        words[plain] = label
+
+
+def check_template(template: Mapping[str, str], where: str) -> None:
+    """Refuse a template with other parts than it should have, or that is not Jinja.
+
+    Raises:
+        UserError: begins with `where`, and names the part and the line in it.
+    """
+    answer = _CHAT_PARTS if {*_CHAT_PARTS, _SYSTEM} & {*template} else _TEXT_PARTS
+    known = (_SYSTEM, *_CHAT_PARTS) if answer == _CHAT_PARTS else _TEXT_PARTS
+    for part in template:
+        if part not in known:
+            other = part in (*_TEXT_PARTS, *_CHAT_PARTS)
+            hint = "; write {prompt, completion} or {user, assistant}" if other else nearest(part, known)
+            raise UserError(f"{where}: expected the parts {', '.join(known)}, got {part!r}{hint}")
+    for part in answer:
+        if part not in template:
+            raise UserError(f"{where}: no `{part}`; a template has the parts {', '.join(known)}.")
+    for part, text in template.items():
+        try:
+            named = list(meta.find_referenced_templates(_environment().parse(text)))
+            _compiled(text)
+        except TemplateSyntaxError as error:
+            line = text.splitlines()[error.lineno - 1].strip() if text else ""
+            raise UserError(
+                f"{where}.{part}: not a Jinja template: {error.message}, in its line {error.lineno}: {line}"
+            ) from None
+        if named:
+            raise UserError(f"{where}.{part}: a template cannot read another one ({named[0]}); write it out.")
+
+
+@functools.cache
+def read_columns(text: str) -> frozenset[str]:
+    """The columns that a template reads."""
+    return frozenset(meta.find_undeclared_variables(_environment().parse(text)) - _environment().globals.keys())
+
+
+@functools.cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printed,
+        extensions=["jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's escapes for HTML
+    # Every process renders the rows for itself, and they must come out alike.
+    del environment.filters["random"], environment.globals["lipsum"]
+    return environment
+
+
+@functools.cache
+def _compiled(text: str) -> jinja2.Template:
+    return _environment().from_string(text)
+
+
+def _printed(value: Any) -> Any:
+    if value is None:  # Jinja would print None
+        raise BadRow("prints a column that is null")
+    return value

@@ -1,0 +1,92 @@
+"""Keys of `align evaluate`, and the rules between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from align.config.data_source import DataSource
+from align.config.keys import _check_function, _check_ranges, key, required
+from align.errors import UserError
+
+EVALUATE = "evaluate"  # the `stage` of a recipe that trains nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateRecipe:
+    """`align evaluate`: several models, or one with and without examples in its prompt, on the same rows.
+
+    Rows are read and split as the training stages do: with the same sources, `seed` and `eval_fraction`, the rows that
+    a stage held out are evaluated here.
+    """
+
+    output_dir: str = required("Folder for `results.json`, `results.md` and `predictions.jsonl`.")
+    stage: Literal["evaluate"] | None = key(None, "What this recipe is for.")
+    seed: int = key(42, "Seed of splits, of the examples in prompts, of sampling and of resampling.")
+
+    models: dict[str, str] = required(
+        "Models to compare, the baseline first: a list of folders or hub ids, or a mapping of names to these."
+    )
+
+    train_dataset: list[DataSource] = key(
+        [], "Rows that give the examples of `num_shots`; not needed for an `eval_dataset` without examples."
+    )
+    eval_dataset: list[DataSource] = key([], "Rows to evaluate; without it, the share that the stages hold out.")
+    eval_fraction: float = key(0.05, "Share of the prompts held out when there is no `eval_dataset`.")
+    max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.")
+    on_bad_row: Literal["error", "skip"] = key(
+        "error",
+        "What to do with rows that cannot be used, by one model or with one number of examples: refuse, or skip.",
+    )
+    chat_template_path: str | None = key(None, "Jinja file with the chat template, for models that have none.")
+
+    metrics: list[str] = key(
+        ["perplexity", "token_accuracy"],
+        "perplexity, token_accuracy (of the reference), exact_match, accuracy, f1, bleu, rouge, chrf (of the prediction), "
+        "or what `evaluate.load` takes, such as the path of a metric script. accuracy and f1 read labels back from templates.",
+    )
+    grader: str | None = key(
+        None, "`module:function` with TRL's reward signature that gives each prediction a score from 0 to 1."
+    )
+    num_shots: list[int] = key([0], "Numbers of worked examples in the prompt; each is tried with each model.")
+    max_length: int | None = key(
+        None, "Most tokens of examples, prompt and answer; longer rows are bad rows. The model's own limit by default."
+    )
+    max_new_tokens: int = key(128, "Most tokens of a prediction.")
+    temperature: float = key(0.0, "0 takes the likeliest token; above 0, sampling at this temperature.")
+    stop_strings: list[str] = key([], "A prediction also ends before the first of these.")
+    bootstrap_iters: int = key(1000, "Resamples of the rows behind each interval and p-value.")
+
+    per_device_eval_batch_size: int = key(16, "Most rows in one forward pass per device.")
+    bf16: bool = key(False, "Run the models in bfloat16.")
+    attn_implementation: str | None = key(
+        None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
+    )
+    trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
+
+
+def _check_evaluate(recipe: EvaluateRecipe, where: Callable[[str], str]) -> None:
+    if recipe.temperature < 0:
+        raise UserError(f"{where('temperature')}: expected 0 (the likeliest token) or more, got {recipe.temperature}")
+    _check_ranges(dataclasses.replace(recipe, temperature=recipe.temperature or 1.0), where)
+    if not recipe.models:
+        raise UserError(f"{where('models')}: expected folders or hub ids of models, got none")
+    if not recipe.train_dataset and not recipe.eval_dataset:
+        raise UserError(
+            f"{where('eval_dataset')}: expected rows to evaluate on, got no eval_dataset and no train_dataset"
+        )
+    if any(source.weight != 1 for source in recipe.eval_dataset):
+        raise UserError(f"{where('eval_dataset')}: `weight` is for training rows; limit evaluation rows by `max_rows`.")
+    if not recipe.metrics and recipe.grader is None:
+        raise UserError(f"{where('metrics')}: expected names of metrics, or a `grader`, got neither")
+    if recipe.grader is not None:
+        _check_function(recipe.grader, where("grader"))
+    if "" in recipe.stop_strings:
+        raise UserError(f"{where('stop_strings')}: expected text that ends a prediction, got an empty string")
+    shots = recipe.num_shots
+    if not shots or min(shots) < 0 or len(set(shots)) < len(shots):
+        raise UserError(f"{where('num_shots')}: expected different numbers from 0, got {shots}")
+    if max(shots) and not recipe.train_dataset:
+        raise UserError(f"{where('train_dataset')}: expected rows that give the {max(shots)} examples, got none")

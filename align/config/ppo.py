@@ -1,0 +1,155 @@
+"""Keys of the PPO stage, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from align.config.base import StageRecipe
+from align.config.data_source import DataSource
+from align.config.keys import key, required
+from align.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PPORecipe(StageRecipe):
+    """Stage 3, `align ppo`: PPO against the reward, with a KL penalty against the SFT reference."""
+
+    sft_model_path: str = required("SFT model: the policy starts from it and the frozen reference stays it.")
+    reward_model_path: str | None = key(None, "Reward model of stage 2 (or any sequence classifier with one label).")
+    reward_funcs: list[str] = key(
+        [], "`module:function` rewards with TRL's signature; the module may lie beside the recipe."
+    )
+    reward_weights: list[float] = key(
+        [], "Weights of the reward model (first, if any) and of `reward_funcs`; 1 each by default."
+    )
+    value_model_path: str | None = key(
+        None, "Start of the value model; the reward model when its tokenizer is the policy's, else the SFT model."
+    )
+    eval_reward_funcs: list[str] = key(
+        [], "`module:function` rewards that are only measured, on evaluation prompts: a known truth, a gold model."
+    )
+
+    total_episodes: int = key(10_000, "Responses sampled in the whole run.")
+    rollout_batch_size: int = key(64, "Responses per update over all devices.")
+    num_generations: int = key(
+        1, "Responses to each prompt; an update takes rollout_batch_size / num_generations prompts."
+    )
+    minibatch_size: int = key(64, "Responses per optimiser step over all devices.")
+    num_ppo_epochs: int = key(4, "Passes over each rollout batch.")
+    max_prompt_length: int = key(512, "Most tokens of a prompt; longer prompts are bad rows.")
+    response_length: int = key(53, "Most tokens of a response.")
+    temperature: float = key(1.0, "Sampling temperature; every log-probability is taken at it too.")
+    missing_eos_penalty: float | None = key(None, "Subtracted from the score of a response that does not end.")
+    missing_eos_score: float | None = key(None, "Replaces the score of a response that does not end.")
+
+    learning_rate: float = key(3e-6, "Peak learning rate of the policy.")
+    value_learning_rate: float | None = key(None, "Peak learning rate of the value model; the policy's by default.")
+    adam_epsilon: float = key(1e-5, "AdamW epsilon.")
+    advantage_estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus"] = key(
+        "gae", "How rewards become advantages; only `gae` has a value model. rloo, grpo and dr_grpo compare the responses "
+        "to one prompt and need num_generations of 2 or more."
+    )  # fmt: skip
+    kl_coef: float = key(0.05, "Weight of the KL penalty per token, in units of score per nat.")
+    kl_estimator: Literal["k1", "k2", "k3"] = key(
+        "k1", "Estimator of the penalty: k1 in the reward, k2 or k3 in the loss."
+    )
+    use_kl_loss: bool = key(False, "Penalise in the loss instead of in the reward; needs kl_estimator k2 or k3.")
+    kl_target: float | None = key(
+        None, "Adapt kl_coef so that the KL comes to this many nats per response (arXiv 1909.08593)."
+    )
+    kl_horizon: int = key(10_000, "With `kl_target`: episodes in which kl_coef changes by at most a fifth.")
+    max_approx_kl: float | None = key(
+        None, "End an update at the minibatch whose policy/approx_kl is above this, before its optimiser step."
+    )
+    cliprange: float = key(0.2, "Clip range of the probability ratio.")
+    dual_clip: float | None = key(None, "Bound above 1 on the ratio where the advantage is negative, often 3.")
+    cliprange_value: float = key(0.2, "Clip range of the value around its value at rollout.")
+    gamma: float = key(1.0, "Discount.")
+    lam: float = key(0.95, "Lambda of generalised advantage estimation.")
+    normalize_scores: bool = key(
+        False, "Subtract the running mean of all scores and divide by their running deviation."
+    )
+    score_clip: float | None = key(None, "Clip scores, after normalisation, to this either side of 0.")
+    whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")
+    entropy_coef: float = key(0.0, "Weight of the entropy bonus, mean over tokens, in nats.")
+    value_warmup_updates: int = key(0, "First updates in which only the value model trains.")
+    ema_decay: float | None = key(
+        None, "Keep an exponential moving average of the policy with this decay per update, saved in `ema/`."
+    )
+    ptx_dataset: list[DataSource] = key(
+        [],
+        "Text or demonstrations whose likelihood is trained in the same optimiser steps (PPO-ptx, arXiv 2203.02155).",
+    )
+    ptx_coef: float = key(1.0, "Weight of their negative log-likelihood, mean over tokens, beside the PPO objective.")
+    ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimiser step over all devices.")
+    value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")
+    reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
+    reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")
+    ds3_gather_for_generation: bool = key(
+        True, "Under ZeRO-3 copy the gathered policy once per rollout; false when it does not fit."
+    )
+    max_kl: float | None = key(
+        None,
+        "The best checkpoint has the highest evaluation score among those with at most this KL (nats per response).",
+    )
+    num_sample_rows: int = key(8, "Rows of the sample table.")
+    skip_self_checks: bool = key(False, "Start without the checks of models and rewards that precede the first update.")
+
+
+def _check_ppo(recipe: PPORecipe, where: Callable[[str], str]) -> None:
+    if recipe.rollout_batch_size % recipe.minibatch_size:
+        raise UserError(
+            f"{where('minibatch_size')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.minibatch_size}"
+        )
+    if recipe.total_episodes < recipe.rollout_batch_size:
+        raise UserError(
+            f"{where('total_episodes')}: expected at least rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.total_episodes}"
+        )
+    if recipe.rollout_batch_size % recipe.num_generations:
+        raise UserError(
+            f"{where('num_generations')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.num_generations}"
+        )
+    _check_objective(recipe, where)
+    sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
+    if not sources:
+        raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
+    if recipe.reward_weights and len(recipe.reward_weights) != len(sources):
+        raise UserError(
+            f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got {len(recipe.reward_weights)}"
+        )
+    if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
+        raise UserError(
+            f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score (replaces), got both"
+        )
+
+
+def _check_objective(recipe: PPORecipe, where: Callable[[str], str]) -> None:
+    estimator = recipe.advantage_estimator
+    if estimator in ("rloo", "grpo", "dr_grpo") and recipe.num_generations < 2:
+        raise UserError(
+            f"{where('num_generations')}: expected 2 or more with advantage_estimator: {estimator}, which compares the "
+            f"responses to one prompt, got {recipe.num_generations}"
+        )
+    if estimator != "gae" and (named := [n for n in ("value_model_path", "value_deepspeed") if getattr(recipe, n)]):
+        raise UserError(f"{where(named[0])}: advantage_estimator: {estimator} has no value model; leave it out.")
+    if estimator != "gae" and recipe.value_warmup_updates:
+        raise UserError(
+            f"{where('value_warmup_updates')}: advantage_estimator: {estimator} has no value model; leave it out."
+        )
+    if recipe.use_kl_loss and recipe.kl_estimator == "k1":
+        raise UserError(
+            f"{where('kl_estimator')}: k1 as a loss has an expected gradient of 0, so nothing would hold the policy; "
+            "use k2 (whose gradient is that of KL(policy || reference)) or k3, or use_kl_loss: false"
+        )
+    if not recipe.use_kl_loss and recipe.kl_estimator != "k1":
+        why = "is biased" if recipe.kl_estimator == "k2" else "has a gradient that vanishes near the reference"
+        raise UserError(
+            f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {why}; use k1, or use_kl_loss: true"
+        )
+    if recipe.method != "full" and recipe.reference_deepspeed:
+        raise UserError(
+            f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and has no "
+            "engine of its own; leave it out."
+        )

@@ -1,0 +1,110 @@
+"""From a YAML file and command-line overrides to plain values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from align.config.base import _DATASET_KEYS
+from align.config.data_source import DataSource
+from align.errors import UserError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if str(key.value) in lines:
+                first = lines[str(key.value)]
+                raise UserError(f"{self.name}:{line}: {key.value}: written twice, first in line {first}; keep one.")
+            lines[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in a YAML file, and the line (from 1) of each of its keys."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: expected a recipe file, got a folder; `align run {path}` runs its numbered recipes.")
+    try:
+        loader = _Loader(Path(path).read_text(encoding="utf-8"))
+        loader.name = path
+        node = loader.get_single_node()
+        values = loader.construct_document(node) if node else None
+    except FileNotFoundError:
+        there = sorted(glob(os.path.join(os.path.dirname(path) or ".", "*.y*ml")))
+        raise UserError(f"{path}: no such recipe{nearest(path, map(os.path.normpath, there))}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else path
+        raise UserError(f"{place}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    if not isinstance(values, dict):
+        got = "an empty file" if values is None else f"a {type(values).__name__}"
+        raise UserError(f"{path}: expected lines of `key: value`, got {got}")
+    assert isinstance(node, yaml.MappingNode)
+    return values, {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
+
+
+def _apply(values: dict[str, Any], overrides: Sequence[str], annotations: dict[str, Any]) -> set[str]:
+    """Write the overrides into `values`; returns the keys they touch."""
+    words: list[tuple[str, list[str]]] = []
+    for word in overrides:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            words.append((name.replace("-", "_"), [value] if equals else []))
+        elif words:
+            words[-1][1].append(word)
+        else:
+            raise UserError(f"{word}: expected `--key value` after the recipe, got this word alone")
+    for dotted, tokens in words:
+        top, *inner = dotted.split(".")
+        if inner:
+            _descend(values, [top, *inner[:-1]])[inner[-1]] = _value(tokens, Any, dotted)
+        else:
+            values[top] = _value(tokens, annotations.get(top, Any), top)
+    return {dotted.split(".")[0] for dotted, _ in words}
+
+
+def _descend(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    for depth, name in enumerate(names, start=1):
+        inner = values.get(name) or {}
+        if isinstance(inner, list) and len(inner) == 1:
+            (inner,) = inner
+        if isinstance(inner, str) and name in _DATASET_KEYS:
+            inner = {"path": inner}
+        if not isinstance(inner, dict):
+            raise UserError(
+                f"--{'.'.join(names[:depth])}: expected one mapping to change a part of, got {inner!r}; give it whole"
+            )
+        values[name] = inner
+        values = inner
+    return values
+
+
+def _value(tokens: list[str], annotation: Any, name: str) -> Any:
+    """What the words after `--name` mean where `annotation` is expected; `align.config.convert` checks it."""
+    kinds = get_args(annotation) if NoneType in get_args(annotation) else (annotation,)
+    if not tokens and bool in kinds:
+        return True
+    if len(tokens) > 1 and get_origin(annotation) is list:
+        return [_value([token], get_args(annotation)[0], name) for token in tokens]
+    if len(tokens) != 1:
+        raise UserError(
+            f"--{name}: expected one value, got {' '.join(tokens) or 'none'}; quote a value that has spaces"
+        )
+    try:
+        parsed = yaml.load(tokens[0], _Loader)
+    except yaml.YAMLError:
+        return tokens[0]
+    takes_text = any(kind in (str, list[str], DataSource) or get_origin(kind) is Literal for kind in kinds)
+    return tokens[0] if takes_text and not isinstance(parsed, str | list | dict | None) else parsed

@@ -1,0 +1,124 @@
+"""Keys of the SFT stage, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from align.config.base import TrainerRecipe
+from align.config.data_source import DataSource
+from align.config.keys import key
+from align.errors import UserError
+
+OF_RETENTION = ("retention", "forgetting")  # how the names of metrics begin that need `retention`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTRecipe(TrainerRecipe):
+    """Stage 1, `align sft`: supervised fine-tuning of a language model."""
+
+    model_name_or_path: str | None = key(None, "Model folder or hub id to fine-tune.")
+    model_config: dict[str, Any] = key(
+        {},
+        "Instead of a model: train one from scratch with this transformers config (`model_type`, `hidden_size`, ...).",
+    )
+    tokenizer_vocab_size: int = key(
+        512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows."
+    )
+    loss_normalization: Literal["token_mean", "example_mean"] = key(
+        "token_mean", "Mean of the loss over all trained tokens of a step, or over examples of each one's own mean."
+    )
+    packing: bool = key(
+        False, "Fill rows of max_length with whole examples, which do not see one another; `train_batch_size` then counts "
+        "such rows. `text` that is longer is cut into pieces."
+    )  # fmt: skip
+    padding_free: bool = key(False, "Lay the rows of a batch end to end instead of padding them; changes no number.")
+    neftune_noise_alpha: float | None = key(None, "Noise added to embeddings in training, often 5 (arXiv 2310.05914).")
+    label_smoothing_factor: float = key(0.0, "Share of each label's probability spread over the vocabulary.")
+    completion_only_loss: bool = key(
+        True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too."
+    )
+    retention: list[DataSource] = key(
+        [],
+        "Rows of what the model could do before, in any form of `train_dataset`: `eval_fraction` of their prompts (all, when "
+        "it is 0) are measured with each evaluation, which tells what is forgotten.",
+    )
+    replay_fraction: float = key(
+        0.0,
+        "Share of the training rows, before packing, that are replayed from `retention`, of whose rows none that is measured.",
+    )
+    max_forgetting: float | None = key(
+        None,
+        "Most percent by which the loss on `retention` may rise against the start: the best model is chosen among the "
+        "checkpoints that keep to it, and for `early_stopping_patience` one that does not is no better.",
+    )
+    eval_metrics: list[str] = key(
+        [],
+        "Metrics of the greedy responses to evaluation prompts: exact_match, accuracy, f1, bleu, rouge, chrf, or what "
+        "`evaluate.load` takes; logged as `eval/<name>`.",
+    )
+    max_eval_generations: int = key(64, "With `eval_metrics`: most prompts answered in an evaluation.")
+    response_length: int = key(64, "With `eval_metrics`: most tokens of a response.")
+
+
+def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
+    if (recipe.model_name_or_path is None) == (not recipe.model_config):
+        got = "both; empty one with null" if recipe.model_config else "neither"
+        raise UserError(
+            f"{where('model_name_or_path')}: expected either a model to fine-tune, or `model_config` to train one from scratch, got {got}"
+        )
+    if recipe.model_config and "model_type" not in recipe.model_config:
+        raise UserError(
+            f"{where('model_config')}: expected a `model_type` such as llama among its keys, got {', '.join(recipe.model_config)}"
+        )
+    if recipe.label_smoothing_factor and recipe.loss_normalization == "example_mean":
+        raise UserError(
+            f"{where('label_smoothing_factor')}: is a mean over tokens; use loss_normalization: token_mean with it, or set it to 0"
+        )
+    if recipe.packing and recipe.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            f"{where('train_sampling_strategy')}: with packing all rows are of like length; leave group_by_length out"
+        )
+
+
+def check_retention(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
+    """Refuse what could not be measured, or would not be read.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    evaluated = bool(recipe.eval_dataset) or recipe.eval_fraction > 0
+    for name in ("replay_fraction", "max_forgetting"):
+        if getattr(recipe, name) and not recipe.retention:
+            raise UserError(f"{where(name)}: is about the rows of `retention`, and there are none; set retention too")
+    if recipe.metric_for_best_model.removeprefix("eval_").startswith(OF_RETENTION) and not recipe.retention:
+        raise UserError(
+            f"{where('metric_for_best_model')}: {recipe.metric_for_best_model} is measured on `retention`; set that too"
+        )
+    if recipe.retention and recipe.model_config:
+        raise UserError(
+            f"{where('retention')}: a model from scratch (`model_config`) has nothing to forget; leave it out"
+        )
+    for name in ("retention", "eval_metrics"):
+        if getattr(recipe, name) and not evaluated:
+            raise UserError(
+                f"{where(name)}: is measured with the evaluation, and there is none; set eval_dataset or eval_fraction"
+            )
+    if recipe.replay_fraction and not recipe.eval_fraction:
+        raise UserError(
+            f"{where('eval_fraction')}: expected a share above 0 of `retention` to measure, as replay_fraction trains on "
+            "the rest, got 0"
+        )
+    chosen = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
+    if recipe.max_forgetting is not None and not chosen:
+        raise UserError(
+            f"{where('max_forgetting')}: nothing is chosen by it; set load_best_model_at_end or early_stopping_patience"
+        )
+    if len(set(recipe.eval_metrics)) < len(recipe.eval_metrics):
+        raise UserError(f"{where('eval_metrics')}: expected different metrics, got {', '.join(recipe.eval_metrics)}")
+    if recipe.eval_metrics and recipe.method in ("prompt", "prefix"):
+        raise UserError(
+            f"{where('eval_metrics')}: responses with method: {recipe.method} are not offered; leave it out, the losses are "
+            "measured all the same"
+        )

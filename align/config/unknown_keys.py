@@ -1,0 +1,145 @@
+"""What to write instead of a key that TRL, transformers or another stage has and this stage has not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from align.config.stages import RECIPES
+
+_SAMPLING = (
+    "do_sample top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty no_repeat_ngram_size "
+    "encoder_repetition_penalty min_length min_new_tokens num_beams length_penalty bad_words_ids logits_processor"
+)
+_SAMPLED = (
+    "refused: it would sample from another distribution than the one whose log-probabilities PPO compares; "
+    "only `temperature` applies to both"
+)
+_GREEDY = "not offered: temperature 0 takes the likeliest token, above 0 samples from the whole distribution"
+_DERIVED_SIZES = (
+    "derived: set train_batch_size (rows per optimiser step over all devices) and per_device_train_batch_size"
+)
+_BY_STEPS = "not needed: set eval_steps, save_steps or logging_steps"
+_RESUMES = "not needed: the same command resumes; delete output_dir to start anew"
+_NO_HUB = "not offered: upload output_dir afterwards with `hf upload`"
+_NO_DROPOUT = "not offered: dropout is off in every stage"
+_ANY_STAGE = {
+    "gradient_accumulation_steps": _DERIVED_SIZES,
+    "per_gpu_train_batch_size": "called per_device_train_batch_size here",
+    "per_gpu_eval_batch_size": "called per_device_eval_batch_size here",
+    "auto_find_batch_size": "not offered: set per_device_train_batch_size, on which only memory depends",
+    "fp16": "not offered: use bf16, or float32 by default",
+    "fp32": "not needed: float32 is the default",
+    "torch_dtype": "derived from bf16; the weights that train are float32",
+    "dtype": "derived from bf16; the weights that train are float32",
+    "optim": "not offered: the optimiser is AdamW",
+    "warmup_ratio": "called warmup_steps here; a number below 1 is a share of all steps",
+    "lr_scheduler": "called lr_scheduler_type here",
+    "eval_strategy": _BY_STEPS,
+    "evaluation_strategy": _BY_STEPS,
+    "save_strategy": _BY_STEPS,
+    "logging_strategy": _BY_STEPS,
+    "logging_dir": "not offered: metrics go to metrics.jsonl in output_dir, and to W&B with report_to",
+    "greater_is_better": "derived: a metric_for_best_model whose name ends in loss, perplexity, gap or forgetting is to be low, others high",
+    "resume_from_checkpoint": _RESUMES,
+    "overwrite_output_dir": _RESUMES,
+    "push_to_hub": _NO_HUB,
+    "hub_model_id": _NO_HUB,
+    "hub_token": _NO_HUB,
+    "dataset": "called train_dataset here",
+    "dataset_name": "called train_dataset here, with eval_dataset beside it",
+    "dataset_config": "called `name` here, inside train_dataset",
+    "dataset_train_split": "called `split` here, inside train_dataset",
+    "dataset_test_split": "called `split` here, inside eval_dataset",
+    "lora_dropout": _NO_DROPOUT,
+    "disable_dropout": _NO_DROPOUT,
+    "use_peft": "called method: lora here",
+    "use_dora": "called method: dora here",
+    "load_in_4bit": "called method: qlora here",
+    "group_by_length": "called train_sampling_strategy: group_by_length here",
+    "packing_strategy": "derived: examples stay whole, only plain text longer than max_length is cut",
+    "max_seq_length": "called max_length here",
+    "assistant_only_loss": "called completion_only_loss here; in `messages` it trains on every assistant turn",
+    "wandb_project": "called project here",
+}
+_OF_STAGE = {
+    "sft": {},
+    "reward": {},
+    "classify": {
+        "num_labels": "derived from the labels of the training rows",
+        "id2label": "derived: text labels get ids in alphabetical order; whole numbers are ids",
+        "label2id": "derived: text labels get ids in alphabetical order; whole numbers are ids",
+        "label_names": "derived: the labels are in the column `label`; map another to it under `columns:`",
+    },
+    "mlm": {
+        "mask_probability": "called mlm_probability here",
+        "line_by_line": "not needed: each row is a text; longer ones are cut into pieces of max_length tokens",
+        "whole_word_mask": "not offered: tokens are masked one by one",
+    },
+    "ppo": {
+        "gradient_accumulation_steps": "derived: set minibatch_size (responses per optimiser step over all devices) and per_device_train_batch_size",
+        "num_mini_batches": "derived: set minibatch_size; there are rollout_batch_size / minibatch_size of them",
+        "mini_batch_size": "called minibatch_size here",
+        "train_batch_size": "called minibatch_size here (per optimiser step) and rollout_batch_size (per update)",
+        "batch_size": "called rollout_batch_size here",
+        "local_batch_size": "derived: set rollout_batch_size, which is over all devices",
+        "local_rollout_forward_batch_size": "called per_device_eval_batch_size here",
+        "num_train_epochs": "called total_episodes here (responses in the whole run), with num_ppo_epochs per rollout",
+        "max_steps": "called total_episodes here; an update takes rollout_batch_size of them",
+        "max_length": "called max_prompt_length and response_length here",
+        "max_new_tokens": "called response_length here",
+        "model_name_or_path": "called sft_model_path here",
+        "num_sample_generations": "called eval_steps here, with num_sample_rows",
+        "num_total_batches": "derived: total_episodes / rollout_batch_size",
+        "exp_name": "called run_name here",
+        "init_kl_coef": "called kl_coef here",
+        "adap_kl_ctrl": "called kl_target here: kl_coef adapts to it when it is set",
+        "target": "called kl_target here, in nats per response",
+        "horizon": "called kl_horizon here",
+        "target_kl": "called max_approx_kl here when it ends an update early, kl_target when kl_coef adapts to it",
+        "early_stopping": "called max_approx_kl here",
+        "beta": "called kl_coef here",
+        "adv_estimator": "called advantage_estimator here",
+        "use_score_scaling": "called normalize_scores here",
+        "use_score_norm": "called normalize_scores here",
+        "scale_rewards": "derived: advantage_estimator grpo divides by the deviation of a prompt's responses, dr_grpo does not",
+        "loss_type": "derived from advantage_estimator: grpo is a mean over responses, dr_grpo over response_length, others over tokens",
+        "n_samples_per_prompt": "called num_generations here",
+        "vf_coef": "not offered: policy and value model have optimisers of their own; set value_learning_rate",
+        "stop_token": "derived: a response ends at the tokenizer's end-of-text token",
+        "stop_token_id": "derived: a response ends at the tokenizer's end-of-text token",
+        "whiten_advantages": "not needed: advantages are always whitened over all devices",
+    },
+    "evaluate": {
+        "model": "called models here, a list or a mapping of names to folders or hub ids",
+        "model_name_or_path": "called models here, a list or a mapping of names to folders or hub ids",
+        "tasks": "called eval_dataset here: rows are data sources, measured by metrics or a grader",
+        "num_fewshot": "called num_shots here, a list",
+        "batch_size": "called per_device_eval_batch_size here",
+        "limit": "called max_eval_rows here",
+        "until": "called stop_strings here",
+        "max_gen_toks": "called max_new_tokens here",
+        "response_length": "called max_new_tokens here",
+        "reward_funcs": "called grader here, one function",
+        "eval_reward_funcs": "called grader here, one function",
+        "deepspeed": "not offered: every process holds whole models, and takes its share of the rows",
+    },
+}
+_BOTTLENECK = (
+    "not offered: PEFT has no bottleneck adapters, and the `adapters` library, which has, needs transformers 4.57 where "
+    "this project needs 5; use lora, which trains as few parameters and can be merged"
+)
+
+# What others call a way to train, and there is none of that name here.
+METHODS_ELSEWHERE = dict.fromkeys(("bottleneck", "adapter", "adapters", "houlsby", "pfeiffer"), _BOTTLENECK)
+
+
+def explain(stage: str, name: str) -> str | None:
+    """The clause that follows "unknown key", or None when only a nearest key can help."""
+    if name in _SAMPLING.split():
+        return f"; {_SAMPLED if stage != 'evaluate' else _GREEDY}"
+    if known := _OF_STAGE[stage].get(name) or _ANY_STAGE.get(name):
+        return f"; {known}"
+    owners = [other for other, cls in RECIPES.items() if name in {field.name for field in dataclasses.fields(cls)}]
+    if owners:
+        return f"; it belongs to the {' and '.join(owners)} stage{'s' if len(owners) > 1 else ''}, and this is {stage}"
+    return None

@@ -1,0 +1,180 @@
+"""Prompts and responses to token ids, the same ids in every stage.
+
+A prompt is tokenised whole, exactly as generation starts from it; its response is tokenised on its own, so that the
+prompt's ids are a prefix of the row's ids; the end-of-text id (EOS) closes a response, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from align.data.rows import Demonstration, Turns, as_response, render_text
+from align.errors import BadRow, UserError
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> list[int]:
+    """Ids of a prompt: text with the tokenizer's BOS, messages as the chat template opens the assistant's turn.
+
+    Raises:
+        BadRow: the chat template refuses the messages, or BOS or EOS is spelt out where it would be one too many.
+        UserError: the prompt is messages and the tokenizer has no chat template.
+    """
+    return prompt_ids(tokenizer, [prompt], [prompt_text(tokenizer, prompt)])[0]
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns) -> list[int]:
+    """Ids of a response: no BOS, EOS once and last.
+
+    Raises:
+        BadRow: as `encode_prompt`, or the chat template writes the prompt otherwise when a response follows.
+        UserError: as `encode_prompt`.
+    """
+    text = response_text(tokenizer, prompt, prompt_text(tokenizer, prompt), response)
+    return response_ids(tokenizer, [text])[0]
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns, is_encoder: bool = False
+) -> list[int]:
+    """Ids of prompt and response as one sequence, the same in reward training and in PPO.
+
+    An encoder gets the readable texts in its own pair format. A sampled response may say anything: where BOS or EOS
+    is spelt out, which makes a row of data a bad row, it is left out here.
+
+    Raises:
+        BadRow: the chat template refuses the messages.
+        UserError: the prompt is messages and the tokenizer has no chat template.
+    """
+    if is_encoder:
+        return pair_ids(tokenizer, [render_text(prompt)], [render_text(response)])[0]
+    try:
+        return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
+    except BadRow:
+        prompt, response = _unspelt(tokenizer, prompt), _unspelt(tokenizer, response)
+        return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> str:
+    """The text to tokenise for a prompt. Raises as `encode_prompt`."""
+    if not isinstance(prompt, str):
+        return _render(tokenizer, prompt, add_generation_prompt=True)
+    bos = tokenizer.bos_token
+    if bos and bos != tokenizer.eos_token and bos in prompt.removeprefix(bos):
+        raise BadRow(f"the text of the begin-of-text token {bos} in the prompt")
+    return prompt
+
+
+def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns, start: str, response: Turns) -> str:
+    """The text to tokenise for a response, without EOS; `start` is the prompt's text. Raises as `encode_response`."""
+    if isinstance(prompt, str):
+        return _until_eos(tokenizer, render_text(response))
+    turns = as_response(prompt, response) if isinstance(response, str) else response
+    whole = _render(tokenizer, [*prompt, *turns], add_generation_prompt=False)
+    return _until_eos(tokenizer, _after(start, whole))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Turns], texts: Sequence[str]) -> list[list[int]]:
+    """Ids of prompts from their texts. Text gets the tokenizer's special tokens; the chat template wrote its own."""
+    are_text = [isinstance(prompt, str) for prompt in prompts]
+    plain = iter(_ids(tokenizer, [text for text, is_text in zip(texts, are_text, strict=True) if is_text], True))
+    chat = iter(_ids(tokenizer, [text for text, is_text in zip(texts, are_text, strict=True) if not is_text], False))
+    return [_opened(tokenizer, next(plain)) if is_text else next(chat) for is_text in are_text]
+
+
+def response_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of responses from their texts, closed by EOS."""
+    return [[*ids, tokenizer.eos_token_id] for ids in _ids(tokenizer, texts, False)]
+
+
+def pair_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+    """Ids of pairs of texts as an encoder's tokenizer joins them."""
+    ids: list[list[int]] = tokenizer(list(prompts), list(responses), verbose=False)["input_ids"]
+    return ids
+
+
+def prompt_labels(tokenizer: PreTrainedTokenizerBase, row: Demonstration, text: str, ignored: int) -> list[int]:
+    """Labels of a prompt: `ignored`, but for the assistant turns (their closing EOS included) that the row trains.
+
+    Args:
+        text: the prompt's text, as the chat template wrote it.
+
+    Raises:
+        BadRow: the chat template writes an earlier turn otherwise once others follow.
+        UserError: the tokenizer cannot tell where its tokens lie in the text.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(f"{tokenizer.name_or_path}: training on several turns needs a fast tokenizer (tokenizer.json).")
+    assert not isinstance(row.prompt, str)  # only dialogues train more than one turn
+    turns = [index for index, message in enumerate(row.prompt) if message["role"] == "assistant"]
+    spans = []
+    for index in turns[len(turns) - row.trained_turns + 1 :]:
+        opened = _render(tokenizer, row.prompt[:index], add_generation_prompt=True)
+        closed = _render(tokenizer, row.prompt[: index + 1], add_generation_prompt=False)
+        _after(closed, text)
+        turn, eos, _ = _after(opened, closed).partition(tokenizer.eos_token)
+        spans.append((len(opened), len(opened) + len(turn) + len(eos)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [
+        token if any(start <= first < last <= end for start, end in spans) else ignored
+        for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ]
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: the rows are messages, and the tokenizer has no chat template to write "
+            "them as text; name a Jinja file as `chat_template_path`."
+        )
+    for token in (tokenizer.bos_token, tokenizer.eos_token):
+        if token and any(token in message["content"] for message in messages):
+            raise BadRow(f"the text of the special token {token} in a message")
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        raise BadRow(f"the chat template refuses it: {error}") from error
+    return str(rendered)
+
+
+def _after(start: str, whole: str) -> str:
+    if not whole.startswith(start):
+        raise BadRow("the chat template renders the prompt otherwise once a response follows")
+    return whole[len(start) :]
+
+
+def _until_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    text, _, rest = text.partition(tokenizer.eos_token)
+    if rest.strip():
+        raise BadRow(f"the text of the end-of-text token {tokenizer.eos_token} inside the response")
+    if tokenizer.bos_token and tokenizer.bos_token in text:
+        raise BadRow(f"the text of the begin-of-text token {tokenizer.bos_token} in the response")
+    return text
+
+
+def _unspelt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Turns:
+    """The turns without the text of BOS and EOS."""
+    if not isinstance(turns, str):
+        return [{**turn, "content": str(_unspelt(tokenizer, turn["content"]))} for turn in turns]
+    for token in (tokenizer.bos_token, tokenizer.eos_token):
+        turns = turns.replace(token, "") if token else turns
+    return turns
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    return ids
+
+
+def _opened(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Ids of a text prompt with one BOS where the text spells a second one, and without the EOS that some add."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    while ids and ids[-1] == eos and ids != [bos]:
+        ids = ids[:-1]
+    return ids

@@ -1,0 +1,144 @@
+"""The recipe's sources, read, checked, and split into training and evaluation rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from align.config.base import StageRecipe
+from align.config.data_source import DataSource
+from align.data.duplicates import find_duplicates
+from align.data.formats import choose_formats, missing_column, read_row
+from align.data.mixture import sample, task_counts, times_used, weighted
+from align.data.rows import BadRows, Row
+from align.data.sources import _read
+from align.data.split import NoneHeldOut, _is_held_out, free_of, prompts_of
+from align.data.templates import TASK, TEMPLATE, Instructions, task_name
+from align.errors import BadRow, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Both sides of the data. `report` is JSON-able: sources with fingerprints, counts, bad rows by reason."""
+
+    train: list[Any]
+    evaluation: list[Any]
+    report: dict[str, Any]
+
+
+def load_rows(recipe: StageRecipe, form: type) -> Rows:
+    """Read, check and split the recipe's data.
+
+    No prompt is on both sides. Without `eval_dataset`, `eval_fraction` of the openings (a dialogue up to its first user
+    turn, else the whole prompt or text) is held out by a hash of the opening and the seed: an opening is on one and the
+    same side in every stage, however long the dialogue that follows. With `eval_dataset`, training rows that would
+    train on one of its prompts are dropped and counted. Training rows keep the order of the data.
+
+    Args:
+        form: `Prompt`, `Demonstration`, `Preference`, `Labelled` or `Passage`.
+
+    Raises:
+        UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a side
+            is empty (`NoneHeldOut` when that is by `eval_fraction`).
+    """
+    if any(source.weight != 1 for source in recipe.eval_dataset):
+        raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
+    bad = BadRows()
+    loaded = [_load(source, recipe.seed, form, bad) for source in (*recipe.train_dataset, *recipe.eval_dataset)]
+    bad_rows = bad.settle(recipe.on_bad_row)
+    sources = [rows for rows, _ in loaded]
+    evaluation = list(chain.from_iterable(sources[len(recipe.train_dataset) :]))
+    evaluated = prompts_of(evaluation)
+    training: list[list[Row]] = []
+    dropped = 0
+    for rows in sources[: len(recipe.train_dataset)]:
+        if recipe.eval_dataset:
+            kept = free_of(rows, evaluated)
+            dropped += len(rows) - len(kept)
+        else:
+            held_out = [_is_held_out(row, recipe) for row in rows]
+            kept = [row for row, out in zip(rows, held_out, strict=True) if not out]
+            evaluation += [row for row, out in zip(rows, held_out, strict=True) if out]
+        training.append(kept)
+    weights = [source.weight for source in recipe.train_dataset]
+    times = times_used([len(rows) for rows in training], weights, recipe.mixture_temperature)
+    used = [
+        weighted(rows, each, f"{recipe.seed} weight {number}")
+        for number, (rows, each) in enumerate(zip(training, times, strict=True))
+    ]
+    train = list(chain.from_iterable(used))
+    if not train:
+        raise UserError(
+            f"train_dataset: no training row is left: {len(evaluation)} are for evaluation, {dropped} were dropped because "
+            f"eval_dataset has their prompt, and these are bad rows: {bad.summary()}. Give more or other rows, or lower "
+            "`eval_fraction`."
+        )
+    if not evaluation and recipe.eval_dataset:
+        raise UserError(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
+    if not evaluation and recipe.eval_fraction > 0:
+        raise NoneHeldOut(
+            f"eval_fraction: {recipe.eval_fraction} of the prompts of {len(train)} rows came to none; raise it, give "
+            "an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
+        )
+    if recipe.max_eval_rows is not None:
+        evaluation = sample(evaluation, recipe.max_eval_rows, f"{recipe.seed} evaluation")
+    uses = [{"used_for": "training", "train_rows": len(rows)} for rows in used]
+    uses += [{"used_for": "evaluation"}] * len(recipe.eval_dataset)
+    report = {
+        "sources": [{**description, **use} for (_, description), use in zip(loaded, uses, strict=True)],
+        "train_rows": len(train),
+        "evaluation_rows": len(evaluation),
+        "tasks": task_counts(train, evaluation),
+        "train_rows_dropped_as_evaluated": dropped,
+        "bad_rows": bad_rows,
+        "duplicates": find_duplicates(train, evaluation),
+    }
+    return Rows(train, evaluation, report)
+
+
+def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list[Row], dict[str, Any]]:
+    """The usable rows of one source, and what the report says of it."""
+    name = str(source.path or source.generator)
+    raw = list(_read(source))
+    if not raw:
+        raise UserError(f"{name}: expected rows, found none; name a source that holds data.")
+    columns = list(dict.fromkeys(key for _, values in raw if isinstance(values, Mapping) for key in values))
+    for theirs in source.columns.values():
+        if theirs not in columns:
+            raise missing_column(name, theirs, columns)
+    taken = set(source.columns.values())
+    instructions = Instructions(source, seed, columns) if source.templates else None
+    given = ["prompt", "completion"] if instructions else [*source.columns, *(c for c in columns if c not in taken)]
+    formats = choose_formats(name, given, form)
+    if source.max_rows is not None:
+        raw = sample(raw, source.max_rows, f"{seed} rows of {name}")
+    rows: list[Row] = []
+    digest = hashlib.sha256()
+    for where, values in raw:
+        with bad.counted(where):
+            if not isinstance(values, Mapping):
+                raise BadRow("not a mapping of columns" if values is not None else "not valid JSON")
+            ours = {column: value for column, value in values.items() if column not in taken}
+            ours |= {column: values.get(theirs) for column, theirs in source.columns.items()}
+            try:
+                line = json.dumps(ours, sort_keys=True, ensure_ascii=False, default=str).encode()
+            except UnicodeEncodeError:
+                raise BadRow("not valid Unicode (a lone surrogate)") from None
+            if instructions:
+                said, drawn = instructions.apply(line, where)
+                row = read_row(said, where, form, formats)
+                row.extra.update(ours | drawn)
+            else:
+                row = read_row(ours, where, form, formats)
+            if source.task or TASK not in row.extra:
+                row.extra[TASK] = task_name(source)
+            rows.append(row)
+            digest.update(line + b"\n")
+    description = {"source": name, "task": task_name(source), "rows": len(rows), "weight": source.weight}
+    if instructions:
+        description["templates"] = [sum(row.extra[TEMPLATE] is each for row in rows) for each in source.templates]
+    return rows, {**description, "fingerprint": digest.hexdigest()}

@@ -1,0 +1,94 @@
+"""Raw rows from files, the hub and generators."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os.path
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from align.config.data_source import COLUMNS, DataSource
+from align.config.load import resolve_function
+from align.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def _read(source: DataSource) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each row; the row is None where a line is not JSON."""
+    if source.generator is not None:
+        yield from _generated(source.generator, source.generator_kwargs)
+        return
+    path = str(source.path)
+    files = sorted(glob.glob(path, recursive=True)) or ([path] if os.path.exists(path) else [])
+    for file in files:
+        yield from _read_file(file, source)
+    if files:
+        return
+    if glob.has_magic(path) or path.startswith(("/", ".", "~")) or path.removesuffix(".gz").endswith(SUFFIXES):
+        raise UserError(f"{path}: no such file; correct the path in the recipe.")
+    try:
+        rows = datasets.load_dataset(path, source.name, split=source.split)
+    except Exception as error:  # the network, the hub and the data set's own files fail in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path}: neither a file nor a data set that could be fetched from the hub (name {source.name}, split "
+            f"{source.split}): {reason}. Check the id, the network and your hub login, or download it and name the file."
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"{path}:{source.split}:{number}", row
+
+
+def _generated(spec: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    function = resolve_function(spec, "generator")
+    try:
+        for number, row in enumerate(function(**arguments), 1):
+            yield f"{spec}:{number}", row
+    except Exception as error:  # whatever the user's function raises, it is theirs to mend
+        raise UserError(f"generator: {spec} failed with {type(error).__name__}: {error}") from error
+
+
+def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
+    kind = Path(file.removesuffix(".gz")).suffix
+    if kind not in SUFFIXES or os.path.isdir(file):
+        raise UserError(f"{file}: expected a {', '.join(SUFFIXES)} file (.gz allowed); to read a folder, use a glob.")
+    try:
+        if kind in (".json", ".jsonl"):
+            yield from _read_json(file)
+            return
+        # Streamed, so that no copy is left in the cache that could be taken for a newer file.
+        options: dict[str, Any] = {}
+        if kind == ".csv":  # our columns are text, whatever they look like: "42" and "None" too
+            label = source.columns.get("label", "label")  # which may be a number
+            ours = {*COLUMNS, *source.columns.values()} - {label}
+            options = {"converters": dict.fromkeys(ours, str), "keep_default_na": False, "na_values": [""]}
+        rows = datasets.load_dataset(kind[1:], data_files=[file], split="train", streaming=True, **options)
+        for number, row in enumerate(rows, 1):
+            yield f"{file}:{number}", row
+    except UserError:
+        raise
+    except Exception as error:  # unreadable, truncated, another encoding, another format than the name says
+        raise UserError(f"{file}: cannot be read as {kind[1:]}: {type(error).__name__}: {error}") from error
+
+
+def _read_json(file: str) -> Iterator[tuple[str, Any]]:
+    """JSON lines or one JSON list. Not by `datasets`: Arrow wants one type per column, and refuses the file for a row."""
+    open_text = gzip.open if file.endswith(".gz") else open
+    with open_text(file, "rt", encoding="utf-8-sig") as lines:
+        first = next((line for line in lines if line.strip()), "")
+        lines.seek(0)
+        if first.lstrip().startswith("["):
+            yield from ((f"{file}:{number}", row) for number, row in enumerate(json.load(lines), 1))
+            return
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                yield f"{file}:{number}", row

@@ -1,0 +1,47 @@
+"""Which rows are held out: by a hash of the prompt, so that no prompt is on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TypeVar
+
+from align.config.base import StageRecipe
+from align.data.rows import Demonstration, Row, canonical
+from align.errors import UserError
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+class NoneHeldOut(UserError):
+    """`eval_fraction` of the prompts came to none."""
+
+
+def _context(row: Row) -> list[tuple[str, str]]:
+    return canonical(row.completion if isinstance(row, Demonstration) and not row.prompt else row.prompt)
+
+
+def _is_held_out(row: Row, recipe: StageRecipe) -> bool:
+    turns = _context(row)
+    opening = turns[: 1 + [role for role, _ in turns].index("user")]
+    digest = hashlib.sha256(json.dumps([recipe.seed, opening]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < recipe.eval_fraction * 2**64
+
+
+def _prompts(row: Row) -> list[str]:
+    """Every prompt that the row trains a response to."""
+    turns = _context(row)
+    earlier = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
+    trained = row.trained_turns - 1 if isinstance(row, Demonstration) else 0
+    return [json.dumps(turns[:end]) for end in (*earlier[len(earlier) - trained :], len(turns))]
+
+
+def prompts_of(rows: Sequence[Row]) -> set[str]:
+    """Every prompt that one of the rows trains a response to."""
+    return {prompt for row in rows for prompt in _prompts(row)}
+
+
+def free_of(rows: Sequence[AnyRow], prompts: set[str]) -> list[AnyRow]:
+    """The rows that train a response to none of the prompts."""
+    return [row for row in rows if prompts.isdisjoint(_prompts(row))]

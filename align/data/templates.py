@@ -1,0 +1,179 @@
+"""Labelled rows become instructions: Jinja templates, verbalised labels, and the label read back from an answer.
+
+Templates are rendered as chat templates are: sandboxed and without a loader, so a recipe runs no code of its own, and
+what a row says is never read as a template. Loops end with their list; `range` is held to 100,000 steps.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os.path
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError, UndefinedError
+
+from align.config.convert import key_text
+from align.config.data_source import (
+    _SYSTEM,
+    _TEXT_PARTS,
+    _VERBALISED,
+    DataSource,
+    _compiled,
+    _environment,
+    read_columns,
+)
+from align.errors import BadRow, UserError, nearest
+
+# What a templated row's `extra` holds besides its columns, for the inverse: the template it drew (a mapping of strings),
+# the source's labels, and the key of its own label among them (without `labels`, the label as text).
+TASK, TEMPLATE, LABELS, LABEL = "task", "_template", "_labels", "_label"
+_ROW = "row"  # the variable that holds all columns, for names that are no Jinja names
+_ANYTHING = r"[\s\S]*?"
+_SPLIT = re.compile(r"(^|[-_.])(train|training|test|validation|valid|val|dev|eval|evaluation)$", re.IGNORECASE)
+
+
+def task_name(source: DataSource) -> str:
+    """The source's task: as given, else its generator, hub id or file, of whose name the split is no part."""
+    if source.task or source.path is None:
+        return str(source.task or source.generator)
+    folder, file = os.path.split(source.path)
+    if "." not in file and not glob.has_magic(file):
+        return source.name or file
+    stem = file.split(".")[0]
+    task = _SPLIT.sub("", stem)
+    return task if task and not glob.has_magic(task) else os.path.basename(folder) or stem
+
+
+class Instructions:
+    """The templates of one source, applied to its rows. Which one a row draws depends on seed, source and row alone."""
+
+    def __init__(self, source: DataSource, seed: int, columns: Sequence[str]) -> None:
+        """`columns` are all that the source's rows have.
+
+        Raises:
+            UserError: there are labels, and no column that holds them.
+        """
+        self.source = source
+        self.columns = columns
+        self.name = str(source.path or source.generator)
+        self.draw = f"{seed} template {os.path.basename(self.name)}\n".encode()
+        if source.labels and source.label_column not in columns:
+            raise UserError(
+                f"{self.name}: no column `{source.label_column}` for `labels`; its columns are {', '.join(columns)}"
+                f"{nearest(source.label_column, columns)}. Name the right one as `label_column` in the recipe."
+            )
+
+    def apply(self, line: bytes, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A row as `prompt` and `completion`, and what its `extra` is to hold besides its columns.
+
+        Args:
+            line: the row as JSON, of which alone the templates see anything.
+
+        Raises:
+            BadRow: it lacks a column that its template reads, or its label is not among the labels.
+            UserError: no row has that column, or the template reaches out of the sandbox.
+        """
+        values = json.loads(line)
+        digest = hashlib.sha256(self.draw + line).digest()
+        index = int.from_bytes(digest[:8], "big") % len(self.source.templates)
+        template = self.source.templates[index]
+        extra: dict[str, Any] = {TEMPLATE: template, LABELS: self.source.labels}
+        variables = {_ROW: values, **values}
+        if (label := values.get(self.source.label_column)) is not None:
+            extra[LABEL] = key_text(label)
+            variables[_VERBALISED] = self.source.labels.get(extra[LABEL], label)
+        if self.source.labels and extra.get(LABEL) not in self.source.labels:
+            got = "null" if label is None else key_text(label)
+            raise BadRow(f"label {got} is not among `labels` ({', '.join(self.source.labels)})")
+        said = {part: self._render(index, part, variables, where) for part in template}
+        if _TEXT_PARTS[0] in said:
+            return said, extra
+        roles = [role for role in (_SYSTEM, "user") if role in said]
+        messages = [{"role": role, "content": said[role]} for role in roles]
+        return {"prompt": messages, "completion": [{"role": "assistant", "content": said["assistant"]}]}, extra
+
+    def _render(self, index: int, part: str, variables: Mapping[str, Any], where: str) -> str:
+        place = f"templates[{index}].{part}"
+        text = self.source.templates[index][part]
+        try:
+            return _compiled(text).render(variables)
+        except BadRow as bad:
+            raise BadRow(f"{place} {bad}") from None
+        except UndefinedError as error:
+            missing = sorted(read_columns(text) - variables.keys())
+            if not missing:
+                raise BadRow(f"{place}: {error}") from None
+            if missing[0] in self.columns:
+                raise BadRow(f"no column `{missing[0]}`, which {place} reads") from None
+            hint = nearest(missing[0], self.columns)
+            if missing[0] == _VERBALISED and not hint:
+                hint = "; the column with the labels is named as `label_column`"
+            raise UserError(
+                f"{where}: {place} reads `{missing[0]}`, which no row has; the columns are {', '.join(self.columns)}{hint}."
+            ) from None
+        except SecurityError as error:
+            raise UserError(f"{where}: {place}: {error}; a template only reads columns.") from None
+        except Exception as error:  # whatever the template does with this row's values
+            raise BadRow(f"{place} fails with {type(error).__name__}: {error}") from None
+
+
+def label_of(text: str, template: Mapping[str, str], labels: Mapping[str, str]) -> str | None:
+    """The label that a generated answer gives: the inverse of a template's `completion` (or `assistant`).
+
+    That is the label which follows the template's words before `{{ label }}`, wherever these begin in the answer, or
+    the label with which the answer begins when the template has no such words. Failing this, it is the only label
+    that occurs in the answer; so "It is not positive" counts as positive. Case and spacing do not matter.
+
+    Args:
+        text: the answer.
+        template: `extra["_template"]` of the row.
+        labels: `extra["_labels"]` of the row, key to text; when empty, what stands in the label's line is the label.
+
+    Returns:
+        A key of `labels`, to compare with `extra["_label"]`; without labels, a text; None when there is none.
+    """
+    before, after = _around_label(template.get("completion") or template["assistant"])
+    if not labels:
+        found = before and re.search(rf"{before}(\S.*?)(?:{after})?\s*$", text, re.IGNORECASE | re.MULTILINE)
+        return found[1] if found else None
+    keys = {_plain(word): label for label, word in labels.items()}
+    words = "|".join(_pattern(word) for word in sorted(keys, key=len, reverse=True))  # "very good" before "good"
+    if before and (found := re.search(rf"{before}({words})(?!\w)", text, re.IGNORECASE)):
+        return keys[_plain(found[1])]
+    occurring = {_plain(word) for word in re.findall(rf"(?<!\w)({words})(?!\w)", text, re.IGNORECASE)}
+    return keys[occurring.pop()] if len(occurring) == 1 else None
+
+
+def _around_label(completion: str) -> tuple[str | None, str]:
+    """Patterns of what a completion says before its label, and after it; None where nothing tells the label's place."""
+    before: str | None = None
+    pattern = ""
+    for node in _environment().parse(completion).body:
+        for part in node.nodes if isinstance(node, nodes.Output) else [node]:
+            if isinstance(part, nodes.TemplateData):
+                pattern += _pattern(part.data)
+            elif before is None and _reads_label(part):
+                before, pattern = pattern.removeprefix(r"\s+"), ""
+            else:
+                pattern += _ANYTHING
+    if before is None or before.endswith(_ANYTHING):
+        return None, ""
+    return before or r"\A\s*", pattern
+
+
+def _reads_label(part: nodes.Node) -> bool:
+    names = [part] if isinstance(part, nodes.Name) else part.find_all(nodes.Name)
+    return any(name.name == _VERBALISED for name in names)
+
+
+def _pattern(words: str) -> str:
+    return r"\s+".join(re.escape(word) for word in re.split(r"\s+", words))
+
+
+def _plain(words: str) -> str:
+    return " ".join(words.casefold().split())

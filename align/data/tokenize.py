@@ -1,0 +1,166 @@
+"""Checked rows to data sets of token ids, and the order in which prompts are drawn.
+
+Labels are made from lengths, never from ids, so a padding token that is also EOS does no harm. A row that is too long
+is a bad row; nothing is cut short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from align.config.reward import RewardRecipe
+from align.config.sft import SFTRecipe
+from align.data.encode import pair_ids, prompt_ids, prompt_labels, prompt_text, response_ids, response_text
+from align.data.rows import BadRows, Demonstration, Preference, Prompt, Turns, render_text
+from align.errors import BadRow, UserError
+
+IGNORED = -100  # the label of a token that is not learnt
+BATCH = 1000  # rows tokenised together
+Report = dict[str, dict[str, Any]]
+
+
+def tokenize_demonstrations(
+    rows: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: SFTRecipe,
+    kept: list[Demonstration] | None = None,
+) -> tuple[Dataset, Report]:
+    """`input_ids` and `labels` (-100 on what is not learnt) of each row, and the bad rows by reason.
+
+    Args:
+        kept: is filled with the rows that the data set holds, in its order.
+
+    Raises:
+        UserError: bad rows and `on_bad_row` is "error"; no row is left; messages and no chat template.
+    """
+    bad = BadRows()
+
+    def records() -> Iterator[tuple[list[int], list[int]]]:
+        for row, text, prompt, (response,) in _encoded(tokenizer, rows, bad):
+            with bad.counted(row.where):
+                ids = prompt + response
+                if not (recipe.packing and not row.prompt):  # plain text is cut into pieces when it is packed
+                    _check_length(len(ids), recipe.max_length, "max_length", tokenizer)
+                labels = ids
+                if recipe.completion_only_loss:
+                    labels = [IGNORED] * len(prompt)
+                    if row.trained_turns > 1:
+                        labels = prompt_labels(tokenizer, row, text, IGNORED)
+                    labels = labels + response
+                if kept is not None:
+                    kept.append(row)
+                yield ids, labels
+
+    dataset = _dataset(("input_ids", "labels"), records())
+    return dataset, _settle(bad, recipe.on_bad_row, len(rows), len(dataset))
+
+
+def tokenize_preferences(
+    rows: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, recipe: RewardRecipe, is_encoder: bool = False
+) -> tuple[Dataset, Report]:
+    """`chosen_ids` and `rejected_ids` (each prompt and response) of each row, and the bad rows by reason.
+
+    Raises:
+        UserError: bad rows and `on_bad_row` is "error"; no row is left; messages and no chat template.
+    """
+    bad = BadRows()
+
+    def records() -> Iterator[list[list[int]]]:
+        for row, sequences in _encoded_pairs(tokenizer, rows, bad, is_encoder):
+            with bad.counted(row.where):
+                _check_length(max(map(len, sequences)), recipe.max_length, "max_length", tokenizer)
+                if sequences[0] == sequences[1]:
+                    raise BadRow("`chosen` and `rejected` have the same tokens")
+                yield sequences
+
+    dataset = _dataset(("chosen_ids", "rejected_ids"), records())
+    return dataset, _settle(bad, recipe.on_bad_row, len(rows), len(dataset))
+
+
+def tokenize_prompts(
+    rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, on_bad_row: str
+) -> tuple[list[tuple[Prompt, list[int]]], Report]:
+    """Each prompt with its ids, and the bad rows by reason.
+
+    Raises:
+        UserError: bad rows and `on_bad_row` is "error"; no row is left; messages and no chat template.
+    """
+    bad = BadRows()
+    prompts: list[tuple[Prompt, list[int]]] = []
+    for row, _, ids, _ in _encoded(tokenizer, rows, bad):
+        with bad.counted(row.where):
+            _check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
+            prompts.append((row, ids))
+    return prompts, _settle(bad, on_bad_row, len(rows), len(prompts))
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], bad: BadRows
+) -> Iterator[tuple[Any, str, list[int], list[list[int]]]]:
+    """(row, text of its prompt, ids of its prompt, ids of each of its responses)."""
+    for start in range(0, len(rows), BATCH):
+        rendered: list[tuple[Any, str, list[str]]] = []
+        for row in rows[start : start + BATCH]:
+            with bad.counted(row.where):
+                text = prompt_text(tokenizer, row.prompt)
+                answers = [response_text(tokenizer, row.prompt, text, response) for response in _responses(row)]
+                if not all(answer.strip() for answer in answers):  # nothing but a spelt-out EOS
+                    raise BadRow("empty response")
+                rendered.append((row, text, answers))
+        prompts = prompt_ids(tokenizer, [row.prompt for row, *_ in rendered], [text for _, text, _ in rendered])
+        responses = iter(response_ids(tokenizer, [answer for *_, answers in rendered for answer in answers]))
+        for (row, text, answers), ids in zip(rendered, prompts, strict=True):
+            yield row, text, ids, list(islice(responses, len(answers)))
+
+
+def _responses(row: Prompt | Demonstration | Preference) -> tuple[Turns, ...]:
+    if isinstance(row, Preference):
+        return row.chosen, row.rejected
+    return (row.completion,) if isinstance(row, Demonstration) else ()
+
+
+def _encoded_pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], bad: BadRows, is_encoder: bool
+) -> Iterator[tuple[Preference, list[list[int]]]]:
+    """(row, ids of prompt and chosen, ids of prompt and rejected)."""
+    if not is_encoder:
+        for row, _, prompt, responses in _encoded(tokenizer, rows, bad):
+            yield row, [prompt + response for response in responses]
+        return
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        prompts = [render_text(row.prompt) for row in batch]
+        chosen = pair_ids(tokenizer, prompts, [render_text(row.chosen) for row in batch])
+        rejected = pair_ids(tokenizer, prompts, [render_text(row.rejected) for row in batch])
+        yield from ((row, list(pair)) for row, *pair in zip(batch, chosen, rejected, strict=True))
+
+
+def _dataset(names: tuple[str, ...], records: Iterator[Sequence[list[int]]]) -> Dataset:
+    """A data set in memory, built in parts: Arrow integers are small, Python's are not."""
+    features = Features({name: List(Value("int32")) for name in names})
+    parts = [Dataset.from_dict({name: [] for name in names}, features=features)]
+    while part := list(islice(records, BATCH)):
+        columns = dict(zip(names, zip(*part, strict=True), strict=True))
+        parts.append(Dataset.from_dict(columns, features=features))
+    return concatenate_datasets(parts)
+
+
+def _check_length(size: int, limit: int, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    if size > limit:
+        raise BadRow(f"longer than {limit} tokens (`{key}`)")
+    if size > tokenizer.model_max_length:
+        raise BadRow(f"longer than {tokenizer.model_max_length} tokens (the tokenizer's model_max_length)")
+
+
+def _settle(bad: BadRows, on_bad_row: str, before: int, after: int) -> Report:
+    report = bad.settle(on_bad_row)
+    if before and not after:
+        raise UserError(
+            f"none of {before} rows can be used ({bad.summary()}); give other rows, or change these limits."
+        )
+    return report

@@ -1,0 +1,69 @@
+"""Which tokens a masked language model has to predict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+from align.data.tokenize import IGNORED
+from align.errors import UserError
+from align.trainer.row_trainer import pad_right
+
+
+class Masking:
+    """Collates pieces: chooses the tokens to predict, as transformers does (80% masked, 10% random, 10% as they are).
+
+    The draw belongs to the piece: it depends on seed, epoch and the piece's number alone.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int):
+        self.collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.seed = seed
+        self.epoch = 0  # `MaskedTrainer` counts on
+
+    def mask(self, ids: Sequence[int], piece: int, draw: int | str) -> tuple[Tensor, Tensor]:
+        """Ids with tokens masked, and labels (-100 where nothing is to predict), both [n] int64."""
+        digest = hashlib.sha256(json.dumps([self.seed, draw, piece]).encode()).digest()
+        self.collator.generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        masked, labels = self.collator.torch_mask_tokens(torch.tensor([ids]))
+        return masked[0], labels[0]
+
+    def fixed(self, pieces: Dataset) -> Dataset:
+        """Pieces for evaluation, masked once and for all: `input_ids`, `labels` and `weight`.
+
+        Raises:
+            UserError: nothing in them is masked.
+        """
+        drawn = [self.mask(piece["input_ids"], piece["row"], "evaluation") for piece in pieces]
+        if not any((labels != IGNORED).any() for _, labels in drawn):
+            raise UserError(
+                f"eval_dataset: in {len(pieces)} held-out pieces of text no token is masked; give more text, or raise "
+                "mlm_probability."
+            )
+        columns = {"input_ids": [ids.tolist() for ids, _ in drawn], "labels": [labels.tolist() for _, labels in drawn]}
+        return Dataset.from_dict({**columns, "weight": [1] * len(drawn)})
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """A batch: `input_ids`, `attention_mask` and `labels` [B, S]; `weight` [B], the tokens to predict."""
+        drawn = [
+            (torch.tensor(row["input_ids"]), torch.tensor(row["labels"]))
+            if "labels" in row
+            else self.mask(row["input_ids"], row["row"], self.epoch)
+            for row in rows
+        ]
+        real = torch.tensor([row["weight"] for row in rows])[:, None]  # 0 for a padding row
+        labels = pad_right([labels for _, labels in drawn], IGNORED).masked_fill(real == 0, IGNORED)
+        return {
+            "input_ids": pad_right([ids for ids, _ in drawn], self.pad_id),
+            "attention_mask": pad_right([torch.ones_like(ids) for ids, _ in drawn], 0),
+            "labels": labels,
+            "weight": (labels != IGNORED).sum(dim=1),
+        }

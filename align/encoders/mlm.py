@@ -1,0 +1,172 @@
+"""Continued pre-training of an encoder (BERT-like) on plain text, by masked language modelling.
+
+    align mlm recipe.yaml
+    deepspeed --num_gpus 8 --module align mlm recipe.yaml
+
+Rows are {text}. A text of more than `max_length` tokens is cut into even pieces: unlike in the other stages nothing is
+too long, and nothing is lost. What is masked in a piece is a function of seed, epoch and piece, whatever batch or rank
+it falls into; held-out pieces are masked once, so that every evaluation asks the same. The loss of an optimiser step is
+the sum over its masked tokens, of all microbatches and ranks, divided by their number.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from align.config.encoders import MLMRecipe
+from align.config.stages import stage_inputs
+from align.data.batches import pad_to_batches
+from align.data.load import load_rows
+from align.data.rows import Passage
+from align.data.tokenize import IGNORED
+from align.encoders.masking import Masking
+from align.encoders.tokenize import piece_length, tokenize_passages
+from align.engine.batch_plan import batch_plan
+from align.engine.distributed import connect, disconnect
+from align.errors import UserError
+from align.models.load import is_encoder, load_config, load_masked_lm
+from align.models.tokenizer import load_tokenizer, set_padding
+from align.models.trainable import freeze
+from align.runs.manifest import check_tokenizer, open_stage
+from align.runs.quiet import quiet
+from align.runs.stage import already_finished, finish, last_checkpoint, step_of, write_untrained
+from align.runs.tables import markdown_table
+from align.runs.tracker import Tracker
+from align.trainer.hf_trainer import (
+    ExactEvaluation,
+    eval_batch_size,
+    save_trained,
+    total_steps,
+    train,
+    training_arguments,
+)
+from align.trainer.row_trainer import RowTrainer, row_arguments
+
+
+def run(recipe: MLMRecipe) -> dict[str, Any]:
+    """Go on training an encoder; returns the closing numbers, also in `stage.json`."""
+    quiet()
+    sources = stage_inputs(recipe)
+    if open_stage(recipe, "mlm", sources):
+        return already_finished(recipe)
+    world = connect(recipe)
+    plan = batch_plan(recipe, world.size)
+    config, tokenizer = check_inputs(recipe)
+    rows = load_rows(recipe, Passage)
+    length = piece_length(tokenizer, config, recipe)
+    pieces = tokenize_passages(rows.train, tokenizer, length)
+    world.check_rows(len(pieces))
+    train_rows = pad_to_batches(pieces, plan.batch_size)
+    masking = Masking(tokenizer, recipe.mlm_probability, recipe.seed)
+    eval_rows = None
+    if rows.evaluation:
+        eval_rows = masking.fixed(tokenize_passages(rows.evaluation, tokenizer, length))
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+    steps = total_steps(recipe, len(train_rows), plan)
+
+    checkpoint = last_checkpoint(recipe, world)
+    start = write_untrained(recipe, world, checkpoint is not None, partial(write_masked_lm, recipe))
+    with Tracker(recipe, "mlm", steps, resume_step=step_of(checkpoint)) as tracker:
+        tracker.say(plan.describe())
+        tracker.say(f"{len(rows.train)} texts in {len(pieces)} pieces of up to {length} tokens")
+        arguments = row_arguments(training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None))
+        model = load_masked_lm(start, recipe)[0]
+        freeze(model, recipe, model.get_output_embeddings())
+        trainer = MaskedTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            data_collator=masking,
+            processing_class=tokenizer,
+        )
+        before, after = train(trainer, recipe, tracker, checkpoint)
+        save_trained(trainer, recipe, world, lambda: load_masked_lm(start, recipe)[0])
+        results = closing_numbers(before, after, steps)
+        if results["table"]:
+            tracker.say("\n" + markdown_table(["measure", "before", "after"], results["table"]))
+        if world.is_main:
+            data = {**rows.report, "pieces": len(pieces)}
+            card = CARD.format(folder=recipe.output_dir, base=recipe.model_name_or_path, mask=tokenizer.mask_token)
+            finish(recipe, "mlm", sources, tokenizer, data, results, card)
+    world.barrier()
+    disconnect()
+    return results
+
+
+def check_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of the encoder to start from.
+
+    Raises:
+        UserError: it is missing, unfinished or no encoder, or its tokenizer cannot mask.
+    """
+    path, key = recipe.model_name_or_path, "model_name_or_path"
+    config = load_config(path, recipe, key)
+    if not is_encoder(config) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{key}: {path} ({config.model_type}) is no encoder that transformers trains by masking; name a BERT-like one, or "
+            "go on training a decoder with the sft stage."
+        )
+    tokenizer = load_tokenizer(path, recipe)
+    check_tokenizer(path, tokenizer, key)
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no mask token; set `mask_token` in its tokenizer_config.json.")
+    set_padding(tokenizer)
+    return config, tokenizer
+
+
+def write_masked_lm(recipe: MLMRecipe, folder: Path) -> None:
+    """Write the model to start from: an encoder without a masked-language-model head gets a new one."""
+    load_masked_lm(recipe.model_name_or_path, recipe)[0].save_pretrained(folder)
+
+
+class MaskedTrainer(ExactEvaluation, RowTrainer):
+    """Trainer whose loss and accuracy are those of masked tokens, exact over all pieces and ranks."""
+
+    accuracy = "accuracy"
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        self.data_collator.epoch = kwargs["epoch"]
+        super()._run_epoch(**kwargs)
+
+    def judge(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total, (logits.argmax(dim=-1) == labels).sum()
+
+
+def closing_numbers(before: dict[str, float], after: dict[str, float], steps: int) -> dict[str, Any]:
+    """The stage's results, from the evaluation logs before and after training; without these, only the steps."""
+    results: dict[str, Any] = {"steps": steps, "table": []}
+    if not after:
+        return results
+    for suffix, log in (("_before", before), ("", after)):
+        results[f"eval_loss{suffix}"] = log["eval_loss"]
+        results[f"eval_accuracy{suffix}"] = log["eval_accuracy"]
+    results["table"] = [
+        ["held-out loss (nats/masked token)", before["eval_loss"], after["eval_loss"]],
+        ["held-out perplexity of masked tokens", math.exp(before["eval_loss"]), math.exp(after["eval_loss"])],
+        ["held-out accuracy on masked tokens", before["eval_accuracy"], after["eval_accuracy"]],
+    ]
+    return results
+
+
+CARD = """# A masked language model
+
+Trained from {base} by the `mlm` stage of align: it fills in `{mask}`. The stages `classify` and `reward` can start from it.
+
+```python
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+model = AutoModelForMaskedLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+"""

@@ -1,0 +1,81 @@
+"""Global batch sizes, laid out over processes, microbatches and accumulation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from align.config.base import DEEPSPEED_KEYS, StageRecipe, TrainerRecipe
+from align.config.ppo import PPORecipe
+from align.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How a global batch is laid out; `batch_size == world_size * micro_batch_size * accumulation`."""
+
+    world_size: int  # processes
+    batch_size: int  # sequences per optimiser step over all processes
+    micro_batch_size: int  # sequences of one forward-backward pass on one process
+    accumulation: int  # such passes per optimiser step
+    rollout_per_rank: int | None = None  # PPO: prompts per update on one process
+    updates: int | None = None  # PPO: rollouts in the whole run
+    ptx_per_rank: int = 0  # PPO-ptx: rows per optimiser step on one process
+
+    @property
+    def policy_passes(self) -> int:
+        """Forward-backward passes of the policy per optimiser step: those of the batch, and those of PPO-ptx."""
+        return self.accumulation + -(-self.ptx_per_rank // self.micro_batch_size)
+
+    def describe(self) -> str:
+        """The plan in one line."""
+        line = (
+            f"{self.batch_size} sequences per step = {self.world_size} x {self.micro_batch_size} x {self.accumulation}"
+        )
+        line += " (processes x micro-batch x accumulation)"
+        if self.updates is not None:
+            line += f", {self.updates} updates of {self.world_size} x {self.rollout_per_rank} responses"
+        return line
+
+
+def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
+    """Lay the recipe's global sizes out over `world_size` processes.
+
+    The micro-batch is the largest that divides a process's share and is at most `per_device_train_batch_size`.
+
+    Raises:
+        UserError: a global size does not divide by `world_size`, or the DeepSpeed JSON fixes another size.
+    """
+
+    def share(name: str) -> int:
+        size: int = getattr(recipe, name)
+        if size % world_size:
+            near = [n for n in (size - size % world_size, size + world_size - size % world_size) if n]
+            raise UserError(
+                f"{name}: expected a multiple of the {world_size} processes, got {size}; "
+                f"use {' or '.join(map(str, near))}, or another number of processes."
+            )
+        return size // world_size
+
+    name = "train_batch_size" if isinstance(recipe, TrainerRecipe) else "minibatch_size"
+    own = share(name)
+    micro = next(size for size in range(min(own, recipe.per_device_train_batch_size), 0, -1) if own % size == 0)
+    plan = BatchPlan(world_size, own * world_size, micro, own // micro)
+    if isinstance(recipe, PPORecipe):
+        updates = recipe.total_episodes // recipe.rollout_batch_size
+        plan = dataclasses.replace(plan, rollout_per_rank=share("rollout_batch_size"), updates=updates)
+        if recipe.ptx_dataset:
+            plan = dataclasses.replace(plan, ptx_per_rank=share("ptx_batch_size"))
+    for name in DEEPSPEED_KEYS:
+        if not (path := getattr(recipe, name, None)):
+            continue
+        sizes = json.loads(Path(path).read_text(encoding="utf-8"))
+        for key, planned in (
+            ("train_batch_size", plan.batch_size),
+            ("train_micro_batch_size_per_gpu", plan.micro_batch_size),
+            ("gradient_accumulation_steps", plan.accumulation),
+        ):
+            if sizes.get(key, "auto") not in ("auto", planned):
+                raise UserError(f'{path}: {key}: expected "auto" or {planned} ({plan.describe()}), got {sizes[key]!r}')
+    return plan

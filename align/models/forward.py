@@ -1,0 +1,102 @@
+"""Run models: ids in, log-probabilities, losses or values of responses out.
+
+A batch is a left-padded prompt followed by a right-padded response: `ids [B, S]` and `mask [B, S]` (True =
+real token), of which the last T columns are the response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align.maths.losses import token_logprobs
+from align.models.lm_head import Objective, instead_of_head, is_last, logprobs_job, loss_job, output_head, plain_loss
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Position of each real token in its own sequence, [B, S] int64, 0 under left padding."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def response_logits(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Logits that predict the last `length` tokens, [B, length, V]; the head runs on those positions only."""
+    output = model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+        logits_to_keep=length + 1,
+    )
+    logits: Tensor = output.logits
+    return logits[:, -length - 1 : -1]
+
+
+def close_up(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows without the padding between and before their tokens.
+
+    Padded on the right alone, causal attention needs no mask: no token sees what comes after it. Most of the padding of
+    a batch of prompts and responses is gone, too.
+
+    Returns:
+        ids [B, S'], padded with token 0; the places [N], in the flattened batch, of the states that predict the real
+        tokens among the last `length` of each row; those N tokens.
+    """
+    sizes = mask.sum(dim=1, keepdim=True)
+    columns = torch.arange(int(sizes.max()), device=ids.device)
+    closed = torch.zeros(len(ids), len(columns), dtype=ids.dtype, device=ids.device)
+    closed[columns < sizes] = ids[mask]
+    first = sizes - mask[:, -length:].sum(dim=1, keepdim=True)  # place of the first response token in its row
+    places = ((columns >= first - 1) & (columns < sizes - 1)).flatten().nonzero().squeeze(1)
+    return closed, places, ids[:, -length:][mask[:, -length:]]
+
+
+def spread(numbers: Tensor, mask: Tensor) -> Tensor:
+    """One number per True of `mask` [B, T], row by row -> [B, T] float32, 0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers.float())
+
+
+def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int, temperature: float) -> Tensor:
+    """Log-probability of each of the last `length` tokens at `temperature`, [B, length] float32, nats; 0 at padding."""
+    closed, places, tokens = close_up(ids, mask, length)
+    if is_last(model):
+        with instead_of_head(output_head(model), logprobs_job(places, tokens, temperature)):
+            found = model(input_ids=closed, use_cache=False).logits
+    else:
+        found = token_logprobs(_logits(model, closed)[places], tokens, temperature)
+    return spread(found, mask[:, -length:])
+
+
+def response_loss(
+    model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int, temperature: float, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss over the N real tokens among the last `length` of each row.
+
+    Args:
+        objective: log-probabilities and entropies [n] (float32, nats) of a piece of the N tokens, counted row by row, and
+            which piece -> its share of the loss.
+
+    Returns:
+        the loss, which carries the gradient; log-probabilities and entropies [N] float32 without gradients.
+    """
+    closed, places, tokens = close_up(ids, mask, length)
+    found = torch.zeros(2, len(tokens), device=ids.device)
+    if is_last(model):
+        with instead_of_head(output_head(model), loss_job(places, tokens, temperature, objective, found)):
+            loss = model(input_ids=closed, use_cache=False).logits
+    else:
+        loss = plain_loss(_logits(model, closed)[places], tokens, temperature, objective, found)
+    return loss, found[0], found[1]
+
+
+def _logits(model: Callable[..., Any], closed: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=closed, use_cache=False).logits
+    return logits.flatten(0, 1)
+
+
+def response_values(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
+    """Value of the state before each of the last `length` tokens, [B, length] float32; 0 at padding."""
+    closed, places, _ = close_up(ids, mask, length)
+    return spread(_logits(model, closed)[places, 0], mask[:, -length:])

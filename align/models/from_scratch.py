@@ -1,0 +1,84 @@
+"""A random model from a configuration, and a tokenizer trained on the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
+
+from align.config.sft import SFTRecipe
+from align.data.rows import Demonstration, render_text
+from align.errors import UserError, nearest
+
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
+
+
+def scratch_config(recipe: SFTRecipe) -> PretrainedConfig:
+    """The configuration of a model to train from scratch; vocabulary and special ids come from its tokenizer.
+
+    Raises:
+        UserError: an unknown architecture or key, or values that do not go together.
+    """
+    given = dict(recipe.model_config)
+    model_type = given.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type)
+        known_keys = {*known.to_dict(), *known.attribute_map} - {
+            "vocab_size",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        }
+        for name in given:
+            if name not in known_keys:
+                raise UserError(f"model_config: {model_type} has no key {name!r} to set{nearest(name, known_keys)}")
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **given)
+        AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError as error:
+        raise UserError(f"model_config: {model_type} is no architecture that generates; take llama or gpt2.") from error
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model_config: transformers cannot make this {model_type}: {reason}") from error
+    if recipe.tokenizer_vocab_size < 256 + len(SPECIAL_TOKENS):
+        raise UserError(
+            f"tokenizer_vocab_size: expected at least {256 + len(SPECIAL_TOKENS)} (all bytes and "
+            f"{', '.join(SPECIAL_TOKENS)}), got {recipe.tokenizer_vocab_size}."
+        )
+    return config
+
+
+def write_scratch(recipe: SFTRecipe, config: PretrainedConfig, rows: Sequence[Demonstration], folder: Path) -> None:
+    """Write a random model, and a tokenizer trained on the rows, as a Hugging Face folder."""
+    tokenizer = train_tokenizer(
+        [render_text(turns) for row in rows for turns in (row.prompt, row.completion)], recipe.tokenizer_vocab_size
+    )
+    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if recipe.chat_template_path is not None:
+        tokenizer.chat_template = Path(recipe.chat_template_path).read_text(encoding="utf-8")
+    config.vocab_size = len(tokenizer)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = range(len(SPECIAL_TOKENS))
+    set_seed(recipe.seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `size` tokens, which knows every text and begins it with <s>."""
+    pad, bos, eos = SPECIAL_TOKENS
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
+    )

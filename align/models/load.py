@@ -1,0 +1,185 @@
+"""Load tokenizers and models, and write models as Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from align.config.base import StageRecipe
+from align.errors import UserError
+from align.models.trainable import keep_trainable
+
+
+def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
+    """The model's configuration, without its weights.
+
+    Raises:
+        UserError: there is no model at `path`, or one that no stage trains; `key` is the recipe key that named it.
+    """
+    if (base := adapter_base(path)) is not None:
+        return load_config(base, recipe, f"{key}: {path} is an adapter of {base}")
+    if _looks_local(path) and not (Path(path) / "config.json").is_file():
+        raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}: no model at {path}; check the path or hub id. {reason}") from error
+    if is_sequence_to_sequence(config):
+        raise UserError(
+            f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; name a causal "
+            "decoder (llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
+        )
+    return config
+
+
+def adapter_settings(path: str) -> dict[str, Any] | None:
+    """PEFT's settings of the adapter in `path`; None when `path` holds no adapter alone."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return None
+    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return {"num_virtual_tokens": None, **settings}
+
+
+def adapter_base(path: str) -> str | None:
+    """The model that the adapter in `path` was trained on; None when `path` holds no adapter alone.
+
+    Raises:
+        UserError: it is an adapter of virtual tokens, which no later stage can start from.
+    """
+    settings = adapter_settings(path)
+    if settings is None:
+        return None
+    if settings["num_virtual_tokens"]:
+        raise UserError(
+            f"{path}: holds learnt virtual tokens, which cannot be merged into a model, so that no stage can start from "
+            "them; `align evaluate` and PEFT's AutoPeftModelForCausalLM load them. Train with method: lora for that."
+        )
+    return str(settings["base_model_name_or_path"])
+
+
+def _looks_local(path: str) -> bool:
+    """Whether `path` names a folder rather than a hub id, which has the form `name` or `owner/name`."""
+    parts = Path(path).parts
+    return len(parts) > 2 or Path(parts[0]).is_dir() or path.startswith((".", "/", "~"))
+
+
+def is_sequence_to_sequence(config: PretrainedConfig) -> bool:
+    """Whether the model is an encoder with a decoder (T5-like), or the one half of it that is no model by itself."""
+    only = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return getattr(config, "is_encoder_decoder", False) or (
+        only and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether the backbone is an encoder (BERT-like): it reads both ways and cannot generate."""
+    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
+        return False
+    return config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type in ENCODER_TYPES
+
+
+# Encoders that transformers also lists as causal models (for use with `is_decoder`).
+ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "rembert", "big_bird",
+                 "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer", "roberta-prelayernorm", "xmod"}  # fmt: skip
+
+
+def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwargs: Any) -> Any:
+    if (base := adapter_base(path)) is not None:
+        if is_deepspeed_zero3_enabled():
+            raise UserError(
+                f"{path}: is an adapter, which cannot be merged while ZeRO 3 shards; run `align merge` first."
+            )
+        if "quantization_config" in kwargs:
+            raise UserError(
+                f"{path}: is an adapter, which is not merged into the 4-bit weights of method: qlora; run `align merge` first."
+            )
+        loaded = _load(auto, base, recipe, dtype, **kwargs)
+        model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
+        config = PeftConfig.from_pretrained(path)
+        config.task_type = None  # a value model may start from a language model's adapter
+        merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().requires_grad_(True)
+        return (merged, *report) if report else merged
+    try:
+        return auto.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the model cannot be loaded. {str(error).splitlines()[0]}") from error
+
+
+def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model, dropout off. Trained weights stay float32; bfloat16 is the engine's business."""
+    model: PreTrainedModel = _load(AutoModelForCausalLM, path, recipe, dtype, **kwargs)
+    keep_trainable(model)
+    disable_dropout(model)
+    return model
+
+
+def new_scorer(path: str, recipe: StageRecipe) -> PreTrainedModel:
+    """A sequence classifier with one label on the backbone in `path`; its head is for the caller to initialise."""
+    model: PreTrainedModel = _load(AutoModelForSequenceClassification, path, recipe, torch.float32, num_labels=1)
+    disable_dropout(model)
+    return model
+
+
+def new_classifier(path: str, recipe: StageRecipe, **head: Any) -> PreTrainedModel:
+    """A sequence classifier on the backbone in `path`, dropout off; a head there is kept if it has the right size.
+
+    Args:
+        head: entries of the configuration: `num_labels` or `id2label`, `label2id`, `problem_type`.
+    """
+    model: PreTrainedModel = _load(
+        AutoModelForSequenceClassification, path, recipe, torch.float32, ignore_mismatched_sizes=True, **head
+    )
+    disable_dropout(model)
+    return model
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Names of a classifier's modules outside its backbone: what is new on a model that was none."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def load_masked_lm(path: str, recipe: StageRecipe) -> tuple[PreTrainedModel, bool]:
+    """A masked language model, dropout off, and whether its head is new."""
+    model, report = _load(AutoModelForMaskedLM, path, recipe, torch.float32, output_loading_info=True)
+    disable_dropout(model)
+    return model, bool(report["missing_keys"])
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to 0, so that `train()` and `eval()` give the same numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout_p"):  # rates that attention reads as a number
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,172 @@
+"""Which parameters a stage trains: `method` in the recipe, by freezing or by PEFT."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    get_peft_model,
+)
+from torch import nn
+from transformers import PreTrainedModel
+
+from align.config.base import StageRecipe
+from align.errors import UserError
+
+MERGED = ("lora", "dora", "qlora", "ia3")  # adapters that can become part of the weights
+VIRTUAL_TOKENS = ("prompt", "prefix")  # adapters that stay beside them
+
+
+def peft_config(recipe: StageRecipe, task_type: str, trained_whole: Sequence[str] = ()) -> PeftConfig | None:
+    """The adapter that `method` asks for, without dropout; None for methods without one.
+
+    Args:
+        task_type: PEFT's, such as "CAUSAL_LM".
+        trained_whole: modules to train in full beside the adapter, such as a new head.
+    """
+    targets = recipe.lora_target_modules or "all-linear"
+    whole = list(trained_whole) or None
+    if recipe.method in ("lora", "dora", "qlora"):
+        return LoraConfig(
+            task_type=task_type,
+            r=recipe.lora_r,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=0.0,
+            use_dora=recipe.method == "dora",
+            target_modules=targets,
+            modules_to_save=whole,
+        )
+    if recipe.method == "ia3":
+        names = {"target_modules": recipe.lora_target_modules} if recipe.lora_target_modules else {}
+        return IA3Config(task_type=task_type, modules_to_save=whole, **names)
+    if recipe.method == "prompt":
+        # From embeddings of tokens (arXiv 2104.08691): PEFT's own start is noise, many times longer than an embedding.
+        start = PromptTuningInit.SAMPLE_VOCAB
+        return PromptTuningConfig(
+            task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens, prompt_tuning_init=start
+        )
+    if recipe.method == "prefix":
+        return PrefixTuningConfig(task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens)
+    return None
+
+
+def freeze(model: PreTrainedModel, recipe: StageRecipe, head: nn.Module) -> None:
+    """Leave trainable what `method: freeze` or `method: head` says; nothing changes under other methods.
+
+    Args:
+        head: the output head, which `head` trains alone and `freeze_layers` never freezes.
+
+    Raises:
+        UserError: there are not so many layers, no parameter fits the pattern, or the head is the embedding.
+    """
+    if recipe.method == "head":
+        embedding = model.get_input_embeddings()
+        if getattr(embedding, "weight", None) is getattr(head, "weight", model):
+            raise UserError(
+                "method: head: the model's head is its embedding (tied weights), so all it reads would change; use "
+                "method: freeze with trainable_pattern."
+            )
+        model.requires_grad_(False)
+        head.requires_grad_(True)
+    elif recipe.method == "freeze" and recipe.trainable_pattern is not None:
+        matching = [p for name, p in model.named_parameters() if re.search(recipe.trainable_pattern, name)]
+        if not matching:
+            some = ", ".join(name for name, _ in list(model.named_parameters())[:4])
+            raise UserError(
+                f"trainable_pattern: {recipe.trainable_pattern!r} fits no parameter; their names are like {some}."
+            )
+        model.requires_grad_(False)
+        for parameter in matching:
+            parameter.requires_grad_(True)
+    elif recipe.method == "freeze":
+        layers = _layers(model)
+        if recipe.freeze_layers > len(layers):
+            raise UserError(
+                f"freeze_layers: expected at most {len(layers)}, the model's layers, got {recipe.freeze_layers}."
+            )
+        frozen: list[nn.Module] = [model.get_input_embeddings(), *layers[: recipe.freeze_layers]]
+        for module in frozen:
+            module.requires_grad_(False)
+        head.requires_grad_(True)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are, an adapter's among them; under ZeRO-3 over all shards."""
+    if isinstance(model, PeftModel):  # knows of weights that are packed two to a number
+        trained, whole = model.get_nb_trainable_parameters()
+        return int(trained), int(whole)
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    """The transformer blocks: the one list of as many modules as the configuration has layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise UserError(f"freeze_layers: no list of layers was found in {type(model).__name__}; use trainable_pattern.")
+
+
+def quantization(recipe: StageRecipe) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for `method: qlora`: 4-bit NormalFloat with double quantisation (arXiv 2305.14314).
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if recipe.method != "qlora":
+        return {}
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(
+            "method: qlora needs bitsandbytes; `pip install -e '.[qlora]'` in its repository, or use method: lora."
+        ) from error
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
+        )
+    }
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Keep the 4-bit layers of a model on the CPU to the one kernel that has a gradient; other models stay as they are.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer in its first evaluation for a kernel in bfloat16 without a
+    gradient, which training would silently go on with: the layers below would learn nothing through it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Have what trains in float32: TRL gives the adapter of a 4-bit model bfloat16, which loses small steps."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()
+
+
+def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
+    """The adapter of the recipe's `method` on a model: only it trains. It starts as the identity, the same for one seed."""
+    torch.manual_seed(recipe.seed)
+    adapted = get_peft_model(model, peft_config(recipe, "CAUSAL_LM"))
+    assert isinstance(adapted, PeftModel)
+    return adapted

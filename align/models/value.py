@@ -1,0 +1,59 @@
+"""The value model, from a reward model or a language model."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from align.config.base import StageRecipe
+from align.errors import UserError
+from align.models.load import _load, disable_dropout
+from reward_models.heads import score_head
+
+
+def value_head_renaming(config: PretrainedConfig) -> dict[str, str] | None:
+    """How weights of a reward model of this configuration are named in the token classifier that makes a value model.
+
+    None when no name changes. Call it outside `sharded_load`, under which even a skeleton would be sharded.
+
+    Raises:
+        UserError: transformers has no token classifier of this architecture.
+    """
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            source = score_head(AutoModelForSequenceClassification.from_config(config))[0]
+            target = score_head(AutoModelForTokenClassification.from_config(config))[0]
+    except ValueError as error:
+        raise UserError(
+            f"value_model_path: transformers has no token classifier of type {config.model_type}, which a value model "
+            "needs; name a model of another architecture."
+        ) from error
+    return {f"^{source}": target} if source != target else None
+
+
+def load_value_model(
+    path: str, recipe: StageRecipe, renaming: dict[str, str] | None
+) -> tuple[PreTrainedModel, set[str]]:
+    """A model with one value per token, on the weights of a reward model, a value model or a language model.
+
+    Returns:
+        the model, and what its head lacks ("weight", "bias"), which the caller has to initialise.
+    """
+    model, report = _load(
+        AutoModelForTokenClassification,
+        path,
+        recipe,
+        torch.float32,
+        num_labels=1,
+        key_mapping=renaming,
+        output_loading_info=True,
+    )
+    disable_dropout(model)
+    head = score_head(model)[0]
+    return model, {name.removeprefix(f"{head}.") for name in report["missing_keys"] if name.startswith(head)}

@@ -1,0 +1,56 @@
+"""Signs, in the metrics of each update, that the policy is breaking up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from align.config.ppo import PPORecipe
+
+MOST_KL = 50.0  # nats per response; in longer responses, 1 nat per token
+LEAST_EOS_RATE = 0.05
+AT_THE_LIMIT = 0.98  # of response_length
+LEAST_ENTROPY = 0.05  # nats per token
+
+
+class CollapseWatch:
+    """Says each kind of collapse once, with advice.
+
+    What the first update shows is the SFT model's own state, which the self-checks speak of: it is not said again
+    while it lasts.
+    """
+
+    def __init__(self, recipe: PPORecipe):
+        self.response_length = recipe.response_length
+        self.kl_target = recipe.kl_target or 0.0
+        self.said: set[str] = set()
+        self.inherited: set[str] = set()  # signs that the SFT model showed, as long as they have not been absent
+
+    def warnings(self, update: int, metrics: Mapping[str, float]) -> list[str]:
+        """What is new in the metrics of an update, counted from 1; empty for a sound one."""
+        signs = self._signs(metrics)
+        self.inherited = set(signs) if update == 1 else self.inherited & signs.keys()
+        new = [kind for kind in signs if kind not in self.said | self.inherited]
+        self.said |= set(new)
+        return [f"update {update}: {signs[kind]}" for kind in new]
+
+    def _signs(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        signs = {}
+        kl, length, ended = (metrics[name] for name in ("objective/kl", "response/length", "response/eos_rate"))
+        bound = max(MOST_KL, length, 2 * self.kl_target)
+        if kl > bound:
+            signs["kl"] = (
+                f"objective/kl is {kl:.3g} nats per response, above {bound:.3g}: the policy has left the SFT model, and the "
+                "score means little there. Raise kl_coef, lower learning_rate, or stop at the best checkpoint (max_kl)."
+            )
+        if ended < LEAST_EOS_RATE or (ended < 0.5 and length > AT_THE_LIMIT * self.response_length):
+            signs["length"] = (
+                f"{ended:.1%} of the responses end by themselves, their mean length is {length:.4g} of {self.response_length} "
+                "tokens: the policy no longer stops. Set missing_eos_penalty, or see whether the reward favours length."
+            )
+        entropy = metrics.get("objective/entropy")  # absent while only the value model trains
+        if entropy is not None and entropy < LEAST_ENTROPY:
+            signs["entropy"] = (
+                f"objective/entropy is {entropy:.2g} nats per token, below {LEAST_ENTROPY:g}: the policy has collapsed onto a "
+                "few responses. Raise kl_coef or entropy_coef, or lower learning_rate."
+            )
+        return signs

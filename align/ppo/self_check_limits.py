@@ -1,0 +1,182 @@
+"""What counts as sound at the start of a PPO run: each number's limit, the likely cause when it is outside, the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from align.config.ppo import PPORecipe
+
+FEWEST_FOR_EOS = 16  # responses of which one at least must end
+LOW_EOS_RATE = 0.3
+LOW_ENTROPY = 0.05  # nats per token
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far numbers may lie apart that would be equal if arithmetic were exact.
+
+    float32: two passes over a row differ by some 1e-6 nats when padding or neighbours differ. bfloat16 has 8 bits: a
+    logit of 10 is off by 0.03. Faults are larger: another checkpoint, dropout, or a temperature of 0.9 instead of 1 move a
+    token by 0.1 nats and more.
+    """
+
+    mean: float  # mean (or root mean square) over tokens, of passes that pad or cut otherwise, nats
+    most: float  # of a single token, nats
+    score: float  # of a score, in units of the scores' spread, or of 1 where that is smaller
+
+
+FLOAT32 = Limits(mean=1e-4, most=0.01, score=1e-3)
+BFLOAT16 = Limits(mean=0.05, most=1.0, score=0.1)
+SAME = 1e-6  # nats in the mean, of policy and reference: the very same pass by equal weights, in either precision
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: `seen` goes into the line that a sound run prints, the rest is for one that is not."""
+
+    good: bool
+    seen: str
+    expected: str = ""
+    remedy: str = ""  # the likely cause, and the stage to go back to
+    stops: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.seen}; expected {self.expected}. {self.remedy}"
+
+
+def finite(unsound: Sequence[str]) -> Check:
+    """Given the names of numbers that are not all finite."""
+    return Check(
+        not unsound,
+        f"NaN or infinity in {', '.join(unsound)}" if unsound else "all finite",
+        "finite numbers only",
+        "Likely cause: broken weights, or numbers too large for the precision. See that the model in sft_model_path (for "
+        "values: reward_model_path or value_model_path) is sound, else go back to the stage that made it.",
+    )
+
+
+def same_reference(gap: float, recipe: PPORecipe) -> Check:
+    """Given the mean difference of policy and reference, nats per token."""
+    other = (
+        "the adapter does not start as the identity."
+        if recipe.method != "full"
+        else "policy and reference hold other weights, or run in other precision or with dropout; see that the weights in "
+        f"{recipe.sft_model_path} are whole and compare bf16 true and false, else go back to the sft stage."
+    )
+    return Check(
+        gap <= SAME,
+        f"KL {gap:.1g}" if gap else "KL 0",
+        f"policy and reference to give equal log-probabilities (to {SAME:g} nats per token)",
+        f"Likely cause: {other}",
+    )
+
+
+def same_training(gap: float, ratio: float, limits: Limits) -> Check:
+    """Given the root mean square difference of training pass and rollout, nats, and the mean ratio."""
+    return Check(
+        gap <= limits.mean,
+        f"ratio {ratio:.4g}",
+        f"the training pass to give the log-probabilities of the rollout to {limits.mean:g} nats (root mean square; "
+        f"they are {gap:.3g} apart)",
+        "Likely cause: dropout is on, or temperature, padding or precision differ between rollout and training; compare "
+        "bf16, gradient_checkpointing and attn_implementation on and off in this recipe.",
+    )
+
+
+def same_sampling(mean: float, most: float, limits: Limits) -> Check:
+    """Given mean and greatest difference of generation loop and training pass, nats per token."""
+    return Check(
+        mean <= limits.mean and most <= limits.most,
+        f"generation gap {mean:.1g}",
+        f"generation to give its tokens the log-probabilities of the training pass, to {limits.mean:g} nats in the mean "
+        f"and {limits.most:g} at most (it is {most:.3g})",
+        "Likely cause: temperature, the key-value cache, positions or precision differ between them; compare "
+        "attn_implementation and bf16 in this recipe, and see that the architecture takes left padding.",
+    )
+
+
+def same_values(gap: float, limits: Limits) -> Check:
+    """Given the root mean square difference of the values in training and at rollout, in units of their size."""
+    return Check(
+        gap <= limits.mean,
+        f"value gap {gap:.1g}",
+        f"the value model to give in training what it gave at rollout, to {limits.mean:g}",
+        "Likely cause: dropout, padding or precision in the value model; compare bf16 and gradient_checkpointing on and off "
+        "in this recipe.",
+    )
+
+
+def can_explore(entropy: float) -> Check:
+    """Given the policy's mean entropy, nats per token."""
+    return Check(
+        entropy >= LOW_ENTROPY,
+        f"entropy {entropy:.3g}",
+        f"at least {LOW_ENTROPY:g} nats per token",
+        "The SFT model answers almost the same every time, so PPO has little to explore: fewer epochs in the sft stage, or a "
+        "higher temperature.",
+        stops=False,
+    )
+
+
+def ends(rate: float, count: int, recipe: PPORecipe) -> Check:
+    """Given the share of `count` responses that end by themselves."""
+    never = rate == 0 and count >= FEWEST_FOR_EOS
+    return Check(
+        rate >= LOW_EOS_RATE,
+        f"EOS rate {rate:.3g}",
+        f"{'some' if never else f'{LOW_EOS_RATE:g} or more'} of the {count} responses to end by themselves",
+        f"Likely cause: response_length {recipe.response_length} is too short, or the SFT model did not learn to stop: go back "
+        "to the sft stage, and see that responses end with end-of-text in training and that it trains long enough.",
+        stops=never,
+    )
+
+
+def tells_apart(source: str, scores: Tensor) -> Check:
+    """Given one source's scores of several responses, [B], NaN where it does not apply."""
+    given = scores[~scores.isnan()]
+    alike = len(given) > 1 and bool((given == given[0]).all())
+    return Check(
+        not alike,
+        f"{source} gave all {len(given)} responses {float(given[0]):g}" if alike else f"{source} varies",
+        "scores that differ",
+        "There is nothing to learn from it; correct the reward, or see what it was given.",
+        stops=False,
+    )
+
+
+def as_recorded(path: str, scores: Tensor, manifest: dict[str, Any], bf16: bool) -> Check:
+    """Given the reward model's scores now, [B], of the sequences whose scores its manifest holds."""
+    recorded = scores.new_tensor(manifest["score_check"]["scores"])
+    gap = float((scores - recorded).abs().max())
+    limits = BFLOAT16 if bf16 or manifest["recipe"]["bf16"] else FLOAT32
+    allowed = limits.score * max(1.0, float(recorded.std()))
+    return Check(
+        gap <= allowed,
+        f"reward model {gap:.1g} off its record",
+        f"the scores in {path}/stage.json, to {allowed:.2g}",
+        "Likely cause: the folder holds other weights than when it was judged, or they are read in other precision or by "
+        f"another version of transformers (then {manifest['versions']['transformers']}); go back to the reward stage.",
+    )
+
+
+def knows_something(scores: Tensor, results: dict[str, Any]) -> Check:
+    """Given scores now of recorded pairs, [chosen, rejected, chosen, ...], and the closing numbers of the reward stage."""
+    ordered, count = int((scores[0::2] > scores[1::2]).sum()), len(scores) // 2
+    pairs = f"{ordered} of {count} recorded pairs in order"
+    remedy = "go back to the reward stage: more or cleaner pairs, a higher learning_rate, or a larger model."
+    if (accuracy := results.get("eval_accuracy")) is None:  # nothing was held out, and a few pairs prove little
+        remedy = f"Chance does as well; hold pairs out there to know, or {remedy}"
+        return Check(2 * ordered > count, pairs, "more than half", remedy, stops=False)
+    low, high = results["eval_accuracy_low"], results["eval_accuracy_high"]
+    chance = accuracy <= 0.5
+    return Check(
+        low > 0.5,
+        f"reward accuracy {accuracy:.3g} ({low:.3g} to {high:.3g}), {pairs}",
+        "an accuracy above 0.5 on held-out pairs" if chance else "an interval above 0.5",
+        f"{'It does no better than chance' if chance else 'It may do no better than chance: hold more pairs out'}; {remedy}",
+        stops=chance,
+    )

@@ -1,0 +1,170 @@
+"""Stage 2: a reward model from preference pairs, by TRL's RewardTrainer.
+
+    align reward recipes/quickstart/2_reward.yaml
+    deepspeed --num_gpus 8 --module align.reward recipes/hh-rlhf/2_reward.yaml
+
+A scalar head on a decoder or an encoder (BERT-like) learns -log sigmoid(chosen - rejected), as a rule for one epoch.
+Then its zero is set: the mean score of what the SFT model answers is subtracted from every score (arXiv 2009.01325,
+2203.02155), because the loss sees differences of scores only, while PPO weighs the scores themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import RewardConfig
+
+from align.config.reward import RewardRecipe
+from align.config.stages import stage_inputs
+from align.data.batches import pad_to_batches
+from align.data.duplicates import duplicates_line
+from align.data.load import load_rows
+from align.data.rows import Preference
+from align.data.tokenize import tokenize_preferences
+from align.engine.batch_plan import BatchPlan, batch_plan
+from align.engine.distributed import World, connect, disconnect
+from align.errors import UserError
+from align.models.context_length import check_lengths
+from align.models.load import new_scorer
+from align.models.trainable import freeze, peft_config
+from align.reward.evaluation import closing_table, judge_pairs, load_scorer, score_check, true_margins
+from align.reward.inputs import check_inputs
+from align.reward.normalization import demonstrations, sample_answers, set_zero, zero_prompts
+from align.reward.trainer import PairTrainer
+from align.runs.files import write_json
+from align.runs.manifest import open_stage
+from align.runs.quiet import quiet
+from align.runs.stage import already_finished, finish, last_checkpoint, step_of, write_untrained
+from align.runs.tracker import Tracker
+from align.trainer.hf_trainer import eval_batch_size, save_trained, total_steps, train, training_arguments
+from reward_models.heads import init_head, keep_head_float32, score_head
+
+
+def run(recipe: RewardRecipe) -> dict[str, Any]:
+    """Train a reward model; returns the closing numbers, also in `stage.json`."""
+    quiet()
+    sources = stage_inputs(recipe)
+    if open_stage(recipe, "reward", sources):
+        return already_finished(recipe)
+    world = connect(recipe)
+    plan = batch_plan(recipe, world.size)
+    inputs = check_inputs(recipe)
+    rows = load_rows(recipe, Preference)
+    skipped = {}
+    train_rows, skipped["train"] = tokenize_preferences(rows.train, inputs.tokenizer, recipe, inputs.encoder)
+    check_lengths(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
+    eval_rows = truth = None
+    if rows.evaluation:
+        eval_rows, skipped["evaluation"] = tokenize_preferences(
+            rows.evaluation, inputs.tokenizer, recipe, inputs.encoder
+        )
+        check_lengths(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
+        truth = true_margins(inputs, rows.evaluation, eval_rows)
+    prompts = zero_prompts(recipe, inputs, rows.train)
+    world.check_rows(len(train_rows))
+    padded = pad_to_batches(train_rows, plan.batch_size)
+    steps = total_steps(recipe, len(padded), plan)
+
+    checkpoint = last_checkpoint(recipe, world)
+    start = write_untrained(recipe, world, checkpoint is not None, partial(write_scorer, recipe, inputs.tokenizer))
+    with Tracker(recipe, "reward", steps, resume_step=step_of(checkpoint)) as tracker:
+        tracker.say(plan.describe())
+        if (line := duplicates_line(rows.report)) is not None:
+            tracker.say(line)
+        before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
+
+        # From here on the model is the one that was saved, scored in the way that PPO will.
+        reward = load_scorer(recipe, world)
+        results: dict[str, Any] = {"steps": steps, "table": []}
+        if eval_rows is not None:
+            results |= judge_pairs(reward, world, eval_rows, truth)
+            tracker.log(
+                steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
+            )
+            results["table"] = closing_table(before["eval_accuracy"], results)
+        answers = sample_answers(recipe, inputs, world, prompts) if prompts else demonstrations(recipe, train_rows)
+        mean, std = set_zero(reward, world, answers)
+        check = score_check(reward, world, eval_rows or train_rows)
+        if world.is_main:
+            config = Path(recipe.output_dir) / "config.json"
+            zero = {"score_mean": mean, "score_std": std}
+            write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **zero})
+            data = {**rows.report, "skipped": skipped}
+            card = CARD.format(
+                folder=recipe.output_dir,
+                base=recipe.model_name_or_path,
+                ids=ENCODER_IDS if inputs.encoder else DECODER_IDS,
+                pad=inputs.tokenizer.pad_token,
+                zero=f"answers of {inputs.answering}" if prompts else "chosen responses of the training rows",
+            )
+            finish(recipe, "reward", sources, inputs.tokenizer, data, results, card, **zero, score_check=check)
+    world.barrier()
+    disconnect()
+    return results
+
+
+def write_scorer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the untrained reward model: the backbone with a new head."""
+    model = new_scorer(recipe.model_name_or_path, recipe)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.score_mean = 0.0
+    try:
+        init_head(model, recipe.seed)
+    except ValueError as error:
+        raise UserError(f"model_name_or_path: {error}") from error
+    model.save_pretrained(folder)
+
+
+def fit(
+    recipe: RewardRecipe, plan: BatchPlan, world: World, tokenizer: PreTrainedTokenizerBase, start: str,
+    train_rows: Dataset, eval_rows: Dataset | None, tracker: Tracker, checkpoint: Path | None,
+) -> dict[str, float]:  # fmt: skip
+    """Train the model in `start` and save it; returns the evaluation log of the untrained model."""
+    if eval_rows is not None:
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+    arguments = RewardConfig(
+        **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
+        center_rewards_coefficient=recipe.center_rewards_coefficient,
+    )
+    model = new_scorer(start, recipe)
+    keep_head_float32(model)
+    freeze(model, recipe, score_head(model)[1])
+    trainer = PairTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=peft_config(recipe, "SEQ_CLS", trained_whole=[score_head(model)[0].split(".")[0]]),
+    )
+    before, _ = train(trainer, recipe, tracker, checkpoint)
+    save_trained(trainer, recipe, world, lambda: new_scorer(start, recipe))
+    return before
+
+
+CARD = """# A reward model
+
+Trained from {base} by the `reward` stage of align: it scores a response to a prompt, higher is better.
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+ids = {ids}
+score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
+```
+
+`config.score_mean` is the mean logit of {zero}: less that, their mean score is 0. Pad batches on the right, with an
+attention mask and the tokenizer's own padding token, `{pad}`: not end-of-text, where the score is read.
+"""
+ENCODER_IDS = 'tokenizer(prompt, response)["input_ids"]'
+DECODER_IDS = """tokenizer(prompt)["input_ids"]
+ids += tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]"""

@@ -1,0 +1,33 @@
+"""TRL's RewardTrainer with the losses of weightless padding rows left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+from trl import RewardTrainer
+
+from align.trainer.hf_trainer import ExactEvaluation
+
+
+class PairTrainer(ExactEvaluation, RewardTrainer):  # type: ignore[misc]
+    """RewardTrainer to which padding rows (chosen and rejected are the same ids) are nothing at all."""
+
+    accuracy = "accuracy"
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        def scored(**batch: Any) -> Any:
+            output = model(**batch)
+            chosen_ids, rejected_ids = batch["input_ids"].chunk(2)
+            real = (chosen_ids != rejected_ids).any(dim=1)  # [pairs]
+            output.logits = output.logits.float() * real.repeat(2)[:, None]  # the centering term sees 0 too
+            if not self.model.training:
+                chosen, rejected = output.logits.squeeze(-1).chunk(2)
+                correct = (chosen > rejected) + 0.5 * (chosen == rejected)
+                self.sums += torch.stack([-logsigmoid(chosen - rejected)[real].sum(), correct[real].sum(), real.sum()])
+            return output
+
+        return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)

@@ -1,0 +1,220 @@
+"""The manifest `stage.json`: what a stage was, and whether a folder holds the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.config.base import StageRecipe
+from align.errors import UserError
+from align.runs.checkpoint import DAMAGED, complete_checkpoints
+from align.runs.files import digest, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MANIFEST = "stage.json"
+RUN = "run.json"
+PACKAGES = ("torch", "transformers", "trl", "deepspeed", "datasets", "peft", "accelerate")
+
+# Keys that do not change the result: a run may be resumed, and a finished stage reused, whatever they say.
+COSMETIC_KEYS = {
+    "output_dir",
+    "stage",
+    "report_to",
+    "project",
+    "run_name",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "deepspeed",
+    "value_deepspeed",
+    "reference_deepspeed",
+    "reward_deepspeed",
+    "num_sample_rows",
+    "skip_self_checks",
+}
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What two stages must agree on: vocabulary, special ids and chat template.
+
+    The padding token is left out: padding is masked everywhere, and a reward model may need another one.
+    """
+    return {
+        "vocabulary": digest(sorted(tokenizer.get_vocab().items())),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "chat_template": digest(tokenizer.chat_template) if tokenizer.chat_template else None,
+    }
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The manifest of a finished stage in `folder`, or None for a model that `align` did not make.
+
+    Raises:
+        UserError: the folder holds a stage that was started and not finished.
+    """
+    manifest = Path(folder) / MANIFEST
+    if manifest.is_file():
+        loaded: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        return loaded
+    if (Path(folder) / RUN).is_file():
+        raise UserError(f"{folder}: the stage that writes this folder has not finished; run it again to resume it.")
+    return None
+
+
+def recipe_dict(recipe: StageRecipe) -> dict[str, Any]:
+    """The recipe as plain JSON values."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return plain
+
+
+def _input_digests(inputs: Mapping[str, str | None]) -> dict[str, str]:
+    manifests = {name: read_manifest(path) for name, path in inputs.items() if path}
+    return {name: digest(manifest) for name, manifest in manifests.items() if manifest}
+
+
+def open_stage(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None]) -> bool:
+    """Claim `recipe.output_dir` for this run. True when the same stage is already finished there.
+
+    Args:
+        inputs: models the stage starts from, by recipe key; a manifest among them is remembered, so that a
+            stage whose input has since been made anew is not taken for finished.
+
+    Raises:
+        UserError: the folder cannot be written, or holds a run of another recipe or of older inputs.
+    """
+    folder = Path(recipe.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror}); choose another folder.") from error
+    finished = is_finished(recipe, stage, inputs)
+    if not finished and not complete_checkpoints(folder) and int(os.environ.get("RANK", "0")) == 0:
+        write_json(folder / RUN, _identity(recipe, stage, inputs))
+    return finished
+
+
+def is_finished(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None]) -> bool:
+    """Whether `recipe.output_dir` holds this very stage, finished. Writes nothing; arguments as for `open_stage`.
+
+    Raises:
+        UserError: the folder holds a run of another recipe or of older inputs, or an input is not finished.
+    """
+    folder = Path(recipe.output_dir)
+    finished = (folder / MANIFEST).is_file()
+    if not finished and not (complete_checkpoints(folder) and (folder / RUN).is_file()):
+        return False  # a run that has saved nothing yet has nothing to lose by another recipe
+    found = json.loads((folder / (MANIFEST if finished else RUN)).read_text(encoding="utf-8"))
+    if differing := differing_keys(found, _identity(recipe, stage, inputs)):
+        raise UserError(
+            f"output_dir: {folder} holds {'a finished' if finished else 'an unfinished'} run that differs in "
+            f"{', '.join(differing)}; delete the folder to start anew, or choose another output_dir."
+        )
+    return finished
+
+
+def _identity(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None]) -> dict[str, Any]:
+    return {"stage": stage, "recipe": recipe_dict(recipe), "inputs": _input_digests(inputs)}
+
+
+def differing_keys(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
+    """Names of recipe keys and inputs in which two runs differ, cosmetic keys apart."""
+    if found.get("stage") != mine["stage"]:
+        return ["stage"]
+    keys = sorted(
+        key
+        for key in {*found["recipe"], *mine["recipe"]} - COSMETIC_KEYS
+        if found["recipe"].get(key) != mine["recipe"].get(key)
+    )
+    if found["inputs"] != mine["inputs"]:
+        keys.append("the stage it starts from, which was run again since")
+    return keys
+
+
+def finish_stage(
+    recipe: StageRecipe,
+    stage: str,
+    inputs: Mapping[str, str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Any],
+    results: Mapping[str, Any],
+    **more: Any,
+) -> None:
+    """Write the manifest, the last thing that a stage does, and drop what only a resume needed.
+
+    Args:
+        data: fingerprints and counts of the rows, as `align.data.load` reports them.
+        results: the stage's closing numbers.
+        more: further entries for the next stage, such as the reward model's score mean and spread.
+    """
+    folder = Path(recipe.output_dir)
+    write_json(
+        folder / MANIFEST,
+        {
+            "stage": stage,
+            "recipe": recipe_dict(recipe),
+            "inputs": _input_digests(inputs),
+            "seed": recipe.seed,
+            "versions": {"align": _version("align"), **{package: _version(package) for package in PACKAGES}},
+            "tokenizer": tokenizer_digest(tokenizer),
+            "data": dict(data),
+            "results": dict(results),
+            **more,
+        },
+    )
+    (folder / RUN).unlink(missing_ok=True)
+    for aside in folder.glob(f"{DAMAGED}checkpoint-*"):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _agree(theirs: dict[str, object], mine: dict[str, object], key: str, path: str) -> None:
+    names = {"vocabulary": "vocabulary", "chat_template": "chat template"}
+    differing = [names.get(name, name) for name in mine if theirs.get(name) != mine[name]]
+    if differing:
+        raise UserError(
+            f"{key}: {path} was made with another {' and '.join(differing)} than the policy; "
+            "train it with the policy's tokenizer and chat template, or correct the path."
+        )
+
+
+def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, key: str, may_add_template: bool = True) -> None:
+    """See that a stage goes on with the tokenizer and chat template that the model in `path` was trained with.
+
+    Args:
+        may_add_template: whether the recipe may give a chat template to a model that was trained without one.
+
+    Raises:
+        UserError: its manifest says otherwise, or the stage that makes it has not finished.
+    """
+    manifest = read_manifest(path)
+    mine = tokenizer_digest(tokenizer)
+    theirs = manifest["tokenizer"] if manifest else mine
+    differing = [name.replace("_", " ") for name in mine if theirs[name] != mine[name]]
+    if may_add_template and theirs["chat_template"] is None:
+        differing = [name for name in differing if name != "chat template"]
+    if differing:
+        raise UserError(
+            f"{key}: {path} was trained with another {' and '.join(differing)} than this recipe gives; "
+            "use the same tokenizer files and chat_template_path as that stage."
+        )

@@ -1,0 +1,148 @@
+"""What every stage does at its start and its end: find where to resume, check what it was given, finish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from align.config.base import StageRecipe
+from align.engine.deepspeed_config import uses_deepspeed, zero_stage
+from align.engine.distributed import World
+from align.errors import UserError
+from align.runs.checkpoint import (
+    clear_partial,
+    complete_checkpoints,
+    cut_records,
+    damage,
+    read_state,
+    rotate,
+    set_aside,
+)
+from align.runs.files import new_folder
+from align.runs.manifest import finish_stage, read_manifest
+from align.runs.tables import markdown_table
+
+UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
+
+
+def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
+    """The newest checkpoint that is whole and undamaged, the same on every rank; None to start from the beginning.
+
+    Rank 0 deletes what a killed run left half written, sets damaged checkpoints aside and says so, and cuts the run's
+    records back to the checkpoint.
+
+    Raises:
+        UserError: the checkpoint was written in another layout than this run's.
+    """
+    step = torch.zeros(1, dtype=torch.int64, device=world.device)
+    if world.is_main:
+        step += step_of(_newest_sound(recipe))
+    step = world.sum(step)  # one verdict for all ranks
+    checkpoint = Path(recipe.output_dir) / f"checkpoint-{int(step)}" if step else None
+    check_layout(recipe, world, checkpoint)
+    if checkpoint is not None and world.is_main:
+        cut_records(checkpoint)
+        rotate(recipe.output_dir, recipe.save_total_limit)
+    return checkpoint
+
+
+def _newest_sound(recipe: StageRecipe) -> Path | None:
+    clear_partial(recipe.output_dir)
+    damaged = []
+    while found := complete_checkpoints(recipe.output_dir):
+        if (wrong := damage(found[-1])) is None:
+            break
+        damaged.append(f"{found[-1]}: damaged, {wrong}; set aside as {set_aside(found[-1]).name}")
+    instead = f"going on from {found[-1].name}" if found else "starting from the beginning"
+    for message in damaged:
+        print(f"{message}, {instead}", file=sys.stderr)
+    return found[-1] if found else None
+
+
+def layout(recipe: StageRecipe, processes: int) -> str:
+    """By how many processes and which kind of sharding a checkpoint is written, in words."""
+    policy, value = zero_stage(recipe), zero_stage(recipe, "value")
+    how = f"ZeRO {policy}" + (f" (value model {value})" if value != policy else "")
+    how += " with a DeepSpeed file" * (uses_deepspeed(recipe) and not policy)
+    return f"{processes} process{'es' * (processes > 1)} at {how}"
+
+
+def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> None:
+    """See that the checkpoint can be read back: optimiser states are sharded, and fit one layout only.
+
+    Raises:
+        UserError: it was written by another number of processes or ZeRO stage.
+    """
+    mine = layout(recipe, world.size)
+    if checkpoint is not None and (theirs := read_state(checkpoint)["layout"]) != mine:
+        raise UserError(
+            f"{checkpoint}: was saved by {theirs}, and this run has {mine}; "
+            f"start it with {theirs} to resume, or delete {checkpoint.parent} to start anew."
+        )
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimiser steps done at a checkpoint; 0 without one."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+
+
+def already_finished(recipe: StageRecipe) -> dict[str, Any]:
+    """Say that nothing is left to do; returns the results that the manifest holds."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{recipe.output_dir}: this stage is finished already", file=sys.stderr)
+    return dict((read_manifest(recipe.output_dir) or {})["results"])
+
+
+def write_untrained(recipe: StageRecipe, world: World, resuming: bool, write: Callable[[Path], None]) -> str:
+    """Have rank 0 make the stage's starting model, so that all ranks, and a resumed run, start from the same one.
+
+    Args:
+        write: fills the folder that it is given.
+
+    Returns:
+        The folder, for all ranks to load from.
+    """
+    folder = Path(recipe.output_dir) / UNTRAINED
+    if world.is_main and not (resuming and folder.is_dir()):
+        torch.manual_seed(recipe.seed)  # of whatever weights the model lacks
+        with new_folder(folder) as fresh:
+            write(fresh)
+    world.barrier()
+    return str(folder)
+
+
+def finish(
+    recipe: StageRecipe,
+    stage: str,
+    inputs: Mapping[str, str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, Any],
+    results: Mapping[str, Any],
+    card: str,
+    **more: Any,
+) -> None:
+    """Write the README.md and then the manifest, on rank 0.
+
+    Args:
+        stage, inputs, tokenizer, data, results, more: as for `align.runs.manifest.finish_stage`.
+        card: Markdown that says what the model is and how to load it.
+    """
+    sources = [[source["source"], source["rows"], source["fingerprint"][:16]] for source in data["sources"]]
+    table = markdown_table(["measure", "before", "after"], results["table"]) if results["table"] else "Not evaluated.\n"
+    text = (
+        f"---\nlibrary_name: transformers\ntags: [align, {stage}]\n---\n\n{card}\n"
+        f"## Results\n\n{table}\n## Data\n\n{markdown_table(['source', 'rows', 'fingerprint'], sources)}\n"
+        f"{data['train_rows']} rows were trained on. The recipe, seed and package versions are in `stage.json`, the "
+        "metrics of the run in `metrics.jsonl`.\n"
+    )
+    folder = Path(recipe.output_dir)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    shutil.rmtree(folder / UNTRAINED, ignore_errors=True)
+    finish_stage(recipe, stage, inputs, tokenizer, data, results, **more)

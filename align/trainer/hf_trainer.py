@@ -1,0 +1,203 @@
+"""What the two stages that TRL trains share: arguments, exact evaluation, training, saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from align.config.base import TrainerRecipe
+from align.data.batches import ByLength
+from align.engine.batch_plan import BatchPlan
+from align.engine.deepspeed_config import trainer_deepspeed_config
+from align.engine.distributed import World
+from align.errors import UserError
+from align.models.trainable import MERGED
+from align.runs.tracker import Tracker
+from align.trainer.callback import trainer_callback
+
+LOW_IS_GOOD = ("loss", "perplexity", "gap", "forgetting")  # how names of metrics end that are to be low
+
+
+def total_steps(recipe: TrainerRecipe, rows: int, plan: BatchPlan) -> int:
+    """Optimiser steps of the whole run over `rows` training rows, padding rows included."""
+    return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * (rows // plan.batch_size))
+
+
+def eval_batch_size(recipe: TrainerRecipe, rows: int, world: World) -> int:
+    """Evaluation rows per process and forward pass: no more than there are to go round."""
+    return max(1, min(recipe.per_device_eval_batch_size, -(-rows // world.size)))
+
+
+def training_arguments(
+    recipe: TrainerRecipe, plan: BatchPlan, world: World, evaluation: Dataset | None, resuming: bool
+) -> dict[str, Any]:
+    """Arguments for TRL's configs. Those that change the result, or whose default has moved, are explicit."""
+    choosing = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
+    saving = recipe.eval_steps if recipe.load_best_model_at_end else recipe.save_steps
+    return {
+        "output_dir": recipe.output_dir,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "num_train_epochs": recipe.num_train_epochs,
+        "max_steps": recipe.max_steps,
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "average_tokens_across_devices": True,
+        "optim": "adamw_torch_fused",
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "adam_beta1": recipe.adam_beta1,
+        "adam_beta2": recipe.adam_beta2,
+        "adam_epsilon": recipe.adam_epsilon,
+        "max_grad_norm": recipe.max_grad_norm,
+        "lr_scheduler_type": recipe.lr_scheduler_type,
+        "warmup_steps": recipe.warmup_steps,
+        "max_length": None,  # rows come tokenised, and none is too long
+        "bf16": recipe.bf16,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "deepspeed": trainer_deepspeed_config(recipe),
+        "ddp_find_unused_parameters": False,
+        "use_cpu": world.device.type == "cpu",
+        "dataloader_pin_memory": world.device.type != "cpu",
+        "dataloader_num_workers": 0,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": recipe.train_sampling_strategy,
+        "per_device_eval_batch_size": eval_batch_size(recipe, len(evaluation), world) if evaluation else 1,
+        "eval_on_start": evaluation is not None and not resuming,
+        "eval_strategy": "steps" if evaluation is not None and recipe.eval_steps else "no",
+        "eval_steps": recipe.eval_steps,
+        "save_strategy": "steps" if saving else "no",
+        "save_steps": saving or 500,
+        "load_best_model_at_end": recipe.load_best_model_at_end,
+        "metric_for_best_model": recipe.metric_for_best_model if choosing else None,
+        "greater_is_better": not recipe.metric_for_best_model.endswith(LOW_IS_GOOD),
+        "restore_callback_states_from_checkpoint": True,  # how patient early stopping still is
+        "save_total_limit": None,  # `align.runs.checkpoint.mark_complete` deletes old ones
+        "logging_steps": recipe.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+class ExactEvaluation(Trainer):  # type: ignore[misc]
+    """Evaluation numbers as sums over all rows and ranks divided by their count.
+
+    TRL averages the means of batches, which depends on how rows fall into batches. A trainer that mixes this in
+    adds [loss, correct, count] of every evaluation batch to `sums` in its `compute_loss`.
+    """
+
+    accuracy: str  # TRL's name for it
+    sums: Tensor
+    sums_shape: tuple[int, ...] = (3,)
+    _total_train_tokens: int
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.sums = torch.zeros(self.sums_shape, dtype=torch.float64, device=self.args.device)
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "eval_loss" in logs:
+            self.measure(logs)
+        super().log(logs, start_time)
+
+    def measure(self, logs: dict[str, float]) -> None:
+        """Put the exact numbers into the log of an evaluation. For all ranks."""
+        loss, correct, count = self.accelerator.reduce(self.sums, "sum").tolist()
+        logs["eval_loss"] = loss / count
+        self._metrics["eval"][self.accuracy] = [correct / count]
+
+    def patience(self, evaluations: int) -> TrainerCallback:
+        """What stops training after so many evaluations that were no better."""
+        return EarlyStoppingCallback(evaluations)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # A resumed TRL trainer counts tokens from 0 again.
+        counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+        self._total_train_tokens = max([self._total_train_tokens, *counts])
+        # Resumed from the checkpoint of its last step in the middle of an epoch, Trainer would take one step more.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy == "random":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset
+        column = next(name for name in ("input_ids", "chosen_ids") if name in rows.column_names)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ByLength([len(ids) for ids in rows[column]], batch, self.args.seed)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL would write one with every checkpoint; the stage writes its own at the end."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing: a training run does not talk to anybody unasked."""
+
+
+def train(
+    trainer: ExactEvaluation, recipe: TrainerRecipe, tracker: Tracker, checkpoint: Path | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Train to the end, from `checkpoint` if there is one.
+
+    Returns:
+        TRL's evaluation logs before the first step and after the last; both empty without evaluation rows.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(trainer_callback(tracker, recipe))
+    if recipe.early_stopping_patience is not None:
+        trainer.add_callback(trainer.patience(recipe.early_stopping_patience))
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyError as error:
+        if recipe.metric_for_best_model not in str(error):
+            raise
+        known = ", ".join(name for name in evaluations(trainer)[0] if name.startswith("eval_"))
+        raise UserError(
+            f"metric_for_best_model: no metric {recipe.metric_for_best_model}; this stage evaluates {known}."
+        ) from error
+    if trainer.eval_dataset is None:
+        return {}, {}
+    if recipe.load_best_model_at_end or evaluations(trainer)[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+    history = evaluations(trainer)
+    return history[0], history[-1]
+
+
+def evaluations(trainer: Trainer) -> list[dict[str, float]]:
+    """Evaluation logs of the whole run, of the processes before a resume too: checkpoints carry them."""
+    return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
+    """Write the trained model into `output_dir` as a plain Hugging Face folder. For all ranks.
+
+    An adapter is also saved as such, in `adapter/`; one that cannot be merged is all that there is to save.
+
+    Args:
+        load: the model that training started from, whole and on the CPU, to merge adapters into; called on rank 0.
+    """
+    output = Path(recipe.output_dir)
+    adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    target = output / "adapter" if recipe.method in MERGED else output
+    trainer.save_model(str(target))
+    unset_hf_deepspeed_config()  # else what is loaded next would be sharded, by one rank alone
+    if world.is_main:
+        (target / "training_args.bin").unlink()  # a pickle, and the manifest says the same
+        if adapted:
+            (target / "README.md").unlink(missing_ok=True)  # PEFT's card; the stage writes its own
+        if recipe.method in MERGED:
+            trainer.processing_class.save_pretrained(output)
+            PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(output)
+    world.barrier()

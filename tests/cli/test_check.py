@@ -1,0 +1,493 @@
+"""`align check`: what it promises, what it refuses, and its arithmetic of memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+)
+
+from align.cli.check import check
+from align.cli.check.memory import (
+    Footprint,
+    activation_bytes,
+    count_parameters,
+    count_trained,
+    skeleton,
+    state_bytes,
+)
+from align.config.reward import RewardRecipe
+from align.config.sft import SFTRecipe
+from align.errors import UserError
+from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+
+# --- arithmetic
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "float32", "bfloat16"),
+    [
+        (0, 16, 16),
+        (1, 4 + 4 + 2, 2 + 2 + 3),
+        (2, 4 + 1 + 2, 2 + 0.5 + 3),
+        (3, 1 + 1 + 2, 0.5 + 0.5 + 3),
+    ],
+)
+def test_bytes_of_a_parameter_that_trains_on_four_gpus(zero_stage, float32, bfloat16):
+    model = Footprint("policy", 1000, 1000)
+    assert state_bytes(model, zero_stage, 4, bf16=False) == 1000 * float32
+    assert state_bytes(model, zero_stage, 4, bf16=True) == 1000 * bfloat16
+    assert state_bytes(model, zero_stage, 1, bf16=False) == 16000
+
+
+def test_bytes_of_frozen_and_adapted_models():
+    frozen = Footprint("reference", 1000, 0)
+    assert [state_bytes(frozen, stage, 4, bf16=False) for stage in range(4)] == [4000, 4000, 4000, 1000]
+    assert [state_bytes(frozen, stage, 4, bf16=True) for stage in range(4)] == [2000, 2000, 2000, 500]
+    adapted = Footprint("policy", 1000, 100)  # float32: 4000 + 100 x 12; ZeRO 3 a quarter of it
+    assert state_bytes(adapted, 0, 4, bf16=False) == 5200
+    assert state_bytes(adapted, 3, 4, bf16=False) == 1300
+
+
+def test_bytes_of_activations():
+    config = LlamaConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=3, vocab_size=11)
+    # 2 sequences of 5 tokens: 10 x (17 values x 3 layers x 8 x 4 bytes), and logits 11 x (4 + 4 + 4)
+    assert activation_bytes(config, 2, 5, bf16=False, checkpointing=False, vocabulary=False) == 10 * 1632
+    assert activation_bytes(config, 2, 5, bf16=False, checkpointing=False, vocabulary=True) == 10 * (1632 + 132)
+    # checkpointed: (3 + 17) x 8 x 2 bytes, and logits 11 x (2 + 4 + 4)
+    assert activation_bytes(config, 2, 5, bf16=True, checkpointing=True, vocabulary=True) == 10 * (320 + 110)
+
+
+def test_parameters_are_counted_without_storage():
+    config = tiny_llama().config
+    bare = skeleton(AutoModelForCausalLM, config)
+    assert {parameter.device.type for parameter in bare.parameters()} == {"meta"}
+    assert count_parameters(bare) == sum(parameter.numel() for parameter in tiny_llama().parameters())
+    tied = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=10)
+    # embeddings (20 + 10) x 8, one block 12 x 64 + 13 x 8, final norm 16; the head is the embedding
+    assert count_parameters(skeleton(AutoModelForCausalLM, tied)) == 240 + 872 + 16
+    one = count_parameters(skeleton(AutoModelForSequenceClassification, config, num_labels=1))
+    assert one == count_parameters(bare) - 29 * 32 + 32
+    assert getattr(config, "num_labels", 2) == 2  # the caller's configuration is left alone
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # rank x (in + out): four attention layers 8 + 8, three MLP layers 8 + 16, twice; not the head
+        ({"method": "lora", "lora_r": 4}, 4 * 2 * (4 * 16 + 3 * 24)),
+        ({"method": "lora", "lora_r": 4, "lora_target_modules": ["q_proj"]}, 4 * 2 * 16),
+        ({"method": "dora", "lora_r": 4, "lora_target_modules": ["q_proj"]}, 4 * 2 * 16 + 2 * 8),
+        ({"method": "head"}, 11 * 8),
+        ({"method": "freeze", "freeze_layers": 1}, 4 * 64 + 3 * 128 + 2 * 8 + 8 + 11 * 8),
+        ({"method": "freeze", "trainable_pattern": r"layers\.1\..*q_proj"}, 64),
+        ({"method": "prompt", "num_virtual_tokens": 5}, 5 * 8),
+        ({"method": "prefix", "num_virtual_tokens": 5}, 5 * 2 * 2 * 8),  # a key and a value in each layer
+        ({"method": "full"}, 2 * (4 * 64 + 3 * 128 + 16) + 8 + 2 * 11 * 8),
+    ],
+)  # fmt: skip
+def test_what_trains_is_counted(method, expected):
+    config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
+    model = skeleton(AutoModelForCausalLM, config)
+    recipe = SFTRecipe(output_dir="out", **method)
+    assert count_trained(model, recipe, "CAUSAL_LM", model.lm_head)[1] == expected
+
+
+def test_a_new_head_is_trained_beside_an_adapter():
+    config = LlamaConfig(hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=11)
+    scorer = skeleton(AutoModelForSequenceClassification, config, num_labels=1)
+    recipe = RewardRecipe(output_dir="out", model_name_or_path="m", method="lora", lora_r=4)
+    assert count_trained(scorer, recipe, "SEQ_CLS", scorer.score, ["score"])[1] == 4 * 2 * (4 * 16 + 3 * 24) + 8
+
+
+# --- a recipe, a folder
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{% if m['role'] == 'assistant' %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with a tiny model, rows and four recipes from a model trained from scratch to PPO."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a wrong path is not looked up for long
+    save_tiny_policy(tmp_path / "model")
+    names = [a + b for a in "abcdefgh" for b in "abcdefgh"]
+    write_jsonl(tmp_path / "r/demos.jsonl", [{"prompt": name, "completion": name[::-1]} for name in names])
+    write_jsonl(tmp_path / "r/pairs.jsonl", [{"prompt": name, "chosen": "x" + name, "rejected": "y"} for name in names])
+    (tmp_path / "r/truth_of_check.py").write_text(
+        "def truth(prompts, completions, **rest): return [1.0] * len(prompts)\n", encoding="utf-8"
+    )
+    size = {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    common = {"eval_fraction": 0.2, "max_length": 40}
+    write_recipe(
+        "r/0_base.yaml",
+        stage="sft",
+        output_dir="out/0",
+        train_dataset="demos.jsonl",
+        model_config=size,
+        tokenizer_vocab_size=260,
+        **common,
+    )
+    write_recipe(
+        "r/1_sft.yaml",
+        stage="sft",
+        output_dir="out/1",
+        train_dataset="demos.jsonl",
+        model_name_or_path="out/0",
+        **common,
+    )
+    write_recipe(
+        "r/2_reward.yaml",
+        stage="reward",
+        output_dir="out/2",
+        train_dataset="pairs.jsonl",
+        model_name_or_path="out/1",
+        eval_reward_funcs="truth_of_check:truth",
+        **common,
+    )
+    write_recipe(
+        "r/3_ppo.yaml",
+        stage="ppo",
+        output_dir="out/3",
+        train_dataset="demos.jsonl",
+        eval_fraction=0.2,
+        sft_model_path="out/1",
+        reward_model_path="out/2",
+        max_prompt_length=20,
+        response_length=20,
+        total_episodes=128,
+    )
+    return tmp_path
+
+
+def write_recipe(path: str, **keys) -> None:
+    Path(path).write_text(yaml.safe_dump(keys), encoding="utf-8")
+
+
+def outcome(capsys, path: str, *overrides: str, num_gpus: int | None = 1) -> tuple[int, str]:
+    code = check.run(path, num_gpus, overrides)
+    return code, capsys.readouterr().out
+
+
+def test_a_folder_whose_models_are_not_made_yet(world, capsys):
+    code, said = outcome(capsys, "r", num_gpus=2)
+    assert code == 0, said
+    assert "error" not in said
+    assert said.rstrip().endswith("it would run")
+    # 51 of the 64 prompts train; two processes of two micro-batches of 8 rows
+    assert "32 sequences per step = 2 x 8 x 2 (processes x micro-batch x accumulation)" in said
+    assert (
+        "64 sequences per step = 2 x 8 x 4 (processes x micro-batch x accumulation), 2 updates of 2 x 32 responses"
+        in said
+    )
+    assert "model_name_or_path: out/0 (made by 0_base.yaml)" in said
+    assert "reward_model_path: out/2 (made by 2_reward.yaml)" in said
+    assert "eval_reward_funcs: truth_of_check:truth" in said
+    assert "| reference" in said
+    assert not (world / "out").exists()  # nothing was written
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, "row: ab⟦ba</s>⟧"),
+        ({"completion_only_loss": False}, "row: ⟦abba</s>⟧"),
+    ],
+)
+def test_the_sample_row_marks_what_is_trained(world, capsys, changes, shown):
+    write_jsonl(world / "one.jsonl", [{"prompt": "ab", "completion": "ba"}])
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset="one.jsonl",
+        eval_fraction=0,
+        model_name_or_path="model",
+        **changes,
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    assert shown in said.replace(" ", "").replace("row:", "row: ")
+    assert "at most 5 tokens in the first 1 rows" in said
+    assert "1 to train on, 0 to evaluate on; up to 1 optimiser steps" in said
+
+
+def test_a_row_of_each_template_and_the_share_of_each_task(world, capsys):
+    """Tasks a and b, of which the second has two templates; one evaluation row stands in the training rows too."""
+    names = [a + b for a in "abcdefgh" for b in "abcdefgh"]
+    write_jsonl(world / "a.jsonl", [{"prompt": name, "completion": "x"} for name in names[:16]])
+    write_jsonl(world / "b.jsonl", [{"text": name, "label": 1} for name in names])
+    write_jsonl(world / "e.jsonl", [{"prompt": names[0].upper(), "completion": "x"}])
+    templates = [{"prompt": "p{{ text }}", "completion": "{{ label }}p"}, {"prompt": "q{{ text }}", "completion": "q"}]
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset=[{"path": "a.jsonl"}, {"path": "b.jsonl", "templates": templates, "labels": {1: "good"}}],
+        eval_dataset="e.jsonl",
+        mixture_temperature=2,
+        model_name_or_path="model",
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    flat = said.replace(" ", "")
+    # 80 rows in shares of 4 to 8
+    assert "tasks: b 66.2% (53 rows), a 33.8% (27 rows) ok " in " ".join(said.split())
+    assert "row:aa⟦x</s>⟧" in flat
+    assert re.search(r"b,row:p[a-h]{2}⟦goodp</s>⟧", flat)
+    assert re.search(r"b,row:q[a-h]{2}⟦q</s>⟧", flat)
+    assert "at most 9 tokens in the first 80 rows)" in " ".join(said.split())
+    assert "1 of 1 evaluation rows stand in the training rows too (1 exact, 0 near duplicates" in " ".join(said.split())
+    code, said = outcome(capsys, "r.yaml", "--max_length", "8")
+    assert code == 2
+    assert "longer than 8 tokens" in said
+
+
+def test_no_more_than_a_few_templates_are_shown(world, capsys):
+    write_jsonl(world / "a.jsonl", [{"text": a + b} for a in "abcdefghijklm" for b in "abcdefghijklm"])
+    templates = [{"prompt": f"{letter}{{{{ text }}}}", "completion": letter} for letter in "abcdefghij"]
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset={"path": "a.jsonl", "templates": templates},
+        eval_fraction=0,
+        model_name_or_path="model",
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    assert said.count("row: ") == 6
+    assert "rows of 6 of 10 templates" in said
+    assert "tasks:" not in said
+
+
+def test_the_sample_of_a_reward_recipe(world, capsys):
+    write_jsonl(world / "one.jsonl", [{"prompt": "ab", "chosen": "c", "rejected": "d"}])
+    write_recipe(
+        "r.yaml",
+        stage="reward",
+        output_dir="out/x",
+        train_dataset="one.jsonl",
+        eval_fraction=0,
+        model_name_or_path="model",
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    flat = said.replace(" ", "")
+    assert "chosen:abc⟦</s>⟧" in flat
+    assert "rejected:abd⟦</s>⟧" in flat
+
+
+def test_messages_are_rendered(world, capsys):
+    (world / "chat.jinja").write_text(TEMPLATE, encoding="utf-8")
+    turns = [
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ]
+    write_jsonl(world / "one.jsonl", [{"messages": turns}])
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset="one.jsonl",
+        eval_fraction=0,
+        model_name_or_path="model",
+    )
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 2
+    assert "no chat template" in said
+    assert "1 mistake to mend" in said
+    code, said = outcome(capsys, "r.yaml", "--chat_template_path", "chat.jinja")
+    assert code == 0, said
+    assert "row:<s>uba⟦c</s>⟧uda⟦e</s>⟧" in said.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "said"),
+    [
+        ("1_sft", ["--learning_rat", "1"], "--learning_rat: unknown key; did you mean 'learning_rate'?"),
+        ("1_sft", ["--seed", "x"], "--seed: expected a whole number"),
+        ("1_sft", ["--train_dataset", "gone.jsonl"], "gone.jsonl: no such file"),
+        ("1_sft", ["--train_dataset.columns.prompt", "question"], "question"),
+        ("1_sft", ["--max_length", "4"], "longer than 4 tokens"),
+        ("1_sft", ["--model_name_or_path", "out/gone"], "model_name_or_path: no model at out/gone"),
+        ("1_sft", ["--train_batch_size", "5"], "train_batch_size: expected a multiple of the 2 processes, got 5"),
+        ("1_sft", ["--output_dir", "r/demos.jsonl/x"], "output_dir: cannot write to r/demos.jsonl/x"),
+        ("2_reward", ["--eval_reward_funcs", "truth_of_check:thruth"], "did you mean 'truth'?"),
+        ("3_ppo", ["--reward_model_path", "null", "--reward_funcs", "truth_of_check:thruth"], "did you mean 'truth'?"),
+        ("3_ppo", ["--reward_model_path", "model"], "reward_model_path: model has no scalar head"),
+    ],
+)  # fmt: skip
+def test_what_would_not_run(world, capsys, recipe, words, said):
+    if "--model_name_or_path" not in words and recipe != "3_ppo":
+        words = [*words, "--model_name_or_path", "model"]
+    if recipe == "3_ppo":
+        words = [*words, "--sft_model_path", "model"]
+    code, text = outcome(capsys, f"r/{recipe}.yaml", *words, num_gpus=2)
+    assert code == 2
+    assert said in text
+    assert "would run" not in text
+
+
+def test_a_folder_is_checked_to_its_end(world, capsys):
+    Path("r/1_sft.yaml").write_text("stage: sft\nlearning_rat: 1\n", encoding="utf-8")
+    code, said = outcome(capsys, "r", "--train_dataset.max_rows", "30")
+    assert code == 2
+    assert "r/1_sft.yaml:2: learning_rat: unknown key; did you mean 'learning_rate'?" in said
+    assert "model_name_or_path: no model at out/1" in said  # which nothing makes any more
+    assert "3 mistakes to mend" in said  # in 1_sft, 2_reward and 3_ppo
+
+
+def test_another_chat_template_than_the_stage_before(world, capsys):
+    (world / "chat.jinja").write_text(TEMPLATE, encoding="utf-8")
+    with Path("r/2_reward.yaml").open("a", encoding="utf-8") as file:
+        file.write(f"chat_template_path: {world / 'chat.jinja'}\n")
+    code, said = outcome(capsys, "r")
+    assert code == 2
+    assert "model_name_or_path: out/1 (made by 1_sft.yaml) was trained with another chat template" in said
+
+
+def test_output_folders(world, capsys):
+    write_recipe(
+        "r.yaml",
+        stage="sft",
+        output_dir="out/x",
+        train_dataset="r/demos.jsonl",
+        eval_fraction=0.2,
+        model_name_or_path="model",
+    )
+    from align.config.load import load_recipe
+    from align.runs.manifest import RUN, finish_stage, open_stage
+
+    assert "output_dir: out/x, new" in outcome(capsys, "r.yaml")[1]
+    recipe = load_recipe("sft", "r.yaml")
+    open_stage(recipe, "sft", {"model_name_or_path": "model"})
+    assert Path("out/x", RUN).is_file()
+    assert "output_dir: out/x, which would be resumed" in outcome(capsys, "r.yaml")[1]
+    finish_stage(recipe, "sft", {"model_name_or_path": "model"}, letter_tokenizer(), {}, {})
+    assert "output_dir: out/x is finished; the stage would be skipped" in outcome(capsys, "r.yaml")[1]
+    code, said = outcome(capsys, "r.yaml", "--seed", "1")
+    assert code == 2
+    assert "holds a finished run that differs in seed" in said
+
+
+def test_answers_longer_than_the_model_can_read(world, capsys):
+    words = ["--sft_model_path", "model", "--reward_model_path", "null", "--reward_funcs", "truth_of_check:truth"]
+    assert outcome(capsys, "r/3_ppo.yaml", *words)[0] == 0
+    code, said = outcome(capsys, "r/3_ppo.yaml", *words, "--response_length", "255")  # after prompts of two letters
+    assert code == 2
+    assert "response_length: the longest prompt has 2 tokens, and with 255 more it is over the 256" in said
+
+
+def test_an_encoder_reads_its_score_from_the_first_token(world, capsys):
+    folder = world / "encoder"
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    config = BertConfig(vocab_size=29, **size)
+    config.architectures = ["BertModel"]
+    config.save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    code, said = outcome(capsys, "r/2_reward.yaml", "--model_name_or_path", "encoder", "--sft_model_path", "model")
+    assert code == 0, said
+    assert "chosen: ⟦" in said
+    assert "SFT model (to set the zero)" in said
+
+
+def test_the_recipes_own_zero_stage_has_a_column(world, capsys):
+    Path("zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}), encoding="utf-8")
+    said = outcome(capsys, "r/1_sft.yaml", "--model_name_or_path", "model", "--deepspeed", "zero.json", num_gpus=8)[1]
+    assert "(ZeRO 2)" in said
+    assert "(ZeRO 0)" not in said
+    assert "Memory per GPU on 8, float32" in said
+
+
+def test_no_recipes_at_all(world):
+    (world / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: expected recipes named like 1_sft.yaml, found none"):
+        check.run("empty")
+    with pytest.raises(UserError, match="no such recipe"):
+        check.run("gone.yaml")
+
+
+def save_encoder(folder: Path) -> None:
+    from tests.encoders.test_mlm import save_tiny_encoder
+
+    save_tiny_encoder(folder)
+    (folder / "model.safetensors").unlink()  # a check loads no weights
+
+
+def test_a_folder_of_a_masked_language_model_and_a_classifier(world, capsys):
+    save_encoder(world / "encoder")
+    texts = write_jsonl(world / "t/texts.jsonl", [{"text": "abcdefghijklmnopqrstuvwxyz"}, {"text": "ab"}])
+    rows = write_jsonl(world / "t/rows.jsonl", [{"text": "ab", "label": "x"}, {"text": "cd", "label": "y"}])
+    numbers = write_jsonl(world / "t/n.jsonl", [{"text": "ab", "text_pair": "c", "label": n} for n in (0.5, 2)])
+    common = {"eval_fraction": 0}
+    write_recipe("t/0_mlm.yaml", stage="mlm", output_dir="out/m", train_dataset=texts, model_name_or_path="encoder",
+                 mlm_probability=0.5, **common)  # fmt: skip
+    write_recipe("t/1_classify.yaml", stage="classify", output_dir="out/c", train_dataset=rows,
+                 model_name_or_path="out/m", **common)  # fmt: skip
+    write_recipe("t/2_scorer.yaml", stage="classify", output_dir="out/n", train_dataset=numbers,
+                 model_name_or_path="out/m", **common)  # fmt: skip
+    write_recipe("t/3_ppo.yaml", stage="ppo", output_dir="out/p", train_dataset="r/demos.jsonl", sft_model_path="model",
+                 reward_model_path="out/n", eval_fraction=0.2, response_length=8)  # fmt: skip
+    code, said = outcome(capsys, "t")
+    assert code == 0, said
+    assert said.rstrip().endswith("it would run")
+    flat = said.replace(" ", "")
+    assert "⟦<mask>" in flat.split("piece:")[1].splitlines()[0]
+    assert "the tokens to predict; 3 pieces; at most 15 tokens in the first 2 rows" in said  # of 16; cut evenly
+    assert "rowlabelled'x':⟦<s>⟧ab</s>" in flat
+    assert "single_label_classification, 2 labels by training rows: x (1), y (1); at most 4 tokens" in said
+    assert "rowlabelled0.5:⟦<s>⟧ab</s>c</s>" in flat
+    assert "regression, mean label 1.25" in said
+    assert "model_name_or_path: out/m (made by 0_mlm.yaml)" in said
+    assert "reward_model_path: out/n (made by 2_scorer.yaml)" in said
+    config = AutoConfig.from_pretrained("encoder")
+    heads = {"maskedlanguagemodel": AutoModelForMaskedLM, "classifier": AutoModelForSequenceClassification}
+    for name, auto in heads.items():
+        assert f"|{name}|{count_parameters(skeleton(auto, config)):,}|" in flat
+    assert not (world / "out").exists()
+
+
+def test_a_classifier_that_would_not_run(world, capsys):
+    save_encoder(world / "encoder")
+    rows = write_jsonl(world / "t.jsonl", [{"text": "ab", "label": "x"}, {"text": "cd", "label": "x"}])
+    write_recipe("c.yaml", stage="classify", output_dir="out/c", train_dataset=rows, model_name_or_path="encoder",
+                 eval_fraction=0)  # fmt: skip
+    code, said = outcome(capsys, "c.yaml")
+    assert code == 2
+    assert "label: all 2 training rows have the same, x" in said
+    assert "not checked: tokens and memory" in said
+    code, said = outcome(capsys, "c.yaml", "--train_dataset", "gone.jsonl")
+    assert code == 2
+    assert "gone.jsonl: no such file" in said

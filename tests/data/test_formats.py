@@ -1,0 +1,250 @@
+"""Every format of a row, in every form, and every way in which a row can be bad."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from align.data.formats import choose_formats, read_row
+from align.data.rows import Demonstration, Preference, Prompt, as_response, render_text
+from align.errors import BadRow
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2+2?\n\nAssistant: {}"
+HH_PROMPT = [user("Hi"), assistant("Hello."), user("2+2?")]
+
+
+def read(values: dict[str, Any], form: type) -> Any:
+    return read_row(values, "f.jsonl:1", form, choose_formats("f.jsonl", list(values), form))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"prompt": "2+2?", "completion": " 4"}, "2+2?"),
+        ({"prompt": "2+2?", "completion": ""}, "2+2?"),  # a prompt needs no completion
+        ({"prompt": "2+2?"}, "2+2?"),
+        ({"prompt": [SYSTEM, user("2+2?")]}, [SYSTEM, user("2+2?")]),
+        ({"prompt": [user("2+2?")], "completion": [assistant("4")]}, [user("2+2?")]),
+        ({"prompt": "\n\nHuman: 2+2?\n\nAssistant:"}, [user("2+2?")]),
+        ({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]}, [user("a"), assistant("b"), user("c")]),
+        ({"messages": [user("a"), assistant("b"), user("c")]}, [user("a"), assistant("b"), user("c")]),
+        ({"text": HH.format("4")}, HH_PROMPT),
+        ({"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}, "2+2?"),
+        ({"chosen": HH.format("4"), "rejected": HH.format("5")}, HH_PROMPT),
+        ({"chosen": "Q: 2+2? A: 4", "rejected": "Q: 2+2? A: 5"}, "Q: 2+2? A:"),
+    ],
+)
+def test_prompt_from_every_format(values: dict[str, Any], expected: Any) -> None:
+    assert read(values, Prompt).prompt == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "prompt", "completion", "trained_turns"),
+    [
+        ({"prompt": "2+2?", "completion": " 4"}, "2+2?", " 4", 1),
+        ({"prompt": [user("2+2?")], "completion": [assistant("4")]}, [user("2+2?")], [assistant("4")], 1),
+        ({"prompt": [user("2+2?")], "completion": "4"}, [user("2+2?")], [assistant("4")], 1),
+        ({"prompt": "2+2?", "completion": [assistant("4")]}, [user("2+2?")], [assistant("4")], 1),
+        (
+            {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]},
+            [user("a"), assistant("b"), user("c")],
+            [assistant("d")],
+            1,
+        ),
+        (
+            {"prompt": [user("a")], "completion": [assistant("b"), user("c"), assistant("d")]},
+            [user("a"), assistant("b"), user("c")],
+            [assistant("d")],
+            2,
+        ),
+        (
+            {"messages": [SYSTEM, user("a"), assistant("b"), user("c"), assistant("d")]},
+            [SYSTEM, user("a"), assistant("b"), user("c")],
+            [assistant("d")],
+            2,
+        ),
+        # An opening assistant turn answers nothing, so it is not trained.
+        (
+            {"messages": [SYSTEM, assistant("a"), user("b"), assistant("c")]},
+            [SYSTEM, assistant("a"), user("b")],
+            [assistant("c")],
+            1,
+        ),
+        ({"text": "Once upon a time."}, "", "Once upon a time.", 1),
+        ({"text": HH.format("4")}, HH_PROMPT, [assistant("4")], 2),
+        ({"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}, "2+2?", " 4", 1),
+        ({"chosen": HH.format("4"), "rejected": HH.format("5")}, HH_PROMPT, [assistant("4")], 1),
+    ],
+)
+def test_demonstration_from_every_format(
+    values: dict[str, Any], prompt: Any, completion: Any, trained_turns: int
+) -> None:
+    row = read(values, Demonstration)
+    assert (row.prompt, row.completion, row.trained_turns) == (prompt, completion, trained_turns)
+
+
+@pytest.mark.parametrize(
+    ("values", "prompt", "chosen", "rejected"),
+    [
+        ({"prompt": "2+2?", "chosen": " 4", "rejected": " 5"}, "2+2?", " 4", " 5"),
+        # Strings for a message prompt, as in topical-chat-ratings.
+        (
+            {"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"},
+            [user("2+2?")],
+            [assistant("4")],
+            [assistant("5")],
+        ),
+        # One-message lists, as in hh-helpful.
+        (
+            {"prompt": HH_PROMPT, "chosen": [assistant("4")], "rejected": [assistant("5")]},
+            HH_PROMPT,
+            [assistant("4")],
+            [assistant("5")],
+        ),
+        # A text prompt beside whole dialogues.
+        (
+            {"prompt": "2+2?", "chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]},
+            [user("2+2?")],
+            [assistant("4")],
+            [assistant("5")],
+        ),
+        (
+            {"chosen": [user("2+2?"), assistant("4")], "rejected": [user("2+2?"), assistant("5")]},
+            [user("2+2?")],
+            [assistant("4")],
+            [assistant("5")],
+        ),
+        ({"chosen": HH.format("4"), "rejected": HH.format("5")}, HH_PROMPT, [assistant("4")], [assistant("5")]),
+        (
+            {"prompt": "\n\nHuman: 2+2?\n\nAssistant:", "chosen": " 4", "rejected": " 5"},
+            [user("2+2?")],
+            [assistant("4")],
+            [assistant("5")],
+        ),
+        # The common prefix ends between words, and neither response is left empty.
+        ({"chosen": "Is it? yes", "rejected": "Is it? yeah"}, "Is it?", " yes", " yeah"),
+        ({"chosen": "Is it? yes", "rejected": "Is it? yes sir"}, "Is it?", " yes", " yes sir"),
+        ({"chosen": "Q\n\nA: yes", "rejected": "Q\n\nA: no"}, "Q\n\nA:", " yes", " no"),
+    ],
+)
+def test_preference_from_every_format(values: dict[str, Any], prompt: Any, chosen: Any, rejected: Any) -> None:
+    row = read(values, Preference)
+    assert (row.prompt, row.chosen, row.rejected) == (prompt, chosen, rejected)
+
+
+ORDER = "messages do not alternate between user and assistant"
+LATER = "`chosen` or `rejected` has more than one turn after the prompt"
+NO_COMMON = "`chosen` and `rejected` have no common prompt"
+
+
+@pytest.mark.parametrize(
+    ("form", "values", "reason"),
+    [
+        (Demonstration, {"prompt": "a", "completion": None}, "missing field `completion`"),
+        (Preference, {"prompt": "a", "chosen": None, "rejected": "b"}, "missing field `chosen`"),
+        (Demonstration, {"prompt": 3, "completion": "b"}, "`prompt` is neither text nor a list of messages"),
+        (Demonstration, {"messages": "a"}, "`messages` is not a list of messages"),
+        (
+            Demonstration,
+            {"messages": [user("a"), "b"]},
+            "`messages` holds something else than messages with `role` and `content`",
+        ),
+        (
+            Demonstration,
+            {"messages": [user("a"), {"role": "assistant", "content": None}]},
+            "`messages` holds something else than messages with `role` and `content`",
+        ),
+        (
+            Demonstration,
+            {"messages": [user("a"), {"role": "bot", "content": "b"}]},
+            "role 'bot' is not system, user or assistant",
+        ),
+        (Demonstration, {"prompt": "", "completion": "b"}, "empty prompt"),
+        (Prompt, {"prompt": " \n"}, "empty prompt"),
+        (Demonstration, {"prompt": "a", "completion": " \n"}, "empty response"),
+        (Demonstration, {"prompt": [user("a")], "completion": []}, "empty response"),
+        (Demonstration, {"text": " "}, "empty response"),
+        (Demonstration, {"messages": []}, "empty response"),
+        (Demonstration, {"messages": [user("a"), assistant("")]}, "empty response"),
+        (Demonstration, {"messages": [user(" "), assistant("b")]}, "empty turn"),
+        (Preference, {"prompt": "a", "chosen": "b", "rejected": ""}, "empty response"),
+        (Preference, {"chosen": HH.format("4"), "rejected": HH.format("")}, "empty response"),
+        (Preference, {"chosen": HH.format("4"), "rejected": "\n\nHuman: Hi\n\nAssistant: Hello."}, LATER),
+        (Preference, {"prompt": "a", "chosen": "b", "rejected": "b "}, "`chosen` equals `rejected`"),
+        (Preference, {"chosen": HH.format("4"), "rejected": HH.format("4")}, "`chosen` equals `rejected`"),
+        (Demonstration, {"messages": [user("a"), user("b"), assistant("c")]}, ORDER),
+        (Demonstration, {"messages": [assistant("b")]}, "no user turn before the response"),
+        (Demonstration, {"messages": [SYSTEM, assistant("b")]}, "no user turn before the response"),
+        (Demonstration, {"messages": [SYSTEM, SYSTEM, user("a"), assistant("b")]}, ORDER),
+        (Demonstration, {"messages": [user("a"), SYSTEM, assistant("b")]}, ORDER),
+        (Preference, {"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"}, ORDER),
+        (Prompt, {"prompt": [user("a"), assistant("b"), assistant("c"), user("d")]}, ORDER),
+        (Demonstration, {"messages": [user("a"), assistant("b"), user("c")]}, "does not end in an assistant turn"),
+        (Prompt, {"prompt": [user("a"), assistant("b")]}, "the prompt does not end in a user turn"),
+        (Prompt, {"prompt": []}, "the prompt does not end in a user turn"),
+        (Prompt, {"text": "Once upon a time."}, "plain text has no prompt"),
+        (Preference, {"chosen": "yes", "rejected": "no"}, NO_COMMON),
+        (Preference, {"chosen": [user("a"), assistant("b")], "rejected": [user("c"), assistant("d")]}, NO_COMMON),
+        (
+            Preference,
+            {"chosen": HH.format("4"), "rejected": "no transcript"},
+            "one of `chosen` and `rejected` is text, the other messages",
+        ),
+        (
+            Preference,
+            {"chosen": HH.format("4"), "rejected": "\n\nHuman: Hi\n\nAssistant: Go away."},
+            LATER,
+        ),
+    ],
+)
+def test_bad_row(form: type, values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        read(values, form)
+    assert str(caught.value) == reason
+
+
+def test_transcripts_keep_line_breaks_and_need_a_human_first() -> None:
+    row = read({"text": "\n\nHuman: One\n\ntwo: three\n\nAssistant: Four\n\nfive "}, Demonstration)
+    assert (row.prompt, row.completion) == ([user("One\n\ntwo: three")], [assistant("Four\n\nfive")])
+    stripped = read({"text": "Human: One\n\nAssistant: Two"}, Demonstration)  # some copies lost the leading line breaks
+    assert (stripped.prompt, stripped.completion) == ([user("One")], [assistant("Two")])
+    assert read({"text": "Human: nature is odd."}, Demonstration).completion == "Human: nature is odd."
+    assert read({"text": "A play.\n\nHuman: Hi\n\nAssistant: Ho"}, Demonstration).prompt == ""
+
+
+def test_a_row_is_read_in_the_first_format_it_fills() -> None:
+    formats = choose_formats("f", ["prompt", "completion", "messages"], Demonstration)
+    row = read_row({"prompt": None, "messages": [user("a"), assistant("b")]}, "f:1", Demonstration, formats)
+    assert row.prompt == [user("a")]
+
+
+def test_extra_holds_what_the_form_does_not() -> None:
+    values = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d", "margin": 1.5}
+    assert read(values, Prompt).extra == {"completion": "b", "chosen": "c", "rejected": "d", "margin": 1.5}
+    assert read(values, Demonstration).extra == {"chosen": "c", "rejected": "d", "margin": 1.5}
+    assert read(values, Preference).extra == {"completion": "b", "margin": 1.5}
+    assert read({"messages": [user("a"), assistant("b")], "id": 7}, Prompt).extra == {"id": 7}
+
+
+def test_messages_keep_only_role_and_content() -> None:
+    row = read({"messages": [{**user("a"), "name": None}, {**assistant("b"), "score": 3}]}, Demonstration)
+    assert (row.prompt, row.completion) == ([user("a")], [assistant("b")])
+
+
+def test_turns_as_text() -> None:
+    assert render_text("a") == "a"
+    assert render_text([assistant("b")]) == "b"
+    assert render_text([user("a"), assistant("b"), user("c")]) == "User: a\n\nAssistant: b\n\nUser: c"
+    assert as_response("a", "b") == "b"
+    assert as_response([user("a")], "b") == [assistant("b")]

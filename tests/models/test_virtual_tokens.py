@@ -1,0 +1,152 @@
+"""`align evaluate` on folders of virtual tokens, against PEFT on each row alone; the stages, which refuse them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+
+import align.evaluate.answers
+from align.__main__ import main
+from align.errors import UserError
+from align.evaluate.compare import run
+from align.evaluate.inputs import prepare
+from tests.evaluate.test_compare import ROWS, judged, letters, predictions, recipe, rows, values
+from tests.sft.test_train import recipe as sft_recipe
+from tests.worlds import LETTERS, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+
+TOKENS = 5
+KINDS = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS),
+    "p-tuning": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=TOKENS, encoder_hidden_size=8),
+}
+
+
+def virtual_tokens(folder: Path, kind: str) -> str:
+    """Virtual tokens for the model `base` that change much of what it says."""
+    base = save_tiny_policy(folder / "base")
+    model = tiny_llama()
+    model.config._name_or_path = model.name_or_path = base
+    adapted = get_peft_model(model, copy.copy(KINDS[kind]))
+    torch.manual_seed(7)
+    for weight in adapted.prompt_encoder.parameters():
+        torch.nn.init.normal_(weight)
+    adapted.save_pretrained(folder / kind)
+    letter_tokenizer().save_pretrained(folder / kind)
+    return str(folder / kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_they_do_what_they_do_in_peft_under_padding_too(tmp_path, monkeypatch, kind, batch_size):
+    model = AutoPeftModelForCausalLM.from_pretrained(virtual_tokens(tmp_path, kind)).eval()
+
+    def alone(input_ids):  # PEFT gives prompt tuning logits of the virtual tokens too
+        output = model(input_ids=input_ids)
+        output.logits = output.logits[:, -input_ids.shape[1] :]
+        return output
+
+    padded = []
+    original = align.evaluate.answers.generate
+
+    def generate(model, ids, mask, *rest):
+        padded.append(not bool(mask.all()))
+        return original(model, ids, mask, *rest)
+
+    monkeypatch.setattr(align.evaluate.answers, "generate", generate)
+    models = {"base": str(tmp_path / "base"), "virtual": str(tmp_path / kind)}
+    settings = recipe(tmp_path, models=models, metrics=["perplexity", "token_accuracy", "exact_match"],
+                      per_device_eval_batch_size=batch_size)  # fmt: skip
+    results = run(settings)
+    assert any(padded) == (batch_size > 1)
+
+    nll, right, count = map(sum, zip(*(judged(alone, *row) for row in ROWS), strict=True))
+    assert values(results, "perplexity")["virtual", 0] == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert values(results, "token_accuracy")["virtual", 0] == pytest.approx(right / count)
+    assert abs(values(results, "perplexity")["base", 0] - math.exp(nll / count)) > 1
+    written = {}
+    for prompt, _ in ROWS:
+        found = model.generate(input_ids=torch.tensor([letters(prompt)]), max_new_tokens=6, do_sample=False,
+                               pad_token_id=0, eos_token_id=2)  # fmt: skip
+        ids = found[0, len(prompt) :].tolist()
+        written[prompt] = letter_tokenizer().decode(ids, skip_special_tokens=True)
+    lines = predictions(tmp_path)
+    assert {line["prompt"]: line["prediction"] for line in lines if line["model"] == "virtual"} == written
+    assert {line["prompt"]: line["prediction"] for line in lines if line["model"] == "base"} != written
+
+
+def test_they_take_room_in_the_model(tmp_path):
+    folder = virtual_tokens(tmp_path, "prompt")
+    longest = 256 - TOKENS  # positions of the model
+    prompt = (LETTERS * 10)[: longest - 3]
+    fits = recipe(tmp_path, evaluation=rows([(prompt, "ab")]), models={"m": folder})
+    assert len(prepare(fits, generates=False).rows) == 1
+    with pytest.raises(UserError, match=f"longer than {longest} tokens"):
+        prepare(recipe(tmp_path, evaluation=rows([(prompt, "abc")]), models={"m": folder}), generates=False)
+
+
+def test_what_the_sft_stage_leaves_is_evaluated(tmp_path):
+    from align.sft.train import run as train
+
+    settings = sft_recipe(tmp_path, method="prompt", eval_rows=ROWS, num_virtual_tokens=3, num_train_epochs=4)
+    trained = train(settings)
+    results = run(recipe(tmp_path / "judged", models={"base": str(tmp_path / "base"), "tuned": settings.output_dir}))
+    found = values(results, "perplexity")
+    assert found["tuned", 0] == pytest.approx(trained["eval_perplexity"], rel=1e-4)
+    assert abs(found["tuned", 0] - found["base", 0]) > 0.1, "with its tokens, not the model alone"
+
+
+def test_other_kinds_are_refused(tmp_path):
+    folder = Path(virtual_tokens(tmp_path, "prompt"))
+    file = folder / "adapter_config.json"
+    for key, value in (("task_type", "SEQ_CLS"), ("peft_type", "MULTITASK_PROMPT_TUNING")):
+        kept = json.loads(file.read_text())
+        file.write_text(json.dumps(kept | {key: value}))
+        with pytest.raises(UserError, match=f"expected virtual tokens of kind.* got .*{value}"):
+            run(recipe(tmp_path, models={"m": str(folder)}))
+        file.write_text(json.dumps(kept))
+    file.write_text(json.dumps(kept | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match=r"models: .*prompt holds virtual tokens for .*gone: no model at"):
+        run(recipe(tmp_path, models={"m": str(folder)}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [
+        ("sft", "model_name_or_path: {virtual}"),
+        ("reward", "model_name_or_path: {virtual}"),
+        ("reward", "model_name_or_path: {base}\nsft_model_path: {virtual}"),
+        ("ppo", "sft_model_path: {virtual}\nreward_model_path: {base}"),
+        ("ppo", "sft_model_path: {base}\nreward_model_path: {virtual}"),
+        ("ppo", "sft_model_path: {base}\nreward_funcs: [len]\nvalue_model_path: {virtual}"),
+        ("classify", "model_name_or_path: {virtual}"),
+    ],
+)
+def test_no_stage_starts_from_them(tmp_path, capsys, monkeypatch, stage, keys):
+    folders = {"virtual": virtual_tokens(tmp_path, "prefix"), "base": str(tmp_path / "base")}
+    data = write_jsonl(tmp_path / "d.jsonl", [
+        {"prompt": p, "chosen": c, "rejected": "a", **({"text": p, "label": c} if stage == "classify" else {})}
+        if stage != "sft" else {"prompt": p, "completion": c} for p, c in ROWS
+    ])  # fmt: skip
+    if stage == "classify":
+        data = write_jsonl(tmp_path / "d.jsonl", [{"text": p, "label": len(p) % 2} for p, _ in ROWS])
+    text = keys.format(**folders).replace("[len]", "[tests.models.test_virtual_tokens:zero]")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"stage: {stage}\noutput_dir: {tmp_path / 'o'}\ntrain_dataset: {data}\nresponse_length: 4\n{text}\n"
+                    .replace("response_length: 4\n", "response_length: 4\n" if stage == "ppo" else ""))  # fmt: skip
+    for command in ("check", stage):
+        assert main([command, str(path)]) == 2
+        said = capsys.readouterr()
+        said = " ".join((said.out + said.err).split())
+        assert "holds learnt virtual tokens" in said, (command, said)
+        assert "no stage can start from them" in said
+
+
+def zero(completions, **_):
+    return [0.0] * len(completions)

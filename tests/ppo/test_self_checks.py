@@ -1,0 +1,533 @@
+"""Faults put into real PPO runs: which self-check finds each, what a sound run says, and what a bad minibatch leaves."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+
+from align.config.load import load_recipe
+from align.engine.batch_plan import batch_plan
+from align.engine.distributed import World
+from align.engine.torch_engine import Engine
+from align.errors import UserError
+from align.generation import generate as generation
+from align.generation.sampling import generator
+from align.generation.sampling import sample as rollout_sample
+from align.maths.losses import token_logprobs
+from align.models import forward
+from align.models import load as align_models
+from align.models import value as value_models
+from align.models.forward import response_logprobs
+from align.models.load import load_policy
+from align.models.trainable import add_adapter
+from align.ppo import rollout
+from align.ppo import setup as ppo_setup
+from align.ppo import train as ppo
+from align.ppo import update as ppo_update
+from align.ppo.collapse import CollapseWatch
+from align.ppo.rollout import Rollout
+from align.ppo.self_check_limits import (
+    FLOAT32,
+    ends,
+    knows_something,
+    same_reference,
+    same_sampling,
+    tells_apart,
+)
+from align.ppo.setup import check_inputs, load_models
+from align.ppo.train import run
+from align.ppo.update import Updater
+from reward_models.trained import ModelReward
+from tests.ppo.test_rewards import SCORE_MEAN, save_decoder_reward, save_encoder_reward
+from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
+from tests.worlds import deepspeed_file, launch, letter_tokenizer, tiny_llama
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def start(folder: Path, **changes) -> dict:
+    """A PPO run of one update."""
+    changes = {"total_episodes": 16, "eval_steps": None, "save_steps": 100, **changes}
+    return run(load_recipe("ppo", make_recipe(folder, **changes)))
+
+
+def refused(folder: Path, **changes) -> str:
+    """What a run that fails its self-checks says; no step was taken."""
+    with pytest.raises(UserError, match=r"self-checks: \d+ of \d+ failed before the first update") as error:
+        start(folder, **changes)
+    assert not (folder / "out" / "stage.json").exists()
+    assert not (folder / "out" / "metrics.jsonl").exists(), "nothing was trained"
+    assert "--skip_self_checks" in str(error.value)
+    return str(error.value)
+
+
+def failures(message: str) -> list[str]:
+    return message.splitlines()[1:-1]
+
+
+def recorded_reward(folder: Path, accuracy: float = 0.7, low: float = 0.6) -> str:
+    """A reward model with a manifest as its stage writes it."""
+    path = save_decoder_reward(folder)
+    record(folder, [[3, 4, 5, 2], [3, 6, 2], [7, 8, 2], [7, 9, 10, 11, 2]], accuracy, low)
+    return path
+
+
+def record(folder: Path, ids: list[list[int]], accuracy: float = 0.7, low: float = 0.6) -> None:
+    """Write a manifest with the scores that plain transformers gives."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        scores = [float(model(input_ids=torch.tensor([row])).logits) - SCORE_MEAN for row in ids]
+    manifest = {
+        "stage": "reward",
+        "recipe": {"bf16": False},
+        "versions": {"transformers": "5.0"},
+        "results": {"eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": 2 * accuracy - low},
+        "score_check": {"ids": ids, "scores": scores},
+    }
+    (folder / "stage.json").write_text(json.dumps(manifest))
+
+
+def rewarded(path: str) -> dict:
+    return {"reward_funcs": [], "reward_model_path": path}
+
+
+def change_weights(path: Path, change) -> None:
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def endless_policy(folder: Path) -> None:
+    """A policy whose hidden states all have the same first number, from which end-of-text takes 50."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 3.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+        model.lm_head.weight[2] = 0.0
+        model.lm_head.weight[2, 0] = -50.0
+    model.save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+
+
+def cold(function):
+    """`function` with its argument `temperature` forgotten."""
+    place = list(inspect.signature(function).parameters).index("temperature")
+    return lambda *args: function(*args[:place], 1.0, *args[place + 1 :])
+
+
+def cold_chances(logits, noise, temperature):
+    """Tokens sampled as they should be, with their log-probabilities at temperature 1."""
+    tokens, _ = rollout_sample(logits, noise, temperature)
+    return tokens, token_logprobs(logits, tokens, 1.0)
+
+
+class TestSoundRun:
+    def test_it_says_so_in_one_line(self, tmp_path, capsys):
+        start(tmp_path, **rewarded(recorded_reward(tmp_path / "reward")))
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("self-checks:")]
+        for words in ("off its record", "reward accuracy 0.7", "all finite", "KL 0,", "ratio 1,", "generation gap"):
+            assert words in line
+        first = metrics(tmp_path / "out")[0]
+        assert first["self_check/kl"] == 0.0
+        assert first["self_check/ratio_gap"] < 1e-5
+        assert first["self_check/sampler_gap"] < 1e-5
+        assert first["self_check/reward_gap"] < 1e-5
+        assert first["self_check/reward_accuracy"] == 0.7
+
+    def test_it_is_the_run_without_checks_to_the_bit(self, tmp_path, monkeypatch):
+        class Short(ModelReward):
+            """Reads five tokens, so that responses are cut, which a metric counts."""
+
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **{**kwargs, "max_length": 5})
+
+        monkeypatch.setattr(ppo_setup, "ModelReward", Short)
+        folders = []
+        for skip in (False, True):
+            folder = tmp_path / str(skip)
+            folder.mkdir()
+            reward = save_encoder_reward(folder / "reward")
+            start(folder, **rewarded(reward), skip_self_checks=skip, total_episodes=48, eval_steps=1, ema_decay=0.9)
+            folders.append(folder / "out")
+        for part in (".", "value", "ema"):
+            ours, theirs = (load_file(folder / part / "model.safetensors") for folder in folders)
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
+        checked, unchecked = (metrics(folder) for folder in folders)
+        assert checked[0]["objective/truncated"] > 0
+        assert_same_curve([without_checks(row) for row in checked], unchecked, tolerance=0)
+
+    @pytest.mark.parametrize(
+        "changes", [{"bf16": True}, {"bf16": True, "gradient_checkpointing": True}, {"method": "lora"}, {"method": "lora", "bf16": True}]
+    )  # fmt: skip
+    def test_precisions_and_adapters_that_are_sound(self, tmp_path, changes):
+        """In bfloat16, too, scoring and training make the same pass, and policy and reference are rounded alike."""
+        start(tmp_path, **changes)
+        first = metrics(tmp_path / "out")[0]
+        assert first["self_check/kl"] == 0.0
+        assert first["policy/first_ratio"] == pytest.approx(1.0, abs=1e-5)
+
+    def test_a_run_that_first_trains_the_value_model_alone(self, tmp_path):
+        start(tmp_path, value_warmup_updates=1)
+        assert metrics(tmp_path / "out")[0]["self_check/ratio_gap"] < 1e-5
+
+    def test_a_recorded_reward_model_with_a_tokenizer_of_its_own(self, tmp_path):
+        """Its record holds its own ids, to be scored as they are."""
+        path = save_encoder_reward(tmp_path / "reward")
+        record(tmp_path / "reward", ids=[[2, 5, 3, 6, 3], [2, 5, 3, 7, 8, 3]])
+        start(tmp_path, **rewarded(path))
+        assert metrics(tmp_path / "out")[0]["self_check/reward_gap"] < 1e-5
+
+    def test_grouped_rows_and_a_rollout_smaller_than_the_check(self, tmp_path):
+        start(tmp_path, advantage_estimator="rloo", num_generations=4, rollout_batch_size=4, minibatch_size=4,
+              total_episodes=4)  # fmt: skip
+        assert "self_check/kl" in metrics(tmp_path / "out")[0]
+
+
+def without_checks(row: dict) -> dict:
+    return {name: value for name, value in row.items() if "self_check" not in name}
+
+
+def in_bfloat16(path, recipe, dtype=None):
+    """The policy as it is, and the reference, for which a dtype is given, stored in bfloat16."""
+    return load_policy(path, recipe, torch.float32 if dtype is None else torch.bfloat16)
+
+
+class TestFaults:
+    def test_dropout_left_on(self, tmp_path, monkeypatch):
+        make_recipe(tmp_path)
+        config = json.loads((tmp_path / "policy" / "config.json").read_text())
+        (tmp_path / "policy" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+        monkeypatch.setattr(align_models, "disable_dropout", lambda model: None)
+        message = refused(tmp_path, gradient_checkpointing=True)  # which keeps the model in training mode
+        kl, ratio, *_ = failures(message)
+        assert "with dropout" in kl
+        assert "dropout is on" in ratio
+        assert ") ratio" in ratio
+
+    @pytest.mark.parametrize(
+        ("module", "name", "found"),
+        [
+            (ppo_update, "response_loss", [") ratio"]),
+            (generation, "sample", [") generation gap"]),
+            (rollout, "response_logprobs", [") ratio", ") generation gap"]),
+        ],
+    )
+    def test_the_temperature_missing_in_one_forward(self, tmp_path, monkeypatch, module, name, found):
+        monkeypatch.setattr(module, name, cold_chances if name == "sample" else cold(getattr(module, name)))
+        lines = failures(refused(tmp_path))
+        assert len(lines) == len(found)
+        for line, word in zip(lines, found, strict=True):
+            assert word in line
+            assert "temperature" in line
+
+    def test_a_mask_that_padding_shines_through(self, tmp_path, monkeypatch):
+        """Rollout and training make the same mistake: only other padding, as training has it, brings it to light."""
+
+        def left_open(ids, mask, length):
+            places = (F.pad(mask[:, -length:], (ids.shape[1] - length - 1, 1))).flatten().nonzero().squeeze(1)
+            return ids, places, ids[:, -length:][mask[:, -length:]]
+
+        monkeypatch.setattr(forward, "close_up", left_open)
+        message = refused(tmp_path, per_device_train_batch_size=1)
+        assert any(") ratio" in line and "padding" in line for line in failures(message))
+
+    def test_a_reference_of_other_precision(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(ppo_setup, "load_policy", in_bfloat16)
+        (line,) = failures(refused(tmp_path))
+        assert "policy and reference" in line
+        assert "sft stage" in line
+
+    def test_an_adapter_that_does_not_start_as_the_identity(self, tmp_path, monkeypatch):
+        def shifted(model, recipe):
+            adapted = add_adapter(model, recipe)
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.01)
+            return adapted
+
+        monkeypatch.setattr(ppo_setup, "add_adapter", shifted)
+        (line,) = failures(refused(tmp_path, method="lora"))
+        assert "KL" in line
+        assert "adapter does not start as the identity" in line
+
+    def test_a_value_model_with_dropout(self, tmp_path, monkeypatch):
+        reward = recorded_reward(tmp_path / "reward")  # whose head, unlike a new one, gives values other than 0
+        config = json.loads((tmp_path / "reward" / "config.json").read_text())
+        (tmp_path / "reward" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+        monkeypatch.setattr(value_models, "disable_dropout", lambda model: None)
+        (line,) = failures(refused(tmp_path, **rewarded(reward), gradient_checkpointing=True))
+        assert "value gap" in line
+
+    def test_reward_weights_that_changed_since_they_were_judged(self, tmp_path):
+        reward = recorded_reward(tmp_path / "reward")
+        change_weights(tmp_path / "reward", lambda weights: weights["score.weight"].mul_(1.1))
+        (line,) = failures(refused(tmp_path, **rewarded(reward)))
+        assert "off its record" in line
+        assert "go back to the reward stage" in line
+
+    def test_a_reward_model_no_better_than_chance(self, tmp_path):
+        reward = recorded_reward(tmp_path / "reward", accuracy=0.45, low=0.4)
+        (line,) = failures(refused(tmp_path, **rewarded(reward)))
+        assert "reward accuracy 0.45 (0.4 to 0.5)" in line
+        assert "go back to the reward stage" in line
+
+    def test_a_reward_model_perhaps_better_than_chance_is_said_and_used(self, tmp_path, capsys):
+        start(tmp_path, **rewarded(recorded_reward(tmp_path / "reward", accuracy=0.55, low=0.46)))
+        assert "self-check: reward accuracy 0.55 (0.46 to 0.64)" in capsys.readouterr().err
+
+    def test_a_policy_that_never_ends(self, tmp_path):
+        endless_policy(tmp_path / "policy")
+        (line,) = failures(refused(tmp_path))
+        assert "EOS rate 0; expected some of the 16 responses" in line
+        assert "go back to the sft stage" in line
+
+    def test_a_policy_that_gives_nan(self, tmp_path):
+        make_recipe(tmp_path)
+        change_weights(tmp_path / "policy", lambda weights: weights["lm_head.weight"][5].fill_(float("nan")))
+        lines = failures(refused(tmp_path))
+        assert "NaN or infinity in sampled_logprobs, old_logprobs, ref_logprobs" in lines[0]
+        assert ["EOS rate" in line for line in lines] == [False, True], "what is compared with NaN is left out"
+
+    def test_a_reward_that_is_always_the_same_beside_one_that_is_not(self, tmp_path, capsys):
+        (tmp_path / "flat_rule_for_test.py").write_text(
+            "def flat(prompts, **columns):\n    return [2.5] * len(prompts)\n"
+        )
+        start(tmp_path, reward_funcs=["flat_rule_for_test:flat", "rules_for_test:count_a"])
+        said = capsys.readouterr().err
+        assert "self-check: flat_rule_for_test:flat gave all 16 responses 2.5" in said
+        assert "rules_for_test:count_a varies" in said
+
+    def test_a_foreign_reward_model_is_said_not_to_be_checked(self, tmp_path, capsys):
+        start(tmp_path, **rewarded(save_decoder_reward(tmp_path / "reward")))
+        assert "reward model not checked (no record in its folder)" in capsys.readouterr().err
+
+    def test_skipping_says_what_is_skipped(self, tmp_path, capsys):
+        endless_policy(tmp_path / "policy")
+        start(tmp_path, skip_self_checks=True)
+        said = capsys.readouterr().err
+        assert "self-checks: skipped: KL 0, ratio 1" in said
+        assert "EOS rate 0;" not in said
+
+    def test_a_resumed_run_is_not_checked_again(self, tmp_path, monkeypatch, capsys):
+        recipe = load_recipe("ppo", make_recipe(tmp_path, total_episodes=48, save_steps=1, eval_steps=None))
+
+        def interrupted(*args):
+            save(*args)
+            raise KeyboardInterrupt
+
+        save = ppo.save_checkpoint
+        monkeypatch.setattr(ppo, "save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
+        monkeypatch.setattr(ppo, "save_checkpoint", save)
+        capsys.readouterr()
+        run(recipe)
+        assert "self-checks: not repeated on resuming at update 2" in capsys.readouterr().err
+        assert "self_check/kl" in metrics(tmp_path / "out")[0], "the numbers of the first start are kept"
+
+
+class TestLimits:
+    """By hand."""
+
+    @pytest.fixture
+    def recipe(self, tmp_path):
+        return load_recipe("ppo", make_recipe(tmp_path))
+
+    def test_policy_and_reference_are_equal(self, recipe):
+        assert same_reference(0.0, recipe).good
+        assert not same_reference(1e-5, recipe).good
+        assert not same_reference(float("nan"), recipe).good
+
+    def test_one_token_that_is_far_off_counts_even_if_the_mean_is_small(self):
+        assert same_sampling(9e-5, 5e-3, FLOAT32).good
+        assert not same_sampling(9e-5, 2e-2, FLOAT32).good
+        assert not same_sampling(2e-4, 2e-4, FLOAT32).good
+
+    def test_endings(self, recipe):
+        assert ends(0.3, 32, recipe).good
+        assert (ends(0.29, 32, recipe).good, ends(0.29, 32, recipe).stops) == (False, False)
+        assert (ends(0.0, 16, recipe).good, ends(0.0, 16, recipe).stops) == (False, True)
+        assert not ends(0.0, 15, recipe).stops, "too few to judge"
+
+    def test_pairs(self):
+        scores = torch.tensor([2.0, 1.0, 0.0, 3.0])  # one of two in order
+        numbers = {"eval_accuracy": 0.6, "eval_accuracy_low": 0.51, "eval_accuracy_high": 0.69}
+        assert knows_something(scores, numbers).good
+        assert "1 of 2" in knows_something(scores, numbers).seen
+        for accuracy, low, stops in ((0.5, 0.4, True), (0.55, 0.5, False)):
+            check = knows_something(scores, {**numbers, "eval_accuracy": accuracy, "eval_accuracy_low": low})
+            assert (check.good, check.stops) == (False, stops)
+        assert (knows_something(scores, {}).good, knows_something(scores, {}).stops) == (False, False)
+        assert knows_something(torch.tensor([2.0, 1.0]), {}).good
+
+    def test_scores_that_differ(self):
+        nothing = float("nan")  # the source does not apply to the row
+        assert tells_apart("rule", torch.tensor([1.0, 1.0, 2.0])).good
+        assert not tells_apart("rule", torch.tensor([1.0, nothing, 1.0])).good
+        assert tells_apart("rule", torch.tensor([nothing, nothing, 1.0])).good, "one is too few to judge"
+
+
+SOUND = {"objective/kl": 8.0, "response/length": 30.0, "response/eos_rate": 0.9, "objective/entropy": 1.5}
+
+
+class TestCollapse:
+    @pytest.fixture
+    def watch(self, tmp_path):
+        return CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, response_length=53)))
+
+    def said(self, watch, update, **changes):
+        return watch.warnings(update, {**SOUND, **{name.replace("_", "/", 1): n for name, n in changes.items()}})
+
+    def test_a_sound_run_hears_nothing(self, watch):
+        assert [self.said(watch, update) for update in (1, 2, 3)] == [[], [], []]
+        assert self.said(watch, 4, objective_kl=50.0, response_eos_rate=0.05, objective_entropy=0.05) == []
+
+    def test_each_kind_is_said_once_with_its_number(self, watch):
+        assert self.said(watch, 1) == []
+        (kl,) = self.said(watch, 2, objective_kl=51.0)
+        assert kl.startswith("update 2: objective/kl is 51 nats per response, above 50")
+        assert "kl_coef" in kl
+        (eos,) = self.said(watch, 3, objective_kl=60.0, response_eos_rate=0.04)
+        assert "4.0% of the responses end" in eos
+        assert "missing_eos_penalty" in eos
+        (entropy,) = self.said(watch, 4, objective_entropy=0.04)
+        assert "objective/entropy is 0.04 nats" in entropy
+        assert self.said(watch, 5, objective_kl=99.0, response_eos_rate=0.0, objective_entropy=0.0) == []
+
+    def test_lengths_at_the_limit(self, watch):
+        assert self.said(watch, 2, response_length=52.5) == [], "nine in ten end there"
+        (length,) = self.said(watch, 3, response_length=52.5, response_eos_rate=0.2)
+        assert "mean length is 52.5 of 53 tokens" in length
+
+    def test_long_responses_and_a_target_may_have_more_kl(self, watch, tmp_path):
+        assert self.said(watch, 2, objective_kl=120.0, response_length=128.0) == []
+        target = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, kl_target=40.0)))
+        assert self.said(target, 2, objective_kl=79.0) == []
+        assert len(self.said(target, 3, objective_kl=81.0)) == 1
+
+    def test_what_the_sft_model_does_anyway_is_not_a_collapse_until_it_was_gone(self, watch):
+        assert self.said(watch, 1, response_eos_rate=0.0) == []
+        assert self.said(watch, 2, response_eos_rate=0.01) == []
+        assert self.said(watch, 3, response_eos_rate=0.5) == []
+        assert len(self.said(watch, 4, response_eos_rate=0.01)) == 1
+
+    def test_a_resumed_run_is_told_at_once(self, watch):
+        assert len(self.said(watch, 7, response_eos_rate=0.01)) == 1
+
+    def test_an_update_of_the_value_model_alone_has_no_entropy(self, watch):
+        assert watch.warnings(2, {name: n for name, n in SOUND.items() if name != "objective/entropy"}) == []
+
+    def test_a_real_run_says_it(self, tmp_path, capsys):
+        """A learning rate a hundred times too high: the policy leaves for one letter and stops ending."""
+        start(tmp_path, learning_rate=0.3, kl_coef=0.0, missing_eos_penalty=None, total_episodes=64)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("update ")]
+        assert said
+        assert len(said) == len({line.split(":")[1].split(" is ")[0] for line in said})
+
+
+SPIKE = '''
+def spike(prompts, completions, **columns):
+    """Sound but for one prompt, whose score overflows float32 when it is squared."""
+    return [1e30 if prompt == "a" else text.count("a") / 8 for prompt, text in zip(prompts, completions)]
+'''
+
+
+class TestBadMinibatches:
+    def test_a_reward_that_overflows_once_costs_one_minibatch(self, tmp_path):
+        (tmp_path / "spike_for_test.py").write_text(SPIKE)
+        start(tmp_path, reward_funcs=["spike_for_test:spike"], num_ppo_epochs=1, total_episodes=48)
+        rows = [row for row in metrics(tmp_path / "out") if "policy/skipped" in row]
+        files = sorted((tmp_path / "out" / "bad_batches").iterdir())
+        assert len(rows) == 3
+        assert 0 < sum(row["policy/skipped"] for row in rows) == len(files) < 6
+        assert all(row["policy/steps"] + row["policy/skipped"] == 2 for row in rows)
+        for file in files:
+            saved = load_file(file)
+            assert saved["scores"].shape == (8,)
+            assert saved["scores"].max() == torch.tensor(1e30)
+            assert saved["prompt_ids"][saved["scores"].argmax(), -1] == 3, "the prompt a"
+            assert saved["mask"].dtype == torch.bool
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert all(weight.isfinite().all() for weight in weights.values())
+        assert any(not torch.equal(weight, before) for weight, before in zip(weights.values(),
+                   LlamaForCausalLM.from_pretrained(tmp_path / "policy").state_dict().values(), strict=False))  # fmt: skip
+
+    def test_it_leaves_the_weights_of_a_run_that_never_saw_it(self, tmp_path, monkeypatch):
+        """The others' steps, before and after it, are the same to the bit."""
+        recipe = load_recipe("ppo", make_recipe(tmp_path, num_ppo_epochs=1, minibatch_size=4))
+        order = torch.randperm(16, generator=generator(recipe.seed, "minibatches", 0, 0))
+        bad = order[4:8]  # the second of four minibatches
+        weights = []
+        for seen in (True, False):
+            models = load_models(recipe, check_inputs(recipe), batch_plan(recipe, 1), ALONE)
+            updater = Updater(recipe, batch_plan(recipe, 1), ALONE, models)
+            given, advantages, returns = poisoned(models.policy, bad)
+            if not seen:
+                real = updater._train_on
+
+                def blind(part, chances, *rest, real=real):
+                    if chances.isnan().any():  # the minibatch exists in the sums only
+                        return {"tokens": part.mask.sum(), "policy/loss": torch.tensor(float("nan"))}
+                    return real(part, chances, *rest)
+
+                monkeypatch.setattr(Updater, "_train_on", lambda self, *args, blind=blind: blind(*args))
+            measured = updater.run(given, advantages, returns, 0.0, 0, (1e-2, 1e-2))
+            assert (measured["policy/skipped"], measured["policy/steps"]) == (1, 3)
+            weights.append([*models.policy.module.parameters(), *models.value.module.parameters()])
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*weights, strict=True))
+        assert all(weight.isfinite().all() for weight in weights[0])
+        assert (
+            load_file(tmp_path / "out" / "bad_batches" / "update-1-minibatch-2.safetensors")["advantages"].isnan().all()
+        )
+
+    def test_a_discard_leaves_nothing_at_any_zero_stage(self, tmp_path):
+        done = launch(str(Path(__file__).parents[1] / "engine" / "discard_worker.py"), str(tmp_path), module=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert len(found) == 16
+        for case, numbers in found.items():
+            assert numbers == {"moved": 0.0, "after": 0.0}, case
+
+
+def poisoned(policy: Engine, bad: torch.Tensor) -> tuple[Rollout, torch.Tensor, torch.Tensor]:
+    """A rollout of 16 with the log-probabilities that the policy gives, and NaN for the advantages of the rows in `bad`."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 29, (16, 8))
+    mask = torch.ones(16, 4, dtype=torch.bool)
+    with torch.no_grad():
+        chances = response_logprobs(policy, ids, torch.ones_like(ids, dtype=torch.bool), 4, 0.9)
+    advantages = torch.randn(16, 4)
+    advantages[bad] = float("nan")
+    zeros = torch.zeros(16, 4)
+    given = Rollout(
+        prompt_ids=ids[:, :4], prompt_mask=mask, response_ids=ids[:, 4:], mask=mask, ended=mask[:, 0],
+        sampled_logprobs=chances, old_logprobs=chances, ref_logprobs=chances, values=zeros, scores=zeros[:, 0],
+        token_scores=zeros, source_scores=zeros[:, :1], repetition=zeros[:, 0],
+    )  # fmt: skip
+    return given, advantages, torch.randn(16, 4)
+
+
+def test_two_ranks_at_zero_3_are_checked_and_go_on_as_without(tmp_path):
+    curves, weights = [], []
+    for skip in (False, True):
+        folder = tmp_path / str(skip)
+        folder.mkdir()
+        recipe = make_recipe(
+            folder, **rewarded(recorded_reward(folder / "reward")), deepspeed=deepspeed_file(folder / "ds.json", 3),
+            total_episodes=32, eval_steps=None, save_steps=100, skip_self_checks=skip,
+        )  # fmt: skip
+        done = launch("align.ppo", recipe)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("self-checks: skipped" if skip else "KL 0, ratio 1,") in done.stderr
+        curves.append([without_checks(row) for row in metrics(folder / "out")])
+        weights.append(load_file(folder / "out" / "model.safetensors"))
+    assert_same_curve(*curves, tolerance=0)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,0 +1,302 @@
+"""The PPO stage as a user runs it: from a recipe, alone and under the launcher, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+from align.config.load import load_recipe
+from align.engine.distributed import World
+from align.engine.optimizer import learning_rates
+from align.errors import UserError
+from align.ppo.step import missing_eos
+from align.ppo.train import run
+from align.runs.manifest import open_stage
+from align.runs.stage import check_layout
+from align.runs.tracker import undocumented
+from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, save_tiny_policy, write_jsonl
+
+RULES = '''
+def count_a(prompts, completions, **columns):
+    """The share of a's, for a response of any length."""
+    return [text.count("a") / max(len(text), 4) for text in completions]
+
+def broken(prompts, completions, **columns):
+    raise RuntimeError("the reward is on strike")
+
+def too_few(prompts, completions, **columns):
+    return [0.0]
+
+def not_a_number(prompts, completions, **columns):
+    return [float("nan")] * len(prompts)
+'''
+
+
+def make_recipe(folder: Path, **changes) -> str:
+    """A recipe with a tiny random policy, prompts of one to four letters, and a Python reward beside it."""
+    (folder / "rules_for_test.py").write_text(RULES)
+    if not (folder / "policy").exists():
+        save_tiny_policy(folder / "policy")
+    prompts = [{"prompt": LETTERS[i : i + 1 + i % 4]} for i in range(20)]
+    keys = {
+        "stage": "ppo",
+        "output_dir": str(folder / "out"),
+        "sft_model_path": str(folder / "policy"),
+        "reward_funcs": ["rules_for_test:count_a"],
+        "train_dataset": write_jsonl(folder / "prompts.jsonl", prompts),
+        "eval_dataset": write_jsonl(folder / "held_out.jsonl", [{"prompt": "zz" + letter} for letter in "abcde"]),
+        "total_episodes": 96,
+        "rollout_batch_size": 16,
+        "minibatch_size": 8,
+        "num_ppo_epochs": 3,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "response_length": 8,
+        "temperature": 0.9,
+        "learning_rate": 6e-3,
+        "kl_coef": 0.01,
+        "missing_eos_penalty": 0.1,
+        "logging_steps": 1,
+        "eval_steps": 3,
+        "save_steps": 2,
+        **changes,
+    }
+    path = folder / "3_ppo.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return str(path)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ppo")
+    run(load_recipe("ppo", make_recipe(folder)))
+    return folder / "out"
+
+
+class TestOneProcess:
+    def test_the_reward_rises(self, finished):
+        curve = [row["objective/score"] for row in metrics(finished) if "objective/score" in row]
+        assert len(curve) == 6
+        assert sum(curve[-3:]) / 3 > curve[0] + 0.08
+
+    def test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero(self, finished):
+        rows = [row for row in metrics(finished) if "policy/first_ratio" in row]
+        for row in rows:
+            assert row["policy/first_ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert rows[0]["objective/kl"] == 0.0
+
+    def test_every_metric_is_documented(self, finished):
+        names = {name for row in metrics(finished) for name in row} - {"step", "time"}
+        assert undocumented(names) == []
+
+    def test_the_output_loads_with_plain_transformers(self, finished):
+        for folder in (finished, finished / "best"):
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            assert model.dtype == torch.float32
+            assert AutoTokenizer.from_pretrained(folder).eos_token_id == 2
+        assert AutoModelForTokenClassification.from_pretrained(finished / "value").num_labels == 1
+
+    def test_the_manifest_tells_what_was_done(self, finished):
+        manifest = json.loads((finished / "stage.json").read_text())
+        assert manifest["stage"] == "ppo"
+        assert manifest["results"]["updates"] == 6
+        assert manifest["results"]["best"]["eval/score"] > 0
+        assert len(manifest["results"]["samples"]) == 3
+        assert not (finished / "run.json").exists()
+
+    def test_samples_show_both_responses(self, finished):
+        rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+        assert {"prompt", "sft", "response", "score_sft", "score", "kl"} <= set(rows[0])
+
+    def test_a_finished_run_is_not_run_again(self, finished):
+        before = (finished / "metrics.jsonl").stat().st_mtime_ns
+        results = run(load_recipe("ppo", str(finished.parent / "3_ppo.yaml")))
+        assert results["updates"] == 6
+        assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+    def test_only_the_newest_checkpoints_are_kept(self, finished):
+        assert sorted(path.name for path in finished.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+    @pytest.mark.parametrize(
+        "cut",
+        [
+            {"per_device_train_batch_size": 1},
+            {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 16},
+            {"gradient_checkpointing": True},
+        ],
+    )
+    def test_microbatches_do_not_change_the_curve(self, finished, tmp_path, cut):
+        run(load_recipe("ppo", make_recipe(tmp_path, **cut)))
+        assert_same_curve(metrics(finished), metrics(tmp_path / "out"))
+
+    def test_a_padding_token_that_is_end_of_text_changes_nothing(self, finished, tmp_path):
+        recipe = make_recipe(tmp_path)
+        tokenizer = letter_tokenizer(pad_is_eos=True)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<pad>"]})  # so that text leaves it out as before
+        tokenizer.save_pretrained(tmp_path / "policy")
+        run(load_recipe("ppo", recipe))
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id == 2
+        assert_same_curve(metrics(finished), metrics(tmp_path / "out"), 1e-6)
+
+    def test_the_seed_changes_it(self, finished, tmp_path):
+        run(load_recipe("ppo", make_recipe(tmp_path, seed=1, total_episodes=16)))
+        assert metrics(tmp_path / "out")[0]["objective/score"] != metrics(finished)[0]["objective/score"]
+
+
+def assert_same_curve(ours: list[dict], theirs: list[dict], tolerance: float = 2e-4) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"time"}:
+            if not name.startswith("time/"):
+                assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), (a["step"], name)
+
+
+class TestTwoRanks:
+    @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+    def test_two_ranks_log_the_curve_of_one(self, finished, tmp_path, stage):
+        recipe = make_recipe(tmp_path, deepspeed=deepspeed_file(tmp_path / "ds.json", stage))
+        done = launch("align.ppo", recipe)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert_same_curve(metrics(finished), metrics(tmp_path / "out"))
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "out"))
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=0)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+
+    def test_a_model_that_does_not_fit_whole_generates_sharded(self, finished, tmp_path):
+        """`ds3_gather_for_generation: false`: every rank takes every step, however ragged the responses."""
+        recipe = make_recipe(
+            tmp_path,
+            deepspeed=deepspeed_file(tmp_path / "ds.json", 3),
+            ds3_gather_for_generation=False,
+            total_episodes=32,
+        )
+        done = launch("align.ppo", recipe)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert metrics(tmp_path / "out")[0]["objective/score"] == pytest.approx(
+            metrics(finished)[0]["objective/score"], abs=1e-5
+        )
+
+
+class TestKilled:
+    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+    def test_a_killed_run_ends_like_one_that_was_not(self, finished, tmp_path, how):
+        recipe = make_recipe(tmp_path)
+        command = [sys.executable, "-m", "align.ppo", recipe]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+        while not (tmp_path / "out" / "checkpoint-2" / "complete.json").exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(how)
+        assert process.wait() != 0
+        assert not (tmp_path / "out" / "stage.json").exists()
+        subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+        ours, theirs = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "out"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert_same_curve(metrics(finished), metrics(tmp_path / "out"), tolerance=0)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("function", "words"),
+        [
+            ("broken", ["broken", "on strike"]),
+            ("too_few", ["too_few", "1 scores for"]),
+            ("not_a_number", ["not_a_number", "nan"]),
+        ],
+    )
+    def test_a_reward_function_that_fails_is_named(self, tmp_path, function, words):
+        with pytest.raises(UserError) as error:
+            run(load_recipe("ppo", make_recipe(tmp_path, reward_funcs=[f"rules_for_test:{function}"])))
+        assert all(word in str(error.value) for word in words)
+
+    def test_a_reward_folder_without_a_head(self, tmp_path):
+        recipe = make_recipe(tmp_path, reward_model_path=str(tmp_path / "policy"))
+        with pytest.raises(UserError, match=r"reward_model_path.*no scalar head.*run the reward stage"):
+            run(load_recipe("ppo", recipe))
+
+    def test_another_chat_template_between_the_stages(self, tmp_path):
+        recipe = make_recipe(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
+        from align.runs.files import write_json
+        from align.runs.manifest import tokenizer_digest
+
+        digest = tokenizer_digest(tokenizer) | {"chat_template": "another"}
+        write_json(tmp_path / "policy" / "stage.json", {"stage": "sft", "tokenizer": digest})
+        with pytest.raises(UserError, match=r"sft_model_path.*another chat template"):
+            run(load_recipe("ppo", recipe))
+
+    def test_a_stage_that_has_not_run(self, tmp_path):
+        with pytest.raises(UserError, match=r"sft_model_path: no model at .*run the stage that makes it first"):
+            run(load_recipe("ppo", make_recipe(tmp_path), ["--sft_model_path", str(tmp_path / "nowhere")]))
+
+    def test_a_stage_that_has_not_finished(self, tmp_path):
+        recipe = make_recipe(tmp_path)
+        (tmp_path / "policy" / "run.json").write_text("{}")
+        with pytest.raises(UserError, match=r"has not finished"):
+            run(load_recipe("ppo", recipe))
+
+    def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path):
+        with pytest.raises(UserError, match=r"update \d+ minibatch \d+: the loss is not finite.*Lower learning_rate"):
+            run(load_recipe("ppo", make_recipe(tmp_path, learning_rate=1e30, max_grad_norm=0)))
+
+
+def test_a_changed_recipe_does_not_resume(tmp_path):
+    recipe = make_recipe(tmp_path)
+    started = load_recipe("ppo", recipe, ["--kl_coef", "0.5"])
+    assert open_stage(started, "ppo", {}) is False
+    assert open_stage(load_recipe("ppo", recipe), "ppo", {}) is False, "nothing was saved, so nothing is in the way"
+    assert open_stage(started, "ppo", {}) is False
+    (tmp_path / "out" / "checkpoint-2").mkdir()
+    (tmp_path / "out" / "checkpoint-2" / "complete.json").write_text("{}")
+    assert open_stage(load_recipe("ppo", recipe, ["--kl_coef", "0.5", "--save_steps", "7"]), "ppo", {}) is False
+    with pytest.raises(UserError, match=r"output_dir: .* holds an unfinished run that differs in kl_coef"):
+        open_stage(load_recipe("ppo", recipe), "ppo", {})
+
+
+def test_a_checkpoint_of_another_layout_is_refused(finished):
+    recipe = load_recipe("ppo", str(finished.parent / "3_ppo.yaml"))
+    checkpoint = finished / "checkpoint-4"
+    check_layout(recipe, World(0, 1, torch.device("cpu")), checkpoint)
+    with pytest.raises(UserError, match=r"checkpoint-4: was saved by 1 process at ZeRO 0, .* 2 processes at ZeRO 0"):
+        check_layout(recipe, World(0, 2, torch.device("cpu")), checkpoint)
+
+
+def test_the_schedule_moves_once_per_update(tmp_path):
+    recipe = load_recipe("ppo", make_recipe(tmp_path, learning_rate=1.0, value_learning_rate=2.0))
+    rates = learning_rates(recipe, 4)
+    assert [policy for policy, _ in rates] == pytest.approx([1.0, 0.75, 0.5, 0.25])  # lr (1 - (u - 1) / U)
+    assert [value for _, value in rates] == pytest.approx([2.0, 1.5, 1.0, 0.5])
+
+
+def test_what_an_endless_response_is_worth(tmp_path):
+    scores, ended = torch.tensor([3.0, 3.0]), torch.tensor([True, False])
+    penalty = load_recipe("ppo", make_recipe(tmp_path, missing_eos_penalty=2.0))
+    assert missing_eos(penalty, scores, ended).tolist() == [3.0, 1.0]
+    constant = load_recipe("ppo", make_recipe(tmp_path, missing_eos_penalty=None, missing_eos_score=-1.0))
+    assert missing_eos(constant, scores, ended).tolist() == [3.0, -1.0]
+
+
+def test_a_response_for_which_the_policy_has_no_position(tmp_path):
+    recipe = make_recipe(tmp_path, response_length=254)
+    with pytest.raises(UserError, match=r"response_length: the longest prompt has 4 tokens.*max_prompt_length: 2 "):
+        run(load_recipe("ppo", recipe))

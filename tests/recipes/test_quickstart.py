@@ -1,0 +1,115 @@
+"""The quickstart, cut to seconds: all four stages alone, and under the launcher with two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from align.runs.tracker import undocumented
+from tests.worlds import deepspeed_file
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "quickstart"
+STAGES = ["0_base", "1_sft", "2_reward", "3_ppo"]
+CUT = ["--max_steps", "4", "--train_dataset.generator_kwargs.num_rows", "300", "--max_eval_rows", "32",
+       "--normalize_prompts", "32", "--total_episodes", "128", "--rollout_batch_size", "64", "--minibatch_size", "32",
+       "--response_length", "16", "--logging_steps", "1", "--eval_fraction", "0.1"]  # fmt: skip
+
+
+def align(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "align", "run", str(RECIPES), *CUT, *more]
+    environment = {**os.environ, "COLUMNS": "160", "WANDB_MODE": "offline"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+
+
+def manifests(folder: Path) -> list[dict]:
+    return [json.loads((folder / "outputs" / "quickstart" / stage / "stage.json").read_text()) for stage in STAGES]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("quickstart")
+    return folder, align(folder, "--report_to", "wandb")
+
+
+def test_it_ends_with_a_table_of_before_and_after(alone):
+    _, done = alone
+    assert done.returncode == 0, done.stderr[-3000:]
+    for measure in (
+        "held-out loss",
+        "accuracy ceiling (annotator noise)",
+        "win rate by true reward",
+        "KL from SFT",
+        "EOS rate",
+    ):
+        assert measure in done.stdout
+
+
+def test_nobody_else_chatters(alone):
+    _, done = alone
+    said = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if "WARNING" in line or "Warning" in line or "it/s" in line
+    ]
+    assert said == []
+
+
+def test_plain_transformers_loads_what_each_stage_leaves(alone):
+    folder, _ = alone
+    outputs = folder / "outputs" / "quickstart"
+    for stage in ("0_base", "1_sft", "3_ppo"):
+        AutoModelForCausalLM.from_pretrained(outputs / stage)
+    reward = AutoModelForSequenceClassification.from_pretrained(outputs / "2_reward")
+    tokenizer = AutoTokenizer.from_pretrained(outputs / "2_reward")
+    assert reward.config.num_labels == 1
+    # The scores that the manifest recorded, by the plain model and its own pooling.
+    check = json.loads((outputs / "2_reward" / "stage.json").read_text())["score_check"]
+    assert check["ids"]
+    for ids, score in zip(check["ids"], check["scores"], strict=True):
+        with torch.no_grad():
+            logit = float(reward(input_ids=torch.tensor([ids])).logits)
+        assert logit - reward.config.score_mean == pytest.approx(score, abs=1e-4)
+        assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_every_stage_logs_documented_metrics_and_to_one_group(alone):
+    folder, _ = alone
+    for stage in STAGES:
+        output = folder / "outputs" / "quickstart" / stage
+        names = {name for line in (output / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
+        assert undocumented(names - {"step", "time"}) == []
+        assert (output / "README.md").exists()
+        assert (output / "wandb_run.json").exists()
+
+
+def test_a_second_run_does_nothing_but_show_the_table(alone):
+    folder, _ = alone
+    before = manifests(folder)
+    again = align(folder, "--report_to", "wandb")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert manifests(folder) == before
+    assert "win rate by true reward" in again.stdout
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_processes_and_zero_give_the_results_of_one(alone, tmp_path, stage):
+    folder, _ = alone
+    done = align(tmp_path, "--num_gpus", "2", "--deepspeed", deepspeed_file(tmp_path / "ds.json", stage))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(manifests(folder), manifests(tmp_path), strict=True):
+        for mine, other in zip(ours["results"]["table"], theirs["results"]["table"], strict=True):
+            assert [value is None for value in mine] == [value is None for value in other]
+            numbers = [(a, b) for a, b in zip(mine[1:], other[1:], strict=True) if a is not None]
+            assert numbers
+            for a, b in numbers:
+                assert a == pytest.approx(b, abs=0.02, rel=0.01), (ours["stage"], mine[0])
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))

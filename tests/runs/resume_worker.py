@@ -1,0 +1,75 @@
+"""One rank of a run for test_resume.py, in a process forked from one that has imported everything already."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401  imported here, so that the forked ranks need not
+import numpy
+import torch
+
+import align.engine.torch_engine
+from align.config.load import load_recipe
+from align.ppo import train as ppo
+from align.reward import train as reward
+from align.sft import train as sft
+
+STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
+
+
+def work(stage: str, recipe: str, rank: int, ranks: int, port: int, log: str, stall: str | None) -> None:
+    """Run a stage as `rank` of `ranks`; its stdout and stderr go to `log`.
+
+    Args:
+        stall: a checkpoint's name: stop for good in the middle of writing it, and say so by the file `stalled`.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if ranks > 1:  # as the launcher does
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(os.getpid())  # what is random for every process cannot be in the result
+    make_noisy(rank)
+    if stall is not None:
+        marker = Path(recipe).with_name("stalled")
+        torch.save = stalling(torch.save, stall, rank + 1 == ranks, marker)
+        align.engine.torch_engine.save_file = stalling(
+            align.engine.torch_engine.save_file, stall, rank + 1 == ranks, marker
+        )
+    STAGES[stage].run(load_recipe(stage, recipe))
+
+
+def make_noisy(rank: int) -> None:
+    """Have what TRL trains depend on this rank's generator, as dropout would; ranks draw at a pace of their own."""
+    for trainer in (sft.DemonstrationTrainer, reward.PairTrainer):
+        plain = trainer.compute_loss
+
+        def noisy(self: Any, model: Any, *args: Any, plain: Callable[..., Any] = plain, **kwargs: Any) -> Any:
+            loss = plain(self, model, *args, **kwargs)
+            return loss * (0.5 + torch.rand(rank + 1)[-1]) if self.model.training else loss
+
+        trainer.compute_loss = noisy
+
+
+def stalling(write: Callable[..., None], checkpoint: str, last_rank: bool, marker: Path) -> Callable[..., None]:
+    """`write`, but of the last file of the checkpoint only the first half, and then nothing any more.
+
+    Of a checkpoint by TRL's trainer that is the last rank's generator; the other ranks are done with theirs.
+    """
+
+    def save(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        write(content, path, *args, **kwargs)
+        place = str(path)
+        if f"/{checkpoint}/value/" in place or (last_rank and f"/{checkpoint}/rng_state" in place):
+            os.truncate(path, os.path.getsize(path) // 2)
+            marker.touch()
+            time.sleep(600)
+
+    return save

@@ -1,0 +1,476 @@
+"""Every stage, stopped and run again, ends like a run that was not: to the bit, alone and with two ranks.
+
+Ranks are forked from one process that has imported everything (`tests/runs/resume_worker.py`), with the environment that
+the `deepspeed` launcher gives them; one test goes through the launcher itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import align.runs.files
+from align.config.load import load_recipe
+from align.config.sft import SFTRecipe
+from align.engine.distributed import World
+from align.errors import UserError
+from align.runs.checkpoint import mark_complete
+from align.runs.stage import last_checkpoint, layout
+from tests.runs.resume_worker import work
+from tests.worlds import LETTERS, deepspeed_file, free_port, launch, launched, save_tiny_policy, write_jsonl
+
+RULES = '''
+def count_a(prompts, completions, **columns):
+    """The share of a's."""
+    return [text.count("a") / max(len(text), 4) for text in completions]
+'''
+WORDS = [("ab", "c"), ("a", "bcdef"), ("xyz", "zy"), ("k", "l"), ("mn", "opq"), ("q", "rs"), ("cc", "d"), ("b", "a")]
+WORDS += [("st", "uv"), ("w", "xyzab"), ("efg", "h"), ("ij", "kl")]
+COMMON = {"eval_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1}
+TRAINER = {**COMMON, "train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "warmup_steps": 2}
+LAYOUTS = {"alone": (1, None), "zero0": (2, 0), "zero2": (2, 2), "zero3": (2, 3)}
+
+
+def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: Any) -> Path:
+    """A recipe of six steps (where TRL trains, two epochs), with a checkpoint after every second one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "resume_rules.py").write_text(RULES)
+    if not (folder / "base").exists():
+        save_tiny_policy(folder / "base")
+    if stage == "ppo":
+        rows = [{"prompt": LETTERS[i : i + 1 + i % 3]} for i in range(10)]
+        keys = {
+            **COMMON, "sft_model_path": str(folder / "base"), "reward_funcs": ["resume_rules:count_a"], "kl_coef": 0.02,
+            "total_episodes": 48, "rollout_batch_size": 8, "minibatch_size": 4, "num_ppo_epochs": 2,
+            "response_length": 5, "learning_rate": 5e-3, "temperature": 0.9, "missing_eos_penalty": 0.1,
+            "ema_decay": 0.8, "kl_target": 0.05, "kl_horizon": 100, "normalize_scores": True,  # each has a state
+            "eval_steps": 2, "max_kl": 2.3,  # KL is 1.7 at update 2 and 3 later, so the best one is before every stop
+        }  # fmt: skip
+    elif stage == "reward":
+        rows = [{"prompt": prompt, "chosen": word + "z", "rejected": word} for prompt, word in WORDS]
+        keys = {**TRAINER, "model_name_or_path": str(folder / "base"), "normalize_prompts": 4, "response_length": 4}
+    else:
+        rows = [{"prompt": prompt, "completion": word} for prompt, word in WORDS]
+        keys = {**TRAINER, "model_name_or_path": str(folder / "base")}
+    keys |= {
+        "stage": stage,
+        "output_dir": str(folder / "out"),
+        "train_dataset": write_jsonl(folder / "train.jsonl", rows),
+        "eval_dataset": write_jsonl(folder / "eval.jsonl", rows[:3]),
+        **({} if zero is None else {"deepspeed": deepspeed_file(folder / "ds.json", zero)}),
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**keys, **changes}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def forks() -> multiprocessing.context.BaseContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs.resume_worker"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def start(forks: Any, recipe: Path, ranks: int, stall: str | None = None) -> list[BaseProcess]:
+    stage, port = yaml.safe_load(recipe.read_text())["stage"], free_port()
+    processes = [
+        forks.Process(
+            target=work, args=(stage, str(recipe), rank, ranks, port, str(recipe.with_name(f"rank{rank}.txt")), stall)
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def said(recipe: Path) -> str:
+    """What rank 0 of the latest run wrote on stderr."""
+    return recipe.with_name("rank0.txt").read_text()
+
+
+def ended(processes: list[BaseProcess], seconds: float = 120) -> list[int | None]:
+    """Exit codes of ranks that end by themselves, within a time; what is left of them then is killed."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def complete(forks: Any, recipe: Path, ranks: int) -> None:
+    assert ended(start(forks, recipe, ranks)) == [0] * ranks, said(recipe)[-3000:]
+
+
+def stop(processes: list[BaseProcess], how: signal.Signals = signal.SIGKILL) -> None:
+    for process in processes:
+        assert process.pid is not None
+        assert process.is_alive(), "it ended before it could be stopped"
+        os.kill(process.pid, how)
+    for process in processes:
+        process.join()
+        assert process.exitcode != 0
+
+
+def wait_for(path: Path, processes: list[BaseProcess]) -> None:
+    while not path.exists():
+        assert all(process.is_alive() for process in processes), "it ended before it could be stopped"
+        time.sleep(0.002)
+
+
+def checkpoints(out: Path) -> list[str]:
+    return sorted(path.name for path in out.glob("checkpoint-*"))
+
+
+def metrics(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Lines without what the clock says."""
+    lines = (out / name).read_text().splitlines() if (out / name).exists() else []
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time")} for line in lines]
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Weights of every model to the bit, all lines but for the clock's, and the closing numbers."""
+    models = [path.relative_to(theirs) for path in theirs.rglob("model.safetensors")]
+    models = [path for path in models if "checkpoint" not in str(path)]
+    assert models
+    for model in models:
+        a, b = load_file(ours / model), load_file(theirs / model)
+        assert a.keys() == b.keys()
+        assert [name for name in a if not torch.equal(a[name], b[name])] == [], model
+    assert metrics(ours) == metrics(theirs)
+    assert metrics(ours, "samples.jsonl") == metrics(theirs, "samples.jsonl")
+    results = [json.loads((out / "stage.json").read_text())["results"] for out in (ours, theirs)]
+    assert results[0] == results[1]
+
+
+@pytest.fixture(scope="module")
+def whole(forks, tmp_path_factory) -> Callable[[str, str], Path]:
+    """The output folder of an uninterrupted run of a stage in a layout; each is run once."""
+
+    @functools.cache
+    def run_once(stage: str, layout: str) -> Path:
+        ranks, zero = LAYOUTS[layout]
+        recipe = write_recipe(stage, tmp_path_factory.mktemp("whole"), zero)
+        complete(forks, recipe, ranks)
+        return recipe.with_name("out")
+
+    return run_once
+
+
+def unfinished(out: Path, recipe: Path) -> Path:
+    """The folder of a finished run as a SIGKILL just before its last line leaves it, for `recipe` to go on from."""
+    copy = recipe.with_name("out")
+    shutil.copytree(out, copy)
+    (copy / "stage.json").unlink()
+    return copy
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_killed_while_a_checkpoint_is_written(forks, whole, tmp_path, stage, layout):
+    ranks, zero = LAYOUTS[layout]
+    recipe = write_recipe(stage, tmp_path, zero)
+    processes = start(forks, recipe, ranks, stall="checkpoint-4")
+    wait_for(tmp_path / "stalled", processes)
+    time.sleep(0.2)  # for rank 0 to declare it whole, if it did not wait for the others
+    stop(processes)
+    out = tmp_path / "out"
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
+    assert not (out / "checkpoint-4" / "complete.json").exists()
+    assert metrics(out)[-1]["step"] == 4  # these lines are dropped, and written again
+    complete(forks, recipe, ranks)
+    assert_same(out, whole(stage, layout))
+    assert checkpoints(out) == checkpoints(whole(stage, layout))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_stopped_by_sigterm_between_checkpoints(forks, whole, tmp_path, stage):
+    recipe = write_recipe(stage, tmp_path, 0)
+    processes = start(forks, recipe, 2)
+    wait_for(tmp_path / "out" / "checkpoint-2" / "complete.json", processes)
+    stop(processes, signal.SIGTERM)
+    complete(forks, recipe, 2)
+    assert_same(tmp_path / "out", whole(stage, "zero0"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_killed_before_its_last_line_it_measures_nothing_twice(forks, tmp_path, stage):
+    """The closing evaluation comes after the last checkpoint, at the same step."""
+    recipe, again = (write_recipe(stage, tmp_path / name, eval_steps=None) for name in ("whole", "again"))
+    complete(forks, recipe, 1)
+    out = unfinished(recipe.with_name("out"), again)
+    complete(forks, again, 1)
+    assert_same(out, recipe.with_name("out"))
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_adapters_resume_too(forks, tmp_path, stage):
+    recipes = [write_recipe(stage, tmp_path / name, method="lora", lora_r=2) for name in ("whole", "killed")]
+    complete(forks, recipes[0], 1)
+    processes = start(forks, recipes[1], 1, stall="checkpoint-4")
+    wait_for(tmp_path / "killed" / "stalled", processes)
+    stop(processes)
+    complete(forks, recipes[1], 1)
+    assert_same(tmp_path / "killed" / "out", tmp_path / "whole" / "out")
+
+
+def test_the_whole_process_group_of_the_launcher_killed(whole, tmp_path):
+    recipe = write_recipe("ppo", tmp_path, 2)
+    process = subprocess.Popen(**launched("align.ppo", str(recipe)), stderr=subprocess.DEVNULL, start_new_session=True)
+    while not (tmp_path / "out" / "checkpoint-2" / "complete.json").exists():
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "stage.json").exists()
+    done = launch("align.ppo", str(recipe))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(tmp_path / "out", whole("ppo", "zero2"))
+
+
+def truncate(checkpoint: Path) -> None:
+    largest = max(files(checkpoint), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def flip(checkpoint: Path) -> None:
+    largest = max(files(checkpoint), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def lose(checkpoint: Path) -> None:
+    files(checkpoint)[0].unlink()
+
+
+def garble(checkpoint: Path) -> None:
+    (checkpoint / "complete.json").write_bytes(b"\0\xff" * 99)
+
+
+def reword(checkpoint: Path) -> None:
+    told = (checkpoint / "complete.json").read_text()
+    (checkpoint / "complete.json").write_text(told.replace('"step": ', '"step": 1'))
+
+
+def files(checkpoint: Path) -> list[Path]:
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "complete.json")
+
+
+@pytest.mark.parametrize(
+    ("stage", "layout", "harm"),
+    [("sft", "alone", truncate), ("reward", "zero0", lose), ("ppo", "alone", reword), ("ppo", "zero2", flip)],
+)
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    forks, whole, tmp_path, stage, layout, harm
+):
+    ranks, zero = LAYOUTS[layout]
+    recipe = write_recipe(stage, tmp_path, zero)
+    out = unfinished(whole(stage, layout), recipe)
+    newest, before = sorted(out.glob("checkpoint-*"), reverse=True)[:2]
+    harm(newest)
+    complete(forks, recipe, ranks)
+    line = next(line for line in said(recipe).splitlines() if "damaged" in line)
+    assert line.startswith(f"{newest}: damaged, ")
+    assert line.endswith(f"; set aside as damaged-{newest.name}, going on from {before.name}")
+    assert_same(out, whole(stage, layout))
+    assert sorted(path.name for path in out.glob("*checkpoint-*")) == checkpoints(whole(stage, layout))
+
+
+@dataclass
+class Folder:
+    """An output folder with checkpoints 2, 4 and 6, as the stages write them."""
+
+    recipe: SFTRecipe
+
+    @property
+    def path(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    def save(self, step: int, **state: Any) -> Path:
+        checkpoint = self.path / f"checkpoint-{step}"
+        (checkpoint / "policy").mkdir(parents=True)
+        (checkpoint / "policy" / "weights.bin").write_bytes(bytes(range(256)) * 40 * step)
+        (checkpoint / "state.txt").write_text(f"step {step}")
+        told = {"step": step, "best": 2, "layout": layout(self.recipe, 1), **state}
+        mark_complete(checkpoint, told, self.recipe.save_total_limit)
+        return checkpoint
+
+    def last(self) -> Path | None:
+        return last_checkpoint(self.recipe, ALONE)
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Folder:
+    made = Folder(SFTRecipe(output_dir=str(tmp_path), save_total_limit=3))
+    for step in (2, 4, 6):
+        made.save(step)
+    return made
+
+
+class TestDamage:
+    def test_an_undamaged_checkpoint_is_used_and_nothing_said(self, folder, capsys):
+        assert folder.last() == folder.path / "checkpoint-6"
+        assert capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize(
+        ("harm", "what"),
+        [
+            (truncate, "policy/weights.bin has 30720 bytes, not 61440"),
+            (flip, "policy/weights.bin has other bytes than were written"),
+            (lose, "policy/weights.bin is missing"),
+            (garble, "complete.json cannot be read"),
+            (reword, "complete.json is not as it was written"),
+        ],
+    )
+    def test_each_kind_is_recognised_and_said_in_one_line(self, folder, capsys, harm, what):
+        harm(folder.path / "checkpoint-6")
+        assert folder.last() == folder.path / "checkpoint-4"
+        assert capsys.readouterr().err == (
+            f"{folder.path}/checkpoint-6: damaged, {what}; set aside as damaged-checkpoint-6, going on from checkpoint-4\n"
+        )
+        assert checkpoints(folder.path) == ["checkpoint-2", "checkpoint-4"]
+
+    def test_a_file_that_cannot_be_read(self, folder, capsys, monkeypatch):
+        def broken(path: Path) -> list[int]:
+            if path == folder.path / "checkpoint-6" / "state.txt":
+                raise OSError(5, "Input/output error", str(path))
+            return plain(path)
+
+        plain = align.runs.files._fingerprint
+        monkeypatch.setattr("align.runs.files._fingerprint", broken)
+        assert folder.last() == folder.path / "checkpoint-4"
+        assert "checkpoint-6/state.txt: Input/output error;" in capsys.readouterr().err
+
+    def test_a_half_written_one_goes_without_a_word(self, folder, capsys):
+        (folder.path / "checkpoint-6" / "complete.json").unlink()
+        assert folder.last() == folder.path / "checkpoint-4"
+        assert capsys.readouterr().err == ""
+        assert checkpoints(folder.path) == ["checkpoint-2", "checkpoint-4"]
+
+    def test_several(self, folder, capsys):
+        truncate(folder.path / "checkpoint-6")
+        flip(folder.path / "checkpoint-4")
+        assert folder.last() == folder.path / "checkpoint-2"
+        said = capsys.readouterr().err.splitlines()
+        assert [line.split(":")[0] for line in said] == [f"{folder.path}/checkpoint-{step}" for step in (6, 4)]
+        assert all(line.endswith("going on from checkpoint-2") for line in said)
+
+    def test_all_of_them(self, folder, capsys):
+        for step in (2, 4, 6):
+            truncate(folder.path / f"checkpoint-{step}")
+        assert folder.last() is None
+        assert all(line.endswith("starting from the beginning") for line in capsys.readouterr().err.splitlines())
+        assert checkpoints(folder.path) == []
+
+    def test_the_step_can_be_saved_again_and_damaged_again(self, folder, capsys):
+        for _ in range(2):
+            flip(folder.path / "checkpoint-6")
+            assert folder.last() == folder.path / "checkpoint-4"
+            assert folder.save(6) == folder.last()
+        assert checkpoints(folder.path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+    def test_what_comes_to_a_checkpoint_later_is_no_damage(self, folder):
+        (folder.path / "checkpoint-6" / "notes.txt").write_text("mine")
+        assert folder.last() == folder.path / "checkpoint-6"
+
+    def test_a_checkpoint_is_on_the_disk_before_it_is_declared_whole(self, folder, monkeypatch):
+        events: list[str] = []
+
+        def fsync(descriptor: int) -> None:
+            place = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            events.append(str(place.relative_to(folder.path)))
+
+        def replace(source: Any, target: Any, plain: Any = os.replace) -> None:
+            events.append("declared")
+            plain(source, target)
+
+        (folder.path / "metrics.jsonl").write_text("{}\n")
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "replace", replace)
+        folder.save(8)
+        before, after = events[: events.index("declared")], events[events.index("declared") + 1 :]
+        inside = ["checkpoint-8", *(f"checkpoint-8/{name}" for name in ("policy", "policy/weights.bin", "state.txt"))]
+        assert {*inside, "metrics.jsonl"} <= set(before)
+        assert after == ["checkpoint-8", "."]
+
+
+class TestLimit:
+    def test_the_oldest_go(self, folder):
+        folder.save(8)
+        assert checkpoints(folder.path) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+    def test_a_resume_keeps_it_though_it_saves_nothing(self, folder):
+        """Killed between declaring a checkpoint whole and deleting the oldest, or with a smaller limit since."""
+        fewer = Folder(dataclasses.replace(folder.recipe, save_total_limit=1))
+        assert fewer.last() == folder.path / "checkpoint-6"
+        assert checkpoints(folder.path) == ["checkpoint-6"]
+
+    def test_damaged_ones_count_for_nothing(self, folder):
+        two = Folder(dataclasses.replace(folder.recipe, save_total_limit=2))
+        truncate(folder.path / "checkpoint-6")
+        assert two.last() == folder.path / "checkpoint-4"
+        assert checkpoints(folder.path) == ["checkpoint-2", "checkpoint-4"]
+        two.save(6)
+        assert checkpoints(folder.path) == ["checkpoint-4", "checkpoint-6"]
+
+
+class TestLayout:
+    def test_in_words(self, tmp_path):
+        def words(processes: int, zero: int | None) -> str:
+            file = None if zero is None else deepspeed_file(tmp_path / "ds.json", zero)
+            return layout(SFTRecipe(output_dir="out", deepspeed=file), processes)
+
+        assert words(1, None) == "1 process at ZeRO 0"
+        assert words(2, 3) == "2 processes at ZeRO 3"
+        assert words(1, 0) != words(1, None)  # written by DeepSpeed, and not
+
+    @pytest.mark.parametrize(
+        ("stage", "loader"), [("sft", "load_policy"), ("reward", "new_scorer"), ("ppo", "load_models")]
+    )
+    def test_another_is_refused_before_a_model_is_loaded(self, tmp_path, monkeypatch, stage, loader):
+        module = importlib.import_module(f"align.{stage}.train")
+        monkeypatch.setattr(module, loader, lambda *_: pytest.fail("weights were loaded"))
+        recipe = load_recipe(stage, str(write_recipe(stage, tmp_path)))
+        Folder(recipe).save(3, layout="2 processes at ZeRO 3")
+        with pytest.raises(UserError) as error:
+            module.run(recipe)
+        assert str(error.value) == (
+            f"{tmp_path}/out/checkpoint-3: was saved by 2 processes at ZeRO 3, and this run has 1 process at ZeRO 0; "
+            f"start it with 2 processes at ZeRO 3 to resume, or delete {tmp_path}/out to start anew."
+        )
+        assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
+
+    @pytest.mark.parametrize(("stage", "ranks", "zero"), [("sft", 2, None), ("reward", 2, 3), ("ppo", 2, 2)])
+    def test_ranks_that_have_become_two_all_stop(self, forks, whole, tmp_path, stage, ranks, zero):
+        recipe = write_recipe(stage, tmp_path, zero)
+        out = unfinished(whole(stage, "alone"), recipe)
+        assert ended(start(forks, recipe, ranks)) == [1] * ranks
+        assert f"was saved by 1 process at ZeRO 0, and this run has 2 processes at ZeRO {zero or 0}" in said(recipe)
+        assert checkpoints(out) == checkpoints(whole(stage, "alone"))
