@@ -1,11 +1,11 @@
-"""The recipe's sources, read, checked, and split into training and evaluation rows."""
+"""Data sources read, checked, and split into training and evaluation rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -16,9 +16,27 @@ from align.data.formats import choose_formats, missing_column, read_row
 from align.data.mixture import sample, task_counts, times_used, weighted
 from align.data.rows import BadRows, Row
 from align.data.sources import _read
-from align.data.split import NoneHeldOut, _is_held_out, free_of, prompts_of
+from align.data.split import NoneHeldOut, is_held_out, prompts_of, without_prompts
 from align.data.templates import TASK, TEMPLATE, Instructions, task_name
 from align.errors import BadRow, UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """The recipe keys that decide which rows are loaded and how they are split; see `align.config.base` for each."""
+
+    train_dataset: Sequence[DataSource]
+    eval_dataset: Sequence[DataSource] = ()
+    eval_fraction: float = 0.0
+    max_eval_rows: int | None = None
+    mixture_temperature: float = 1.0
+    on_bad_row: str = "error"
+    seed: int
+
+    @classmethod
+    def from_recipe(cls, recipe: StageRecipe) -> DataSettings:
+        """The settings of a stage's own data."""
+        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +48,8 @@ class Rows:
     report: dict[str, Any]
 
 
-def load_rows(recipe: StageRecipe, form: type) -> Rows:
-    """Read, check and split the recipe's data.
+def load_rows(settings: DataSettings, form: type) -> Rows:
+    """Read, check and split the data.
 
     No prompt is on both sides. Without `eval_dataset`, `eval_fraction` of the openings (a dialogue up to its first user
     turn, else the whole prompt or text) is held out by a hash of the opening and the seed: an opening is on one and the
@@ -45,29 +63,29 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
         UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a side
             is empty (`NoneHeldOut` when that is by `eval_fraction`).
     """
-    if any(source.weight != 1 for source in recipe.eval_dataset):
+    if any(source.weight != 1 for source in settings.eval_dataset):
         raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
     bad = BadRows()
-    loaded = [_load(source, recipe.seed, form, bad) for source in (*recipe.train_dataset, *recipe.eval_dataset)]
-    bad_rows = bad.settle(recipe.on_bad_row)
+    loaded = [_load(source, settings.seed, form, bad) for source in (*settings.train_dataset, *settings.eval_dataset)]
+    bad_rows = bad.settle(settings.on_bad_row)
     sources = [rows for rows, _ in loaded]
-    evaluation = list(chain.from_iterable(sources[len(recipe.train_dataset) :]))
+    evaluation = list(chain.from_iterable(sources[len(settings.train_dataset) :]))
     evaluated = prompts_of(evaluation)
     training: list[list[Row]] = []
     dropped = 0
-    for rows in sources[: len(recipe.train_dataset)]:
-        if recipe.eval_dataset:
-            kept = free_of(rows, evaluated)
+    for rows in sources[: len(settings.train_dataset)]:
+        if settings.eval_dataset:
+            kept = without_prompts(rows, evaluated)
             dropped += len(rows) - len(kept)
         else:
-            held_out = [_is_held_out(row, recipe) for row in rows]
+            held_out = [is_held_out(row, settings.eval_fraction, settings.seed) for row in rows]
             kept = [row for row, out in zip(rows, held_out, strict=True) if not out]
             evaluation += [row for row, out in zip(rows, held_out, strict=True) if out]
         training.append(kept)
-    weights = [source.weight for source in recipe.train_dataset]
-    times = times_used([len(rows) for rows in training], weights, recipe.mixture_temperature)
+    weights = [source.weight for source in settings.train_dataset]
+    times = times_used([len(rows) for rows in training], weights, settings.mixture_temperature)
     used = [
-        weighted(rows, each, f"{recipe.seed} weight {number}")
+        weighted(rows, each, f"{settings.seed} weight {number}")
         for number, (rows, each) in enumerate(zip(training, times, strict=True))
     ]
     train = list(chain.from_iterable(used))
@@ -77,17 +95,17 @@ def load_rows(recipe: StageRecipe, form: type) -> Rows:
             f"eval_dataset has their prompt, and these are bad rows: {bad.summary()}. Give more or other rows, or lower "
             "`eval_fraction`."
         )
-    if not evaluation and recipe.eval_dataset:
+    if not evaluation and settings.eval_dataset:
         raise UserError(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
-    if not evaluation and recipe.eval_fraction > 0:
+    if not evaluation and settings.eval_fraction > 0:
         raise NoneHeldOut(
-            f"eval_fraction: {recipe.eval_fraction} of the prompts of {len(train)} rows came to none; raise it, give "
+            f"eval_fraction: {settings.eval_fraction} of the prompts of {len(train)} rows came to none; raise it, give "
             "an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
         )
-    if recipe.max_eval_rows is not None:
-        evaluation = sample(evaluation, recipe.max_eval_rows, f"{recipe.seed} evaluation")
+    if settings.max_eval_rows is not None:
+        evaluation = sample(evaluation, settings.max_eval_rows, f"{settings.seed} evaluation")
     uses = [{"used_for": "training", "train_rows": len(rows)} for rows in used]
-    uses += [{"used_for": "evaluation"}] * len(recipe.eval_dataset)
+    uses += [{"used_for": "evaluation"}] * len(settings.eval_dataset)
     report = {
         "sources": [{**description, **use} for (_, description), use in zip(loaded, uses, strict=True)],
         "train_rows": len(train),

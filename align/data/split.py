@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from typing import TypeVar
 
-from align.config.base import StageRecipe
 from align.data.rows import Demonstration, Row, canonical
 from align.errors import UserError
 
@@ -22,11 +21,12 @@ def _context(row: Row) -> list[tuple[str, str]]:
     return canonical(row.completion if isinstance(row, Demonstration) and not row.prompt else row.prompt)
 
 
-def _is_held_out(row: Row, recipe: StageRecipe) -> bool:
+def is_held_out(row: Row, eval_fraction: float, seed: int) -> bool:
+    """Whether the row is for evaluation: decided by a hash of its opening and the seed, whatever other rows there are."""
     turns = _context(row)
     opening = turns[: 1 + [role for role, _ in turns].index("user")]
-    digest = hashlib.sha256(json.dumps([recipe.seed, opening]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < recipe.eval_fraction * 2**64
+    digest = hashlib.sha256(json.dumps([seed, opening]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < eval_fraction * 2**64
 
 
 def _prompts(row: Row) -> list[str]:
@@ -42,6 +42,6 @@ def prompts_of(rows: Sequence[Row]) -> set[str]:
     return {prompt for row in rows for prompt in _prompts(row)}
 
 
-def free_of(rows: Sequence[AnyRow], prompts: set[str]) -> list[AnyRow]:
+def without_prompts(rows: Sequence[AnyRow], prompts: set[str]) -> list[AnyRow]:
     """The rows that train a response to none of the prompts."""
     return [row for row in rows if prompts.isdisjoint(_prompts(row))]

@@ -13,8 +13,6 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from align.config.reward import RewardRecipe
-from align.config.sft import SFTRecipe
 from align.data.encode import pair_ids, prompt_ids, prompt_labels, prompt_text, response_ids, response_text
 from align.data.rows import BadRows, Demonstration, Preference, Prompt, Turns, render_text
 from align.errors import BadRow, UserError
@@ -27,12 +25,20 @@ Report = dict[str, dict[str, Any]]
 def tokenize_demonstrations(
     rows: Sequence[Demonstration],
     tokenizer: PreTrainedTokenizerBase,
-    recipe: SFTRecipe,
+    *,
+    max_length: int,
+    on_bad_row: str = "error",
+    completion_only_loss: bool = True,
+    packing: bool = False,
     kept: list[Demonstration] | None = None,
 ) -> tuple[Dataset, Report]:
     """`input_ids` and `labels` (-100 on what is not learnt) of each row, and the bad rows by reason.
 
     Args:
+        max_length: most tokens of a row; longer ones are bad rows.
+        on_bad_row: "error" or "skip".
+        completion_only_loss: whether prompts are left out of the loss.
+        packing: whether rows are packed later, which cuts plain text to `max_length`: it may then be longer.
         kept: is filled with the rows that the data set holds, in its order.
 
     Raises:
@@ -44,10 +50,10 @@ def tokenize_demonstrations(
         for row, text, prompt, (response,) in _encoded(tokenizer, rows, bad):
             with bad.counted(row.where):
                 ids = prompt + response
-                if not (recipe.packing and not row.prompt):  # plain text is cut into pieces when it is packed
-                    _check_length(len(ids), recipe.max_length, "max_length", tokenizer)
+                if row.prompt or not packing:
+                    _check_length(len(ids), max_length, "max_length", tokenizer)
                 labels = ids
-                if recipe.completion_only_loss:
+                if completion_only_loss:
                     labels = [IGNORED] * len(prompt)
                     if row.trained_turns > 1:
                         labels = prompt_labels(tokenizer, row, text, IGNORED)
@@ -57,11 +63,16 @@ def tokenize_demonstrations(
                 yield ids, labels
 
     dataset = _dataset(("input_ids", "labels"), records())
-    return dataset, _settle(bad, recipe.on_bad_row, len(rows), len(dataset))
+    return dataset, _settle(bad, on_bad_row, len(rows), len(dataset))
 
 
 def tokenize_preferences(
-    rows: Sequence[Preference], tokenizer: PreTrainedTokenizerBase, recipe: RewardRecipe, is_encoder: bool = False
+    rows: Sequence[Preference],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    on_bad_row: str = "error",
+    is_encoder: bool = False,
 ) -> tuple[Dataset, Report]:
     """`chosen_ids` and `rejected_ids` (each prompt and response) of each row, and the bad rows by reason.
 
@@ -73,13 +84,13 @@ def tokenize_preferences(
     def records() -> Iterator[list[list[int]]]:
         for row, sequences in _encoded_pairs(tokenizer, rows, bad, is_encoder):
             with bad.counted(row.where):
-                _check_length(max(map(len, sequences)), recipe.max_length, "max_length", tokenizer)
+                _check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
                     raise BadRow("`chosen` and `rejected` have the same tokens")
                 yield sequences
 
     dataset = _dataset(("chosen_ids", "rejected_ids"), records())
-    return dataset, _settle(bad, recipe.on_bad_row, len(rows), len(dataset))
+    return dataset, _settle(bad, on_bad_row, len(rows), len(dataset))
 
 
 def tokenize_prompts(

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from align.config.encoders import ClassifyRecipe
 from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Labelled
 from align.encoders.labels import COLUMNS, MULTI, REGRESSION, SHOWN, Labels, find_labels
 from align.encoders.tokenize import tokenize_labelled
@@ -58,7 +58,7 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
-    rows = load_rows(recipe, Labelled)
+    rows = load_rows(DataSettings.from_recipe(recipe), Labelled)
     labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
     skipped = {}
     train_rows, skipped["train"] = tokenize_labelled(rows.train, inputs.tokenizer, labels, recipe, inputs.encoder)

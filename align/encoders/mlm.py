@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from align.config.encoders import MLMRecipe
 from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Passage
 from align.data.tokenize import IGNORED
 from align.encoders.masking import Masking
@@ -60,7 +60,7 @@ def run(recipe: MLMRecipe) -> dict[str, Any]:
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     config, tokenizer = check_inputs(recipe)
-    rows = load_rows(recipe, Passage)
+    rows = load_rows(DataSettings.from_recipe(recipe), Passage)
     length = piece_length(tokenizer, config, recipe)
     pieces = tokenize_passages(rows.train, tokenizer, length)
     world.check_rows(len(pieces))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from align.config.base import StageRecipe
 from align.config.evaluate import EvaluateRecipe
 from align.data.encode import encode_prompt, encode_response
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import BadRows, Demonstration, Turns, render_text
 from align.errors import BadRow, UserError
 from align.evaluate.few_shot import SEPARATOR, draw, ends_at_separator, pool_for, pools, with_examples
@@ -99,19 +99,21 @@ def prepare(recipe: EvaluateRecipe, generates: bool) -> Inputs:
 
 def _rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demonstration], dict[str, Any]]:
     """Rows for examples, rows to evaluate, and the report."""
-    shared = shared_keys(recipe)
     if recipe.train_dataset:
-        rows = load_rows(shared, Demonstration)
+        settings = DataSettings(
+            train_dataset=recipe.train_dataset,
+            eval_dataset=recipe.eval_dataset,
+            eval_fraction=recipe.eval_fraction,
+            max_eval_rows=recipe.max_eval_rows,
+            on_bad_row=recipe.on_bad_row,
+            seed=recipe.seed,
+        )
+        rows = load_rows(settings, Demonstration)
         if not rows.evaluation:
             raise UserError("eval_fraction: expected rows to evaluate; raise it above 0, or give an `eval_dataset`.")
         return rows.train, rows.evaluation, rows.report
-    changes: dict[str, Any] = {
-        "train_dataset": recipe.eval_dataset,
-        "eval_dataset": [],
-        "eval_fraction": 0.0,
-        "max_eval_rows": None,
-    }
-    rows = load_rows(dataclasses.replace(shared, **changes), Demonstration)
+    settings = DataSettings(train_dataset=recipe.eval_dataset, on_bad_row=recipe.on_bad_row, seed=recipe.seed)
+    rows = load_rows(settings, Demonstration)
     size = min(recipe.max_eval_rows or len(rows.train), len(rows.train))
     chosen = sorted(random.Random(f"{recipe.seed} evaluation").sample(range(len(rows.train)), size))
     sources = [{**source, "used_for": "evaluation"} for source in rows.report["sources"]]

@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
+
 from align.config.ppo import PPORecipe
-from align.config.sft import SFTRecipe
 from align.config.stages import stage_inputs
 from align.data.batches import PromptLoader
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Demonstration, Prompt
-from align.data.tokenize import tokenize_demonstrations, tokenize_prompts
+from align.data.tokenize import Report, tokenize_demonstrations, tokenize_prompts
 from align.engine.batch_plan import batch_plan
 from align.engine.distributed import connect, disconnect
 from align.engine.ema import EMA
@@ -52,17 +53,23 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
-    rows = load_rows(recipe, Prompt)
+    rows = load_rows(DataSettings.from_recipe(recipe), Prompt)
     prompts, skipped = tokenize_prompts(rows.train, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
     held_out, skipped_held_out = tokenize_prompts(
         rows.evaluation, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row
     )
     world.check_rows(len(prompts))
     check_room([ids for _, ids in (*prompts, *held_out)], recipe, inputs.config)
-    ptx = load_rows(text_recipe(recipe), Demonstration) if recipe.ptx_dataset else None
-    text, skipped_text = (
-        tokenize_demonstrations(ptx.train, inputs.tokenizer, text_recipe(recipe)) if ptx else (None, {})
-    )
+    ptx = load_rows(ptx_settings(recipe), Demonstration) if recipe.ptx_dataset else None
+    text: Dataset | None = None
+    skipped_text: Report = {}
+    if ptx is not None:
+        text, skipped_text = tokenize_demonstrations(
+            ptx.train,
+            inputs.tokenizer,
+            max_length=recipe.max_prompt_length + recipe.response_length,
+            on_bad_row=recipe.on_bad_row,
+        )
     loader = PromptLoader(len(prompts), recipe.seed)
     updates = recipe.total_episodes // recipe.rollout_batch_size
     rates = learning_rates(recipe, updates)
@@ -160,16 +167,13 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     return results
 
 
-def text_recipe(recipe: PPORecipe) -> SFTRecipe:
-    """How the rows of `ptx_dataset` are read: as the SFT stage would, none of them held out."""
-    return SFTRecipe(
-        output_dir=recipe.output_dir,
+def ptx_settings(recipe: PPORecipe) -> DataSettings:
+    """How the rows of `ptx_dataset` are read: all of them to train on."""
+    return DataSettings(
         train_dataset=recipe.ptx_dataset,
-        eval_fraction=0.0,
-        seed=recipe.seed,
         mixture_temperature=recipe.mixture_temperature,
         on_bad_row=recipe.on_bad_row,
-        max_length=recipe.max_prompt_length + recipe.response_length,
+        seed=recipe.seed,
     )
 
 

@@ -24,7 +24,7 @@ from align.config.reward import RewardRecipe
 from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
 from align.data.duplicates import duplicates_line
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
 from align.engine.batch_plan import BatchPlan, batch_plan
@@ -55,15 +55,20 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
-    rows = load_rows(recipe, Preference)
+    rows = load_rows(DataSettings.from_recipe(recipe), Preference)
+    tokenize = partial(
+        tokenize_preferences,
+        tokenizer=inputs.tokenizer,
+        max_length=recipe.max_length,
+        on_bad_row=recipe.on_bad_row,
+        is_encoder=inputs.encoder,
+    )
     skipped = {}
-    train_rows, skipped["train"] = tokenize_preferences(rows.train, inputs.tokenizer, recipe, inputs.encoder)
+    train_rows, skipped["train"] = tokenize(rows.train)
     check_lengths(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
     eval_rows = truth = None
     if rows.evaluation:
-        eval_rows, skipped["evaluation"] = tokenize_preferences(
-            rows.evaluation, inputs.tokenizer, recipe, inputs.encoder
-        )
+        eval_rows, skipped["evaluation"] = tokenize(rows.evaluation)
         check_lengths(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
         truth = true_margins(inputs, rows.evaluation, eval_rows)
     prompts = zero_prompts(recipe, inputs, rows.train)

@@ -8,18 +8,17 @@ measured on the same rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedTokenizerBase
 
 from align.config.sft import SFTRecipe
-from align.data.load import Rows, load_rows
+from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import sample
 from align.data.rows import Demonstration
-from align.data.split import NoneHeldOut, free_of, prompts_of
-from align.data.tokenize import Report, tokenize_demonstrations
+from align.data.split import NoneHeldOut, prompts_of, without_prompts
+from align.data.tokenize import Report
 from align.errors import UserError
 
 
@@ -40,15 +39,21 @@ def load_with_retention(recipe: SFTRecipe) -> tuple[Rows, Retention]:
     Raises:
         UserError: as `load_rows`, or no row is left to train on, to measure or to replay.
     """
-    rows = load_rows(recipe, Demonstration)
+    rows = load_rows(DataSettings.from_recipe(recipe), Demonstration)
     if not recipe.retention:
         return rows, Retention([], [])
     sources = recipe.retention
     if not recipe.eval_fraction:  # all are measured, each once
         sources = [dataclasses.replace(source, weight=1.0) for source in sources]
-    alone = dataclasses.replace(recipe, train_dataset=sources, eval_dataset=[], mixture_temperature=1.0)
+    settings = DataSettings(
+        train_dataset=sources,
+        eval_fraction=recipe.eval_fraction,
+        max_eval_rows=recipe.max_eval_rows,
+        on_bad_row=recipe.on_bad_row,
+        seed=recipe.seed,
+    )
     try:
-        found = load_rows(alone, Demonstration)
+        found = load_rows(settings, Demonstration)
     except NoneHeldOut as error:
         instead = (
             "" if recipe.replay_fraction else ", or measure all of them: `eval_fraction: 0` beside an `eval_dataset`"
@@ -65,12 +70,12 @@ def load_with_retention(recipe: SFTRecipe) -> tuple[Rows, Retention]:
             sample(replayable, recipe.max_eval_rows or len(replayable), f"{recipe.seed} retention"),
             [],
         )
-    train = free_of(rows.train, prompts_of(measured))
+    train = without_prompts(rows.train, prompts_of(measured))
     if not train:
         raise UserError(
             "retention: every training row has a prompt that is measured here; name other rows than those that are trained."
         )
-    replayable = free_of(replayable, prompts_of(rows.evaluation))
+    replayable = without_prompts(replayable, prompts_of(rows.evaluation))
     if recipe.replay_fraction and not replayable:
         raise UserError("replay_fraction: no row of retention is left to replay; give more, or lower `eval_fraction`.")
     report = {
@@ -98,16 +103,19 @@ def replay_count(fraction: float, rows: int) -> int:
 
 
 def with_replay(
-    training: Dataset, replayable: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, recipe: SFTRecipe
+    training: Dataset,
+    replayable: Sequence[Demonstration],
+    replay_fraction: float,
+    seed: int,
+    tokenize: Callable[[Sequence[Demonstration]], tuple[Dataset, Report]],
 ) -> tuple[Dataset, Report]:
-    """The training rows, with as many replayed ones that these are `replay_fraction` of all; and the bad rows among them.
+    """The training rows followed by replayed ones, `replay_fraction` of all; and the bad rows among the latter by reason.
 
     A seeded sample is replayed, the same rows in every epoch. Rows are used more than once only when there are too few.
     """
-    if not (count := replay_count(recipe.replay_fraction, len(training))):
+    if not (count := replay_count(replay_fraction, len(training))):
         return training, {}
-    some = sample(replayable, count, f"{recipe.seed} replay")
-    rows, bad = tokenize_demonstrations(some, tokenizer, recipe)
+    rows, bad = tokenize(sample(replayable, count, f"{seed} replay"))
     order = list(range(len(rows)))
-    again = sample(order, count % len(rows), f"{recipe.seed} replay again")
+    again = sample(order, count % len(rows), f"{seed} replay again")
     return concatenate_datasets([training, rows.select(order * (count // len(rows)) + again)]), bad

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 from datasets import Dataset
@@ -42,17 +43,26 @@ def token_rows(
     Raises:
         UserError: as `tokenize_demonstrations`, or a row is longer than the model can read.
     """
+    tokenize = partial(
+        tokenize_demonstrations,
+        tokenizer=tokenizer,
+        max_length=recipe.max_length,
+        on_bad_row=recipe.on_bad_row,
+        completion_only_loss=recipe.completion_only_loss,
+        packing=recipe.packing,
+    )
+    cut_at = recipe.max_length if recipe.packing else None
     skipped: dict[str, Report] = {}
-    target, skipped["train"] = tokenize_demonstrations(rows.train, tokenizer, recipe)
+    target, skipped["train"] = tokenize(rows.train)
     measured = None
     if rows.evaluation:
-        held_out, skipped["evaluation"] = _kept(rows.evaluation, tokenizer, recipe)
+        held_out, skipped["evaluation"] = _eval_rows(rows.evaluation, tokenize, cut_at)
         remembered = None
         if retention.measured:
-            remembered, skipped["retention"] = _kept(retention.measured, tokenizer, recipe, ends=False)
+            remembered, skipped["retention"] = _eval_rows(retention.measured, tokenize, cut_at, text_ends=False)
         measured = measured_rows(held_out, remembered, target, recipe.max_length, recipe.seed)
         check_lengths(measured.rows["input_ids"], config)
-    train, skipped["replay"] = with_replay(target, retention.replayable, tokenizer, recipe)
+    train, skipped["replay"] = with_replay(target, retention.replayable, recipe.replay_fraction, recipe.seed, tokenize)
     replayed = len(train) - len(target)
     if recipe.packing:
         train = pack(train, recipe.max_length)
@@ -60,30 +70,33 @@ def token_rows(
     return TokenRows(train, len(target), replayed, measured, skipped)
 
 
-def _kept(
-    rows: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, recipe: SFTRecipe, ends: bool = True
+def _eval_rows(
+    rows: Sequence[Demonstration],
+    tokenize: Callable[..., tuple[Dataset, Report]],
+    cut_at: int | None,
+    text_ends: bool = True,
 ) -> tuple[tuple[Dataset, list[Demonstration]], Report]:
-    """Rows in token ids with what they were made of. What packing would cut in training is cut here too.
+    """Evaluation rows as token ids with the demonstrations they were made from, and the bad rows by reason.
 
     Args:
-        ends: whether plain text closes with EOS. What a model has forgotten is asked without: many base models never
-            saw EOS after text, and would seem to remember better once any fine-tuning has taught it.
+        cut_at: cut longer rows into pieces of this many tokens, as packing does in training.
+        text_ends: whether plain text closes with EOS. Retention is measured without it: many base models never saw EOS
+            after text, and would seem to remember better once any fine-tuning has taught it.
     """
     kept: list[Demonstration] = []
-    dataset, bad = tokenize_demonstrations(rows, tokenizer, recipe, kept)
-    if not ends:
+    dataset, bad = tokenize(rows, kept=kept)
+    if not text_ends:
         closing = [-1 if isinstance(row.completion, str) and not row.prompt else None for row in kept]
         columns = {
             name: [ids[:end] for ids, end in zip(dataset[name], closing, strict=True)]
             for name in ("input_ids", "labels")
         }
         dataset = Dataset.from_dict(columns, features=dataset.features)
-    if recipe.packing and max(map(len, dataset["input_ids"])) > recipe.max_length:
-        size = recipe.max_length
-        cuts = [range(0, len(ids), size) for ids in dataset["input_ids"]]
+    if cut_at is not None and max(map(len, dataset["input_ids"])) > cut_at:
+        cuts = [range(0, len(ids), cut_at) for ids in dataset["input_ids"]]
         columns = {
             name: [
-                row[start : start + size] for row, starts in zip(dataset[name], cuts, strict=True) for start in starts
+                row[start : start + cut_at] for row, starts in zip(dataset[name], cuts, strict=True) for start in starts
             ]
             for name in ("input_ids", "labels")
         }

@@ -14,12 +14,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from align.config.load import load_recipe
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference, render_text
 from align.evaluate.statistics import wilson_interval
 
 recipe = load_recipe("reward", sys.argv[1], sys.argv[2:])
-rows = load_rows(recipe, Preference)
+rows = load_rows(DataSettings.from_recipe(recipe), Preference)
 train, held_out = (
     [(render_text(row.chosen), render_text(row.rejected)) for row in some] for some in (rows.train, rows.evaluation)
 )

@@ -17,13 +17,13 @@ from sklearn.pipeline import make_pipeline
 from torch.nn.functional import one_hot
 
 from align.config.load import load_recipe
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Labelled
 from align.encoders.labels import COLUMNS, find_labels
 from align.runs.tables import markdown_table
 
 recipe = load_recipe("classify", sys.argv[1], sys.argv[2:])
-rows = load_rows(recipe, Labelled)
+rows = load_rows(DataSettings.from_recipe(recipe), Labelled)
 labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
 (train, train_ids), (held_out, true) = (
     ([row.text for row in some], [labels.encode(row) for row in some]) for some in (rows.train, rows.evaluation)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from align.config.data_source import DataSource
-from align.config.sft import SFTRecipe
 from align.data.duplicates import THRESHOLD, duplicates_line, find_duplicates, near_duplicates, row_text
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Demonstration, Preference, Prompt
 from align.data.templates import TEMPLATE
 from tests.worlds import write_jsonl
@@ -161,12 +160,12 @@ def test_they_are_reported_and_stay(tmp_path):
     }
     train = write_jsonl(tmp_path / "train.jsonl", data)
     evaluation = write_jsonl(tmp_path / "eval.jsonl", held_out)
-    recipe = SFTRecipe(
-        output_dir="x",
+    settings = DataSettings(
+        seed=42,
         train_dataset=[DataSource(path=train, weight=2.0, **source)],
         eval_dataset=[DataSource(path=evaluation, **source)],
     )
-    loaded = load_rows(recipe, Demonstration)
+    loaded = load_rows(settings, Demonstration)
     assert (len(loaded.train), len(loaded.evaluation)) == (6, 3)
     found = loaded.report["duplicates"]
     assert found["exact"] == {"count": 1, "first": [[f"{evaluation}:1", f"{train}:1", 1.0]]}

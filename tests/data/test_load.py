@@ -14,9 +14,7 @@ import pytest
 from datasets import Dataset
 
 from align.config.data_source import DataSource
-from align.config.reward import RewardRecipe
-from align.config.sft import SFTRecipe
-from align.data.load import Rows, load_rows
+from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import shares_line, times_used
 from align.data.rows import Demonstration, Preference, Prompt, Turns
 from align.data.templates import task_name
@@ -39,7 +37,7 @@ def load(*sources: str | DataSource, form: type = Demonstration, **keys: Any) ->
     if "eval_dataset" not in keys:
         keys = {"eval_fraction": 0.0, **keys}
     train = [source if isinstance(source, DataSource) else DataSource(path=source) for source in sources]
-    return load_rows(SFTRecipe(output_dir="unused", train_dataset=train, **keys), form)
+    return load_rows(DataSettings(train_dataset=train, **{"eval_fraction": 0.05, "seed": 42, **keys}), form)
 
 
 def prompts(rows: list[Any]) -> list[Turns]:
@@ -144,10 +142,10 @@ class TestRefused:
     def test_hub_id_that_cannot_be_fetched(self, tmp_path):
         # In a process of its own: only there can the hub be switched off, so that it fails at once.
         code = (
-            "from align.config.data_source import DataSource\nfrom align.config.sft import SFTRecipe\n"
-            "from align.data.load import load_rows\nfrom align.data.rows import Prompt\nfrom align.errors import UserError\n"
-            "recipe = SFTRecipe(output_dir='x', train_dataset=[DataSource(path='some/data', split='test')])\n"
-            "try:\n    load_rows(recipe, Prompt)\nexcept UserError as error:\n    print(error)"
+            "from align.config.data_source import DataSource\n"
+            "from align.data.load import DataSettings, load_rows\nfrom align.data.rows import Prompt\nfrom align.errors import UserError\n"
+            "settings = DataSettings(train_dataset=[DataSource(path='some/data', split='test')], seed=0)\n"
+            "try:\n    load_rows(settings, Prompt)\nexcept UserError as error:\n    print(error)"
         )
         environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -410,15 +408,7 @@ class TestSplit:
         ]
         preferred = write_jsonl(tmp_path / "b.jsonl", preferences)
         sft = load(prompted, eval_fraction=0.3)
-        reward = load_rows(
-            RewardRecipe(
-                output_dir="unused",
-                model_name_or_path="unused",
-                train_dataset=[DataSource(path=preferred)],
-                eval_fraction=0.3,
-            ),
-            Preference,
-        )
+        reward = load(preferred, form=Preference, eval_fraction=0.3)
         ppo = load(prompted, preferred, form=Prompt, eval_fraction=0.3)
         held_out = {row.prompt for row in sft.evaluation}
         assert 40 < len(held_out) < 80

@@ -11,8 +11,7 @@ import pytest
 
 from align.config.data_source import DataSource
 from align.config.load import load_recipe
-from align.config.sft import SFTRecipe
-from align.data.load import Rows, load_rows
+from align.data.load import DataSettings, Rows, load_rows
 from align.data.rows import Demonstration, Prompt
 from align.data.templates import label_of
 from align.errors import UserError
@@ -32,8 +31,7 @@ def load(tmp_path):
     ) -> Rows:  # fmt: skip
         path = write_jsonl(tmp_path / name, rows)
         source = DataSource(path=path, templates=list(templates), **keys)
-        recipe = SFTRecipe(output_dir="x", train_dataset=[source], eval_fraction=0.0, seed=seed, on_bad_row=on_bad_row)  # type: ignore[arg-type]
-        return load_rows(recipe, form)
+        return load_rows(DataSettings(train_dataset=[source], seed=seed, on_bad_row=on_bad_row), form)
 
     return run
 

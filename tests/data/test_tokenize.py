@@ -15,11 +15,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from align.config.data_source import DataSource
-from align.config.reward import RewardRecipe
-from align.config.sft import SFTRecipe
 from align.data.batches import PromptLoader, pad_to_batches
 from align.data.encode import encode_pair, encode_prompt, encode_response
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Demonstration, Preference, Prompt, Turns
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.errors import BadRow, UserError
@@ -100,17 +98,9 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def sft(**keys: Any) -> SFTRecipe:
-    return SFTRecipe(output_dir="unused", **keys)
-
-
-def reward(**keys: Any) -> RewardRecipe:
-    return RewardRecipe(output_dir="unused", model_name_or_path="unused", **keys)
-
-
 def learnt(tokenizer: Any, row: Demonstration, **keys: Any) -> list[str]:
     """The stretches of text that the row's labels cover."""
-    dataset, _ = tokenize_demonstrations([row], tokenizer, sft(**keys))
+    dataset, _ = tokenize_demonstrations([row], tokenizer, **{"max_length": 1024, **keys})
     stretches: list[list[int]] = [[]]
     for token, label in zip(dataset[0]["input_ids"], dataset[0]["labels"], strict=True):
         if label == -100:
@@ -146,18 +136,18 @@ class TestEveryTokenizer:
             assert whole.count(tokenizer.bos_token_id) <= 1
             assert tokenizer.bos_token_id not in after
 
-        dataset, _ = tokenize_demonstrations([Demonstration(prompt, response, "f:1")], tokenizer, sft())
+        dataset, _ = tokenize_demonstrations([Demonstration(prompt, response, "f:1")], tokenizer, max_length=1024)
         assert dataset[0]["input_ids"] == whole
         assert dataset[0]["labels"] == [-100] * len(before) + after  # EOS is learnt also where it is the padding token
         dataset, _ = tokenize_demonstrations(
-            [Demonstration(prompt, response, "f:1")], tokenizer, sft(completion_only_loss=False)
+            [Demonstration(prompt, response, "f:1")], tokenizer, max_length=1024, completion_only_loss=False
         )
         assert dataset[0]["labels"] == dataset[0]["input_ids"] == whole
 
     @pytest.mark.parametrize(("prompt", "response"), EXAMPLES)
     def test_all_stages_see_the_same_ids(self, tokenizer, prompt, response):
         other: Turns = " no" if isinstance(response, str) else [assistant("no")]
-        dataset, _ = tokenize_preferences([Preference(prompt, response, other, "f:1")], tokenizer, reward())
+        dataset, _ = tokenize_preferences([Preference(prompt, response, other, "f:1")], tokenizer, max_length=1024)
         assert dataset[0] == {
             "chosen_ids": encode_pair(tokenizer, prompt, response),
             "rejected_ids": encode_pair(tokenizer, prompt, other),
@@ -169,7 +159,7 @@ class TestEveryTokenizer:
 
     def test_rows_of_mixed_kinds_keep_their_order(self, tokenizer):
         rows = [Demonstration(prompt, response, "f:1") for prompt, response in EXAMPLES] * 3
-        dataset, _ = tokenize_demonstrations(rows, tokenizer, sft())
+        dataset, _ = tokenize_demonstrations(rows, tokenizer, max_length=1024)
         assert dataset["input_ids"][:] == [encode_pair(tokenizer, row.prompt, row.completion) for row in rows]
 
 
@@ -230,7 +220,7 @@ class TestByHand:
         second, third = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("sat", "on"))
         prompt = [user("two"), assistant("cat"), user("mat")]
         row = Preference(prompt, [assistant("sat")], [assistant("on")], "f:1")
-        dataset, _ = tokenize_preferences([row], tokenizer, reward(), is_encoder=True)
+        dataset, _ = tokenize_preferences([row], tokenizer, max_length=1024, is_encoder=True)
         assert dataset[0]["chosen_ids"] == [0, *first, 1, *second, 1]
         assert dataset[0]["rejected_ids"] == [0, *first, 1, *third, 1]
         assert encode_pair(tokenizer, prompt, "sat", is_encoder=True) == [0, *first, 1, *second, 1]
@@ -245,7 +235,7 @@ class TestByHand:
                 row = Demonstration(dialogue, [assistant("the")], "f:1", {}, trained)
                 assert learnt(tokenizer, row) == turns[3 - trained :]
             row = Demonstration(dialogue, [assistant("the")], "f:1", {}, 3)
-            dataset, _ = tokenize_demonstrations([row], tokenizer, sft())
+            dataset, _ = tokenize_demonstrations([row], tokenizer, max_length=1024)
             prompt = encode_prompt(tokenizer, dialogue)
             assert dataset[0]["input_ids"][: len(prompt)] == prompt
             assert len(learnt(tokenizer, row, completion_only_loss=False)) == 1
@@ -283,7 +273,7 @@ class TestSpeltOutTokens:
     def test_elsewhere_the_row_is_bad(self, prompt, response, reason):
         row = Demonstration(prompt, response, "f:7")
         with pytest.raises(UserError, match="f:7") as caught:
-            tokenize_demonstrations([row], llama(), sft())
+            tokenize_demonstrations([row], llama(), max_length=1024)
         assert f"{reason}: 1" in str(caught.value)
 
     @pytest.mark.parametrize("prompt", ["p", [user("p")]])
@@ -298,11 +288,11 @@ class TestBadRows:
         tokenizer = llama()
         rows = [Demonstration("the cat", " sat", "f:1"), Demonstration("the cat", " sat" * 20, "f:2")]
         size = len(encode_pair(tokenizer, "the cat", " sat"))
-        dataset, report = tokenize_demonstrations(rows, tokenizer, sft(max_length=size, on_bad_row="skip"))
+        dataset, report = tokenize_demonstrations(rows, tokenizer, max_length=size, on_bad_row="skip")
         assert dataset["input_ids"][:] == [encode_pair(tokenizer, "the cat", " sat")]
         assert report == {f"longer than {size} tokens (`max_length`)": {"count": 1, "first": ["f:2"]}}
         with pytest.raises(UserError, match=rf"2 rows cannot be used:\n  longer than {size - 1} .*2 \(f:1, f:2\)"):
-            tokenize_demonstrations(rows, tokenizer, sft(max_length=size - 1))
+            tokenize_demonstrations(rows, tokenizer, max_length=size - 1)
 
     def test_either_response_of_a_pair_may_be_too_long(self):
         tokenizer = llama()
@@ -311,7 +301,7 @@ class TestBadRows:
             Preference("p", " b" * 99, " a", "f:2"),
             Preference("p", "a", "b", "f:3"),
         ]
-        dataset, report = tokenize_preferences(rows, tokenizer, reward(max_length=50, on_bad_row="skip"))
+        dataset, report = tokenize_preferences(rows, tokenizer, max_length=50, on_bad_row="skip")
         assert len(dataset) == 1
         assert report == {"longer than 50 tokens (`max_length`)": {"count": 2, "first": ["f:1", "f:2"]}}
 
@@ -331,12 +321,16 @@ class TestBadRows:
         for result in (
             tokenize_prompts([Prompt("p" * 9, "f:1"), Prompt("p" * 10, "f:2")], tokenizer, 100, "skip"),
             tokenize_demonstrations(
-                [Demonstration("p", "c", "f:1"), Demonstration("p", "c" * 10, "f:2")], tokenizer, sft(on_bad_row="skip")
+                [Demonstration("p", "c", "f:1"), Demonstration("p", "c" * 10, "f:2")],
+                tokenizer,
+                max_length=1024,
+                on_bad_row="skip",
             ),
             tokenize_preferences(
                 [Preference("p", "c", "d", "f:1"), Preference("p", "c", "d" * 10, "f:2")],
                 tokenizer,
-                reward(on_bad_row="skip"),
+                max_length=1024,
+                on_bad_row="skip",
             ),
         ):
             assert len(result[0]) == 1
@@ -345,7 +339,7 @@ class TestBadRows:
     def test_pair_that_the_tokenizer_cannot_tell_apart(self):
         tokenizer = make_tokenizer(["</s>"], lowercase=True, eos_token="</s>")
         with pytest.raises(UserError, match="`chosen` and `rejected` have the same tokens: 1"):
-            tokenize_preferences([Preference("p", "Yes", "yes", "f:1")], tokenizer, reward())
+            tokenize_preferences([Preference("p", "Yes", "yes", "f:1")], tokenizer, max_length=1024)
 
     def test_truncation_that_a_tokenizer_file_asks_for(self):
         tokenizer = llama()
@@ -361,7 +355,9 @@ class TestBadRows:
         tokenizer.chat_template = None
         for call in (
             lambda: tokenize_prompts([Prompt([user("p")], "f:1")], tokenizer, 9, "skip"),
-            lambda: tokenize_demonstrations([Demonstration([user("p")], [assistant("c")], "f:1")], tokenizer, sft()),
+            lambda: tokenize_demonstrations(
+                [Demonstration([user("p")], [assistant("c")], "f:1")], tokenizer, max_length=1024
+            ),
             lambda: encode_pair(tokenizer, [user("p")], "c"),
         ):
             with pytest.raises(UserError, match=r"no chat template.*`chat_template_path`"):
@@ -380,13 +376,15 @@ class TestBadRows:
         reason = "the chat template renders the prompt otherwise once a response follows"
         numbered = chatml("{{ messages | length }}" + CHATML)
         with pytest.raises(UserError, match=reason):
-            tokenize_demonstrations([Demonstration([user("p")], [assistant("c")], "f:1")], numbered, sft())
+            tokenize_demonstrations([Demonstration([user("p")], [assistant("c")], "f:1")], numbered, max_length=1024)
         dialogue = [user("two"), assistant("cat"), user("mat")]
         tokenizer = chatml(UNSTABLE)
         row = Demonstration(dialogue, [assistant("sat")], "f:1")
         assert learnt(tokenizer, row) == ["<think></think>sat<|im_end|>"]
         with pytest.raises(UserError, match=reason):
-            tokenize_demonstrations([Demonstration(dialogue, [assistant("sat")], "f:1", {}, 2)], tokenizer, sft())
+            tokenize_demonstrations(
+                [Demonstration(dialogue, [assistant("sat")], "f:1", {}, 2)], tokenizer, max_length=1024
+            )
 
     def test_a_template_may_write_nothing_after_eos(self):
         tokenizer = chatml(CHATML.replace("<|im_end|>\n", "<|im_end|>\nnext"))
@@ -396,8 +394,8 @@ class TestBadRows:
     def test_nothing_left(self):
         tokenizer = llama()
         with pytest.raises(UserError, match=r"none of 1 rows can be used \(longer than 2 tokens \(`max_length`\): 1\)"):
-            tokenize_demonstrations([Demonstration("p", "c", "f:1")], tokenizer, sft(max_length=2, on_bad_row="skip"))
-        dataset, report = tokenize_demonstrations([], tokenizer, sft())
+            tokenize_demonstrations([Demonstration("p", "c", "f:1")], tokenizer, max_length=2, on_bad_row="skip")
+        dataset, report = tokenize_demonstrations([], tokenizer, max_length=1024)
         assert (len(dataset), dataset.column_names, report) == (0, ["input_ids", "labels"], {})
 
 
@@ -425,7 +423,7 @@ class TestPromptLoader:
 class TestPadding:
     def demonstrations(self, count: int) -> Any:
         rows = [Demonstration(f"{i}", "the cat", f"f:{i}") for i in range(count)]
-        return tokenize_demonstrations(rows, chatml(), sft())[0]
+        return tokenize_demonstrations(rows, chatml(), max_length=1024)[0]
 
     @pytest.mark.parametrize(("count", "batch_size", "padded"), [(8, 4, 8), (9, 4, 12), (3, 8, 8), (0, 4, 0)])
     def test_rows_without_labels_fill_the_last_batch(self, count, batch_size, padded):
@@ -440,7 +438,7 @@ class TestPadding:
 
     def test_pairs_without_gradient_fill_the_last_batch(self):
         rows = [Preference(f"{i}", "the cat", "the mat", f"f:{i}") for i in range(3)]
-        dataset, _ = tokenize_preferences(rows, chatml(), reward())
+        dataset, _ = tokenize_preferences(rows, chatml(), max_length=1024)
         longer = pad_to_batches(dataset, 2)
         assert len(longer) == 4
         assert longer[:3] == dataset[:]
@@ -463,9 +461,9 @@ class TestRealData:
         tokenizer.chat_template = CHATML.replace("<|im_end|>", "{{ eos_token }}")
         tokenizer.model_max_length = 10**6
         source = DataSource(path=str(SHARED / name / "train.jsonl.gz"), max_rows=200)
-        recipe = reward(train_dataset=[source], on_bad_row="skip", eval_fraction=0.0, max_length=10**6)
-        rows = load_rows(recipe, Preference).train
-        dataset, report = tokenize_preferences(rows, tokenizer, recipe)
+        settings = DataSettings(train_dataset=[source], on_bad_row="skip", seed=42)
+        rows = load_rows(settings, Preference).train
+        dataset, report = tokenize_preferences(rows, tokenizer, max_length=10**6, on_bad_row="skip")
         assert report == {}
         assert len(dataset) == len(rows) > 190
         for row, ids in zip(rows, dataset, strict=True):
@@ -481,8 +479,8 @@ class TestRealData:
         with gzip.open(SHARED / "sgd-dialogues" / "dialogues.jsonl.gz", "rt") as lines:
             dialogues = [line for _, line in zip(range(50), lines, strict=False)]
         path.write_text("".join(dialogues))
-        recipe = sft(train_dataset=[DataSource(path=str(path))], eval_fraction=0.0, max_length=10**6)
-        rows = load_rows(recipe, Demonstration).train
+        settings = DataSettings(train_dataset=[DataSource(path=str(path))], seed=42)
+        rows = load_rows(settings, Demonstration).train
         assert len(rows) == 50
         for row, line in zip(rows, dialogues, strict=True):
             messages = json.loads(line)["messages"]

@@ -67,10 +67,10 @@ def start_at(recipe: PPORecipe, update: int, sampler_gap: float) -> tuple[Update
 
 
 def _prompts(recipe: PPORecipe):
-    from align.data.load import load_rows
+    from align.data.load import DataSettings, load_rows
     from align.data.rows import Prompt
 
-    return load_rows(recipe, Prompt).train
+    return load_rows(DataSettings.from_recipe(recipe), Prompt).train
 
 
 def shake(models: Models, seed: int = 3) -> None:
@@ -129,10 +129,10 @@ class TestLossTerms:
         from align.data.load import load_rows
         from align.data.rows import Demonstration
         from align.data.tokenize import tokenize_demonstrations
-        from align.ppo.train import text_recipe
+        from align.ppo.train import ptx_settings
 
         rows, _ = tokenize_demonstrations(
-            load_rows(text_recipe(recipe), Demonstration).train, letter_tokenizer(), text_recipe(recipe)
+            load_rows(ptx_settings(recipe), Demonstration).train, letter_tokenizer(), max_length=1024
         )
         advantages = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
         alone = first_gradient(updater, rollout, advantages)

@@ -26,7 +26,7 @@ from transformers import (
 
 from align.config.data_source import DataSource
 from align.config.reward import RewardRecipe
-from align.data.load import load_rows
+from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference
 from align.engine.distributed import World
 from align.errors import UserError
@@ -174,7 +174,8 @@ def test_the_zero_is_the_mean_score_of_sft_answers_and_travels_with_the_model(tm
     inputs = check_inputs(settings)
     policy, scores, logits = tiny_llama(), [], []
     plain = AutoModelForSequenceClassification.from_pretrained(settings.output_dir)
-    for index, (_, ids) in enumerate(zero_prompts(settings, inputs, load_rows(settings, Preference).train)):
+    pairs = load_rows(DataSettings.from_recipe(settings), Preference).train
+    for index, (_, ids) in enumerate(zero_prompts(settings, inputs, pairs)):
         noise = uniforms(42, "zero of the score", [index], 8)
         prompt = torch.tensor([ids])
         answer, *_ = generate(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), noise, 1.0, 2, 0)

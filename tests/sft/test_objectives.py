@@ -194,20 +194,17 @@ class TestPacking:
         settings = load_recipe("sft", str(tmp_path / "sft.yaml"))
         assert isinstance(settings, SFTRecipe)
         from align.data.batches import pack
-        from align.data.load import load_rows
+        from align.data.load import DataSettings, load_rows
         from align.data.rows import Demonstration
 
-        rows, bad = tokenize_demonstrations(load_rows(settings, Demonstration).train, letter_tokenizer(), settings)
+        texts = load_rows(DataSettings.from_recipe(settings), Demonstration).train
+        rows, bad = tokenize_demonstrations(texts, letter_tokenizer(), max_length=10, packing=True)
         assert not bad
         packed = pack(rows, 10)
         assert sorted(map(len, packed["input_ids"]), reverse=True) == [10, 10, 7, 4]  # 27 and 4 tokens
         assert sorted(t for row in packed["input_ids"] for t in row) == sorted([*letters(text), *letters("abc"), 2, 2])
         with pytest.raises(UserError, match=r"longer than 10 tokens \(`max_length`\)"):
-            tokenize_demonstrations(
-                load_rows(settings, Demonstration).train,
-                letter_tokenizer(),
-                dataclasses.replace(settings, packing=False),
-            )
+            tokenize_demonstrations(texts, letter_tokenizer(), max_length=10)
         run(settings)
 
     def test_a_long_demonstration_is_still_a_bad_row(self, tmp_path):

@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
@@ -22,7 +24,8 @@ from align.cli.check import check
 from align.config.data_source import DataSource
 from align.config.load import load_recipe
 from align.config.sft import SFTRecipe
-from align.data.tokenize import tokenize_demonstrations
+from align.data.rows import Demonstration
+from align.data.tokenize import Report, tokenize_demonstrations
 from align.errors import UserError
 from align.runs.charts import draw, ticks
 from align.runs.checkpoint import complete_checkpoints
@@ -40,6 +43,11 @@ from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, tiny
 TEXTS = [LETTERS[i : i + 3 + i % 5] for i in range(0, 23)]  # of which the parts say what the others are
 HELD_OUT_ROWS = [("ab", "d"), ("k", "m"), ("q", "zs"), ("b", "c")]
 TRAIN_ROWS = [row for row in ROWS if row[0] not in {prompt for prompt, _ in HELD_OUT_ROWS}]  # four
+
+
+def tokenize(rows: Sequence[Demonstration]) -> tuple[Dataset, Report]:
+    """The rows in token ids, as the recipes here have them."""
+    return tokenize_demonstrations(rows, letter_tokenizer(), max_length=1024)
 
 
 @functools.cache
@@ -252,13 +260,11 @@ class TestMeasured:
         )  # fmt: skip
 
     def test_training_rows_are_a_seeded_sample_of_the_size_of_the_held_out_rows(self, tmp_path):
-        from align.data.rows import Demonstration
-
         def data(rows, prefix):
             made = [
                 Demonstration(p, c, f"{prefix}:{i}", {"task": f"{prefix}{i % 120}"}) for i, (p, c) in enumerate(rows)
             ]
-            return tokenize_demonstrations(made, letter_tokenizer(), recipe(tmp_path))[0], made
+            return tokenize(made)[0], made
 
         training = [("a" * (i % 9 + 1), LETTERS[i % 26]) for i in range(400)]
         held_out = data([("b", "c")] * 300, "h")
@@ -495,8 +501,8 @@ class TestReplay:
         assert 0 < len(measured) < len(TEXTS)
         assert measured.isdisjoint(row.completion for row in retention.replayable)
         assert measured | {row.completion for row in retention.replayable} == set(TEXTS)
-        train, _ = tokenize_demonstrations(rows.train, letter_tokenizer(), settings)
-        mixed, bad = with_replay(train, retention.replayable, letter_tokenizer(), settings)
+        train, _ = tokenize(rows.train)
+        mixed, bad = with_replay(train, retention.replayable, settings.replay_fraction, settings.seed, tokenize)
         assert not bad
         assert len(mixed) == 8 * len(train), "seven of eight rows are replayed"
         replayed = Counter(
@@ -519,10 +525,8 @@ class TestReplay:
         chosen = []
         for seed in (1, 1, 2):
             settings, rows, retention = self.split(tmp_path, seed=1, replay_fraction=0.4)
-            train, _ = tokenize_demonstrations(rows.train, letter_tokenizer(), settings)
-            mixed, _ = with_replay(
-                train, retention.replayable, letter_tokenizer(), dataclasses.replace(settings, seed=seed)
-            )
+            train, _ = tokenize(rows.train)
+            mixed, _ = with_replay(train, retention.replayable, settings.replay_fraction, seed, tokenize)
             chosen.append(mixed["input_ids"][len(train) :])
         assert chosen[0] == chosen[1] != chosen[2]
 

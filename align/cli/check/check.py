@@ -31,7 +31,7 @@ from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.config.stages import read_stage, stage_inputs
 from align.data.duplicates import duplicates_line
-from align.data.load import Rows, load_rows
+from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import shares_line
 from align.data.rows import Demonstration, Labelled, Passage, Preference, Prompt, render_text
 from align.encoders.labels import find_labels
@@ -105,7 +105,7 @@ def _check_stage(
             rows, retention = load_with_retention(recipe)
             lines = described_retention(recipe, rows, retention)
         else:
-            rows = load_rows(recipe, FORMS[stage])
+            rows = load_rows(DataSettings.from_recipe(recipe), FORMS[stage])
         for line in (f"rows: {_counts(rows, recipe, plan)}", *lines):
             report.say(line)
         if shares := shares_line(rows.report):

@@ -79,12 +79,25 @@ def _tokenized(
     """The first row's sequences with marks, what the marks mean, the sequences of all rows, and the bad rows."""
     tokenizer = start.tokenizer
     if isinstance(recipe, SFTRecipe):
-        data, bad = tokenize_demonstrations(some, tokenizer, recipe)
+        data, bad = tokenize_demonstrations(
+            some,
+            tokenizer,
+            max_length=recipe.max_length,
+            on_bad_row=recipe.on_bad_row,
+            completion_only_loss=recipe.completion_only_loss,
+            packing=recipe.packing,
+        )
         first = data[0]
         shown = {"row": (first["input_ids"], [label != -100 for label in first["labels"]])}
         return shown, "marked: the tokens that are trained", data["input_ids"], bad
     if isinstance(recipe, RewardRecipe):
-        data, bad = tokenize_preferences(some, tokenizer, recipe, start.encoder)
+        data, bad = tokenize_preferences(
+            some,
+            tokenizer,
+            max_length=recipe.max_length,
+            on_bad_row=recipe.on_bad_row,
+            is_encoder=start.encoder,
+        )
         sides = {side: data[0][f"{side}_ids"] for side in ("chosen", "rejected")}
         place = 0 if start.encoder else -1
         shown = {side: (ids, [i == place % len(ids) for i in range(len(ids))]) for side, ids in sides.items()}
