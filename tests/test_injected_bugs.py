@@ -68,8 +68,8 @@ BUGS = {
     ),
     "values one token late": (
         "align/models/forward.py",
-        "return spread(_logits(model, closed)[places, 0], mask[:, -length:])",
-        "return spread(_logits(model, closed)[places + 1, 0], mask[:, -length:])",
+        "return scatter_to_mask(_logits(model, closed)[places, 0], mask[:, -length:])",
+        "return scatter_to_mask(_logits(model, closed)[places + 1, 0], mask[:, -length:])",
         "tests/generation/test_generate.py::test_values_judge_the_state_before_each_token",
     ),
     "end-of-text outside the mask": (

@@ -29,9 +29,9 @@ from align.encoders.labels import COLUMNS, MULTI, REGRESSION, SHOWN, Labels, fin
 from align.encoders.tokenize import tokenize_labelled
 from align.engine.batch_plan import batch_plan
 from align.engine.distributed import connect, disconnect
-from align.models.context_length import check_lengths
+from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, is_encoder, load_config, new_classifier
-from align.models.tokenizer import load_tokenizer, set_padding
+from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze, peft_config
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
@@ -62,7 +62,7 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
     labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
     skipped = {}
     train_rows, skipped["train"] = tokenize_labelled(rows.train, inputs.tokenizer, labels, recipe, inputs.encoder)
-    check_lengths(train_rows["input_ids"], inputs.config)
+    check_rows_fit(train_rows["input_ids"], inputs.config)
     world.check_rows(len(train_rows))
     padded = pad_to_batches(train_rows, plan.batch_size)
     eval_rows = baseline = None
@@ -70,7 +70,7 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
         eval_rows, skipped["evaluation"] = tokenize_labelled(
             rows.evaluation, inputs.tokenizer, labels, recipe, inputs.encoder
         )
-        check_lengths(eval_rows["input_ids"], inputs.config)
+        check_rows_fit(eval_rows["input_ids"], inputs.config)
         baseline = labels.baseline(train_rows["labels"][:], eval_rows["labels"][:])
         eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
     steps = total_steps(recipe, len(padded), plan)
@@ -137,7 +137,7 @@ def check_inputs(recipe: ClassifyRecipe) -> Inputs:
     config = load_config(path, recipe, key)
     tokenizer = load_tokenizer(path, recipe)
     check_tokenizer(path, tokenizer, key)
-    set_padding(tokenizer)
+    set_right_padding(tokenizer)
     # PPO shows a reward model ids and nothing else, so it is trained without token types; plain
     # transformers, reading the saved tokenizer, leaves them out too.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]

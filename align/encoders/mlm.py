@@ -33,7 +33,7 @@ from align.engine.batch_plan import batch_plan
 from align.engine.distributed import connect, disconnect
 from align.errors import UserError
 from align.models.load import is_encoder, load_config, load_masked_lm
-from align.models.tokenizer import load_tokenizer, set_padding
+from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
@@ -119,7 +119,7 @@ def check_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokeniz
     check_tokenizer(path, tokenizer, key)
     if tokenizer.mask_token_id is None:
         raise UserError(f"{path}: the tokenizer has no mask token; set `mask_token` in its tokenizer_config.json.")
-    set_padding(tokenizer)
+    set_right_padding(tokenizer)
     return config, tokenizer
 
 

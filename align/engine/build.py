@@ -31,8 +31,8 @@ class AdapterOff(Engine):
             return self.policy(**inputs)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[nn.Module]:
-        with self.policy.whole() as model, model.disable_adapter():  # type: ignore[operator]
+    def unsharded(self) -> Iterator[nn.Module]:
+        with self.policy.unsharded() as model, model.disable_adapter():  # type: ignore[operator]
             yield model
 
 

@@ -11,17 +11,17 @@ import torch
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
-def prepare_processor() -> None:
+def configure_cpu() -> None:
     """Flush denormals to zero in this thread and those that it starts, and keep freed memory. Call it before any work.
 
     Arithmetic on denormals, numbers under 1e-38, is done in microcode, at a small part of the usual speed; the gradients
     of unlikely tokens and their squares in Adam's second moment are such numbers.
     """
     torch.set_flush_denormal(True)
-    keep_memory()
+    keep_freed_memory()
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensor; elsewhere nothing.
 
     Otherwise each tensor of more than 32 MiB, and the activations of each pass, go back to the system and are fetched and

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from align.config.base import StageRecipe
 from align.engine.deepspeed_config import deepspeed_config, zero_stage
 from align.engine.distributed import World
-from align.engine.mixed_precision import widen_attention
+from align.engine.mixed_precision import use_float32_attention
 from align.engine.optimizer import optimizer_for
-from align.engine.sharding import full_parameters
+from align.engine.sharding import gathered_parameters
 from align.engine.torch_engine import Engine
 from align.errors import UserError
 from align.models.save import skeleton
@@ -51,7 +51,7 @@ class DeepSpeedEngine(Engine):
         elif recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if recipe.bf16 and world.device.type == "cpu":
-            widen_attention(model)
+            use_float32_attention(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.adamw = optimizer_for(trained, recipe, learning_rate) if learning_rate is not None else None
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)
@@ -62,7 +62,7 @@ class DeepSpeedEngine(Engine):
         return self.engine(**inputs)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def unsharded(self) -> Iterator[nn.Module]:
         if self.stage < 3:
             training = self.module.training
             self.module.eval()
@@ -82,7 +82,7 @@ class DeepSpeedEngine(Engine):
         targets = dict(copy.named_parameters())
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
-                with full_parameters([parameter]):
+                with gathered_parameters([parameter]):
                     targets[name].copy_(parameter)
             buffers = dict(copy.named_buffers())
             for name, buffer in self.module.named_buffers():

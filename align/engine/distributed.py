@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align.config.base import StageRecipe
-from align.engine.cpu import prepare_processor
+from align.engine.cpu import configure_cpu
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.timer import Clock
 from align.errors import UserError
@@ -74,7 +74,7 @@ class World:
             dist.barrier()
 
 
-def spread(world: World, count: int) -> list[int]:
+def rows_of_rank(world: World, count: int) -> list[int]:
     """This rank's rows of `count`. All ranks have as many, so the last may repeat a row."""
     share = -(-count // world.size)
     return [min(index, count - 1) for index in range(world.rank * share, (world.rank + 1) * share)]
@@ -103,7 +103,7 @@ def connect(recipe: StageRecipe) -> World:
     if gpu:
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
-    prepare_processor()
+    configure_cpu()
     if int(os.environ.get("RANK", "0")) == 0:
         remove_stale_shared_memory()
     if size > 1 or uses_deepspeed(recipe):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from align.engine.torch_engine import Engine
-from align.models.save import write_model
+from align.models.save import save_weights
 
 
 class EMA:
@@ -39,7 +39,7 @@ class EMA:
             if world.is_main:
                 weights[name] = whole.cpu().to(weights[name].dtype)
         if world.is_main:
-            write_model(self.engine.module, weights, folder)
+            save_weights(self.engine.module, weights, folder)
         world.barrier()
 
     def save_checkpoint(self, folder: Path) -> None:

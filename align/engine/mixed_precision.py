@@ -15,13 +15,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from align.models.in_place_gradients import add_to
+from align.models.in_place_gradients import add_in_pieces
 from reward_models.heads import hf_model
 
-WIDE_ATTENTION = "sdpa_in_float32"
+FLOAT32_ATTENTION = "sdpa_in_float32"
 
 
-def train_in_bfloat16(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
+def convert_to_bfloat16(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Store all weights in bfloat16.
 
     Returns:
@@ -44,25 +44,25 @@ def _collect(master: nn.Parameter, weight: Tensor) -> None:
     if master.grad is None:
         master.grad = weight.grad.float()
     else:
-        add_to(master.grad, weight.grad)
+        add_in_pieces(master.grad, weight.grad)
     weight.grad = None
 
 
 @torch.no_grad()
-def round_off(masters: Iterable[tuple[Tensor, Tensor]]) -> None:
+def copy_masters(masters: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy float32 weights into those that the model computes with: pairs (weight, master)."""
     for weight, master in masters:
         weight.copy_(master)
 
 
-def widen_attention(model: nn.Module) -> None:
+def use_float32_attention(model: nn.Module) -> None:
     """Have a bfloat16 model on a CPU attend in float32.
 
     torch's bfloat16 kernel for it takes three to ten times as long to train there as the float32 one.
     """
     inner: PreTrainedModel = hf_model(model)
     if inner.config._attn_implementation == "sdpa":
-        inner.set_attn_implementation(WIDE_ATTENTION)
+        inner.set_attn_implementation(FLOAT32_ATTENTION)
 
 
 def _sdpa_in_float32(
@@ -76,7 +76,7 @@ def _sdpa_in_float32(
     return output.to(query.dtype), None
 
 
-AttentionInterface.register(WIDE_ATTENTION, _sdpa_in_float32)
+AttentionInterface.register(FLOAT32_ATTENTION, _sdpa_in_float32)
 
 
-AttentionMaskInterface.register(WIDE_ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(FLOAT32_ATTENTION, sdpa_mask)

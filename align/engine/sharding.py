@@ -28,7 +28,7 @@ def sharded_load(recipe: StageRecipe, role: str = "policy") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def full_parameters(parameters: list[nn.Parameter], modify: bool = False) -> Iterator[None]:
+def gathered_parameters(parameters: list[nn.Parameter], modify: bool = False) -> Iterator[None]:
     """Make sharded parameters whole inside the block; with `modify`, rank 0's values are kept at its end."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield

@@ -24,11 +24,11 @@ from transformers import PreTrainedModel
 
 from align.config.base import StageRecipe
 from align.engine.distributed import World
-from align.engine.mixed_precision import round_off, train_in_bfloat16, widen_attention
+from align.engine.mixed_precision import convert_to_bfloat16, copy_masters, use_float32_attention
 from align.engine.optimizer import optimizer_for
-from align.engine.sharding import full_parameters
-from align.models.in_place_gradients import sum_in_place
-from align.models.save import write_model
+from align.engine.sharding import gathered_parameters
+from align.models.in_place_gradients import accumulate_in_place
+from align.models.save import save_weights
 from reward_models.heads import hf_model
 
 
@@ -44,12 +44,12 @@ class Engine:
         if learning_rate is None:
             self.module.requires_grad_(False)
         if recipe.bf16 and world.device.type == "cpu":
-            widen_attention(model)
-        self.masters = train_in_bfloat16(model) if recipe.bf16 else {}
+            use_float32_attention(model)
+        self.masters = convert_to_bfloat16(model) if recipe.bf16 else {}
         trained = [self._master(parameter) for _, parameter in self._trained()]
         if trained and world.device.type == "cpu":  # on a GPU such sums would not come out the same twice
             inner = hf_model(model)
-            sum_in_place(inner.get_input_embeddings(), inner.get_output_embeddings(), self._master)
+            accumulate_in_place(inner.get_input_embeddings(), inner.get_output_embeddings(), self._master)
         self.optimizer = optimizer_for(trained, recipe, learning_rate) if learning_rate is not None else None
         self.module.eval()  # dropout is off anyway; some architectures switch gradient checkpointing by this flag
         if self.optimizer is not None and recipe.gradient_checkpointing:
@@ -60,7 +60,7 @@ class Engine:
         return self.module(**inputs)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[nn.Module]:
+    def unsharded(self) -> Iterator[nn.Module]:
         """The model with all its weights on this rank, for generation without a word to the other ranks."""
         training = self.module.training
         self.module.eval()
@@ -79,7 +79,7 @@ class Engine:
         self._set_learning_rate(learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        round_off(self.masters.items())
+        copy_masters(self.masters.items())
         return float(norm)
 
     def discard(self) -> None:
@@ -99,7 +99,7 @@ class Engine:
         ]
         weights = {}
         for name, parameter in named:  # one by one, so that no rank ever holds a second whole model
-            with full_parameters([parameter] if isinstance(parameter, nn.Parameter) else []):
+            with gathered_parameters([parameter] if isinstance(parameter, nn.Parameter) else []):
                 if self.world.is_main:
                     weights[name] = self._master(parameter).detach().cpu().clone()
         return weights
@@ -116,7 +116,7 @@ class Engine:
         """Write a Hugging Face folder (safetensors) from rank 0, adapters merged. Every rank must call it."""
         weights = self.state_dict()
         if self.world.is_main:
-            write_model(self.module, weights, folder)
+            save_weights(self.module, weights, folder)
         self.world.barrier()
 
     def save_checkpoint(self, folder: Path) -> None:
@@ -143,7 +143,7 @@ class Engine:
         with torch.no_grad():
             for name, parameter in self._trained():
                 self._master(parameter).copy_(weights[name])
-        round_off(self.masters.items())
+        copy_masters(self.masters.items())
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(folder / "optimizer.safetensors").items():
             index, name = key.split(".", 1)

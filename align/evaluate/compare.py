@@ -36,7 +36,7 @@ from align.evaluate.inputs import Condition, Inputs, prepare, shared_keys
 from align.evaluate.report import Result, summarise, write_report
 from align.evaluate.results import REPORT, finished, identity
 from align.evaluate.text_metrics import TOKEN_METRICS, TextMetric, as_labels, foreign_scores, load_metric
-from align.models.virtual_tokens import load_writer
+from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
 from align.runs.manifest import COSMETIC_KEYS
 from align.runs.progress import Display
@@ -106,7 +106,7 @@ def _answer_all(recipe: EvaluateRecipe, inputs: Inputs, world: World, generates:
             display.start(done)
             stack.callback(display.stop)
         for path, numbers in itertools.groupby(todo, key=lambda number: conditions[number].path):
-            model = load_writer(path, shared_keys(recipe), torch.bfloat16 if recipe.bf16 else torch.float32)
+            model = load_language_model(path, shared_keys(recipe), torch.bfloat16 if recipe.bf16 else torch.float32)
             model = model.to(world.device).eval()
             for number in numbers:
                 condition = conditions[number]

@@ -17,7 +17,7 @@ from align.errors import BadRow, UserError
 from align.evaluate.few_shot import SEPARATOR, draw, ends_at_separator, pool_for, pools, with_examples
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
-from align.models.virtual_tokens import base_and_size
+from align.models.virtual_tokens import prompt_tuning_base
 from align.runs.manifest import read_manifest
 
 SILENT = ("reward", "classify", "mlm")  # stages whose models give scores, labels or missing words
@@ -126,7 +126,7 @@ def _tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokenizerBa
     shared = shared_keys(recipe)
     if (stage := (read_manifest(path) or {}).get("stage")) in SILENT:
         raise UserError(f"models: {path} was made by the {stage} stage and writes nothing; name a language model.")
-    if found := base_and_size(path):
+    if found := prompt_tuning_base(path):
         base, before = found
         config = load_config(base, shared, f"models: {path} holds virtual tokens for {base}")
     else:

@@ -55,7 +55,7 @@ class Sampler:
                     whole[part, : ids.shape[1]] = piece
 
         if self.gather:
-            with engine.whole() as model:
+            with engine.unsharded() as model:
                 fill(model, bool)
         else:
             fill(engine, anyone)

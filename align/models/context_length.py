@@ -10,7 +10,7 @@ from align.config.ppo import PPORecipe
 from align.errors import UserError
 
 
-def check_room(prompts: Sequence[Sequence[int]], recipe: PPORecipe, config: PretrainedConfig) -> None:
+def check_responses_fit(prompts: Sequence[Sequence[int]], recipe: PPORecipe, config: PretrainedConfig) -> None:
     """See that the policy has a position for every token of the longest prompt and its response.
 
     Raises:
@@ -26,12 +26,12 @@ def check_room(prompts: Sequence[Sequence[int]], recipe: PPORecipe, config: Pret
         )
 
 
-def positions(config: PretrainedConfig) -> int:
+def max_positions(config: PretrainedConfig) -> int:
     """Most tokens that the model reads."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 10**9)
 
 
-def check_lengths(ids: Iterable[Sequence[int]], config: PretrainedConfig) -> None:
+def check_rows_fit(ids: Iterable[Sequence[int]], config: PretrainedConfig) -> None:
     """See that the model has a position for every token of the rows.
 
     Raises:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from align.maths.losses import token_logprobs
-from align.models.lm_head import Objective, instead_of_head, is_last, logprobs_job, loss_job, output_head, plain_loss
+from align.models.lm_head import (
+    Objective,
+    full_logits_loss,
+    head_is_last,
+    logprobs_head,
+    loss_head,
+    output_head,
+    replaced_head,
+)
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -34,7 +42,7 @@ def response_logits(model: Callable[..., Any], ids: Tensor, mask: Tensor, length
     return logits[:, -length - 1 : -1]
 
 
-def close_up(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def strip_padding(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """The rows without the padding between and before their tokens.
 
     Padded on the right alone, causal attention needs no mask: no token sees what comes after it. Most of the padding of
@@ -53,20 +61,20 @@ def close_up(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor, Te
     return closed, places, ids[:, -length:][mask[:, -length:]]
 
 
-def spread(numbers: Tensor, mask: Tensor) -> Tensor:
+def scatter_to_mask(numbers: Tensor, mask: Tensor) -> Tensor:
     """One number per True of `mask` [B, T], row by row -> [B, T] float32, 0 elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers.float())
 
 
 def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int, temperature: float) -> Tensor:
     """Log-probability of each of the last `length` tokens at `temperature`, [B, length] float32, nats; 0 at padding."""
-    closed, places, tokens = close_up(ids, mask, length)
-    if is_last(model):
-        with instead_of_head(output_head(model), logprobs_job(places, tokens, temperature)):
+    closed, places, tokens = strip_padding(ids, mask, length)
+    if head_is_last(model):
+        with replaced_head(output_head(model), logprobs_head(places, tokens, temperature)):
             found = model(input_ids=closed, use_cache=False).logits
     else:
         found = token_logprobs(_logits(model, closed)[places], tokens, temperature)
-    return spread(found, mask[:, -length:])
+    return scatter_to_mask(found, mask[:, -length:])
 
 
 def response_loss(
@@ -81,13 +89,13 @@ def response_loss(
     Returns:
         the loss, which carries the gradient; log-probabilities and entropies [N] float32 without gradients.
     """
-    closed, places, tokens = close_up(ids, mask, length)
+    closed, places, tokens = strip_padding(ids, mask, length)
     found = torch.zeros(2, len(tokens), device=ids.device)
-    if is_last(model):
-        with instead_of_head(output_head(model), loss_job(places, tokens, temperature, objective, found)):
+    if head_is_last(model):
+        with replaced_head(output_head(model), loss_head(places, tokens, temperature, objective, found)):
             loss = model(input_ids=closed, use_cache=False).logits
     else:
-        loss = plain_loss(_logits(model, closed)[places], tokens, temperature, objective, found)
+        loss = full_logits_loss(_logits(model, closed)[places], tokens, temperature, objective, found)
     return loss, found[0], found[1]
 
 
@@ -98,5 +106,5 @@ def _logits(model: Callable[..., Any], closed: Tensor) -> Tensor:
 
 def response_values(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
     """Value of the state before each of the last `length` tokens, [B, length] float32; 0 at padding."""
-    closed, places, _ = close_up(ids, mask, length)
-    return spread(_logits(model, closed)[places, 0], mask[:, -length:])
+    closed, places, _ = strip_padding(ids, mask, length)
+    return scatter_to_mask(_logits(model, closed)[places, 0], mask[:, -length:])

@@ -52,7 +52,9 @@ def scratch_config(recipe: SFTRecipe) -> PretrainedConfig:
     return config
 
 
-def write_scratch(recipe: SFTRecipe, config: PretrainedConfig, rows: Sequence[Demonstration], folder: Path) -> None:
+def write_scratch_model(
+    recipe: SFTRecipe, config: PretrainedConfig, rows: Sequence[Demonstration], folder: Path
+) -> None:
     """Write a random model, and a tokenizer trained on the rows, as a Hugging Face folder."""
     tokenizer = train_tokenizer(
         [render_text(turns) for row in rows for turns in (row.prompt, row.completion)], recipe.tokenizer_vocab_size

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 PIECE = 2**18  # numbers that are added at once
 
 
-def sum_in_place(embedding: nn.Module, head: nn.Module | None, master: Callable[[nn.Parameter], nn.Parameter]) -> None:
+def accumulate_in_place(
+    embedding: nn.Module, head: nn.Module | None, master: Callable[[nn.Parameter], nn.Parameter]
+) -> None:
     """Have the gradients of these two layers' weights summed in place, where they train and the layers are plain ones.
 
     Args:
@@ -38,7 +40,7 @@ def _is_plain(embedding: nn.Embedding) -> bool:
     return embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
 
 
-def total_of(weight: Tensor) -> nn.Parameter | None:
+def accumulator_of(weight: Tensor) -> nn.Parameter | None:
     """The weight in whose `grad` the gradients of this one are to be summed; None where autograd does it."""
     total: nn.Parameter | None = getattr(weight, "total", None)
     return total
@@ -47,7 +49,7 @@ def total_of(weight: Tensor) -> nn.Parameter | None:
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
-        ctx.ids, ctx.total, ctx.padding = ids, total_of(weight), padding
+        ctx.ids, ctx.total, ctx.padding = ids, accumulator_of(weight), padding
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -61,18 +63,18 @@ class _Embed(torch.autograd.Function):
         return None, None, None
 
 
-def add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+def accumulate_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """total + left @ right, in place; a sum of more than one product is float32."""
     if total is None:
         return left @ right
     if left.dtype == total.dtype:
         return total.addmm_(left, right)
     total = total.float()
-    add_to(total, left @ right)
+    add_in_pieces(total, left @ right)
     return total
 
 
-def add_to(total: Tensor, part: Tensor) -> None:
+def add_in_pieces(total: Tensor, part: Tensor) -> None:
     """Add a bfloat16 tensor to a float32 one of its shape, in place.
 
     In pieces: torch makes a float32 copy of what it adds, which is to stay in the processor's cache.

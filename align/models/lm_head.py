@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.maths.losses import token_entropy, token_logprobs
-from align.models.in_place_gradients import add_product, total_of
+from align.models.in_place_gradients import accumulate_product, accumulator_of
 from reward_models.heads import hf_model
 
 CHUNK = 2**22  # logits at once: 16 MiB in float32, which a processor's cache holds ...
 GPU_CHUNK = 2**26  # ... and 256 MiB, which keep a GPU busy
 SUMMED = 2**24  # in bfloat16, before a product is added to the float32 sum of the weight's gradient: adding is slow
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
-Job = Callable[[Tensor, nn.Linear], Tensor]
+HeadFunction = Callable[[Tensor, nn.Linear], Tensor]
 
 
 def output_head(model: Any) -> nn.Linear:
@@ -33,7 +33,7 @@ def output_head(model: Any) -> nn.Linear:
 
 
 @contextlib.contextmanager
-def instead_of_head(head: nn.Linear, job: Job) -> Iterator[None]:
+def replaced_head(head: nn.Linear, job: HeadFunction) -> Iterator[None]:
     """While inside, the head returns what `job` makes of the states [B, S, H] and itself.
 
     Only its arithmetic is replaced: hooks stay, by which ZeRO-3 gathers its weight.
@@ -46,18 +46,18 @@ def instead_of_head(head: nn.Linear, job: Job) -> Iterator[None]:
 
 
 @torch.no_grad()
-def is_last(model: Callable[..., Any]) -> bool:
+def head_is_last(model: Callable[..., Any]) -> bool:
     """Whether the model returns what its head does: it neither scales nor caps logits afterwards. Found once, by trial."""
     head = output_head(model)
-    if not hasattr(head, "is_last"):
+    if not hasattr(head, "head_is_last"):
         marks = torch.tensor([[[0.75, -1.5, 24.0]]])  # exact in any float type
-        with instead_of_head(head, lambda states, _: marks.to(states)):
+        with replaced_head(head, lambda states, _: marks.to(states)):
             output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=head.weight.device), use_cache=False)
-        head.is_last = torch.equal(output.logits.float().cpu(), marks)  # type: ignore[assignment]
-    return bool(head.is_last)
+        head.head_is_last = torch.equal(output.logits.float().cpu(), marks)  # type: ignore[assignment]
+    return bool(head.head_is_last)
 
 
-def pieces(first: int, last: int, vocabulary: int, logits: int) -> list[slice]:
+def chunk_slices(first: int, last: int, vocabulary: int, logits: int) -> list[slice]:
     """Tokens from `first` to before `last` in pieces of no more than `logits` logits, though of a token at least."""
     size = max(1, logits // vocabulary)
     return [slice(start, min(start + size, last)) for start in range(first, last, size)]
@@ -67,14 +67,14 @@ def _chunk(states: Tensor) -> int:
     return GPU_CHUNK if states.is_cuda else CHUNK
 
 
-def logprobs_job(places: Tensor, tokens: Tensor, temperature: float) -> Job:
+def logprobs_head(places: Tensor, tokens: Tensor, temperature: float) -> HeadFunction:
     """Log-probabilities of `tokens` [N], each predicted from the state at its place [N] in the flattened batch."""
 
     def job(states: Tensor, head: nn.Linear) -> Tensor:
         chosen = states.flatten(0, 1)[places]
         parts = [
             _logprobs(F.linear(chosen[part], head.weight, head.bias), tokens[part], temperature)
-            for part in pieces(0, len(tokens), head.weight.shape[0], _chunk(states))
+            for part in chunk_slices(0, len(tokens), head.weight.shape[0], _chunk(states))
         ]
         return torch.cat(parts)
 
@@ -99,7 +99,7 @@ def _shift(logits: Tensor, temperature: float) -> Tensor:
     return shifted
 
 
-def loss_job(places: Tensor, tokens: Tensor, temperature: float, objective: Objective, found: Tensor) -> Job:
+def loss_head(places: Tensor, tokens: Tensor, temperature: float, objective: Objective, found: Tensor) -> HeadFunction:
     """A loss over tokens, with its gradient: a scalar.
 
     Args:
@@ -131,14 +131,14 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         total = torch.zeros((), device=states.device)
         d_states = torch.empty_like(states)
-        summed_in = total_of(weight)
+        summed_in = accumulator_of(weight)
         d_weight = summed_in.grad if summed_in is not None else None
         d_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         vocabulary, chunk = weight.shape[0], _chunk(states)
         summed = chunk if states.dtype == torch.float32 else max(chunk, SUMMED)
-        for group in pieces(0, len(tokens), vocabulary, summed):
+        for group in chunk_slices(0, len(tokens), vocabulary, summed):
             gradients = []
-            for part in pieces(group.start, group.stop, vocabulary, chunk):
+            for part in chunk_slices(group.start, group.stop, vocabulary, chunk):
                 logits = F.linear(states[part], weight, bias)
                 loss, gradient = _piece(logits, tokens[part], temperature, part, objective, found)
                 total += loss
@@ -146,7 +146,7 @@ class _ChunkedLoss(torch.autograd.Function):
             d_logits = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
             d_states[group] = d_logits @ weight
             if weight.requires_grad:
-                d_weight = add_product(d_weight, d_logits.T, states[group])
+                d_weight = accumulate_product(d_weight, d_logits.T, states[group])
             if d_bias is not None:
                 d_bias += d_logits.sum(dim=0)
             del logits, gradient, gradients, d_logits  # the next chunk takes their memory
@@ -192,7 +192,7 @@ def _piece(
     return loss.detach(), gradient.div_(temperature) if temperature != 1.0 else gradient
 
 
-def plain_loss(logits: Tensor, tokens: Tensor, temperature: float, objective: Objective, found: Tensor) -> Tensor:
+def full_logits_loss(logits: Tensor, tokens: Tensor, temperature: float, objective: Objective, found: Tensor) -> Tensor:
     """The same loss from logits [N, V] as a model gave them, for one that does something to them after its head."""
     logprobs = token_logprobs(logits, tokens, temperature)
     entropy = token_entropy(logits, temperature)

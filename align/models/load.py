@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 
 from align.config.base import StageRecipe
 from align.errors import UserError
-from align.models.trainable import keep_trainable
+from align.models.trainable import disable_inference_kernels
 
 
 def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
@@ -134,12 +134,12 @@ def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwarg
 def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
     """A causal language model, dropout off. Trained weights stay float32; bfloat16 is the engine's business."""
     model: PreTrainedModel = _load(AutoModelForCausalLM, path, recipe, dtype, **kwargs)
-    keep_trainable(model)
+    disable_inference_kernels(model)
     disable_dropout(model)
     return model
 
 
-def new_scorer(path: str, recipe: StageRecipe) -> PreTrainedModel:
+def new_reward_model(path: str, recipe: StageRecipe) -> PreTrainedModel:
     """A sequence classifier with one label on the backbone in `path`; its head is for the caller to initialise."""
     model: PreTrainedModel = _load(AutoModelForSequenceClassification, path, recipe, torch.float32, num_labels=1)
     disable_dropout(model)

@@ -19,7 +19,7 @@ def skeleton(model: nn.Module) -> Any:
         return type(model)(model.config)
 
 
-def write_model(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     """Write a Hugging Face folder with these weights, under the names of `model`.
 
     An adapter is merged into them, and saved as such in `adapter/`.

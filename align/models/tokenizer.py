@@ -37,7 +37,7 @@ def load_tokenizer(path: str, recipe: StageRecipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def set_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+def set_right_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     """Pad on the right, with a token other than end-of-text.
 
     transformers' decoders score the last token that is not padding, so end-of-text must not be padding.

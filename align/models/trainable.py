@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from align.config.base import StageRecipe
 from align.errors import UserError
 
-MERGED = ("lora", "dora", "qlora", "ia3")  # adapters that can become part of the weights
+MERGEABLE = ("lora", "dora", "qlora", "ia3")  # adapters that can become part of the weights
 VIRTUAL_TOKENS = ("prompt", "prefix")  # adapters that stay beside them
 
 
@@ -146,7 +146,7 @@ def quantization(recipe: StageRecipe) -> dict[str, Any]:
     }
 
 
-def keep_trainable(model: PreTrainedModel) -> None:
+def disable_inference_kernels(model: PreTrainedModel) -> None:
     """Keep the 4-bit layers of a model on the CPU to the one kernel that has a gradient; other models stay as they are.
 
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer in its first evaluation for a kernel in bfloat16 without a
@@ -157,7 +157,7 @@ def keep_trainable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def train_in_float32(model: nn.Module) -> None:
+def cast_trained_to_float32(model: nn.Module) -> None:
     """Have what trains in float32: TRL gives the adapter of a 4-bit model bfloat16, which loses small steps."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:

@@ -16,7 +16,7 @@ from align.models.load import _load, disable_dropout
 from reward_models.heads import score_head
 
 
-def value_head_renaming(config: PretrainedConfig) -> dict[str, str] | None:
+def value_head_key_mapping(config: PretrainedConfig) -> dict[str, str] | None:
     """How weights of a reward model of this configuration are named in the token classifier that makes a value model.
 
     None when no name changes. Call it outside `sharded_load`, under which even a skeleton would be sharded.

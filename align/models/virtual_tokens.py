@@ -17,7 +17,7 @@ from align.models.load import adapter_settings, load_policy
 KINDS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
 
 
-def base_and_size(path: str) -> tuple[str, int] | None:
+def prompt_tuning_base(path: str) -> tuple[str, int] | None:
     """The model that the virtual tokens in `path` were learnt for, and their number; None when `path` holds none.
 
     Raises:
@@ -34,16 +34,16 @@ def base_and_size(path: str) -> tuple[str, int] | None:
     return str(settings["base_model_name_or_path"]), int(settings["num_virtual_tokens"])
 
 
-def load_writer(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_language_model(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A language model as `load_policy` gives it; on a folder of virtual tokens, one that has these before every row."""
-    found = base_and_size(path)
+    found = prompt_tuning_base(path)
     model: nn.Module = load_policy(found[0] if found else path, recipe, dtype)
     if found is None:
         return model
-    return VirtualTokens(PeftModel.from_pretrained(model, path, config=PeftConfig.from_pretrained(path)))
+    return VirtualTokenModel(PeftModel.from_pretrained(model, path, config=PeftConfig.from_pretrained(path)))
 
 
-class VirtualTokens(nn.Module):
+class VirtualTokenModel(nn.Module):
     """A language model whose rows begin with the virtual tokens of its adapter, under any padding and with a cache.
 
     PEFT's own forward takes no positions, so that on a row with padding before it the virtual tokens would be further

@@ -15,13 +15,13 @@ from align.data.rows import Turns, as_response
 from align.engine.batch_plan import BatchPlan
 from align.engine.build import AdapterOff, frozen_engine, train_engine
 from align.engine.distributed import World
-from align.engine.sharding import full_parameters, sharded_load
+from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.torch_engine import Engine
 from align.errors import UserError
 from align.models.load import is_encoder, load_config, load_policy
 from align.models.tokenizer import load_tokenizer
 from align.models.trainable import add_adapter
-from align.models.value import load_value_model, value_head_renaming
+from align.models.value import load_value_model, value_head_key_mapping
 from align.runs.manifest import _agree, read_manifest, tokenizer_digest
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward
@@ -121,7 +121,7 @@ def check_inputs(recipe: PPORecipe) -> Inputs:
         reward_config=reward_config,
         same_tokenizer=same_tokenizer,
         value_path=value_path,
-        value_renaming=value_head_renaming(load_config(value_path, recipe, "value_model_path"))
+        value_renaming=value_head_key_mapping(load_config(value_path, recipe, "value_model_path"))
         if recipe.advantage_estimator == "gae"
         else None,
     )
@@ -158,7 +158,7 @@ def _start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
     A head that is new, on a language model, starts at 0, so that every value is 0 (arXiv 1909.08593).
     """
     _, head = score_head(value)
-    with full_parameters(list(head.parameters()), modify=True), torch.no_grad():
+    with gathered_parameters(list(head.parameters()), modify=True), torch.no_grad():
         if "bias" in missing:
             head.bias.zero_()
         if "weight" in missing:

@@ -29,7 +29,7 @@ from align.engine.ema import EMA
 from align.engine.optimizer import learning_rates
 from align.generation.sampler import Sampler
 from align.maths.kl import adapted_kl_coef
-from align.models.context_length import check_room
+from align.models.context_length import check_responses_fit
 from align.ppo.checkpoint import load_checkpoint, save_checkpoint, save_policy
 from align.ppo.collapse import CollapseWatch
 from align.ppo.evaluation import SAMPLE_COLUMNS, Evaluation
@@ -59,7 +59,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
         rows.evaluation, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row
     )
     world.check_rows(len(prompts))
-    check_room([ids for _, ids in (*prompts, *held_out)], recipe, inputs.config)
+    check_responses_fit([ids for _, ids in (*prompts, *held_out)], recipe, inputs.config)
     ptx = load_rows(ptx_settings(recipe), Demonstration) if recipe.ptx_dataset else None
     text: Dataset | None = None
     skipped_text: Report = {}

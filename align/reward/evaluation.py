@@ -20,7 +20,7 @@ from align.engine.sharding import sharded_load
 from align.errors import UserError
 from align.evaluate.statistics import preference_accuracy
 from align.generation.scoring import score_ids
-from align.models.context_length import positions
+from align.models.context_length import max_positions
 from align.reward.inputs import Inputs
 from reward_models.heads import load_reward_model
 from reward_models.responses import Responses
@@ -43,7 +43,7 @@ def load_scorer(recipe: RewardRecipe, world: World) -> ModelReward:
         "reward_model",
         engine.module,
         batch_size=recipe.per_device_eval_batch_size,
-        max_length=positions(model.config),
+        max_length=max_positions(model.config),
     )
 
 

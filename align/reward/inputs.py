@@ -10,7 +10,7 @@ from align.config.load import resolve_function
 from align.config.reward import RewardRecipe
 from align.errors import UserError
 from align.models.load import is_encoder, load_config
-from align.models.tokenizer import load_tokenizer, set_padding
+from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.manifest import check_tokenizer
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward
@@ -48,5 +48,5 @@ def check_inputs(recipe: RewardRecipe) -> Inputs:
         answering_tokenizer = load_tokenizer(answering, recipe)
         check_tokenizer(answering, answering_tokenizer, "sft_model_path", may_add_template=False)
     truths = [FunctionReward(name, resolve_function(name, "eval_reward_funcs")) for name in recipe.eval_reward_funcs]
-    set_padding(tokenizer)
+    set_right_padding(tokenizer)
     return Inputs(config, encoder, tokenizer, answering, answering_tokenizer, RewardSum(truths) if truths else None)

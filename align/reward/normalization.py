@@ -13,11 +13,11 @@ from align.data.encode import encode_pair
 from align.data.rows import Preference, Prompt, render_text
 from align.data.tokenize import tokenize_prompts
 from align.engine.build import frozen_engine
-from align.engine.distributed import World, spread
+from align.engine.distributed import World, rows_of_rank
 from align.engine.sharding import sharded_load
 from align.generation.sampler import Sampler
 from align.generation.scoring import score_ids
-from align.models.context_length import positions
+from align.models.context_length import max_positions
 from align.models.load import load_config, load_policy
 from align.reward.evaluation import frozen_dtype
 from align.reward.inputs import Inputs
@@ -41,7 +41,7 @@ def sample_answers(
         batch_size=recipe.per_device_eval_batch_size,
         seed=recipe.seed,
     )
-    mine = spread(world, len(prompts))
+    mine = rows_of_rank(world, len(prompts))
     _, _, ids, mask, _ = sampler.respond(
         engine, world, [prompts[index][1] for index in mine], "zero of the score", mine
     )
@@ -78,5 +78,5 @@ def zero_prompts(recipe: RewardRecipe, inputs: Inputs, rows: Sequence[Preference
         return []
     different = list({render_text(row.prompt): Prompt(row.prompt, row.where) for row in rows}.values())
     some = random.Random(recipe.seed).sample(different, min(recipe.normalize_prompts, len(different)))
-    limit = positions(load_config(inputs.answering, recipe, "sft_model_path")) - recipe.response_length
+    limit = max_positions(load_config(inputs.answering, recipe, "sft_model_path")) - recipe.response_length
     return tokenize_prompts(some, inputs.answering_tokenizer, limit, "skip")[0]

@@ -30,8 +30,8 @@ from align.data.tokenize import tokenize_preferences
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.engine.distributed import World, connect, disconnect
 from align.errors import UserError
-from align.models.context_length import check_lengths
-from align.models.load import new_scorer
+from align.models.context_length import check_rows_fit
+from align.models.load import new_reward_model
 from align.models.trainable import freeze, peft_config
 from align.reward.evaluation import closing_table, judge_pairs, load_scorer, score_check, true_margins
 from align.reward.inputs import check_inputs
@@ -65,11 +65,11 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
     )
     skipped = {}
     train_rows, skipped["train"] = tokenize(rows.train)
-    check_lengths(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
+    check_rows_fit(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
     eval_rows = truth = None
     if rows.evaluation:
         eval_rows, skipped["evaluation"] = tokenize(rows.evaluation)
-        check_lengths(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
+        check_rows_fit(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
         truth = true_margins(inputs, rows.evaluation, eval_rows)
     prompts = zero_prompts(recipe, inputs, rows.train)
     world.check_rows(len(train_rows))
@@ -116,7 +116,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
 
 def write_scorer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the untrained reward model: the backbone with a new head."""
-    model = new_scorer(recipe.model_name_or_path, recipe)
+    model = new_reward_model(recipe.model_name_or_path, recipe)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.score_mean = 0.0
     try:
@@ -137,7 +137,7 @@ def fit(
         **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
         center_rewards_coefficient=recipe.center_rewards_coefficient,
     )
-    model = new_scorer(start, recipe)
+    model = new_reward_model(start, recipe)
     keep_head_float32(model)
     freeze(model, recipe, score_head(model)[1])
     trainer = PairTrainer(
@@ -149,7 +149,7 @@ def fit(
         peft_config=peft_config(recipe, "SEQ_CLS", trained_whole=[score_head(model)[0].split(".")[0]]),
     )
     before, _ = train(trainer, recipe, tracker, checkpoint)
-    save_trained(trainer, recipe, world, lambda: new_scorer(start, recipe))
+    save_trained(trainer, recipe, world, lambda: new_reward_model(start, recipe))
     return before
 
 

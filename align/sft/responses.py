@@ -15,7 +15,7 @@ from align.data.collate import chunks, pad_left
 from align.data.encode import encode_prompt
 from align.data.mixture import sample
 from align.data.rows import Demonstration, render_text
-from align.engine.distributed import World, spread
+from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
 from align.evaluate.text_metrics import TextMetric, as_labels, foreign_scores, load_metric
 from align.generation.generate import generate
@@ -89,7 +89,7 @@ def respond(model: nn.Module, asked: Questions) -> list[str]:
     """
     world, length = asked.world, asked.response_length
     end, pad = int(asked.tokenizer.eos_token_id), int(asked.tokenizer.pad_token_id)
-    mine = spread(world, len(asked.rows))
+    mine = rows_of_rank(world, len(asked.rows))
     written = torch.full((len(mine), length), pad, device=world.device)
     real = torch.zeros(written.shape, dtype=torch.bool, device=world.device)
 

@@ -15,7 +15,7 @@ from align.data.batches import pack
 from align.data.load import Rows
 from align.data.rows import Demonstration
 from align.data.tokenize import Report, tokenize_demonstrations
-from align.models.context_length import check_lengths
+from align.models.context_length import check_rows_fit
 from align.sft.evaluation import Measured, measured_rows
 from align.sft.retention import Retention, with_replay
 
@@ -61,12 +61,12 @@ def token_rows(
         if retention.measured:
             remembered, skipped["retention"] = _eval_rows(retention.measured, tokenize, cut_at, text_ends=False)
         measured = measured_rows(held_out, remembered, target, recipe.max_length, recipe.seed)
-        check_lengths(measured.rows["input_ids"], config)
+        check_rows_fit(measured.rows["input_ids"], config)
     train, skipped["replay"] = with_replay(target, retention.replayable, recipe.replay_fraction, recipe.seed, tokenize)
     replayed = len(train) - len(target)
     if recipe.packing:
         train = pack(train, recipe.max_length)
-    check_lengths(train["input_ids"], config)
+    check_rows_fit(train["input_ids"], config)
     return TokenRows(train, len(target), replayed, measured, skipped)
 
 

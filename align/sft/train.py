@@ -22,10 +22,10 @@ from align.data.duplicates import duplicates_line
 from align.engine.batch_plan import batch_plan
 from align.engine.distributed import connect, disconnect
 from align.errors import UserError
-from align.models.from_scratch import scratch_config, write_scratch
+from align.models.from_scratch import scratch_config, write_scratch_model
 from align.models.load import is_encoder, load_config, load_policy
 from align.models.tokenizer import load_tokenizer
-from align.models.trainable import freeze, parameter_counts, peft_config, quantization, train_in_float32
+from align.models.trainable import cast_trained_to_float32, freeze, parameter_counts, peft_config, quantization
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
 from align.runs.stage import already_finished, finish, last_checkpoint, step_of, write_untrained
@@ -51,7 +51,10 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
     if (start := recipe.model_name_or_path) is None:
         config = scratch_config(recipe)
         start = write_untrained(
-            recipe, world, checkpoint is not None, lambda folder: write_scratch(recipe, config, rows.train, folder)
+            recipe,
+            world,
+            checkpoint is not None,
+            lambda folder: write_scratch_model(recipe, config, rows.train, folder),
         )
     config = load_config(start, recipe, "model_name_or_path")
     if is_encoder(config):
@@ -100,7 +103,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
             processing_class=tokenizer,
             peft_config=peft_config(recipe, "CAUSAL_LM"),
         )
-        train_in_float32(trainer.model)
+        cast_trained_to_float32(trainer.model)
         trained, whole = parameter_counts(trainer.model)
         tracker.say(f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%})")
         before, after = train(trainer, recipe, tracker, checkpoint)

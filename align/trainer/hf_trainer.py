@@ -20,7 +20,7 @@ from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
 from align.errors import UserError
-from align.models.trainable import MERGED
+from align.models.trainable import MERGEABLE
 from align.runs.tracker import Tracker
 from align.trainer.callback import trainer_callback
 
@@ -190,14 +190,14 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
     """
     output = Path(recipe.output_dir)
     adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
-    target = output / "adapter" if recipe.method in MERGED else output
+    target = output / "adapter" if recipe.method in MERGEABLE else output
     trainer.save_model(str(target))
     unset_hf_deepspeed_config()  # else what is loaded next would be sharded, by one rank alone
     if world.is_main:
         (target / "training_args.bin").unlink()  # a pickle, and the manifest says the same
         if adapted:
             (target / "README.md").unlink(missing_ok=True)  # PEFT's card; the stage writes its own
-        if recipe.method in MERGED:
+        if recipe.method in MERGEABLE:
             trainer.processing_class.save_pretrained(output)
             PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(output)
     world.barrier()

@@ -38,7 +38,7 @@ for name, module in parts.items():
 plain = AutoModelForCausalLM.from_pretrained(recipe.sft_model_path).eval()
 prompts, mask = pad_left([[1, 5, 6, 7], [1, 9], [1], [1, 3, 4, 5, 6, 7, 8, 9]], 0)
 noise = uniforms(0, "test", range(4), 12)
-with models.policy.whole() as copy:
+with models.policy.unsharded() as copy:
     held["policy"]["copy"] = sum(parameter.numel() for parameter in copy.parameters())
     written = [generate(model, prompts, mask, noise, 0.7, 2, 0) for model in (plain, copy, models.policy)]
 ids, mask = torch.cat([prompts, written[0][0]], 1), torch.cat([mask, written[0][1]], 1)

@@ -583,7 +583,7 @@ def test_the_files(tmp_path, capsys):
 def test_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     settings = recipe(tmp_path)
     first = run(settings)
-    monkeypatch.setattr(stage, "load_writer", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(stage, "load_language_model", lambda *_: pytest.fail("a model is loaded"))
     assert run(settings) == first
     assert run(dataclasses.replace(settings, per_device_eval_batch_size=1)) == first
     assert "evaluated already" in capsys.readouterr().err
@@ -655,7 +655,7 @@ def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, changes, said):
-    monkeypatch.setattr(stage, "load_writer", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(stage, "load_language_model", lambda *_: pytest.fail("a model is loaded"))
     with pytest.raises(UserError, match=f"^{said}"):
         run(recipe(tmp_path, **changes))
     assert not (tmp_path / "out").exists()
@@ -828,11 +828,11 @@ def test_bfloat16(tmp_path):
         seen.append(dtype)
         return model(path, dtype=dtype)
 
-    original, stage.load_writer = stage.load_writer, keep
+    original, stage.load_language_model = stage.load_language_model, keep
     try:
         results = run(recipe(tmp_path, bf16=True))
     finally:
-        stage.load_writer = original
+        stage.load_language_model = original
     assert seen == [torch.bfloat16] * 2
     nll, _, count = map(sum, zip(*(judged(tiny_llama(0), *row) for row in ROWS), strict=True))
     assert values(results, "perplexity")["base", 0] == pytest.approx(math.exp(nll / count), rel=0.05)

@@ -10,7 +10,7 @@ from align.config.ppo import PPORecipe
 from align.engine.build import train_engine
 from align.engine.distributed import World
 from align.models.forward import response_loss, response_values
-from align.models.in_place_gradients import add_to, total_of
+from align.models.in_place_gradients import accumulator_of, add_in_pieces
 from tests.models.test_lm_head import batch
 from tests.worlds import tiny_llama
 
@@ -50,7 +50,7 @@ def gradients(made, backward):
 def test_they_are_those_of_autograd(tied, padding):
     theirs = gradients(model(tied, padding), torch.autograd.backward)
     engine = train_engine(model(tied, padding), recipe(), ALONE, 1e-2, 2)
-    assert total_of(engine.module.model.embed_tokens.weight) is engine.module.model.embed_tokens.weight
+    assert accumulator_of(engine.module.model.embed_tokens.weight) is engine.module.model.embed_tokens.weight
     ours = gradients(engine.module, engine.backward)
     assert theirs.keys() == ours.keys()
     for name, gradient in theirs.items():
@@ -109,12 +109,12 @@ def test_an_embedding_that_does_more_than_look_up_is_left_to_autograd():
     made = model()
     made.model.embed_tokens = nn.Embedding(30, 32, scale_grad_by_freq=True)
     engine = train_engine(made, recipe(), ALONE, 1e-2, 2)
-    assert total_of(engine.module.model.embed_tokens.weight) is None
+    assert accumulator_of(engine.module.model.embed_tokens.weight) is None
 
 
 def test_adding_in_pieces_adds_everything(monkeypatch):
     monkeypatch.setattr("align.models.in_place_gradients.PIECE", 6)
     total, part = torch.randn(7, 4), torch.randn(7, 4).bfloat16()
     wanted = total + part.float()
-    add_to(total, part)
+    add_in_pieces(total, part)
     assert torch.equal(total, wanted)

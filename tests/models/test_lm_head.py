@@ -9,8 +9,8 @@ from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2Fo
 
 from align.maths.losses import token_entropy, token_logprobs
 from align.models import lm_head as head
-from align.models.forward import close_up, response_logprobs, response_loss, response_values, spread
-from align.models.lm_head import is_last, output_head
+from align.models.forward import response_logprobs, response_loss, response_values, scatter_to_mask, strip_padding
+from align.models.lm_head import head_is_last, output_head
 from tests.worlds import tiny_llama
 
 EOS = 2
@@ -66,21 +66,21 @@ def small_chunks(monkeypatch):
 
 def test_rows_are_closed_up():
     ids, mask, length, pairs = batch()
-    closed, places, tokens = close_up(ids, mask, length)
+    closed, places, tokens = strip_padding(ids, mask, length)
     assert closed.shape == (5, 8)
     for row, (prompt, response) in enumerate(pairs):
         assert closed[row].tolist() == [*prompt, *response] + [0] * (8 - len(prompt) - len(response))
     expected = [row * 8 + len(p) - 1 + t for row, (p, r) in enumerate(pairs) for t in range(len(r))]
     assert places.tolist() == expected
     assert tokens.tolist() == [token for _, response in pairs for token in response]
-    assert spread(tokens, mask[:, -length:]).tolist() == [r + [0] * (length - len(r)) for _, r in pairs]
+    assert scatter_to_mask(tokens, mask[:, -length:]).tolist() == [r + [0] * (length - len(r)) for _, r in pairs]
 
 
 @pytest.mark.parametrize(
     ("name", "last"), [("llama", True), ("tied", True), ("capped", False), ("scaled", False), ("lora", True)]
 )
 def test_models_that_change_logits_after_the_head_are_known(name, last):
-    assert is_last(MODELS[name]()) is last
+    assert head_is_last(MODELS[name]()) is last
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -235,7 +235,7 @@ class TestFaults:
             places = (F.pad(mask[:, -length:], (ids.shape[1] - length - 1, 1))).flatten().nonzero().squeeze(1)
             return ids, places, ids[:, -length:][mask[:, -length:]]
 
-        monkeypatch.setattr(forward, "close_up", left_open)
+        monkeypatch.setattr(forward, "strip_padding", left_open)
         message = refused(tmp_path, per_device_train_batch_size=1)
         assert any(") ratio" in line and "padding" in line for line in failures(message))
 

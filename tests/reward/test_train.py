@@ -32,7 +32,7 @@ from align.engine.distributed import World
 from align.errors import UserError
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
-from align.models.tokenizer import set_padding
+from align.models.tokenizer import set_right_padding
 from align.reward.evaluation import judge_pairs
 from align.reward.inputs import check_inputs
 from align.reward.normalization import zero_prompts
@@ -217,7 +217,7 @@ def test_plain_transformers_gives_the_score_also_when_padding_was_end_of_text(tm
 def test_padding_for_tokenizers_without_another_special_token():
     tokenizer = letter_tokenizer()
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
-    set_padding(tokenizer)
+    set_right_padding(tokenizer)
     assert tokenizer.pad_token_id not in (None, 2)
     assert tokenizer.padding_side == "right"
     assert len(tokenizer) == 29
@@ -369,7 +369,7 @@ def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_p
 
 
 def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("align.reward.train.new_scorer", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("align.reward.train.new_reward_model", lambda *_: pytest.fail("weights were loaded"))
 
     def refused(message: str, **changes) -> None:
         with pytest.raises(UserError, match=message):

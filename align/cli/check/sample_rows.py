@@ -23,7 +23,7 @@ from align.data.tokenize import IGNORED, tokenize_demonstrations, tokenize_prefe
 from align.encoders.labels import Labels
 from align.encoders.masking import Masking
 from align.encoders.tokenize import piece_length, tokenize_labelled, tokenize_passages
-from align.models.context_length import check_lengths
+from align.models.context_length import check_rows_fit
 
 SAMPLED_ROWS = 512  # training rows that are tokenised
 SHOWN_ROWS = 6  # sample rows, one of each template
@@ -60,7 +60,7 @@ def sample(recipe: StageRecipe, rows: Rows, start: Start) -> list[Text]:
     skipped: Counter[str] = Counter()
     for some in groups:
         shown, note, sequences, bad = _tokenized(recipe, some, start)
-        check_lengths(sequences, start.config)
+        check_rows_fit(sequences, start.config)
         sizes += map(len, sequences)
         skipped.update({reason: entry["count"] for reason, entry in bad.items()})
         task = f"{some[0].extra[TASK]}, " if TEMPLATE in some[0].extra else ""
@@ -110,10 +110,10 @@ def _tokenized(
         return _pieces(some, tokenizer, start.config, recipe)
     assert isinstance(recipe, PPORecipe)
     prompts, bad = tokenize_prompts(some, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
-    from align.models.context_length import check_room
+    from align.models.context_length import check_responses_fit
 
     ids = [ids for _, ids in prompts]
-    check_room(ids, recipe, start.config)
+    check_responses_fit(ids, recipe, start.config)
     return {"prompt": (ids[0], [False] * len(ids[0]))}, "the policy answers here, and its answer is trained", ids, bad
 
 
