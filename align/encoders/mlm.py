@@ -11,7 +11,6 @@ the sum over its masked tokens, of all microbatches and ranks, divided by their 
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from align.encoders.tokenize import piece_length, tokenize_passages
 from align.engine.batch_plan import batch_plan
 from align.engine.distributed import connect, disconnect
 from align.errors import UserError
+from align.maths.perplexity import perplexity
 from align.models.load import is_encoder, load_config, load_masked_lm
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
@@ -152,7 +152,7 @@ def closing_numbers(before: dict[str, float], after: dict[str, float], steps: in
         results[f"eval_accuracy{suffix}"] = log["eval_accuracy"]
     results["table"] = [
         ["held-out loss (nats/masked token)", before["eval_loss"], after["eval_loss"]],
-        ["held-out perplexity of masked tokens", math.exp(before["eval_loss"]), math.exp(after["eval_loss"])],
+        ["held-out perplexity of masked tokens", perplexity(before["eval_loss"]), perplexity(after["eval_loss"])],
         ["held-out accuracy on masked tokens", before["eval_accuracy"], after["eval_accuracy"]],
     ]
     return results

@@ -36,6 +36,7 @@ from align.evaluate.inputs import Condition, Inputs, prepare, shared_keys
 from align.evaluate.report import Result, summarise, write_report
 from align.evaluate.results import REPORT, finished, identity
 from align.evaluate.text_metrics import TOKEN_METRICS, TextMetric, as_labels, foreign_scores, load_metric
+from align.maths.perplexity import perplexity
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
 from align.runs.manifest import COSMETIC_KEYS
@@ -171,7 +172,7 @@ def _judge(
 
 
 def _perplexity(sums: Floats) -> dict[str, float]:
-    return {"perplexity": math.exp(min(sums[0] / sums[1], 700.0))}  # e^710 is beyond a float
+    return {"perplexity": perplexity(sums[0] / sums[1])}
 
 
 def _mean_of(name: str) -> Callable[[Floats], dict[str, float]]:

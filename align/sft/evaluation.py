@@ -25,6 +25,7 @@ from align.data.mixture import TASKS
 from align.data.rows import Demonstration
 from align.data.templates import TASK
 from align.data.tokenize import IGNORED
+from align.maths.perplexity import perplexity
 
 HELD_OUT, RETENTION, TRAINING = "held out", "retention", "training"
 MOST_TRAINING_ROWS = 256
@@ -113,7 +114,7 @@ def measures(sums: Tensor, parts: Sequence[tuple[str, str]], start: float | None
         before = loss if start is None else start
         found |= {
             "eval_retention_loss": loss,
-            "eval_retention_perplexity": math.exp(min(loss, 700.0)),  # e^710 is beyond a float
+            "eval_retention_perplexity": perplexity(loss),
             "eval_retention_token_accuracy": correct / count,
             "eval_forgetting": 100 * (loss / before - 1) if before else math.inf,
         }

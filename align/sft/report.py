@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.config.sft import SFTRecipe
 from align.data.duplicates import duplicates_line
+from align.maths.perplexity import perplexity
 from align.runs.charts import draw
 from align.runs.tables import markdown_table
 from align.sft.best_checkpoint import FORGETTING, keeps
@@ -66,7 +66,7 @@ def closing_numbers(before: Log, after: Log, steps: int, metrics: Sequence[str])
     results: dict[str, Any] = {"steps": steps, "table": []}
     if not after:
         return results
-    logs = [{**log, "eval_perplexity": math.exp(min(log["eval_loss"], 700.0))} for log in (before, after)]
+    logs = [{**log, "eval_perplexity": perplexity(log["eval_loss"])} for log in (before, after)]
     for log, suffix in zip(logs, ("_before", ""), strict=True):
         for name, value in log.items():
             if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second")):

@@ -11,6 +11,7 @@ from align.config.base import TrainerRecipe
 from align.config.encoders import MLMRecipe
 from align.config.sft import SFTRecipe
 from align.errors import UserError
+from align.maths.perplexity import perplexity
 from align.runs.checkpoint import mark_complete
 from align.runs.tracker import Tracker
 
@@ -57,7 +58,7 @@ def trainer_callback(tracker: Tracker, recipe: TrainerRecipe) -> TrainerCallback
                         f"number. Lower learning_rate (now {recipe.learning_rate:g}), lengthen warmup_steps, look for "
                         "odd rows with `align check`, or compare bf16 true and false; then delete the folder and start again."
                     )
-            metrics = trainer_metrics(logs, perplexity=isinstance(recipe, SFTRecipe | MLMRecipe))
+            metrics = trainer_metrics(logs, with_perplexity=isinstance(recipe, SFTRecipe | MLMRecipe))
             if metrics:
                 tracker.log(state.global_step, metrics)
             keys = ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy", "eval/forgetting")
@@ -76,7 +77,7 @@ def trainer_callback(tracker: Tracker, recipe: TrainerRecipe) -> TrainerCallback
     return StageCallback()
 
 
-def trainer_metrics(logs: Mapping[str, float], perplexity: bool) -> dict[str, float]:
+def trainer_metrics(logs: Mapping[str, float], with_perplexity: bool) -> dict[str, float]:
     """Numbers that TRL logs, under the names of `metrics.md`; timings and the closing summary are left out."""
     if "train_runtime" in logs:
         return {}
@@ -85,6 +86,6 @@ def trainer_metrics(logs: Mapping[str, float], perplexity: bool) -> dict[str, fl
         if name == "total_flos" or name == "eval_num_tokens" or name.endswith(("_runtime", "_per_second")):
             continue
         metrics[f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"] = float(value)
-    if perplexity and "eval/loss" in metrics:
-        metrics["eval/perplexity"] = math.exp(min(metrics["eval/loss"], 700.0))  # e^710 is beyond a float
+    if with_perplexity and "eval/loss" in metrics:
+        metrics["eval/perplexity"] = perplexity(metrics["eval/loss"])
     return metrics

@@ -29,7 +29,7 @@ from align.config.encoders import ClassifyRecipe, MLMRecipe
 from align.config.reward import RewardRecipe
 from align.data.rows import Passage
 from align.encoders.masking import Masking
-from align.encoders.mlm import run
+from align.encoders.mlm import closing_numbers, run
 from align.encoders.tokenize import tokenize_passages
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
@@ -378,3 +378,9 @@ def test_a_finished_stage_is_a_plain_model_folder(tmp_path, capsys):
     assert names["tokenizer"].mask_token_id == AutoTokenizer.from_pretrained(folder).mask_token_id == MASK
     assert run(settings) == results
     assert "finished already" in capsys.readouterr().err
+
+
+def test_a_diverged_model_has_a_finite_perplexity():
+    log = {"eval_loss": 800.0, "eval_accuracy": 0.0}
+    table = {name: numbers for name, *numbers in closing_numbers(log, log, 1)["table"]}
+    assert table["held-out perplexity of masked tokens"] == pytest.approx([1.0142320547350045e304] * 2)

@@ -347,18 +347,20 @@ def test_trainer_metrics_take_documented_names() -> None:
         "mean_token_accuracy": 0.4,
         "num_tokens": 9,
     }
-    assert trainer_metrics(logs, perplexity=True) == {
+    assert trainer_metrics(logs, with_perplexity=True) == {
         "train/loss": 2.0, "train/grad_norm": 0.5, "train/learning_rate": 1e-5, "train/epoch": 0.5,
         "train/mean_token_accuracy": 0.4, "train/num_tokens": 9.0,
     }  # fmt: skip
     logs = {"eval_loss": 2.0, "eval_runtime": 1.0, "eval_samples_per_second": 3.0, "eval_num_tokens": 9.0, "epoch": 1.0}
-    assert trainer_metrics(logs, perplexity=True) == {
+    assert trainer_metrics(logs, with_perplexity=True) == {
         "eval/loss": 2.0, "eval/perplexity": pytest.approx(7.389056), "train/epoch": 1.0
     }  # fmt: skip
-    assert trainer_metrics(logs, perplexity=False) == {"eval/loss": 2.0, "train/epoch": 1.0}
-    assert trainer_metrics({"eval_loss": 1e9}, perplexity=True)["eval/perplexity"] > 1e300
+    assert trainer_metrics(logs, with_perplexity=False) == {"eval/loss": 2.0, "train/epoch": 1.0}
+    assert trainer_metrics({"eval_loss": 1e9}, with_perplexity=True)["eval/perplexity"] > 1e300
     assert (
-        trainer_metrics({"train_runtime": 1.0, "train_loss": 2.0, "epoch": 1.0, "total_flos": 1.0}, perplexity=True)
+        trainer_metrics(
+            {"train_runtime": 1.0, "train_loss": 2.0, "epoch": 1.0, "total_flos": 1.0}, with_perplexity=True
+        )
         == {}
     )
 
