@@ -48,6 +48,10 @@ class World:
                 dist.all_reduce(tensor := tensor.clone(), op=dist.ReduceOp.MAX)
         return tensor
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` is True on any rank."""
+        return bool(self.max(torch.tensor(float(flag), device=self.device)))
+
     def gather(self, tensor: Tensor) -> Tensor:
         """[n, ...] of each rank (one shape for all) -> [size * n, ...] in rank order, on every rank."""
         if self.size == 1:

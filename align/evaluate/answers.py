@@ -12,7 +12,7 @@ from align.config.evaluate import EvaluateRecipe
 from align.data.collate import chunks, pad_left, pad_right
 from align.engine.distributed import World
 from align.evaluate.inputs import Condition
-from align.generation.generate import generate
+from align.generation.responses import respond_to_batch
 from align.generation.sampling import uniforms
 from align.maths.losses import token_logprobs
 from align.models.forward import response_logits
@@ -48,13 +48,16 @@ def answer(
             rows = order[part]
             tokens[rows] = _judge_reference(model, condition, rows, world.device)
             if generates:
-                ids, mask = _write(model, condition, rows, recipe, world.device)
-                written[rows, : ids.shape[1]] = ids
-                lengths[rows] = mask.sum(dim=1)
+                noise = uniforms(recipe.seed, "evaluate", rows, recipe.max_new_tokens).to(world.device)
+                prompts = [condition.prompt_ids[row] for row in rows]
+                responses = respond_to_batch(model, condition.tokenizer, prompts, noise, recipe.temperature)
+                for row, ids in zip(rows, responses, strict=True):
+                    written[row, : len(ids)] = torch.tensor(ids)
+                    lengths[row] = len(ids)
         tell(part.stop)
     tokens, written, lengths = world.sum(tokens), world.sum(written), world.sum(lengths)
-    responses = [row[:length] for row, length in zip(written.tolist(), lengths.tolist(), strict=True)]
-    return Answers(tokens.tolist(), responses)
+    written_ids = [row[:length] for row, length in zip(written.tolist(), lengths.tolist(), strict=True)]
+    return Answers(tokens.tolist(), written_ids)
 
 
 def _judge_reference(model: nn.Module, condition: Condition, rows: Sequence[int], device: torch.device) -> Tensor:
@@ -68,18 +71,6 @@ def _judge_reference(model: nn.Module, condition: Condition, rows: Sequence[int]
     nll = -token_logprobs(logits, answers, 1.0).double().masked_fill(~mask, 0.0)
     likeliest = (logits.argmax(dim=-1) == answers) & mask
     return torch.stack([nll.sum(dim=1), likeliest.sum(dim=1), mask.sum(dim=1)], dim=1)
-
-
-def _write(
-    model: nn.Module, condition: Condition, rows: Sequence[int], recipe: EvaluateRecipe, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """What the model writes after the prompts: ids and mask [B, T]. Noise belongs to the row, as in PPO."""
-    pad = int(condition.tokenizer.pad_token_id)
-    prompts, mask = (tensor.to(device) for tensor in pad_left([condition.prompt_ids[row] for row in rows], pad))
-    noise = uniforms(recipe.seed, "evaluate", rows, recipe.max_new_tokens).to(device)
-    end = int(condition.tokenizer.eos_token_id)
-    ids, real, _ = generate(model, prompts, mask, noise, recipe.temperature, end, pad)
-    return ids, real
 
 
 def predicted(condition: Condition, answers: Answers) -> list[str]:

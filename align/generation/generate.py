@@ -1,7 +1,7 @@
 """Sample responses from a language model.
 
-Randomness belongs to the row, not to the process: the noise of response i is a function of the seed and i
-alone. A batch may be cut over any number of ranks, sorted, or resumed, and the same responses come out.
+Noise belongs to the response, not to the process: that of response i depends on the seed and on i alone. However
+prompts are split into batches and over ranks, and wherever a run is resumed, the same responses are sampled.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.engine.torch_engine import Engine
-from align.generation.kv_cache import closed_ranks, roomy_cache
-from align.generation.sampling import sample
+from align.generation.kv_cache import compaction_order, preallocated_cache
+from align.generation.sampling import sample_token
 from align.models.forward import position_ids
 
 
@@ -27,36 +27,37 @@ def generate(
     temperature: float,
     eos_token_id: int,
     pad_token_id: int,
-    anyone: Callable[[bool], bool] = bool,
+    any_rank_unfinished: Callable[[bool], bool] = bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample a response to each prompt from softmax(logits / temperature), the whole distribution.
+    """Sample a response to each prompt from softmax(logits / temperature), without truncating the distribution.
 
-    At temperature 0 the likeliest tokens, with their log-probabilities at temperature 1.
+    Temperature 0 is greedy decoding, with log-probabilities at temperature 1.
 
     Args:
         model: a causal language model that takes a key-value cache.
-        prompt_ids, prompt_mask: [B, Q], padded on the left.
-        noise: [B, T]; T is the most tokens of a response.
-        anyone: given whether this rank has unfinished rows, tells whether any rank has. Under a sharded model
-            all ranks must take the same number of steps.
+        prompt_ids, prompt_mask: [B, Q], padded on the left; the mask is True for real tokens.
+        noise: [B, T] in [0, 1), one number per token; T is the maximum response length.
+        any_rank_unfinished: whether any rank has unfinished rows, given whether this one has. Ranks that share a
+            sharded model must all take the same number of steps; by default a rank decides alone.
 
     Returns:
-        response_ids, mask and logprobs [B, T'] with T' <= T: up to and including end-of-text, padded on the right;
-        log-probabilities (float32, nats) are those of the distributions that were sampled from.
+        response_ids, mask, logprobs: [B, T'] with T' <= T, up to and including end-of-text, padded on the right.
+        Log-probabilities are float32, in nats, of the distributions that were sampled from; 0 in the padding.
     """
     count, width = prompt_ids.shape
-    rows = torch.arange(count, device=prompt_ids.device)  # which response each row of the batch is
+    rows = torch.arange(count, device=prompt_ids.device)  # the response that each row of the batch belongs to
     responses = torch.full(noise.shape, pad_token_id, device=prompt_ids.device)
     mask = torch.zeros(noise.shape, dtype=torch.bool, device=prompt_ids.device)
     logprobs = torch.zeros(noise.shape, device=prompt_ids.device)
-    cache = roomy_cache((model.module if isinstance(model, Engine) else model).config, width + noise.shape[1])
+    config = (model.module if isinstance(model, Engine) else model).config
+    cache = preallocated_cache(config, width + noise.shape[1])
     ids, positions = prompt_ids, position_ids(prompt_mask)
-    real = F.pad(prompt_mask, (0, noise.shape[1]), value=True)
+    attention_mask = F.pad(prompt_mask, (0, noise.shape[1]), value=True)
     done = False
     for step in range(noise.shape[1]):
         output = model(
             input_ids=ids,
-            attention_mask=real[:, : width + step].long(),
+            attention_mask=attention_mask[:, : width + step].long(),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -64,16 +65,18 @@ def generate(
         )
         positions = positions[:, -1:] + 1
         if not done:
-            tokens, chances = sample(output.logits[:, -1], noise[rows, step], temperature)
-            responses[rows, step], logprobs[rows, step], mask[rows, step] = tokens, chances, True
+            tokens, sampled_logprobs = sample_token(output.logits[:, -1], noise[rows, step], temperature)
+            responses[rows, step], logprobs[rows, step], mask[rows, step] = tokens, sampled_logprobs, True
             ids, alive = tokens[:, None], tokens != eos_token_id
             done = not alive.any()
-            if not alive.all():  # rows that have ended stop costing anything, but for one that others may wait with
+            if not alive.all():  # drop finished rows, but keep one to run along while other ranks are unfinished
                 alive[0] |= done
-                order = closed_ranks(alive)
+                order = compaction_order(alive)
                 cache.batch_select_indices(order)
-                rows, ids, positions, real = (tensor[order] for tensor in (rows, ids, positions, real))
-        if not anyone(not done):
+                rows, ids, positions, attention_mask = (
+                    tensor[order] for tensor in (rows, ids, positions, attention_mask)
+                )
+        if not any_rank_unfinished(not done):
             break
     length = int(mask.sum(dim=1).max())
     return responses[:, :length], mask[:, :length], logprobs[:, :length]

@@ -1,4 +1,4 @@
-"""A key-value cache for generation that is written in place: nothing is copied to add a token or to drop a row."""
+"""A key-value cache that is written in place: adding a token or dropping a row copies nothing else."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values [B, heads, tokens so far, head size], at the front of a buffer with room for more.
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's keys and values [B, heads, tokens, head size], views of the front of a larger buffer.
 
-    transformers' own layer copies the whole cache for every token.
+    `DynamicLayer` copies the cache for every token.
 
     Args:
-        room: tokens that the buffer takes; it is made anew, with as much room again, when more come.
+        capacity: tokens for which memory is allocated, and again whenever more come.
     """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, room: int):
+    def __init__(self, capacity: int):
         super().__init__()
-        self.room = room
+        self.capacity = capacity
         self.buffers: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -34,12 +34,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         stop = start + key_states.shape[2]
         rows = len(key_states)
         if not self.buffers or stop > self.buffers[0].shape[2]:
-            held: list[Tensor] = [self.keys, self.values] if start else []
+            cached: list[Tensor] = [self.keys, self.values] if start else []
             self.buffers = [
-                states.new_empty(*states.shape[:2], start + max(self.room, key_states.shape[2]), states.shape[3])
+                states.new_empty(*states.shape[:2], start + max(self.capacity, key_states.shape[2]), states.shape[3])
                 for states in (key_states, value_states)
             ]
-            for buffer, states in zip(self.buffers, held, strict=False):
+            for buffer, states in zip(self.buffers, cached, strict=False):
                 buffer[:, :, :start] = states
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:rows, :, start:stop] = states
@@ -54,15 +54,17 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = (buffer[: len(indices), :, :stop] for buffer in self.buffers)
 
 
-def roomy_cache(config: PretrainedConfig, room: int) -> DynamicCache:
-    """An empty cache for sequences of up to `room` tokens. Layers of another kind (sliding windows) stay transformers'."""
+def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:
+    """An empty cache for sequences of up to `capacity` tokens. Layers of other kinds (sliding windows) are unchanged."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
-def closed_ranks(alive: Tensor) -> Tensor:
-    """Which row to put in each place so that the rows that are alive come first, and as few as possible move.
+def compaction_order(alive: Tensor) -> Tensor:
+    """Indices [number alive] of the alive rows, in the order that moves as few of them as possible.
+
+    Row `order[i]` goes to place i: alive rows within the first `number alive` places stay, the others fill the gaps.
 
     Args:
         alive: [B] bool, at least one of them True.

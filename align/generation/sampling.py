@@ -1,4 +1,4 @@
-"""Seeded noise that belongs to the response, and one token from logits."""
+"""Seeded noise, one stream per response, and sampling a token from logits."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 256
+BLOCK = 256  # logits whose probabilities are summed before the search
 
 
 def uniforms(seed: int, purpose: str, indexes: Sequence[int], length: int) -> Tensor:
-    """Noise in [0, 1) for the responses numbered `indexes`, [B, length] float32, a pure function of its arguments."""
+    """Noise in [0, 1) for the responses numbered `indexes`, [B, length] float32. Row i depends on no other index."""
     return torch.stack([torch.rand(length, generator=generator(seed, purpose, index)) for index in indexes])
 
 
 def generator(seed: int, *name: str | int) -> torch.Generator:
-    """A random generator of its own for everything that has a name."""
+    """A random generator for each name: its seed is a hash of `seed` and `name`."""
     digest = hashlib.sha256("/".join(map(str, (seed, *name))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def sample(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_token(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token per row by inverse transform sampling: the first whose cumulative probability exceeds the noise.
 
-    Cumulative sums of blocks of the vocabulary find the block, and those inside it the token: one sum over everything
-    would take longer than all else here.
+    The search is in two levels, first among the sums of blocks of the vocabulary, then within one block: a cumulative
+    sum over the vocabulary would take longer than everything else here.
 
     Args:
         logits: [B, V].
         noise: [B] in [0, 1).
-        temperature: 0 takes the likeliest token, whatever the noise.
+        temperature: 0 takes the most likely token, whatever the noise.
 
     Returns:
-        tokens [B]; their log-probabilities [B] float32, nats, at temperature 1 if it is 0.
+        tokens [B]; their log-probabilities [B] float32, nats, at temperature 1 if `temperature` is 0.
     """
     scaled = logits.float()
     if temperature not in (0, 1):
@@ -54,7 +54,7 @@ def sample(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, T
         inside = weights.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1)
         before = ends.gather(1, block) - inside.sum(dim=-1, keepdim=True)
         beyond = (inside.cumsum(dim=-1) + before > threshold) & (inside > 0)
-        # Rounding may leave none beyond the threshold: then the block's likeliest.
+        # If rounding leaves no token beyond the threshold, take the most likely one of the block.
         place = torch.where(beyond.any(dim=-1), beyond.int().argmax(dim=-1), inside.argmax(dim=-1))
         tokens = block * BLOCK + place[:, None]
     logprobs = scaled.gather(1, tokens) - top - total.log()

@@ -1,4 +1,4 @@
-"""Scores of token sequences, shared out over ranks."""
+"""Reward-model scores of token sequences, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from reward_models.trained import ModelReward
 
 
 def score_ids(reward: ModelReward, world: World, ids: Sequence[list[int]]) -> Tensor:
-    """Scores of all sequences, on every rank, each rank having scored its share. [B] float32, on the CPU."""
-    mine = [ids[index] for index in rows_of_rank(world, len(ids))]
-    texts = [""] * len(mine)
-    batch = Responses([*texts], texts, [*texts], prompt_ids=[[] for _ in mine], response_ids=mine)
+    """Scores of all sequences, [B] float32 on the CPU of every rank. Each rank scores its share.
+
+    Args:
+        ids: B sequences of token ids, prompt and response together, the same on every rank.
+    """
+    share = [ids[index] for index in rows_of_rank(world, len(ids))]
+    texts = [""] * len(share)
+    batch = Responses([*texts], texts, [*texts], prompt_ids=[[] for _ in share], response_ids=share)
     return world.gather(reward.score(batch).to(world.device))[: len(ids)].cpu()

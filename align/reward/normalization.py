@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 
 from datasets import Dataset
-from torch.nn.functional import pad
 
 from align.config.reward import RewardRecipe
 from align.data.encode import encode_pair
@@ -15,6 +14,7 @@ from align.data.tokenize import tokenize_prompts
 from align.engine.build import frozen_engine
 from align.engine.distributed import World, rows_of_rank
 from align.engine.sharding import sharded_load
+from align.generation.responses import gather_responses, unpadded
 from align.generation.sampler import Sampler
 from align.generation.scoring import score_ids
 from align.models.context_length import max_positions
@@ -45,9 +45,7 @@ def sample_answers(
     _, _, ids, mask, _ = sampler.respond(
         engine, world, [prompts[index][1] for index in mine], "zero of the score", mine
     )
-    missing = (0, recipe.response_length - ids.shape[1])
-    ids, mask = (world.gather(pad(tensor, missing))[: len(prompts)] for tensor in (ids, mask))
-    answers: list[list[int]] = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+    answers = gather_responses(world, unpadded(ids, mask), recipe.response_length)[: len(prompts)]
     vocabularies = [tokenizer_digest(t)["vocabulary"] for t in (inputs.tokenizer, inputs.answering_tokenizer)]
     if vocabularies[0] == vocabularies[1] and not inputs.encoder:
         return [prompt_ids + answer for (_, prompt_ids), answer in zip(prompts, answers, strict=True)]

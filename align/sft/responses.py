@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.sft import SFTRecipe
-from align.data.collate import chunks, pad_left
+from align.data.collate import chunks
 from align.data.encode import encode_prompt
 from align.data.mixture import sample
 from align.data.rows import Demonstration, render_text
 from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
 from align.evaluate.text_metrics import TextMetric, as_labels, foreign_scores, load_metric
-from align.generation.generate import generate
+from align.generation.responses import gather_responses, respond_to_batch
 
 KEY = "eval_metrics"
 COLUMNS = ("prompt", "response", "reference")
@@ -88,27 +88,14 @@ def respond(model: nn.Module, asked: Questions) -> list[str]:
     every batch but for rounding.
     """
     world, length = asked.world, asked.response_length
-    end, pad = int(asked.tokenizer.eos_token_id), int(asked.tokenizer.pad_token_id)
-    mine = rows_of_rank(world, len(asked.rows))
-    written = torch.full((len(mine), length), pad, device=world.device)
-    real = torch.zeros(written.shape, dtype=torch.bool, device=world.device)
-
-    def anyone(unfinished: bool) -> bool:
-        return bool(world.max(torch.tensor(float(unfinished), device=world.device)))
-
-    for part in chunks(len(mine), asked.batch_size):
-        prompts = [asked.prompt_ids[index] for index in mine[part]]
-        ids, mask = (tensor.to(world.device) for tensor in pad_left(prompts, pad))
-        noise = torch.zeros(len(prompts), length, device=world.device)  # which temperature 0 does not look at
-        answer, kept, _ = generate(model, ids, mask, noise, 0.0, end, pad, anyone)
-        written[part, : answer.shape[1]], real[part, : kept.shape[1]] = answer, kept
-    return _texts(asked, world.gather(written), world.gather(real))
-
-
-def _texts(asked: Questions, ids: Tensor, real: Tensor) -> list[str]:
-    count = len(asked.rows)  # the last rank's last row may be a repeated one
-    kept = [row[mask].tolist() for row, mask in zip(ids[:count], real[:count], strict=True)]
-    return [text.strip() for text in asked.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+    share = rows_of_rank(world, len(asked.rows))
+    responses: list[list[int]] = []
+    for part in chunks(len(share), asked.batch_size):
+        prompts = [asked.prompt_ids[index] for index in share[part]]
+        noise = torch.zeros(len(prompts), length, device=world.device)
+        responses += respond_to_batch(model, asked.tokenizer, prompts, noise, 0.0, world.any_rank)
+    ids = gather_responses(world, responses, length)[: len(asked.rows)]  # the last rank may repeat a row
+    return [text.strip() for text in asked.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def judge(asked: Questions, responses: Sequence[str]) -> dict[str, float]:

@@ -6,8 +6,8 @@ from transformers import DynamicCache
 
 from align.data.collate import chunks, pad_left
 from align.generation.generate import generate
-from align.generation.kv_cache import closed_ranks, roomy_cache
-from align.generation.sampling import sample, uniforms
+from align.generation.kv_cache import compaction_order, preallocated_cache
+from align.generation.sampling import sample_token, uniforms
 from align.models.forward import position_ids, response_logits, response_logprobs, response_values
 from align.models.load import disable_dropout
 from tests.worlds import tiny_llama
@@ -43,7 +43,7 @@ def test_responses_are_what_the_training_forward_would_sample(model):
             model, torch.cat([ids, responses], 1), torch.cat([prompt_mask, mask], 1), responses.shape[1]
         )
     for row, length in enumerate(lengths.tolist()):
-        expected = [int(sample(logits[row, t][None], noise[row, t][None], 0.7)[0]) for t in range(length)]
+        expected = [int(sample_token(logits[row, t][None], noise[row, t][None], 0.7)[0]) for t in range(length)]
         assert responses[row, :length].tolist() == expected
         assert (responses[row, :length] == EOS).sum() == int(EOS in expected)
         assert expected[-1] == EOS or length == LENGTH
@@ -70,17 +70,17 @@ def test_a_response_does_not_depend_on_its_neighbours(model):
         assert alone[0, alone_mask[0]].tolist() == together[row, mask[row]].tolist()
 
 
-@pytest.mark.parametrize("room", [1, 5, 64])
-def test_the_cache_holds_what_transformers_would_whatever_its_room(model, room):
+@pytest.mark.parametrize("capacity", [1, 5, 64])
+def test_the_cache_holds_what_transformers_would_whatever_its_capacity(model, capacity):
     torch.manual_seed(0)
-    plain, roomy = DynamicCache(config=model.config), roomy_cache(model.config, room)
+    plain, preallocated = DynamicCache(config=model.config), preallocated_cache(model.config, capacity)
     kept = torch.tensor([0, 3, 2])
     for step, width in enumerate((4, 1, 1, 3, 1)):
         states = torch.randn(2, 3 if step > 2 else 4, 2, width, 8)
-        for got, expected in zip(roomy.update(*states, 0), plain.update(*states, 0), strict=True):
+        for got, expected in zip(preallocated.update(*states, 0), plain.update(*states, 0), strict=True):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
         if step == 2:
-            for cache in (plain, roomy):
+            for cache in (plain, preallocated):
                 cache.layers[0].batch_select_indices(kept)
 
 
@@ -95,7 +95,7 @@ def test_noise_belongs_to_the_response_not_to_the_batch():
 def test_sampling_follows_the_tempered_distribution():
     logits = torch.tensor([[2.0, 0.0, -1.0, -30.0]])
     grid = (torch.arange(100_000) + 0.5) / 100_000
-    tokens, logprobs = sample(logits.expand(100_000, -1), grid, 0.7)
+    tokens, logprobs = sample_token(logits.expand(100_000, -1), grid, 0.7)
     shares = torch.bincount(tokens, minlength=4) / 100_000
     torch.testing.assert_close(shares, (logits / 0.7).softmax(-1)[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(logprobs, (logits / 0.7).log_softmax(-1)[0][tokens], atol=1e-5, rtol=0)
@@ -107,7 +107,7 @@ def test_a_token_is_the_first_whose_cumulative_probability_exceeds_the_noise(voc
     torch.manual_seed(4)
     logits = 3 * torch.randn(2000, vocabulary)
     noise = torch.rand(2000)
-    tokens, logprobs = sample(logits, noise, 1.3)
+    tokens, logprobs = sample_token(logits, noise, 1.3)
     exact = (logits.double() / 1.3).softmax(-1)
     cumulative = exact.cumsum(-1)
     assert ((cumulative.gather(1, tokens[:, None])[:, 0] - noise) > -1e-6).all()
@@ -120,13 +120,13 @@ def test_a_token_is_the_first_whose_cumulative_probability_exceeds_the_noise(voc
 def test_noise_at_its_ends_still_gives_a_token_that_can_be(noise):
     logits = torch.full((1, 700), -torch.inf)
     logits[0, 300:310] = torch.randn(10)
-    (token,) = sample(logits, torch.tensor([noise]), 1.0)[0].tolist()
+    (token,) = sample_token(logits, torch.tensor([noise]), 1.0)[0].tolist()
     assert token == (300 if noise == 0 else 309)
 
 
 def test_temperature_0_takes_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 1.0]])
-    tokens, logprobs = sample(logits, torch.tensor([0.999]), 0)
+    tokens, logprobs = sample_token(logits, torch.tensor([0.999]), 0)
     assert tokens.tolist() == [1]
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[:, 1])
 
@@ -134,7 +134,7 @@ def test_temperature_0_takes_the_likeliest():
 @pytest.mark.parametrize("alive", ["1", "10", "01", "0001", "10101", "11001110", "111"])
 def test_few_rows_move_when_others_end(alive):
     flags = torch.tensor([char == "1" for char in alive])
-    order = closed_ranks(flags).tolist()
+    order = compaction_order(flags).tolist()
     assert sorted(order) == flags.nonzero().squeeze(1).tolist()
     kept = len(order)
     assert sum(place != row for place, row in enumerate(order)) == int((~flags[:kept]).sum())

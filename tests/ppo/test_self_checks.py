@@ -19,7 +19,7 @@ from align.engine.torch_engine import Engine
 from align.errors import UserError
 from align.generation import generate as generation
 from align.generation.sampling import generator
-from align.generation.sampling import sample as rollout_sample
+from align.generation.sampling import sample_token as rollout_sample
 from align.maths.losses import token_logprobs
 from align.models import forward
 from align.models import load as align_models
@@ -216,12 +216,12 @@ class TestFaults:
         ("module", "name", "found"),
         [
             (ppo_update, "response_loss", [") ratio"]),
-            (generation, "sample", [") generation gap"]),
+            (generation, "sample_token", [") generation gap"]),
             (rollout, "response_logprobs", [") ratio", ") generation gap"]),
         ],
     )
     def test_the_temperature_missing_in_one_forward(self, tmp_path, monkeypatch, module, name, found):
-        monkeypatch.setattr(module, name, cold_chances if name == "sample" else cold(getattr(module, name)))
+        monkeypatch.setattr(module, name, cold_chances if name == "sample_token" else cold(getattr(module, name)))
         lines = failures(refused(tmp_path))
         assert len(lines) == len(found)
         for line, word in zip(lines, found, strict=True):

@@ -1,0 +1,48 @@
+"""Responses as lists of token ids, for evaluation: sampled for one batch of prompts, and gathered over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from align.data.collate import pad_left, pad_right
+from align.engine.distributed import World
+from align.engine.torch_engine import Engine
+from align.generation.generate import generate
+
+
+def respond_to_batch(
+    model: nn.Module | Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    noise: Tensor,
+    temperature: float,
+    any_rank_unfinished: Callable[[bool], bool] = bool,
+) -> list[list[int]]:
+    """A response to each of B prompts of token ids, up to and including end-of-text, without padding.
+
+    Args:
+        noise: [B, T] on the model's device; unused at temperature 0, except for its shape.
+        model, temperature, any_rank_unfinished: as for `generate`.
+    """
+    eos, pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
+    prompt_ids, prompt_mask = (tensor.to(noise.device) for tensor in pad_left(prompts, pad))
+    ids, mask, _ = generate(model, prompt_ids, prompt_mask, noise, temperature, eos, pad, any_rank_unfinished)
+    return unpadded(ids, mask)
+
+
+def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The real tokens of each row of ids [B, T], given their mask [B, T]."""
+    return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+
+
+def gather_responses(world: World, responses: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:
+    """The responses of all ranks, in rank order, on every rank.
+
+    Args:
+        responses: of this rank; every rank has as many. Responses of more than `max_length` tokens are an error.
+    """
+    ids, mask = pad_right([*responses, [0] * max_length], 0)  # the last row makes the width the same on all ranks
+    return unpadded(*(world.gather(tensor[:-1].to(world.device)) for tensor in (ids, mask)))
