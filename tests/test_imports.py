@@ -28,9 +28,10 @@ FOLDERS = [
 OWNERS = {
     "deepspeed": {"align.engine.deepspeed_engine", "align.engine.distributed", "align.engine.sharding"},
     "wandb": {"align.runs.tracker"},
-    "evaluate": {"align.evaluate.statistics", "align.evaluate.text_metrics"},
+    "evaluate": {"align.evaluate.metrics", "align.evaluate.text_metrics"},
     "sacrebleu": {"align.evaluate.text_metrics"},
     "rouge_score": {"align.evaluate.text_metrics"},
+    "sklearn": {"align.evaluate.text_metrics"},
 }
 HEAVY = {"torch", "transformers", "trl", "datasets", "evaluate", "wandb", "deepspeed", "accelerate", "peft"}
 LIGHT = ("align.config", "align.errors", "align.runs.manifest", "align.runs.checkpoint", "align.runs.files")

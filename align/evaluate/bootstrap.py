@@ -22,18 +22,18 @@ class Measure:
     """Statistics of n rows, [n, d], and the scores that their sums [d] give.
 
     Attributes:
-        of_rows: whether the score of a single row means something.
+        has_row_scores: whether the score of a single row means something.
     """
 
     statistics: Floats
     score: Score
-    of_rows: bool = True
+    has_row_scores: bool = True
 
     def scores(self) -> dict[str, float]:
         return self.score(self.statistics.sum(axis=0))
 
     def rows(self, index: list[int]) -> Measure:
-        return Measure(self.statistics[index], self.score, self.of_rows)
+        return Measure(self.statistics[index], self.score, self.has_row_scores)
 
 
 def intervals(measure: Measure, iterations: int, seed: int) -> dict[str, tuple[float, float]]:

@@ -33,9 +33,9 @@ from align.errors import UserError
 from align.evaluate.answers import Answers, answer, predicted
 from align.evaluate.bootstrap import Floats, Measure
 from align.evaluate.inputs import Condition, Inputs, prepare, shared_keys
+from align.evaluate.metrics import TOKEN_METRICS, foreign_scores, load_metric, measure
 from align.evaluate.report import Result, summarise, write_report
 from align.evaluate.results import REPORT, finished, identity
-from align.evaluate.text_metrics import TOKEN_METRICS, TextMetric, as_labels, foreign_scores, load_metric
 from align.maths.perplexity import perplexity
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
@@ -153,16 +153,10 @@ def _judge(
             result.measures.append(Measure(tokens[:, [0, 2]], _perplexity))
         elif name == "token_accuracy":
             result.measures.append(Measure(tokens[:, [1, 2]], _mean_of(name)))
-        elif isinstance(metric := metrics[name], TextMetric):
-            texts = (
-                as_labels(inputs.rows, predictions, inputs.references)
-                if metric.of_labels
-                else (predictions, inputs.references)
-            )
-            statistics = metric.statistics(*texts)
-            result.measures.append(Measure(statistics, metric.score, metric.of_rows))
+        elif found := measure(metrics[name], inputs.rows, predictions, inputs.references):
+            result.measures.append(found)
         else:
-            result.others |= foreign_scores(name, metric, predictions, inputs.references)
+            result.others |= foreign_scores(name, metrics[name], predictions, inputs.references)
     if grader is not None:
         scores = _grade(recipe, inputs, condition, answers, predictions, grader)
         applies = ~np.isnan(scores)

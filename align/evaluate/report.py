@@ -130,7 +130,7 @@ def _lines(inputs: Inputs, found: Sequence[Result]) -> list[str]:
         for result in found:
             scores: dict[str, float | None] = {}
             for measure in result.measures:
-                if measure.of_rows:
+                if measure.has_row_scores:
                     scores |= {name: _finite(value) for name, value in measure.rows([index]).scores().items()}
             line = {
                 "row": row.where,

@@ -1,21 +1,18 @@
-"""Judging a model: intervals, accuracies, win rates, degeneration, and tables of them. The only importer of evaluate.
+"""Statistics of evaluation results: confidence intervals of shares, preference accuracy, win rate, repetition.
 
-Importing evaluate takes seconds and loads half of the data stack, hence inside the one function that needs it.
+Standard library only.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 
 def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Confidence interval of a share by E. B. Wilson (1927), JASA 22; at z = 1.96 it holds 95%.
+    """Score interval of a binomial proportion, E. B. Wilson (1927), JASA 22; 95% at z = 1.96.
 
-    Unlike p +- z s it is right at small n and never leaves [0, 1].
+    Unlike the normal interval p +- z sqrt(p (1 - p) / n) it holds its level at small n and stays within [0, 1].
 
     Args:
         successes: 0 to n; half successes (ties) are allowed.
@@ -46,44 +43,14 @@ def preference_accuracy(chosen_scores: Sequence[float], rejected_scores: Sequenc
     Raises:
         ValueError: no pairs, lists of different lengths, or a NaN.
     """
-    _check_pairs(chosen_scores, rejected_scores)
-    with tempfile.TemporaryDirectory() as folder:  # evaluate makes a folder even when all is kept in memory
-        metric = _preference_metric()(keep_in_memory=True, cache_dir=folder)
-        result: dict[str, float] = metric.compute(chosen=list(chosen_scores), rejected=list(rejected_scores))
-    return result
-
-
-@functools.cache
-def _preference_metric() -> Any:
-    import datasets
-    import evaluate
-
-    class PreferenceAccuracy(evaluate.Metric):  # type: ignore[misc]
-        """Local, because `evaluate.load` asks the hub even for what is installed."""
-
-        def _info(self) -> Any:
-            return evaluate.MetricInfo(
-                description="Share of preference pairs ranked as the annotators ranked them; ties count 1/2.",
-                citation="",
-                inputs_description="chosen, rejected: the scores of each pair's responses.",
-                features=datasets.Features(
-                    {"chosen": datasets.Value("float64"), "rejected": datasets.Value("float64")}
-                ),
-            )
-
-        def _compute(self, chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
-            wins = _wins(chosen, rejected)
-            low, high = wilson_interval(wins, len(chosen))
-            return {"accuracy": wins / len(chosen), "low": low, "high": high, "n": len(chosen)}
-
-    return PreferenceAccuracy
+    return _share_won("accuracy", chosen_scores, rejected_scores)
 
 
 def win_rate(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Share of prompts on which `a` scores above `b`, ties counting 1/2, with its 95% interval.
+    """Share of prompts on which `a` scores higher than `b`, ties counting 1/2, with its 95% interval.
 
     Args:
-        a, b: scores of the two models' responses to the same prompts, in the same order.
+        a, b: scores of two models' responses to the same prompts, in the same order.
 
     Returns:
         win_rate, low, high, n.
@@ -91,21 +58,17 @@ def win_rate(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     Raises:
         ValueError: no prompts, lists of different lengths, or a NaN.
     """
-    _check_pairs(a, b)
-    wins = _wins(a, b)
-    low, high = wilson_interval(wins, len(a))
-    return {"win_rate": wins / len(a), "low": low, "high": high, "n": len(a)}
+    return _share_won("win_rate", a, b)
 
 
-def _check_pairs(a: Sequence[float], b: Sequence[float]) -> None:
+def _share_won(name: str, a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
     if len(a) != len(b) or not len(a):
-        raise ValueError(f"scores: expected as many of one as of the other, and some, got {len(a)} and {len(b)}")
+        raise ValueError(f"scores: expected two lists of the same length, at least 1, got {len(a)} and {len(b)}")
     if any(math.isnan(score) for score in [*a, *b]):
         raise ValueError("scores: expected numbers, got NaN")
-
-
-def _wins(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True))
+    wins = sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in zip(a, b, strict=True))
+    low, high = wilson_interval(wins, len(a))
+    return {name: wins / len(a), "low": low, "high": high, "n": len(a)}
 
 
 def repetition(text: str) -> float:

@@ -17,7 +17,7 @@ from align.data.mixture import sample
 from align.data.rows import Demonstration, render_text
 from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
-from align.evaluate.text_metrics import TextMetric, as_labels, foreign_scores, load_metric
+from align.evaluate.metrics import foreign_scores, load_metric, measure
 from align.generation.responses import gather_responses, respond_to_batch
 
 KEY = "eval_metrics"
@@ -106,13 +106,8 @@ def judge(asked: Questions, responses: Sequence[str]) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for name, metric in asked.metrics.items():
-        if isinstance(metric, TextMetric):
-            texts = (
-                as_labels(asked.rows, responses, asked.references)
-                if metric.of_labels
-                else (responses, asked.references)
-            )
-            found |= metric.score(metric.statistics(*texts).sum(axis=0))
+        if measured := measure(metric, asked.rows, responses, asked.references):
+            found |= measured.scores()
         else:
             found |= foreign_scores(name, metric, responses, asked.references, KEY)
     return found

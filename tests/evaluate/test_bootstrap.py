@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from align.evaluate.bootstrap import Measure, compare, intervals
-from align.evaluate.text_metrics import load_metric
+from align.evaluate.metrics import load_metric
 
 
 def mean(values) -> Measure:

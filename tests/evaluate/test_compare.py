@@ -643,7 +643,7 @@ def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
     [
         (
             {"metrics": ["blue"]},
-            r"metrics: no metric 'blue'; did you mean 'bleu'\?; ours are perplexity, token_accuracy,",
+            r"metrics: no metric 'blue'; did you mean 'bleu'\?; built in are perplexity, token_accuracy,",
         ),
         ({"models": {"base": "gone/model/there"}}, "models: no model at gone/model/there"),
         ({"grader": "no_such_module:f"}, "grader: no module 'no_such_module'"),

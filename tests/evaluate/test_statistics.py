@@ -104,6 +104,23 @@ def test_markdown_table_survives_what_models_write() -> None:
     assert markdown_table(["text"], [["a|b\n<s>\\|"]]).splitlines()[2] == r"| a\|b<br>\<s>\\\| |"
 
 
-def test_evaluate_is_imported_only_when_needed() -> None:
-    code = "import sys, align.evaluation; print({'evaluate', 'datasets', 'torch'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+def test_metric_libraries_are_imported_only_when_a_metric_is_loaded() -> None:
+    """In one process: the statistics alone, then every stage, then a metric, then one with a library of its own."""
+    code = """
+import sys
+seen = []
+def look(*more):
+    seen.append(sorted({"evaluate", "sklearn", "nltk", "sacrebleu", "rouge_score", *more} & set(sys.modules)))
+import align.evaluate.statistics
+look("datasets", "numpy", "torch")
+import align.sft.train, align.reward.train, align.ppo.train, align.encoders.classify, align.encoders.mlm
+import align.evaluate.compare
+look()
+from align.evaluate.metrics import load_metric
+for name in ("exact_match", "bleu"):
+    load_metric(name).compute(predictions=["a"], references=["a"])
+    look()
+print(seen)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[[], [], ['evaluate'], ['evaluate', 'sacrebleu']]"

@@ -12,7 +12,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
 
 from align.errors import UserError
-from align.evaluate.text_metrics import METRICS, load_metric
+from align.evaluate.metrics import load_metric
+from align.evaluate.text_metrics import METRICS
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", ".", ",", "Positive", "negative"]
 
@@ -137,7 +138,7 @@ def test_f1_of_a_resample_leaves_out_labels_that_do_not_occur():
     metric = load_metric("f1")
     statistics = metric.statistics(["a", "b", "a"], ["a", "b", "b"])
     assert metric.score(statistics[[0, 0]].sum(axis=0)) == {"f1": 1.0}
-    assert not metric.of_rows
+    assert not metric.has_row_scores
 
 
 def test_nothing_written(tmp_path):
@@ -182,7 +183,7 @@ def test_a_metric_script(tmp_path):
 def test_no_such_metric(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
-        UserError, match=r"^metrics: no metric 'blue'; did you mean 'bleu'\?; ours are perplexity, exact_match"
+        UserError, match=r"^metrics: no metric 'blue'; did you mean 'bleu'\?; built in are perplexity, exact_match"
     ):
         load_metric("blue", ("perplexity",))
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n", encoding="utf-8")

@@ -12,8 +12,8 @@ from align.cli.check.sample_rows import marked
 from align.config.evaluate import EvaluateRecipe
 from align.config.load import resolve_function
 from align.evaluate.inputs import Inputs, prepare
+from align.evaluate.metrics import TOKEN_METRICS, load_metric
 from align.evaluate.results import finished
-from align.evaluate.text_metrics import TOKEN_METRICS, load_metric
 
 
 def check_evaluation(recipe: EvaluateRecipe, report: Report, made: dict[Path, Path]) -> None:
