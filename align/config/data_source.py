@@ -16,11 +16,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from align.config.keys import _check_function, _check_ranges, key
 from align.errors import BadRow, UserError, nearest
 
-COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
-_TEXT_PARTS = ("prompt", "completion")
-_CHAT_PARTS = ("user", "assistant")
-_SYSTEM = "system"
-_VERBALISED = "label"  # the variable that holds the verbalised label
+ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
+TEXT_PARTS = ("prompt", "completion")
+CHAT_PARTS = ("user", "assistant")
+SYSTEM_PART = "system"
+LABEL_VARIABLE = "label"  # the variable that holds the verbalised label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +68,9 @@ def _check_source(source: DataSource, where: str) -> None:
     if source.generator:
         _check_function(source.generator, f"{where}.generator")
     for column in source.columns:
-        if column not in COLUMNS:
-            hint = nearest(column, COLUMNS) or "; it is written `ours: theirs`"
-            raise UserError(f"{where}.columns: expected names among {', '.join(COLUMNS)}, got {column!r}{hint}")
+        if column not in ROW_COLUMNS:
+            hint = nearest(column, ROW_COLUMNS) or "; it is written `ours: theirs`"
+            raise UserError(f"{where}.columns: expected names among {', '.join(ROW_COLUMNS)}, got {column!r}{hint}")
     if source.templates:
         _check_templates(source, where)
     elif source.labels:
@@ -101,11 +101,11 @@ def check_template(template: Mapping[str, str], where: str) -> None:
     Raises:
         UserError: begins with `where`, and names the part and the line in it.
     """
-    answer = _CHAT_PARTS if {*_CHAT_PARTS, _SYSTEM} & {*template} else _TEXT_PARTS
-    known = (_SYSTEM, *_CHAT_PARTS) if answer == _CHAT_PARTS else _TEXT_PARTS
+    answer = CHAT_PARTS if {*CHAT_PARTS, SYSTEM_PART} & {*template} else TEXT_PARTS
+    known = (SYSTEM_PART, *CHAT_PARTS) if answer == CHAT_PARTS else TEXT_PARTS
     for part in template:
         if part not in known:
-            other = part in (*_TEXT_PARTS, *_CHAT_PARTS)
+            other = part in (*TEXT_PARTS, *CHAT_PARTS)
             hint = "; write {prompt, completion} or {user, assistant}" if other else nearest(part, known)
             raise UserError(f"{where}: expected the parts {', '.join(known)}, got {part!r}{hint}")
     for part in answer:
@@ -113,8 +113,8 @@ def check_template(template: Mapping[str, str], where: str) -> None:
             raise UserError(f"{where}: no `{part}`; a template has the parts {', '.join(known)}.")
     for part, text in template.items():
         try:
-            named = list(meta.find_referenced_templates(_environment().parse(text)))
-            _compiled(text)
+            named = list(meta.find_referenced_templates(template_environment().parse(text)))
+            compile_template(text)
         except TemplateSyntaxError as error:
             line = text.splitlines()[error.lineno - 1].strip() if text else ""
             raise UserError(
@@ -127,11 +127,13 @@ def check_template(template: Mapping[str, str], where: str) -> None:
 @functools.cache
 def read_columns(text: str) -> frozenset[str]:
     """The columns that a template reads."""
-    return frozenset(meta.find_undeclared_variables(_environment().parse(text)) - _environment().globals.keys())
+    return frozenset(
+        meta.find_undeclared_variables(template_environment().parse(text)) - template_environment().globals.keys()
+    )
 
 
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def template_environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -146,8 +148,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 @functools.cache
-def _compiled(text: str) -> jinja2.Template:
-    return _environment().from_string(text)
+def compile_template(text: str) -> jinja2.Template:
+    return template_environment().from_string(text)
 
 
 def _printed(value: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import pack_dataset
 
-from align.data.tokenize import IGNORED
+from align.data.tokenize import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ def pad_to_batches(dataset: Dataset, batch_size: int) -> Dataset:
     if "weight" in row:
         row["weight"] = 0
     elif "labels" in row:
-        row["labels"] = [IGNORED] * len(row["labels"])
+        row["labels"] = [IGNORE_INDEX] * len(row["labels"])
     else:
         row["rejected_ids"] = row["chosen_ids"]
     weightless = {name: [value] * missing for name, value in row.items()}
     return concatenate_datasets([dataset, Dataset.from_dict(weightless, features=dataset.features)])
 
 
-class ByLength(Sampler[int]):
+class ResumableLengthGroupedSampler(Sampler[int]):
     """transformers' order by length, as a function of seed and epoch alone, so that a resumed run finds its place."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):

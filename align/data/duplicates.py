@@ -67,7 +67,7 @@ def find_duplicates(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[
     }
 
 
-def duplicates_line(report: Mapping[str, Any]) -> str | None:
+def describe_duplicates(report: Mapping[str, Any]) -> str | None:
     """What a person should hear of `Rows.report`: one line, or None when no row is on both sides."""
     found = report.get("duplicates")
     if not found or not (total := found["exact"]["count"] + found["near"]["count"]):

@@ -13,11 +13,11 @@ from align.config.base import StageRecipe
 from align.config.data_source import DataSource
 from align.data.duplicates import find_duplicates
 from align.data.formats import choose_formats, missing_column, read_row
-from align.data.mixture import sample, task_counts, times_used, weighted
+from align.data.mixture import repeat_rows, seeded_sample, task_counts, times_used
 from align.data.rows import BadRows, Row
-from align.data.sources import _read
-from align.data.split import NoneHeldOut, is_held_out, prompts_of, without_prompts
-from align.data.templates import TASK, TEMPLATE, Instructions, task_name
+from align.data.sources import read_source
+from align.data.split import NoHeldOutRows, is_held_out, prompts_of, without_prompts
+from align.data.templates import TASK, TEMPLATE, SourceTemplates, task_name
 from align.errors import BadRow, UserError
 
 
@@ -61,13 +61,13 @@ def load_rows(settings: DataSettings, form: type) -> Rows:
 
     Raises:
         UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a side
-            is empty (`NoneHeldOut` when that is by `eval_fraction`).
+            is empty (`NoHeldOutRows` when that is by `eval_fraction`).
     """
     if any(source.weight != 1 for source in settings.eval_dataset):
         raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
     bad = BadRows()
     loaded = [_load(source, settings.seed, form, bad) for source in (*settings.train_dataset, *settings.eval_dataset)]
-    bad_rows = bad.settle(settings.on_bad_row)
+    bad_rows = bad.raise_or_report(settings.on_bad_row)
     sources = [rows for rows, _ in loaded]
     evaluation = list(chain.from_iterable(sources[len(settings.train_dataset) :]))
     evaluated = prompts_of(evaluation)
@@ -85,7 +85,7 @@ def load_rows(settings: DataSettings, form: type) -> Rows:
     weights = [source.weight for source in settings.train_dataset]
     times = times_used([len(rows) for rows in training], weights, settings.mixture_temperature)
     used = [
-        weighted(rows, each, f"{settings.seed} weight {number}")
+        repeat_rows(rows, each, f"{settings.seed} weight {number}")
         for number, (rows, each) in enumerate(zip(training, times, strict=True))
     ]
     train = list(chain.from_iterable(used))
@@ -98,12 +98,12 @@ def load_rows(settings: DataSettings, form: type) -> Rows:
     if not evaluation and settings.eval_dataset:
         raise UserError(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
     if not evaluation and settings.eval_fraction > 0:
-        raise NoneHeldOut(
+        raise NoHeldOutRows(
             f"eval_fraction: {settings.eval_fraction} of the prompts of {len(train)} rows came to none; raise it, give "
             "an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
         )
     if settings.max_eval_rows is not None:
-        evaluation = sample(evaluation, settings.max_eval_rows, f"{settings.seed} evaluation")
+        evaluation = seeded_sample(evaluation, settings.max_eval_rows, f"{settings.seed} evaluation")
     uses = [{"used_for": "training", "train_rows": len(rows)} for rows in used]
     uses += [{"used_for": "evaluation"}] * len(settings.eval_dataset)
     report = {
@@ -121,7 +121,7 @@ def load_rows(settings: DataSettings, form: type) -> Rows:
 def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list[Row], dict[str, Any]]:
     """The usable rows of one source, and what the report says of it."""
     name = str(source.path or source.generator)
-    raw = list(_read(source))
+    raw = list(read_source(source))
     if not raw:
         raise UserError(f"{name}: expected rows, found none; name a source that holds data.")
     columns = list(dict.fromkeys(key for _, values in raw if isinstance(values, Mapping) for key in values))
@@ -129,15 +129,15 @@ def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list
         if theirs not in columns:
             raise missing_column(name, theirs, columns)
     taken = set(source.columns.values())
-    instructions = Instructions(source, seed, columns) if source.templates else None
+    instructions = SourceTemplates(source, seed, columns) if source.templates else None
     given = ["prompt", "completion"] if instructions else [*source.columns, *(c for c in columns if c not in taken)]
     formats = choose_formats(name, given, form)
     if source.max_rows is not None:
-        raw = sample(raw, source.max_rows, f"{seed} rows of {name}")
+        raw = seeded_sample(raw, source.max_rows, f"{seed} rows of {name}")
     rows: list[Row] = []
     digest = hashlib.sha256()
     for where, values in raw:
-        with bad.counted(where):
+        with bad.catch(where):
             if not isinstance(values, Mapping):
                 raise BadRow("not a mapping of columns" if values is not None else "not valid JSON")
             ours = {column: value for column, value in values.items() if column not in taken}

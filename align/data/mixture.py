@@ -16,8 +16,8 @@ from align.data.rows import Row
 from align.data.templates import TASK
 
 Item = TypeVar("Item")
-TASKS = 100  # tasks that the report tells apart
-SHOWN = 20  # of them that a line names
+MAX_REPORTED_TASKS = 100  # tasks that the report tells apart
+MAX_LISTED_TASKS = 20  # of them that a line names
 
 
 def times_used(rows: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
@@ -38,24 +38,24 @@ def task_counts(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[str,
             "share": counts[0][task] / len(training),
             "evaluation_rows": counts[1][task],
         }
-        for task, _ in (counts[0] + counts[1]).most_common(TASKS)
+        for task, _ in (counts[0] + counts[1]).most_common(MAX_REPORTED_TASKS)
     }
 
 
-def shares_line(report: Mapping[str, Any]) -> str | None:
+def describe_task_shares(report: Mapping[str, Any]) -> str | None:
     """The tasks of `Rows.report` with their shares of the training rows, or None when there is but one."""
     counts = {task: each for task, each in report["tasks"].items() if each["train_rows"]}
     tasks = [f"{task} {each['share']:.1%} ({each['train_rows']} rows)" for task, each in counts.items()]
-    more = f", and {len(tasks) - SHOWN} more" if len(tasks) > SHOWN else ""
-    return ", ".join(tasks[:SHOWN]) + more if len(tasks) > 1 else None
+    more = f", and {len(tasks) - MAX_LISTED_TASKS} more" if len(tasks) > MAX_LISTED_TASKS else ""
+    return ", ".join(tasks[:MAX_LISTED_TASKS]) + more if len(tasks) > 1 else None
 
 
-def sample(items: Sequence[Item], count: int, seed: str) -> list[Item]:
+def seeded_sample(items: Sequence[Item], count: int, seed: str) -> list[Item]:
     """`count` of the items (all when there are fewer), in their order."""
     chosen = random.Random(seed).sample(range(len(items)), min(count, len(items)))
     return [items[index] for index in sorted(chosen)]
 
 
-def weighted(rows: list[Row], weight: float, seed: str) -> list[Row]:
+def repeat_rows(rows: list[Row], weight: float, seed: str) -> list[Row]:
     whole = int(weight)
-    return rows * whole + sample(rows, round((weight - whole) * len(rows)), seed)
+    return rows * whole + seeded_sample(rows, round((weight - whole) * len(rows)), seed)

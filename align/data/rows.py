@@ -89,7 +89,7 @@ class BadRows:
         self.by_reason: dict[str, list[str]] = {}
 
     @contextlib.contextmanager
-    def counted(self, where: str) -> Iterator[None]:
+    def catch(self, where: str) -> Iterator[None]:
         """Note a `BadRow` raised in the block, and go on after it."""
         try:
             yield
@@ -103,7 +103,7 @@ class BadRows:
         """`reason: n; reason: m`."""
         return "; ".join(f"{reason}: {len(rows)}" for reason, rows in self.by_reason.items()) or "none"
 
-    def settle(self, on_bad_row: str) -> dict[str, dict[str, Any]]:
+    def raise_or_report(self, on_bad_row: str) -> dict[str, dict[str, Any]]:
         """`{reason: {"count": n, "first": ["file:row", ...]}}`, at most five rows named per reason.
 
         Raises:

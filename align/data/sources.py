@@ -12,14 +12,14 @@ from typing import Any
 
 import datasets
 
-from align.config.data_source import COLUMNS, DataSource
+from align.config.data_source import ROW_COLUMNS, DataSource
 from align.config.load import resolve_function
 from align.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
-def _read(source: DataSource) -> Iterator[tuple[str, Any]]:
+def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
     """(where, row) of each row; the row is None where a line is not JSON."""
     if source.generator is not None:
         yield from _generated(source.generator, source.generator_kwargs)
@@ -65,7 +65,7 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
         options: dict[str, Any] = {}
         if kind == ".csv":  # our columns are text, whatever they look like: "42" and "None" too
             label = source.columns.get("label", "label")  # which may be a number
-            ours = {*COLUMNS, *source.columns.values()} - {label}
+            ours = {*ROW_COLUMNS, *source.columns.values()} - {label}
             options = {"converters": dict.fromkeys(ours, str), "keep_default_na": False, "na_values": [""]}
         rows = datasets.load_dataset(kind[1:], data_files=[file], split="train", streaming=True, **options)
         for number, row in enumerate(rows, 1):

@@ -13,7 +13,7 @@ from align.errors import UserError
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-class NoneHeldOut(UserError):
+class NoHeldOutRows(UserError):
     """`eval_fraction` of the prompts came to none."""
 
 

@@ -19,13 +19,13 @@ from jinja2.exceptions import SecurityError, UndefinedError
 
 from align.config.convert import key_text
 from align.config.data_source import (
-    _SYSTEM,
-    _TEXT_PARTS,
-    _VERBALISED,
+    LABEL_VARIABLE,
+    SYSTEM_PART,
+    TEXT_PARTS,
     DataSource,
-    _compiled,
-    _environment,
+    compile_template,
     read_columns,
+    template_environment,
 )
 from align.errors import BadRow, UserError, nearest
 
@@ -49,7 +49,7 @@ def task_name(source: DataSource) -> str:
     return task if task and not glob.has_magic(task) else os.path.basename(folder) or stem
 
 
-class Instructions:
+class SourceTemplates:
     """The templates of one source, applied to its rows. Which one a row draws depends on seed, source and row alone."""
 
     def __init__(self, source: DataSource, seed: int, columns: Sequence[str]) -> None:
@@ -86,14 +86,14 @@ class Instructions:
         variables = {_ROW: values, **values}
         if (label := values.get(self.source.label_column)) is not None:
             extra[LABEL] = key_text(label)
-            variables[_VERBALISED] = self.source.labels.get(extra[LABEL], label)
+            variables[LABEL_VARIABLE] = self.source.labels.get(extra[LABEL], label)
         if self.source.labels and extra.get(LABEL) not in self.source.labels:
             got = "null" if label is None else key_text(label)
             raise BadRow(f"label {got} is not among `labels` ({', '.join(self.source.labels)})")
         said = {part: self._render(index, part, variables, where) for part in template}
-        if _TEXT_PARTS[0] in said:
+        if TEXT_PARTS[0] in said:
             return said, extra
-        roles = [role for role in (_SYSTEM, "user") if role in said]
+        roles = [role for role in (SYSTEM_PART, "user") if role in said]
         messages = [{"role": role, "content": said[role]} for role in roles]
         return {"prompt": messages, "completion": [{"role": "assistant", "content": said["assistant"]}]}, extra
 
@@ -101,7 +101,7 @@ class Instructions:
         place = f"templates[{index}].{part}"
         text = self.source.templates[index][part]
         try:
-            return _compiled(text).render(variables)
+            return compile_template(text).render(variables)
         except BadRow as bad:
             raise BadRow(f"{place} {bad}") from None
         except UndefinedError as error:
@@ -111,7 +111,7 @@ class Instructions:
             if missing[0] in self.columns:
                 raise BadRow(f"no column `{missing[0]}`, which {place} reads") from None
             hint = nearest(missing[0], self.columns)
-            if missing[0] == _VERBALISED and not hint:
+            if missing[0] == LABEL_VARIABLE and not hint:
                 hint = "; the column with the labels is named as `label_column`"
             raise UserError(
                 f"{where}: {place} reads `{missing[0]}`, which no row has; the columns are {', '.join(self.columns)}{hint}."
@@ -122,7 +122,7 @@ class Instructions:
             raise BadRow(f"{place} fails with {type(error).__name__}: {error}") from None
 
 
-def label_of(text: str, template: Mapping[str, str], labels: Mapping[str, str]) -> str | None:
+def parse_label(text: str, template: Mapping[str, str], labels: Mapping[str, str]) -> str | None:
     """The label that a generated answer gives: the inverse of a template's `completion` (or `assistant`).
 
     That is the label which follows the template's words before `{{ label }}`, wherever these begin in the answer, or
@@ -153,7 +153,7 @@ def _around_label(completion: str) -> tuple[str | None, str]:
     """Patterns of what a completion says before its label, and after it; None where nothing tells the label's place."""
     before: str | None = None
     pattern = ""
-    for node in _environment().parse(completion).body:
+    for node in template_environment().parse(completion).body:
         for part in node.nodes if isinstance(node, nodes.Output) else [node]:
             if isinstance(part, nodes.TemplateData):
                 pattern += _pattern(part.data)
@@ -168,7 +168,7 @@ def _around_label(completion: str) -> tuple[str | None, str]:
 
 def _reads_label(part: nodes.Node) -> bool:
     names = [part] if isinstance(part, nodes.Name) else part.find_all(nodes.Name)
-    return any(name.name == _VERBALISED for name in names)
+    return any(name.name == LABEL_VARIABLE for name in names)
 
 
 def _pattern(words: str) -> str:

@@ -17,7 +17,7 @@ from align.data.encode import pair_ids, prompt_ids, prompt_labels, prompt_text, 
 from align.data.rows import BadRows, Demonstration, Preference, Prompt, Turns, render_text
 from align.errors import BadRow, UserError
 
-IGNORED = -100  # the label of a token that is not learnt
+IGNORE_INDEX = -100  # the label of a token that is not learnt
 BATCH = 1000  # rows tokenised together
 Report = dict[str, dict[str, Any]]
 
@@ -48,15 +48,15 @@ def tokenize_demonstrations(
 
     def records() -> Iterator[tuple[list[int], list[int]]]:
         for row, text, prompt, (response,) in _encoded(tokenizer, rows, bad):
-            with bad.counted(row.where):
+            with bad.catch(row.where):
                 ids = prompt + response
                 if row.prompt or not packing:
                     _check_length(len(ids), max_length, "max_length", tokenizer)
                 labels = ids
                 if completion_only_loss:
-                    labels = [IGNORED] * len(prompt)
+                    labels = [IGNORE_INDEX] * len(prompt)
                     if row.trained_turns > 1:
-                        labels = prompt_labels(tokenizer, row, text, IGNORED)
+                        labels = prompt_labels(tokenizer, row, text, IGNORE_INDEX)
                     labels = labels + response
                 if kept is not None:
                     kept.append(row)
@@ -83,7 +83,7 @@ def tokenize_preferences(
 
     def records() -> Iterator[list[list[int]]]:
         for row, sequences in _encoded_pairs(tokenizer, rows, bad, is_encoder):
-            with bad.counted(row.where):
+            with bad.catch(row.where):
                 _check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
                     raise BadRow("`chosen` and `rejected` have the same tokens")
@@ -104,7 +104,7 @@ def tokenize_prompts(
     bad = BadRows()
     prompts: list[tuple[Prompt, list[int]]] = []
     for row, _, ids, _ in _encoded(tokenizer, rows, bad):
-        with bad.counted(row.where):
+        with bad.catch(row.where):
             _check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
             prompts.append((row, ids))
     return prompts, _settle(bad, on_bad_row, len(rows), len(prompts))
@@ -117,7 +117,7 @@ def _encoded(
     for start in range(0, len(rows), BATCH):
         rendered: list[tuple[Any, str, list[str]]] = []
         for row in rows[start : start + BATCH]:
-            with bad.counted(row.where):
+            with bad.catch(row.where):
                 text = prompt_text(tokenizer, row.prompt)
                 answers = [response_text(tokenizer, row.prompt, text, response) for response in _responses(row)]
                 if not all(answer.strip() for answer in answers):  # nothing but a spelt-out EOS
@@ -169,7 +169,7 @@ def _check_length(size: int, limit: int, key: str, tokenizer: PreTrainedTokenize
 
 
 def _settle(bad: BadRows, on_bad_row: str, before: int, after: int) -> Report:
-    report = bad.settle(on_bad_row)
+    report = bad.raise_or_report(on_bad_row)
     if before and not after:
         raise UserError(
             f"none of {before} rows can be used ({bad.summary()}); give other rows, or change these limits."

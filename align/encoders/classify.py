@@ -25,7 +25,7 @@ from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Labelled
-from align.encoders.labels import COLUMNS, MULTI, REGRESSION, SHOWN, Labels, find_labels
+from align.encoders.labels import LABEL_COLUMNS, MULTI, REGRESSION, SHOWN, Labels, find_labels
 from align.encoders.tokenize import tokenize_labelled
 from align.engine.batch_plan import batch_plan
 from align.engine.distributed import connect, disconnect
@@ -101,16 +101,16 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
         save_trained(trainer, recipe, world, lambda: new_classifier(start, recipe))
         results = closing_numbers(labels, before, after, baseline, steps)
         if by_label:
-            tracker.table(trainer.state.global_step, "labels", COLUMNS, by_label)
+            tracker.table(trainer.state.global_step, "labels", LABEL_COLUMNS, by_label)
             more = f"({len(by_label) - SHOWN} more labels in README.md)\n" if len(by_label) > SHOWN else ""
-            tracker.say("\n" + markdown_table(COLUMNS, by_label[:SHOWN]) + more)
+            tracker.say("\n" + markdown_table(LABEL_COLUMNS, by_label[:SHOWN]) + more)
         if results["table"]:
             tracker.say("\n" + markdown_table(["measure", "before", "after"], results["table"]))
         if world.is_main:
             data = {**rows.report, "skipped": skipped}
             card = write_card(recipe, inputs, labels, pairs=any(row.text_pair is not None for row in rows.train))
             if by_label:
-                card += f"\n## Labels\n\n{markdown_table(COLUMNS, by_label)}"
+                card += f"\n## Labels\n\n{markdown_table(LABEL_COLUMNS, by_label)}"
             told = {"problem_type": labels.problem_type, "labels": labels.names}
             finish(recipe, "classify", sources, inputs.tokenizer, data, results, card, **told)
     world.barrier()

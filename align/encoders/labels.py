@@ -31,7 +31,7 @@ FITTING = {  # kinds of label, as `label_kind` names them
     MULTI: ("lists of text", "lists of whole numbers"),
     REGRESSION: ("fractions", "whole numbers"),
 }
-COLUMNS = ["label", "training rows", "held-out rows", "precision", "recall", "F1", "taken for"]
+LABEL_COLUMNS = ["label", "training rows", "held-out rows", "precision", "recall", "F1", "taken for"]
 SHOWN = 8  # labels that a message names
 RESAMPLES = 1000
 
@@ -146,7 +146,7 @@ class Labels:
         return found, found + missed, found + wrong
 
     def table(self, counts: Tensor) -> list[list[Any]]:
-        """A row for each label, as `COLUMNS` names them, from the sums of `counts`; none for a regression.
+        """A row for each label, as `LABEL_COLUMNS` names them, from the sums of `counts`; none for a regression.
 
         What a single label is taken for is all of its row in the confusion matrix, the commonest first.
         """

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from align.data.tokenize import IGNORED
+from align.data.tokenize import IGNORE_INDEX
 from align.errors import UserError
 from align.trainer.row_trainer import pad_right
 
@@ -43,7 +43,7 @@ class Masking:
             UserError: nothing in them is masked.
         """
         drawn = [self.mask(piece["input_ids"], piece["row"], "evaluation") for piece in pieces]
-        if not any((labels != IGNORED).any() for _, labels in drawn):
+        if not any((labels != IGNORE_INDEX).any() for _, labels in drawn):
             raise UserError(
                 f"eval_dataset: in {len(pieces)} held-out pieces of text no token is masked; give more text, or raise "
                 "mlm_probability."
@@ -60,10 +60,10 @@ class Masking:
             for row in rows
         ]
         real = torch.tensor([row["weight"] for row in rows])[:, None]  # 0 for a padding row
-        labels = pad_right([labels for _, labels in drawn], IGNORED).masked_fill(real == 0, IGNORED)
+        labels = pad_right([labels for _, labels in drawn], IGNORE_INDEX).masked_fill(real == 0, IGNORE_INDEX)
         return {
             "input_ids": pad_right([ids for ids, _ in drawn], self.pad_id),
             "attention_mask": pad_right([torch.ones_like(ids) for ids, _ in drawn], 0),
             "labels": labels,
-            "weight": (labels != IGNORED).sum(dim=1),
+            "weight": (labels != IGNORE_INDEX).sum(dim=1),
         }

@@ -25,7 +25,7 @@ from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Passage
-from align.data.tokenize import IGNORED
+from align.data.tokenize import IGNORE_INDEX
 from align.encoders.masking import Masking
 from align.encoders.tokenize import piece_length, tokenize_passages
 from align.engine.batch_plan import batch_plan
@@ -138,7 +138,7 @@ class MaskedTrainer(ExactEvaluation, RowTrainer):
         super()._run_epoch(**kwargs)
 
     def judge(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return total, (logits.argmax(dim=-1) == labels).sum()
 
 

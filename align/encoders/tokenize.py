@@ -35,7 +35,7 @@ def tokenize_labelled(
 
     def records() -> Iterator[dict[str, Any]]:
         for row in rows:
-            with bad.counted(row.where):
+            with bad.catch(row.where):
                 if row.text_pair is None:
                     ids = tokenizer(row.text, verbose=False)["input_ids"]
                 else:
@@ -51,7 +51,7 @@ def tokenize_labelled(
         "weight": Value("int32"),
     }
     dataset = _dataset(records(), features)
-    report = bad.settle(recipe.on_bad_row)
+    report = bad.raise_or_report(recipe.on_bad_row)
     if not dataset:
         raise UserError(
             f"none of {len(rows)} rows can be used ({bad.summary()}); give other rows, or change these limits."

@@ -87,7 +87,7 @@ def prepare(recipe: EvaluateRecipe, generates: bool) -> Inputs:
                     good.discard(index)
                     _append(condition, "", [], [], [])
             conditions.append(condition)
-    report["bad_rows"] |= bad.settle(recipe.on_bad_row)
+    report["bad_rows"] |= bad.raise_or_report(recipe.on_bad_row)
     if not good:
         raise UserError(
             f"none of {len(rows)} rows can be used ({bad.summary()}); give other rows, or change these limits."
@@ -152,7 +152,7 @@ def _add(
     bad: BadRows,
 ) -> None:
     """Append a row to the condition, unless it is a bad one."""
-    with bad.counted(row.where):
+    with bad.catch(row.where):
         prompt = with_examples(row, examples)
         ids = encode_prompt(condition.tokenizer, prompt)
         answer = encode_response(condition.tokenizer, prompt, row.completion)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.rows import Demonstration
-from align.data.templates import LABEL, LABELS, TEMPLATE, label_of
+from align.data.templates import LABEL, LABELS, TEMPLATE, parse_label
 from align.errors import UserError, nearest
 from align.evaluate.bootstrap import Measure
 
@@ -73,7 +73,9 @@ def as_labels(
     predicted, true = [], []
     for row, prediction, reference in zip(rows, predictions, references, strict=True):
         labelled = LABEL in row.extra
-        predicted.append(label_of(prediction, row.extra[TEMPLATE], row.extra[LABELS]) or "" if labelled else prediction)
+        predicted.append(
+            parse_label(prediction, row.extra[TEMPLATE], row.extra[LABELS]) or "" if labelled else prediction
+        )
         true.append(row.extra[LABEL] if labelled else reference)
     return predicted, true
 

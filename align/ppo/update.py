@@ -14,7 +14,7 @@ from torch import Tensor
 from align.config.ppo import PPORecipe
 from align.data.batches import PromptLoader
 from align.data.collate import chunks, pad_right
-from align.data.tokenize import IGNORED
+from align.data.tokenize import IGNORE_INDEX
 from align.engine.batch_plan import BatchPlan
 from align.engine.distributed import World
 from align.errors import UserError
@@ -168,17 +168,17 @@ class Updater:
         recipe, world = self.recipe, self.world
         chosen = rows[PromptLoader(len(rows), recipe.seed).batch(step, recipe.ptx_batch_size)]
         labels = chosen["labels"]
-        trained = sum(label != IGNORED for row in labels for label in row[1:])  # the first token has no prediction
+        trained = sum(label != IGNORE_INDEX for row in labels for label in row[1:])  # the first token has no prediction
         sums = []
         mine = range(world.rank, len(labels), world.size)
         for part in chunks(len(mine), self.plan.micro_batch_size):
             ids, mask = pad_right([chosen["input_ids"][i] for i in mine[part]], 0)
-            targets, _ = pad_right([labels[i] for i in mine[part]], IGNORED)
+            targets, _ = pad_right([labels[i] for i in mine[part]], IGNORE_INDEX)
             ids, mask, targets = (tensor.to(world.device) for tensor in (ids, mask, targets))
             output = self.models.policy(
                 input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
             )
-            counted = targets[:, 1:] != IGNORED
+            counted = targets[:, 1:] != IGNORE_INDEX
             logprobs = token_logprobs(output.logits[:, :-1], targets[:, 1:].clamp(min=0), 1.0)
             loss = -logprobs.masked_fill(~counted, 0.0).sum()
             self.models.policy.backward(recipe.ptx_coef * loss / trained)

@@ -23,7 +23,7 @@ from trl import RewardConfig
 from align.config.reward import RewardRecipe
 from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
-from align.data.duplicates import duplicates_line
+from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
@@ -80,7 +80,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
     start = write_untrained(recipe, world, checkpoint is not None, partial(write_scorer, recipe, inputs.tokenizer))
     with Tracker(recipe, "reward", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
-        if (line := duplicates_line(rows.report)) is not None:
+        if (line := describe_duplicates(rows.report)) is not None:
             tracker.say(line)
         before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
 

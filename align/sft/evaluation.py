@@ -21,10 +21,10 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from align.data.mixture import TASKS
+from align.data.mixture import MAX_REPORTED_TASKS
 from align.data.rows import Demonstration
 from align.data.templates import TASK
-from align.data.tokenize import IGNORED
+from align.data.tokenize import IGNORE_INDEX
 from align.maths.perplexity import perplexity
 
 HELD_OUT, RETENTION, TRAINING = "held out", "retention", "training"
@@ -66,13 +66,13 @@ def measured_rows(
     numbers = [parts.index((side, task)) for side, _, tasks in sides for task in tasks]
     rows = concatenate_datasets([dataset.select_columns(["input_ids", "labels"]) for _, dataset, _ in sides])
     # Nothing predicts a first token, but for virtual tokens before it: those would be asked for one token more.
-    columns = {"input_ids": rows["input_ids"][:], "labels": [[IGNORED, *labels[1:]] for labels in rows["labels"]]}
+    columns = {"input_ids": rows["input_ids"][:], "labels": [[IGNORE_INDEX, *labels[1:]] for labels in rows["labels"]]}
     return Measured(Dataset.from_dict(columns, features=rows.features).add_column(PART, numbers), parts)
 
 
 def _tasks(rows: Sequence[Demonstration]) -> list[str]:
     tasks = [str(row.extra[TASK]) for row in rows]
-    known = {task for task, _ in Counter(tasks).most_common(TASKS)}
+    known = {task for task, _ in Counter(tasks).most_common(MAX_REPORTED_TASKS)}
     return [task if task in known else OTHER for task in tasks]
 
 

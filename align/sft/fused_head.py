@@ -10,7 +10,7 @@ import torch
 import trl.trainer.utils
 from torch import Tensor
 
-from align.data.tokenize import IGNORED
+from align.data.tokenize import IGNORE_INDEX
 
 FUSED = hasattr(trl.trainer.utils, "add_fused_lm_head")  # not in 1.14, the last TRL for Python 3.10
 
@@ -42,7 +42,7 @@ def token_scores(logits: Tensor, labels: Tensor) -> SimpleNamespace:
         to be predicted. Only `log_probs` has a gradient.
     """
     labels = labels[:, 1:]
-    mask = labels != IGNORED
+    mask = labels != IGNORE_INDEX
     all_log_probs = logits[:, :-1].float().log_softmax(dim=-1)
     log_probs = all_log_probs.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
     with torch.no_grad():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.sft import SFTRecipe
-from align.data.duplicates import duplicates_line
+from align.data.duplicates import describe_duplicates
 from align.maths.perplexity import perplexity
 from align.runs.charts import draw
 from align.runs.tables import markdown_table
@@ -52,7 +52,7 @@ def retention_lines(report: Mapping[str, Any], target: int, replayed: int) -> li
     lines = [line]
     if dropped := report["train_rows_dropped_as_retention"]:
         lines.append(f"{dropped} training rows dropped, because retention measures their prompt")
-    if replayed and (repeated := duplicates_line(retention)) is not None:
+    if replayed and (repeated := describe_duplicates(retention)) is not None:
         lines.append(f"retention: {repeated}")
     return lines
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from align.config.sft import SFTRecipe
 from align.data.collate import chunks
 from align.data.encode import encode_prompt
-from align.data.mixture import sample
+from align.data.mixture import seeded_sample
 from align.data.rows import Demonstration, render_text
 from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
@@ -21,7 +21,7 @@ from align.evaluate.metrics import foreign_scores, load_metric, measure
 from align.generation.responses import gather_responses, respond_to_batch
 
 KEY = "eval_metrics"
-COLUMNS = ("prompt", "response", "reference")
+RESPONSE_COLUMNS = ("prompt", "response", "reference")
 SHOWN_ROWS = 8  # of the table
 
 
@@ -65,7 +65,7 @@ def questions(
     """
     if not (metrics := load_metrics(recipe)):
         return None
-    some = sample([row for row in rows if row.prompt], recipe.max_eval_generations, f"{recipe.seed} responses")
+    some = seeded_sample([row for row in rows if row.prompt], recipe.max_eval_generations, f"{recipe.seed} responses")
     if not some:
         raise UserError(f"{KEY}: no evaluation row has a prompt to answer; leave it out, or evaluate on other rows.")
     ids = [encode_prompt(tokenizer, row.prompt) for row in some]

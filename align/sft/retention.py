@@ -15,9 +15,9 @@ from datasets import Dataset, concatenate_datasets
 
 from align.config.sft import SFTRecipe
 from align.data.load import DataSettings, Rows, load_rows
-from align.data.mixture import sample
+from align.data.mixture import seeded_sample
 from align.data.rows import Demonstration
-from align.data.split import NoneHeldOut, prompts_of, without_prompts
+from align.data.split import NoHeldOutRows, prompts_of, without_prompts
 from align.data.tokenize import Report
 from align.errors import UserError
 
@@ -54,7 +54,7 @@ def load_with_retention(recipe: SFTRecipe) -> tuple[Rows, Retention]:
     )
     try:
         found = load_rows(settings, Demonstration)
-    except NoneHeldOut as error:
+    except NoHeldOutRows as error:
         instead = (
             "" if recipe.replay_fraction else ", or measure all of them: `eval_fraction: 0` beside an `eval_dataset`"
         )
@@ -67,7 +67,7 @@ def load_with_retention(recipe: SFTRecipe) -> tuple[Rows, Retention]:
     measured, replayable = found.evaluation, found.train
     if not recipe.eval_fraction:
         measured, replayable = (
-            sample(replayable, recipe.max_eval_rows or len(replayable), f"{recipe.seed} retention"),
+            seeded_sample(replayable, recipe.max_eval_rows or len(replayable), f"{recipe.seed} retention"),
             [],
         )
     train = without_prompts(rows.train, prompts_of(measured))
@@ -115,7 +115,7 @@ def with_replay(
     """
     if not (count := replay_count(replay_fraction, len(training))):
         return training, {}
-    rows, bad = tokenize(sample(replayable, count, f"{seed} replay"))
+    rows, bad = tokenize(seeded_sample(replayable, count, f"{seed} replay"))
     order = list(range(len(rows)))
-    again = sample(order, count % len(rows), f"{seed} replay again")
+    again = seeded_sample(order, count % len(rows), f"{seed} replay again")
     return concatenate_datasets([training, rows.select(order * (count // len(rows)) + again)]), bad

@@ -18,7 +18,7 @@ from trl import SFTConfig
 from align.config.sft import SFTRecipe
 from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
-from align.data.duplicates import duplicates_line
+from align.data.duplicates import describe_duplicates
 from align.engine.batch_plan import batch_plan
 from align.engine.distributed import connect, disconnect
 from align.errors import UserError
@@ -75,7 +75,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
     steps = total_steps(recipe, len(train_rows), plan)
     with Tracker(recipe, "sft", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
-        if (line := duplicates_line(rows.report)) is not None:
+        if (line := describe_duplicates(rows.report)) is not None:
             tracker.say(line)
         for line in retention_lines(rows.report, tokens.target, tokens.replayed):
             tracker.say(line)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from align.data.tokenize import IGNORED
+from align.data.tokenize import IGNORE_INDEX
 from align.runs.tracker import Tracker
 from align.sft import responses as eval_responses
 from align.sft.best_checkpoint import BoundedPatience, better, keeps
@@ -70,7 +70,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         part = inputs.pop(PART, None)
         # Nothing predicts a first token, but for virtual tokens before it: those would be asked for one token more.
-        inputs["labels"][:, 0] = IGNORED
+        inputs["labels"][:, 0] = IGNORE_INDEX
         batch = dict(inputs)  # Trainer takes the labels out before it calls a function for the loss
 
         def weighed(scores: Any) -> Any:
@@ -131,7 +131,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
                 responses = eval_responses.respond(self.model, self.questions)
             logs |= {f"eval_{name}": value for name, value in eval_responses.judge(self.questions, responses).items()}
             rows = eval_responses.table(self.questions, responses)
-            self.tracker.table(self.state.global_step, "samples", eval_responses.COLUMNS, rows)
+            self.tracker.table(self.state.global_step, "samples", eval_responses.RESPONSE_COLUMNS, rows)
 
     def patience(self, evaluations: int) -> TrainerCallback:
         if self.max_forgetting is None:
@@ -164,7 +164,7 @@ def token_shares(batch: dict[str, Tensor]) -> Tensor:
     Args:
         batch: `labels` [m, S], -100 where nothing is learnt; `position_ids` [m, S] in rows of several examples.
     """
-    counted = batch["labels"][:, 1:] != -100
+    counted = batch["labels"][:, 1:] != IGNORE_INDEX
     if "position_ids" in batch:
         examples = (batch["position_ids"][:, 1:] == 0).long().cumsum(dim=1)
     else:

@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from align.config.base import TrainerRecipe
-from align.data.batches import ByLength
+from align.data.batches import ResumableLengthGroupedSampler
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
@@ -137,7 +137,7 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
         rows = self.train_dataset
         column = next(name for name in ("input_ids", "chosen_ids") if name in rows.column_names)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ByLength([len(ids) for ids in rows[column]], batch, self.args.seed)
+        return ResumableLengthGroupedSampler([len(ids) for ids in rows[column]], batch, self.args.seed)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL would write one with every checkpoint; the stage writes its own at the end."""

@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot
 from align.config.load import load_recipe
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Labelled
-from align.encoders.labels import COLUMNS, find_labels
+from align.encoders.labels import LABEL_COLUMNS, find_labels
 from align.runs.tables import markdown_table
 
 recipe = load_recipe("classify", sys.argv[1], sys.argv[2:])
@@ -38,4 +38,4 @@ measures = labels.summary(counts, float(labels.correct(answers, targets).sum()),
 print(f"{len(train)} rows to learn from, {len(true)} held out, {search.best_params_}")
 for name in ("accuracy", "macro_f1"):
     print(f"{name} {measures[name]:.3f} [{measures[f'{name}_low']:.3f}, {measures[f'{name}_high']:.3f}]")
-print(markdown_table(COLUMNS, sorted(labels.table(counts), key=lambda row: -row[1])))
+print(markdown_table(LABEL_COLUMNS, sorted(labels.table(counts), key=lambda row: -row[1])))

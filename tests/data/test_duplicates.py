@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from align.config.data_source import DataSource
-from align.data.duplicates import THRESHOLD, duplicates_line, find_duplicates, near_duplicates, row_text
+from align.data.duplicates import THRESHOLD, describe_duplicates, find_duplicates, near_duplicates, row_text
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Demonstration, Preference, Prompt
 from align.data.templates import TEMPLATE
@@ -101,7 +101,7 @@ def test_exact_and_near_are_told_apart():
         "near": {"count": 1, "first": [["e:2", "t:2", 0.973]]},
     }
     assert json.loads(json.dumps(found)) == found
-    line = duplicates_line({"duplicates": found})
+    line = describe_duplicates({"duplicates": found})
     assert line is not None
     assert line.startswith(
         "3 of 4 evaluation rows stand in the training rows too (2 exact, 1 near duplicates; e:1 is like t:3)"
@@ -118,11 +118,11 @@ def test_only_the_first_pairs_are_named():
 
 def test_nothing_to_say():
     clean = find_duplicates(rows("a", name="t"), rows("b", name="e"))
-    assert duplicates_line({"duplicates": clean}) is None
-    assert duplicates_line({"duplicates": find_duplicates(rows("a", name="t"), [])}) is None
-    assert duplicates_line({}) is None
+    assert describe_duplicates({"duplicates": clean}) is None
+    assert describe_duplicates({"duplicates": find_duplicates(rows("a", name="t"), [])}) is None
+    assert describe_duplicates({}) is None
     near = find_duplicates(rows("Yes!", name="t"), rows("yes", name="e"))
-    assert "(0 exact, 1 near duplicates; e:1 is like t:1)" in str(duplicates_line({"duplicates": near}))
+    assert "(0 exact, 1 near duplicates; e:1 is like t:1)" in str(describe_duplicates({"duplicates": near}))
 
 
 def test_text_of_a_row():

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from align.config.data_source import DataSource
 from align.data.load import DataSettings, Rows, load_rows
-from align.data.mixture import shares_line, times_used
+from align.data.mixture import describe_task_shares, times_used
 from align.data.rows import Demonstration, Preference, Prompt, Turns
 from align.data.templates import task_name
 from align.errors import UserError
@@ -386,7 +386,7 @@ class TestMixture:
         tasks = load(write_jsonl(tmp_path / "a.jsonl", [*rows, {**pairs(301)[-1], "task": "task 299"}])).report["tasks"]
         assert len(tasks) == 100
         assert next(iter(tasks)) == "task 299"
-        line = str(shares_line({"tasks": tasks}))
+        line = str(describe_task_shares({"tasks": tasks}))
         assert line.startswith("task 299 0.7% (2 rows), task 0 0.3% (1 rows), ")
         assert line.endswith("task 18 0.3% (1 rows), and 80 more")
 

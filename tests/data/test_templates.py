@@ -13,7 +13,7 @@ from align.config.data_source import DataSource
 from align.config.load import load_recipe
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.rows import Demonstration, Prompt
-from align.data.templates import label_of
+from align.data.templates import parse_label
 from align.errors import UserError
 from tests.worlds import write_jsonl
 
@@ -284,7 +284,7 @@ class TestWayBack:
         ],
     )
     def test_label_of(self, text, expected):
-        assert label_of(text, SENTIMENT, self.LABELS) == expected
+        assert parse_label(text, SENTIMENT, self.LABELS) == expected
 
     @pytest.mark.parametrize(
         ("completion", "text", "expected"),
@@ -301,7 +301,7 @@ class TestWayBack:
     )
     def test_other_templates(self, completion, text, expected):
         for template in ({"prompt": "p", "completion": completion}, {"user": "u", "assistant": completion}):
-            assert label_of(text, template, self.LABELS) == expected
+            assert parse_label(text, template, self.LABELS) == expected
 
     @pytest.mark.parametrize(
         ("completion", "text", "expected"),
@@ -314,7 +314,7 @@ class TestWayBack:
         ],
     )
     def test_without_labels(self, completion, text, expected):
-        assert label_of(text, {"prompt": "p", "completion": completion}, {}) == expected
+        assert parse_label(text, {"prompt": "p", "completion": completion}, {}) == expected
 
     def test_every_completion_gives_its_label_back(self, load):
         templates = [
@@ -326,4 +326,4 @@ class TestWayBack:
         for labels in (self.LABELS, {}):
             for row in load(rows, *templates, labels=labels).train:
                 answer = row.completion if isinstance(row.completion, str) else row.completion[0]["content"]
-                assert label_of(answer, row.extra["_template"], row.extra["_labels"]) == row.extra["_label"]
+                assert parse_label(answer, row.extra["_template"], row.extra["_labels"]) == row.extra["_label"]

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from align.config.load import load_recipe
 from align.config.sft import SFTRecipe
-from align.data.batches import ByLength
+from align.data.batches import ResumableLengthGroupedSampler
 from align.data.tokenize import tokenize_demonstrations
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
@@ -238,7 +238,7 @@ class TestByLength:
     def test_rows_of_like_length_share_a_batch(self):
         torch.manual_seed(0)
         lengths = torch.randint(1, 100, (400,)).tolist()
-        order = list(ByLength(lengths, 8, seed=3))
+        order = list(ResumableLengthGroupedSampler(lengths, 8, seed=3))
         assert sorted(order) == list(range(400))
         spreads = [
             max(lengths[i] for i in order[k : k + 8]) - min(lengths[i] for i in order[k : k + 8])
@@ -247,7 +247,7 @@ class TestByLength:
         assert sum(spreads) / len(spreads) < 10, "a random batch of 8 spreads over 77"
 
     def test_the_order_changes_with_the_epoch_and_not_with_anything_else(self):
-        sampler = ByLength(list(range(50)), 4, seed=3)
+        sampler = ResumableLengthGroupedSampler(list(range(50)), 4, seed=3)
         first = list(sampler)
         torch.rand(7)
         assert list(sampler) == first

@@ -30,9 +30,9 @@ from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.config.stages import read_stage, stage_inputs
-from align.data.duplicates import duplicates_line
+from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, Rows, load_rows
-from align.data.mixture import shares_line
+from align.data.mixture import describe_task_shares
 from align.data.rows import Demonstration, Labelled, Passage, Preference, Prompt, render_text
 from align.encoders.labels import find_labels
 from align.engine.batch_plan import BatchPlan, batch_plan
@@ -108,9 +108,9 @@ def _check_stage(
             rows = load_rows(DataSettings.from_recipe(recipe), FORMS[stage])
         for line in (f"rows: {_counts(rows, recipe, plan)}", *lines):
             report.say(line)
-        if shares := shares_line(rows.report):
+        if shares := describe_task_shares(rows.report):
             report.say(f"tasks: {shares}")
-        if repeated := duplicates_line(rows.report):
+        if repeated := describe_duplicates(rows.report):
             report.say(repeated)
     with report.part():
         recipe = _with_stand_ins(recipe, made, report)

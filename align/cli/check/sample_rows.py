@@ -19,7 +19,7 @@ from align.config.sft import SFTRecipe
 from align.data.load import Rows
 from align.data.rows import Labelled, Passage
 from align.data.templates import TASK, TEMPLATE
-from align.data.tokenize import IGNORED, tokenize_demonstrations, tokenize_preferences, tokenize_prompts
+from align.data.tokenize import IGNORE_INDEX, tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.encoders.labels import Labels
 from align.encoders.masking import Masking
 from align.encoders.tokenize import piece_length, tokenize_labelled, tokenize_passages
@@ -88,7 +88,7 @@ def _tokenized(
             packing=recipe.packing,
         )
         first = data[0]
-        shown = {"row": (first["input_ids"], [label != -100 for label in first["labels"]])}
+        shown = {"row": (first["input_ids"], [label != IGNORE_INDEX for label in first["labels"]])}
         return shown, "marked: the tokens that are trained", data["input_ids"], bad
     if isinstance(recipe, RewardRecipe):
         data, bad = tokenize_preferences(
@@ -153,4 +153,4 @@ def _pieces(
     data = tokenize_passages(rows, tokenizer, piece_length(tokenizer, config, recipe))
     masked, labels = Masking(tokenizer, recipe.mlm_probability, recipe.seed).mask(data[0]["input_ids"], 0, 0)
     note = f"marked: the tokens to predict; {len(data)} pieces"
-    return {"piece": (masked.tolist(), (labels != IGNORED).tolist())}, note, data["input_ids"][:], {}
+    return {"piece": (masked.tolist(), (labels != IGNORE_INDEX).tolist())}, note, data["input_ids"][:], {}
