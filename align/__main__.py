@@ -1,110 +1,137 @@
-"""The `align` command: parse, load the recipe, hand over to a stage."""
+"""The `align` command: parse the command line, hand over to a stage or to a command of `align.cli`."""
 
 from __future__ import annotations
 
+import argparse
+import functools
 import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 from align.cli import run as pipeline
-from align.config.stages import CLASSES
+from align.config.stages import STAGES
 from align.errors import UserError, nearest
-from align.runs.launch import _guard, _stage, launched_words
+from align.runs.command_line import CommandParser, exit_code, stage_arguments
+from align.runs.launch import launched_words, run_stage
 from align.runs.quiet import quiet
 
-USAGE = """\
-usage: align sft|reward|ppo|classify|mlm RECIPE [--key value ...]
-                                                        run one stage; `align ppo --help` lists its keys
-       align evaluate RECIPE [--key value ...]          compare models, and examples in the prompt, on the same rows
-       align run DIR [--num_gpus N] [--key value ...]   run a folder's numbered recipes in order
-       align check RECIPE|DIR [--num_gpus N] [--key value ...]
-                                                        say whether it would run, and in how much memory
-       align merge ADAPTER OUTPUT                       make an adapter part of the model it was trained on
-       align verify [--num_gpus N] [--json [FILE]] [--key value ...]
-                                                        train PPO on languages with a known optimum, and compare
-       align --version | --help
-
+EPILOG = """\
+`align COMMAND --help` explains a command, and lists the keys of a stage.
 A stage also runs under the launcher: deepspeed --num_gpus N --module align.ppo RECIPE [--key value ...]
-The same command continues a run that was cut off.
-"""
+The same command continues a run that was interrupted."""
+ALIASES = ("--num-gpus", "--num_accelerators", "--num-accelerators")  # of --num_gpus
+KEYS = "--key value sets a recipe key, here for each recipe that has it."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for an error that the user can fix, 130 when interrupted."""
     words = launched_words(sys.argv[1:] if argv is None else argv)
-    command = words[0] if words else None
-    if command in CLASSES:
-        return _guard(lambda: _stage(command, words[1:]))
-    if command in ("run", "check"):
-        return _guard(lambda: _folder_command(command, words[1:]))
-    if command == "merge":
-        return _guard(lambda: _merge(words[1:]))
-    if command == "verify":
-        return _guard(lambda: _verify(words[1:]))
-    if command == "--version":
-        print(f"align {_version()}")
-        return 0
-    if command in ("--help", "-h", "help"):
-        print(USAGE, end="")
-        return 0
-    known = [*CLASSES, "run", "check", "merge", "verify", "--version", "--help"]
-    got = f"unknown command {command!r}{nearest(command, known)}" if command else "no command given"
-    print(f"error: {got}\n{USAGE}", end="", file=sys.stderr)
-    return 2
+    return exit_code(lambda: _run(words))
 
 
-def _folder_command(command: str, words: list[str]) -> int:
-    if "--help" in words or "-h" in words:
-        print(USAGE, end="")
-        return 0
-    if not words or words[0].startswith("-"):
-        what = "folder of numbered recipes" if command == "run" else "recipe or a folder of them"
-        raise UserError(f"align {command}: expected a {what} first, as in `align {command} recipes/quickstart`.")
-    num_gpus, overrides = _take_num_gpus(words[1:])
-    if command == "run":
-        return pipeline.run(words[0], num_gpus, overrides)
-    return int(importlib.import_module("align.cli.check.check").run(words[0], num_gpus, overrides))
+def _run(words: list[str]) -> int:
+    parser, commands = make_parser()
+    if words[:1] == ["help"]:
+        words = ["--help"]
+    known = [*commands, "--version", "--help"]
+    if not words or words[0] not in [*known, "-h"]:
+        problem = f"unknown command {words[0]!r}{nearest(words[0], known)}" if words else "no command given"
+        print(f"error: {problem}\n{parser.format_help()}", end="", file=sys.stderr)
+        return 2
+    arguments, overrides = parser.parse_known_args(words)
+    return int(arguments.run(arguments, overrides))
 
 
-def _merge(words: list[str]) -> int:
-    if len(words) != 2 or words[0].startswith("-"):
+def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, which has a subparser for each command, and the names of the commands."""
+    parser = CommandParser(
+        prog="align", usage="align COMMAND ...", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"align {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="align", parser_class=CommandParser)
+    for stage in STAGES.values():
+        about = " ".join(str(stage.recipe.__doc__).split("\n\n")[0].split())
+        each = commands.add_parser(
+            stage.name, help=(about.partition(": ")[2] or about).rstrip("."), **stage_arguments(stage)
+        )
+        each.set_defaults(run=functools.partial(_stage, stage.name))
+    run = commands.add_parser(
+        "run",
+        help="run a folder's numbered recipes in order",
+        usage="align run DIR [--num_gpus N] [--key value ...]",
+        description=f"Run a folder's numbered recipes in order; skip finished ones, resume interrupted ones. {KEYS}",
+        no_path="expected a folder of numbered recipes first, as in `align run recipes/quickstart`.",
+    )
+    run.set_defaults(run=_run_folder)
+    check = commands.add_parser(
+        "check",
+        help="say whether a recipe or a folder of them would run, and in how much memory",
+        usage="align check RECIPE|DIR [--num_gpus N] [--key value ...]",
+        description=f"Check keys, rows, tokens and models without loading weights, and estimate the memory. {KEYS}",
+        no_path="expected a recipe or a folder of them first, as in `align check recipes/quickstart`.",
+    )
+    check.set_defaults(run=_check)
+    merge = commands.add_parser(
+        "merge",
+        help="merge an adapter into the model that it was trained on",
+        usage="align merge ADAPTER OUTPUT",
+        description="Merge an adapter into the model that it was trained on, and save that as a plain model.",
+    )
+    merge.add_argument("folders", nargs="*", help=argparse.SUPPRESS)
+    merge.set_defaults(run=_merge)
+    verify = commands.add_parser(
+        "verify",
+        help="train PPO on languages with a known optimum, and compare",
+        usage="align verify [--num_gpus N] [--json [FILE]] [--key value ...]",
+        description="Train PPO on languages small enough to compute the optimal policy, and compare with it. "
+        "--key value sets a key of the PPO recipes.",
+    )
+    verify.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to a file")
+    verify.set_defaults(run=_verify)
+    for each in (run, check, verify):
+        each.add_argument("--num_gpus", nargs="?", const="", metavar="N", help="number of processes, one per GPU")
+        each.add_argument(
+            *ALIASES, nargs="?", const="", dest="num_gpus", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+    return parser, list(commands.choices)
+
+
+def _stage(stage: str, arguments: argparse.Namespace, overrides: list[str]) -> int:
+    return run_stage(stage, arguments.path, overrides)
+
+
+def _run_folder(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    return pipeline.run(arguments.path, _num_gpus(arguments), overrides)
+
+
+def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    check = importlib.import_module("align.cli.check.check")
+    return int(check.run(arguments.path, _num_gpus(arguments), overrides))
+
+
+def _merge(arguments: argparse.Namespace, others: list[str]) -> int:
+    if len(arguments.folders) != 2 or others:
         raise UserError(
             "align merge: expected an adapter's folder and a new folder, as in `align merge out/adapter merged`."
         )
-    print(importlib.import_module("align.cli.merge").run(*words))
+    print(importlib.import_module("align.cli.merge").run(*arguments.folders))
     return 0
 
 
-def _verify(words: list[str]) -> int:
-    if "--help" in words or "-h" in words:
-        print(USAGE, end="")
-        return 0
-    num_gpus, words = _take_num_gpus(words)
-    path = None
-    if "--json" in words:
-        at = words.index("--json")
-        has_path = len(words) > at + 1 and not words[at + 1].startswith("--")
-        path = words.pop(at + 1) if has_path else "-"
-        words.pop(at)
+def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    num_gpus = _num_gpus(arguments)
     quiet()
-    return int(importlib.import_module("align.cli.verify").run(num_gpus, path, words))
+    return int(importlib.import_module("align.cli.verify").run(num_gpus, arguments.json, overrides))
 
 
-def _take_num_gpus(words: list[str]) -> tuple[int | None, list[str]]:
-    """`--num_gpus N` (or `--num_accelerators N`, `=N`) out of `words`, and the rest."""
-    rest: list[str] = []
-    found = None
-    left = iter(words)
-    for word in left:
-        name, equals, value = word.partition("=")
-        if name.replace("-", "_") in ("__num_gpus", "__num_accelerators"):
-            found = value if equals else next(left, "")
-            if not found.isdigit() or int(found) < 1:
-                raise UserError(f"{name}: expected a number of processes from 1, got {found or 'nothing'}")
-        else:
-            rest.append(word)
-    return int(found) if found else None, rest
+def _num_gpus(arguments: argparse.Namespace) -> int | None:
+    found: str | None = arguments.num_gpus
+    if found is None:
+        return None
+    if not found.isdigit() or int(found) < 1:
+        raise UserError(f"--num_gpus: expected a number of processes from 1, got {found or 'nothing'}")
+    return int(found)
 
 
 def _version() -> str:

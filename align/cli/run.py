@@ -15,7 +15,6 @@ from rich.table import Table
 from align.cli.processes import _ending, _free_port, _quiet_launcher, _run_process, _terminated
 from align.cli.steps import Step, read_steps
 from align.config.evaluate import EvaluateRecipe
-from align.config.stages import stage_inputs
 from align.errors import UserError
 from align.evaluate.results import finished, tables
 from align.runs.manifest import is_finished, read_manifest
@@ -65,7 +64,7 @@ def already_done(step: Step) -> list[Table] | None:
     if isinstance(step.recipe, EvaluateRecipe):
         results = finished(step.recipe)
         return None if results is None else [table.drawn() for table in tables(step.recipe, results)]
-    return [] if is_finished(step.recipe, step.stage, stage_inputs(step.recipe)) else None
+    return [] if is_finished(step.recipe) else None
 
 
 def command(step: Step) -> list[str]:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align.config.base import StageRecipe
-from align.config.evaluate import EvaluateRecipe
-from align.config.load import load_any
-from align.config.stages import CLASSES, read_stage
+from align.config.load import load_recipe
+from align.config.stages import STAGES, Recipe, read_stage
 from align.engine.batch_plan import batch_plan
 from align.errors import UserError, nearest
 
@@ -21,7 +20,7 @@ class Step:
 
     path: str
     stage: str
-    recipe: StageRecipe | EvaluateRecipe
+    recipe: Recipe
     overrides: list[str]
     processes: int
 
@@ -41,7 +40,7 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
     shared = {stage: known_overrides(stage, overrides, set(stages.values())) for stage in set(stages.values())}
     steps: list[Step] = []
     for path, stage in stages.items():
-        recipe = load_any(stage, path, shared[stage])
+        recipe = load_recipe(stage, path, shared[stage])
         count = processes(recipe, num_gpus)
         for other in steps:
             if Path(other.recipe.output_dir).resolve() == Path(recipe.output_dir).resolve():
@@ -83,7 +82,7 @@ def numbered_recipes(directory: str) -> list[str]:
 
 def known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> list[str]:
     """The overrides, with their values, whose key `stage` has; one that no stage has is an error."""
-    keys = {name: {field.name for field in dataclasses.fields(CLASSES[name])} for name in stages}
+    keys = {name: {field.name for field in dataclasses.fields(STAGES[name].recipe)} for name in stages}
     kept: list[str] = []
     keep = True
     for word in overrides:
@@ -97,7 +96,7 @@ def known_overrides(stage: str, overrides: Sequence[str], stages: set[str]) -> l
     return kept
 
 
-def processes(recipe: StageRecipe | EvaluateRecipe, num_gpus: int | None) -> int:
+def processes(recipe: Recipe, num_gpus: int | None) -> int:
     """Processes for a recipe: `num_gpus` if given; else one, or with a `deepspeed` key one per visible GPU."""
     if num_gpus is None and not getattr(recipe, "deepspeed", None):
         return 1

@@ -12,14 +12,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from align.config.data_source import DataSource
-from align.config.keys import key, required
-from align.errors import UserError
+from align.config.keys import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FROM_0_TO_BELOW_1,
+    MAX_LENGTH,
+    MINUS_1_OR_AT_LEAST_1,
+    Where,
+    check_function_name,
+    check_ranges,
+    key,
+    required,
+)
+from align.errors import UserError, nearest
 
 SCHEDULES = (
     "linear",
@@ -31,16 +43,7 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 
-# What each stage may train; the others train all their weights.
-METHODS = {
-    "sft": ("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"),
-    "reward": ("full", "freeze", "head", "lora", "dora", "ia3"),
-    "ppo": ("full", "lora", "dora", "ia3"),
-    "classify": ("full", "freeze", "head", "lora", "dora", "ia3"),
-    "mlm": ("full", "freeze"),
-}
 DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed")
-_DATASET_KEYS = ("train_dataset", "eval_dataset", "ptx_dataset", "retention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +51,8 @@ class StageRecipe:
     """Keys that all stages share."""
 
     output_dir: str = required("Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints.")
-    stage: Literal["sft", "reward", "ppo", "classify", "mlm"] | None = key(
-        None, "Which stage this recipe is for; `align run` and `align check` need it."
-    )
-    seed: int = key(42, "Seed of data order, splits, initialisation and sampling.")
+    stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
+    seed: int = key(42, "Seed of data order, splits, initialisation and sampling.", AT_LEAST_0)
 
     train_dataset: list[DataSource] = key(
         [], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these."
@@ -60,31 +61,36 @@ class StageRecipe:
         1.0,
         "T of the mixture of training sources: each gets a share proportional to weight x rows^(1/T) of as many rows "
         "as 1 gives; 1 is by size, more is more even (arXiv 1910.10683).",
+        AT_LEAST_1,
     )
     eval_dataset: list[DataSource] = key(
         [], "Evaluation rows; without it, a seeded share of the training prompts is held out."
     )
-    eval_fraction: float = key(0.05, "Share of the prompts held out when there is no `eval_dataset`.")
-    max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.")
+    eval_fraction: float = key(
+        0.05, "Share of the prompts held out when there is no `eval_dataset`.", FROM_0_TO_BELOW_1
+    )
+    max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.", AT_LEAST_1)
     on_bad_row: Literal["error", "skip"] = key(
         "error", "What to do with rows that cannot be used: refuse the data, or skip and count."
     )
     chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
 
-    learning_rate: float = key(2e-5, "Peak learning rate of AdamW.")
-    weight_decay: float = key(0.0, "AdamW weight decay.")
-    adam_beta1: float = key(0.9, "AdamW beta 1.")
-    adam_beta2: float = key(0.999, "AdamW beta 2.")
-    adam_epsilon: float = key(1e-8, "AdamW epsilon.")
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0 switches clipping off.")
+    learning_rate: float = key(2e-5, "Peak learning rate of AdamW.", ABOVE_0)
+    weight_decay: float = key(0.0, "AdamW weight decay.", AT_LEAST_0)
+    adam_beta1: float = key(0.9, "AdamW beta 1.", FROM_0_TO_BELOW_1)
+    adam_beta2: float = key(0.999, "AdamW beta 2.", FROM_0_TO_BELOW_1)
+    adam_epsilon: float = key(1e-8, "AdamW epsilon.", ABOVE_0)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0 switches clipping off.", AT_LEAST_0)
     lr_scheduler_type: str = key(
         "linear", "Schedule name as in transformers: linear, cosine, constant, constant_with_warmup, ..."
     )
-    warmup_steps: float = key(0, "Warm-up in optimiser steps; a number below 1 is a share of all steps.")
+    warmup_steps: float = key(0, "Warm-up in optimiser steps; a number below 1 is a share of all steps.", AT_LEAST_0)
     per_device_train_batch_size: int = key(
-        8, "Most sequences in one forward-backward pass per device; only memory depends on it."
+        8, "Most sequences in one forward-backward pass per device; only memory depends on it.", AT_LEAST_1
     )
-    per_device_eval_batch_size: int = key(16, "Most sequences in one forward pass without gradients per device.")
+    per_device_eval_batch_size: int = key(
+        16, "Most sequences in one forward pass without gradients per device.", AT_LEAST_1
+    )
 
     bf16: bool = key(False, "Train in bfloat16 mixed precision with float32 master weights.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
@@ -94,21 +100,27 @@ class StageRecipe:
     method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
         "full", "What is trained: all weights, some layers, the head, or an adapter, which is saved as such and merged."
     )
-    freeze_layers: int = key(0, "With `method: freeze`: the embedding and so many first layers stay as they are.")
+    freeze_layers: int = key(
+        0, "With `method: freeze`: the embedding and so many first layers stay as they are.", AT_LEAST_0
+    )
     trainable_pattern: str | None = key(
         None, "With `method: freeze`: train the parameters alone whose names this regular expression finds."
     )
-    lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.")
-    lora_alpha: int = key(32, "LoRA alpha.")
+    lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.", AT_LEAST_1)
+    lora_alpha: int = key(32, "LoRA alpha.", AT_LEAST_1)
     lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
-    num_virtual_tokens: int = key(20, "Tokens that `method: prompt` or `prefix` learns and puts before each row.")
+    num_virtual_tokens: int = key(
+        20, "Tokens that `method: prompt` or `prefix` learns and puts before each row.", AT_LEAST_1
+    )
     deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
     trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
-    logging_steps: int = key(10, "Log training metrics every so many steps.")
-    eval_steps: int | None = key(None, "Evaluate every so many steps (PPO: updates), and always at the end.")
-    save_steps: int | None = key(None, "Save a resumable checkpoint every so many steps (PPO: updates).")
-    save_total_limit: int = key(2, "Checkpoints kept; older ones are deleted.")
+    logging_steps: int = key(10, "Log training metrics every so many steps.", AT_LEAST_1)
+    eval_steps: int | None = key(
+        None, "Evaluate every so many steps (PPO: updates), and always at the end.", AT_LEAST_1
+    )
+    save_steps: int | None = key(None, "Save a resumable checkpoint every so many steps (PPO: updates).", AT_LEAST_1)
+    save_total_limit: int = key(2, "Checkpoints kept; older ones are deleted.", AT_LEAST_1)
     report_to: Literal["none", "wandb"] = key(
         "none", "Also log to Weights & Biases; `metrics.jsonl` is always written."
     )
@@ -120,10 +132,10 @@ class StageRecipe:
 class TrainerRecipe(StageRecipe):
     """Keys of the stages that a Trainer runs, TRL's or transformers'."""
 
-    train_batch_size: int = key(32, "Rows per optimiser step over all devices; accumulation is derived.")
-    num_train_epochs: float = key(1.0, "Passes over the training rows.")
-    max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.")
-    max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.")
+    train_batch_size: int = key(32, "Rows per optimiser step over all devices; accumulation is derived.", AT_LEAST_1)
+    num_train_epochs: float = key(1.0, "Passes over the training rows.", ABOVE_0)
+    max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.", MINUS_1_OR_AT_LEAST_1)
+    max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.", MAX_LENGTH)
     load_best_model_at_end: bool = key(
         False,
         "Save the checkpoint with the best `metric_for_best_model` instead of the last; one is saved every eval_steps.",
@@ -134,29 +146,43 @@ class TrainerRecipe(StageRecipe):
         "be low, others high.",
     )
     early_stopping_patience: int | None = key(
-        None, "Stop after so many evaluations in a row that did not better `metric_for_best_model`."
+        None, "Stop after so many evaluations in a row that did not better `metric_for_best_model`.", AT_LEAST_1
     )
     train_sampling_strategy: Literal["random", "group_by_length"] = key(
         "random", "Order of rows: random, or random among rows of like length, which pads less."
     )
 
 
-def _check_deepspeed(path: Path, where: str) -> None:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+def check_training_rules(recipe: StageRecipe, where: Where) -> None:
+    """The rules for the keys of `StageRecipe`, apart from `method`.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    check_ranges(recipe, where)
+    if recipe.lr_scheduler_type not in SCHEDULES:
+        hint = nearest(recipe.lr_scheduler_type, SCHEDULES)
         raise UserError(
-            f"{where}: cannot read {path} ({error.strerror}); see recipes/deepspeed for ready ones."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{where}: {path} is not JSON: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{where}: expected a JSON object in {path}, got a {type(loaded).__name__}")
-    if loaded.get("fp16", {}).get("enabled", False) not in (False, "auto"):
-        raise UserError(f"{where}: {path} switches fp16 on, which is not offered; leave it out and use `bf16: true`.")
+            f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got {recipe.lr_scheduler_type!r}{hint}"
+        )
+    if not recipe.train_dataset:
+        raise UserError(
+            f"{where('train_dataset')}: expected a path, a hub id or a mapping, got nothing; name the training rows."
+        )
+    for name in DEEPSPEED_KEYS:
+        if path := getattr(recipe, name, None):
+            _check_deepspeed(Path(path), where(name))
+    for name in ("reward_funcs", "eval_reward_funcs"):
+        for index, spec in enumerate(getattr(recipe, name, [])):
+            check_function_name(spec, f"{where(name)}[{index}]")
 
 
-def _check_best(recipe: TrainerRecipe, where: Callable[[str], str]) -> None:
+def check_trainer_rules(recipe: TrainerRecipe, where: Where) -> None:
+    """The rules between the keys of `TrainerRecipe`.
+
+    Raises:
+        UserError: the first that is broken.
+    """
     asked = "load_best_model_at_end" if recipe.load_best_model_at_end else "early_stopping_patience"
     if not getattr(recipe, asked):
         return
@@ -171,13 +197,20 @@ def _check_best(recipe: TrainerRecipe, where: Callable[[str], str]) -> None:
         )
 
 
-def _check_method(recipe: StageRecipe, where: Callable[[str], str]) -> None:
+def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) -> None:
+    """Check `method` and the keys that go with it.
+
+    Args:
+        supported: the values of `method` that the recipe's stage takes.
+
+    Raises:
+        UserError: another method, or keys of another one.
+    """
     virtual = recipe.method in ("prompt", "prefix")
-    offered = METHODS.get(str(recipe.stage), ("full",))
-    if recipe.method not in offered:
-        why = "cannot be merged, so later stages could not start from it" if virtual else "is not offered here"
+    if recipe.method not in supported:
+        why = "cannot be merged, so later stages could not start from it" if virtual else "is not supported here"
         raise UserError(
-            f"{where('method')}: expected one of {', '.join(offered)} in the {recipe.stage} stage, got {recipe.method}, which {why}"
+            f"{where('method')}: expected one of {', '.join(supported)} in the {recipe.stage} stage, got {recipe.method}, which {why}"
         )
     partial = bool(recipe.freeze_layers) + (recipe.trainable_pattern is not None)
     if recipe.method == "freeze" and partial != 1:
@@ -204,3 +237,18 @@ def _check_method(recipe: StageRecipe, where: Callable[[str], str]) -> None:
 
 def _stage_of(path: Path) -> int:
     return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
+
+
+def _check_deepspeed(path: Path, where: str) -> None:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{where}: cannot read {path} ({error.strerror}); see recipes/deepspeed for ready ones."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{where}: {path} is not JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{where}: expected a JSON object in {path}, got a {type(loaded).__name__}")
+    if loaded.get("fp16", {}).get("enabled", False) not in (False, "auto"):
+        raise UserError(f"{where}: {path} switches fp16 on, which is not supported; leave it out and use `bf16: true`.")

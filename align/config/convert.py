@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -91,8 +92,10 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
 
 
 def _data_source(value: Any, where: str) -> DataSource:
-    if isinstance(value, str):
-        return DataSource(path=value)
+    if isinstance(value, DataSource):  # from Python
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, str | os.PathLike):
+        return DataSource(path=os.fspath(value))
     if isinstance(value, dict):
         return build(DataSource, value, lambda name: f"{where}.{name}")
     raise UserError(f"{where}: expected a path, a hub id or a mapping with `path` or `generator`, got {_shown(value)}")
@@ -108,6 +111,8 @@ def _scalar(value: Any, annotation: Any, where: str) -> Any:
             return number
     elif type(value) is annotation:
         return value
+    elif annotation is str and isinstance(value, os.PathLike):  # from Python
+        return os.fspath(value)
     hint = ""
     if value is None:
         hint = "; leave the key out to use its default"

@@ -13,7 +13,7 @@ from jinja2 import meta
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from align.config.keys import _check_function, _check_ranges, key
+from align.config.keys import ABOVE_0, AT_LEAST_1, check_function_name, check_ranges, key
 from align.errors import BadRow, UserError, nearest
 
 ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
@@ -54,19 +54,19 @@ class DataSource:
         {},
         "With `templates`: what each class id or string of that column reads as, such as {0: negative, 1: positive}.",
     )
-    weight: float = key(1.0, "Times each row is used per epoch; 0.5 takes a seeded half.")
+    weight: float = key(1.0, "Times each row is used per epoch; 0.5 takes a seeded half.", ABOVE_0)
     max_rows: int | None = key(
-        None, "Use only this many rows (a seeded sample); `mixture_temperature` counts no more than these."
+        None, "Use only this many rows (a seeded sample); `mixture_temperature` counts no more than these.", AT_LEAST_1
     )
 
 
-def _check_source(source: DataSource, where: str) -> None:
+def check_source(source: DataSource, where: str) -> None:
     if (source.path is None) == (source.generator is None):
         got = "both" if source.path else "neither"
         raise UserError(f"{where}: expected either `path` or `generator`, got {got}")
-    _check_ranges(source, lambda name: f"{where}.{name}")
+    check_ranges(source, lambda name: f"{where}.{name}")
     if source.generator:
-        _check_function(source.generator, f"{where}.generator")
+        check_function_name(source.generator, f"{where}.generator")
     for column in source.columns:
         if column not in ROW_COLUMNS:
             hint = nearest(column, ROW_COLUMNS) or "; it is written `ours: theirs`"

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from align.config.data_source import DataSource
-from align.config.keys import _check_function, _check_ranges, key, required
+from align.config.keys import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FROM_0_TO_BELOW_1,
+    MAX_LENGTH,
+    Where,
+    check_function_name,
+    check_ranges,
+    key,
+    required,
+)
 from align.errors import UserError
-
-EVALUATE = "evaluate"  # the `stage` of a recipe that trains nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +29,8 @@ class EvaluateRecipe:
     """
 
     output_dir: str = required("Folder for `results.json`, `results.md` and `predictions.jsonl`.")
-    stage: Literal["evaluate"] | None = key(None, "What this recipe is for.")
-    seed: int = key(42, "Seed of splits, of the examples in prompts, of sampling and of resampling.")
+    stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
+    seed: int = key(42, "Seed of splits, of the examples in prompts, of sampling and of resampling.", AT_LEAST_0)
 
     models: dict[str, str] = required(
         "Models to compare, the baseline first: a list of folders or hub ids, or a mapping of names to these."
@@ -34,8 +40,10 @@ class EvaluateRecipe:
         [], "Rows that give the examples of `num_shots`; not needed for an `eval_dataset` without examples."
     )
     eval_dataset: list[DataSource] = key([], "Rows to evaluate; without it, the share that the stages hold out.")
-    eval_fraction: float = key(0.05, "Share of the prompts held out when there is no `eval_dataset`.")
-    max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.")
+    eval_fraction: float = key(
+        0.05, "Share of the prompts held out when there is no `eval_dataset`.", FROM_0_TO_BELOW_1
+    )
+    max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.", AT_LEAST_1)
     on_bad_row: Literal["error", "skip"] = key(
         "error",
         "What to do with rows that cannot be used, by one model or with one number of examples: refuse, or skip.",
@@ -52,14 +60,16 @@ class EvaluateRecipe:
     )
     num_shots: list[int] = key([0], "Numbers of worked examples in the prompt; each is tried with each model.")
     max_length: int | None = key(
-        None, "Most tokens of examples, prompt and answer; longer rows are bad rows. The model's own limit by default."
+        None,
+        "Most tokens of examples, prompt and answer; longer rows are bad rows. The model's own limit by default.",
+        MAX_LENGTH,
     )
-    max_new_tokens: int = key(128, "Most tokens of a prediction.")
+    max_new_tokens: int = key(128, "Most tokens of a prediction.", AT_LEAST_1)
     temperature: float = key(0.0, "0 takes the likeliest token; above 0, sampling at this temperature.")
     stop_strings: list[str] = key([], "A prediction also ends before the first of these.")
-    bootstrap_iters: int = key(1000, "Resamples of the rows behind each interval and p-value.")
+    bootstrap_iters: int = key(1000, "Resamples of the rows behind each interval and p-value.", AT_LEAST_1)
 
-    per_device_eval_batch_size: int = key(16, "Most rows in one forward pass per device.")
+    per_device_eval_batch_size: int = key(16, "Most rows in one forward pass per device.", AT_LEAST_1)
     bf16: bool = key(False, "Run the models in bfloat16.")
     attn_implementation: str | None = key(
         None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
@@ -67,10 +77,15 @@ class EvaluateRecipe:
     trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
 
-def _check_evaluate(recipe: EvaluateRecipe, where: Callable[[str], str]) -> None:
+def check_evaluate_rules(recipe: EvaluateRecipe, where: Where) -> None:
+    """The ranges of the numbers, and the rules between the keys.
+
+    Raises:
+        UserError: the first that is broken.
+    """
     if recipe.temperature < 0:
         raise UserError(f"{where('temperature')}: expected 0 (the likeliest token) or more, got {recipe.temperature}")
-    _check_ranges(dataclasses.replace(recipe, temperature=recipe.temperature or 1.0), where)
+    check_ranges(recipe, where)
     if not recipe.models:
         raise UserError(f"{where('models')}: expected folders or hub ids of models, got none")
     if not recipe.train_dataset and not recipe.eval_dataset:
@@ -82,7 +97,7 @@ def _check_evaluate(recipe: EvaluateRecipe, where: Callable[[str], str]) -> None
     if not recipe.metrics and recipe.grader is None:
         raise UserError(f"{where('metrics')}: expected names of metrics, or a `grader`, got neither")
     if recipe.grader is not None:
-        _check_function(recipe.grader, where("grader"))
+        check_function_name(recipe.grader, where("grader"))
     if "" in recipe.stop_strings:
         raise UserError(f"{where('stop_strings')}: expected text that ends a prediction, got an empty string")
     shots = recipe.num_shots

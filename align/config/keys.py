@@ -3,51 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from align.errors import UserError
 
-_RANGES: list[tuple[str, Callable[[float], bool], str]] = [
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        "train_batch_size per_device_train_batch_size per_device_eval_batch_size rollout_batch_size minibatch_size "
-        "num_ppo_epochs total_episodes max_prompt_length response_length normalize_prompts lora_r lora_alpha num_virtual_tokens "
-        "logging_steps eval_steps save_steps save_total_limit max_eval_rows max_rows num_generations kl_horizon ptx_batch_size "
-        "early_stopping_patience mixture_temperature max_new_tokens bootstrap_iters max_eval_generations",
-    ),
-    (
-        "above 0",
-        lambda value: value > 0,
-        "learning_rate value_learning_rate adam_epsilon num_train_epochs temperature cliprange cliprange_value max_kl weight "
-        "kl_target max_approx_kl score_clip neftune_noise_alpha",
-    ),
-    (
-        "at least 0",
-        lambda value: value >= 0,
-        "seed weight_decay max_grad_norm warmup_steps kl_coef missing_eos_penalty center_rewards_coefficient num_sample_rows "
-        "entropy_coef ptx_coef value_warmup_updates freeze_layers max_forgetting",
-    ),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, "gamma lam"),
-    (
-        "from 0 to below 1",
-        lambda value: 0 <= value < 1,
-        "eval_fraction adam_beta1 adam_beta2 ema_decay label_smoothing_factor replay_fraction",
-    ),
-    ("above 1", lambda value: value > 1, "dual_clip"),
-    ("above 0 and below 1", lambda value: 0 < value < 1, "mlm_probability"),
-    ("at least 2, a prompt and a response token", lambda value: value >= 2, "max_length"),
-    ("at least 259, all bytes and three special tokens", lambda value: value >= 259, "tokenizer_vocab_size"),
-    ("-1, or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
-]
+Where = Callable[[str], str]  # from the name of a key to its place in words, with which an error begins
 
 
-def key(default: Any, meaning: str) -> Any:
-    """A recipe key: its default, and the sentence that `--help` prints."""
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a key accepts: in words, as errors print them, and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
+AT_LEAST_0 = Range("at least 0", lambda value: value >= 0)
+ABOVE_0 = Range("above 0", lambda value: value > 0)
+ABOVE_1 = Range("above 1", lambda value: value > 1)
+FROM_0_TO_1 = Range("from 0 to 1", lambda value: 0 <= value <= 1)
+FROM_0_TO_BELOW_1 = Range("from 0 to below 1", lambda value: 0 <= value < 1)
+ABOVE_0_BELOW_1 = Range("above 0 and below 1", lambda value: 0 < value < 1)
+MINUS_1_OR_AT_LEAST_1 = Range("-1, or at least 1", lambda value: value == -1 or value >= 1)
+MAX_LENGTH = Range("at least 2, a prompt and a response token", lambda value: value >= 2)
+VOCABULARY = Range("at least 259, all bytes and three special tokens", lambda value: value >= 259)
+
+
+def key(default: Any, meaning: str, accepts: Range | None = None) -> Any:
+    """A recipe key: its default, the sentence that `--help` prints, and for a number its range."""
+    metadata = {"help": meaning, "range": accepts}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
-    return field(default=default, metadata={"help": meaning})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def required(meaning: str) -> Any:
@@ -55,15 +44,24 @@ def required(meaning: str) -> Any:
     return field(metadata={"help": meaning, "required": True})
 
 
-def _check_ranges(values: Any, where: Callable[[str], str]) -> None:
-    for expected, holds, names in _RANGES:
-        for name in names.split():
-            value = getattr(values, name, None)
-            if value is not None and not holds(value):
-                raise UserError(f"{where(name)}: expected a number {expected}, got {value}")
+def check_ranges(values: Any, where: Where) -> None:
+    """Check the numbers of a dataclass made with `key`; None is always accepted.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+    for each in fields(values):
+        accepts, value = each.metadata.get("range"), getattr(values, each.name)
+        if accepts is not None and value is not None and not accepts.holds(value):
+            raise UserError(f"{where(each.name)}: expected a number {accepts.words}, got {value}")
 
 
-def _check_function(spec: str, where: str) -> None:
+def check_function_name(spec: str, where: str) -> None:
+    """Check that text has the form `module:function`; the module is not imported.
+
+    Raises:
+        UserError: it has another form; begins with `where`.
+    """
     module, _, function = spec.partition(":")
     if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise UserError(f"{where}: expected `module:function`, got {spec!r}")

@@ -1,4 +1,4 @@
-"""From a YAML file and command-line overrides to a checked recipe, and from a recipe to its batch plan."""
+"""From a YAML file and command-line overrides, or from Python, to a checked recipe."""
 
 from __future__ import annotations
 
@@ -6,38 +6,24 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from align.config.base import (
-    _DATASET_KEYS,
-    DEEPSPEED_KEYS,
-    SCHEDULES,
-    StageRecipe,
-    TrainerRecipe,
-    _check_best,
-    _check_deepspeed,
-    _check_method,
-)
+from align.config.base import DEEPSPEED_KEYS, StageRecipe, check_method, check_training_rules
 from align.config.convert import build
-from align.config.data_source import DataSource, _check_source
-from align.config.evaluate import EVALUATE, EvaluateRecipe, _check_evaluate
-from align.config.keys import _check_function, _check_ranges
-from align.config.ppo import PPORecipe, _check_ppo
-from align.config.read import _apply, _read
-from align.config.reward import RewardRecipe
-from align.config.sft import SFTRecipe, _check_sft, check_retention
-from align.config.stages import INPUTS, RECIPES
+from align.config.data_source import DataSource, check_source
+from align.config.keys import Where
+from align.config.read import apply_overrides, read_yaml
+from align.config.stages import STAGES, Recipe, Stage
 from align.config.unknown_keys import METHODS_ELSEWHERE, explain
 from align.errors import UserError, nearest
 
-_PATH_KEYS = {*(name for names in INPUTS.values() for name in names), "chat_template_path", *DEEPSPEED_KEYS}
-AnyRecipe = TypeVar("AnyRecipe", StageRecipe, EvaluateRecipe)
+T = TypeVar("T", bound=Recipe)
 
 
-def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> StageRecipe:
+def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe for `stage` in the YAML file `path`, checked, with `stage` filled in.
 
     Args:
@@ -49,45 +35,76 @@ def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> StageRe
 
     Raises:
         UserError: an unreadable file, an unknown key, a value of another type or out of range, keys that
-            exclude one another, a DeepSpeed JSON or chat template that is not there.
+            exclude one another, a DeepSpeed JSON or chat template that does not exist.
     """
-    return _load(RECIPES[stage], stage, path, overrides)
+    values, lines = read_yaml(path)
+    changed = apply_overrides(values, overrides, get_type_hints(STAGES[stage].recipe))
+    where = _places(path, lines, {name: f"--{name}" for name in changed})
+    recipe: Recipe = _checked(STAGES[stage], values, where, Path(path).resolve().parent, path)
+    return recipe
 
 
-def load_evaluation(path: str, overrides: Sequence[str] = ()) -> EvaluateRecipe:
-    """The recipe for `align evaluate` in the YAML file `path`; all else as in `load_recipe`."""
-    return _load(EvaluateRecipe, EVALUATE, path, overrides)
+def as_recipe(cls: type[T], recipe: T | Mapping[str, Any] | str | os.PathLike[str], **keys: Any) -> T:
+    """A checked recipe from what a Python program has: a recipe, a mapping of keys, or the path of a YAML file.
+
+    Args:
+        cls: the recipe class of the stage.
+        keys: keys that override those of `recipe`.
+
+    Relative paths are looked up from the current directory; those in a YAML file then from its folder, as in `load_recipe`.
+
+    Raises:
+        UserError: as `load_recipe`; begins with the key that is wrong.
+    """
+    stage = next(each for each in STAGES.values() if each.recipe is cls)
+    path, folder = "RECIPE", Path.cwd()
+    where: Where = str  # a key by its name alone
+    if isinstance(recipe, str | os.PathLike):
+        path = os.fspath(recipe)
+        folder = Path(path).resolve().parent
+        values, lines = read_yaml(path)
+        where = _places(path, lines, {name: name for name in keys})
+    elif isinstance(recipe, cls):
+        values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe)}
+    elif isinstance(recipe, Mapping):
+        values = dict(recipe)
+    else:
+        raise UserError(
+            f"recipe: expected a {cls.__name__}, a mapping of its keys or the path of a YAML file, got a {type(recipe).__name__}"
+        )
+    checked: T = _checked(stage, {**values, **keys}, where, folder, path)
+    return checked
 
 
-def load_any(stage: str, path: str, overrides: Sequence[str] = ()) -> StageRecipe | EvaluateRecipe:
-    """`load_recipe`, or `load_evaluation` when that is the stage."""
-    return load_evaluation(path, overrides) if stage == EVALUATE else load_recipe(stage, path, overrides)
-
-
-def _load(cls: type[AnyRecipe], stage: str, path: str, overrides: Sequence[str]) -> AnyRecipe:
-    values, lines = _read(path)
-    changed = _apply(values, overrides, get_type_hints(cls))
-    if cls is EvaluateRecipe and "models" in values:
-        values["models"] = _named(values["models"])
-    if values.get("stage") is None:
-        values["stage"] = stage
+def _places(path: str, lines: Mapping[str, int], overridden: Mapping[str, str]) -> Where:
+    """How an error names a key: where it was overridden, else by file and line."""
 
     def where(name: str) -> str:
-        if name in changed:
-            return f"--{name}"
+        if name in overridden:
+            return overridden[name]
         return f"{path}:{lines[name]}: {name}" if name in lines else f"{path}: {name}"
 
+    return where
+
+
+def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, path: str) -> Any:
+    """The stage's recipe with these values. `path` is for the command that an error suggests."""
+    cls = stage.recipe
+    annotations = get_type_hints(cls)
+    for name in stage.input_models:
+        if annotations[name] == dict[str, str] and name in values:
+            values[name] = _named(values[name])
+    if values.get("stage") is None:
+        values["stage"] = stage.name
     method = values.get("method")
-    if "method" in get_type_hints(cls) and isinstance(method, str) and method in METHODS_ELSEWHERE:
+    if "method" in annotations and isinstance(method, str) and method in METHODS_ELSEWHERE:
         raise UserError(f"{where('method')}: {method} is {METHODS_ELSEWHERE[method]}")
-    recipe = build(cls, values, where, lambda name: explain(stage, name))
-    if recipe.stage != stage:
-        raise UserError(
-            f"{where('stage')}: expected {stage!r}, got {recipe.stage!r}; run `align {recipe.stage} {path}`."
-        )
-    folder = Path(path).resolve().parent
-    recipe = _find_files(recipe, folder)
-    check_values(recipe, where)
+    recipe = build(cls, values, where, lambda name: explain(stage.name, name))
+    if recipe.stage != stage.name:
+        instead = f"; run `align {recipe.stage} {path}`." if recipe.stage in STAGES else nearest(recipe.stage, STAGES)
+        raise UserError(f"{where('stage')}: expected {stage.name!r}, got {recipe.stage!r}{instead}")
+    recipe = _find_files(recipe, stage, folder)
+    check_values(recipe, stage, where)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
     return recipe
@@ -103,32 +120,35 @@ def _named(models: Any) -> Any:
     return dict(zip(names, paths, strict=True))
 
 
-def _find_files(recipe: AnyRecipe, folder: Path) -> AnyRecipe:
+def _find_files(recipe: Any, stage: Stage, folder: Path) -> Any:
     """The recipe with its relative paths resolved: from here, else from `folder`, else as they are (hub ids)."""
 
     def find(path: str) -> str:
         path = os.path.expanduser(path)
         return str(folder / path) if not glob(path) and glob(str(folder / path)) else path
 
-    changes: dict[str, Any] = {
-        field.name: find(value)
-        for field in dataclasses.fields(recipe)
-        if field.name in _PATH_KEYS and (value := getattr(recipe, field.name))
-    }
-    if isinstance(recipe, EvaluateRecipe):
-        changes["models"] = {name: find(model) for name, model in recipe.models.items()}
-    for key in ("metrics", "eval_metrics"):
-        if names := getattr(recipe, key, None):
-            changes[key] = [find(name) if name.endswith(".py") else name for name in names]
-    for name in _DATASET_KEYS:
-        sources: list[DataSource] = getattr(recipe, name, [])
-        if sources:
-            changes[name] = [dataclasses.replace(s, path=find(s.path)) if s.path else s for s in sources]
+    changes: dict[str, Any] = {}
+    for name in (*stage.input_models, "chat_template_path", *DEEPSPEED_KEYS):
+        if value := getattr(recipe, name, None):
+            changes[name] = {key: find(path) for key, path in value.items()} if isinstance(value, dict) else find(value)
+    for name in ("metrics", "eval_metrics"):
+        if metrics := getattr(recipe, name, None):
+            changes[name] = [find(metric) if metric.endswith(".py") else metric for metric in metrics]
+    for name in dataset_keys(stage.recipe):
+        changes[name] = [
+            dataclasses.replace(source, path=find(source.path)) if source.path else source
+            for source in getattr(recipe, name)
+        ]
     return dataclasses.replace(recipe, **changes)
 
 
+def dataset_keys(cls: type[Any]) -> list[str]:
+    """The keys of a recipe class that hold data sources."""
+    return [name for name, annotation in get_type_hints(cls).items() if annotation == list[DataSource]]
+
+
 def resolve_function(spec: str, key: str) -> Callable[..., Any]:
-    """The function that `module:function` names; the module is installed or lies beside the recipe.
+    """The function that `module:function` names; the module is installed or is a file beside the recipe.
 
     Raises:
         UserError: begins with `key`; no such module, an error inside it, no such function.
@@ -138,7 +158,7 @@ def resolve_function(spec: str, key: str) -> Callable[..., Any]:
         raise UserError(f"{key}: expected `module:function`, got {spec!r}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises, it is theirs to mend
+    except Exception as error:  # whatever the user's module raises, it is theirs to fix
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             raise UserError(f"{key}: no module {module_name!r}; put {module_name}.py beside the recipe.") from error
         raise UserError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
@@ -147,52 +167,24 @@ def resolve_function(spec: str, key: str) -> Callable[..., Any]:
         callables = [name for name, value in vars(module).items() if callable(value)]
         problem = "no function" if function is None else "not a function:"
         raise UserError(f"{key}: {problem} {function_name!r} in {module.__file__}{nearest(function_name, callables)}")
-    return function  # type: ignore[no-any-return]  # callable() has just said so
+    return function  # type: ignore[no-any-return]  # callable() has just checked it
 
 
-def check_values(recipe: StageRecipe | EvaluateRecipe, where: Callable[[str], str]) -> None:
-    """Refuse values out of range, keys that exclude one another, and named files that are not there.
+def check_values(recipe: Recipe, stage: Stage, where: Where) -> None:
+    """Refuse values out of range, keys that exclude one another, and named files that do not exist.
 
     Args:
-        where: key to its place in words, with which an error begins.
+        where: from the name of a key to its place in words, with which an error begins.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the first that is found.
     """
-    for name in ("train_dataset", "eval_dataset", "ptx_dataset", "retention"):
-        for index, source in enumerate(getattr(recipe, name, [])):
-            _check_source(source, f"{where(name)}[{index}]")
-            if source.templates and isinstance(recipe, RewardRecipe):
-                raise UserError(
-                    f"{where(name)}[{index}].templates: they make prompts and completions, and this stage reads pairs with "
-                    "`chosen` and `rejected`; leave them out."
-                )
+    for name in dataset_keys(stage.recipe):
+        for index, source in enumerate(getattr(recipe, name)):
+            check_source(source, f"{where(name)}[{index}]")
     if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
         raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
-    if isinstance(recipe, EvaluateRecipe):
-        _check_evaluate(recipe, where)
-        return
-    _check_ranges(recipe, where)
-    if recipe.lr_scheduler_type not in SCHEDULES:
-        hint = nearest(recipe.lr_scheduler_type, SCHEDULES)
-        raise UserError(
-            f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got {recipe.lr_scheduler_type!r}{hint}"
-        )
-    if not recipe.train_dataset:
-        raise UserError(
-            f"{where('train_dataset')}: expected a path, a hub id or a mapping, got nothing; name the training rows."
-        )
-    for name in ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed"):
-        if path := getattr(recipe, name, None):
-            _check_deepspeed(Path(path), where(name))
-    for name in ("reward_funcs", "eval_reward_funcs"):
-        for index, spec in enumerate(getattr(recipe, name, [])):
-            _check_function(spec, f"{where(name)}[{index}]")
-    _check_method(recipe, where)
-    if isinstance(recipe, TrainerRecipe):
-        _check_best(recipe, where)
-    if isinstance(recipe, SFTRecipe):
-        _check_sft(recipe, where)
-        check_retention(recipe, where)
-    elif isinstance(recipe, PPORecipe):
-        _check_ppo(recipe, where)
+    if isinstance(recipe, StageRecipe):
+        check_training_rules(recipe, where)
+        check_method(recipe, stage.methods, where)
+    stage.check_rules(recipe, where)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
-from align.config.keys import key, required
+from align.config.keys import (
+    ABOVE_0,
+    ABOVE_1,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FROM_0_TO_1,
+    FROM_0_TO_BELOW_1,
+    Where,
+    key,
+    required,
+)
 from align.errors import UserError
 
 
@@ -31,59 +40,67 @@ class PPORecipe(StageRecipe):
         [], "`module:function` rewards that are only measured, on evaluation prompts: a known truth, a gold model."
     )
 
-    total_episodes: int = key(10_000, "Responses sampled in the whole run.")
-    rollout_batch_size: int = key(64, "Responses per update over all devices.")
+    total_episodes: int = key(10_000, "Responses sampled in the whole run.", AT_LEAST_1)
+    rollout_batch_size: int = key(64, "Responses per update over all devices.", AT_LEAST_1)
     num_generations: int = key(
-        1, "Responses to each prompt; an update takes rollout_batch_size / num_generations prompts."
+        1, "Responses to each prompt; an update takes rollout_batch_size / num_generations prompts.", AT_LEAST_1
     )
-    minibatch_size: int = key(64, "Responses per optimiser step over all devices.")
-    num_ppo_epochs: int = key(4, "Passes over each rollout batch.")
-    max_prompt_length: int = key(512, "Most tokens of a prompt; longer prompts are bad rows.")
-    response_length: int = key(53, "Most tokens of a response.")
-    temperature: float = key(1.0, "Sampling temperature; every log-probability is taken at it too.")
-    missing_eos_penalty: float | None = key(None, "Subtracted from the score of a response that does not end.")
+    minibatch_size: int = key(64, "Responses per optimiser step over all devices.", AT_LEAST_1)
+    num_ppo_epochs: int = key(4, "Passes over each rollout batch.", AT_LEAST_1)
+    max_prompt_length: int = key(512, "Most tokens of a prompt; longer prompts are bad rows.", AT_LEAST_1)
+    response_length: int = key(53, "Most tokens of a response.", AT_LEAST_1)
+    temperature: float = key(1.0, "Sampling temperature; every log-probability is taken at it too.", ABOVE_0)
+    missing_eos_penalty: float | None = key(
+        None, "Subtracted from the score of a response that does not end.", AT_LEAST_0
+    )
     missing_eos_score: float | None = key(None, "Replaces the score of a response that does not end.")
 
-    learning_rate: float = key(3e-6, "Peak learning rate of the policy.")
-    value_learning_rate: float | None = key(None, "Peak learning rate of the value model; the policy's by default.")
-    adam_epsilon: float = key(1e-5, "AdamW epsilon.")
+    learning_rate: float = key(3e-6, "Peak learning rate of the policy.", ABOVE_0)
+    value_learning_rate: float | None = key(
+        None, "Peak learning rate of the value model; the policy's by default.", ABOVE_0
+    )
+    adam_epsilon: float = key(1e-5, "AdamW epsilon.", ABOVE_0)
     advantage_estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus"] = key(
         "gae", "How rewards become advantages; only `gae` has a value model. rloo, grpo and dr_grpo compare the responses "
         "to one prompt and need num_generations of 2 or more."
     )  # fmt: skip
-    kl_coef: float = key(0.05, "Weight of the KL penalty per token, in units of score per nat.")
+    kl_coef: float = key(0.05, "Weight of the KL penalty per token, in units of score per nat.", AT_LEAST_0)
     kl_estimator: Literal["k1", "k2", "k3"] = key(
         "k1", "Estimator of the penalty: k1 in the reward, k2 or k3 in the loss."
     )
     use_kl_loss: bool = key(False, "Penalise in the loss instead of in the reward; needs kl_estimator k2 or k3.")
     kl_target: float | None = key(
-        None, "Adapt kl_coef so that the KL comes to this many nats per response (arXiv 1909.08593)."
+        None, "Adapt kl_coef so that the KL comes to this many nats per response (arXiv 1909.08593).", ABOVE_0
     )
-    kl_horizon: int = key(10_000, "With `kl_target`: episodes in which kl_coef changes by at most a fifth.")
+    kl_horizon: int = key(10_000, "With `kl_target`: episodes in which kl_coef changes by at most a fifth.", AT_LEAST_1)
     max_approx_kl: float | None = key(
-        None, "End an update at the minibatch whose policy/approx_kl is above this, before its optimiser step."
+        None, "End an update at the minibatch whose policy/approx_kl is above this, before its optimiser step.", ABOVE_0
     )
-    cliprange: float = key(0.2, "Clip range of the probability ratio.")
-    dual_clip: float | None = key(None, "Bound above 1 on the ratio where the advantage is negative, often 3.")
-    cliprange_value: float = key(0.2, "Clip range of the value around its value at rollout.")
-    gamma: float = key(1.0, "Discount.")
-    lam: float = key(0.95, "Lambda of generalised advantage estimation.")
+    cliprange: float = key(0.2, "Clip range of the probability ratio.", ABOVE_0)
+    dual_clip: float | None = key(None, "Bound above 1 on the ratio where the advantage is negative, often 3.", ABOVE_1)
+    cliprange_value: float = key(0.2, "Clip range of the value around its value at rollout.", ABOVE_0)
+    gamma: float = key(1.0, "Discount.", FROM_0_TO_1)
+    lam: float = key(0.95, "Lambda of generalised advantage estimation.", FROM_0_TO_1)
     normalize_scores: bool = key(
         False, "Subtract the running mean of all scores and divide by their running deviation."
     )
-    score_clip: float | None = key(None, "Clip scores, after normalisation, to this either side of 0.")
+    score_clip: float | None = key(None, "Clip scores, after normalisation, to this either side of 0.", ABOVE_0)
     whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")
-    entropy_coef: float = key(0.0, "Weight of the entropy bonus, mean over tokens, in nats.")
-    value_warmup_updates: int = key(0, "First updates in which only the value model trains.")
+    entropy_coef: float = key(0.0, "Weight of the entropy bonus, mean over tokens, in nats.", AT_LEAST_0)
+    value_warmup_updates: int = key(0, "First updates in which only the value model trains.", AT_LEAST_0)
     ema_decay: float | None = key(
-        None, "Keep an exponential moving average of the policy with this decay per update, saved in `ema/`."
+        None,
+        "Keep an exponential moving average of the policy with this decay per update, saved in `ema/`.",
+        FROM_0_TO_BELOW_1,
     )
     ptx_dataset: list[DataSource] = key(
         [],
         "Text or demonstrations whose likelihood is trained in the same optimiser steps (PPO-ptx, arXiv 2203.02155).",
     )
-    ptx_coef: float = key(1.0, "Weight of their negative log-likelihood, mean over tokens, beside the PPO objective.")
-    ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimiser step over all devices.")
+    ptx_coef: float = key(
+        1.0, "Weight of their negative log-likelihood, mean over tokens, beside the PPO objective.", AT_LEAST_0
+    )
+    ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimiser step over all devices.", AT_LEAST_1)
     value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")
     reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
     reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")
@@ -93,12 +110,18 @@ class PPORecipe(StageRecipe):
     max_kl: float | None = key(
         None,
         "The best checkpoint has the highest evaluation score among those with at most this KL (nats per response).",
+        ABOVE_0,
     )
-    num_sample_rows: int = key(8, "Rows of the sample table.")
+    num_sample_rows: int = key(8, "Rows of the sample table.", AT_LEAST_0)
     skip_self_checks: bool = key(False, "Start without the checks of models and rewards that precede the first update.")
 
 
-def _check_ppo(recipe: PPORecipe, where: Callable[[str], str]) -> None:
+def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
+    """The rules between the keys of the PPO stage.
+
+    Raises:
+        UserError: the first that is broken.
+    """
     if recipe.rollout_batch_size % recipe.minibatch_size:
         raise UserError(
             f"{where('minibatch_size')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.minibatch_size}"
@@ -125,7 +148,7 @@ def _check_ppo(recipe: PPORecipe, where: Callable[[str], str]) -> None:
         )
 
 
-def _check_objective(recipe: PPORecipe, where: Callable[[str], str]) -> None:
+def _check_objective(recipe: PPORecipe, where: Where) -> None:
     estimator = recipe.advantage_estimator
     if estimator in ("rloo", "grpo", "dr_grpo") and recipe.num_generations < 2:
         raise UserError(

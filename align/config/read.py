@@ -11,7 +11,6 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from align.config.base import _DATASET_KEYS
 from align.config.data_source import DataSource
 from align.errors import UserError, nearest
 
@@ -30,8 +29,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping in a YAML file, and the line (from 1) of each of its keys."""
+def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping in a YAML file, and the line (from 1) of each of its keys.
+
+    Raises:
+        UserError: no such file, it cannot be read, or it holds something other than a mapping.
+    """
     if Path(path).is_dir():
         raise UserError(f"{path}: expected a recipe file, got a folder; `align run {path}` runs its numbered recipes.")
     try:
@@ -55,8 +58,15 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, int]]:
     return values, {str(key.value): key.start_mark.line + 1 for key, _ in node.value}
 
 
-def _apply(values: dict[str, Any], overrides: Sequence[str], annotations: dict[str, Any]) -> set[str]:
-    """Write the overrides into `values`; returns the keys they touch."""
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str], annotations: dict[str, Any]) -> set[str]:
+    """Write command-line overrides into `values`; returns the keys they change.
+
+    Args:
+        annotations: the type of each key.
+
+    Raises:
+        UserError: a word that is no `--key` nor the value of one, or a part of something that is no mapping.
+    """
     words: list[tuple[str, list[str]]] = []
     for word in overrides:
         if word.startswith("--") and len(word) > 2:
@@ -69,35 +79,35 @@ def _apply(values: dict[str, Any], overrides: Sequence[str], annotations: dict[s
     for dotted, tokens in words:
         top, *inner = dotted.split(".")
         if inner:
-            _descend(values, [top, *inner[:-1]])[inner[-1]] = _value(tokens, Any, dotted)
+            _descend(values, [top, *inner[:-1]], annotations)[inner[-1]] = _parse(tokens, Any, dotted)
         else:
-            values[top] = _value(tokens, annotations.get(top, Any), top)
+            values[top] = _parse(tokens, annotations.get(top, Any), top)
     return {dotted.split(".")[0] for dotted, _ in words}
 
 
-def _descend(values: dict[str, Any], names: list[str]) -> dict[str, Any]:
+def _descend(values: dict[str, Any], names: list[str], annotations: dict[str, Any]) -> dict[str, Any]:
     for depth, name in enumerate(names, start=1):
         inner = values.get(name) or {}
         if isinstance(inner, list) and len(inner) == 1:
             (inner,) = inner
-        if isinstance(inner, str) and name in _DATASET_KEYS:
+        if isinstance(inner, str) and annotations.get(name) == list[DataSource]:
             inner = {"path": inner}
         if not isinstance(inner, dict):
             raise UserError(
-                f"--{'.'.join(names[:depth])}: expected one mapping to change a part of, got {inner!r}; give it whole"
+                f"--{'.'.join(names[:depth])}: expected one mapping to change a part of, got {inner!r}; give all of it"
             )
         values[name] = inner
         values = inner
     return values
 
 
-def _value(tokens: list[str], annotation: Any, name: str) -> Any:
+def _parse(tokens: list[str], annotation: Any, name: str) -> Any:
     """What the words after `--name` mean where `annotation` is expected; `align.config.convert` checks it."""
     kinds = get_args(annotation) if NoneType in get_args(annotation) else (annotation,)
     if not tokens and bool in kinds:
         return True
     if len(tokens) > 1 and get_origin(annotation) is list:
-        return [_value([token], get_args(annotation)[0], name) for token in tokens]
+        return [_parse([token], get_args(annotation)[0], name) for token in tokens]
     if len(tokens) != 1:
         raise UserError(
             f"--{name}: expected one value, got {' '.join(tokens) or 'none'}; quote a value that has spaces"

@@ -1,11 +1,12 @@
-"""Keys of the reward stage."""
+"""Keys of the reward stage, and the rules between them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from align.config.base import TrainerRecipe
-from align.config.keys import key, required
+from align.config.base import TrainerRecipe, check_trainer_rules
+from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Where, key, required
+from align.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,12 +19,30 @@ class RewardRecipe(TrainerRecipe):
     sft_model_path: str | None = key(
         None, "Model whose completions get mean score zero; `model_name_or_path` when that is an SFT stage's output."
     )
-    learning_rate: float = key(1e-5, "Peak learning rate of AdamW.")
+    learning_rate: float = key(1e-5, "Peak learning rate of AdamW.", ABOVE_0)
     center_rewards_coefficient: float | None = key(
-        None, "Weight of the squared sum of the two scores, which keeps them near zero (TRL's key)."
+        None, "Weight of the squared sum of the two scores, which keeps them near zero (TRL's key).", AT_LEAST_0
     )
-    normalize_prompts: int = key(256, "Prompts on which SFT completions are sampled to set the zero of the score.")
-    response_length: int = key(64, "Most tokens of those completions.")
+    normalize_prompts: int = key(
+        256, "Prompts on which SFT completions are sampled to set the zero of the score.", AT_LEAST_1
+    )
+    response_length: int = key(64, "Most tokens of those completions.", AT_LEAST_1)
     eval_reward_funcs: list[str] = key(
         [], "`module:function` known true rewards; their accuracy on the evaluation pairs is the ceiling."
     )
+
+
+def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
+    """The rules between the keys of the reward stage.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    check_trainer_rules(recipe, where)
+    for name in ("train_dataset", "eval_dataset"):
+        for index, source in enumerate(getattr(recipe, name)):
+            if source.templates:
+                raise UserError(
+                    f"{where(name)}[{index}].templates: they make prompts and completions, and this stage reads pairs with "
+                    "`chosen` and `rejected`; leave them out."
+                )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from align.config.base import TrainerRecipe
+from align.config.base import TrainerRecipe, check_trainer_rules
 from align.config.data_source import DataSource
-from align.config.keys import key
+from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FROM_0_TO_BELOW_1, VOCABULARY, Where, key
 from align.errors import UserError
 
 OF_RETENTION = ("retention", "forgetting")  # how the names of metrics begin that need `retention`
@@ -24,7 +23,7 @@ class SFTRecipe(TrainerRecipe):
         "Instead of a model: train one from scratch with this transformers config (`model_type`, `hidden_size`, ...).",
     )
     tokenizer_vocab_size: int = key(
-        512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows."
+        512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows.", VOCABULARY
     )
     loss_normalization: Literal["token_mean", "example_mean"] = key(
         "token_mean", "Mean of the loss over all trained tokens of a step, or over examples of each one's own mean."
@@ -34,8 +33,12 @@ class SFTRecipe(TrainerRecipe):
         "such rows. `text` that is longer is cut into pieces."
     )  # fmt: skip
     padding_free: bool = key(False, "Lay the rows of a batch end to end instead of padding them; changes no number.")
-    neftune_noise_alpha: float | None = key(None, "Noise added to embeddings in training, often 5 (arXiv 2310.05914).")
-    label_smoothing_factor: float = key(0.0, "Share of each label's probability spread over the vocabulary.")
+    neftune_noise_alpha: float | None = key(
+        None, "Noise added to embeddings in training, often 5 (arXiv 2310.05914).", ABOVE_0
+    )
+    label_smoothing_factor: float = key(
+        0.0, "Share of each label's probability spread over the vocabulary.", FROM_0_TO_BELOW_1
+    )
     completion_only_loss: bool = key(
         True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too."
     )
@@ -47,22 +50,30 @@ class SFTRecipe(TrainerRecipe):
     replay_fraction: float = key(
         0.0,
         "Share of the training rows, before packing, that are replayed from `retention`, of whose rows none that is measured.",
+        FROM_0_TO_BELOW_1,
     )
     max_forgetting: float | None = key(
         None,
         "Most percent by which the loss on `retention` may rise against the start: the best model is chosen among the "
         "checkpoints that keep to it, and for `early_stopping_patience` one that does not is no better.",
+        AT_LEAST_0,
     )
     eval_metrics: list[str] = key(
         [],
         "Metrics of the greedy responses to evaluation prompts: exact_match, accuracy, f1, bleu, rouge, chrf, or what "
         "`evaluate.load` takes; logged as `eval/<name>`.",
     )
-    max_eval_generations: int = key(64, "With `eval_metrics`: most prompts answered in an evaluation.")
-    response_length: int = key(64, "With `eval_metrics`: most tokens of a response.")
+    max_eval_generations: int = key(64, "With `eval_metrics`: most prompts answered in an evaluation.", AT_LEAST_1)
+    response_length: int = key(64, "With `eval_metrics`: most tokens of a response.", AT_LEAST_1)
 
 
-def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
+def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:
+    """The rules between the keys of the SFT stage.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    check_trainer_rules(recipe, where)
     if (recipe.model_name_or_path is None) == (not recipe.model_config):
         got = "both; empty one with null" if recipe.model_config else "neither"
         raise UserError(
@@ -80,14 +91,10 @@ def _check_sft(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
         raise UserError(
             f"{where('train_sampling_strategy')}: with packing all rows are of like length; leave group_by_length out"
         )
+    _check_retention(recipe, where)
 
 
-def check_retention(recipe: SFTRecipe, where: Callable[[str], str]) -> None:
-    """Refuse what could not be measured, or would not be read.
-
-    Raises:
-        UserError: the first thing that is wrong.
-    """
+def _check_retention(recipe: SFTRecipe, where: Where) -> None:
     evaluated = bool(recipe.eval_dataset) or recipe.eval_fraction > 0
     for name in ("replay_fraction", "max_forgetting"):
         if getattr(recipe, name) and not recipe.retention:

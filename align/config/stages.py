@@ -1,78 +1,105 @@
-"""The table of stages: the recipe class of each, the models it starts from, and its `--help`."""
+"""The table of stages: all that the rest of the package knows about one. A new stage is one entry, and files of its own."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import shutil
-import textwrap
-from typing import Any, get_type_hints
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from align.config.base import StageRecipe
-from align.config.convert import type_name
-from align.config.data_source import DataSource
+from align.config.base import StageRecipe, check_trainer_rules
 from align.config.encoders import ClassifyRecipe, MLMRecipe
-from align.config.evaluate import EVALUATE, EvaluateRecipe
-from align.config.ppo import PPORecipe
-from align.config.read import _read
-from align.config.reward import RewardRecipe
-from align.config.sft import SFTRecipe
+from align.config.evaluate import EvaluateRecipe, check_evaluate_rules
+from align.config.keys import Where
+from align.config.ppo import PPORecipe, check_ppo_rules
+from align.config.read import read_yaml
+from align.config.reward import RewardRecipe, check_reward_rules
+from align.config.sft import SFTRecipe, check_sft_rules
 from align.errors import UserError, nearest
 
-RECIPES: dict[str, type[StageRecipe]] = {
-    "sft": SFTRecipe,
-    "reward": RewardRecipe,
-    "ppo": PPORecipe,
-    "classify": ClassifyRecipe,
-    "mlm": MLMRecipe,
+Recipe: TypeAlias = StageRecipe | EvaluateRecipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One stage. Modules are named rather than imported: the command line starts without torch."""
+
+    name: str  # the command, and `stage:` in a recipe
+    recipe: type[Any]  # the dataclass of its keys; `--help` begins with its docstring
+    check_rules: Callable[[Any, Where], None]  # raises UserError for values that exclude one another
+    module: str  # its `run(recipe)` runs the stage
+    check_module: str  # its `check(recipe, context)` is what `align check` does for the stage
+    input_models: tuple[
+        str, ...
+    ]  # keys that name the models it starts from: when one was trained anew, so is its output
+    methods: tuple[str, ...] = ()  # values of `method` that it takes; none: it trains nothing
+    generates: bool = False  # whether what it trains is a language model that continues a prompt
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="sft",
+            recipe=SFTRecipe,
+            check_rules=check_sft_rules,
+            module="align.sft.train",
+            check_module="align.cli.check.sft",
+            input_models=("model_name_or_path",),
+            methods=("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"),
+            generates=True,
+        ),
+        Stage(
+            name="reward",
+            recipe=RewardRecipe,
+            check_rules=check_reward_rules,
+            module="align.reward.train",
+            check_module="align.cli.check.reward",
+            input_models=("model_name_or_path", "sft_model_path"),
+            methods=("full", "freeze", "head", "lora", "dora", "ia3"),
+        ),
+        Stage(
+            name="ppo",
+            recipe=PPORecipe,
+            check_rules=check_ppo_rules,
+            module="align.ppo.train",
+            check_module="align.cli.check.ppo",
+            input_models=("sft_model_path", "reward_model_path", "value_model_path"),
+            methods=("full", "lora", "dora", "ia3"),
+            generates=True,
+        ),
+        Stage(
+            name="classify",
+            recipe=ClassifyRecipe,
+            check_rules=check_trainer_rules,
+            module="align.encoders.classify",
+            check_module="align.cli.check.classify",
+            input_models=("model_name_or_path",),
+            methods=("full", "freeze", "head", "lora", "dora", "ia3"),
+        ),
+        Stage(
+            name="mlm",
+            recipe=MLMRecipe,
+            check_rules=check_trainer_rules,
+            module="align.encoders.mlm",
+            check_module="align.cli.check.mlm",
+            input_models=("model_name_or_path",),
+            methods=("full", "freeze"),
+        ),
+        Stage(
+            name="evaluate",
+            recipe=EvaluateRecipe,
+            check_rules=check_evaluate_rules,
+            module="align.evaluate.compare",
+            check_module="align.cli.check.evaluation",
+            input_models=("models",),
+        ),
+    )
 }
 
-# The models that each stage starts from, by recipe key: a stage is made anew when one of them was.
-INPUTS = {
-    "sft": ("model_name_or_path",),
-    "reward": ("model_name_or_path", "sft_model_path"),
-    "ppo": ("sft_model_path", "reward_model_path", "value_model_path"),
-    "classify": ("model_name_or_path",),
-    "mlm": ("model_name_or_path",),
-}
 
-
-def stage_help(stage: str) -> str:
-    """Every key of a stage's recipe with its type, default and meaning, wrapped to the terminal."""
-    cls: type[Any] = CLASSES[stage]
-    head = [
-        f"usage: align {stage} RECIPE [--key value ...]",
-        f"       deepspeed --num_gpus N --module align {stage} RECIPE [--key value ...]",
-        "",
-        *_wrapped(cls.__doc__ or "", ""),
-        *_wrapped("Each key may stand in the YAML recipe or be given as --key value (--mapping.name value).", ""),
-        "",
-    ]
-    source = ["", "keys of a data source:", *_keys(DataSource, "")]
-    return "\n".join([*head, "keys:", *_keys(cls, "--"), *source]) + "\n"
-
-
-def _keys(cls: type[Any], prefix: str) -> list[str]:
-    annotations = get_type_hints(cls)
-    lines = []
-    for field in dataclasses.fields(cls):
-        if field.metadata.get("required"):
-            default = "required"
-        elif field.default is not dataclasses.MISSING:
-            default = f"default {json.dumps(field.default)}"
-        else:
-            default = "default empty"
-        lines += _wrapped(f"{prefix}{field.name}  <{type_name(annotations[field.name])}>  {default}", "  ")
-        lines += _wrapped(field.metadata["help"], "        ")
-    return lines
-
-
-def _wrapped(text: str, indent: str) -> list[str]:
-    width = min(shutil.get_terminal_size().columns, 120)
-    return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)
-
-
-CLASSES: dict[str, type[StageRecipe] | type[EvaluateRecipe]] = {**RECIPES, EVALUATE: EvaluateRecipe}
+def stage_of(recipe: Recipe) -> Stage:
+    """The stage that a recipe is for."""
+    return next(stage for stage in STAGES.values() if type(recipe) is stage.recipe)
 
 
 def read_stage(path: str) -> str:
@@ -81,15 +108,17 @@ def read_stage(path: str) -> str:
     Raises:
         UserError: the file cannot be read, or names no stage.
     """
-    stage = _read(path)[0].get("stage")
-    if not isinstance(stage, str) or stage not in CLASSES:
-        stages = ", ".join(CLASSES)
-        got = f"{stage!r}{nearest(str(stage), CLASSES)}" if stage else "nothing; add a line such as `stage: sft`"
-        raise UserError(f"{path}: stage: expected one of {stages}, got {got}")
-    return stage
+    name = read_yaml(path)[0].get("stage")
+    if not isinstance(name, str) or name not in STAGES:
+        got = f"{name!r}{nearest(str(name), STAGES)}" if name else "nothing; add a line such as `stage: sft`"
+        raise UserError(f"{path}: stage: expected one of {', '.join(STAGES)}, got {got}")
+    return name
 
 
-def stage_inputs(recipe: StageRecipe) -> dict[str, str | None]:
-    """The models a stage starts from by recipe key, as `align.runs.manifest` wants them."""
-    stage = next(name for name, cls in RECIPES.items() if isinstance(recipe, cls))
-    return {name: getattr(recipe, name) for name in INPUTS[stage]}
+def input_models(recipe: Recipe) -> dict[str, str]:
+    """The models that a recipe starts from, by key, or by name where a key holds several; keys that are not set are left out."""
+    found: dict[str, str] = {}
+    for name in stage_of(recipe).input_models:
+        value = getattr(recipe, name)
+        found |= value if isinstance(value, dict) else {name: value} if value else {}
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from align.config.stages import RECIPES
+from align.config.stages import STAGES
 
 _SAMPLING = (
     "do_sample top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty no_repeat_ngram_size "
@@ -62,8 +62,6 @@ _ANY_STAGE = {
     "wandb_project": "called project here",
 }
 _OF_STAGE = {
-    "sft": {},
-    "reward": {},
     "classify": {
         "num_labels": "derived from the labels of the training rows",
         "id2label": "derived: text labels get ids in alphabetical order; whole numbers are ids",
@@ -137,9 +135,10 @@ def explain(stage: str, name: str) -> str | None:
     """The clause that follows "unknown key", or None when only a nearest key can help."""
     if name in _SAMPLING.split():
         return f"; {_SAMPLED if stage != 'evaluate' else _GREEDY}"
-    if known := _OF_STAGE[stage].get(name) or _ANY_STAGE.get(name):
+    if known := _OF_STAGE.get(stage, {}).get(name) or _ANY_STAGE.get(name):
         return f"; {known}"
-    owners = [other for other, cls in RECIPES.items() if name in {field.name for field in dataclasses.fields(cls)}]
+    training = [each for each in STAGES.values() if each.methods]
+    owners = [each.name for each in training if name in {field.name for field in dataclasses.fields(each.recipe)}]
     if owners:
         return f"; it belongs to the {' and '.join(owners)} stage{'s' if len(owners) > 1 else ''}, and this is {stage}"
     return None

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.encoders import ClassifyRecipe
-from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Labelled
@@ -35,7 +34,7 @@ from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze, peft_config
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
-from align.runs.stage import already_finished, finish, last_checkpoint, step_of, write_untrained
+from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
 from align.trainer.hf_trainer import (
@@ -52,9 +51,8 @@ from align.trainer.row_trainer import Padding, RowTrainer, row_arguments
 def run(recipe: ClassifyRecipe) -> dict[str, Any]:
     """Train a classifier; returns the closing numbers, also in `stage.json`."""
     quiet()
-    sources = stage_inputs(recipe)
-    if open_stage(recipe, "classify", sources):
-        return already_finished(recipe)
+    if open_stage(recipe):
+        return finished_results(recipe.output_dir)
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
@@ -76,7 +74,9 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
     steps = total_steps(recipe, len(padded), plan)
 
     checkpoint = last_checkpoint(recipe, world)
-    start = write_untrained(recipe, world, checkpoint is not None, partial(write_classifier, recipe, inputs, labels))
+    start = write_untrained(
+        recipe.output_dir, recipe.seed, world, checkpoint is not None, partial(write_classifier, recipe, inputs, labels)
+    )
     with Tracker(recipe, "classify", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         tracker.say(f"{labels.problem_type}: {labels.describe()}")
@@ -112,7 +112,7 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
             if by_label:
                 card += f"\n## Labels\n\n{markdown_table(LABEL_COLUMNS, by_label)}"
             told = {"problem_type": labels.problem_type, "labels": labels.names}
-            finish(recipe, "classify", sources, inputs.tokenizer, data, results, card, **told)
+            finish(recipe, inputs.tokenizer, data, results, card, **told)
     world.barrier()
     disconnect()
     return results

@@ -21,7 +21,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from align.config.encoders import MLMRecipe
-from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Passage
@@ -37,7 +36,7 @@ from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
-from align.runs.stage import already_finished, finish, last_checkpoint, step_of, write_untrained
+from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
 from align.trainer.hf_trainer import (
@@ -54,9 +53,8 @@ from align.trainer.row_trainer import RowTrainer, row_arguments
 def run(recipe: MLMRecipe) -> dict[str, Any]:
     """Go on training an encoder; returns the closing numbers, also in `stage.json`."""
     quiet()
-    sources = stage_inputs(recipe)
-    if open_stage(recipe, "mlm", sources):
-        return already_finished(recipe)
+    if open_stage(recipe):
+        return finished_results(recipe.output_dir)
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     config, tokenizer = check_inputs(recipe)
@@ -73,7 +71,9 @@ def run(recipe: MLMRecipe) -> dict[str, Any]:
     steps = total_steps(recipe, len(train_rows), plan)
 
     checkpoint = last_checkpoint(recipe, world)
-    start = write_untrained(recipe, world, checkpoint is not None, partial(write_masked_lm, recipe))
+    start = write_untrained(
+        recipe.output_dir, recipe.seed, world, checkpoint is not None, partial(write_masked_lm, recipe)
+    )
     with Tracker(recipe, "mlm", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         tracker.say(f"{len(rows.train)} texts in {len(pieces)} pieces of up to {length} tokens")
@@ -96,7 +96,7 @@ def run(recipe: MLMRecipe) -> dict[str, Any]:
         if world.is_main:
             data = {**rows.report, "pieces": len(pieces)}
             card = CARD.format(folder=recipe.output_dir, base=recipe.model_name_or_path, mask=tokenizer.mask_token)
-            finish(recipe, "mlm", sources, tokenizer, data, results, card)
+            finish(recipe, tokenizer, data, results, card)
     world.barrier()
     disconnect()
     return results

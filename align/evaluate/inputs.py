@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
 from align.config.evaluate import EvaluateRecipe
+from align.config.stages import STAGES
 from align.data.encode import encode_prompt, encode_response
 from align.data.load import DataSettings, load_rows
 from align.data.rows import BadRows, Demonstration, Turns, render_text
@@ -19,8 +20,6 @@ from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import prompt_tuning_base
 from align.runs.manifest import read_manifest
-
-SILENT = ("reward", "classify", "mlm")  # stages whose models give scores, labels or missing words
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,8 +123,11 @@ def _rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demonstrati
 def _tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokenizerBase, int]:
     """A model's tokenizer, and the most tokens that it can read."""
     shared = shared_keys(recipe)
-    if (stage := (read_manifest(path) or {}).get("stage")) in SILENT:
-        raise UserError(f"models: {path} was made by the {stage} stage and writes nothing; name a language model.")
+    stage = (read_manifest(path) or {}).get("stage")
+    if stage in STAGES and not STAGES[stage].generates:
+        raise UserError(
+            f"models: {path} was made by the {stage} stage and does not generate text; name a language model."
+        )
     if found := prompt_tuning_base(path):
         base, before = found
         config = load_config(base, shared, f"models: {path} holds virtual tokens for {base}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table as Drawn
 
-from align.config.evaluate import EVALUATE, EvaluateRecipe
+from align.config.evaluate import EvaluateRecipe
 from align.errors import UserError
 from align.runs.files import digest
 from align.runs.manifest import differing_keys, read_manifest
@@ -43,7 +43,7 @@ def identity(recipe: EvaluateRecipe) -> dict[str, Any]:
         "models": list(recipe.models.items()),
     }  # the order of a mapping counts for nothing
     return {
-        "stage": EVALUATE,
+        "stage": "evaluate",
         "recipe": json.loads(json.dumps(plain)),
         "inputs": {name: digest(manifest) for name, manifest in manifests.items() if manifest},
     }

@@ -18,7 +18,6 @@ from typing import Any
 from datasets import Dataset
 
 from align.config.ppo import PPORecipe
-from align.config.stages import stage_inputs
 from align.data.batches import PromptLoader
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Demonstration, Prompt
@@ -40,16 +39,15 @@ from align.ppo.step import estimate_advantages, missing_eos, sample_rollout, sha
 from align.ppo.update import Updater
 from align.runs.manifest import open_stage
 from align.runs.quiet import quiet
-from align.runs.stage import already_finished, finish, last_checkpoint, step_of
+from align.runs.stage import finish, finished_results, last_checkpoint, step_of
 from align.runs.tracker import Tracker
 
 
 def run(recipe: PPORecipe) -> dict[str, Any]:
     """Train a policy by PPO; returns the closing numbers, also in `stage.json`."""
     quiet()
-    sources = stage_inputs(recipe)
-    if open_stage(recipe, "ppo", sources):
-        return already_finished(recipe)
+    if open_stage(recipe):
+        return finished_results(recipe.output_dir)
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
@@ -161,7 +159,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
             if ptx is not None:
                 data["ptx"] = ptx.report
             card = CARD.format(folder=recipe.output_dir, base=recipe.sft_model_path, kl_coef=recipe.kl_coef)
-            finish(recipe, "ppo", sources, inputs.tokenizer, data, results, card)
+            finish(recipe, inputs.tokenizer, data, results, card)
     world.barrier()
     disconnect()
     return results

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from trl import RewardConfig
 
 from align.config.reward import RewardRecipe
-from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, load_rows
@@ -40,7 +39,7 @@ from align.reward.trainer import PairTrainer
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
 from align.runs.quiet import quiet
-from align.runs.stage import already_finished, finish, last_checkpoint, step_of, write_untrained
+from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tracker import Tracker
 from align.trainer.hf_trainer import eval_batch_size, save_trained, total_steps, train, training_arguments
 from reward_models.heads import init_head, keep_head_float32, score_head
@@ -49,9 +48,8 @@ from reward_models.heads import init_head, keep_head_float32, score_head
 def run(recipe: RewardRecipe) -> dict[str, Any]:
     """Train a reward model; returns the closing numbers, also in `stage.json`."""
     quiet()
-    sources = stage_inputs(recipe)
-    if open_stage(recipe, "reward", sources):
-        return already_finished(recipe)
+    if open_stage(recipe):
+        return finished_results(recipe.output_dir)
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
@@ -77,7 +75,9 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
     steps = total_steps(recipe, len(padded), plan)
 
     checkpoint = last_checkpoint(recipe, world)
-    start = write_untrained(recipe, world, checkpoint is not None, partial(write_scorer, recipe, inputs.tokenizer))
+    start = write_untrained(
+        recipe.output_dir, recipe.seed, world, checkpoint is not None, partial(write_scorer, recipe, inputs.tokenizer)
+    )
     with Tracker(recipe, "reward", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         if (line := describe_duplicates(rows.report)) is not None:
@@ -108,7 +108,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
                 pad=inputs.tokenizer.pad_token,
                 zero=f"answers of {inputs.answering}" if prompts else "chosen responses of the training rows",
             )
-            finish(recipe, "reward", sources, inputs.tokenizer, data, results, card, **zero, score_check=check)
+            finish(recipe, inputs.tokenizer, data, results, card, **zero, score_check=check)
     world.barrier()
     disconnect()
     return results

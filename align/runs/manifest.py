@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.base import StageRecipe
+from align.config.stages import input_models, stage_of
 from align.errors import UserError
 from align.runs.checkpoint import DAMAGED, complete_checkpoints
 from align.runs.files import digest, write_json
@@ -80,17 +81,16 @@ def recipe_dict(recipe: StageRecipe) -> dict[str, Any]:
     return plain
 
 
-def _input_digests(inputs: Mapping[str, str | None]) -> dict[str, str]:
-    manifests = {name: read_manifest(path) for name, path in inputs.items() if path}
+def _input_digests(recipe: StageRecipe) -> dict[str, str]:
+    manifests = {name: read_manifest(path) for name, path in input_models(recipe).items()}
     return {name: digest(manifest) for name, manifest in manifests.items() if manifest}
 
 
-def open_stage(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None]) -> bool:
+def open_stage(recipe: StageRecipe) -> bool:
     """Claim `recipe.output_dir` for this run. True when the same stage is already finished there.
 
-    Args:
-        inputs: models the stage starts from, by recipe key; a manifest among them is remembered, so that a
-            stage whose input has since been made anew is not taken for finished.
+    The manifests of the models that the stage starts from are remembered: a stage does not count as finished once one of
+    them has been trained anew.
 
     Raises:
         UserError: the folder cannot be written, or holds a run of another recipe or of older inputs.
@@ -102,14 +102,14 @@ def open_stage(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None]
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder} ({error.strerror}); choose another folder.") from error
-    finished = is_finished(recipe, stage, inputs)
+    finished = is_finished(recipe)
     if not finished and not complete_checkpoints(folder) and int(os.environ.get("RANK", "0")) == 0:
-        write_json(folder / RUN, _identity(recipe, stage, inputs))
+        write_json(folder / RUN, _identity(recipe))
     return finished
 
 
-def is_finished(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None]) -> bool:
-    """Whether `recipe.output_dir` holds this very stage, finished. Writes nothing; arguments as for `open_stage`.
+def is_finished(recipe: StageRecipe) -> bool:
+    """Whether `recipe.output_dir` holds the finished run of this recipe. Writes nothing.
 
     Raises:
         UserError: the folder holds a run of another recipe or of older inputs, or an input is not finished.
@@ -119,7 +119,7 @@ def is_finished(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None
     if not finished and not (complete_checkpoints(folder) and (folder / RUN).is_file()):
         return False  # a run that has saved nothing yet has nothing to lose by another recipe
     found = json.loads((folder / (MANIFEST if finished else RUN)).read_text(encoding="utf-8"))
-    if differing := differing_keys(found, _identity(recipe, stage, inputs)):
+    if differing := differing_keys(found, _identity(recipe)):
         raise UserError(
             f"output_dir: {folder} holds {'a finished' if finished else 'an unfinished'} run that differs in "
             f"{', '.join(differing)}; delete the folder to start anew, or choose another output_dir."
@@ -127,8 +127,8 @@ def is_finished(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None
     return finished
 
 
-def _identity(recipe: StageRecipe, stage: str, inputs: Mapping[str, str | None]) -> dict[str, Any]:
-    return {"stage": stage, "recipe": recipe_dict(recipe), "inputs": _input_digests(inputs)}
+def _identity(recipe: StageRecipe) -> dict[str, Any]:
+    return {"stage": stage_of(recipe).name, "recipe": recipe_dict(recipe), "inputs": _input_digests(recipe)}
 
 
 def differing_keys(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
@@ -147,8 +147,6 @@ def differing_keys(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
 
 def finish_stage(
     recipe: StageRecipe,
-    stage: str,
-    inputs: Mapping[str, str | None],
     tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, Any],
     results: Mapping[str, Any],
@@ -165,9 +163,7 @@ def finish_stage(
     write_json(
         folder / MANIFEST,
         {
-            "stage": stage,
-            "recipe": recipe_dict(recipe),
-            "inputs": _input_digests(inputs),
+            **_identity(recipe),
             "seed": recipe.seed,
             "versions": {"align": _version("align"), **{package: _version(package) for package in PACKAGES}},
             "tokenizer": tokenizer_digest(tokenizer),

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
+from align.config.stages import stage_of
 from align.engine.deepspeed_config import uses_deepspeed, zero_stage
 from align.engine.distributed import World
 from align.errors import UserError
@@ -43,7 +44,7 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
     """
     step = torch.zeros(1, dtype=torch.int64, device=world.device)
     if world.is_main:
-        step += step_of(_newest_sound(recipe))
+        step += step_of(_newest_intact(recipe.output_dir))
     step = world.sum(step)  # one verdict for all ranks
     checkpoint = Path(recipe.output_dir) / f"checkpoint-{int(step)}" if step else None
     check_layout(recipe, world, checkpoint)
@@ -53,10 +54,10 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
     return checkpoint
 
 
-def _newest_sound(recipe: StageRecipe) -> Path | None:
-    clear_partial(recipe.output_dir)
+def _newest_intact(output_dir: str) -> Path | None:
+    clear_partial(output_dir)
     damaged = []
-    while found := complete_checkpoints(recipe.output_dir):
+    while found := complete_checkpoints(output_dir):
         if (wrong := damage(found[-1])) is None:
             break
         damaged.append(f"{found[-1]}: damaged, {wrong}; set aside as {set_aside(found[-1]).name}")
@@ -93,25 +94,26 @@ def step_of(checkpoint: Path | None) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
 
-def already_finished(recipe: StageRecipe) -> dict[str, Any]:
-    """Say that nothing is left to do; returns the results that the manifest holds."""
+def finished_results(output_dir: str) -> dict[str, Any]:
+    """Print that nothing is left to do; returns the results that the manifest holds."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{recipe.output_dir}: this stage is finished already", file=sys.stderr)
-    return dict((read_manifest(recipe.output_dir) or {})["results"])
+        print(f"{output_dir}: this stage is finished already", file=sys.stderr)
+    return dict((read_manifest(output_dir) or {})["results"])
 
 
-def write_untrained(recipe: StageRecipe, world: World, resuming: bool, write: Callable[[Path], None]) -> str:
+def write_untrained(output_dir: str, seed: int, world: World, resuming: bool, write: Callable[[Path], None]) -> str:
     """Have rank 0 make the stage's starting model, so that all ranks, and a resumed run, start from the same one.
 
     Args:
+        seed: of the weights that are random.
         write: fills the folder that it is given.
 
     Returns:
         The folder, for all ranks to load from.
     """
-    folder = Path(recipe.output_dir) / UNTRAINED
+    folder = Path(output_dir) / UNTRAINED
     if world.is_main and not (resuming and folder.is_dir()):
-        torch.manual_seed(recipe.seed)  # of whatever weights the model lacks
+        torch.manual_seed(seed)
         with new_folder(folder) as fresh:
             write(fresh)
     world.barrier()
@@ -120,8 +122,6 @@ def write_untrained(recipe: StageRecipe, world: World, resuming: bool, write: Ca
 
 def finish(
     recipe: StageRecipe,
-    stage: str,
-    inputs: Mapping[str, str | None],
     tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, Any],
     results: Mapping[str, Any],
@@ -131,13 +131,13 @@ def finish(
     """Write the README.md and then the manifest, on rank 0.
 
     Args:
-        stage, inputs, tokenizer, data, results, more: as for `align.runs.manifest.finish_stage`.
+        tokenizer, data, results, more: as for `align.runs.manifest.finish_stage`.
         card: Markdown that says what the model is and how to load it.
     """
     sources = [[source["source"], source["rows"], source["fingerprint"][:16]] for source in data["sources"]]
     table = markdown_table(["measure", "before", "after"], results["table"]) if results["table"] else "Not evaluated.\n"
     text = (
-        f"---\nlibrary_name: transformers\ntags: [align, {stage}]\n---\n\n{card}\n"
+        f"---\nlibrary_name: transformers\ntags: [align, {stage_of(recipe).name}]\n---\n\n{card}\n"
         f"## Results\n\n{table}\n## Data\n\n{markdown_table(['source', 'rows', 'fingerprint'], sources)}\n"
         f"{data['train_rows']} rows were trained on. The recipe, seed and package versions are in `stage.json`, the "
         "metrics of the run in `metrics.jsonl`.\n"
@@ -145,4 +145,4 @@ def finish(
     folder = Path(recipe.output_dir)
     (folder / "README.md").write_text(text, encoding="utf-8")
     shutil.rmtree(folder / UNTRAINED, ignore_errors=True)
-    finish_stage(recipe, stage, inputs, tokenizer, data, results, **more)
+    finish_stage(recipe, tokenizer, data, results, **more)

@@ -16,7 +16,6 @@ from transformers import set_seed
 from trl import SFTConfig
 
 from align.config.sft import SFTRecipe
-from align.config.stages import stage_inputs
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
 from align.engine.batch_plan import batch_plan
@@ -28,7 +27,7 @@ from align.models.tokenizer import load_tokenizer
 from align.models.trainable import cast_trained_to_float32, freeze, parameter_counts, peft_config, quantization
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
-from align.runs.stage import already_finished, finish, last_checkpoint, step_of, write_untrained
+from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tracker import Tracker
 from align.sft.report import bound_line, closing_numbers, course, curves, retention_lines, write_picture
 from align.sft.responses import questions
@@ -41,9 +40,8 @@ from align.trainer.hf_trainer import eval_batch_size, evaluations, save_trained,
 def run(recipe: SFTRecipe) -> dict[str, Any]:
     """Fine-tune a language model; returns the closing numbers, also in `stage.json`."""
     quiet()
-    inputs = stage_inputs(recipe)
-    if open_stage(recipe, "sft", inputs):
-        return already_finished(recipe)
+    if open_stage(recipe):
+        return finished_results(recipe.output_dir)
     world = connect(recipe)
     plan = batch_plan(recipe, world.size)
     rows, retention = load_with_retention(recipe)
@@ -51,7 +49,8 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
     if (start := recipe.model_name_or_path) is None:
         config = scratch_config(recipe)
         start = write_untrained(
-            recipe,
+            recipe.output_dir,
+            recipe.seed,
             world,
             checkpoint is not None,
             lambda folder: write_scratch_model(recipe, config, rows.train, folder),
@@ -127,7 +126,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
                 prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
                 eos=tokenizer.eos_token,
             )
-            finish(recipe, "sft", inputs, tokenizer, data, results, card + course(history))
+            finish(recipe, tokenizer, data, results, card + course(history))
     world.barrier()
     disconnect()
     return results

@@ -321,7 +321,7 @@ def test_messages_are_rendered(world, capsys):
     code, said = outcome(capsys, "r.yaml")
     assert code == 2
     assert "no chat template" in said
-    assert "1 mistake to mend" in said
+    assert "1 mistake to fix" in said
     code, said = outcome(capsys, "r.yaml", "--chat_template_path", "chat.jinja")
     assert code == 0, said
     assert "row:<s>uba⟦c</s>⟧uda⟦e</s>⟧" in said.replace(" ", "")
@@ -360,7 +360,7 @@ def test_a_folder_is_checked_to_its_end(world, capsys):
     assert code == 2
     assert "r/1_sft.yaml:2: learning_rat: unknown key; did you mean 'learning_rate'?" in said
     assert "model_name_or_path: no model at out/1" in said  # which nothing makes any more
-    assert "3 mistakes to mend" in said  # in 1_sft, 2_reward and 3_ppo
+    assert "3 mistakes to fix" in said  # in 1_sft, 2_reward and 3_ppo
 
 
 def test_another_chat_template_than_the_stage_before(world, capsys):
@@ -386,10 +386,10 @@ def test_output_folders(world, capsys):
 
     assert "output_dir: out/x, new" in outcome(capsys, "r.yaml")[1]
     recipe = load_recipe("sft", "r.yaml")
-    open_stage(recipe, "sft", {"model_name_or_path": "model"})
+    open_stage(recipe)
     assert Path("out/x", RUN).is_file()
     assert "output_dir: out/x, which would be resumed" in outcome(capsys, "r.yaml")[1]
-    finish_stage(recipe, "sft", {"model_name_or_path": "model"}, letter_tokenizer(), {}, {})
+    finish_stage(recipe, letter_tokenizer(), {}, {})
     assert "output_dir: out/x is finished; the stage would be skipped" in outcome(capsys, "r.yaml")[1]
     code, said = outcome(capsys, "r.yaml", "--seed", "1")
     assert code == 2

@@ -138,11 +138,11 @@ class TestCheck:
         assert "0-shot row: " in capsys.readouterr().out
 
     def test_one_that_is_finished(self, world, capsys):
-        from align.config.load import load_evaluation
+        from align.config.load import load_recipe
         from align.evaluate.compare import run
 
         evaluation("base")
-        run(load_evaluation("r/2_evaluate.yaml"))
+        run(load_recipe("evaluate", "r/2_evaluate.yaml"))
         capsys.readouterr()
         assert "out/2 is finished" not in outcome(capsys, "--seed", "8")[1]
         assert "output_dir: out/2, is finished; the step would be skipped" in outcome(capsys)[1]
@@ -164,7 +164,7 @@ class TestCheck:
         code, told = outcome(capsys)
         assert code == 2
         assert said in told
-        assert "1 mistake to mend" in told
+        assert "1 mistake to fix" in told
 
     def test_a_reward_model_writes_nothing(self, world, capsys):
         """Also when it is yet to be made: its configuration is that of a decoder."""
@@ -173,4 +173,4 @@ class TestCheck:
                      model_name_or_path="base")  # fmt: skip
         code, said = outcome(capsys)
         assert code == 2
-        assert "models: out/1 (made by 1_sft.yaml) was made by the reward stage and writes nothing" in said
+        assert "models: out/1 (made by 1_sft.yaml) was made by the reward stage and does not generate text" in said

@@ -15,9 +15,9 @@ import pytest
 
 from align import __main__ as cli
 from align.config.data_source import DataSource
-from align.config.stages import RECIPES
+from align.config.stages import STAGES
 from align.errors import UserError
-from align.runs import launch
+from align.runs import command_line, launch
 
 RECIPE = "stage: sft\noutput_dir: out\ntrain_dataset: rows.jsonl\nmodel_name_or_path: base\n"
 
@@ -52,7 +52,7 @@ def test_a_stage_gets_its_recipe_with_overrides(stage):
 
 def test_the_rank_that_the_launcher_puts_first_is_dropped(stage, monkeypatch):
     watched = []
-    monkeypatch.setattr(launch, "_end_with_parents", watched.append)
+    monkeypatch.setattr(launch, "end_with_parents", watched.append)
     assert exit_code(["--local_rank=1", "r.yaml"]) == 0
     monkeypatch.setenv("ALIGN_PIPELINE", "1")
     assert exit_code(["--local_rank=1", "r.yaml"]) == 0
@@ -92,7 +92,7 @@ def test_interrupted(stage, capsys):
 
 def test_other_ranks_tell_only_what_rank_0_did_not(stage, capsys, monkeypatch):
     waits = []
-    monkeypatch.setattr(launch.time, "sleep", waits.append)
+    monkeypatch.setattr(command_line.time, "sleep", waits.append)
     monkeypatch.setenv("RANK", "1")
     assert cli.main(["sft", "r.yaml", "--seed", "x"]) == 2
     assert waits == [5]  # in which the launcher, told by rank 0, ends this rank
@@ -127,6 +127,10 @@ def test_one_process_uses_one_gpu(stage, monkeypatch):
         (["run", ".", "--num_gpus", "two"], "--num_gpus: expected a number of processes from 1, got two"),
         (["run", ".", "--num_gpus=0"], "--num_gpus: expected a number of processes from 1, got 0"),
         (["run", ".", "--num_gpus"], "--num_gpus: expected a number of processes from 1, got nothing"),
+        (["merge", "adapter"], "align merge: expected an adapter's folder and a new folder"),
+        (["merge", "adapter", "out", "--seed", "1"], "align merge: expected an adapter's folder and a new folder"),
+        (["sft", "r.yaml", "--num", "1"], "r.yaml: no such recipe"),
+        (["run", ".", "--num", "1"], ".: expected recipes named like 1_sft.yaml"),
     ],
 )
 def test_wrong_commands(tmp_path, monkeypatch, capsys, argv, said):
@@ -142,10 +146,12 @@ def test_the_number_of_processes_may_stand_anywhere(monkeypatch):
         ["--num_gpus", "2", "--seed", "1"],
         ["--seed", "1", "--num_gpus=2"],
         ["--seed", "1", "--num-accelerators", "2"],
+        ["--num_accelerators=2", "--seed", "1"],
+        ["--seed", "1", "--num-gpus", "2"],
     ):
         assert cli.main(["run", "folder", *words]) == 0
     assert cli.main(["run", "folder"]) == 0
-    assert calls == [("folder", 2, ["--seed", "1"])] * 3 + [("folder", None, [])]
+    assert calls == [("folder", 2, ["--seed", "1"])] * 5 + [("folder", None, [])]
 
 
 def test_verify_takes_a_number_of_processes_a_file_and_keys(monkeypatch, capsys):
@@ -166,19 +172,22 @@ def test_verify_takes_a_number_of_processes_a_file_and_keys(monkeypatch, capsys)
     assert not calls
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [stage.name for stage in STAGES.values() if stage.methods])
 def test_help_lists_every_key_with_type_meaning_and_default(name, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     flat = " ".join(text.split())
-    for cls, prefix in ((RECIPES[name], "--"), (DataSource, "")):
+    for cls, prefix in ((STAGES[name].recipe, "--"), (DataSource, "")):
         for field in dataclasses.fields(cls):
             assert f" {prefix}{field.name} <" in flat
             assert " ".join(field.metadata["help"].split()) in flat
     assert "--output_dir <text> required" in flat
-    assert f"--learning_rate <a number> default {RECIPES[name].__dataclass_fields__['learning_rate'].default}" in flat
+    assert (
+        f"--learning_rate <a number> default {STAGES[name].recipe.__dataclass_fields__['learning_rate'].default}"
+        in flat
+    )
     assert '--report_to <none | wandb> default "none"' in flat
     assert "--train_dataset <data source or list of them> default empty" in flat
 
@@ -187,7 +196,44 @@ def test_version_and_usage(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("align ")
     assert cli.main(["--help"]) == 0
-    assert "align check RECIPE|DIR" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for command in (*STAGES, "run", "check", "merge", "verify"):
+        assert f"\n    {command} " in said
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("run", "usage: align run DIR [--num_gpus N] [--key value ...]"),
+        ("check", "usage: align check RECIPE|DIR [--num_gpus N] [--key value ...]"),
+        ("merge", "usage: align merge ADAPTER OUTPUT"),
+        ("verify", "usage: align verify [--num_gpus N] [--json [FILE]] [--key value ...]"),
+        ("sft", "usage: align sft RECIPE [--key value ...]"),
+        ("evaluate", "usage: align evaluate RECIPE [--key value ...]"),
+    ],
+)
+def test_each_command_has_its_own_usage(capsys, command, usage):
+    for flag in ("--help", "-h"):
+        assert cli.main([command, flag]) == 0
+        assert capsys.readouterr().out.startswith(usage + "\n")
+
+
+def test_a_stage_alone_has_the_same_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.run_stage_cli("ppo", ["--help"])
+    assert ended.value.code == 0
+    alone = capsys.readouterr().out
+    assert cli.main(["ppo", "--help"]) == 0
+    assert capsys.readouterr().out == alone
+
+
+def test_keys_reach_the_recipe_as_they_are(stage):
+    """argparse reads none of them: negative numbers, lists, mappings and abbreviations of its own options."""
+    words = ["--max_steps", "-1", "--lora_target_modules", "a", "b", "--train_dataset.columns.prompt", "q", "--seed=3"]
+    assert cli.main(["sft", "r.yaml", *words]) == 0
+    (recipe,) = stage.recipes
+    assert (recipe.max_steps, recipe.lora_target_modules, recipe.seed) == (-1, ["a", "b"], 3)
+    assert recipe.train_dataset == [DataSource(path="rows.jsonl", columns={"prompt": "q"})]
 
 
 def test_as_a_program(tmp_path):
@@ -204,7 +250,7 @@ def test_as_a_program(tmp_path):
 
 def test_a_launched_stage_ends_with_its_launcher(tmp_path):
     """SIGKILL on an ancestor cannot be passed on; the stage notices."""
-    child = "from align.runs.launch import _end_with_parents; import time; _end_with_parents(2); print('up', flush=True); time.sleep(60)"
+    child = "from align.runs.launch import end_with_parents; import time; end_with_parents(2); print('up', flush=True); time.sleep(60)"
     middle = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
     outer = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {middle!r}]).wait()"
     process = subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True)

@@ -22,7 +22,7 @@ STAGE = """
 import os, sys, time
 from pathlib import Path
 from align.runs.manifest import finish_stage, open_stage
-from align.config.load import load_recipe; from align.config.stages import stage_inputs
+from align.config.load import load_recipe
 
 class Tokenizer:
     bos_token_id, eos_token_id, chat_template = 1, 2, None
@@ -30,7 +30,7 @@ class Tokenizer:
 
 stage, path, *words = sys.argv[1:]
 recipe = load_recipe(stage, path, words)
-assert not open_stage(recipe, stage, stage_inputs(recipe))
+assert not open_stage(recipe)
 with open("calls.txt", "a") as calls:
     calls.write(f"{Path(path).name} {recipe.seed} {os.getpid()}\\n")
 if Path(f"fail_{stage}").exists():
@@ -45,7 +45,7 @@ if Path(f"hang_{stage}").exists():
 table = [["loss", 2.0, 1.23456], ["held-out rows", None, 7]]
 samples = [{"prompt": f"p{i}", "SFT": "[b]s", "PPO": "r", "score": 0.5} for i in range(5)]
 results = {"table": table, **({"samples": samples} if stage == "ppo" else {})}
-finish_stage(recipe, stage, stage_inputs(recipe), Tokenizer(), {}, results)
+finish_stage(recipe, Tokenizer(), {}, results)
 """
 
 

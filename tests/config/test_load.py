@@ -13,16 +13,16 @@ import yaml
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
-from align.config.keys import _RANGES
-from align.config.load import load_any, load_evaluation, load_recipe, resolve_function
+from align.config.load import load_recipe, resolve_function
 from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
-from align.config.stages import RECIPES, read_stage, stage_inputs
+from align.config.stages import STAGES, input_models, read_stage
 from align.config.unknown_keys import _ANY_STAGE, _OF_STAGE, _SAMPLING
 from align.engine.batch_plan import batch_plan
 from align.errors import UserError
 
+TRAINING = [name for name, stage in STAGES.items() if stage.methods]
 MINIMAL = {
     "sft": {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base"},
     "reward": {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base"},
@@ -39,7 +39,7 @@ def load(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(stage: str, changes: dict | str | None = None, *overrides: str) -> StageRecipe:
-        text = changes if isinstance(changes, str) else yaml.safe_dump({**MINIMAL[stage], **(changes or {})})
+        text = changes if isinstance(changes, str) else yaml.safe_dump({**MINIMAL.get(stage, {}), **(changes or {})})
         (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
         return load_recipe(stage, "recipe.yaml", overrides)
 
@@ -59,10 +59,10 @@ def refusal(load, stage: str, changes: dict | str | None, *overrides: str) -> st
 # --- what is accepted
 
 
-@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize("stage", TRAINING)
 def test_a_minimal_recipe_has_the_defaults_of_its_dataclass(load, stage):
     recipe = load(stage)
-    assert type(recipe) is RECIPES[stage]
+    assert type(recipe) is STAGES[stage].recipe
     assert recipe.stage == stage
     assert recipe.train_dataset == [DataSource(path="rows.jsonl")]
     rates = {"sft": 2e-5, "reward": 1e-5, "ppo": 3e-6, "classify": 2e-5, "mlm": 5e-5}
@@ -152,9 +152,15 @@ def test_paths_are_looked_up_here_then_beside_the_recipe(tmp_path, monkeypatch):
 
 
 def test_inputs_by_stage(load):
-    assert stage_inputs(load("sft")) == {"model_name_or_path": "base"}
-    assert stage_inputs(load("reward")) == {"model_name_or_path": "base", "sft_model_path": None}
-    assert stage_inputs(load("ppo")) == {"sft_model_path": "sft", "reward_model_path": "rm", "value_model_path": None}
+    assert input_models(load("sft")) == {"model_name_or_path": "base"}
+    assert input_models(load("reward")) == {"model_name_or_path": "base"}
+    assert input_models(load("reward", {"sft_model_path": "sft"})) == {
+        "model_name_or_path": "base",
+        "sft_model_path": "sft",
+    }
+    assert input_models(load("ppo")) == {"sft_model_path": "sft", "reward_model_path": "rm"}
+    models = load("evaluate", {"output_dir": "out", "models": ["a/x", "b/y"], "eval_dataset": "rows.jsonl"})
+    assert input_models(models) == {"x": "a/x", "y": "b/y"}
 
 
 # --- unknown keys
@@ -196,10 +202,10 @@ def test_a_key_that_resembles_nothing(load):
     assert refusal(load, "sft", lines("sft", "qqqq: 1")) == "recipe.yaml:4: qqqq: unknown key"
 
 
-@pytest.mark.parametrize("stage", RECIPES)
+@pytest.mark.parametrize("stage", TRAINING)
 def test_hints_are_for_keys_that_the_stage_lacks(stage):
-    names = {field.name for field in dataclasses.fields(RECIPES[stage])}
-    assert not names & {*_ANY_STAGE, *_OF_STAGE[stage], *_SAMPLING.split()}
+    names = {field.name for field in dataclasses.fields(STAGES[stage].recipe)}
+    assert not names & {*_ANY_STAGE, *_OF_STAGE.get(stage, {}), *_SAMPLING.split()}
 
 
 def test_unknown_key_of_a_data_source(load):
@@ -255,7 +261,7 @@ def test_a_value_of_another_type(load, line, said):
         (["1e-5"], "1e-5: expected `--key value` after the recipe, got this word alone"),
         (
             ["--seed.x", "1", "--seed.x.y", "1"],
-            "--seed.x: expected one mapping to change a part of, got 1; give it whole",
+            "--seed.x: expected one mapping to change a part of, got 1; give all of it",
         ),
         (["--seed.x", "1"], '--seed: expected a whole number, got {"x": 1} (a mapping)'),
     ],
@@ -383,12 +389,13 @@ def test_values_at_their_bounds(load, stage, changes):
 
 
 def test_every_number_has_a_range():
-    ranged = {name for *_, names in _RANGES for name in names.split()}
     free = {"reward_weights", "missing_eos_score"}
-    for cls in (*RECIPES.values(), DataSource):
-        for name, annotation in get_type_hints(cls).items():
+    for cls in (*(STAGES[name].recipe for name in TRAINING), DataSource):
+        annotations = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            annotation = annotations[field.name]
             if any(kind in (int, float) for kind in (annotation, *getattr(annotation, "__args__", ()))):
-                assert (name in ranged) != (name in free), name
+                assert (field.metadata["range"] is not None) != (field.name in free), field.name
 
 
 @pytest.mark.parametrize(
@@ -396,7 +403,7 @@ def test_every_number_has_a_range():
     [
         ("{", "is not JSON: "),
         ("[]", "expected a JSON object in d.json, got a list"),
-        ('{"fp16": {"enabled": true}}', "d.json switches fp16 on, which is not offered"),
+        ('{"fp16": {"enabled": true}}', "d.json switches fp16 on, which is not supported"),
     ],
 )
 def test_a_wrong_deepspeed_file(load, tmp_path, text, said):
@@ -537,7 +544,7 @@ RECIPE_FILES = sorted(Path(__file__).parents[2].glob("recipes/*/[0-9]_*.yaml"))
 def test_recipes_of_the_repository_load_and_say_how_they_are_started(path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     stage = read_stage(str(path))
-    recipe = load_any(stage, str(path))
+    recipe = load_recipe(stage, str(path))
     shown = path.relative_to(Path(__file__).parents[2])
     readme = (path.parent / "README.md").read_text(encoding="utf-8")
     assert any(words in readme for words in (f"align run {shown.parent}", f"align {stage} {shown}"))
@@ -562,7 +569,7 @@ def test_those_of_forgetting_differ_in_what_they_compare(monkeypatch):
     for name, keys in METHOD_KEYS.items():
         differing = {key for key, value in recipes[name].items() if value != recipes["1_full"][key]}
         assert differing - {"output_dir", "learning_rate"} <= keys, name
-    evaluation = dataclasses.asdict(load_evaluation(str(folder / "6_evaluate.yaml")))
+    evaluation = dataclasses.asdict(load_recipe("evaluate", str(folder / "6_evaluate.yaml")))
     for key in ("train_dataset", "eval_fraction", "max_eval_rows", "seed", "max_length"):  # the same rows are held out
         assert evaluation[key] == recipes["1_full"][key], key
     outputs = {each["output_dir"] for each in recipes.values()}

@@ -20,7 +20,7 @@ from align import __main__ as cli
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
 from align.config.evaluate import EvaluateRecipe
-from align.config.load import load_evaluation
+from align.config.load import load_recipe
 from align.config.unknown_keys import _ANY_STAGE, _OF_STAGE, _SAMPLING
 from align.data.rows import Demonstration
 from align.errors import UserError
@@ -695,7 +695,7 @@ def load(tmp_path, monkeypatch):
         (tmp_path / "r.yaml").write_text(
             yaml.safe_dump({**minimal, **(changes or {})}, sort_keys=False), encoding="utf-8"
         )
-        return load_evaluation("r.yaml", overrides)
+        return load_recipe("evaluate", "r.yaml", overrides)
 
     return read
 
@@ -727,7 +727,7 @@ def test_paths_beside_the_recipe(tmp_path, monkeypatch):
     (folder / "r.yaml").write_text(
         "output_dir: out\nmodels: [base, org/x]\neval_dataset: r.yaml\nmetrics: [own.py, bleu]\n"
     )
-    found = load_evaluation(str(folder / "r.yaml"))
+    found = load_recipe("evaluate", str(folder / "r.yaml"))
     assert found.models == {"base": str(folder / "base"), "x": "org/x"}
     assert found.metrics == [str(folder / "own.py"), "bleu"]
     assert found.eval_dataset[0].path == str(folder / "r.yaml")
@@ -793,7 +793,7 @@ def test_refusals(load, changes, said):
 def test_missing_keys(load, tmp_path):
     (tmp_path / "r.yaml").write_text("output_dir: out\neval_dataset: a\n", encoding="utf-8")
     with pytest.raises(UserError, match="models: missing; it is required"):
-        load_evaluation("r.yaml")
+        load_recipe("evaluate", "r.yaml")
 
 
 def test_keys_are_those_of_the_stages_where_they_mean_the_same():
@@ -851,5 +851,5 @@ def test_two_processes_find_what_one_finds(tmp_path):
     two = json.loads((tmp_path / "out" / "results.json").read_text())
     lines = predictions(tmp_path)
     (tmp_path / "out").rename(tmp_path / "two")
-    assert run(load_evaluation(str(tmp_path / "r.yaml"))) == two
+    assert run(load_recipe("evaluate", str(tmp_path / "r.yaml"))) == two
     assert predictions(tmp_path) == lines

@@ -263,14 +263,14 @@ class TestBadInput:
 def test_a_changed_recipe_does_not_resume(tmp_path):
     recipe = make_recipe(tmp_path)
     started = load_recipe("ppo", recipe, ["--kl_coef", "0.5"])
-    assert open_stage(started, "ppo", {}) is False
-    assert open_stage(load_recipe("ppo", recipe), "ppo", {}) is False, "nothing was saved, so nothing is in the way"
-    assert open_stage(started, "ppo", {}) is False
+    assert open_stage(started) is False
+    assert open_stage(load_recipe("ppo", recipe)) is False, "nothing was saved, so nothing is in the way"
+    assert open_stage(started) is False
     (tmp_path / "out" / "checkpoint-2").mkdir()
     (tmp_path / "out" / "checkpoint-2" / "complete.json").write_text("{}")
-    assert open_stage(load_recipe("ppo", recipe, ["--kl_coef", "0.5", "--save_steps", "7"]), "ppo", {}) is False
+    assert open_stage(load_recipe("ppo", recipe, ["--kl_coef", "0.5", "--save_steps", "7"])) is False
     with pytest.raises(UserError, match=r"output_dir: .* holds an unfinished run that differs in kl_coef"):
-        open_stage(load_recipe("ppo", recipe), "ppo", {})
+        open_stage(load_recipe("ppo", recipe))
 
 
 def test_a_checkpoint_of_another_layout_is_refused(finished):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from align.cli.check.findings import Report, describe, writable
+from align.cli.check.findings import Context, describe, writable
 from align.cli.check.sample_rows import marked
 from align.config.evaluate import EvaluateRecipe
 from align.config.load import resolve_function
@@ -16,8 +16,9 @@ from align.evaluate.metrics import TOKEN_METRICS, load_metric
 from align.evaluate.results import finished
 
 
-def check_evaluation(recipe: EvaluateRecipe, report: Report, made: dict[Path, Path]) -> None:
-    """All that can be said of the recipe. `made` maps outputs of earlier recipes to their stand-ins."""
+def check(recipe: EvaluateRecipe, context: Context) -> None:
+    """Report what can be found out about a recipe without loading weights."""
+    report = context.report
     with report.part():
         done = "is finished; the step would be skipped" if finished(recipe) else "new"
         report.say(f"output_dir: {writable(Path(recipe.output_dir))}, {done}")
@@ -30,7 +31,7 @@ def check_evaluation(recipe: EvaluateRecipe, report: Report, made: dict[Path, Pa
         graded = [f"the grader {recipe.grader}"] if recipe.grader else []
         report.say(f"measures: {', '.join([*recipe.metrics, *graded])}")
     with report.part():
-        models = {name: str(made.get(Path(path).resolve(), path)) for name, path in recipe.models.items()}
+        models = {name: str(context.stand_ins.get(Path(path).resolve(), path)) for name, path in recipe.models.items()}
         generates = recipe.grader is not None or any(name not in TOKEN_METRICS for name in recipe.metrics)
         inputs = prepare(dataclasses.replace(recipe, models=models), generates)
         for name, path in models.items():

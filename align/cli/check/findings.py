@@ -1,10 +1,11 @@
-"""How `align check` tells what it finds."""
+"""How `align check` prints what it finds, and what the checks of a folder's recipes share."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -20,17 +21,18 @@ class Report:
     def __init__(self, console: Console):
         self.console = console
         self.mistakes = 0
-        self.stand_ins: dict[str, str] = {}  # folder to what it stands for, which is what the user knows
+        self.names: dict[str, str] = {}  # of stand-in folders, as the user knows them
 
     def say(self, text: str, good: bool = True) -> None:
-        for folder, name in self.stand_ins.items():
+        """Print one finding."""
+        for folder, name in self.names.items():
             text = text.replace(folder, name)
         mark = Text("  ok     " if good else "  error  ", style="green" if good else "bold red")
         self.console.print(mark + Text(text), soft_wrap=True)
 
     @contextlib.contextmanager
     def part(self) -> Iterator[None]:
-        """A part of the check: a mistake in it is told, and the check goes on behind it."""
+        """A part of the check: a UserError in it is printed and counted, and the check goes on after it."""
         try:
             yield
         except UserError as error:
@@ -38,8 +40,19 @@ class Report:
             self.say(str(error), good=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the check of one recipe gets beside the recipe."""
+
+    report: Report
+    stand_ins: dict[Path, Path]  # by output folder of earlier recipes: a folder with all but the weights
+    num_gpus: int | None
+    folder: Path  # where this recipe's stand-in goes
+    name: str  # of the recipe
+
+
 def writable(folder: Path) -> str:
-    """The words for a folder that can be made and written.
+    """The path of a folder that exists or can be created, and written to.
 
     Raises:
         UserError: it cannot.

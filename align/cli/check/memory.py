@@ -12,8 +12,8 @@ gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,36 +21,28 @@ from peft import get_peft_model
 from rich.table import Table
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PretrainedConfig,
     PreTrainedModel,
 )
 
-from align.config.base import StageRecipe, TrainerRecipe
-from align.config.encoders import ClassifyRecipe, MLMRecipe
-from align.config.ppo import PPORecipe
-from align.config.reward import RewardRecipe
+from align.config.base import StageRecipe
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import zero_stage
 from align.errors import UserError
-from align.models.load import head_modules
 from align.models.trainable import freeze, peft_config
 from align.runs.tables import make_table
-from reward_models.heads import score_head
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """One model of a stage: all its parameters, and how many of them train (0: frozen)."""
+    """One model of a stage."""
 
     name: str
     parameters: int
-    trained: int
+    trained: int  # parameters that train; 0: frozen
+    gathered: bool = False  # a whole copy of a model, which only ZeRO 3 makes
 
 
 def state_bytes(model: Footprint, zero_stage: int, processes: int, bf16: bool) -> float:
@@ -123,63 +115,20 @@ def count_trained(
     return count_parameters(adapted), count_parameters(adapted, trained=True)
 
 
-def footprints(
-    recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig]
-) -> list[Footprint]:
-    """The models of a stage: what trains, then what is frozen."""
-    code = recipe.trust_remote_code
-
-    def frozen(name: str, auto: Any, its: PretrainedConfig) -> Footprint:
-        return Footprint(name, count_parameters(skeleton(auto, its, code)), 0)
-
-    if isinstance(recipe, PPORecipe):
-        model = skeleton(AutoModelForCausalLM, config, code)
-        policy = count_parameters(model)
-        models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
-        if recipe.advantage_estimator == "gae":
-            value = count_parameters(skeleton(AutoModelForTokenClassification, others["value"], code, num_labels=1))
-            models.append(Footprint("value", value, value))
-        if recipe.method == "full":  # else the reference is the policy with its adapter off
-            models.append(Footprint("reference", policy, 0))
-        if "reward" in others:
-            models.append(frozen("reward", AutoModelForSequenceClassification, others["reward"]))
-        return models
-    assert isinstance(recipe, TrainerRecipe)
-    if isinstance(recipe, RewardRecipe):
-        name, model = "reward", skeleton(AutoModelForSequenceClassification, config, code, num_labels=1)
-        counts = count_trained(model, recipe, "SEQ_CLS", score_head(model)[1], [score_head(model)[0].split(".")[0]])
-    elif isinstance(recipe, ClassifyRecipe):
-        name, model = "classifier", skeleton(AutoModelForSequenceClassification, config, code)
-        whole = head_modules(model)
-        counts = count_trained(model, recipe, "SEQ_CLS", model.get_submodule(whole[-1]), whole)
-    elif isinstance(recipe, MLMRecipe):
-        name, model = "masked language model", skeleton(AutoModelForMaskedLM, config, code)
-        counts = count_trained(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings())
-    else:
-        name, model = "policy", skeleton(AutoModelForCausalLM, config, code)
-        counts = count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings())
-    return [
-        Footprint(name, *counts),
-        *(frozen(other, AutoModelForCausalLM, its) for other, its in others.items()),
+def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPlan) -> Table:
+    """Memory per GPU by model and ZeRO stage, and at the stages that the recipe's DeepSpeed files choose for each model."""
+    needs = [
+        [0, 0, 0, state_bytes(model, 0, 1, recipe.bf16)]
+        if model.gathered
+        else [state_bytes(model, stage, plan.world_size, recipe.bf16) for stage in range(4)]
+        for model in models
     ]
-
-
-def memory_table(
-    recipe: StageRecipe, config: PretrainedConfig, others: Mapping[str, PretrainedConfig], plan: BatchPlan
-) -> Table:
-    """Memory per GPU by model and ZeRO stage, and as the recipe has it, which may choose for each model."""
-    models = footprints(recipe, config, others)
-    needs = [[state_bytes(model, stage, plan.world_size, recipe.bf16) for stage in range(4)] for model in models]
-    if isinstance(recipe, PPORecipe) and recipe.ds3_gather_for_generation:
-        policy = replace(models[0], name="whole policy, while it generates", trained=0)  # its role is the default one
-        models.append(policy)
-        needs.append([0, 0, 0, state_bytes(policy, 0, 1, recipe.bf16)])
     stages = [zero_stage(recipe, model.name) for model in models]
     own = [sizes[stage] for sizes, stage in zip(needs, stages, strict=True)]
     columns = [*(f"ZeRO {stage}" for stage in range(4)), "this recipe"]
     dtype = "bfloat16" if recipe.bf16 else "float32"
     table = make_table(
-        f"Memory per GPU on {plan.world_size}, {dtype}, activations apart", "model", "parameters", *columns
+        f"Memory per GPU on {plan.world_size}, {dtype}, without activations", "model", "parameters", *columns
     )
     for model, sizes, stage, size in zip(models, needs, stages, own, strict=True):
         mine = f"{_shown(size)} (ZeRO {stage})" if size else ""
@@ -198,14 +147,9 @@ def _shown(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
-def activations(recipe: StageRecipe, config: PretrainedConfig, plan: BatchPlan) -> str:
-    """The line below the table: what one micro-batch of the longest sequences adds."""
-    sequences = plan.micro_batch_size * (2 if isinstance(recipe, RewardRecipe) else 1)
-    if isinstance(recipe, PPORecipe):
-        tokens = recipe.max_prompt_length + recipe.response_length
-    else:
-        assert isinstance(recipe, TrainerRecipe)
-        tokens = recipe.max_length
-    vocabulary = not isinstance(recipe, RewardRecipe | ClassifyRecipe)
-    size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, vocabulary)
+def activations_line(
+    config: PretrainedConfig, sequences: int, tokens: int, recipe: StageRecipe, has_logits: bool
+) -> str:
+    """The line below the table: what a micro-batch of `sequences` sequences of `tokens` tokens adds."""
+    size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, has_logits)
     return f"  activations: roughly {_shown(size)} more for {sequences} sequences of up to {tokens} tokens"

@@ -1,0 +1,53 @@
+"""`align check` of a recipe for `align classify`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoModelForSequenceClassification
+
+from align.cli.check.memory import Footprint, count_trained, skeleton
+from align.cli.check.sample_rows import Sample, Start
+from align.cli.check.training import TrainingCheck
+from align.config.encoders import ClassifyRecipe
+from align.data.load import Rows
+from align.data.rows import Labelled
+from align.encoders.classify import check_inputs
+from align.encoders.labels import find_labels
+from align.encoders.tokenize import tokenize_labelled
+from align.models.load import head_modules
+
+
+class ClassifyCheck(TrainingCheck[ClassifyRecipe]):
+    """The size of the head depends on the labels of the rows."""
+
+    form = Labelled
+    auto = AutoModelForSequenceClassification
+    has_logits = False
+
+    def start(self, recipe: ClassifyRecipe, rows: Rows | None, folder: Path) -> Start | None:
+        if rows is None:
+            return None
+        inputs = check_inputs(recipe)
+        labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
+        inputs.config.num_labels = len(labels.names)
+        return Start(inputs.config, inputs.tokenizer, inputs.encoder, labels=labels)
+
+    def sample(self, recipe: ClassifyRecipe, rows: Sequence[Labelled], start: Start) -> Sample:
+        assert start.labels is not None
+        data, bad = tokenize_labelled(rows, start.tokenizer, start.labels, recipe, start.encoder)
+        ids = data[0]["input_ids"]
+        read = 0 if start.encoder else len(ids) - 1
+        note = f"marked: the token from which the label is read; {start.labels.problem_type}, {start.labels.describe()}"
+        shown = {f"row labelled {rows[0].label!r}": (ids, [index == read for index in range(len(ids))])}
+        return Sample(shown, note, data["input_ids"][:], bad)
+
+    def footprints(self, recipe: ClassifyRecipe, start: Start) -> list[Footprint]:
+        model = skeleton(AutoModelForSequenceClassification, start.config, recipe.trust_remote_code)
+        heads = head_modules(model)
+        counts = count_trained(model, recipe, "SEQ_CLS", model.get_submodule(heads[-1]), heads)
+        return [Footprint("classifier", *counts)]
+
+
+check = ClassifyCheck().check

@@ -1,0 +1,45 @@
+"""`align check` of a recipe for `align mlm`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoModelForMaskedLM
+
+from align.cli.check.memory import Footprint, count_trained, skeleton
+from align.cli.check.sample_rows import Sample, Start
+from align.cli.check.training import TrainingCheck
+from align.config.encoders import MLMRecipe
+from align.data.load import Rows
+from align.data.rows import Passage
+from align.data.tokenize import IGNORE_INDEX
+from align.encoders.masking import Masking
+from align.encoders.mlm import check_inputs
+from align.encoders.tokenize import piece_length, tokenize_passages
+
+
+class MLMCheck(TrainingCheck[MLMRecipe]):
+    """Texts are cut into pieces, some tokens of which are masked."""
+
+    form = Passage
+    auto = AutoModelForMaskedLM
+
+    def start(self, recipe: MLMRecipe, rows: Rows | None, folder: Path) -> Start:
+        return Start(*check_inputs(recipe), encoder=True)
+
+    def sample(self, recipe: MLMRecipe, rows: Sequence[Passage], start: Start) -> Sample:
+        data = tokenize_passages(rows, start.tokenizer, piece_length(start.tokenizer, start.config, recipe))
+        ids = data[0]["input_ids"]
+        masked, labels = Masking(start.tokenizer, recipe.mlm_probability, recipe.seed).mask(ids, 0, 0)
+        note = f"marked: the tokens to predict; {len(data)} pieces"
+        shown = {"piece": (masked.tolist(), (labels != IGNORE_INDEX).tolist())}
+        return Sample(shown, note, data["input_ids"][:], {})
+
+    def footprints(self, recipe: MLMRecipe, start: Start) -> list[Footprint]:
+        model = skeleton(AutoModelForMaskedLM, start.config, recipe.trust_remote_code)
+        counts = count_trained(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings())
+        return [Footprint("masked language model", *counts)]
+
+
+check = MLMCheck().check

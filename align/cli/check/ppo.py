@@ -1,0 +1,67 @@
+"""`align check` of a PPO recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from align.cli.check.memory import Footprint, count_parameters, count_trained, skeleton
+from align.cli.check.sample_rows import Sample, Start
+from align.cli.check.training import TrainingCheck, frozen_model
+from align.config.ppo import PPORecipe
+from align.data.load import Rows
+from align.data.rows import Prompt
+from align.data.tokenize import tokenize_prompts
+from align.models.context_length import check_responses_fit
+from align.models.load import load_config
+from align.ppo.setup import check_inputs
+
+
+class PPOCheck(TrainingCheck[PPORecipe]):
+    """Four models: policy and value model train, reference and reward model are frozen."""
+
+    form = Prompt
+
+    def max_tokens(self, recipe: PPORecipe) -> int:
+        return recipe.max_prompt_length + recipe.response_length
+
+    def start(self, recipe: PPORecipe, rows: Rows | None, folder: Path) -> Start:
+        inputs = check_inputs(recipe)
+        others = {"value": load_config(inputs.value_path, recipe, "value_model_path")}
+        if inputs.reward_config is not None:
+            others["reward"] = inputs.reward_config
+        policy = load_config(recipe.sft_model_path, recipe, "sft_model_path")
+        return Start(policy, inputs.tokenizer, others=others)
+
+    def sample(self, recipe: PPORecipe, rows: Sequence[Prompt], start: Start) -> Sample:
+        prompts, bad = tokenize_prompts(rows, start.tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
+        ids = [ids for _, ids in prompts]
+        check_responses_fit(ids, recipe, start.config)
+        note = "the policy answers here, and its answer is trained"
+        return Sample({"prompt": (ids[0], [False] * len(ids[0]))}, note, ids, bad)
+
+    def footprints(self, recipe: PPORecipe, start: Start) -> list[Footprint]:
+        code = recipe.trust_remote_code
+        model = skeleton(AutoModelForCausalLM, start.config, code)
+        size = count_parameters(model)
+        models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
+        if recipe.advantage_estimator == "gae":
+            config = start.others["value"]
+            value = count_parameters(skeleton(AutoModelForTokenClassification, config, code, num_labels=1))
+            models.append(Footprint("value", value, value))
+        if recipe.method == "full":  # otherwise the reference is the policy with its adapter off
+            models.append(Footprint("reference", size, 0))
+        if "reward" in start.others:
+            models.append(frozen_model("reward", AutoModelForSequenceClassification, start.others["reward"], code))
+        if recipe.ds3_gather_for_generation:
+            models.append(Footprint("whole policy, while it generates", models[0].parameters, 0, gathered=True))
+        return models
+
+
+check = PPOCheck().check

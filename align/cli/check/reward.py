@@ -1,0 +1,65 @@
+"""`align check` of a reward recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from align.cli.check.memory import Footprint, count_trained, skeleton
+from align.cli.check.sample_rows import Sample, Start
+from align.cli.check.training import TrainingCheck, frozen_model
+from align.config.reward import RewardRecipe
+from align.data.load import Rows
+from align.data.rows import Preference
+from align.data.tokenize import tokenize_preferences
+from align.models.load import load_config
+from align.reward.inputs import check_inputs
+from reward_models.heads import score_head
+
+SFT_MODEL = "SFT model (to set the zero)"
+
+
+class RewardCheck(TrainingCheck[RewardRecipe]):
+    """A row is two sequences, of each of which one token is scored."""
+
+    form = Preference
+    auto = AutoModelForSequenceClassification
+    num_labels = 1
+    sequences_per_row = 2
+    has_logits = False
+
+    def start(self, recipe: RewardRecipe, rows: Rows | None, folder: Path) -> Start:
+        reward = check_inputs(recipe)
+        others = {}
+        if reward.answering is not None:
+            others[SFT_MODEL] = load_config(reward.answering, recipe, "sft_model_path")
+        return Start(reward.config, reward.tokenizer, reward.encoder, others)
+
+    def sample(self, recipe: RewardRecipe, rows: Sequence[Preference], start: Start) -> Sample:
+        data, bad = tokenize_preferences(
+            rows,
+            start.tokenizer,
+            max_length=recipe.max_length,
+            on_bad_row=recipe.on_bad_row,
+            is_encoder=start.encoder,
+        )
+        sides = {side: data[0][f"{side}_ids"] for side in ("chosen", "rejected")}
+        scored = 0 if start.encoder else -1
+        shown = {side: (ids, [i == scored % len(ids) for i in range(len(ids))]) for side, ids in sides.items()}
+        note = "marked: the token from which the score is read"
+        return Sample(shown, note, [*data["chosen_ids"], *data["rejected_ids"]], bad)
+
+    def footprints(self, recipe: RewardRecipe, start: Start) -> list[Footprint]:
+        model = skeleton(AutoModelForSequenceClassification, start.config, recipe.trust_remote_code, num_labels=1)
+        name, head = score_head(model)
+        counts = count_trained(model, recipe, "SEQ_CLS", head, [name.split(".")[0]])
+        others = [
+            frozen_model(other, AutoModelForCausalLM, config, recipe.trust_remote_code)
+            for other, config in start.others.items()
+        ]
+        return [Footprint("reward", *counts), *others]
+
+
+check = RewardCheck().check

@@ -1,0 +1,103 @@
+"""`align check` of an SFT recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM
+
+from align.cli.check.memory import Footprint, count_trained, skeleton
+from align.cli.check.sample_rows import Sample, Start
+from align.cli.check.training import TrainingCheck
+from align.config.sft import SFTRecipe
+from align.data.load import Rows
+from align.data.rows import Demonstration, render_text
+from align.data.tokenize import IGNORE_INDEX, tokenize_demonstrations
+from align.errors import UserError
+from align.models.from_scratch import scratch_config, train_tokenizer
+from align.models.load import is_encoder, load_config
+from align.models.tokenizer import load_tokenizer
+from align.runs.manifest import check_tokenizer
+from align.sft.report import retention_lines
+from align.sft.responses import load_metrics
+from align.sft.retention import Retention, load_with_retention, replay_count
+
+
+class SFTCheck(TrainingCheck[SFTRecipe]):
+    """Rows are those of training and `retention`; the model may be one that is trained from scratch."""
+
+    form = Demonstration
+
+    def load(self, recipe: SFTRecipe) -> tuple[Rows, list[str]]:
+        rows, retention = load_with_retention(recipe)
+        return rows, describe_retention(recipe, rows, retention)
+
+    def functions(self, recipe: SFTRecipe) -> list[str]:
+        metrics = [f"eval_metrics: {', '.join(load_metrics(recipe))}"] if recipe.eval_metrics else []
+        return [*super().functions(recipe), *metrics]
+
+    def trained_rows(self, recipe: SFTRecipe, rows: Rows) -> int:
+        return len(rows.train) + replay_count(recipe.replay_fraction, len(rows.train))
+
+    def start(self, recipe: SFTRecipe, rows: Rows | None, folder: Path) -> Start | None:
+        if recipe.model_name_or_path is None:
+            return _start_from_scratch(recipe, rows, folder) if rows is not None else None
+        path = recipe.model_name_or_path
+        config = load_config(path, recipe, "model_name_or_path")
+        if is_encoder(config):
+            raise UserError(
+                f"model_name_or_path: {path} is an encoder ({config.model_type}); name a model that generates."
+            )
+        tokenizer = load_tokenizer(path, recipe)
+        check_tokenizer(path, tokenizer, "model_name_or_path")
+        return Start(config, tokenizer)
+
+    def sample(self, recipe: SFTRecipe, rows: Sequence[Demonstration], start: Start) -> Sample:
+        data, bad = tokenize_demonstrations(
+            rows,
+            start.tokenizer,
+            max_length=recipe.max_length,
+            on_bad_row=recipe.on_bad_row,
+            completion_only_loss=recipe.completion_only_loss,
+            packing=recipe.packing,
+        )
+        first = data[0]
+        shown = {"row": (first["input_ids"], [label != IGNORE_INDEX for label in first["labels"]])}
+        return Sample(shown, "marked: the tokens that are trained", data["input_ids"], bad)
+
+    def footprints(self, recipe: SFTRecipe, start: Start) -> list[Footprint]:
+        model = skeleton(AutoModelForCausalLM, start.config, recipe.trust_remote_code)
+        return [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
+
+
+def _start_from_scratch(recipe: SFTRecipe, rows: Rows, folder: Path) -> Start:
+    """The configuration of the model that the stage would start at random, and the tokenizer that it would train."""
+    config = scratch_config(recipe)
+    texts = [render_text(turns) for row in rows.train for turns in (row.prompt, row.completion)]
+    train_tokenizer(texts, recipe.tokenizer_vocab_size).save_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder), recipe)
+    config.vocab_size = len(tokenizer)
+    return Start(config, tokenizer)
+
+
+def describe_retention(recipe: SFTRecipe, rows: Rows, retention: Retention) -> list[str]:
+    """Where the retention rows come from and of which form they are, and what they are used for."""
+    if not recipe.retention:
+        return []
+    forms = Counter(map(_form, [*retention.measured, *retention.replayable]))
+    sources = [each for each in rows.report["sources"] if each["used_for"] == "retention"]
+    named = ", ".join(f"{each['source']} ({each['rows']} rows)" for each in sources)
+    replayed = replay_count(recipe.replay_fraction, len(rows.train))
+    lines = [f"retention rows: {named}; {', '.join(f'{count} of {form}' for form, count in forms.items())}"]
+    return lines + retention_lines(rows.report, len(rows.train), replayed)
+
+
+def _form(row: Demonstration) -> str:
+    if not isinstance(row.completion, str):
+        return "`messages`"
+    return "`prompt` and `completion`" if row.prompt else "`text`"
+
+
+check = SFTCheck().check

@@ -1,0 +1,159 @@
+"""What `align check` does for every stage that trains; what differs between them is in a subclass per stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from rich.text import Text
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from align.cli.check.findings import Context, Report, describe, writable
+from align.cli.check.memory import Footprint, activations_line, count_parameters, memory_table, skeleton
+from align.cli.check.sample_rows import Sample, Start, sample_lines
+from align.cli.steps import processes
+from align.config.base import StageRecipe, TrainerRecipe
+from align.config.load import resolve_function
+from align.config.stages import input_models
+from align.data.duplicates import describe_duplicates
+from align.data.load import DataSettings, Rows, load_rows
+from align.data.mixture import describe_task_shares
+from align.engine.batch_plan import BatchPlan, batch_plan
+from align.runs.files import write_json
+from align.runs.manifest import MANIFEST, RUN, is_finished, tokenizer_digest
+
+R = TypeVar("R", bound=StageRecipe)
+
+
+class TrainingCheck(Generic[R]):
+    """The check of a stage that trains. Methods raise UserError where the stage would."""
+
+    form: ClassVar[type]  # of its rows
+    auto: ClassVar[Any] = AutoModelForCausalLM  # class of the model that it saves
+    num_labels: ClassVar[int | None] = None  # of that model, where the stage decides it
+    sequences_per_row: ClassVar[int] = 1
+    has_logits: ClassVar[bool] = True  # whether a training step computes logits over the vocabulary
+
+    def load(self, recipe: R) -> tuple[Rows, list[str]]:
+        """The rows of the stage, and further lines about them."""
+        return load_rows(DataSettings.from_recipe(recipe), self.form), []
+
+    def functions(self, recipe: R) -> list[str]:
+        """A line for each key that names functions or metrics, all of which can be imported."""
+        lines = []
+        for key in ("reward_funcs", "eval_reward_funcs"):
+            for spec in getattr(recipe, key, []):
+                resolve_function(spec, key)
+                lines.append(f"{key}: {spec}")
+        return lines
+
+    def start(self, recipe: R, rows: Rows | None, folder: Path) -> Start | None:
+        """What the stage starts from; None when that depends on rows that could not be loaded.
+
+        Args:
+            folder: where the check writes what it needs to stand in for a model.
+        """
+        raise NotImplementedError
+
+    def sample(self, recipe: R, rows: Sequence[Any], start: Start) -> Sample:
+        """The first of `rows` as the model sees it, and the token ids of all."""
+        raise NotImplementedError
+
+    def footprints(self, recipe: R, start: Start) -> list[Footprint]:
+        """The models of the stage: those that train, then the frozen ones."""
+        raise NotImplementedError
+
+    def max_tokens(self, recipe: R) -> int:
+        """Most tokens of a sequence."""
+        assert isinstance(recipe, TrainerRecipe)
+        return recipe.max_length
+
+    def trained_rows(self, recipe: R, rows: Rows) -> int:
+        """Rows of an epoch."""
+        return len(rows.train)
+
+    def check(self, recipe: R, context: Context) -> None:
+        """Report what can be found out about a recipe without loading weights; leaves a stand-in for its output."""
+        report, plan, rows, start = context.report, None, None, None
+        with report.part():
+            report.say(f"output_dir: {_output_state(recipe)}")
+        with report.part():
+            plan = batch_plan(recipe, context.num_gpus or processes(recipe, None))
+            report.say(f"batch plan: {plan.describe()}")
+        with report.part():
+            for line in self.functions(recipe):
+                report.say(line)
+        with report.part():
+            rows, lines = self.load(recipe)
+            for line in (f"rows: {self._counts(rows, recipe, plan)}", *lines):
+                report.say(line)
+            if shares := describe_task_shares(rows.report):
+                report.say(f"tasks: {shares}")
+            if repeated := describe_duplicates(rows.report):
+                report.say(repeated)
+        with report.part():
+            recipe = _with_stand_ins(recipe, context.stand_ins, report)
+            start = self.start(recipe, rows, context.folder)
+            if start is not None:
+                report.say(f"model: {start.config.model_type}, {describe(start.tokenizer)}; all inputs fit together")
+        if start is None:
+            report.say("not checked: tokens and memory, which need the above", good=False)
+            return
+        if rows is not None:
+            with report.part():
+                for shown in sample_lines(rows.train, start, lambda some: self.sample(recipe, some, start)):
+                    report.console.print(shown, soft_wrap=True)
+        if plan is not None:
+            report.console.print(memory_table(recipe, self.footprints(recipe, start), plan))
+            sequences = plan.micro_batch_size * self.sequences_per_row
+            tokens = self.max_tokens(recipe)
+            activations = activations_line(start.config, sequences, tokens, recipe, self.has_logits)
+            report.console.print(Text(activations), soft_wrap=True)
+        if not (Path(recipe.output_dir) / MANIFEST).is_file():
+            self._write_stand_in(recipe, start, context)
+
+    def _counts(self, rows: Rows, recipe: R, plan: BatchPlan | None) -> str:
+        bad = "; ".join(f"{entry['count']} skipped: {reason}" for reason, entry in rows.report["bad_rows"].items())
+        text = f"{len(rows.train)} to train on, {len(rows.evaluation)} to evaluate on" + (f"; {bad}" if bad else "")
+        if isinstance(recipe, TrainerRecipe) and plan is not None:
+            per_epoch = math.ceil(self.trained_rows(recipe, rows) / plan.batch_size)
+            steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
+            text += f"; up to {steps} optimiser steps"
+        return text
+
+    def _write_stand_in(self, recipe: R, start: Start, context: Context) -> None:
+        """What the stage would leave in its output folder, without the weights, for the recipes after it."""
+        changes = {} if self.num_labels is None else {"num_labels": self.num_labels}
+        model = skeleton(self.auto, start.config, recipe.trust_remote_code, **changes)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(context.folder)
+        start.tokenizer.save_pretrained(context.folder)
+        manifest = {"stage": recipe.stage, "tokenizer": tokenizer_digest(start.tokenizer)}
+        write_json(context.folder / MANIFEST, manifest)
+        context.stand_ins[Path(recipe.output_dir).resolve()] = context.folder
+        context.report.names[str(context.folder)] = f"{recipe.output_dir} (made by {context.name})"
+
+
+def frozen_model(name: str, auto: Any, config: PretrainedConfig, trust_remote_code: bool) -> Footprint:
+    """A model that does not train, by its configuration."""
+    model = skeleton(auto, config, trust_remote_code)
+    return Footprint(name, count_parameters(model), 0)
+
+
+def _output_state(recipe: StageRecipe) -> str:
+    folder = Path(recipe.output_dir)
+    if is_finished(recipe):
+        return f"{folder} is finished; the stage would be skipped"
+    return f"{writable(folder)}, {'which would be resumed' if (folder / RUN).is_file() else 'new'}"
+
+
+def _with_stand_ins(recipe: R, stand_ins: dict[Path, Path], report: Report) -> R:
+    changes: dict[str, Any] = {}
+    for key, path in input_models(recipe).items():
+        if stand_in := stand_ins.get(Path(path).resolve()):
+            changes[key] = str(stand_in)
+            report.say(f"{key}: {stand_in}")
+    return dataclasses.replace(recipe, **changes)

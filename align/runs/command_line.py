@@ -1,0 +1,76 @@
+"""Command lines whose recipe keys are left to `align.config`: parsers, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from align.config.help import describe_keys
+from align.config.stages import Stage
+from align.errors import UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are UserErrors. `parse_known_args` leaves the words that it does not know, `--key value`.
+
+    Args:
+        no_path: for a command that takes a path before any option, what the error says when it is missing.
+        recipe: the recipe class of a stage, whose keys `--help` then explains.
+    """
+
+    def __init__(self, *, no_path: str | None = None, recipe: type[Any] | None = None, **kwargs: Any):
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+        self.no_path, self.recipe = no_path, recipe
+        if no_path is not None:
+            self.add_argument("path", help=argparse.SUPPRESS)  # the usage line names it
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words: Sequence[str] = sys.argv[1:] if args is None else args
+        asks_for_help = "-h" in words or "--help" in words
+        if self.no_path is not None and not asks_for_help and (not words or words[0].startswith("-")):
+            self.error(self.no_path)
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")
+
+    def format_help(self) -> str:
+        if self.recipe is None:
+            return super().format_help()
+        return f"{self.format_usage()}\n{describe_keys(self.recipe)}"
+
+
+def stage_arguments(stage: Stage) -> dict[str, Any]:
+    """The arguments of `CommandParser` for a stage: a recipe, then any of its keys."""
+    name = stage.name
+    return {
+        "prog": f"align {name}",
+        "usage": f"align {name} RECIPE [--key value ...]\n"
+        f"       deepspeed --num_gpus N --module align {name} RECIPE [--key value ...]",
+        "no_path": f"expected a recipe file first; `align {name} --help` lists the keys.",
+        "recipe": stage.recipe,
+    }
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """What `command` returns; 0 after `--help`, 2 after a UserError, which is printed in one line, and 130 after Ctrl-C."""
+    try:
+        return command()
+    except SystemExit as ended:  # argparse, after --help and --version
+        if ended.code:
+            raise
+        return 0
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            # As a rule all ranks fail alike: rank 0 prints the error, and the launcher ends this rank while it waits.
+            # An error on this rank alone is printed after the wait.
+            time.sleep(5)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
