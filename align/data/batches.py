@@ -1,4 +1,4 @@
-"""The order of rows, packing, and padding rows that make batches even."""
+"""The order of rows, packing, and padding rows that fill the last batch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from align.data.tokenize import IGNORE_INDEX
 
 @dataclass(frozen=True, slots=True)
 class PromptLoader:
-    """Draws `size` prompts in a new seeded order each epoch; where it stands is a function of the update alone."""
+    """A new seeded order of `size` prompts each epoch. Stateless: the update number alone gives the batch."""
 
     size: int
     seed: int
 
     def batch(self, update: int, rollout_batch_size: int) -> list[int]:
-        """Indexes of the global batch of `update` (from 0). A batch may run over the end of an epoch into the next."""
+        """Indices of the global batch of `update` (counted from 0). A batch may span the end of an epoch."""
         first = update * rollout_batch_size
         places = range(first, first + rollout_batch_size)
         orders = {
@@ -34,19 +34,18 @@ class PromptLoader:
 
 
 def pack(dataset: Dataset, length: int) -> Dataset:
-    """Rows of at most `length` tokens that hold several examples each, their lengths in `seq_lengths`.
+    """Pack examples into rows of at most `length` tokens by best-fit decreasing; `seq_lengths` holds their lengths.
 
-    The longest examples go first, each to where it leaves the least room (best fit decreasing). Examples stay whole, apart
-    from those over `length`, which are cut into pieces.
+    Examples are not split, except those longer than `length`, which are cut into pieces.
     """
     return pack_dataset(dataset, length, "bfd_split", {"batch_size": None})
 
 
 def pad_to_batches(dataset: Dataset, batch_size: int) -> Dataset:
-    """Append rows without weight until `batch_size` divides the count, so that samplers repeat and drop no real row.
+    """Append rows that do not contribute until `batch_size` divides their number, so that samplers repeat or drop none.
 
-    Such a row has the weight 0, where rows have weights; in SFT it has no label; in a preference it is chosen and
-    rejected at once, which has no gradient.
+    Such a row has weight 0 if rows have weights, no labels in SFT, and equal chosen and rejected ids in a preference,
+    whose gradient is 0.
     """
     missing = -len(dataset) % batch_size
     if missing == 0:
@@ -63,7 +62,7 @@ def pad_to_batches(dataset: Dataset, batch_size: int) -> Dataset:
 
 
 class ResumableLengthGroupedSampler(Sampler[int]):
-    """transformers' order by length, as a function of seed and epoch alone, so that a resumed run finds its place."""
+    """transformers' grouping by length, with an order that depends on seed and epoch alone, so that a run can resume."""
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed

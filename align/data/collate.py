@@ -1,4 +1,4 @@
-"""Padding on the left and on the right, and the slices of a batch."""
+"""Lists of ids to padded tensors, and the slices of a batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> ids [B, Q] int64 padded on the left, and their mask [B, Q] bool."""
+    """Rows of ids -> ids [B, Q] int64 padded on the left, and a mask [B, Q] bool, True at the rows' own ids."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
@@ -17,7 +17,7 @@ def pad_left(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, 
 
 
 def pad_right(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tensor]:
-    """Rows of numbers -> [B, S] int64 padded on the right, and their mask [B, S] bool."""
+    """Rows of ids or labels -> [B, S] int64 padded on the right, and a mask [B, S] bool, True at the rows' own entries."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([list(row) + [filler] * (width - len(row)) for row in rows])
     mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
@@ -25,5 +25,5 @@ def pad_right(rows: Sequence[Sequence[int]], filler: int) -> tuple[Tensor, Tenso
 
 
 def chunks(count: int, size: int) -> list[slice]:
-    """`count` rows in pieces of at most `size`; the pieces depend on nothing else, so ranks stay in step."""
+    """Slices of at most `size` rows that cover `count` rows; the same on all ranks with equal counts."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,10 +1,10 @@
-"""Rows that stand on both sides of the data, or nearly: found before training, and reported.
+"""Exact and near duplicates between training and evaluation rows, reported before training.
 
-Two rows are exact duplicates when their texts are equal, case and spacing apart; near duplicates when at least 0.8 of
-the 5-word sequences that either has are had by both (Jaccard index). 5 words and 0.8 are the setting of Lee et al.,
-"Deduplicating training data makes language models better" (arXiv 2107.06499); there, MinHash finds the candidates, here
-all are looked at, which is exact. One changed word is found in rows of about 50 words and more; rows under 5 words are
-one sequence, and those written without spaces have hardly more, so among them only copies are found.
+Two rows are exact duplicates if their texts are equal up to case and whitespace, and near duplicates if the Jaccard index
+of their sets of word 5-grams is at least 0.8: the setting of Lee et al., "Deduplicating training data makes language
+models better" (arXiv 2107.06499). They find candidates with MinHash; here the index of every pair with a common 5-gram
+is computed exactly. A single changed word is tolerated in rows of about 50 words or more. Rows of fewer than 5 words, or
+in scripts without spaces, have few 5-grams, so only copies of them are found.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from align.config.data_source import read_columns
 from align.data.rows import Demonstration, Preference, Row, render_text
 from align.data.templates import TEMPLATE
 
-THRESHOLD = 0.8
-SIZE = 5  # words of a sequence
-FIRST = 5  # pairs that the report names
-BATCH = 4096  # rows whose sequences are made at once
-_CODE_BITS = 52  # of a sequence's code; the other 12 number the rows of a batch
+THRESHOLD = 0.8  # Jaccard index of near duplicates
+NGRAM = 5  # words
+MAX_REPORTED = 5  # pairs named in the report
+BATCH = 4096  # rows hashed at once
+_CODE_BITS = 52  # of an n-gram's hash; the other 12 bits hold the row's number in its batch
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 Codes = NDArray[np.uint64]
 
 
 def find_duplicates(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[str, Any]:
-    """Evaluation rows that training rows duplicate; nothing is dropped.
+    """Find the evaluation rows that have a duplicate among the training rows; no row is dropped.
 
     Returns:
-        JSON-able: `evaluation_rows`, `threshold`, and for `exact` and `near` the `count` of evaluation rows (each is in
-        one of them at most) and the `first` few as [where it stands, where the training row stands, Jaccard index].
+        JSON-able: `evaluation_rows`, `threshold`, and for `exact` and `near` the `count` of evaluation rows (each counts
+        in at most one of them) and the `first` few as [place of the evaluation row, of the training row, Jaccard index].
     """
     texts = [row_text(row) for row in training]
     held_out = [row_text(row) for row in evaluation]
@@ -55,7 +55,7 @@ def find_duplicates(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[
     def described(indexes: list[int]) -> dict[str, Any]:
         first = [
             [evaluation[index].where, training[pairs[index][0]].where, round(pairs[index][1], 3)]
-            for index in indexes[:FIRST]
+            for index in indexes[:MAX_REPORTED]
         ]
         return {"count": len(indexes), "first": first}
 
@@ -68,23 +68,23 @@ def find_duplicates(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[
 
 
 def describe_duplicates(report: Mapping[str, Any]) -> str | None:
-    """What a person should hear of `Rows.report`: one line, or None when no row is on both sides."""
+    """The duplicates in `Rows.report` in one line; None if there are none."""
     found = report.get("duplicates")
     if not found or not (total := found["exact"]["count"] + found["near"]["count"]):
         return None
     (mine, other, _) = (found["exact"]["first"] or found["near"]["first"])[0]
     return (
-        f"{total} of {found['evaluation_rows']} evaluation rows stand in the training rows too ({found['exact']['count']} "
-        f"exact, {found['near']['count']} near duplicates; {mine} is like {other}): what is measured on them is memory; "
-        "take them out of one side."
+        f"{total} of {found['evaluation_rows']} evaluation rows have duplicates in the training rows "
+        f"({found['exact']['count']} exact, {found['near']['count']} near duplicates; {mine} is like {other}): evaluating on "
+        "them measures memorisation; remove them from one of the two."
     )
 
 
 def row_text(row: Row) -> str:
-    """What two rows are compared by: all that is said in the row, or the columns that its template reads.
+    """The text by which rows are compared: all of the row's text, or of a templated row the columns its template reads.
 
-    Not what the template writes around these: the same data through two templates is a duplicate, and other data through
-    one template is none.
+    A template's own words are left out: the same data under two templates is a duplicate, and different data under the
+    same template is not.
     """
     if (template := row.extra.get(TEMPLATE)) is not None:
         names = set().union(*(read_columns(text) for text in template.values()))
@@ -98,20 +98,20 @@ def row_text(row: Row) -> str:
 
 
 def near_duplicates(training: Sequence[str], evaluation: Sequence[str]) -> list[tuple[int, int, float]]:
-    """(index in evaluation, index in training, Jaccard index): the first near duplicate of each text that has one."""
+    """The first near duplicate of each evaluation text that has one: (its index, index in training, Jaccard index)."""
     vocabulary: defaultdict[str, int] = defaultdict(count(1).__next__)
-    mine = [codes for _, batch in _sequences(evaluation, vocabulary) for codes in batch]
+    mine = [codes for _, batch in _ngram_hashes(evaluation, vocabulary) for codes in batch]
     codes = np.concatenate([*mine, np.zeros(0, np.uint64)])
     order = np.argsort(codes, kind="stable")
     lengths = np.array([len(own) for own in mine], int)
-    codes, owners = codes[order], np.repeat(np.arange(len(mine)), lengths)[order]  # who has each sequence
+    codes, owners = codes[order], np.repeat(np.arange(len(mine)), lengths)[order]  # the text of each n-gram
     found: dict[int, tuple[int, float]] = {}
-    for first, batch in _sequences(training, vocabulary) if len(codes) else ():
+    for first, batch in _ngram_hashes(training, vocabulary) if len(codes) else ():
         sizes = np.array([len(own) for own in batch])
         flat = np.concatenate(batch)
         known = codes[np.minimum(np.searchsorted(codes, flat), len(codes) - 1)] == flat
         shared = np.bincount(np.repeat(np.arange(len(batch)), sizes), known, minlength=len(batch))
-        # A row of which less than the threshold is anywhere in the evaluation rows is like none of them.
+        # Jaccard index <= share of the row's n-grams that occur in any evaluation row.
         for row in map(int, np.flatnonzero((shared >= THRESHOLD * sizes) & (sizes > 0))):
             starts, ends = np.searchsorted(codes, batch[row]), np.searchsorted(codes, batch[row], "right")
             having = np.concatenate([owners[start:end] for start, end in zip(starts, ends, strict=True)])
@@ -122,20 +122,19 @@ def near_duplicates(training: Sequence[str], evaluation: Sequence[str]) -> list[
     return [(other, *found[other]) for other in sorted(found)]
 
 
-def _sequences(texts: Sequence[str], vocabulary: Mapping[str, int]) -> Iterator[tuple[int, list[Codes]]]:
-    """(index of its first text, the codes of each text's word sequences, sorted, each once), batch by batch."""
+def _ngram_hashes(texts: Sequence[str], vocabulary: Mapping[str, int]) -> Iterator[tuple[int, list[Codes]]]:
+    """Yield for each batch the index of its first text, and the sorted, unique n-gram hashes of each of its texts."""
     for first in range(0, len(texts), BATCH):
         words = [_WORD.findall(text.lower()) for text in texts[first : first + BATCH]]
-        words = [row + [""] * (SIZE - len(row)) if row else row for row in words]
+        words = [row + [""] * (NGRAM - len(row)) if row else row for row in words]
         owners = np.repeat(np.arange(len(words), dtype=np.uint64), [len(row) for row in words])
         ids = np.fromiter(map(vocabulary.__getitem__, chain.from_iterable(words)), np.uint64, len(owners))
-        whole = (
-            owners[: max(len(owners) - SIZE + 1, 0)] == owners[SIZE - 1 :]
-        )  # sequences that end in the row they begin in
-        codes: Codes = np.zeros(len(whole), np.uint64)
-        for place in range(SIZE):
-            codes = codes * _FACTOR + _mixed(ids[place : place + len(whole)])
-        packed = owners[: len(whole)][whole] << _CODE_BITS | codes[whole] >> (64 - _CODE_BITS)
+        # n-grams that end in the text they begin in
+        inside = owners[: max(len(owners) - NGRAM + 1, 0)] == owners[NGRAM - 1 :]
+        codes: Codes = np.zeros(len(inside), np.uint64)
+        for place in range(NGRAM):
+            codes = codes * _FACTOR + _mixed(ids[place : place + len(inside)])
+        packed = owners[: len(inside)][inside] << _CODE_BITS | codes[inside] >> (64 - _CODE_BITS)
         packed.sort()  # numpy.unique is slower
         packed = packed[np.append(True, packed[1:] != packed[:-1])[: len(packed)]]
         ends = np.searchsorted(packed >> _CODE_BITS, np.arange(len(words) - 1, dtype=np.uint64), "right")
@@ -143,7 +142,7 @@ def _sequences(texts: Sequence[str], vocabulary: Mapping[str, int]) -> Iterator[
 
 
 def _mixed(ids: Codes) -> Codes:
-    """Numbers of words spread over 64 bits (the finaliser of SplitMix64)."""
+    """Word ids hashed to 64 bits with the finaliser of SplitMix64."""
     ids = (ids ^ (ids >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     ids = (ids ^ (ids >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ids ^ (ids >> np.uint64(31))

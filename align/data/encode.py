@@ -1,7 +1,7 @@
-"""Prompts and responses to token ids, the same ids in every stage.
+"""Prompts and responses to token ids, identically in every stage.
 
-A prompt is tokenised whole, exactly as generation starts from it; its response is tokenised on its own, so that the
-prompt's ids are a prefix of the row's ids; the end-of-text id (EOS) closes a response, once.
+A prompt is tokenised on its own, exactly as generation starts from it, and so is its response: the prompt's ids are a
+prefix of the sequence's ids. Every response ends in exactly one end-of-text id (EOS).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from align.errors import BadRow, UserError
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> list[int]:
-    """Ids of a prompt: text with the tokenizer's BOS, messages as the chat template opens the assistant's turn.
+    """Ids of a prompt: text with the tokenizer's BOS, messages by the chat template with its generation prompt.
 
     Raises:
-        BadRow: the chat template refuses the messages, or BOS or EOS is spelt out where it would be one too many.
+        BadRow: the chat template rejects the messages, or the text contains a BOS or EOS token of its own.
         UserError: the prompt is messages and the tokenizer has no chat template.
     """
     return prompt_ids(tokenizer, [prompt], [prompt_text(tokenizer, prompt)])[0]
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns) -> list[int]:
-    """Ids of a response: no BOS, EOS once and last.
+    """Ids of a response, without BOS and with EOS at its end.
 
     Raises:
-        BadRow: as `encode_prompt`, or the chat template writes the prompt otherwise when a response follows.
+        BadRow: as `encode_prompt`, or the chat template renders the prompt differently if a response follows.
         UserError: as `encode_prompt`.
     """
     text = response_text(tokenizer, prompt, prompt_text(tokenizer, prompt), response)
@@ -41,11 +41,11 @@ def encode_pair(
 ) -> list[int]:
     """Ids of prompt and response as one sequence, the same in reward training and in PPO.
 
-    An encoder gets the readable texts in its own pair format. A sampled response may say anything: where BOS or EOS
-    is spelt out, which makes a row of data a bad row, it is left out here.
+    Encoders get plain text in the tokenizer's format for pairs. The text of BOS or EOS, which makes a row of data a bad
+    row, is removed here, because a sampled response may contain anything.
 
     Raises:
-        BadRow: the chat template refuses the messages.
+        BadRow: the chat template rejects the messages.
         UserError: the prompt is messages and the tokenizer has no chat template.
     """
     if is_encoder:
@@ -53,7 +53,7 @@ def encode_pair(
     try:
         return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
     except BadRow:
-        prompt, response = _unspelt(tokenizer, prompt), _unspelt(tokenizer, response)
+        prompt, response = _without_special_tokens(tokenizer, prompt), _without_special_tokens(tokenizer, response)
         return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
 
 
@@ -72,38 +72,38 @@ def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns, start: str,
     if isinstance(prompt, str):
         return _until_eos(tokenizer, render_text(response))
     turns = as_response(prompt, response) if isinstance(response, str) else response
-    whole = _render(tokenizer, [*prompt, *turns], add_generation_prompt=False)
-    return _until_eos(tokenizer, _after(start, whole))
+    dialogue = _render(tokenizer, [*prompt, *turns], add_generation_prompt=False)
+    return _until_eos(tokenizer, _suffix(start, dialogue))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Turns], texts: Sequence[str]) -> list[list[int]]:
-    """Ids of prompts from their texts. Text gets the tokenizer's special tokens; the chat template wrote its own."""
+    """Ids of prompts from `prompt_text`. Plain text gets the tokenizer's special tokens; a chat template writes its own."""
     are_text = [isinstance(prompt, str) for prompt in prompts]
     plain = iter(_ids(tokenizer, [text for text, is_text in zip(texts, are_text, strict=True) if is_text], True))
     chat = iter(_ids(tokenizer, [text for text, is_text in zip(texts, are_text, strict=True) if not is_text], False))
-    return [_opened(tokenizer, next(plain)) if is_text else next(chat) for is_text in are_text]
+    return [_with_single_bos(tokenizer, next(plain)) if is_text else next(chat) for is_text in are_text]
 
 
 def response_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of responses from their texts, closed by EOS."""
+    """Ids of responses from `response_text`, with EOS at the end."""
     return [[*ids, tokenizer.eos_token_id] for ids in _ids(tokenizer, texts, False)]
 
 
 def pair_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-    """Ids of pairs of texts as an encoder's tokenizer joins them."""
+    """Ids of pairs of texts in the format of an encoder's tokenizer."""
     ids: list[list[int]] = tokenizer(list(prompts), list(responses), verbose=False)["input_ids"]
     return ids
 
 
 def prompt_labels(tokenizer: PreTrainedTokenizerBase, row: Demonstration, text: str, ignored: int) -> list[int]:
-    """Labels of a prompt: `ignored`, but for the assistant turns (their closing EOS included) that the row trains.
+    """Labels of a prompt: ids in the assistant turns that the row trains (with their EOS), `ignored` elsewhere.
 
     Args:
-        text: the prompt's text, as the chat template wrote it.
+        text: the prompt as the chat template renders it.
 
     Raises:
-        BadRow: the chat template writes an earlier turn otherwise once others follow.
-        UserError: the tokenizer cannot tell where its tokens lie in the text.
+        BadRow: the chat template renders a turn differently if others follow.
+        UserError: the tokenizer has no offset mapping.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: training on several turns needs a fast tokenizer (tokenizer.json).")
@@ -113,8 +113,8 @@ def prompt_labels(tokenizer: PreTrainedTokenizerBase, row: Demonstration, text: 
     for index in turns[len(turns) - row.trained_turns + 1 :]:
         opened = _render(tokenizer, row.prompt[:index], add_generation_prompt=True)
         closed = _render(tokenizer, row.prompt[: index + 1], add_generation_prompt=False)
-        _after(closed, text)
-        turn, eos, _ = _after(opened, closed).partition(tokenizer.eos_token)
+        _suffix(closed, text)
+        turn, eos, _ = _suffix(opened, closed).partition(tokenizer.eos_token)
         spans.append((len(opened), len(opened) + len(turn) + len(eos)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
@@ -126,8 +126,8 @@ def prompt_labels(tokenizer: PreTrainedTokenizerBase, row: Demonstration, text: 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise UserError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: the rows are messages, and the tokenizer has no chat template to write "
-            "them as text; name a Jinja file as `chat_template_path`."
+            f"{tokenizer.name_or_path or 'tokenizer'}: the rows are messages, and the tokenizer has no chat template to render "
+            "them with; name a Jinja file as `chat_template_path`."
         )
     for token in (tokenizer.bos_token, tokenizer.eos_token):
         if token and any(token in message["content"] for message in messages):
@@ -135,14 +135,14 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     try:
         rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
-        raise BadRow(f"the chat template refuses it: {error}") from error
+        raise BadRow(f"the chat template rejects it: {error}") from error
     return str(rendered)
 
 
-def _after(start: str, whole: str) -> str:
-    if not whole.startswith(start):
-        raise BadRow("the chat template renders the prompt otherwise once a response follows")
-    return whole[len(start) :]
+def _suffix(start: str, text: str) -> str:
+    if not text.startswith(start):
+        raise BadRow("the chat template renders the prompt differently if a response follows")
+    return text[len(start) :]
 
 
 def _until_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -154,10 +154,10 @@ def _until_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text
 
 
-def _unspelt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Turns:
-    """The turns without the text of BOS and EOS."""
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Turns:
+    """The turns with the text of BOS and EOS removed."""
     if not isinstance(turns, str):
-        return [{**turn, "content": str(_unspelt(tokenizer, turn["content"]))} for turn in turns]
+        return [{**turn, "content": str(_without_special_tokens(tokenizer, turn["content"]))} for turn in turns]
     for token in (tokenizer.bos_token, tokenizer.eos_token):
         turns = turns.replace(token, "") if token else turns
     return turns
@@ -170,8 +170,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_t
     return ids
 
 
-def _opened(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Ids of a text prompt with one BOS where the text spells a second one, and without the EOS that some add."""
+def _with_single_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Ids of a plain-text prompt without a second BOS from its text, and without the EOS some tokenizers append."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
         ids = ids[1:]

@@ -1,7 +1,8 @@
-"""A raw row, in any of TRL's formats, becomes a `Prompt`, a `Demonstration` or a `Preference`, or a `BadRow`.
+"""Raw rows in any of TRL's dataset formats to typed rows.
 
 Formats: prompt-completion, messages, text, preference with an explicit or implicit prompt, prompt only; each as text or
-as messages. Anthropic HH transcripts count as messages. `Labelled` and `Passage` rows hold text as it is.
+as messages. Anthropic HH transcripts ("\\n\\nHuman: ... \\n\\nAssistant: ...") are read as messages. `Labelled` and `Passage`
+rows hold their text unchanged.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from align.data.rows import (
 )
 from align.errors import BadRow, UserError, nearest
 
-Format = tuple[str, ...]  # the columns that a row is read from
-PAIR: Format = ("chosen", "rejected")  # with a `prompt` column, or implying its prompt
+Format = tuple[str, ...]  # the columns a row is read from
+PAIR: Format = ("chosen", "rejected")  # with or without a `prompt` column
 
-# What each form can be made of, first choice first.
+# The formats each type of row can be read from, in order of preference.
 FORMATS: dict[type, list[Format]] = {
     Preference: [PAIR],
     Demonstration: [("prompt", "completion"), ("messages",), PAIR, ("text",)],
@@ -37,18 +38,21 @@ FORMATS: dict[type, list[Format]] = {
 }
 
 
-def choose_formats(source: str, columns: Sequence[str], form: type) -> list[Format]:
-    """The formats in which rows with these columns can give `form`.
+def choose_formats(source: str, columns: Sequence[str], row_type: type) -> list[Format]:
+    """The formats from which rows with these columns can be read as `row_type`.
 
     Raises:
         UserError: there are none.
     """
-    formats = [names for names in FORMATS[form] if set(names) <= set(columns)]
+    formats = [names for names in FORMATS[row_type] if set(names) <= set(columns)]
     if not formats:
-        closest = min(FORMATS[form], key=lambda names: len(set(names) - set(columns)))
+        closest = min(FORMATS[row_type], key=lambda names: len(set(names) - set(columns)))
         missing = next(name for name in closest if name not in columns)
         raise missing_column(
-            source, missing, columns, f"; this stage reads {' or '.join('+'.join(names) for names in FORMATS[form])}"
+            source,
+            missing,
+            columns,
+            f"; this stage reads {' or '.join('+'.join(names) for names in FORMATS[row_type])}",
         )
     return formats
 
@@ -61,39 +65,39 @@ def missing_column(source: str, missing: str, columns: Sequence[str], more: str 
     )
 
 
-def read_row(values: Mapping[str, Any], where: str, form: type, formats: Sequence[Format]) -> Row:
-    """One row as `form`, read in the first of `formats` whose columns it fills.
+def read_row(values: Mapping[str, Any], where: str, row_type: type, formats: Sequence[Format]) -> Row:
+    """Read one row as `row_type` from the first of `formats` whose columns are all non-null.
 
     Raises:
-        BadRow: it cannot be used.
+        BadRow: no format fits, or the row has no valid prompt or response.
     """
     filled = [names for names in formats if all(values.get(name) is not None for name in names)]
     if not filled:
         missing = next(name for name in formats[0] if values.get(name) is None)
         raise BadRow(f"missing field `{missing}`")
     columns = filled[0]
-    if form in (Labelled, Passage):
-        return _texts(values, where, columns, form)
-    read = {"prompt"} if form is Prompt and values.get("prompt") is not None else {"prompt", *columns}
+    if row_type in (Labelled, Passage):
+        return _text_row(values, where, columns, row_type)
+    read = {"prompt"} if row_type is Prompt and values.get("prompt") is not None else {"prompt", *columns}
     extra = {name: value for name, value in values.items() if name not in read}
     if columns == PAIR:
         prompt, chosen, rejected = _pair(values)
-        if form is Preference:
+        if row_type is Preference:
             return Preference(prompt, chosen, rejected, where, extra)
-        return Prompt(prompt, where, extra) if form is Prompt else Demonstration(prompt, chosen, where, extra)
-    given, learnt = _given_and_learnt(values, columns)
-    if form is Prompt:
-        return Prompt(_prompt(given, learnt), where, extra)
-    _check(given, learnt)
-    if isinstance(given, str) or isinstance(learnt, str):
-        return Demonstration(given, learnt, where, extra)
-    dialogue = [*given, *learnt]
+        return Prompt(prompt, where, extra) if row_type is Prompt else Demonstration(prompt, chosen, where, extra)
+    context, target = _context_and_target(values, columns)
+    if row_type is Prompt:
+        return Prompt(_prompt(context, target), where, extra)
+    _check(context, target)
+    if isinstance(context, str) or isinstance(target, str):
+        return Demonstration(context, target, where, extra)
+    dialogue = [*context, *target]
     first = [message["role"] for message in dialogue].index("user")  # an opening assistant turn answers nothing
-    trained = sum(message["role"] == "assistant" for message in dialogue[max(first, len(given)) :])
+    trained = sum(message["role"] == "assistant" for message in dialogue[max(first, len(context)) :])
     return Demonstration(dialogue[:-1], dialogue[-1:], where, extra, trained)
 
 
-def _texts(values: Mapping[str, Any], where: str, columns: Format, form: type) -> Row:
+def _text_row(values: Mapping[str, Any], where: str, columns: Format, row_type: type) -> Row:
     extra = {name: value for name, value in values.items() if name not in columns}
     for name in columns:
         value = values[name]
@@ -101,7 +105,7 @@ def _texts(values: Mapping[str, Any], where: str, columns: Format, form: type) -
             raise BadRow(f"`{name}` is not text")
         if isinstance(value, str) and not value.strip():
             raise BadRow(f"empty `{name}`")
-    if form is Passage:
+    if row_type is Passage:
         return Passage(values["text"], where, extra)
     label_kind(values["label"])
     return Labelled(
@@ -109,12 +113,12 @@ def _texts(values: Mapping[str, Any], where: str, columns: Format, form: type) -
     )
 
 
-def _given_and_learnt(values: Mapping[str, Any], columns: Format) -> tuple[Turns, Turns]:
+def _context_and_target(values: Mapping[str, Any], columns: Format) -> tuple[Turns, Turns]:
     first = _turns(values, columns[0])
     if columns == ("prompt",):
         return first, first[:0]
     if columns == ("prompt", "completion"):
-        prompt, completion = _one_kind(first, _turns(values, "completion"))
+        prompt, completion = _same_format(first, _turns(values, "completion"))
         return prompt, _without_prompt(prompt, completion)
     if columns == ("messages",) and isinstance(first, str):
         raise BadRow("`messages` is not a list of messages")
@@ -126,7 +130,7 @@ def _pair(values: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
     chosen, rejected = _turns(values, "chosen"), _turns(values, "rejected")
     explicit = values.get("prompt") is not None
     if explicit:
-        prompt, chosen, rejected = _one_kind(_turns(values, "prompt"), chosen, rejected)
+        prompt, chosen, rejected = _same_format(_turns(values, "prompt"), chosen, rejected)
         chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
     elif type(chosen) is not type(rejected):
         raise BadRow("one of `chosen` and `rejected` is text, the other messages")
@@ -143,7 +147,7 @@ def _pair(values: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
 
 
 def _common_size(chosen: Turns, rejected: Turns) -> int:
-    """Length of the implicit prompt: the turns that lead both dialogues, or the words that lead both texts."""
+    """Length of the implicit prompt: the turns that both dialogues start with, or the words that both texts start with."""
     text = isinstance(chosen, str)
     most = min(len(chosen), len(rejected))
     size = next((index for index in range(most) if chosen[index] != rejected[index]), most)
@@ -156,13 +160,13 @@ def _common_size(chosen: Turns, rejected: Turns) -> int:
     return size
 
 
-def _prompt(given: Turns, learnt: Turns) -> Turns:
-    if isinstance(given, str) or isinstance(learnt, str):
-        if not given:
+def _prompt(context: Turns, target: Turns) -> Turns:
+    if isinstance(context, str) or isinstance(target, str):
+        if not context:
             raise BadRow("plain text has no prompt")
-        return given
-    dialogue = [*given, *learnt]
-    if learnt and learnt[-1]["role"] == "assistant":
+        return context
+    dialogue = [*context, *target]
+    if target and target[-1]["role"] == "assistant":
         dialogue.pop()
     _check_order(dialogue)
     if not dialogue or dialogue[-1]["role"] != "user":
@@ -184,7 +188,7 @@ def _check(prompt: Turns, response: Turns) -> None:
 
 
 def _check_order(messages: Sequence[Mapping[str, str]]) -> None:
-    """A system message or none, then user and assistant in turn, each of whom says something."""
+    """At most one system message, then user and assistant alternate, and no turn is empty."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     for index, message in enumerate(turns):
         if message["role"] == "system" or (index and message["role"] == turns[index - 1]["role"]):
@@ -194,8 +198,8 @@ def _check_order(messages: Sequence[Mapping[str, str]]) -> None:
             raise BadRow("empty response" if last else "empty turn")
 
 
-def _one_kind(prompt: Turns, *answers: Turns) -> Sequence[Any]:
-    """The prompt and its answers: all messages if one of them is, else all text."""
+def _same_format(prompt: Turns, *answers: Turns) -> Sequence[Any]:
+    """The prompt and its responses, all as messages if any of them is messages."""
     if all(isinstance(turns, str) for turns in (prompt, *answers)):
         return prompt, *answers
     if isinstance(prompt, str):
@@ -204,7 +208,7 @@ def _one_kind(prompt: Turns, *answers: Turns) -> Sequence[Any]:
 
 
 def _without_prompt(prompt: Turns, answer: Turns) -> Turns:
-    """The answer to a message prompt, also where it came as the whole dialogue."""
+    """The answer alone, where a row repeats the prompt's messages in it."""
     if isinstance(prompt, list) and isinstance(answer, list) and canonical(answer[: len(prompt)]) == canonical(prompt):
         return answer[len(prompt) :]
     return answer
@@ -216,7 +220,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def _turns(values: Mapping[str, Any], name: str) -> Turns:
-    """A field as text or as messages with nothing but `role` and `content`; a transcript becomes messages."""
+    """A field as text, or as messages with only `role` and `content`; a transcript becomes messages."""
     value = values[name]
     if isinstance(value, str):
         if name == "prompt" and not value.strip():
@@ -225,8 +229,8 @@ def _turns(values: Mapping[str, Any], name: str) -> Turns:
             return value
         _, *pieces = _SPEAKER.split(value)
         messages = [
-            {"role": _ROLES[speaker], "content": said.strip()}
-            for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
+            {"role": _ROLES[speaker], "content": content.strip()}
+            for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
         ]
         if name == "prompt" and messages[-1] == {"role": "assistant", "content": ""}:
             messages.pop()  # the cue for the response
@@ -234,7 +238,7 @@ def _turns(values: Mapping[str, Any], name: str) -> Turns:
     if not isinstance(value, list):
         raise BadRow(f"`{name}` is neither text nor a list of messages")
     if not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value):
-        raise BadRow(f"`{name}` holds something else than messages with `role` and `content`")
+        raise BadRow(f"`{name}` holds entries other than messages with `role` and `content`")
     for message in value:
         if message["role"] not in ("system", "user", "assistant"):
             raise BadRow(f"role {message['role']!r} is not system, user or assistant")

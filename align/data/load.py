@@ -1,4 +1,4 @@
-"""Data sources read, checked, and split into training and evaluation rows."""
+"""Load data sources, check every row, and split the rows into training and evaluation rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from align.errors import BadRow, UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    """The recipe keys that decide which rows are loaded and how they are split; see `align.config.base` for each."""
+    """Which rows are loaded and how they are split: recipe keys, documented in `align.config.base`."""
 
     train_dataset: Sequence[DataSource]
     eval_dataset: Sequence[DataSource] = ()
@@ -35,60 +35,95 @@ class DataSettings:
 
     @classmethod
     def from_recipe(cls, recipe: StageRecipe) -> DataSettings:
-        """The settings of a stage's own data."""
+        """The settings of a stage's training and evaluation rows."""
         return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Both sides of the data. `report` is JSON-able: sources with fingerprints, counts, bad rows by reason."""
+    """The two splits. `report` is JSON-able: sources with fingerprints, row counts, bad rows by reason, duplicates."""
 
     train: list[Any]
     evaluation: list[Any]
     report: dict[str, Any]
 
 
-def load_rows(settings: DataSettings, form: type) -> Rows:
+def load_rows(settings: DataSettings, row_type: type) -> Rows:
     """Read, check and split the data.
 
-    No prompt is on both sides. Without `eval_dataset`, `eval_fraction` of the openings (a dialogue up to its first user
-    turn, else the whole prompt or text) is held out by a hash of the opening and the seed: an opening is on one and the
-    same side in every stage, however long the dialogue that follows. With `eval_dataset`, training rows that would
-    train on one of its prompts are dropped and counted. Training rows keep the order of the data.
+    No prompt is in both splits. With `eval_dataset`, training rows that would train on one of its prompts are dropped
+    and counted. Without it, rows are held out by a hash of their opening (a dialogue up to its first user turn, otherwise
+    the full prompt or text) and the seed, so that an opening falls on the same side in every stage, and a dialogue with
+    all its continuations. Training rows keep the order of the data.
 
     Args:
-        form: `Prompt`, `Demonstration`, `Preference`, `Labelled` or `Passage`.
+        row_type: `Prompt`, `Demonstration`, `Preference`, `Labelled` or `Passage`.
 
     Raises:
-        UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a side
-            is empty (`NoHeldOutRows` when that is by `eval_fraction`).
+        UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a split
+            is empty (`NoHeldOutRows` if `eval_fraction` left the evaluation split empty).
     """
     if any(source.weight != 1 for source in settings.eval_dataset):
         raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
     bad = BadRows()
-    loaded = [_load(source, settings.seed, form, bad) for source in (*settings.train_dataset, *settings.eval_dataset)]
+    loaded = [_load_source(source, settings.seed, row_type, bad) for source in settings.train_dataset]
+    loaded_eval = [_load_source(source, settings.seed, row_type, bad) for source in settings.eval_dataset]
     bad_rows = bad.raise_or_report(settings.on_bad_row)
-    sources = [rows for rows, _ in loaded]
-    evaluation = list(chain.from_iterable(sources[len(settings.train_dataset) :]))
-    evaluated = prompts_of(evaluation)
-    training: list[list[Row]] = []
-    dropped = 0
-    for rows in sources[: len(settings.train_dataset)]:
-        if settings.eval_dataset:
-            kept = without_prompts(rows, evaluated)
-            dropped += len(rows) - len(kept)
-        else:
-            held_out = [is_held_out(row, settings.eval_fraction, settings.seed) for row in rows]
-            kept = [row for row, out in zip(rows, held_out, strict=True) if not out]
-            evaluation += [row for row, out in zip(rows, held_out, strict=True) if out]
-        training.append(kept)
+    training, evaluation, dropped = _split(
+        [rows for rows, _ in loaded], list(chain.from_iterable(rows for rows, _ in loaded_eval)), settings
+    )
+    used = _mix(training, settings)
+    train = list(chain.from_iterable(used))
+    _check_not_empty(train, evaluation, dropped, bad, settings)
+    if settings.max_eval_rows is not None:
+        evaluation = seeded_sample(evaluation, settings.max_eval_rows, f"{settings.seed} evaluation")
+    report = {
+        "sources": [
+            *(
+                {**description, "used_for": "training", "train_rows": len(rows)}
+                for (_, description), rows in zip(loaded, used, strict=True)
+            ),
+            *({**description, "used_for": "evaluation"} for _, description in loaded_eval),
+        ],
+        "train_rows": len(train),
+        "evaluation_rows": len(evaluation),
+        "tasks": task_counts(train, evaluation),
+        "train_rows_dropped_as_evaluated": dropped,
+        "bad_rows": bad_rows,
+        "duplicates": find_duplicates(train, evaluation),
+    }
+    return Rows(train, evaluation, report)
+
+
+def _split(
+    sources: Sequence[list[Row]], evaluation: list[Row], settings: DataSettings
+) -> tuple[list[list[Row]], list[Row], int]:
+    """Training rows of each source, evaluation rows, and the number of training rows dropped for their prompt."""
+    if settings.eval_dataset:
+        evaluated = prompts_of(evaluation)
+        training = [without_prompts(rows, evaluated) for rows in sources]
+        return training, evaluation, sum(map(len, sources)) - sum(map(len, training))
+    training = []
+    for rows in sources:
+        held_out = [is_held_out(row, settings.eval_fraction, settings.seed) for row in rows]
+        training.append([row for row, out in zip(rows, held_out, strict=True) if not out])
+        evaluation += [row for row, out in zip(rows, held_out, strict=True) if out]
+    return training, evaluation, 0
+
+
+def _mix(training: Sequence[list[Row]], settings: DataSettings) -> list[list[Row]]:
+    """The rows of each source, repeated or sampled as weights and mixture temperature say."""
     weights = [source.weight for source in settings.train_dataset]
     times = times_used([len(rows) for rows in training], weights, settings.mixture_temperature)
-    used = [
+    return [
         repeat_rows(rows, each, f"{settings.seed} weight {number}")
         for number, (rows, each) in enumerate(zip(training, times, strict=True))
     ]
-    train = list(chain.from_iterable(used))
+
+
+def _check_not_empty(
+    train: Sequence[Row], evaluation: Sequence[Row], dropped: int, bad: BadRows, settings: DataSettings
+) -> None:
     if not train:
         raise UserError(
             f"train_dataset: no training row is left: {len(evaluation)} are for evaluation, {dropped} were dropped because "
@@ -102,24 +137,10 @@ def load_rows(settings: DataSettings, form: type) -> Rows:
             f"eval_fraction: {settings.eval_fraction} of the prompts of {len(train)} rows came to none; raise it, give "
             "an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
         )
-    if settings.max_eval_rows is not None:
-        evaluation = seeded_sample(evaluation, settings.max_eval_rows, f"{settings.seed} evaluation")
-    uses = [{"used_for": "training", "train_rows": len(rows)} for rows in used]
-    uses += [{"used_for": "evaluation"}] * len(settings.eval_dataset)
-    report = {
-        "sources": [{**description, **use} for (_, description), use in zip(loaded, uses, strict=True)],
-        "train_rows": len(train),
-        "evaluation_rows": len(evaluation),
-        "tasks": task_counts(train, evaluation),
-        "train_rows_dropped_as_evaluated": dropped,
-        "bad_rows": bad_rows,
-        "duplicates": find_duplicates(train, evaluation),
-    }
-    return Rows(train, evaluation, report)
 
 
-def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list[Row], dict[str, Any]]:
-    """The usable rows of one source, and what the report says of it."""
+def _load_source(source: DataSource, seed: int, row_type: type, bad: BadRows) -> tuple[list[Row], dict[str, Any]]:
+    """The usable rows of one source, and its entry in the report."""
     name = str(source.path or source.generator)
     raw = list(read_source(source))
     if not raw:
@@ -128,10 +149,10 @@ def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list
     for theirs in source.columns.values():
         if theirs not in columns:
             raise missing_column(name, theirs, columns)
-    taken = set(source.columns.values())
-    instructions = SourceTemplates(source, seed, columns) if source.templates else None
-    given = ["prompt", "completion"] if instructions else [*source.columns, *(c for c in columns if c not in taken)]
-    formats = choose_formats(name, given, form)
+    renamed = set(source.columns.values())
+    templates = SourceTemplates(source, seed, columns) if source.templates else None
+    readable = ["prompt", "completion"] if templates else [*source.columns, *(c for c in columns if c not in renamed)]
+    formats = choose_formats(name, readable, row_type)
     if source.max_rows is not None:
         raw = seeded_sample(raw, source.max_rows, f"{seed} rows of {name}")
     rows: list[Row] = []
@@ -140,23 +161,23 @@ def _load(source: DataSource, seed: int, form: type, bad: BadRows) -> tuple[list
         with bad.catch(where):
             if not isinstance(values, Mapping):
                 raise BadRow("not a mapping of columns" if values is not None else "not valid JSON")
-            ours = {column: value for column, value in values.items() if column not in taken}
+            ours = {column: value for column, value in values.items() if column not in renamed}
             ours |= {column: values.get(theirs) for column, theirs in source.columns.items()}
             try:
                 line = json.dumps(ours, sort_keys=True, ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError:
                 raise BadRow("not valid Unicode (a lone surrogate)") from None
-            if instructions:
-                said, drawn = instructions.apply(line, where)
-                row = read_row(said, where, form, formats)
-                row.extra.update(ours | drawn)
+            if templates:
+                rendered, metadata = templates.apply(line, where)
+                row = read_row(rendered, where, row_type, formats)
+                row.extra.update(ours | metadata)
             else:
-                row = read_row(ours, where, form, formats)
+                row = read_row(ours, where, row_type, formats)
             if source.task or TASK not in row.extra:
                 row.extra[TASK] = task_name(source)
             rows.append(row)
             digest.update(line + b"\n")
     description = {"source": name, "task": task_name(source), "rows": len(rows), "weight": source.weight}
-    if instructions:
+    if templates:
         description["templates"] = [sum(row.extra[TEMPLATE] is each for row in rows) for each in source.templates]
     return rows, {**description, "fingerprint": digest.hexdigest()}

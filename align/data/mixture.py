@@ -1,8 +1,8 @@
-"""How often each source's rows are used, and what share of the rows each task has.
+"""Mixing sources: how often each one's rows are used, and the share of each task.
 
-Rates are those of T5 and FLAN, proportional to weight x rows^(1/T). These cap the rows that are used and the rows that
-count in the rate; here `max_rows` is both: the rows of an epoch are drawn once, so a source never has other rows than
-those that its rate gives it.
+Temperature-scaled mixing as in T5 (arXiv 1910.10683) and FLAN (arXiv 2109.01652): the rate of a source is proportional to
+weight x rows^(1/T). Their cap on the rows of a source is `max_rows` here, which limits both the rows that are used and
+the rows that count in the rate. The rows of an epoch are drawn once; every epoch has the same.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from align.data.rows import Row
 from align.data.templates import TASK
 
 Item = TypeVar("Item")
-MAX_REPORTED_TASKS = 100  # tasks that the report tells apart
-MAX_LISTED_TASKS = 20  # of them that a line names
+MAX_REPORTED_TASKS = 100  # tasks named in the report
+MAX_LISTED_TASKS = 20  # tasks named in the printed line
 
 
 def times_used(rows: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
-    """Times each source's rows are used: as often as `weights` say in all, in shares of weight x rows^(1/temperature)."""
+    """How often each source's rows are used per epoch.
+
+    The total, sum of weight x rows, is that of temperature 1; the shares are proportional to weight x rows^(1/temperature).
+    """
     if temperature == 1:
         return list(weights)
     rates = [weight * count ** (1 / temperature) for weight, count in zip(weights, rows, strict=True)]
@@ -30,7 +33,7 @@ def times_used(rows: Sequence[int], weights: Sequence[float], temperature: float
 
 
 def task_counts(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Rows of each task, the most frequent ones: a column `task` of the data may say anything."""
+    """Rows and share of each task, for the most frequent tasks only: a `task` column of the data may hold anything."""
     counts = [Counter(str(row.extra[TASK]) for row in side) for side in (training, evaluation)]
     return {
         task: {
@@ -43,7 +46,7 @@ def task_counts(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[str,
 
 
 def describe_task_shares(report: Mapping[str, Any]) -> str | None:
-    """The tasks of `Rows.report` with their shares of the training rows, or None when there is but one."""
+    """The tasks of `Rows.report` with their shares of the training rows, in one line; None if there is only one task."""
     counts = {task: each for task, each in report["tasks"].items() if each["train_rows"]}
     tasks = [f"{task} {each['share']:.1%} ({each['train_rows']} rows)" for task, each in counts.items()]
     more = f", and {len(tasks) - MAX_LISTED_TASKS} more" if len(tasks) > MAX_LISTED_TASKS else ""
@@ -51,11 +54,12 @@ def describe_task_shares(report: Mapping[str, Any]) -> str | None:
 
 
 def seeded_sample(items: Sequence[Item], count: int, seed: str) -> list[Item]:
-    """`count` of the items (all when there are fewer), in their order."""
+    """A random sample of `count` items (all, if there are fewer), in their original order."""
     chosen = random.Random(seed).sample(range(len(items)), min(count, len(items)))
     return [items[index] for index in sorted(chosen)]
 
 
-def repeat_rows(rows: list[Row], weight: float, seed: str) -> list[Row]:
-    whole = int(weight)
-    return rows * whole + seeded_sample(rows, round((weight - whole) * len(rows)), seed)
+def repeat_rows(rows: list[Row], times: float, seed: str) -> list[Row]:
+    """The rows `times` times; the fractional part is a seeded sample."""
+    complete = int(times)
+    return rows * complete + seeded_sample(rows, round((times - complete) * len(rows)), seed)

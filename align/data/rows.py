@@ -1,4 +1,4 @@
-"""What a row is once it is checked, and what becomes of one that cannot be used."""
+"""The types of rows that data is read into, and the rows that cannot be read into any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Turns = str | list[dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the policy answers. `where` names file and row (1-based); `extra` holds the row's other columns."""
+    """A prompt for the policy to answer.
+
+    `where` names the file and row (1-based) it came from, for error messages; `extra` holds the row's other columns.
+    """
 
     prompt: Turns
     where: str
@@ -25,10 +28,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A response to imitate. Plain text to continue has the prompt `""`.
+    """A prompt and the completion to imitate. Plain text has the prompt `""`.
 
-    `trained_turns` counts the assistant turns to learn, from the last one backwards: 1 is the completion alone, more
-    reaches into the prompt (rows that came as whole dialogues).
+    `trained_turns` is the number of assistant turns, counted from the end, that the loss covers: 1 is the completion
+    alone; rows that came as complete dialogues have more, which lie in the prompt.
     """
 
     prompt: Turns
@@ -40,7 +43,7 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two responses to one prompt, the first preferred."""
+    """A prompt with a preferred and a dispreferred response."""
 
     prompt: Turns
     chosen: Turns
@@ -51,7 +54,7 @@ class Preference:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A text, or a pair of texts, and what to say of it: a name or id, a list of those, or a number."""
+    """A text or a pair of texts, and its label: a class name or id, a list of these, or a number to regress on."""
 
     text: str
     text_pair: str | None
@@ -61,7 +64,7 @@ class Labelled:
 
     @property
     def prompt(self) -> str:
-        """What must not stand on both sides, training and evaluation."""
+        """The text by which rows are split into training and evaluation."""
         return self.text
 
 
@@ -75,7 +78,7 @@ class Passage:
 
     @property
     def prompt(self) -> str:
-        """What must not stand on both sides, training and evaluation."""
+        """The text by which rows are split into training and evaluation."""
         return self.text
 
 
@@ -83,14 +86,14 @@ Row = Prompt | Demonstration | Preference | Labelled | Passage
 
 
 class BadRows:
-    """Bad rows by reason."""
+    """The places of rows that cannot be used, by reason."""
 
     def __init__(self) -> None:
         self.by_reason: dict[str, list[str]] = {}
 
     @contextlib.contextmanager
     def catch(self, where: str) -> Iterator[None]:
-        """Note a `BadRow` raised in the block, and go on after it."""
+        """Record a `BadRow` raised in the block instead of letting it propagate."""
         try:
             yield
         except BadRow as bad:
@@ -104,7 +107,7 @@ class BadRows:
         return "; ".join(f"{reason}: {len(rows)}" for reason, rows in self.by_reason.items()) or "none"
 
     def raise_or_report(self, on_bad_row: str) -> dict[str, dict[str, Any]]:
-        """`{reason: {"count": n, "first": ["file:row", ...]}}`, at most five rows named per reason.
+        """The report `{reason: {"count": n, "first": ["file:row", ...]}}`, which names at most five rows per reason.
 
         Raises:
             UserError: there are bad rows and `on_bad_row` is not "skip".
@@ -115,15 +118,15 @@ class BadRows:
                 for reason, rows in self.by_reason.items()
             ]
             lines.insert(0, f"{len(self)} rows cannot be used:")
-            raise UserError("\n".join([*lines, "Mend them, or leave them out with `on_bad_row: skip`."]))
+            raise UserError("\n".join([*lines, "Fix them, or leave them out with `on_bad_row: skip`."]))
         return {reason: {"count": len(rows), "first": rows[:5]} for reason, rows in self.by_reason.items()}
 
 
 def label_kind(label: Any) -> str:
-    """Of what kind a label is, in words.
+    """The kind of a label, in words.
 
     Raises:
-        BadRow: it is of no use, whatever other rows have.
+        BadRow: no task has such a label.
     """
     if isinstance(label, str | bool):
         return "text"
@@ -141,12 +144,12 @@ def label_kind(label: Any) -> str:
     if kinds not in ({str}, {int}):
         raise BadRow("`label` is a list, but not of names or of ids")
     if len(set(label)) < len(label):
-        raise BadRow("`label` names one twice; a list holds the labels that apply, not 0 or 1 for each")
+        raise BadRow("`label` repeats a label; a list holds the labels that apply, not 0 or 1 for each")
     return f"lists of {'text' if kinds == {str} else 'whole numbers'}"
 
 
 def render_text(turns: Turns) -> str:
-    """Turns as a person (or an encoder) reads them: text as it is, one message as its content, more with their roles."""
+    """Turns as readable text: text unchanged, a single message as its content, several with their roles."""
     if isinstance(turns, str):
         return turns
     if len(turns) == 1:
@@ -155,12 +158,12 @@ def render_text(turns: Turns) -> str:
 
 
 def as_response(prompt: Turns, text: str) -> Turns:
-    """`text` as a response of the prompt's kind: text, or one assistant message."""
+    """`text` as a response in the prompt's format: text, or one assistant message."""
     return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def canonical(turns: Turns) -> list[tuple[str, str]]:
-    """(role, content) pairs, the same for text as for one user message that says it."""
+    """(role, content) pairs; text counts as one user message. Surrounding whitespace is stripped."""
     if isinstance(turns, str):
         return [("user", turns.strip())]
     return [(message["role"], message["content"].strip()) for message in turns]

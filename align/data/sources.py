@@ -20,7 +20,11 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
 def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each row; the row is None where a line is not JSON."""
+    """Yield (where, row) for each raw row of a source; the row is None where a line is not valid JSON.
+
+    Raises:
+        UserError: the file, data set or generator is missing or fails.
+    """
     if source.generator is not None:
         yield from _generated(source.generator, source.generator_kwargs)
         return
@@ -31,7 +35,7 @@ def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
     if files:
         return
     if glob.has_magic(path) or path.startswith(("/", ".", "~")) or path.removesuffix(".gz").endswith(SUFFIXES):
-        raise UserError(f"{path}: no such file; correct the path in the recipe.")
+        raise UserError(f"{path}: no such file; fix the path in the recipe.")
     try:
         rows = datasets.load_dataset(path, source.name, split=source.split)
     except Exception as error:  # the network, the hub and the data set's own files fail in many ways
@@ -49,7 +53,7 @@ def _generated(spec: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, A
     try:
         for number, row in enumerate(function(**arguments), 1):
             yield f"{spec}:{number}", row
-    except Exception as error:  # whatever the user's function raises, it is theirs to mend
+    except Exception as error:  # the user's function may raise anything
         raise UserError(f"generator: {spec} failed with {type(error).__name__}: {error}") from error
 
 
@@ -61,10 +65,10 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
         if kind in (".json", ".jsonl"):
             yield from _read_json(file)
             return
-        # Streamed, so that no copy is left in the cache that could be taken for a newer file.
+        # Streamed: a cached copy could be taken for a newer version of the file.
         options: dict[str, Any] = {}
-        if kind == ".csv":  # our columns are text, whatever they look like: "42" and "None" too
-            label = source.columns.get("label", "label")  # which may be a number
+        if kind == ".csv":  # our columns are text, even if they read "42" or "None"
+            label = source.columns.get("label", "label")  # may be a number
             ours = {*ROW_COLUMNS, *source.columns.values()} - {label}
             options = {"converters": dict.fromkeys(ours, str), "keep_default_na": False, "na_values": [""]}
         rows = datasets.load_dataset(kind[1:], data_files=[file], split="train", streaming=True, **options)
@@ -77,7 +81,10 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(file: str) -> Iterator[tuple[str, Any]]:
-    """JSON lines or one JSON list. Not by `datasets`: Arrow wants one type per column, and refuses the file for a row."""
+    """JSON lines, or one JSON list.
+
+    Not read with `datasets`: Arrow needs one type per column, so one odd row would make the file unreadable.
+    """
     open_text = gzip.open if file.endswith(".gz") else open
     with open_text(file, "rt", encoding="utf-8-sig") as lines:
         first = next((line for line in lines if line.strip()), "")

@@ -1,4 +1,4 @@
-"""Which rows are held out: by a hash of the prompt, so that no prompt is on both sides."""
+"""The split into training and evaluation rows: by a hash of the prompt, so that no prompt is in both."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ class NoHeldOutRows(UserError):
     """`eval_fraction` of the prompts came to none."""
 
 
-def _context(row: Row) -> list[tuple[str, str]]:
-    return canonical(row.completion if isinstance(row, Demonstration) and not row.prompt else row.prompt)
-
-
 def is_held_out(row: Row, eval_fraction: float, seed: int) -> bool:
-    """Whether the row is for evaluation: decided by a hash of its opening and the seed, whatever other rows there are."""
-    turns = _context(row)
+    """Whether the row is for evaluation. Depends on its opening and the seed alone, not on the other rows."""
+    turns = _prompt_turns(row)
     opening = turns[: 1 + [role for role, _ in turns].index("user")]
     digest = hashlib.sha256(json.dumps([seed, opening]).encode()).digest()
     return int.from_bytes(digest[:8], "big") < eval_fraction * 2**64
 
 
-def _prompts(row: Row) -> list[str]:
-    """Every prompt that the row trains a response to."""
-    turns = _context(row)
-    earlier = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
-    trained = row.trained_turns - 1 if isinstance(row, Demonstration) else 0
-    return [json.dumps(turns[:end]) for end in (*earlier[len(earlier) - trained :], len(turns))]
-
-
 def prompts_of(rows: Sequence[Row]) -> set[str]:
-    """Every prompt that one of the rows trains a response to."""
+    """Every prompt to which one of the rows trains a response, as JSON."""
     return {prompt for row in rows for prompt in _prompts(row)}
 
 
 def without_prompts(rows: Sequence[AnyRow], prompts: set[str]) -> list[AnyRow]:
-    """The rows that train a response to none of the prompts."""
+    """The rows that train no response to any of the prompts."""
     return [row for row in rows if prompts.isdisjoint(_prompts(row))]
+
+
+def _prompt_turns(row: Row) -> list[tuple[str, str]]:
+    """The prompt as (role, content) pairs; of plain text, the text itself."""
+    return canonical(row.completion if isinstance(row, Demonstration) and not row.prompt else row.prompt)
+
+
+def _prompts(row: Row) -> list[str]:
+    """The prompt of each assistant turn that the row trains."""
+    turns = _prompt_turns(row)
+    earlier = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
+    trained = row.trained_turns - 1 if isinstance(row, Demonstration) else 0
+    return [json.dumps(turns[:end]) for end in (*earlier[len(earlier) - trained :], len(turns))]

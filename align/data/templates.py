@@ -1,7 +1,7 @@
-"""Labelled rows become instructions: Jinja templates, verbalised labels, and the label read back from an answer.
+"""Labelled rows to instructions with Jinja templates and verbalised labels, and answers back to labels.
 
-Templates are rendered as chat templates are: sandboxed and without a loader, so a recipe runs no code of its own, and
-what a row says is never read as a template. Loops end with their list; `range` is held to 100,000 steps.
+Templates are rendered like chat templates, sandboxed and without a loader: a recipe runs no code of its own, and the
+text of a row is never interpreted as a template. Jinja's sandbox limits `range` to 100,000 steps.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from align.config.data_source import (
 )
 from align.errors import BadRow, UserError, nearest
 
-# What a templated row's `extra` holds besides its columns, for the inverse: the template it drew (a mapping of strings),
-# the source's labels, and the key of its own label among them (without `labels`, the label as text).
+# Keys of a row's `extra` besides its columns. For `parse_label`: the template that rendered the row (a mapping of strings),
+# the source's `labels`, and the row's own key among them (without `labels`, its label as text).
 TASK, TEMPLATE, LABELS, LABEL = "task", "_template", "_labels", "_label"
-_ROW = "row"  # the variable that holds all columns, for names that are no Jinja names
+_ROW = "row"  # the variable with all columns, for column names that are not valid Jinja names
 _ANYTHING = r"[\s\S]*?"
 _SPLIT = re.compile(r"(^|[-_.])(train|training|test|validation|valid|val|dev|eval|evaluation)$", re.IGNORECASE)
 
 
 def task_name(source: DataSource) -> str:
-    """The source's task: as given, else its generator, hub id or file, of whose name the split is no part."""
+    """The source's `task`; by default the name of its generator, hub data set or file, without a suffix such as `_train`."""
     if source.task or source.path is None:
         return str(source.task or source.generator)
     folder, file = os.path.split(source.path)
@@ -50,13 +50,15 @@ def task_name(source: DataSource) -> str:
 
 
 class SourceTemplates:
-    """The templates of one source, applied to its rows. Which one a row draws depends on seed, source and row alone."""
+    """The templates of one source. Which of them renders a row depends on the seed, the source and the row alone."""
 
     def __init__(self, source: DataSource, seed: int, columns: Sequence[str]) -> None:
-        """`columns` are all that the source's rows have.
+        """
+        Args:
+            columns: the union of the columns of the source's rows.
 
         Raises:
-            UserError: there are labels, and no column that holds them.
+            UserError: there are `labels`, and no row has the label column.
         """
         self.source = source
         self.columns = columns
@@ -69,14 +71,15 @@ class SourceTemplates:
             )
 
     def apply(self, line: bytes, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A row as `prompt` and `completion`, and what its `extra` is to hold besides its columns.
+        """Render a row to `prompt` and `completion`; also returns the entries for its `extra` besides its columns.
 
         Args:
-            line: the row as JSON, of which alone the templates see anything.
+            line: the row as JSON; templates see its values only.
+            where: file and row, for errors.
 
         Raises:
-            BadRow: it lacks a column that its template reads, or its label is not among the labels.
-            UserError: no row has that column, or the template reaches out of the sandbox.
+            BadRow: the row lacks a column that its template reads, or its label is not among `labels`.
+            UserError: no row has that column, or the template breaks a rule of the sandbox.
         """
         values = json.loads(line)
         digest = hashlib.sha256(self.draw + line).digest()
@@ -90,12 +93,12 @@ class SourceTemplates:
         if self.source.labels and extra.get(LABEL) not in self.source.labels:
             got = "null" if label is None else key_text(label)
             raise BadRow(f"label {got} is not among `labels` ({', '.join(self.source.labels)})")
-        said = {part: self._render(index, part, variables, where) for part in template}
-        if TEXT_PARTS[0] in said:
-            return said, extra
-        roles = [role for role in (SYSTEM_PART, "user") if role in said]
-        messages = [{"role": role, "content": said[role]} for role in roles]
-        return {"prompt": messages, "completion": [{"role": "assistant", "content": said["assistant"]}]}, extra
+        rendered = {part: self._render(index, part, variables, where) for part in template}
+        if TEXT_PARTS[0] in rendered:
+            return rendered, extra
+        roles = [role for role in (SYSTEM_PART, "user") if role in rendered]
+        messages = [{"role": role, "content": rendered[role]} for role in roles]
+        return {"prompt": messages, "completion": [{"role": "assistant", "content": rendered["assistant"]}]}, extra
 
     def _render(self, index: int, part: str, variables: Mapping[str, Any], where: str) -> str:
         place = f"templates[{index}].{part}"
@@ -118,24 +121,24 @@ class SourceTemplates:
             ) from None
         except SecurityError as error:
             raise UserError(f"{where}: {place}: {error}; a template only reads columns.") from None
-        except Exception as error:  # whatever the template does with this row's values
+        except Exception as error:  # a template may fail in any way on the row's values
             raise BadRow(f"{place} fails with {type(error).__name__}: {error}") from None
 
 
 def parse_label(text: str, template: Mapping[str, str], labels: Mapping[str, str]) -> str | None:
-    """The label that a generated answer gives: the inverse of a template's `completion` (or `assistant`).
+    """Parse the label out of a generated answer: the inverse of a template's `completion` (or `assistant`).
 
-    That is the label which follows the template's words before `{{ label }}`, wherever these begin in the answer, or
-    the label with which the answer begins when the template has no such words. Failing this, it is the only label
-    that occurs in the answer; so "It is not positive" counts as positive. Case and spacing do not matter.
+    The label is the one that follows the template's words before `{{ label }}`, anywhere in the answer; if the template
+    has no such words, the one the answer begins with. Failing that, it is the only label that occurs in the answer, so
+    "It is not positive" counts as positive. Case and whitespace are ignored.
 
     Args:
         text: the answer.
         template: `extra["_template"]` of the row.
-        labels: `extra["_labels"]` of the row, key to text; when empty, what stands in the label's line is the label.
+        labels: `extra["_labels"]` of the row, key to text; if empty, the label is the rest of the line it is on.
 
     Returns:
-        A key of `labels`, to compare with `extra["_label"]`; without labels, a text; None when there is none.
+        A key of `labels`, to compare with `extra["_label"]`; without `labels`, the text; None if there is no label.
     """
     before, after = _around_label(template.get("completion") or template["assistant"])
     if not labels:
@@ -150,7 +153,7 @@ def parse_label(text: str, template: Mapping[str, str], labels: Mapping[str, str
 
 
 def _around_label(completion: str) -> tuple[str | None, str]:
-    """Patterns of what a completion says before its label, and after it; None where nothing tells the label's place."""
+    """Regular expressions for the text before and after the label; None if the template has no label to locate."""
     before: str | None = None
     pattern = ""
     for node in template_environment().parse(completion).body:

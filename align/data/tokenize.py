@@ -1,7 +1,7 @@
-"""Checked rows to data sets of token ids, and the order in which prompts are drawn.
+"""Typed rows to data sets of token ids.
 
-Labels are made from lengths, never from ids, so a padding token that is also EOS does no harm. A row that is too long
-is a bad row; nothing is cut short.
+Labels are made from lengths, never by comparing ids, so padding may share its id with EOS. A row that is too long is a
+bad row; nothing is truncated.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from align.data.encode import pair_ids, prompt_ids, prompt_labels, prompt_text, 
 from align.data.rows import BadRows, Demonstration, Preference, Prompt, Turns, render_text
 from align.errors import BadRow, UserError
 
-IGNORE_INDEX = -100  # the label of a token that is not learnt
-BATCH = 1000  # rows tokenised together
+IGNORE_INDEX = -100  # label of a token that the loss ignores
+BATCH = 1000  # rows per call of the tokenizer
 Report = dict[str, dict[str, Any]]
 
 
@@ -32,17 +32,18 @@ def tokenize_demonstrations(
     packing: bool = False,
     kept: list[Demonstration] | None = None,
 ) -> tuple[Dataset, Report]:
-    """`input_ids` and `labels` (-100 on what is not learnt) of each row, and the bad rows by reason.
+    """`input_ids` and `labels` (-100 where the loss ignores a token) of each row, and the bad rows by reason.
 
     Args:
         max_length: most tokens of a row; longer ones are bad rows.
         on_bad_row: "error" or "skip".
-        completion_only_loss: whether prompts are left out of the loss.
-        packing: whether rows are packed later, which cuts plain text to `max_length`: it may then be longer.
-        kept: is filled with the rows that the data set holds, in its order.
+        completion_only_loss: whether the loss ignores prompts.
+        packing: whether the rows will be packed; plain text may then exceed `max_length`, since packing cuts it.
+        kept: if given, is extended by the rows in the data set, in its order.
 
     Raises:
-        UserError: bad rows and `on_bad_row` is "error"; no row is left; messages and no chat template.
+        UserError: there are bad rows and `on_bad_row` is "error"; no row is left; rows are messages and the tokenizer
+            has no chat template.
     """
     bad = BadRows()
 
@@ -63,7 +64,7 @@ def tokenize_demonstrations(
                 yield ids, labels
 
     dataset = _dataset(("input_ids", "labels"), records())
-    return dataset, _settle(bad, on_bad_row, len(rows), len(dataset))
+    return dataset, _report(bad, on_bad_row, len(rows), len(dataset))
 
 
 def tokenize_preferences(
@@ -74,10 +75,15 @@ def tokenize_preferences(
     on_bad_row: str = "error",
     is_encoder: bool = False,
 ) -> tuple[Dataset, Report]:
-    """`chosen_ids` and `rejected_ids` (each prompt and response) of each row, and the bad rows by reason.
+    """`chosen_ids` and `rejected_ids` (prompt and response each) of each row, and the bad rows by reason.
+
+    Args:
+        max_length: most tokens of prompt and response; rows with a longer one are bad rows.
+        is_encoder: join prompt and response in the tokenizer's format for pairs, which encoders are trained on.
 
     Raises:
-        UserError: bad rows and `on_bad_row` is "error"; no row is left; messages and no chat template.
+        UserError: there are bad rows and `on_bad_row` is "error"; no row is left; rows are messages and the tokenizer
+            has no chat template.
     """
     bad = BadRows()
 
@@ -90,16 +96,17 @@ def tokenize_preferences(
                 yield sequences
 
     dataset = _dataset(("chosen_ids", "rejected_ids"), records())
-    return dataset, _settle(bad, on_bad_row, len(rows), len(dataset))
+    return dataset, _report(bad, on_bad_row, len(rows), len(dataset))
 
 
 def tokenize_prompts(
     rows: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int, on_bad_row: str
 ) -> tuple[list[tuple[Prompt, list[int]]], Report]:
-    """Each prompt with its ids, and the bad rows by reason.
+    """Each prompt with its token ids, and the bad rows by reason.
 
     Raises:
-        UserError: bad rows and `on_bad_row` is "error"; no row is left; messages and no chat template.
+        UserError: there are bad rows and `on_bad_row` is "error"; no row is left; rows are messages and the tokenizer
+            has no chat template.
     """
     bad = BadRows()
     prompts: list[tuple[Prompt, list[int]]] = []
@@ -107,20 +114,20 @@ def tokenize_prompts(
         with bad.catch(row.where):
             _check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
             prompts.append((row, ids))
-    return prompts, _settle(bad, on_bad_row, len(rows), len(prompts))
+    return prompts, _report(bad, on_bad_row, len(rows), len(prompts))
 
 
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], bad: BadRows
 ) -> Iterator[tuple[Any, str, list[int], list[list[int]]]]:
-    """(row, text of its prompt, ids of its prompt, ids of each of its responses)."""
+    """Yield (row, prompt text, prompt ids, ids of each response)."""
     for start in range(0, len(rows), BATCH):
         rendered: list[tuple[Any, str, list[str]]] = []
         for row in rows[start : start + BATCH]:
             with bad.catch(row.where):
                 text = prompt_text(tokenizer, row.prompt)
                 answers = [response_text(tokenizer, row.prompt, text, response) for response in _responses(row)]
-                if not all(answer.strip() for answer in answers):  # nothing but a spelt-out EOS
+                if not all(answer.strip() for answer in answers):  # only the text of EOS
                     raise BadRow("empty response")
                 rendered.append((row, text, answers))
         prompts = prompt_ids(tokenizer, [row.prompt for row, *_ in rendered], [text for _, text, _ in rendered])
@@ -138,7 +145,7 @@ def _responses(row: Prompt | Demonstration | Preference) -> tuple[Turns, ...]:
 def _encoded_pairs(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], bad: BadRows, is_encoder: bool
 ) -> Iterator[tuple[Preference, list[list[int]]]]:
-    """(row, ids of prompt and chosen, ids of prompt and rejected)."""
+    """Yield (row, [ids of prompt + chosen, ids of prompt + rejected])."""
     if not is_encoder:
         for row, _, prompt, responses in _encoded(tokenizer, rows, bad):
             yield row, [prompt + response for response in responses]
@@ -152,7 +159,7 @@ def _encoded_pairs(
 
 
 def _dataset(names: tuple[str, ...], records: Iterator[Sequence[list[int]]]) -> Dataset:
-    """A data set in memory, built in parts: Arrow integers are small, Python's are not."""
+    """A data set in memory, built in chunks, because lists of Python integers take many times the memory of Arrow's."""
     features = Features({name: List(Value("int32")) for name in names})
     parts = [Dataset.from_dict({name: [] for name in names}, features=features)]
     while part := list(islice(records, BATCH)):
@@ -168,7 +175,7 @@ def _check_length(size: int, limit: int, key: str, tokenizer: PreTrainedTokenize
         raise BadRow(f"longer than {tokenizer.model_max_length} tokens (the tokenizer's model_max_length)")
 
 
-def _settle(bad: BadRows, on_bad_row: str, before: int, after: int) -> Report:
+def _report(bad: BadRows, on_bad_row: str, before: int, after: int) -> Report:
     report = bad.raise_or_report(on_bad_row)
     if before and not after:
         raise UserError(

@@ -260,7 +260,9 @@ def test_a_row_of_each_template_and_the_share_of_each_task(world, capsys):
     assert re.search(r"b,row:p[a-h]{2}⟦goodp</s>⟧", flat)
     assert re.search(r"b,row:q[a-h]{2}⟦q</s>⟧", flat)
     assert "at most 9 tokens in the first 80 rows)" in " ".join(said.split())
-    assert "1 of 1 evaluation rows stand in the training rows too (1 exact, 0 near duplicates" in " ".join(said.split())
+    assert "1 of 1 evaluation rows have duplicates in the training rows (1 exact, 0 near duplicates" in " ".join(
+        said.split()
+    )
     code, said = outcome(capsys, "r.yaml", "--max_length", "8")
     assert code == 2
     assert "longer than 8 tokens" in said

@@ -104,7 +104,7 @@ def test_exact_and_near_are_told_apart():
     line = describe_duplicates({"duplicates": found})
     assert line is not None
     assert line.startswith(
-        "3 of 4 evaluation rows stand in the training rows too (2 exact, 1 near duplicates; e:1 is like t:3)"
+        "3 of 4 evaluation rows have duplicates in the training rows (2 exact, 1 near duplicates; e:1 is like t:3)"
     )
     assert "\n" not in line
 

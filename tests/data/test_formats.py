@@ -158,12 +158,12 @@ NO_COMMON = "`chosen` and `rejected` have no common prompt"
         (
             Demonstration,
             {"messages": [user("a"), "b"]},
-            "`messages` holds something else than messages with `role` and `content`",
+            "`messages` holds entries other than messages with `role` and `content`",
         ),
         (
             Demonstration,
             {"messages": [user("a"), {"role": "assistant", "content": None}]},
-            "`messages` holds something else than messages with `role` and `content`",
+            "`messages` holds entries other than messages with `role` and `content`",
         ),
         (
             Demonstration,

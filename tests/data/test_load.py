@@ -224,7 +224,7 @@ class TestBadRows:
             f"  missing field `completion`: 2 ({path}:4, {path}:7)\n"
             f"  empty response: 1 ({path}:5)\n"
             f"  not valid Unicode (a lone surrogate): 1 ({path}:6)\n"
-            "Mend them, or leave them out with `on_bad_row: skip`."
+            "Fix them, or leave them out with `on_bad_row: skip`."
         )
 
     def test_skip_counts(self, path):

@@ -370,10 +370,10 @@ class TestBadRows:
         rows = [Prompt([{"role": "system", "content": "s"}, user("p")], "f:1"), Prompt([user("p")], "f:2")]
         prompts, report = tokenize_prompts(rows, tokenizer, 100, "skip")
         assert [row.where for row, _ in prompts] == ["f:2"]
-        assert report == {"the chat template refuses it: no system": {"count": 1, "first": ["f:1"]}}
+        assert report == {"the chat template rejects it: no system": {"count": 1, "first": ["f:1"]}}
 
     def test_template_that_writes_the_prompt_otherwise_later(self):
-        reason = "the chat template renders the prompt otherwise once a response follows"
+        reason = "the chat template renders the prompt differently if a response follows"
         numbered = chatml("{{ messages | length }}" + CHATML)
         with pytest.raises(UserError, match=reason):
             tokenize_demonstrations([Demonstration([user("p")], [assistant("c")], "f:1")], numbered, max_length=1024)

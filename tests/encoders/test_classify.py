@@ -447,7 +447,7 @@ def test_labels_that_make_no_label_set(train, evaluation, problem, said):
         ({"text": "a", "label": {"x": 1}}, "`label` is neither text nor a number nor a list: 1"),
         ({"text": "a", "label": float("nan")}, "`label` is not a finite number: 1"),
         ({"text": "a", "label": [0.0, 1.0]}, "`label` is a list, but not of names or of ids: 1"),
-        ({"text": "a", "label": [0, 1, 1]}, "`label` names one twice; .* not 0 or 1 for each: 1"),
+        ({"text": "a", "label": [0, 1, 1]}, "`label` repeats a label; .* not 0 or 1 for each: 1"),
         ({"text": "a" * 40, "label": "yes"}, r"longer than 30 tokens \(`max_length`\): 1"),
     ],
 )  # fmt: skip
