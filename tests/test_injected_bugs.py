@@ -50,8 +50,8 @@ BUGS = {
     ),
     "no temperature in the training forward": (
         "align/ppo/update.py",
-        "models.policy, ids, mask, length, recipe.temperature, objective",
-        "models.policy, ids, mask, length, 1.0, objective",
+        "ids, mask, length, recipe.temperature, objective)",
+        "ids, mask, length, 1.0, objective)",
         "tests/ppo/test_train.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",
     ),
     "no temperature in sampling": (
@@ -86,8 +86,8 @@ BUGS = {
     ),
     "whitening advantages over the padding": (
         "align/ppo/step.py",
-        "return masked_whiten(advantages, rollout.mask), returns",
-        "return masked_whiten(advantages, torch.ones_like(rollout.mask)), returns",
+        "return masked_whiten(advantages, mask), returns",
+        "return masked_whiten(advantages, torch.ones_like(mask)), returns",
         "tests/ppo/test_objectives.py::TestScores::test_advantages_are_white_over_the_real_tokens",
     ),
     "advantages flow through the padding": (
@@ -104,29 +104,26 @@ BUGS = {
     ),
     "stale old log-probabilities": (
         "align/ppo/rollout.py",
-        'old_logprobs=sampled_logprobs if trusted else logprobs("policy", policy)',
-        'old_logprobs=logprobs("policy", reference)',
+        'in_passes("score_policy", logprobs, models.policy) if',
+        'in_passes("score_policy", logprobs, models.reference) if',
         "tests/ppo/test_train.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",
     ),
     "a mean per microbatch": (
         "align/ppo/update.py",
-        "models.value.backward(value.loss.sum() / tokens)",
-        "models.value.backward(value.loss.sum() / batch.mask.sum())",
+        "run.models.value.backward(value.loss.sum() / tokens)",
+        "run.models.value.backward(value.loss.sum() / batch.mask.sum())",
         "tests/ppo/test_train.py::TestOneProcess::test_microbatches_do_not_change_the_curve",
     ),
     "the weights of a microbatch instead of a minibatch": (
         "align/ppo/update.py",
-        "numbers = [n[:, :width] for n in (advantages[index], returns[index], weights[mine[part]])]",
-        "numbers = [advantages[index][:, :width], returns[index][:, :width], batch.mask / batch.mask.sum()]",
+        "batch = minibatch.rows(mine[part])",
+        "batch = minibatch.rows(mine[part]); batch.weights = batch.mask / batch.mask.sum()",
         "tests/ppo/test_objectives.py::TestLossTerms::test_the_gradient_does_not_depend_on_the_cut",
     ),
     "PPO-ptx as a step of its own": (
         "align/ppo/update.py",
-        "            for part in chunks(len(mine), self.plan.micro_batch_size):\n                index",
-        "            if self.ptx is not None and self._trains_policy(update):\n"
-        "                self._train_on_text(self.ptx, update * recipe.num_ppo_epochs * count + number)\n"
-        "                models.policy.step(rates[0])\n"
-        "            for part in chunks(len(mine), self.plan.micro_batch_size):\n                index",
+        "            sums |= policy_gradient(run, batch, tokens)\n",
+        "            if run.ptx is not None:\n                ptx_gradient(run, run.ptx, update)\n                run.models.policy.step(1e-3)\n            sums |= policy_gradient(run, batch, tokens)\n",
         "tests/ppo/test_objectives.py::TestLossTerms::test_ptx_is_added_to_the_same_step",
     ),
     "the zero of the score left out of the value head": (
@@ -136,9 +133,9 @@ BUGS = {
         "tests/ppo/test_rewards.py::test_the_value_of_the_last_token_starts_as_the_score",
     ),
     "the KL of a token where that of a response belongs": (
-        "align/ppo/train.py",
-        'kl_coef, metrics["objective/kl"], recipe.kl_target',
-        'kl_coef, metrics["objective/kl"] / metrics["response/length"], recipe.kl_target',
+        "align/ppo/step.py",
+        "kl = float(response_kl(rollout).mean())",
+        "kl = float(response_kl(rollout).mean() / rollout.lengths.float().mean())",
         "tests/ppo/test_objectives.py::TestSchedule::test_the_coefficient_adapts_to_the_kl_of_each_update",
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
@@ -19,6 +19,12 @@ from align.config.keys import (
     required,
 )
 from align.errors import UserError
+from align.maths.estimators import ESTIMATORS
+
+if TYPE_CHECKING:
+    EstimatorName: TypeAlias = str
+else:
+    EstimatorName = Literal[tuple(ESTIMATORS)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +66,7 @@ class PPORecipe(StageRecipe):
         None, "Peak learning rate of the value model; the policy's by default.", ABOVE_0
     )
     adam_epsilon: float = key(1e-5, "AdamW epsilon.", ABOVE_0)
-    advantage_estimator: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce_plus_plus"] = key(
+    advantage_estimator: EstimatorName = key(
         "gae", "How rewards become advantages; only `gae` has a value model. rloo, grpo and dr_grpo compare the responses "
         "to one prompt and need num_generations of 2 or more."
     )  # fmt: skip
@@ -115,6 +121,11 @@ class PPORecipe(StageRecipe):
     num_sample_rows: int = key(8, "Rows of the sample table.", AT_LEAST_0)
     skip_self_checks: bool = key(False, "Start without the checks of models and rewards that precede the first update.")
 
+    @property
+    def num_updates(self) -> int:
+        """Updates of the whole run."""
+        return self.total_episodes // self.rollout_batch_size
+
 
 def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     """The rules between the keys of the PPO stage.
@@ -150,14 +161,16 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
 
 def _check_objective(recipe: PPORecipe, where: Where) -> None:
     estimator = recipe.advantage_estimator
-    if estimator in ("rloo", "grpo", "dr_grpo") and recipe.num_generations < 2:
+    if ESTIMATORS[estimator].compares_group and recipe.num_generations < 2:
         raise UserError(
             f"{where('num_generations')}: expected 2 or more with advantage_estimator: {estimator}, which compares the "
             f"responses to one prompt, got {recipe.num_generations}"
         )
-    if estimator != "gae" and (named := [n for n in ("value_model_path", "value_deepspeed") if getattr(recipe, n)]):
+    if not ESTIMATORS[estimator].value_model and (
+        named := [n for n in ("value_model_path", "value_deepspeed") if getattr(recipe, n)]
+    ):
         raise UserError(f"{where(named[0])}: advantage_estimator: {estimator} has no value model; leave it out.")
-    if estimator != "gae" and recipe.value_warmup_updates:
+    if not ESTIMATORS[estimator].value_model and recipe.value_warmup_updates:
         raise UserError(
             f"{where('value_warmup_updates')}: advantage_estimator: {estimator} has no value model; leave it out."
         )

@@ -63,8 +63,7 @@ def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
     micro = next(size for size in range(min(own, recipe.per_device_train_batch_size), 0, -1) if own % size == 0)
     plan = BatchPlan(world_size, own * world_size, micro, own // micro)
     if isinstance(recipe, PPORecipe):
-        updates = recipe.total_episodes // recipe.rollout_batch_size
-        plan = dataclasses.replace(plan, rollout_per_rank=share("rollout_batch_size"), updates=updates)
+        plan = dataclasses.replace(plan, rollout_per_rank=share("rollout_batch_size"), updates=recipe.num_updates)
         if recipe.ptx_dataset:
             plan = dataclasses.replace(plan, ptx_per_rank=share("ptx_batch_size"))
     for name in DEEPSPEED_KEYS:

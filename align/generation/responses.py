@@ -1,16 +1,28 @@
-"""Responses as lists of token ids, for evaluation: sampled for one batch of prompts, and gathered over ranks."""
+"""Responses as lists of token ids and as text: sampled for one batch of prompts, gathered over ranks, decoded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.data.collate import pad_left, pad_right
+from align.data.rows import Prompt, as_response
 from align.engine.distributed import World
 from align.engine.torch_engine import Engine
 from align.generation.generate import generate
+from reward_models.responses import Responses
+
+
+class Sampled(Protocol):
+    """Prompts and responses in ids; masks are True on real tokens."""
+
+    prompt_ids: Tensor  # [B, Q] int64
+    prompt_mask: Tensor  # [B, Q] bool
+    response_ids: Tensor  # [B, T] int64
+    mask: Tensor  # [B, T] bool
 
 
 def respond_to_batch(
@@ -46,3 +58,18 @@ def gather_responses(world: World, responses: Sequence[Sequence[int]], max_lengt
     """
     ids, mask = pad_right([*responses, [0] * max_length], 0)  # the last row makes the width the same on all ranks
     return unpadded(*(world.gather(tensor[:-1].to(world.device)) for tensor in (ids, mask)))
+
+
+def decode_responses(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], batch: Sampled) -> Responses:
+    """The batch as reward models and reward functions take it: ids without padding, and decoded text."""
+    response_ids = unpadded(batch.response_ids, batch.mask)
+    texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    columns = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
+    return Responses(
+        prompts=[prompt.prompt for prompt in prompts],
+        texts=texts,
+        completions=[as_response(prompt.prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
+        prompt_ids=unpadded(batch.prompt_ids, batch.prompt_mask),
+        response_ids=response_ids,
+        columns={name: [prompt.extra.get(name) for prompt in prompts] for name in columns},
+    )

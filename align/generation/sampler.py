@@ -1,4 +1,4 @@
-"""This rank's prompts to responses, with the settings that training and evaluation share."""
+"""Responses of a model to this rank's prompts, with the settings that training and evaluation share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.data.collate import chunks, pad_left
+from align.data.rows import Prompt
 from align.engine.distributed import World
 from align.engine.torch_engine import Engine
 from align.generation.generate import generate
@@ -17,8 +18,36 @@ from align.generation.sampling import uniforms
 
 
 @dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """b prompts of this rank with their token ids. `purpose` and a row's index seed the sampling noise of its response."""
+
+    prompts: Sequence[Prompt]
+    ids: Sequence[Sequence[int]]
+    purpose: str
+    indexes: Sequence[int]
+
+
+@dataclass(slots=True)
+class Samples:
+    """Sampled responses to b prompts: prompts are padded on the left to Q, responses on the right to T. Masks: True = real."""
+
+    prompts: Sequence[Prompt]
+    prompt_ids: Tensor  # [b, Q] int64
+    prompt_mask: Tensor  # [b, Q] bool
+    response_ids: Tensor  # [b, T] int64, up to and including end-of-text
+    mask: Tensor  # [b, T] bool
+    logprobs: Tensor  # [b, T] float32, nats, as the decoding loop computed them
+
+
+@dataclass(frozen=True, slots=True)
 class Sampler:
-    """How responses are drawn: the settings that training, evaluation and every log-probability share."""
+    """How responses are sampled; every log-probability of the run is taken at the same temperature.
+
+    Attributes:
+        response_length: tokens of a response at most.
+        batch_size: rows of one decoding batch per device.
+        gather: under ZeRO-3, decode with a gathered copy of the model instead of the sharded one.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     temperature: float
@@ -27,37 +56,42 @@ class Sampler:
     seed: int
     gather: bool = True
 
-    def respond(
-        self, engine: Engine, world: World, prompts: Sequence[Sequence[int]], purpose: str, indexes: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Responses of `engine` to this rank's prompts.
+    @property
+    def pad_token_id(self) -> int:
+        return int(self.tokenizer.pad_token_id)
 
-        Returns:
-            prompt_ids, prompt_mask [B, Q], response_ids, mask, logprobs [B, T'].
-        """
-        pad = int(self.tokenizer.pad_token_id)
-        prompt_ids, prompt_mask = (tensor.to(world.device) for tensor in pad_left(prompts, pad))
-        noise = uniforms(self.seed, purpose, indexes, self.response_length).to(world.device)
-        responses = torch.full(noise.shape, pad, device=world.device)
+    def sample(self, engine: Engine, world: World, batch: PromptBatch) -> Samples:
+        """Responses of `engine`. With `gather` false all ranks must call this together, with as many prompts each."""
+        pad, eos = self.pad_token_id, int(self.tokenizer.eos_token_id)
+        prompt_ids, prompt_mask = (tensor.to(world.device) for tensor in pad_left(batch.ids, pad))
+        noise = uniforms(self.seed, batch.purpose, batch.indexes, self.response_length).to(world.device)
+        response_ids = torch.full(noise.shape, pad, device=world.device)
         mask = torch.zeros(noise.shape, dtype=torch.bool, device=world.device)
         logprobs = torch.zeros(noise.shape, device=world.device)
 
-        def anyone(unfinished: bool) -> bool:
+        def on_any_rank(unfinished: bool) -> bool:
             return bool(world.max(torch.tensor(float(unfinished), device=world.device)))
 
-        def fill(model: nn.Module | Engine, together: Callable[[bool], bool]) -> None:
-            for part in chunks(len(prompts), self.batch_size):
-                ids, real, chances = generate(
-                    model, prompt_ids[part], prompt_mask[part], noise[part], self.temperature,
-                    int(self.tokenizer.eos_token_id), pad, together,
+        def decode(model: nn.Module | Engine, any_rank_unfinished: Callable[[bool], bool]) -> None:
+            for part in chunks(len(noise), self.batch_size):
+                decoded = generate(
+                    model, prompt_ids[part], prompt_mask[part], noise[part], self.temperature, eos, pad,
+                    any_rank_unfinished,
                 )  # fmt: skip
-                for whole, piece in ((responses, ids), (mask, real), (logprobs, chances)):
-                    whole[part, : ids.shape[1]] = piece
+                for tensor, piece in zip((response_ids, mask, logprobs), decoded, strict=True):
+                    tensor[part, : piece.shape[1]] = piece
 
         if self.gather:
             with engine.unsharded() as model:
-                fill(model, bool)
+                decode(model, bool)
         else:
-            fill(engine, anyone)
+            decode(engine, on_any_rank)
         length = int(mask.sum(dim=1).max())
-        return prompt_ids, prompt_mask, responses[:, :length], mask[:, :length], logprobs[:, :length]
+        return Samples(
+            prompts=batch.prompts,
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=response_ids[:, :length],
+            mask=mask[:, :length],
+            logprobs=logprobs[:, :length],
+        )

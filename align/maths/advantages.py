@@ -1,13 +1,22 @@
-"""From scores to advantages. B responses, T response tokens; masks are True on real response tokens."""
+"""From scores to advantages. B responses of up to T tokens; masks are True on real response tokens.
+
+The function of an advantage estimator has the name that `advantage_estimator` gives it in a recipe, and a line in
+`align.maths.estimators`.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from align.maths.masked import last_index, masked_whiten
+
+
+def missing_eos_scores(scores: Tensor, ended: Tensor, penalty: float | None, constant: float | None) -> Tensor:
+    """Scores of responses that do not end with EOS: less `penalty`, or replaced by `constant`. [B] float32, [B] bool -> [B]."""
+    if constant is not None:
+        return scores.masked_fill(~ended, constant)
+    return scores - (penalty or 0.0) * ~ended
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -51,8 +60,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values).masked_fill(~mask, 0.0)
 
 
-# Without a value model. B responses are groups of K >= 2 to the same prompt, one after another; each estimator is
-# (rewards [B, T], mask [B, T], K, gamma) -> advantages [B, T], 0 outside the mask.
+# Estimators without a value model: (rewards [B, T], mask [B, T], group_size K, gamma) -> advantages [B, T], 0 outside the
+# mask. The K responses to a prompt are consecutive rows.
 
 
 def rloo(rewards: Tensor, mask: Tensor, group_size: int, gamma: float) -> Tensor:
@@ -79,14 +88,6 @@ def reinforce_plus_plus(rewards: Tensor, mask: Tensor, group_size: int, gamma: f
     """Discounted reward to go of each token, whitened over the whole batch (arXiv 2501.03262); prompts need no groups."""
     to_go, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
     return masked_whiten(to_go, mask)
-
-
-CRITIC_FREE: dict[str, Callable[[Tensor, Tensor, int, float], Tensor]] = {
-    "rloo": rloo,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "reinforce_plus_plus": reinforce_plus_plus,
-}
 
 
 def _group_sums(rewards: Tensor, mask: Tensor, group_size: int) -> Tensor:

@@ -5,10 +5,12 @@ A mean taken here would depend on how a minibatch is cut into microbatches and s
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from align.maths.estimators import Aggregation
 
 
 class PolicyLoss(NamedTuple):
@@ -48,7 +50,7 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
     return logits.logsumexp(dim=-1) - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
 
-def loss_weights(mask: Tensor, aggregation: Literal["token_mean", "sequence_mean", "constant"], length: int) -> Tensor:
+def loss_weights(mask: Tensor, aggregation: Aggregation, length: int) -> Tensor:
     """What each token's loss counts for in the objective of one minibatch, [B, T] float32, 0 outside the mask.
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from align.maths.losses import token_logprobs
 from align.models.lm_head import (
@@ -90,12 +91,39 @@ def response_loss(
         the loss, which carries the gradient; log-probabilities and entropies [N] float32 without gradients.
     """
     closed, places, tokens = strip_padding(ids, mask, length)
+    return _token_loss(model, closed, places, tokens, temperature, objective)
+
+
+def label_loss(model: Callable[..., Any], ids: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`scale` times the negative log-likelihood of the N labels, nats, summed.
+
+    Args:
+        ids: [B, S] int64, padded on the right with any token.
+        labels: [B, S] int64, -100 where there is none; the first column has no prediction and is left out.
+
+    Returns:
+        the loss, which carries the gradient; the labels' log-probabilities [N] float32 without gradients.
+    """
+    labels = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # at the place of the state that predicts each
+    places = (labels != -100).nonzero().squeeze(1)
+
+    def objective(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
+        return -scale * logprobs.sum()
+
+    loss, logprobs, _ = _token_loss(model, ids, places, labels[places], 1.0, objective)
+    return loss, logprobs
+
+
+def _token_loss(
+    model: Callable[..., Any], ids: Tensor, places: Tensor, tokens: Tensor, temperature: float, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of `tokens` [N], each predicted from the state at its place [N] in the flattened batch `ids`."""
     found = torch.zeros(2, len(tokens), device=ids.device)
     if head_is_last(model):
         with replaced_head(output_head(model), loss_head(places, tokens, temperature, objective, found)):
-            loss = model(input_ids=closed, use_cache=False).logits
+            loss = model(input_ids=ids, use_cache=False).logits
     else:
-        loss = full_logits_loss(_logits(model, closed)[places], tokens, temperature, objective, found)
+        loss = full_logits_loss(_logits(model, ids)[places], tokens, temperature, objective, found)
     return loss, found[0], found[1]
 
 

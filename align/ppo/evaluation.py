@@ -2,74 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.data.rows import Prompt, render_text
-from align.engine.distributed import World
+from align.data.rows import render_text
+from align.engine.distributed import rows_of_rank
 from align.engine.torch_engine import Engine
 from align.errors import UserError
 from align.evaluate.statistics import win_rate
-from align.generation.sampler import Sampler
-from align.ppo.metrics import response_kl, summary
-from align.ppo.rollout import Rollout, collect, gather_rollout, responses_of
-from align.ppo.setup import Models
-from reward_models.functions import FunctionReward
+from align.generation.responses import decode_responses
+from align.generation.sampler import PromptBatch
+from align.ppo.metrics import response_kl, response_metrics
+from align.ppo.outputs import save_model
+from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
+from align.ppo.run import PPORun, TokenizedPrompt
+from align.ppo.setup import function_rewards
+from align.runs.tracker import Tracker
+from reward_models.responses import Responses
 
 SAMPLE_COLUMNS = ["prompt", "sft", "response", "score_sft", "score", "kl"]
 
 
 class Evaluation:
-    """Held-out prompts, and what the SFT model answered. Both models get the same noise, prompt by prompt."""
+    """Held-out prompts with the SFT model's responses. Both models get the same noise, prompt by prompt.
 
-    def __init__(
-        self,
-        world: World,
-        sampler: Sampler,
-        models: Models,
-        prompts: Sequence[tuple[Prompt, list[int]]],
-        truths: Sequence[FunctionReward],
-        missing_eos: Callable[[Tensor, Tensor], Tensor],
-    ):
-        self.world, self.sampler, self.models = world, sampler, models
-        self.prompts, self.truths, self.missing_eos = prompts, truths, missing_eos
-        self.baseline, self.baseline_truth = self._respond(models.reference)
+    Attributes:
+        true_rewards: `eval_reward_funcs`, which are measured and not trained on.
+        metrics, samples: of the last evaluation; empty before the first.
+    """
 
-    def _respond(self, engine: Engine) -> tuple[Rollout, dict[str, Tensor]]:
-        """Responses of `engine` to all held-out prompts, on every rank, and their true rewards."""
-        count = len(self.prompts)
-        share = -(-count // self.world.size)
-        start = self.world.rank * share
-        indexes = [min(index, count - 1) for index in range(start, start + share)]  # the last rank may repeat a row
-        mine = collect(
-            self.world, self.sampler, engine, engine, self.models.reference, None, self.models.rewards,
-            [self.prompts[index] for index in indexes], "evaluation", indexes, self.missing_eos,
-        )  # fmt: skip
-        rollout = gather_rollout(mine, self.world, int(self.sampler.tokenizer.pad_token_id))
-        rollout = rollout.rows(torch.arange(count, device=self.world.device))
-        try:
-            given = {truth.name: truth.score(self._responses(rollout)) for truth in self.truths}
-            return rollout, {name: own if own.dim() == 1 else own.sum(dim=1) for name, own in given.items()}
-        except ValueError as error:  # the message names the function and the row
-            raise UserError(f"eval_reward_funcs: {error}") from error
+    def __init__(self, run: PPORun, prompts: Sequence[TokenizedPrompt]):
+        self.run = run
+        self.prompts, self.ids = [prompt for prompt, _ in prompts], [ids for _, ids in prompts]
+        self.metrics: dict[str, float] = {}
+        self.samples: list[list[Any]] = []
+        if self.prompts:
+            self.true_rewards = function_rewards(run.recipe.eval_reward_funcs, "eval_reward_funcs")
+            self.baseline, self.baseline_truth = self._respond(run.models.reference)
 
-    def _responses(self, rollout: Rollout) -> Any:
-        return responses_of(
-            self.sampler.tokenizer, [prompt for prompt, _ in self.prompts],
-            rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask,
-        )  # fmt: skip
+    def is_due(self, done: int) -> bool:
+        """Whether to evaluate after `done` updates: every `eval_steps`, and after the last; never without prompts."""
+        every = self.run.recipe.eval_steps
+        return bool(self.prompts) and (done == self.run.updates or (every is not None and done % every == 0))
 
-    def run(self) -> tuple[dict[str, float], list[list[Any]]]:
+    def track(self, tracker: Tracker, step: int) -> None:
+        """Measure the policy after `step` updates, log it, and save it in `best/` if no evaluation before was better."""
+        run, progress = self.run, self.run.progress
+        self.metrics, self.samples = self.measure()
+        tracker.log(step, self.metrics)
+        tracker.table(step, "samples", SAMPLE_COLUMNS, self.samples[: run.recipe.num_sample_rows])
+        within = run.recipe.max_kl is None or self.metrics["eval/kl"] <= run.recipe.max_kl
+        if within and (progress.best is None or self.metrics["eval/score"] > progress.best["eval/score"]):
+            progress.best = {"update": step, **self.metrics}
+            save_model(run, run.models.policy, Path(run.recipe.output_dir) / "best")
+
+    def measure(self) -> tuple[dict[str, float], list[list[Any]]]:
         """Metrics under their documented names, and a sample row per prompt (columns `SAMPLE_COLUMNS`)."""
-        rollout, truth = self._respond(self.models.policy)
+        rollout, truth = self._respond(self.run.models.policy)
         kl = response_kl(rollout)
         won = win_rate(rollout.scores.tolist(), self.baseline.scores.tolist())
         error = 1.96 * float(rollout.scores.std()) / len(rollout) ** 0.5 if len(rollout) > 1 else 0.0
         metrics = {
-            **summary(rollout, self.models.reward_names, "eval"),
+            **response_metrics(rollout, self.run.models.reward_names, "eval"),
             "eval/score_low": float(rollout.scores.mean()) - error,
             "eval/score_high": float(rollout.scores.mean()) + error,
             "eval/kl": float(kl.mean()),
@@ -79,37 +78,53 @@ class Evaluation:
         }
         for name, scores in truth.items():
             metrics[f"eval/true/{name}"] = float(scores.nanmean())
-            judged = ~(scores + self.baseline_truth[name]).isnan()  # a function may pass on a row
+            judged = ~(scores + self.baseline_truth[name]).isnan()  # a function may return None for a row
             if judged.any():
                 compared = win_rate(scores[judged].tolist(), self.baseline_truth[name][judged].tolist())
                 metrics[f"eval/true_win_rate/{name}"] = compared["win_rate"]
-        before, after = self._responses(self.baseline).texts, self._responses(rollout).texts
-        rows = [
-            [
-                render_text(prompt.prompt),
-                before[i],
-                after[i],
-                float(self.baseline.scores[i]),
-                float(rollout.scores[i]),
-                float(kl[i]),
-            ]
-            for i, (prompt, _) in enumerate(self.prompts)
-        ]
-        return metrics, rows
+        before, after = self._decoded(self.baseline).texts, self._decoded(rollout).texts
+        numbers = zip(self.baseline.scores.tolist(), rollout.scores.tolist(), kl.tolist(), strict=True)
+        prompts = [render_text(prompt.prompt) for prompt in self.prompts]
+        return metrics, [[*texts, *row] for *texts, row in zip(prompts, before, after, numbers, strict=True)]
 
-    def table(self, metrics: dict[str, float]) -> list[list[Any]]:
-        """SFT against PPO: rows of measure, before, after."""
-        before = summary(self.baseline, self.models.reward_names, "eval")
-        rows: list[list[Any]] = []
+    def _respond(self, engine: Engine) -> tuple[Rollout, dict[str, Tensor]]:
+        """Responses of `engine` to all held-out prompts, on every rank, and their true rewards [B] by function."""
+        count, world = len(self.prompts), self.run.world
+        run = replace(self.run, models=replace(self.run.models, policy=engine, value=None))
+        mine = rows_of_rank(world, count)
+        batch = PromptBatch([self.prompts[i] for i in mine], [self.ids[i] for i in mine], "evaluation", mine)
+        scored = score_responses(run, sample_responses(run, batch))
+        rollout = gather_rollout(scored, world, run.sampler.pad_token_id)
+        rollout = rollout.rows(torch.arange(count, device=world.device))
+        try:
+            given = {function.name: function.score(self._decoded(rollout)) for function in self.true_rewards}
+        except ValueError as error:  # the message names the function and the row
+            raise UserError(f"eval_reward_funcs: {error}") from error
+        return rollout, {name: own if own.dim() == 1 else own.sum(dim=1) for name, own in given.items()}
+
+    def _decoded(self, rollout: Rollout) -> Responses:
+        return decode_responses(self.run.sampler.tokenizer, self.prompts, rollout)
+
+    def results(self) -> dict[str, Any]:
+        """Closing numbers: the last metrics, a table of SFT against the policy, and three samples."""
+        if not self.metrics:
+            return {"table": []}
+        samples = [dict(zip(SAMPLE_COLUMNS, row, strict=True)) for row in self.samples[:3]]
+        return {**self.metrics, "table": self.table(), "samples": samples}
+
+    def table(self) -> list[list[Any]]:
+        """SFT against the policy as last measured: rows of measure, before, after."""
+        before = response_metrics(self.baseline, self.run.models.reward_names, "eval")
+        after, rows = self.metrics, []
         for name, scores in self.baseline_truth.items():
-            rows.append([f"true reward ({name})", float(scores.nanmean()), metrics[f"eval/true/{name}"]])
-            rows.append([f"win rate by true reward ({name})", None, metrics.get(f"eval/true_win_rate/{name}")])
-        rows += [
-            ["score (the training reward)", before["eval/score"], metrics["eval/score"]],
-            ["win rate by score", None, metrics["eval/win_rate"]],
-            ["KL from SFT (nats/response)", 0.0, metrics["eval/kl"]],
-            ["response length (tokens)", before["eval/length"], metrics["eval/length"]],
-            ["EOS rate", before["eval/eos_rate"], metrics["eval/eos_rate"]],
-            ["repeated 3-grams", before["eval/repetition"], metrics["eval/repetition"]],
+            rows.append([f"true reward ({name})", float(scores.nanmean()), after[f"eval/true/{name}"]])
+            rows.append([f"win rate by true reward ({name})", None, after.get(f"eval/true_win_rate/{name}")])
+        return [
+            *rows,
+            ["score (the training reward)", before["eval/score"], after["eval/score"]],
+            ["win rate by score", None, after["eval/win_rate"]],
+            ["KL from SFT (nats/response)", 0.0, after["eval/kl"]],
+            ["response length (tokens)", before["eval/length"], after["eval/length"]],
+            ["EOS rate", before["eval/eos_rate"], after["eval/eos_rate"]],
+            ["repeated 3-grams", before["eval/repetition"], after["eval/repetition"]],
         ]
-        return rows

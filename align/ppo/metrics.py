@@ -1,4 +1,4 @@
-"""What an update and an evaluation log."""
+"""What an update and an evaluation log, under the names that `align/runs/metrics.md` documents."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from torch import Tensor
 
 from align.maths.masked import masked_mean, masked_var
 from align.ppo.rollout import Rollout
+from align.ppo.run import PPORun
 
 
-def rollout_metrics(rollout: Rollout, kl_coef: float, sources: list[str]) -> dict[str, float]:
-    """What is known before the update."""
-    kl = response_kl(rollout)
-    return {
-        **summary(rollout, sources, ""),
+def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor) -> dict[str, float]:
+    """Metrics of a rollout and its returns [B, T], before the optimizer steps."""
+    kl, kl_coef = response_kl(rollout), run.progress.kl_coef
+    metrics = {
+        **response_metrics(rollout, run.models.reward_names, ""),
         "objective/score_std": float(rollout.scores.std(correction=0)),
         "objective/kl": float(kl.mean()),
         "objective/kl_coef": kl_coef,
         "objective/reward": float((rollout.scores - kl_coef * kl).mean()),
+        "policy/sampler_gap": run.progress.sampler_gap,
     }
+    if run.models.value is not None:
+        metrics |= value_metrics(rollout, returns)
+    return metrics
 
 
 def value_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
-    """How well the value model foresaw the returns [B, T]."""
+    """How well the value model predicted the returns [B, T]."""
     unexplained = masked_var(returns - rollout.values, rollout.mask)
     return {
         "value/mean": float(masked_mean(rollout.values, rollout.mask)),
@@ -37,7 +42,7 @@ def response_kl(rollout: Rollout) -> Tensor:
     return (rollout.old_logprobs - rollout.ref_logprobs).masked_fill(~rollout.mask, 0.0).sum(dim=1)
 
 
-def summary(rollout: Rollout, sources: Sequence[str], prefix: str) -> dict[str, float]:
+def response_metrics(rollout: Rollout, sources: Sequence[str], prefix: str) -> dict[str, float]:
     """Means over the responses of a rollout; `prefix` is `eval`, or empty for the names of training."""
     score, response = (f"{prefix}/", f"{prefix}/") if prefix else ("objective/", "response/")
     metrics = {

@@ -1,48 +1,72 @@
-"""Sample responses and score them: the Rollout record that everything after it is computed from."""
+"""Sample responses and measure them: the Rollout that the rest of an update is computed from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
-from align.data.rows import Prompt, as_response
 from align.engine.distributed import World
 from align.engine.torch_engine import Engine
 from align.errors import UserError
 from align.evaluate.statistics import repetition
-from align.generation.sampler import Sampler
+from align.generation.responses import decode_responses
+from align.generation.sampler import PromptBatch, Samples
+from align.maths.advantages import missing_eos_scores
 from align.models.forward import response_logprobs, response_values
-from reward_models.combine import RewardSum
-from reward_models.responses import Responses, passes
+from align.ppo.run import PPORun
+from reward_models.responses import passes
+
+ROW, PROMPT_TOKEN, RESPONSE_TOKEN = "row", "prompt token", "response token"
+AnyRollout = TypeVar("AnyRollout", bound="Rollout")
+
+
+def per(axis: str, ids: bool = False) -> Any:
+    """A field with a number, or several, for each row, or one for each prompt or response token; `ids` are padded by a token."""
+    return field(metadata={"axis": axis, "ids": ids})
 
 
 @dataclass(slots=True)
 class Rollout:
-    """B responses and all that was measured of them at sampling time. Masks are True on real tokens.
+    """B responses and what was measured of them when they were sampled. Masks are True on real tokens.
 
-    Prompts are padded on the left to Q, responses on the right to T. Log-probabilities are in nats at the
-    sampling temperature. `values[:, t]` judges the state before response token t.
+    Prompts are padded on the left to Q, responses on the right to T. Log-probabilities are in nats at the sampling
+    temperature. `values[:, t]` is the value of the state before response token t. What a field is declared to have
+    entries for decides how it is cut, padded and gathered.
+
+    Raises:
+        ValueError: a field has another shape than it is declared to have.
     """
 
-    prompt_ids: Tensor  # [B, Q] int64
-    prompt_mask: Tensor  # [B, Q] bool
-    response_ids: Tensor  # [B, T] int64, the end-of-text token included
-    mask: Tensor  # [B, T] bool
-    ended: Tensor  # [B] bool, whether the response ends with end-of-text
-    sampled_logprobs: Tensor  # [B, T] float32, as the generation loop had them
-    old_logprobs: Tensor  # [B, T] float32, by the forward pass that training uses
-    ref_logprobs: Tensor  # [B, T] float32
-    values: Tensor  # [B, T] float32
-    scores: Tensor  # [B] float32, weighted sum over the sources
-    token_scores: Tensor  # [B, T] float32, the part of `scores` that sources gave to single tokens
-    source_scores: Tensor  # [B, number of sources] float32
-    repetition: Tensor  # [B] float32, share of repeated 3-grams
+    prompt_ids: Tensor = per(PROMPT_TOKEN, ids=True)  # [B, Q] int64
+    prompt_mask: Tensor = per(PROMPT_TOKEN)  # [B, Q] bool
+    response_ids: Tensor = per(RESPONSE_TOKEN, ids=True)  # [B, T] int64, end-of-text included
+    mask: Tensor = per(RESPONSE_TOKEN)  # [B, T] bool
+    ended: Tensor = per(ROW)  # [B] bool, whether the response ends with end-of-text
+    sampled_logprobs: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, from the decoding loop
+    old_logprobs: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, from the forward pass that training uses
+    ref_logprobs: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32
+    values: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, 0 without a value model
+    scores: Tensor = per(ROW)  # [B] float32, weighted sum over the reward sources
+    token_scores: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, the part of `scores` that was given to single tokens
+    source_scores: Tensor = per(ROW)  # [B, number of reward sources] float32
+    repetition: Tensor = per(ROW)  # [B] float32, share of repeated 3-grams
+
+    def __post_init__(self) -> None:
+        widths = {PROMPT_TOKEN: self.prompt_mask.shape, RESPONSE_TOKEN: self.mask.shape}
+        for name, axis in self.axes().items():
+            shape = getattr(self, name).shape
+            if shape[:1] != self.mask.shape[:1] or (axis != ROW and shape != widths[axis]):
+                raise ValueError(f"{name}: expected an entry for each {axis}, got the shape {list(shape)}")
+
+    @classmethod
+    def axes(cls) -> dict[str, str]:
+        """What each field has entries for, by name."""
+        return {field.name: field.metadata["axis"] for field in fields(cls)}
 
     def __len__(self) -> int:
         return self.mask.shape[0]
@@ -52,139 +76,99 @@ class Rollout:
         """Response tokens, [B] int64."""
         return self.mask.sum(dim=1)
 
-    def rows(self, index: Tensor) -> Rollout:
-        """The rows in `index`, without the padding columns that none of them needs."""
-        picked = Rollout(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
-        first = int(picked.prompt_mask.float().argmax(dim=1).min())
-        last = int(picked.lengths.max())
-        for name in ("prompt_ids", "prompt_mask"):
-            setattr(picked, name, getattr(picked, name)[:, first:])
-        for name in (
-            "response_ids",
-            "mask",
-            "sampled_logprobs",
-            "old_logprobs",
-            "ref_logprobs",
-            "values",
-            "token_scores",
-        ):
-            setattr(picked, name, getattr(picked, name)[:, :last])
-        return picked
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Prompts with their responses: ids and mask, [B, S] with S = Q + T."""
+        return torch.cat([self.prompt_ids, self.response_ids], 1), torch.cat([self.prompt_mask, self.mask], 1)
+
+    def rows(self: AnyRollout, index: Tensor) -> AnyRollout:
+        """The rows `index` [n], without the padding columns that none of them needs."""
+        first = int(self.prompt_mask[index].float().argmax(dim=1).min())
+        last = int(self.lengths[index].max())
+        columns = {
+            ROW: ...,
+            PROMPT_TOKEN: (slice(None), slice(first, None)),
+            RESPONSE_TOKEN: (slice(None), slice(last)),
+        }
+        return type(self)(**{name: getattr(self, name)[index][columns[axis]] for name, axis in self.axes().items()})  # type: ignore[index]
+
+
+def sample_responses(run: PPORun, batch: PromptBatch) -> Samples:
+    """Responses of the policy to this rank's b prompts, up to T tokens each."""
+    with run.world.clock.phase("generate"):
+        return run.sampler.sample(run.models.policy, run.world, batch)
 
 
 @torch.no_grad()
-def collect(
-    world: World,
-    sampler: Sampler,
-    sampled: Engine,
-    policy: Engine,
-    reference: Engine,
-    value: Engine | None,
-    rewards: RewardSum,
-    prompts: Sequence[tuple[Prompt, list[int]]],
-    purpose: str,
-    indexes: Sequence[int],
-    missing_eos: Callable[[Tensor, Tensor], Tensor],
-    trusted: bool = False,
-) -> Rollout:
-    """Sample from `sampled` and measure: this rank's share of a rollout batch.
+def score_responses(run: PPORun, samples: Samples, rescore: bool = True) -> Rollout:
+    """Log-probabilities under policy and reference, values and scores of this rank's b responses.
 
-    `policy` and `reference` judge the responses by the same forward pass that training uses, not by the
-    numbers of the generation loop, so that the first ratio of an update is 1.
+    Policy and reference run the same forward pass as in training, not the decoding loop, so that the first ratio of an
+    update is exactly 1.
 
     Args:
-        value: left out in evaluation; values are then 0.
-        missing_eos: scores [B], ended [B] -> scores [B], what a response that does not end is worth.
-        trusted: take the policy's log-probabilities from the generation loop after all, which saves a forward pass.
+        rescore: run that pass for the policy; false takes its log-probabilities from the decoding loop.
+
+    Raises:
+        UserError: a reward function failed; the message shows the row.
     """
-    with world.clock.phase("generate"):
-        prompt_ids, prompt_mask, response_ids, mask, sampled_logprobs = sampler.respond(
-            sampled, world, [ids for _, ids in prompts], purpose, indexes
-        )
-    ids, real = torch.cat([prompt_ids, response_ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
-    ended = ((response_ids == sampler.tokenizer.eos_token_id) & mask).any(dim=1)
-    length = mask.shape[1]
+    models, sampler, world = run.models, run.sampler, run.world
+    ids = torch.cat([samples.prompt_ids, samples.response_ids], dim=1)  # [b, S]
+    real = torch.cat([samples.prompt_mask, samples.mask], dim=1)  # [b, S]
+    mask, length = samples.mask, samples.mask.shape[1]
+    ended = ((samples.response_ids == sampler.tokenizer.eos_token_id) & mask).any(dim=1)
 
-    def measure(name: str, forward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def in_passes(phase: str, forward: Callable[..., Tensor], engine: Engine) -> Tensor:
         measured = torch.zeros(mask.shape, device=world.device)
-        with world.clock.phase(f"score_{name}"):
+        with world.clock.phase(phase):
             for rows in passes(real.sum(dim=1).tolist(), sampler.batch_size):
-                measured[rows] = forward(ids[rows], real[rows])
-        return measured
+                measured[rows] = forward(engine, ids[rows], real[rows], length)
+        return measured  # [b, T]
 
-    def logprobs(name: str, engine: Engine) -> Tensor:
-        return measure(name, lambda i, m: response_logprobs(engine, i, m, length, sampler.temperature))
+    def logprobs(engine: Engine, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+        return response_logprobs(engine, ids, mask, length, sampler.temperature)
 
-    batch = responses_of(
-        sampler.tokenizer, [prompt for prompt, _ in prompts], prompt_ids, prompt_mask, response_ids, mask
-    )
+    responses = decode_responses(sampler.tokenizer, samples.prompts, samples)
     try:
         with world.clock.phase("score_reward"):
-            scores, sources, token_scores = rewards.score(batch)
-    except ValueError as error:  # a reward function that fails; the message shows the row
+            scores, sources, token_scores = models.rewards.score(responses)
+    except ValueError as error:
         raise UserError(str(error)) from error
+    recipe = run.recipe
     return Rollout(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=response_ids,
+        prompt_ids=samples.prompt_ids,
+        prompt_mask=samples.prompt_mask,
+        response_ids=samples.response_ids,
         mask=mask,
         ended=ended,
-        sampled_logprobs=sampled_logprobs,
-        old_logprobs=sampled_logprobs if trusted else logprobs("policy", policy),
-        ref_logprobs=logprobs("reference", reference),
-        values=torch.zeros_like(mask, dtype=torch.float32)
-        if value is None
-        else measure("value", lambda i, m: response_values(value, i, m, length)),
-        scores=missing_eos(scores.to(world.device), ended),
+        sampled_logprobs=samples.logprobs,
+        old_logprobs=in_passes("score_policy", logprobs, models.policy) if rescore else samples.logprobs,
+        ref_logprobs=in_passes("score_reference", logprobs, models.reference),
+        values=torch.zeros_like(samples.logprobs)
+        if models.value is None
+        else in_passes("score_value", response_values, models.value),
+        scores=missing_eos_scores(scores.to(world.device), ended, recipe.missing_eos_penalty, recipe.missing_eos_score),
         token_scores=F.pad(token_scores, (0, length - token_scores.shape[1])).to(world.device),
         source_scores=torch.stack([score.to(world.device) for score in sources.values()], dim=1),
-        repetition=torch.tensor([repetition(text) for text in batch.texts], device=world.device),
+        repetition=torch.tensor([repetition(text) for text in responses.texts], device=world.device),
     )
 
 
-def responses_of(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    response_ids: Tensor,
-    mask: Tensor,
-) -> Responses:
-    """The batch as reward models and reward functions take it: ids without padding, and decoded text."""
-    kept = [row[real].tolist() for row, real in zip(response_ids, mask, strict=True)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    columns: dict[str, list[Any]] = {
-        name: [prompt.extra.get(name) for prompt in prompts]
-        for name in dict.fromkeys(n for p in prompts for n in p.extra)
-    }
-    return Responses(
-        prompts=[prompt.prompt for prompt in prompts],
-        texts=texts,
-        completions=[as_response(prompt.prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
-        prompt_ids=[row[real].tolist() for row, real in zip(prompt_ids, prompt_mask, strict=True)],
-        response_ids=kept,
-        columns=columns,
-    )
+def gather_rollout(rollout: AnyRollout, world: World, pad_token_id: int) -> AnyRollout:
+    """All ranks' rows in rank order, on every rank: [b, ...] each -> [B, ...].
 
-
-def gather_rollout(rollout: Rollout, world: World, pad_token_id: int) -> Rollout:
-    """All ranks' rows in rank order, on every rank: what follows is then computed on the whole batch by everyone.
-
-    Ids, masks and per-token numbers are small beside the models, and global statistics need no further reduction.
+    The rest of the update is then computed on the whole batch by every rank, and global statistics need no further
+    reduction. Ids, masks and per-token numbers are small beside the models.
     """
     if world.size == 1:
         return rollout
-    widths = world.max(torch.tensor([rollout.prompt_ids.shape[1], rollout.mask.shape[1]], device=world.device)).tolist()
+    widest = world.max(torch.tensor([rollout.prompt_ids.shape[1], rollout.mask.shape[1]], device=world.device))
+    prompt_width, response_width = widest.tolist()
     gathered = {}
-    for field in fields(rollout):
-        tensor = getattr(rollout, field.name)
-        if field.name.startswith("prompt"):
-            tensor = F.pad(
-                tensor, (widths[0] - tensor.shape[1], 0), value=pad_token_id if field.name == "prompt_ids" else 0
-            )
-        elif tensor.dim() == 2 and field.name != "source_scores":
-            tensor = F.pad(
-                tensor, (0, widths[1] - tensor.shape[1]), value=pad_token_id if field.name == "response_ids" else 0
-            )
-        gathered[field.name] = world.gather(tensor)
-    return Rollout(**gathered)
+    for part in fields(rollout):
+        tensor, axis = getattr(rollout, part.name), part.metadata["axis"]
+        if axis != ROW:
+            left = prompt_width - tensor.shape[1] if axis == PROMPT_TOKEN else 0
+            right = response_width - tensor.shape[1] if axis == RESPONSE_TOKEN else 0
+            tensor = F.pad(tensor, (left, right), value=pad_token_id if part.metadata["ids"] else 0)
+        gathered[part.name] = world.gather(tensor)
+    return type(rollout)(**gathered)

@@ -1,4 +1,4 @@
-"""What counts as sound at the start of a PPO run: each number's limit, the likely cause when it is outside, the way back."""
+"""Limits of the self-checks: for each number the expected range, the likely cause when it is outside, and the remedy."""
 
 from __future__ import annotations
 
@@ -17,55 +17,55 @@ LOW_ENTROPY = 0.05  # nats per token
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How far numbers may lie apart that would be equal if arithmetic were exact.
+    """How far apart numbers may be that would be equal in exact arithmetic.
 
-    float32: two passes over a row differ by some 1e-6 nats when padding or neighbours differ. bfloat16 has 8 bits: a
-    logit of 10 is off by 0.03. Faults are larger: another checkpoint, dropout, or a temperature of 0.9 instead of 1 move a
-    token by 0.1 nats and more.
+    float32: two passes over a row differ by about 1e-6 nats when padding or neighbours differ. bfloat16 has 8 bits of
+    precision: a logit of 10 is off by up to 0.03. Faults are larger: another checkpoint, dropout, or a temperature of 0.9
+    instead of 1 change a log-probability by 0.1 nats and more.
     """
 
-    mean: float  # mean (or root mean square) over tokens, of passes that pad or cut otherwise, nats
+    mean: float  # mean (or root mean square) over tokens, between passes with other padding or microbatches, nats
     most: float  # of a single token, nats
     score: float  # of a score, in units of the scores' spread, or of 1 where that is smaller
 
 
 FLOAT32 = Limits(mean=1e-4, most=0.01, score=1e-3)
 BFLOAT16 = Limits(mean=0.05, most=1.0, score=0.1)
-SAME = 1e-6  # nats in the mean, of policy and reference: the very same pass by equal weights, in either precision
+SAME = 1e-6  # nats, mean over tokens: policy and reference run the same pass with equal weights, in either precision
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check: `seen` goes into the line that a sound run prints, the rest is for one that is not."""
+    """The outcome of a check: `found` is printed when it passed, the rest too when it did not."""
 
-    good: bool
-    seen: str
+    passed: bool
+    found: str
     expected: str = ""
     remedy: str = ""  # the likely cause, and the stage to go back to
-    stops: bool = True
+    required: bool = True
 
     def __str__(self) -> str:
-        return f"{self.seen}; expected {self.expected}. {self.remedy}"
+        return f"{self.found}; expected {self.expected}. {self.remedy}"
 
 
-def finite(unsound: Sequence[str]) -> Check:
+def all_finite(not_finite: Sequence[str]) -> Check:
     """Given the names of numbers that are not all finite."""
     return Check(
-        not unsound,
-        f"NaN or infinity in {', '.join(unsound)}" if unsound else "all finite",
+        not not_finite,
+        f"NaN or infinity in {', '.join(not_finite)}" if not_finite else "all finite",
         "finite numbers only",
-        "Likely cause: broken weights, or numbers too large for the precision. See that the model in sft_model_path (for "
-        "values: reward_model_path or value_model_path) is sound, else go back to the stage that made it.",
+        "Likely cause: corrupt weights, or numbers too large for the precision. Check the model in sft_model_path (for "
+        "values: reward_model_path or value_model_path), or go back to the stage that made it.",
     )
 
 
-def same_reference(gap: float, recipe: PPORecipe) -> Check:
+def reference_matches_policy(gap: float, recipe: PPORecipe) -> Check:
     """Given the mean difference of policy and reference, nats per token."""
     other = (
         "the adapter does not start as the identity."
         if recipe.method != "full"
-        else "policy and reference hold other weights, or run in other precision or with dropout; see that the weights in "
-        f"{recipe.sft_model_path} are whole and compare bf16 true and false, else go back to the sft stage."
+        else "policy and reference have different weights or precision, or dropout is active; check that the weights in "
+        f"{recipe.sft_model_path} are complete and compare bf16 true and false, or go back to the sft stage."
     )
     return Check(
         gap <= SAME,
@@ -75,7 +75,7 @@ def same_reference(gap: float, recipe: PPORecipe) -> Check:
     )
 
 
-def same_training(gap: float, ratio: float, limits: Limits) -> Check:
+def training_matches_rollout(gap: float, ratio: float, limits: Limits) -> Check:
     """Given the root mean square difference of training pass and rollout, nats, and the mean ratio."""
     return Check(
         gap <= limits.mean,
@@ -87,7 +87,7 @@ def same_training(gap: float, ratio: float, limits: Limits) -> Check:
     )
 
 
-def same_sampling(mean: float, most: float, limits: Limits) -> Check:
+def generation_matches_training(mean: float, most: float, limits: Limits) -> Check:
     """Given mean and greatest difference of generation loop and training pass, nats per token."""
     return Check(
         mean <= limits.mean and most <= limits.most,
@@ -99,7 +99,7 @@ def same_sampling(mean: float, most: float, limits: Limits) -> Check:
     )
 
 
-def same_values(gap: float, limits: Limits) -> Check:
+def values_match_rollout(gap: float, limits: Limits) -> Check:
     """Given the root mean square difference of the values in training and at rollout, in units of their size."""
     return Check(
         gap <= limits.mean,
@@ -110,7 +110,7 @@ def same_values(gap: float, limits: Limits) -> Check:
     )
 
 
-def can_explore(entropy: float) -> Check:
+def entropy_sufficient(entropy: float) -> Check:
     """Given the policy's mean entropy, nats per token."""
     return Check(
         entropy >= LOW_ENTROPY,
@@ -118,24 +118,24 @@ def can_explore(entropy: float) -> Check:
         f"at least {LOW_ENTROPY:g} nats per token",
         "The SFT model answers almost the same every time, so PPO has little to explore: fewer epochs in the sft stage, or a "
         "higher temperature.",
-        stops=False,
+        required=False,
     )
 
 
-def ends(rate: float, count: int, recipe: PPORecipe) -> Check:
+def responses_terminate(rate: float, count: int, response_length: int) -> Check:
     """Given the share of `count` responses that end by themselves."""
     never = rate == 0 and count >= FEWEST_FOR_EOS
     return Check(
         rate >= LOW_EOS_RATE,
         f"EOS rate {rate:.3g}",
         f"{'some' if never else f'{LOW_EOS_RATE:g} or more'} of the {count} responses to end by themselves",
-        f"Likely cause: response_length {recipe.response_length} is too short, or the SFT model did not learn to stop: go back "
+        f"Likely cause: response_length {response_length} is too short, or the SFT model did not learn to stop: go back "
         "to the sft stage, and see that responses end with end-of-text in training and that it trains long enough.",
-        stops=never,
+        required=never,
     )
 
 
-def tells_apart(source: str, scores: Tensor) -> Check:
+def scores_vary(source: str, scores: Tensor) -> Check:
     """Given one source's scores of several responses, [B], NaN where it does not apply."""
     given = scores[~scores.isnan()]
     alike = len(given) > 1 and bool((given == given[0]).all())
@@ -144,11 +144,11 @@ def tells_apart(source: str, scores: Tensor) -> Check:
         f"{source} gave all {len(given)} responses {float(given[0]):g}" if alike else f"{source} varies",
         "scores that differ",
         "There is nothing to learn from it; correct the reward, or see what it was given.",
-        stops=False,
+        required=False,
     )
 
 
-def as_recorded(path: str, scores: Tensor, manifest: dict[str, Any], bf16: bool) -> Check:
+def matches_manifest(path: str, scores: Tensor, manifest: dict[str, Any], bf16: bool) -> Check:
     """Given the reward model's scores now, [B], of the sequences whose scores its manifest holds."""
     recorded = scores.new_tensor(manifest["score_check"]["scores"])
     gap = float((scores - recorded).abs().max())
@@ -163,14 +163,14 @@ def as_recorded(path: str, scores: Tensor, manifest: dict[str, Any], bf16: bool)
     )
 
 
-def knows_something(scores: Tensor, results: dict[str, Any]) -> Check:
+def beats_chance(scores: Tensor, results: dict[str, Any]) -> Check:
     """Given scores now of recorded pairs, [chosen, rejected, chosen, ...], and the closing numbers of the reward stage."""
     ordered, count = int((scores[0::2] > scores[1::2]).sum()), len(scores) // 2
     pairs = f"{ordered} of {count} recorded pairs in order"
     remedy = "go back to the reward stage: more or cleaner pairs, a higher learning_rate, or a larger model."
     if (accuracy := results.get("eval_accuracy")) is None:  # nothing was held out, and a few pairs prove little
         remedy = f"Chance does as well; hold pairs out there to know, or {remedy}"
-        return Check(2 * ordered > count, pairs, "more than half", remedy, stops=False)
+        return Check(2 * ordered > count, pairs, "more than half", remedy, required=False)
     low, high = results["eval_accuracy_low"], results["eval_accuracy_high"]
     chance = accuracy <= 0.5
     return Check(
@@ -178,5 +178,5 @@ def knows_something(scores: Tensor, results: dict[str, Any]) -> Check:
         f"reward accuracy {accuracy:.3g} ({low:.3g} to {high:.3g}), {pairs}",
         "an accuracy above 0.5 on held-out pairs" if chance else "an interval above 0.5",
         f"{'It does no better than chance' if chance else 'It may do no better than chance: hold more pairs out'}; {remedy}",
-        stops=chance,
+        required=chance,
     )

@@ -1,12 +1,12 @@
-"""What PPO starts from: inputs that fit together, then the four models as engines and the sources of score."""
+"""A PPO run from its recipe: the four models as engines, the reward sources, the sampler, and the state to continue from."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config.load import resolve_function
 from align.config.ppo import PPORecipe
@@ -15,119 +15,56 @@ from align.data.rows import Turns, as_response
 from align.engine.batch_plan import BatchPlan
 from align.engine.build import AdapterOff, frozen_engine, train_engine
 from align.engine.distributed import World
+from align.engine.ema import EMA
+from align.engine.optimizer import learning_rates
 from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.torch_engine import Engine
 from align.errors import UserError
-from align.models.load import is_encoder, load_config, load_policy
-from align.models.tokenizer import load_tokenizer
+from align.generation.sampler import Sampler
+from align.maths.estimators import ESTIMATORS
+from align.models.load import is_encoder, load_policy
 from align.models.trainable import add_adapter
-from align.models.value import load_value_model, value_head_key_mapping
-from align.runs.manifest import _agree, read_manifest, tokenizer_digest
+from align.models.value import load_value_model
+from align.ppo.checkpoint import load_checkpoint
+from align.ppo.data import PPOData
+from align.ppo.inputs import PPOInputs
+from align.ppo.run import Models, PPORun, Progress
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward
 from reward_models.heads import keep_head_float32, load_reward_model, score_head
 from reward_models.trained import ModelReward
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What is known before any weight is loaded."""
-
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    reward_tokenizer: PreTrainedTokenizerBase | None
-    reward_config: PretrainedConfig | None
-    same_tokenizer: bool  # the reward model reads the policy's ids as they are
-    value_path: str  # unused without a value model, as is the next
-    value_renaming: dict[str, str] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    """The engines and the scores' sources. Only `gae` has a value model."""
-
-    policy: Engine
-    value: Engine | None
-    reference: Engine
-    rewards: RewardSum
-
-    @property
-    def reward_names(self) -> list[str]:
-        """Names of the sources, in the order of `Rollout.source_scores`."""
-        return [source.name for source in self.rewards.sources]
-
-    def discard(self) -> None:
-        """Forget the gradients since the last step."""
-        self.policy.discard()
-        if self.value is not None:
-            self.value.discard()
-
-    def truncated(self, world: World) -> float:
-        """Responses that a reward model with another tokenizer could not read whole, so far, over all ranks."""
-        count = sum(source.truncated for source in self.rewards.sources if isinstance(source, ModelReward))
-        return float(world.sum(torch.tensor(float(count), device=world.device)))
-
-
-def check_inputs(recipe: PPORecipe) -> Inputs:
-    """Read configurations, tokenizers and manifests, and see that they fit.
-
-    Raises:
-        UserError: a stage is missing or unfinished, a head is missing, or tokenizers or templates disagree.
-    """
-    config = load_config(recipe.sft_model_path, recipe, "sft_model_path")
-    if is_encoder(config):
-        raise UserError(
-            f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder."
-        )
-    sft = read_manifest(recipe.sft_model_path)
-    if sft is not None and sft["stage"] in ("reward", "classify"):
-        raise UserError(
-            f"sft_model_path: {recipe.sft_model_path} is the output of the {sft['stage']} stage, which cannot generate; name "
-            "that of the sft stage."
-        )
-    tokenizer = load_tokenizer(recipe.sft_model_path, recipe)
-    mine = tokenizer_digest(tokenizer)
-    if sft is not None:
-        _agree(sft["tokenizer"], mine, "sft_model_path", recipe.sft_model_path)
-
-    reward_tokenizer = reward_config = None
-    same_tokenizer = False
-    if (path := recipe.reward_model_path) is not None:
-        reward_config = load_config(path, recipe, "reward_model_path")
-        manifest = read_manifest(path)
-        if manifest is not None and manifest["stage"] not in ("reward", "classify"):
-            raise UserError(f"reward_model_path: {path} is the output of the {manifest['stage']} stage, not of reward.")
-        head = (reward_config.architectures or ["no architecture"])[0]
-        if not head.endswith("ForSequenceClassification") or reward_config.num_labels != 1:
-            raise UserError(
-                f"reward_model_path: {path} has no scalar head (it holds a {head}); run the reward stage on it first."
-            )
-        reward_tokenizer = load_tokenizer(path, recipe)
-        theirs = tokenizer_digest(reward_tokenizer)
-        same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
-        if same_tokenizer:
-            _agree(theirs, mine, "reward_model_path", path)
-
-    value_path = recipe.value_model_path or (recipe.reward_model_path if same_tokenizer else recipe.sft_model_path)
-    assert value_path is not None
-    if recipe.value_model_path is not None:
-        theirs = tokenizer_digest(load_tokenizer(value_path, recipe))
-        if theirs["vocabulary"] != mine["vocabulary"]:
-            raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
-    return Inputs(
-        config=config,
-        tokenizer=tokenizer,
-        reward_tokenizer=reward_tokenizer,
-        reward_config=reward_config,
-        same_tokenizer=same_tokenizer,
-        value_path=value_path,
-        value_renaming=value_head_key_mapping(load_config(value_path, recipe, "value_model_path"))
-        if recipe.advantage_estimator == "gae"
-        else None,
+def set_up(
+    recipe: PPORecipe, inputs: PPOInputs, data: PPOData, plan: BatchPlan, world: World, checkpoint: Path | None
+) -> PPORun:
+    """Load the four models and the run's state, from a checkpoint if there is one."""
+    models = load_models(recipe, inputs, plan, world)
+    run = PPORun(
+        recipe=recipe,
+        plan=plan,
+        world=world,
+        models=models,
+        sampler=Sampler(
+            tokenizer=inputs.tokenizer,
+            temperature=recipe.temperature,
+            response_length=recipe.response_length,
+            batch_size=recipe.per_device_eval_batch_size,
+            seed=recipe.seed,
+            gather=recipe.ds3_gather_for_generation,
+        ),
+        prompts=data.prompts,
+        learning_rates=learning_rates(recipe, recipe.num_updates),
+        progress=Progress(recipe.kl_coef),
+        ema=EMA(models.policy, recipe.ema_decay) if recipe.ema_decay is not None else None,
+        ptx=data.ptx,
     )
+    if checkpoint is not None:
+        load_checkpoint(run, checkpoint)
+    return run
 
 
-def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World) -> Models:
+def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: World) -> Models:
     """Load the policy, value, reference and reward models, each as an engine of its own."""
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32  # of frozen weights
     with sharded_load(recipe, "policy"):
@@ -141,7 +78,7 @@ def load_models(recipe: PPORecipe, inputs: Inputs, plan: BatchPlan, world: World
             frozen = load_policy(recipe.sft_model_path, recipe, dtype)
         reference = frozen_engine(frozen, recipe, world, "reference")
     value = None
-    if recipe.advantage_estimator == "gae":
+    if ESTIMATORS[recipe.advantage_estimator].value_model:
         with sharded_load(recipe, "value"):
             model, missing = load_value_model(inputs.value_path, recipe, inputs.value_renaming)
         _start_value_head(model, missing)
@@ -168,7 +105,9 @@ def _start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
     value.config.score_mean = 0.0  # it is in the bias now
 
 
-def _sources(recipe: PPORecipe, inputs: Inputs, world: World, dtype: torch.dtype) -> list[ModelReward | FunctionReward]:
+def _sources(
+    recipe: PPORecipe, inputs: PPOInputs, world: World, dtype: torch.dtype
+) -> list[ModelReward | FunctionReward]:
     sources: list[ModelReward | FunctionReward] = []
     if recipe.reward_model_path is not None:
         assert inputs.reward_tokenizer is not None
@@ -184,7 +123,7 @@ def _sources(recipe: PPORecipe, inputs: Inputs, world: World, dtype: torch.dtype
             except ValueError as error:
                 raise UserError(f"reward_model_path: {error}") from error
         engine = frozen_engine(model, recipe, world, "reward")
-        rendered = partial(render, inputs.reward_tokenizer, is_encoder(inputs.reward_config))
+        rendered = partial(encode_for_reward, inputs.reward_tokenizer, is_encoder(inputs.reward_config))
         sources.append(
             ModelReward(
                 name="reward_model",
@@ -194,14 +133,14 @@ def _sources(recipe: PPORecipe, inputs: Inputs, world: World, dtype: torch.dtype
                 max_length=getattr(inputs.reward_config, "max_position_embeddings", None) or 10**9,
             )
         )
-    return sources + functions(recipe.reward_funcs, "reward_funcs")
+    return sources + function_rewards(recipe.reward_funcs, "reward_funcs")
 
 
-def render(tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str) -> list[int]:
+def encode_for_reward(tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str) -> list[int]:
     """Ids of a decoded response and its prompt for a reward model with a tokenizer of its own, as its stage trained on them."""
     return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder)
 
 
-def functions(names: list[str], key: str) -> list[FunctionReward]:
+def function_rewards(names: list[str], key: str) -> list[FunctionReward]:
     """Reward functions named in the recipe."""
     return [FunctionReward(name=name, function=resolve_function(name, key)) for name in names]

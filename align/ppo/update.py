@@ -1,215 +1,176 @@
-"""One update of PPO: passes over a scored rollout, an optimiser step of policy and value model per minibatch."""
+"""The optimization phase of an update: epochs over a rollout, an optimizer step of policy and value model per minibatch.
+
+The loss of a microbatch is this rank's share of the loss of the whole minibatch, and shares are summed: how a minibatch is
+cut into microbatches and spread over ranks does not change its gradient.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 
 import torch
-from datasets import Dataset
-from safetensors.torch import save_file
 from torch import Tensor
 
-from align.config.ppo import PPORecipe
-from align.data.batches import PromptLoader
-from align.data.collate import chunks, pad_right
-from align.data.tokenize import IGNORE_INDEX
-from align.engine.batch_plan import BatchPlan
-from align.engine.distributed import World
-from align.errors import UserError
+from align.data.collate import chunks
 from align.generation.sampling import generator
+from align.maths.estimators import ESTIMATORS
 from align.maths.kl import LOSS_ESTIMATORS
-from align.maths.losses import loss_weights, policy_loss, token_logprobs, value_loss
-from align.models.forward import position_ids, response_loss, response_values
-from align.ppo.rollout import Rollout
-from align.ppo.setup import Models
-
-# How token losses are weighed in the objective; where nothing is said, every token counts the same.
-AGGREGATION = {"grpo": "sequence_mean", "dr_grpo": "constant"}
-MOST_SKIPPED = 3  # minibatches in a row with a loss that is not finite, before the run stops
-Sums = dict[str, Tensor]  # over this rank's part of a minibatch, scalars
+from align.maths.losses import loss_weights, policy_loss, value_loss
+from align.models.forward import response_loss, response_values
+from align.ppo.bad_batches import skip_minibatch
+from align.ppo.ptx import ptx_gradient
+from align.ppo.rollout import RESPONSE_TOKEN, Rollout, per
+from align.ppo.run import PPORun, Sums
 
 
 @dataclass(slots=True)
-class Updater:
-    """What the updates of a run share, and how many minibatches in a row had to be skipped."""
+class Experience(Rollout):
+    """A rollout with what the losses need."""
 
-    recipe: PPORecipe
-    plan: BatchPlan
-    world: World
-    models: Models
-    ptx: Dataset | None = None  # tokenised rows of `ptx_dataset`
-    skipped: int = 0
+    advantages: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32
+    returns: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32
+    weights: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, of each token's policy loss in that of the minibatch
 
-    def run(
-        self, rollout: Rollout, advantages: Tensor, returns: Tensor, kl_coef: float, update: int, rates: tuple[float, float]
-    ) -> dict[str, float]:  # fmt: skip
-        """`num_ppo_epochs` passes over the rollout. Returns metrics: means over the tokens of the minibatches stepped.
 
-        A minibatch whose loss is NaN or infinite is saved under `bad_batches/` and not stepped.
+def optimize(run: PPORun, rollout: Rollout, advantages: Tensor, returns: Tensor, update: int) -> dict[str, float]:
+    """`num_ppo_epochs` epochs over the rollout. Returns metrics: means over the tokens of the minibatches stepped on.
 
-        Args:
-            advantages, returns: [B, T].
-            kl_coef: of the penalty in the loss.
-            rates: learning rates of policy and value model.
+    A minibatch whose loss is NaN or infinite is saved under `bad_batches/` and skipped.
 
-        Raises:
-            UserError: `MOST_SKIPPED` minibatches in a row were not finite.
-        """
-        recipe, world, models = self.recipe, self.world, self.models
-        totals: dict[str, float] = defaultdict(float)
-        first_ratio, steps, bad = None, 0, 0
-        count = len(rollout) // recipe.minibatch_size
-        for number in range(recipe.num_ppo_epochs * count):
-            epoch, place = divmod(number, count)
-            order = torch.randperm(len(rollout), generator=generator(recipe.seed, "minibatches", update, epoch))
-            minibatch = order.to(world.device)[place * recipe.minibatch_size :][: recipe.minibatch_size]
-            weights = loss_weights(
-                rollout.mask[minibatch], AGGREGATION.get(recipe.advantage_estimator, "token_mean"), recipe.response_length  # type: ignore[arg-type]
-            )  # fmt: skip
-            tokens = rollout.mask[minibatch].sum()  # of all ranks, as the weights are
-            parts: list[Sums] = []
-            # By length, rows that share a microbatch need little padding, and ranks have the same work.
-            by_length = (rollout.prompt_mask[minibatch].sum(dim=1) + rollout.lengths[minibatch]).argsort(stable=True)
-            mine = by_length[world.rank :: world.size]
-            for part in chunks(len(mine), self.plan.micro_batch_size):
-                index = minibatch[mine[part]]
-                batch = rollout.rows(index)
-                width = batch.mask.shape[1]
-                numbers = [n[:, :width] for n in (advantages[index], returns[index], weights[mine[part]])]
-                parts.append(self._train_on(batch, numbers[0], numbers[1], numbers[2], tokens, kl_coef, update))
-            if self.ptx is not None and self._trains_policy(update):
-                parts += self._train_on_text(self.ptx, update * recipe.num_ppo_epochs * count + number)
-            sums = self._over_ranks(parts)
+    Args:
+        advantages, returns: [B, T].
 
-            if not all(torch.tensor(list(sums.values())).isfinite()):
-                bad += 1
-                self._skip(rollout, minibatch, advantages, returns, f"update-{update + 1}-minibatch-{number + 1}", sums)
-                continue
-            self.skipped = 0
-            if first_ratio is None and "policy/ratio" in sums:
-                first_ratio = sums["policy/ratio"] / sums["tokens"]
-            too_far = recipe.max_approx_kl or float("inf")
-            if sums.get("policy/approx_kl", 0.0) / sums["tokens"] > too_far:  # the same number on every rank
-                models.discard()
-                break
-            for name, value in sums.items():
-                totals[name] += value
-            steps += 1
-            if self._trains_policy(update):
-                with world.clock.phase("update_policy"):
-                    totals["policy/grad_norm"] += models.policy.step(rates[0]) * sums["tokens"]
-            if models.value is not None:
-                with world.clock.phase("update_value"):
-                    totals["value/grad_norm"] += models.value.step(rates[1]) * sums["tokens"]
-
-        every = totals.pop("tokens", 1.0)
-        ptx = {"ptx/loss": totals.pop("ptx/loss") / totals.pop("ptx/tokens")} if "ptx/loss" in totals else {}
-        metrics = {name: total / every for name, total in totals.items()} | ptx
-        metrics |= {"policy/steps": steps, "policy/skipped": bad, "policy/learning_rate": rates[0]}
+    Raises:
+        UserError: the losses of several minibatches in a row were not finite.
+    """
+    recipe, models, clock = run.recipe, run.models, run.world.clock
+    policy_rate, value_rate = run.learning_rates[update]
+    totals: dict[str, float] = defaultdict(float)
+    first_ratio, steps, skipped = None, 0, 0
+    for number, minibatch in enumerate(minibatches(run, rollout, advantages, returns, update)):
+        sums = accumulate_gradients(run, minibatch, update, number)
+        if not all(map(math.isfinite, sums.values())):
+            skipped += 1
+            skip_minibatch(run, minibatch, f"update-{update + 1}-minibatch-{number + 1}", sums)
+            continue
+        run.skipped_in_a_row = 0
+        if first_ratio is None and "policy/ratio" in sums:
+            first_ratio = sums["policy/ratio"] / sums["tokens"]
+        if sums.get("policy/approx_kl", 0.0) / sums["tokens"] > (recipe.max_approx_kl or math.inf):
+            models.discard()  # on every rank, since the sums are those of all ranks
+            break
+        if trains_policy(run, update):
+            with clock.phase("update_policy"):
+                sums["policy/grad_norm"] = models.policy.step(policy_rate) * sums["tokens"]
         if models.value is not None:
-            metrics["value/learning_rate"] = rates[1]
-        if first_ratio is not None:
-            metrics["policy/first_ratio"] = first_ratio
-        return metrics
+            with clock.phase("update_value"):
+                sums["value/grad_norm"] = models.value.step(value_rate) * sums["tokens"]
+        steps += 1
+        for name, value in sums.items():
+            totals[name] += value
+    tokens = totals.pop("tokens", 1.0)
+    ptx = {"ptx/loss": totals.pop("ptx/loss") / totals.pop("ptx/tokens")} if "ptx/loss" in totals else {}
+    metrics = {name: total / tokens for name, total in totals.items()} | ptx
+    metrics |= {"policy/steps": steps, "policy/skipped": skipped, "policy/learning_rate": policy_rate}
+    if models.value is not None:
+        metrics["value/learning_rate"] = value_rate
+    if first_ratio is not None:
+        metrics["policy/first_ratio"] = first_ratio
+    return metrics
 
-    def _trains_policy(self, update: int) -> bool:
-        return update >= self.recipe.value_warmup_updates
 
-    def _train_on(
-        self, batch: Rollout, advantages: Tensor, returns: Tensor, weights: Tensor, tokens: Tensor, kl_coef: float, update: int
-    ) -> Sums:  # fmt: skip
-        """Forward and backward of one microbatch of m responses; `advantages`, `returns` and `weights` are [m, T]."""
-        recipe, models = self.recipe, self.models
-        ids = torch.cat([batch.prompt_ids, batch.response_ids], dim=1)  # [m, S]
-        mask = torch.cat([batch.prompt_mask, batch.mask], dim=1)
-        length = batch.mask.shape[1]
+def trains_policy(run: PPORun, update: int) -> bool:
+    """Whether the policy trains in this update, and not the value model alone."""
+    return update >= run.recipe.value_warmup_updates
+
+
+def minibatches(
+    run: PPORun, rollout: Rollout, advantages: Tensor, returns: Tensor, update: int
+) -> Iterator[Experience]:
+    """`num_ppo_epochs` times all rows of the rollout in a new seeded order, `minibatch_size` of them at a time."""
+    recipe = run.recipe
+    aggregation = ESTIMATORS[recipe.advantage_estimator].aggregation
+    measured = {part.name: getattr(rollout, part.name) for part in fields(rollout)}
+    experience = Experience(**measured, advantages=advantages, returns=returns, weights=torch.zeros_like(advantages))
+    for epoch in range(recipe.num_ppo_epochs):
+        order = torch.randperm(len(rollout), generator=generator(recipe.seed, "minibatches", update, epoch))
+        for index in order.to(run.world.device).view(-1, recipe.minibatch_size):
+            minibatch = experience.rows(index)
+            minibatch.weights = loss_weights(minibatch.mask, aggregation, recipe.response_length)
+            yield minibatch
+
+
+def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number: int) -> dict[str, float]:
+    """Forward and backward of this rank's rows of a minibatch, and of PPO-ptx; returns the sums over all ranks, by metric."""
+    tokens = minibatch.mask.sum()
+    # Sorted by length, rows that share a microbatch need little padding, and ranks have the same work.
+    by_length = (minibatch.prompt_mask.sum(dim=1) + minibatch.lengths).argsort(stable=True)
+    mine = by_length[run.world.rank :: run.world.size]
+    parts: list[Sums] = []
+    for part in chunks(len(mine), run.plan.micro_batch_size):
+        batch = minibatch.rows(mine[part])
         sums = {"tokens": batch.mask.sum()}
+        if trains_policy(run, update):
+            sums |= policy_gradient(run, batch, tokens)
+        if run.models.value is not None:
+            sums |= value_gradient(run, batch, tokens)
+        parts.append(sums)
+    if run.ptx is not None and trains_policy(run, update):
+        steps = run.recipe.num_ppo_epochs * (run.recipe.rollout_batch_size // run.recipe.minibatch_size)
+        parts += ptx_gradient(run, run.ptx, update * steps + number)
+    return sum_over_ranks(run, parts)
 
-        if self._trains_policy(update):
-            with self.world.clock.phase("update_policy"):
-                old, reference, advantage, weight = (
-                    numbers[batch.mask] for numbers in (batch.old_logprobs, batch.ref_logprobs, advantages, weights)
-                )  # [n], as the objective takes them
 
-                def objective(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
-                    clipped = policy_loss(logprobs, old[part], advantage[part], recipe.cliprange, recipe.dual_clip)
-                    loss = clipped.loss
-                    if recipe.entropy_coef > 0:
-                        loss = loss - recipe.entropy_coef * entropy
-                    if recipe.use_kl_loss:
-                        loss = loss + kl_coef * LOSS_ESTIMATORS[recipe.kl_estimator](logprobs, reference[part])
-                    return (loss * weight[part]).sum()
+def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
+    """Forward and backward of the policy on m responses, whose n real tokens are among the `tokens` of the minibatch."""
+    recipe, kl_coef = run.recipe, run.progress.kl_coef
+    with run.world.clock.phase("update_policy"):
+        ids, mask = batch.sequences()  # [m, S]
+        old, reference, advantage, weight = (
+            numbers[batch.mask] for numbers in (batch.old_logprobs, batch.ref_logprobs, batch.advantages, batch.weights)
+        )  # [n]
 
-                loss, logprobs, entropy = response_loss(models.policy, ids, mask, length, recipe.temperature, objective)
-                models.policy.backward(loss)
-                policy = policy_loss(logprobs, old, advantage, recipe.cliprange, recipe.dual_clip)
-                sums |= {
-                    "policy/loss": (policy.loss * weight).sum() * tokens,
-                    "policy/ratio": policy.ratio,
-                    "policy/clipfrac": policy.clipped,
-                    "policy/approx_kl": policy.approx_kl,
-                    "objective/entropy": entropy.sum(),
-                }
-                if recipe.use_kl_loss:
-                    sums["policy/kl_loss"] = LOSS_ESTIMATORS[recipe.kl_estimator](logprobs, reference).sum()
+        def objective(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
+            loss = policy_loss(logprobs, old[part], advantage[part], recipe.cliprange, recipe.dual_clip).loss
+            if recipe.entropy_coef > 0:
+                loss = loss - recipe.entropy_coef * entropy
+            if recipe.use_kl_loss:
+                loss = loss + kl_coef * LOSS_ESTIMATORS[recipe.kl_estimator](logprobs, reference[part])
+            return (loss * weight[part]).sum()
 
-        if models.value is not None:
-            with self.world.clock.phase("update_value"):
-                values = response_values(models.value, ids, mask, length)  # [m, T]
-                value = value_loss(values, batch.values, returns, batch.mask, recipe.cliprange_value)
-                models.value.backward(value.loss.sum() / tokens)
-            sums |= {"value/loss": value.loss.detach().sum(), "value/clipfrac": value.clipped}
-        return sums
+        length = batch.mask.shape[1]
+        loss, logprobs, entropy = response_loss(run.models.policy, ids, mask, length, recipe.temperature, objective)
+        run.models.policy.backward(loss)
+        policy = policy_loss(logprobs, old, advantage, recipe.cliprange, recipe.dual_clip)
+        sums = {
+            "policy/loss": (policy.loss * weight).sum() * tokens,
+            "policy/ratio": policy.ratio,
+            "policy/clipfrac": policy.clipped,
+            "policy/approx_kl": policy.approx_kl,
+            "objective/entropy": entropy.sum(),
+        }
+        if recipe.use_kl_loss:
+            sums["policy/kl_loss"] = LOSS_ESTIMATORS[recipe.kl_estimator](logprobs, reference).sum()
+    return sums
 
-    def _train_on_text(self, rows: Dataset, step: int) -> list[Sums]:
-        """Add the gradient of `ptx_coef` times the mean negative log-likelihood of the step's PPO-ptx rows, all ranks'."""
-        recipe, world = self.recipe, self.world
-        chosen = rows[PromptLoader(len(rows), recipe.seed).batch(step, recipe.ptx_batch_size)]
-        labels = chosen["labels"]
-        trained = sum(label != IGNORE_INDEX for row in labels for label in row[1:])  # the first token has no prediction
-        sums = []
-        mine = range(world.rank, len(labels), world.size)
-        for part in chunks(len(mine), self.plan.micro_batch_size):
-            ids, mask = pad_right([chosen["input_ids"][i] for i in mine[part]], 0)
-            targets, _ = pad_right([labels[i] for i in mine[part]], IGNORE_INDEX)
-            ids, mask, targets = (tensor.to(world.device) for tensor in (ids, mask, targets))
-            output = self.models.policy(
-                input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), use_cache=False
-            )
-            counted = targets[:, 1:] != IGNORE_INDEX
-            logprobs = token_logprobs(output.logits[:, :-1], targets[:, 1:].clamp(min=0), 1.0)
-            loss = -logprobs.masked_fill(~counted, 0.0).sum()
-            self.models.policy.backward(recipe.ptx_coef * loss / trained)
-            sums.append({"ptx/loss": loss.detach(), "ptx/tokens": counted.sum()})
-        return sums
 
-    def _over_ranks(self, parts: list[Sums]) -> dict[str, float]:
-        """The sums of all microbatches on all ranks, in one reduction."""
-        names = list(dict.fromkeys(name for part in parts for name in part))
-        zero = torch.zeros((), device=self.world.device)
-        mine = [torch.stack([part.get(name, zero).double() for part in parts]).sum() for name in names]
-        return dict(zip(names, self.world.sum(torch.stack(mine)).tolist(), strict=True))
+def value_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
+    """Forward and backward of the value model on m responses; its loss is a mean over the `tokens` of the minibatch."""
+    assert run.models.value is not None
+    with run.world.clock.phase("update_value"):
+        ids, mask = batch.sequences()  # [m, S]
+        values = response_values(run.models.value, ids, mask, batch.mask.shape[1])  # [m, T]
+        value = value_loss(values, batch.values, batch.returns, batch.mask, run.recipe.cliprange_value)
+        run.models.value.backward(value.loss.sum() / tokens)
+    return {"value/loss": value.loss.detach().sum(), "value/clipfrac": value.clipped}
 
-    def _skip(
-        self, rollout: Rollout, minibatch: Tensor, advantages: Tensor, returns: Tensor, name: str, sums: dict[str, float]
-    ) -> None:  # fmt: skip
-        """Forget a minibatch whose loss is not finite, and save it for a look at it."""
-        self.models.discard()
-        self.skipped += 1
-        file = Path(self.recipe.output_dir) / "bad_batches" / f"{name}.safetensors"
-        if self.world.is_main:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            kept = rollout.rows(minibatch)
-            tensors = {n: getattr(kept, n) for n in ("prompt_ids", "prompt_mask", "response_ids", "mask", "old_logprobs",
-                                                     "ref_logprobs", "values", "scores")}  # fmt: skip
-            tensors |= {"advantages": advantages[minibatch], "returns": returns[minibatch]}
-            save_file({n: tensor.contiguous() for n, tensor in tensors.items()}, file)
-        if self.skipped >= MOST_SKIPPED:
-            losses = ", ".join(f"{n} {sums[n]}" for n in ("policy/loss", "value/loss", "ptx/loss") if n in sums)
-            raise UserError(
-                f"{name.replace('-', ' ')}: the loss is not finite ({losses}), and was not in {self.skipped} minibatches in a "
-                f"row; they are in {file.parent}. Lower learning_rate, see that scores are of order 1, and run again to "
-                "go on from the last checkpoint."
-            )
+
+def sum_over_ranks(run: PPORun, parts: list[Sums]) -> dict[str, float]:
+    """The sums of all microbatches on all ranks, in one reduction."""
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    zero = torch.zeros((), device=run.world.device)
+    mine = [torch.stack([part.get(name, zero).double() for part in parts]).sum() for name in names]
+    return dict(zip(names, run.world.sum(torch.stack(mine)).tolist(), strict=True))

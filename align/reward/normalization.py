@@ -15,7 +15,7 @@ from align.engine.build import frozen_engine
 from align.engine.distributed import World, rows_of_rank
 from align.engine.sharding import sharded_load
 from align.generation.responses import gather_responses, unpadded
-from align.generation.sampler import Sampler
+from align.generation.sampler import PromptBatch, Sampler
 from align.generation.scoring import score_ids
 from align.models.context_length import max_positions
 from align.models.load import load_config, load_policy
@@ -42,10 +42,11 @@ def sample_answers(
         seed=recipe.seed,
     )
     mine = rows_of_rank(world, len(prompts))
-    _, _, ids, mask, _ = sampler.respond(
-        engine, world, [prompts[index][1] for index in mine], "zero of the score", mine
-    )
-    answers = gather_responses(world, unpadded(ids, mask), recipe.response_length)[: len(prompts)]
+    batch = PromptBatch([prompts[i][0] for i in mine], [prompts[i][1] for i in mine], "zero of the score", mine)
+    samples = sampler.sample(engine, world, batch)
+    answers = gather_responses(world, unpadded(samples.response_ids, samples.mask), recipe.response_length)[
+        : len(prompts)
+    ]
     vocabularies = [tokenizer_digest(t)["vocabulary"] for t in (inputs.tokenizer, inputs.answering_tokenizer)]
     if vocabularies[0] == vocabularies[1] and not inputs.encoder:
         return [prompt_ids + answer for (_, prompt_ids), answer in zip(prompts, answers, strict=True)]

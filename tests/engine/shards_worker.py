@@ -17,11 +17,12 @@ from align.engine.distributed import connect, disconnect
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.forward import response_logprobs
-from align.ppo.setup import check_inputs, load_models
+from align.ppo.inputs import check_ppo_inputs
+from align.ppo.setup import load_models
 
 recipe = load_recipe("ppo", next(word for word in sys.argv[1:] if word.endswith(".yaml")))
 world = connect(recipe)
-models = load_models(recipe, check_inputs(recipe), batch_plan(recipe, world.size), world)
+models = load_models(recipe, check_ppo_inputs(recipe), batch_plan(recipe, world.size), world)
 parts = {
     "policy": models.policy.module,
     "value": models.value.module,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -17,27 +16,21 @@ from transformers import AutoModelForCausalLM
 from align.config.load import load_recipe
 from align.config.ppo import PPORecipe
 from align.data.batches import PromptLoader
-from align.data.tokenize import tokenize_prompts
-from align.engine.batch_plan import batch_plan
-from align.engine.distributed import World
 from align.engine.ema import EMA
 from align.errors import UserError
-from align.generation.sampler import Sampler
 from align.maths.kl import adapted_kl_coef, k2
 from align.maths.losses import token_entropy
 from align.maths.running_moments import RunningMoments
 from align.models.forward import response_logits, response_logprobs
-from align.ppo.checkpoint import Progress
 from align.ppo.rollout import Rollout
-from align.ppo.setup import Models, check_inputs, load_models
-from align.ppo.step import estimate_advantages, sample_rollout, shape_scores
+from align.ppo.run import Models, PPORun, Progress
+from align.ppo.step import shape_scores
 from align.ppo.train import run
-from align.ppo.update import Updater
+from align.ppo.update import optimize
 from align.runs.checkpoint import complete_checkpoints
+from tests.ppo.runs import advantages_of, ppo_run, rollout_of
 from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
-from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, write_jsonl
-
-ALONE = World(0, 1, torch.device("cpu"))
+from tests.worlds import LETTERS, deepspeed_file, launch, write_jsonl
 
 
 def recipe_of(folder: Path, **changes) -> PPORecipe:
@@ -46,31 +39,10 @@ def recipe_of(folder: Path, **changes) -> PPORecipe:
     return recipe
 
 
-def start(recipe: PPORecipe) -> tuple[Updater, Rollout]:
-    """The models as a run starts with them, and its first rollout."""
-    return start_at(recipe, 0, math.inf)[:2]
-
-
-def start_at(recipe: PPORecipe, update: int, sampler_gap: float) -> tuple[Updater, Rollout, Progress]:
-    """The same at another update, with what the last comparison of sampling and training found."""
-    plan = batch_plan(recipe, 1)
-    inputs = check_inputs(recipe)
-    models = load_models(recipe, inputs, plan, ALONE)
-    rows = [row for row in _prompts(recipe)]
-    prompts, _ = tokenize_prompts(rows, inputs.tokenizer, recipe.max_prompt_length, "error")
-    sampler = Sampler(inputs.tokenizer, recipe.temperature, recipe.response_length, 64, recipe.seed)
-    progress = Progress(recipe.kl_coef, sampler_gap=sampler_gap)
-    rollout = sample_rollout(
-        recipe, ALONE, sampler, models, prompts, PromptLoader(len(prompts), recipe.seed), update, progress
-    )
-    return Updater(recipe, plan, ALONE, models), rollout, progress
-
-
-def _prompts(recipe: PPORecipe):
-    from align.data.load import DataSettings, load_rows
-    from align.data.rows import Prompt
-
-    return load_rows(DataSettings.from_recipe(recipe), Prompt).train
+def start(recipe: PPORecipe) -> tuple[PPORun, Rollout]:
+    """A run before its first update, and its first rollout."""
+    run = ppo_run(recipe)
+    return run, rollout_of(run)
 
 
 def shake(models: Models, seed: int = 3) -> None:
@@ -81,20 +53,20 @@ def shake(models: Models, seed: int = 3) -> None:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def first_gradient(updater: Updater, rollout: Rollout, advantages: torch.Tensor, kl_coef: float = 0.0, returns=None):
-    """The policy's gradient at its first optimiser step, which is not taken, by parameter."""
+def first_gradient(run: PPORun, rollout: Rollout, advantages: torch.Tensor, kl_coef: float = 0.0, returns=None):
+    """The policy's gradient at its first optimizer step, which is not taken, by parameter."""
     seen: list[dict[str, torch.Tensor]] = []
+    policy = run.models.policy
 
     def step(_: float) -> float:
         if not seen:
-            seen.append({n: p.grad.clone() for n, p in updater.models.policy.module.named_parameters()})
-        updater.models.policy.discard()
+            seen.append({n: p.grad.clone() for n, p in policy.module.named_parameters()})
+        policy.discard()
         return 0.0
 
-    updater.models.policy.step = step  # type: ignore[method-assign]
-    updater.run(
-        rollout, advantages, torch.zeros_like(advantages) if returns is None else returns, kl_coef, 0, (1e-3, 0.0)
-    )
+    policy.step = step  # type: ignore[method-assign]
+    run.progress.kl_coef, run.learning_rates = kl_coef, [(1e-3, 0.0)]
+    optimize(run, rollout, advantages, torch.zeros_like(advantages) if returns is None else returns, 0)
     return seen[0]
 
 
@@ -125,21 +97,14 @@ class TestLossTerms:
         texts = [{"text": LETTERS[: 3 + i % 5]} for i in range(7)]
         recipe = recipe_of(tmp_path, ptx_dataset=write_jsonl(tmp_path / "texts.jsonl", texts), ptx_coef=27.8,
                            ptx_batch_size=5, **ONE_STEP)  # fmt: skip
-        updater, rollout = start(recipe)
-        from align.data.load import load_rows
-        from align.data.rows import Demonstration
-        from align.data.tokenize import tokenize_demonstrations
-        from align.ppo.train import ptx_settings
-
-        rows, _ = tokenize_demonstrations(
-            load_rows(ptx_settings(recipe), Demonstration).train, letter_tokenizer(), max_length=1024
-        )
+        ppo, rollout = start(recipe)
+        rows, ppo.ptx = ppo.ptx, None
         advantages = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
-        alone = first_gradient(updater, rollout, advantages)
-        updater.ptx = rows
-        joint = first_gradient(updater, rollout, advantages)
+        alone = first_gradient(ppo, rollout, advantages)
+        ppo.ptx = rows
+        joint = first_gradient(ppo, rollout, advantages)
 
-        model = updater.models.policy.module
+        model = ppo.models.policy.module
         total, count = 0.0, 0
         for index in PromptLoader(len(rows), recipe.seed).batch(0, 5):
             ids = torch.tensor([rows[index]["input_ids"]])
@@ -150,35 +115,35 @@ class TestLossTerms:
         assert_gradients(joint, {name: alone[name] + text[name] for name in alone}, 1e-5)
 
     def test_the_entropy_bonus(self, tmp_path):
-        updater, rollout = start(recipe_of(tmp_path, **ONE_STEP))
+        ppo, rollout = start(recipe_of(tmp_path, **ONE_STEP))
         advantages = torch.zeros_like(rollout.values)
-        updater.recipe = dataclasses.replace(updater.recipe, entropy_coef=0.7)
-        got = first_gradient(updater, rollout, advantages)
-        logits = response_logits(updater.models.policy, *whole(rollout))
+        ppo.recipe = dataclasses.replace(ppo.recipe, entropy_coef=0.7)
+        got = first_gradient(ppo, rollout, advantages)
+        logits = response_logits(ppo.models.policy, *whole(rollout))
         bonus = (token_entropy(logits, 0.9) * rollout.mask).sum() / rollout.mask.sum()
-        assert_gradients(got, gradient_of(updater.models.policy.module, -0.7 * bonus))
+        assert_gradients(got, gradient_of(ppo.models.policy.module, -0.7 * bonus))
 
     def test_the_kl_in_the_loss(self, tmp_path):
-        updater, rollout = start(recipe_of(tmp_path, use_kl_loss=True, kl_estimator="k2", **ONE_STEP))
-        shake(updater.models)
-        got = first_gradient(updater, rollout, torch.zeros_like(rollout.values), kl_coef=0.3)
-        logprobs = response_logprobs(updater.models.policy, *whole(rollout), 0.9)
+        ppo, rollout = start(recipe_of(tmp_path, use_kl_loss=True, kl_estimator="k2", **ONE_STEP))
+        shake(ppo.models)
+        got = first_gradient(ppo, rollout, torch.zeros_like(rollout.values), kl_coef=0.3)
+        logprobs = response_logprobs(ppo.models.policy, *whole(rollout), 0.9)
         kl = (k2(logprobs, rollout.ref_logprobs) * rollout.mask).sum() / rollout.mask.sum()
-        assert_gradients(got, gradient_of(updater.models.policy.module, 0.3 * kl))
+        assert_gradients(got, gradient_of(ppo.models.policy.module, 0.3 * kl))
 
     def test_the_kl_is_then_not_in_the_reward(self, tmp_path):
         recipe = recipe_of(tmp_path, lam=1.0)
-        _, rollout = start(recipe)
+        ppo, rollout = start(recipe)
         rollout.ref_logprobs = rollout.old_logprobs - 1.0
-        with_loss = dataclasses.replace(recipe, use_kl_loss=True, kl_estimator="k3")
+        with_loss = dataclasses.replace(ppo, recipe=dataclasses.replace(recipe, use_kl_loss=True, kl_estimator="k3"))
         scores = rollout.scores
         assert not torch.equal(
-            estimate_advantages(recipe, rollout, scores, 0.5)[1],
-            estimate_advantages(with_loss, rollout, scores, 0.5)[1],
+            advantages_of(ppo, rollout, scores, 0.5)[1],
+            advantages_of(with_loss, rollout, scores, 0.5)[1],
         )
         torch.testing.assert_close(
-            estimate_advantages(with_loss, rollout, scores, 0.5)[1],
-            estimate_advantages(recipe, rollout, scores, 0.0)[1],
+            advantages_of(with_loss, rollout, scores, 0.5)[1],
+            advantages_of(ppo, rollout, scores, 0.0)[1],
         )
 
     @pytest.mark.parametrize("estimator", ["gae", "grpo", "dr_grpo"])
@@ -186,11 +151,11 @@ class TestLossTerms:
     def test_the_gradient_does_not_depend_on_the_cut(self, tmp_path, estimator, micro):
         """Responses of many lengths, whose share in the objective the three aggregations weigh differently."""
         recipe = recipe_of(tmp_path, advantage_estimator=estimator, num_generations=2, **ONE_STEP)
-        updater, rollout = start(recipe)
+        ppo, rollout = start(recipe)
         advantages = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0)) * rollout.mask
-        updater.plan = dataclasses.replace(updater.plan, micro_batch_size=micro)
-        got = first_gradient(updater, rollout, advantages)
-        logprobs = response_logprobs(updater.models.policy, *whole(rollout), 0.9)
+        ppo.plan = dataclasses.replace(ppo.plan, micro_batch_size=micro)
+        got = first_gradient(ppo, rollout, advantages)
+        logprobs = response_logprobs(ppo.models.policy, *whole(rollout), 0.9)
         surrogate = -advantages * (logprobs - rollout.old_logprobs).exp() * rollout.mask
         lengths = rollout.mask.sum(1)
         assert len(set(lengths.tolist())) > 2
@@ -199,12 +164,12 @@ class TestLossTerms:
             "grpo": (surrogate.sum(1) / lengths).mean(),
             "dr_grpo": surrogate.sum() / (len(rollout) * recipe.response_length),
         }[estimator]
-        assert_gradients(got, gradient_of(updater.models.policy.module, objective))
+        assert_gradients(got, gradient_of(ppo.models.policy.module, objective))
 
     def test_more_padding_changes_nothing(self, tmp_path, monkeypatch):
-        updater, rollout = start(recipe_of(tmp_path, **ONE_STEP))
+        ppo, rollout = start(recipe_of(tmp_path, **ONE_STEP))
         advantages = torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(0))
-        expected = first_gradient(updater, rollout, advantages)
+        expected = first_gradient(ppo, rollout, advantages)
         pad = torch.nn.functional.pad
         wider = dataclasses.replace(
             rollout,
@@ -213,40 +178,41 @@ class TestLossTerms:
                ("response_ids", "old_logprobs", "ref_logprobs", "values", "sampled_logprobs", "token_scores")},
             mask=pad(rollout.mask, (0, 5)),
         )  # fmt: skip
-        fields = [field.name for field in dataclasses.fields(Rollout)]
-        monkeypatch.setattr(Rollout, "rows", lambda self, i: Rollout(**{n: getattr(self, n)[i] for n in fields}))
-        assert_gradients(first_gradient(updater, wider, pad(advantages, (0, 5), value=9.0)), expected)
+        monkeypatch.setattr(
+            Rollout, "rows", lambda self, i: type(self)(**{name: getattr(self, name)[i] for name in self.axes()})
+        )
+        assert_gradients(first_gradient(ppo, wider, pad(advantages, (0, 5), value=9.0)), expected)
 
 
 class TestScores:
     def test_clipping_leaves_the_kl_alone(self, tmp_path):
         recipe = recipe_of(tmp_path, score_clip=5.0, lam=1.0)
-        _, rollout = start(recipe)
+        ppo, rollout = start(recipe)
         rollout.scores = torch.full((16,), 9.0)
         rollout.values.zero_()
         rollout.ref_logprobs = rollout.old_logprobs + 0.25
-        scores = shape_scores(recipe, rollout, Progress(0.1))
+        scores = shape_scores(ppo, rollout)
         assert scores.tolist() == [5.0] * 16
-        _, returns = estimate_advantages(recipe, rollout, scores, 0.1)
+        _, returns = advantages_of(ppo, rollout, scores, 0.1)
         torch.testing.assert_close(returns[:, 0], 5.0 + 0.1 * 0.25 * rollout.lengths)
 
     def test_normalisation_is_by_the_moments_of_all_scores_so_far(self, tmp_path):
         recipe = recipe_of(tmp_path, normalize_scores=True)
-        _, rollout = start(recipe)
-        progress = Progress(0.1)
+        ppo, rollout = start(recipe)
+        progress = ppo.progress = Progress(0.1)
         rollout.scores = torch.tensor([1.0] * 8 + [3.0] * 8)
-        assert shape_scores(recipe, rollout, progress).tolist() == [-1.0] * 8 + [1.0] * 8
+        assert shape_scores(ppo, rollout).tolist() == [-1.0] * 8 + [1.0] * 8
         rollout.scores = torch.full((16,), 6.0)
         # All 32: mean 4, variance (8 * 9 + 8 * 1 + 16 * 4) / 32 = 4.5
-        torch.testing.assert_close(shape_scores(recipe, rollout, progress), torch.full((16,), 2 / 4.5**0.5))
+        torch.testing.assert_close(shape_scores(ppo, rollout), torch.full((16,), 2 / 4.5**0.5))
         assert progress.score_moments == RunningMoments(32, 4.0, 144.0)
 
     def test_advantages_are_white_over_the_real_tokens(self, tmp_path):
         recipe = recipe_of(tmp_path)
-        _, rollout = start(recipe)
+        ppo, rollout = start(recipe)
         assert not rollout.mask.all(), "the test wants padding"
         rollout.scores = torch.arange(16.0)
-        advantages, _ = estimate_advantages(recipe, rollout, rollout.scores, 0.1)
+        advantages, _ = advantages_of(ppo, rollout, rollout.scores, 0.1)
         real = advantages[rollout.mask]
         assert float(real.mean()) == pytest.approx(0.0, abs=1e-5)
         assert float(real.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
@@ -254,14 +220,14 @@ class TestScores:
 
     def test_rewards_of_single_tokens_stay_on_them(self, tmp_path):
         recipe = recipe_of(tmp_path, lam=1.0)
-        _, rollout = start(recipe)
+        ppo, rollout = start(recipe)
         row = int(rollout.lengths.argmax())
         length = int(rollout.lengths[row])
         rollout.values.zero_()
         rollout.ref_logprobs = rollout.old_logprobs
         rollout.token_scores = torch.arange(1.0, 1 + rollout.mask.shape[1]).expand_as(rollout.values) * rollout.mask
         scores = rollout.token_scores.sum(1) + 10.0  # another source, for the whole response
-        _, returns = estimate_advantages(recipe, rollout, scores, 0.1)
+        _, returns = advantages_of(ppo, rollout, scores, 0.1)
         to_go = [sum(range(t, length + 1)) + 10.0 for t in range(1, length + 1)]
         assert returns[row, :length].tolist() == to_go
 
@@ -309,7 +275,9 @@ class TestSchedule:
     [(0, 0.0, False), (1, 1e-6, True), (1, 1e-4, False), (15, 1e-6, True), (16, 1e-6, False)],
 )
 def test_sampling_is_trusted_where_it_proved_to_agree_and_compared_again(tmp_path, update, gap, trusted):
-    _, rollout, progress = start_at(recipe_of(tmp_path), update, gap)
+    ppo = ppo_run(recipe_of(tmp_path))
+    ppo.progress.sampler_gap = gap
+    rollout, progress = rollout_of(ppo, update), ppo.progress
     assert torch.equal(rollout.old_logprobs, rollout.sampled_logprobs) == trusted
     if trusted:
         assert progress.sampler_gap == gap
@@ -337,8 +305,8 @@ class TestGroups:
 
 class TestEMA:
     def test_the_window_by_hand(self, tmp_path):
-        updater, _ = start(recipe_of(tmp_path))
-        policy = updater.models.policy
+        ppo, _ = start(recipe_of(tmp_path))
+        policy = ppo.models.policy
         with torch.no_grad():
             for parameter in policy.module.parameters():
                 parameter.zero_()
@@ -357,8 +325,8 @@ class TestEMA:
 
 class TestLora:
     def test_the_reference_is_the_policy_with_its_adapter_off(self, tmp_path):
-        updater, rollout = start(recipe_of(tmp_path, method="lora", lora_r=2))
-        models = updater.models
+        ppo, rollout = start(recipe_of(tmp_path, method="lora", lora_r=2))
+        models = ppo.models
         assert models.reference.module is models.policy.module
         assert torch.equal(rollout.old_logprobs, rollout.ref_logprobs)
         with torch.no_grad():
@@ -484,7 +452,7 @@ def test_only_the_policy_folder_is_needed_for_a_second_run(tmp_path):
     shutil.copytree(tmp_path / "out" / "value", tmp_path / "value")
     shutil.rmtree(tmp_path / "out")
     recipe = recipe_of(tmp_path, value_model_path=str(tmp_path / "value"))
-    updater, _ = start(recipe)
+    ppo, _ = start(recipe)
     weights = load_file(tmp_path / "value" / "model.safetensors")
-    for name, parameter in updater.models.value.module.named_parameters():
+    for name, parameter in ppo.models.value.module.named_parameters():
         assert torch.equal(parameter, weights[name]), name

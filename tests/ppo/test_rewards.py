@@ -22,7 +22,8 @@ from align.engine.batch_plan import batch_plan
 from align.engine.distributed import World
 from align.errors import UserError
 from align.models.forward import position_ids
-from align.ppo.setup import check_inputs, load_models
+from align.ppo.inputs import check_ppo_inputs
+from align.ppo.setup import load_models
 from align.ppo.train import run
 from reward_models.heads import init_head
 from reward_models.responses import Responses
@@ -87,7 +88,7 @@ def test_an_encoder_scores_what_plain_transformers_scores(tmp_path):
 def test_a_decoder_scores_the_very_ids_that_were_sampled(tmp_path):
     reward = save_decoder_reward(tmp_path / "reward")
     recipe = load_recipe("ppo", make_recipe(tmp_path, reward_funcs=[], reward_model_path=reward))
-    models = load_models(recipe, check_inputs(recipe), batch_plan(recipe, 1), World(0, 1, torch.device("cpu")))
+    models = load_models(recipe, check_ppo_inputs(recipe), batch_plan(recipe, 1), World(0, 1, torch.device("cpu")))
     prompts, responses = [[3], [3, 4, 5, 6]], [[7, 8, 9, 2], [2]]
     batch = Responses(
         prompts=["a", "abcd"], texts=["efg", ""], completions=["efg", ""], prompt_ids=prompts, response_ids=responses
@@ -105,7 +106,7 @@ def test_the_value_of_the_last_token_starts_as_the_score(tmp_path):
     reward = save_decoder_reward(tmp_path / "reward")
     recipe = load_recipe("ppo", make_recipe(tmp_path, reward_funcs=[], reward_model_path=reward))
     world = World(0, 1, torch.device("cpu"))
-    models = load_models(recipe, check_inputs(recipe), batch_plan(recipe, 1), world)
+    models = load_models(recipe, check_ppo_inputs(recipe), batch_plan(recipe, 1), world)
     ids = torch.tensor([[3, 9, 4, 28, 2]])
     mask = torch.ones_like(ids)
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_the_value_of_the_last_token_starts_as_the_score(tmp_path):
 
 def test_without_a_reward_model_every_value_starts_at_zero(tmp_path):
     recipe = load_recipe("ppo", make_recipe(tmp_path))
-    models = load_models(recipe, check_inputs(recipe), batch_plan(recipe, 1), World(0, 1, torch.device("cpu")))
+    models = load_models(recipe, check_ppo_inputs(recipe), batch_plan(recipe, 1), World(0, 1, torch.device("cpu")))
     with torch.no_grad():
         assert models.value(input_ids=torch.tensor([[3, 9, 4]])).logits.abs().max() == 0
 
@@ -138,7 +139,7 @@ def test_a_reward_model_and_a_function_are_summed_with_their_weights(tmp_path):
 def test_the_frozen_models_stay_as_they_were(tmp_path):
     reward = save_decoder_reward(tmp_path / "reward")
     recipe = load_recipe("ppo", make_recipe(tmp_path, reward_funcs=[], reward_model_path=reward))
-    models = load_models(recipe, check_inputs(recipe), batch_plan(recipe, 1), World(0, 1, torch.device("cpu")))
+    models = load_models(recipe, check_ppo_inputs(recipe), batch_plan(recipe, 1), World(0, 1, torch.device("cpu")))
     frozen = [*models.reference.module.parameters(), *models.rewards.sources[0].model.parameters()]
     assert not any(parameter.requires_grad for parameter in frozen)
 

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from align.config.load import load_recipe
-from align.engine.batch_plan import batch_plan
 from align.engine.distributed import World
 from align.engine.torch_engine import Engine
 from align.errors import UserError
@@ -35,16 +34,16 @@ from align.ppo.collapse import CollapseWatch
 from align.ppo.rollout import Rollout
 from align.ppo.self_check_limits import (
     FLOAT32,
-    ends,
-    knows_something,
-    same_reference,
-    same_sampling,
-    tells_apart,
+    beats_chance,
+    generation_matches_training,
+    reference_matches_policy,
+    responses_terminate,
+    scores_vary,
 )
-from align.ppo.setup import check_inputs, load_models
 from align.ppo.train import run
-from align.ppo.update import Updater
+from align.ppo.update import optimize
 from reward_models.trained import ModelReward
+from tests.ppo.runs import ppo_run
 from tests.ppo.test_rewards import SCORE_MEAN, save_decoder_reward, save_encoder_reward
 from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
 from tests.worlds import deepspeed_file, launch, letter_tokenizer, tiny_llama
@@ -342,37 +341,37 @@ class TestLimits:
         return load_recipe("ppo", make_recipe(tmp_path))
 
     def test_policy_and_reference_are_equal(self, recipe):
-        assert same_reference(0.0, recipe).good
-        assert not same_reference(1e-5, recipe).good
-        assert not same_reference(float("nan"), recipe).good
+        assert reference_matches_policy(0.0, recipe).passed
+        assert not reference_matches_policy(1e-5, recipe).passed
+        assert not reference_matches_policy(float("nan"), recipe).passed
 
     def test_one_token_that_is_far_off_counts_even_if_the_mean_is_small(self):
-        assert same_sampling(9e-5, 5e-3, FLOAT32).good
-        assert not same_sampling(9e-5, 2e-2, FLOAT32).good
-        assert not same_sampling(2e-4, 2e-4, FLOAT32).good
+        assert generation_matches_training(9e-5, 5e-3, FLOAT32).passed
+        assert not generation_matches_training(9e-5, 2e-2, FLOAT32).passed
+        assert not generation_matches_training(2e-4, 2e-4, FLOAT32).passed
 
     def test_endings(self, recipe):
-        assert ends(0.3, 32, recipe).good
-        assert (ends(0.29, 32, recipe).good, ends(0.29, 32, recipe).stops) == (False, False)
-        assert (ends(0.0, 16, recipe).good, ends(0.0, 16, recipe).stops) == (False, True)
-        assert not ends(0.0, 15, recipe).stops, "too few to judge"
+        assert responses_terminate(0.3, 32, 8).passed
+        assert (responses_terminate(0.29, 32, 8).passed, responses_terminate(0.29, 32, 8).required) == (False, False)
+        assert (responses_terminate(0.0, 16, 8).passed, responses_terminate(0.0, 16, 8).required) == (False, True)
+        assert not responses_terminate(0.0, 15, 8).required, "too few to judge"
 
     def test_pairs(self):
         scores = torch.tensor([2.0, 1.0, 0.0, 3.0])  # one of two in order
         numbers = {"eval_accuracy": 0.6, "eval_accuracy_low": 0.51, "eval_accuracy_high": 0.69}
-        assert knows_something(scores, numbers).good
-        assert "1 of 2" in knows_something(scores, numbers).seen
+        assert beats_chance(scores, numbers).passed
+        assert "1 of 2" in beats_chance(scores, numbers).found
         for accuracy, low, stops in ((0.5, 0.4, True), (0.55, 0.5, False)):
-            check = knows_something(scores, {**numbers, "eval_accuracy": accuracy, "eval_accuracy_low": low})
-            assert (check.good, check.stops) == (False, stops)
-        assert (knows_something(scores, {}).good, knows_something(scores, {}).stops) == (False, False)
-        assert knows_something(torch.tensor([2.0, 1.0]), {}).good
+            check = beats_chance(scores, {**numbers, "eval_accuracy": accuracy, "eval_accuracy_low": low})
+            assert (check.passed, check.required) == (False, stops)
+        assert (beats_chance(scores, {}).passed, beats_chance(scores, {}).required) == (False, False)
+        assert beats_chance(torch.tensor([2.0, 1.0]), {}).passed
 
     def test_scores_that_differ(self):
         nothing = float("nan")  # the source does not apply to the row
-        assert tells_apart("rule", torch.tensor([1.0, 1.0, 2.0])).good
-        assert not tells_apart("rule", torch.tensor([1.0, nothing, 1.0])).good
-        assert tells_apart("rule", torch.tensor([nothing, nothing, 1.0])).good, "one is too few to judge"
+        assert scores_vary("rule", torch.tensor([1.0, 1.0, 2.0])).passed
+        assert not scores_vary("rule", torch.tensor([1.0, nothing, 1.0])).passed
+        assert scores_vary("rule", torch.tensor([nothing, nothing, 1.0])).passed, "one is too few to judge"
 
 
 SOUND = {"objective/kl": 8.0, "response/length": 30.0, "response/eos_rate": 0.9, "objective/entropy": 1.5}
@@ -467,19 +466,20 @@ class TestBadMinibatches:
         bad = order[4:8]  # the second of four minibatches
         weights = []
         for seen in (True, False):
-            models = load_models(recipe, check_inputs(recipe), batch_plan(recipe, 1), ALONE)
-            updater = Updater(recipe, batch_plan(recipe, 1), ALONE, models)
+            ppo = ppo_run(recipe)
+            models = ppo.models
+            ppo.learning_rates = [(1e-2, 1e-2)]
             given, advantages, returns = poisoned(models.policy, bad)
             if not seen:
-                real = updater._train_on
+                real = ppo_update.accumulate_gradients
 
-                def blind(part, chances, *rest, real=real):
-                    if chances.isnan().any():  # the minibatch exists in the sums only
-                        return {"tokens": part.mask.sum(), "policy/loss": torch.tensor(float("nan"))}
-                    return real(part, chances, *rest)
+                def blind(run, minibatch, *rest, real=real):
+                    if minibatch.advantages.isnan().any():  # the minibatch exists in the sums only
+                        return {"tokens": float(minibatch.mask.sum()), "policy/loss": float("nan")}
+                    return real(run, minibatch, *rest)
 
-                monkeypatch.setattr(Updater, "_train_on", lambda self, *args, blind=blind: blind(*args))
-            measured = updater.run(given, advantages, returns, 0.0, 0, (1e-2, 1e-2))
+                monkeypatch.setattr(ppo_update, "accumulate_gradients", blind)
+            measured = optimize(ppo, given, advantages, returns, 0)
             assert (measured["policy/skipped"], measured["policy/steps"]) == (1, 3)
             weights.append([*models.policy.module.parameters(), *models.value.module.parameters()])
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*weights, strict=True))

@@ -20,11 +20,12 @@ from align.config.load import load_recipe
 from align.engine.distributed import World
 from align.engine.optimizer import learning_rates
 from align.errors import UserError
-from align.ppo.step import missing_eos
+from align.maths.advantages import missing_eos_scores
 from align.ppo.train import run
 from align.runs.manifest import open_stage
 from align.runs.stage import check_layout
 from align.runs.tracker import undocumented
+from tests.ppo.runs import ppo_run, rollout_of
 from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, save_tiny_policy, write_jsonl
 
 RULES = '''
@@ -288,12 +289,24 @@ def test_the_schedule_moves_once_per_update(tmp_path):
     assert [value for _, value in rates] == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
-def test_what_an_endless_response_is_worth(tmp_path):
+def test_what_a_response_without_eos_is_worth():
     scores, ended = torch.tensor([3.0, 3.0]), torch.tensor([True, False])
-    penalty = load_recipe("ppo", make_recipe(tmp_path, missing_eos_penalty=2.0))
-    assert missing_eos(penalty, scores, ended).tolist() == [3.0, 1.0]
-    constant = load_recipe("ppo", make_recipe(tmp_path, missing_eos_penalty=None, missing_eos_score=-1.0))
-    assert missing_eos(constant, scores, ended).tolist() == [3.0, -1.0]
+    assert missing_eos_scores(scores, ended, 2.0, None).tolist() == [3.0, 1.0]
+    assert missing_eos_scores(scores, ended, None, -1.0).tolist() == [3.0, -1.0]
+    assert missing_eos_scores(scores, ended, None, None).tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "worth"), [("missing_eos_penalty", 0.5, 0.5), ("missing_eos_score", -2.0, -2.0)]
+)
+def test_a_run_scores_responses_without_eos_so(tmp_path, key, value, worth):
+    (tmp_path / "ones_for_test.py").write_text(
+        "def one(completions, **columns):\n    return [1.0 for _ in completions]\n"
+    )
+    keys = {"reward_funcs": ["ones_for_test:one"], "missing_eos_penalty": None, key: value}
+    rollout = rollout_of(ppo_run(load_recipe("ppo", make_recipe(tmp_path, **keys))))
+    assert 0 < int(rollout.ended.sum()) < len(rollout)
+    assert rollout.scores.tolist() == [1.0 if ended else worth for ended in rollout.ended.tolist()]
 
 
 def test_a_response_for_which_the_policy_has_no_position(tmp_path):

@@ -18,9 +18,10 @@ from align.config.ppo import PPORecipe
 from align.data.load import Rows
 from align.data.rows import Prompt
 from align.data.tokenize import tokenize_prompts
+from align.maths.estimators import ESTIMATORS
 from align.models.context_length import check_responses_fit
 from align.models.load import load_config
-from align.ppo.setup import check_inputs
+from align.ppo.inputs import check_ppo_inputs
 
 
 class PPOCheck(TrainingCheck[PPORecipe]):
@@ -32,7 +33,7 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         return recipe.max_prompt_length + recipe.response_length
 
     def start(self, recipe: PPORecipe, rows: Rows | None, folder: Path) -> Start:
-        inputs = check_inputs(recipe)
+        inputs = check_ppo_inputs(recipe)
         others = {"value": load_config(inputs.value_path, recipe, "value_model_path")}
         if inputs.reward_config is not None:
             others["reward"] = inputs.reward_config
@@ -51,7 +52,7 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         model = skeleton(AutoModelForCausalLM, start.config, code)
         size = count_parameters(model)
         models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
-        if recipe.advantage_estimator == "gae":
+        if ESTIMATORS[recipe.advantage_estimator].value_model:
             config = start.others["value"]
             value = count_parameters(skeleton(AutoModelForTokenClassification, config, code, num_labels=1))
             models.append(Footprint("value", value, value))

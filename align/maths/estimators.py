@@ -1,0 +1,26 @@
+"""The table of advantage estimators. It imports nothing heavy: recipes are checked by it before torch is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimator:
+    """What recipes and the PPO step need to know of an estimator; its function has its name in `align.maths.advantages`."""
+
+    value_model: bool = False  # has a value model, which is trained beside the policy
+    compares_group: bool = False  # compares the responses to one prompt: needs num_generations of 2 or more
+    aggregation: Aggregation = "token_mean"  # of the policy loss, see `align.maths.losses.loss_weights`
+
+
+ESTIMATORS = {
+    "gae": Estimator(value_model=True),
+    "rloo": Estimator(compares_group=True),
+    "grpo": Estimator(compares_group=True, aggregation="sequence_mean"),
+    "dr_grpo": Estimator(compares_group=True, aggregation="constant"),
+    "reinforce_plus_plus": Estimator(),
+}

@@ -1,0 +1,36 @@
+"""Minibatches whose loss is not finite: skipped, saved, and at last the end of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from align.errors import UserError
+from align.ppo.rollout import Rollout
+from align.ppo.run import PPORun
+
+MOST_SKIPPED = 3  # in a row, before the run stops
+SAVED = ("prompt_ids", "prompt_mask", "response_ids", "mask", "old_logprobs", "ref_logprobs", "values", "scores")
+
+
+def skip_minibatch(run: PPORun, minibatch: Rollout, name: str, sums: dict[str, float]) -> None:
+    """Drop the gradients of a minibatch, and save it for inspection.
+
+    Raises:
+        UserError: it is the `MOST_SKIPPED`th in a row.
+    """
+    run.models.discard()
+    run.skipped_in_a_row += 1
+    file = Path(run.recipe.output_dir) / "bad_batches" / f"{name}.safetensors"
+    if run.world.is_main:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        names = [*SAVED, "advantages", "returns"]
+        save_file({name: getattr(minibatch, name).contiguous() for name in names}, file)
+    if run.skipped_in_a_row >= MOST_SKIPPED:
+        losses = ", ".join(f"{n} {sums[n]}" for n in ("policy/loss", "value/loss", "ptx/loss") if n in sums)
+        raise UserError(
+            f"{name.replace('-', ' ')}: the loss is not finite ({losses}), and was not in {run.skipped_in_a_row} minibatches "
+            f"in a row; they are in {file.parent}. Lower learning_rate, check that scores are of order 1, and run again to "
+            "continue from the last checkpoint."
+        )

@@ -1,0 +1,87 @@
+"""The models that a PPO run starts from, before any weight is loaded: do they fit together?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from align.config.ppo import PPORecipe
+from align.errors import UserError
+from align.maths.estimators import ESTIMATORS
+from align.models.load import is_encoder, load_config
+from align.models.tokenizer import load_tokenizer
+from align.models.value import value_head_key_mapping
+from align.runs.manifest import _agree, read_manifest, tokenizer_digest
+
+
+@dataclass(frozen=True, slots=True)
+class PPOInputs:
+    """What is known before any weight is loaded."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    reward_tokenizer: PreTrainedTokenizerBase | None
+    reward_config: PretrainedConfig | None
+    same_tokenizer: bool  # the reward model reads the policy's ids as they are
+    value_path: str  # unused without a value model, as is the next
+    value_renaming: dict[str, str] | None
+
+
+def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
+    """Read configurations, tokenizers and manifests, and see that they fit.
+
+    Raises:
+        UserError: a stage is missing or unfinished, a head is missing, or tokenizers or templates disagree.
+    """
+    config = load_config(recipe.sft_model_path, recipe, "sft_model_path")
+    if is_encoder(config):
+        raise UserError(
+            f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder."
+        )
+    sft = read_manifest(recipe.sft_model_path)
+    if sft is not None and sft["stage"] in ("reward", "classify"):
+        raise UserError(
+            f"sft_model_path: {recipe.sft_model_path} is the output of the {sft['stage']} stage, which cannot generate; name "
+            "that of the sft stage."
+        )
+    tokenizer = load_tokenizer(recipe.sft_model_path, recipe)
+    mine = tokenizer_digest(tokenizer)
+    if sft is not None:
+        _agree(sft["tokenizer"], mine, "sft_model_path", recipe.sft_model_path)
+
+    reward_tokenizer = reward_config = None
+    same_tokenizer = False
+    if (path := recipe.reward_model_path) is not None:
+        reward_config = load_config(path, recipe, "reward_model_path")
+        manifest = read_manifest(path)
+        if manifest is not None and manifest["stage"] not in ("reward", "classify"):
+            raise UserError(f"reward_model_path: {path} is the output of the {manifest['stage']} stage, not of reward.")
+        head = (reward_config.architectures or ["no architecture"])[0]
+        if not head.endswith("ForSequenceClassification") or reward_config.num_labels != 1:
+            raise UserError(
+                f"reward_model_path: {path} has no scalar head (it holds a {head}); run the reward stage on it first."
+            )
+        reward_tokenizer = load_tokenizer(path, recipe)
+        theirs = tokenizer_digest(reward_tokenizer)
+        same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
+        if same_tokenizer:
+            _agree(theirs, mine, "reward_model_path", path)
+
+    value_path = recipe.value_model_path or (recipe.reward_model_path if same_tokenizer else recipe.sft_model_path)
+    assert value_path is not None
+    if recipe.value_model_path is not None:
+        theirs = tokenizer_digest(load_tokenizer(value_path, recipe))
+        if theirs["vocabulary"] != mine["vocabulary"]:
+            raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
+    return PPOInputs(
+        config=config,
+        tokenizer=tokenizer,
+        reward_tokenizer=reward_tokenizer,
+        reward_config=reward_config,
+        same_tokenizer=same_tokenizer,
+        value_path=value_path,
+        value_renaming=value_head_key_mapping(load_config(value_path, recipe, "value_model_path"))
+        if ESTIMATORS[recipe.advantage_estimator].value_model
+        else None,
+    )

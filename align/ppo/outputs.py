@@ -1,0 +1,60 @@
+"""What a PPO run leaves behind: Hugging Face folders of its models, the model card and the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.engine.ema import EMA
+from align.engine.torch_engine import Engine
+from align.ppo.run import PPORun
+from align.runs.files import new_folder
+from align.runs.stage import finish
+
+CARD = """# Language model, trained by PPO
+
+From the SFT model {base}, with a KL penalty of {kl_coef} per nat against it. This folder holds the last policy, `best/`
+the one with the highest evaluation score, `value/` the value model.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+"""
+
+
+def save_model(run: PPORun, engine: Engine | EMA, folder: Path) -> None:
+    """Write a model and the tokenizer as a Hugging Face folder of their own, which appears at once or not at all."""
+    with new_folder(folder) if run.world.is_main else contextlib.nullcontext(folder) as target:
+        _write(run, engine, target)
+    run.world.barrier()
+
+
+def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Write the last policy into `output_dir`, the value model and the moving average beside it, and close the stage.
+
+    Args:
+        data: counts and fingerprints of the rows.
+        results: closing numbers.
+    """
+    recipe, folder = run.recipe, Path(run.recipe.output_dir)
+    _write(run, run.models.policy, folder)
+    run.world.barrier()
+    if run.models.value is not None:
+        save_model(run, run.models.value, folder / "value")
+    if run.ema is not None:
+        save_model(run, run.ema, folder / "ema")
+    if run.world.is_main:
+        card = CARD.format(folder=recipe.output_dir, base=recipe.sft_model_path, kl_coef=recipe.kl_coef)
+        finish(recipe, run.sampler.tokenizer, data, results, card)
+    run.world.barrier()
+
+
+def _write(run: PPORun, engine: Engine | EMA, folder: Path) -> None:
+    engine.save_pretrained(folder)
+    if run.world.is_main:
+        run.sampler.tokenizer.save_pretrained(folder)

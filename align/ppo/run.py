@@ -1,0 +1,98 @@
+"""The objects of a PPO run: the models, the state that changes from update to update, and all of it together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from align.config.ppo import PPORecipe
+from align.data.rows import Prompt
+from align.engine.batch_plan import BatchPlan
+from align.engine.distributed import World
+from align.engine.ema import EMA
+from align.engine.torch_engine import Engine
+from align.generation.sampler import Sampler
+from align.maths.running_moments import RunningMoments
+from reward_models.combine import RewardSum
+from reward_models.trained import ModelReward
+
+TokenizedPrompt = tuple[Prompt, list[int]]
+Sums = dict[str, Tensor]  # scalars by metric: sums over the tokens of a microbatch
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Policy and value model are trained, reference and reward models frozen. Only GAE has a value model."""
+
+    policy: Engine
+    value: Engine | None
+    reference: Engine
+    rewards: RewardSum
+
+    @property
+    def reward_names(self) -> list[str]:
+        """Names of the reward sources, in the order of `Rollout.source_scores`."""
+        return [source.name for source in self.rewards.sources]
+
+    def discard(self) -> None:
+        """Drop the gradients since the last optimizer step."""
+        self.policy.discard()
+        if self.value is not None:
+            self.value.discard()
+
+    def truncated(self, world: World) -> float:
+        """Responses of this process so far that a reward model with another tokenizer had to cut, summed over all ranks."""
+        count = sum(source.truncated for source in self.rewards.sources if isinstance(source, ModelReward))
+        return float(world.sum(torch.tensor(float(count), device=world.device)))
+
+
+@dataclass(slots=True)
+class Progress:
+    """The state of a run beside weights and optimizer states; it is part of a checkpoint.
+
+    Attributes:
+        kl_coef: of the next update, in units of score per nat.
+        best: metrics of the evaluation whose policy is in `best/`.
+        sampler_gap: largest difference between a log-probability of the decoding loop and of the training forward pass
+            when they were last compared, nats.
+    """
+
+    kl_coef: float
+    score_moments: RunningMoments = field(default_factory=RunningMoments)
+    best: dict[str, Any] | None = None
+    sampler_gap: float = math.inf
+
+
+@dataclass(slots=True)
+class PPORun:
+    """A PPO run on one rank: all that its updates and evaluations work with.
+
+    Attributes:
+        prompts: training prompts with their token ids.
+        learning_rates: of policy and value model, for each update.
+        ptx: tokenized rows of `ptx_dataset`.
+        skipped_in_a_row: minibatches skipped since the last one with a finite loss.
+    """
+
+    recipe: PPORecipe
+    plan: BatchPlan
+    world: World
+    models: Models
+    sampler: Sampler
+    prompts: Sequence[TokenizedPrompt]
+    learning_rates: Sequence[tuple[float, float]]
+    progress: Progress
+    ema: EMA | None = None
+    ptx: Dataset | None = None
+    skipped_in_a_row: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return len(self.learning_rates)

@@ -1,0 +1,39 @@
+"""An update as the run's record shows it: timed, watched for collapse, logged."""
+
+from __future__ import annotations
+
+import time
+
+from align.ppo.collapse import CollapseWatch
+from align.ppo.run import PPORun
+from align.ppo.step import step
+from align.runs.tracker import Tracker
+
+
+def timed_step(run: PPORun, update: int) -> dict[str, float]:
+    """`step`, with where its time went (seconds by phase) and how far the run is added to its metrics."""
+    run.world.clock.take()
+    began = time.perf_counter()
+    metrics = step(run, update)
+    elapsed = time.perf_counter() - began
+    phases = run.world.clock.take()
+    episodes = (update + 1) * run.recipe.rollout_batch_size
+    return metrics | {
+        "objective/truncated": run.models.truncated(run.world),
+        "episode": episodes,
+        "epoch": episodes / run.recipe.num_generations / len(run.prompts),
+        "time/communication": 0.0,
+        **{f"time/{phase}": seconds for phase, seconds in phases.items()},
+        "time/other": elapsed - sum(phases.values()),
+        "time/total": elapsed,
+        "time/tokens_per_second": metrics["response/length"] * run.recipe.rollout_batch_size / elapsed,
+    }
+
+
+def track(run: PPORun, tracker: Tracker, watch: CollapseWatch, done: int, metrics: dict[str, float]) -> None:
+    """Show and log the metrics of an update, after which `done` are done; log the first and the last in any case."""
+    for warning in watch.warnings(done, metrics):
+        tracker.say(warning)
+    if done % run.recipe.logging_steps == 0 or done in (1, run.updates):
+        tracker.log(done, metrics)
+    tracker.progress(done, score=metrics["objective/score"], kl=metrics["objective/kl"])
