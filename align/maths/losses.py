@@ -1,6 +1,6 @@
-"""The losses of PPO, token by token. `loss_weights` of the whole minibatch makes the objective of them, by a plain sum.
+"""PPO's losses per token. The objective of a minibatch is their sum, weighted by `loss_weights` of the minibatch.
 
-A mean taken here would depend on how a minibatch is cut into microbatches and spread over ranks.
+A mean taken here would depend on how a minibatch is cut into microbatches and distributed over ranks.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def token_entropy(logits: Tensor, temperature: float) -> Tensor:
 
 
 def loss_weights(mask: Tensor, aggregation: Aggregation, length: int) -> Tensor:
-    """What each token's loss counts for in the objective of one minibatch, [B, T] float32, 0 outside the mask.
+    """The weight of each token's loss in the objective of one minibatch, [B, T] float32, 0 outside the mask.
 
     Args:
-        mask: [B, T] of the whole minibatch, of all ranks: the weights are then the same however it is cut up.
+        mask: [B, T] of the minibatch of all ranks, so that the weights do not depend on microbatches and ranks.
         aggregation: "token_mean" gives every token the same weight, 1 / tokens; "sequence_mean" every response, 1 / (B
             |y|), so that the tokens of short responses count for more; "constant" 1 / (B length) (arXiv 2503.20783).
         length: the most tokens that a response may have.

@@ -20,7 +20,7 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
     """(x - mean) / sqrt(var + 1e-8) over the real entries; masked ones become 0.
 
     The variance is the biased one of lm-human-preferences. With `shift_mean=False` the mean is added
-    back, which only rewards want: their sign carries meaning.
+    back, which is for rewards only: their sign has a meaning.
     """
     mean = masked_mean(values, mask)
     whitened = (values - mean) * torch.rsqrt(masked_var(values, mask) + 1e-8)

@@ -1,4 +1,4 @@
-"""Signs, in the metrics of each update, that the policy is breaking up."""
+"""Signs of collapse in the metrics of each update."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ LEAST_ENTROPY = 0.05  # nats per token
 
 
 class CollapseWatch:
-    """Says each kind of collapse once, with advice.
+    """Warns of each kind of collapse once, with advice.
 
-    What the first update shows is the SFT model's own state, which the self-checks speak of: it is not said again
-    while it lasts.
+    What the first update shows is the state of the SFT model, which the self-checks report: it is not repeated while it
+    lasts.
     """
 
     def __init__(self, recipe: PPORecipe):
         self.response_length = recipe.response_length
         self.kl_target = recipe.kl_target or 0.0
-        self.said: set[str] = set()
-        self.inherited: set[str] = set()  # signs that the SFT model showed, as long as they have not been absent
+        self.warned: set[str] = set()
+        self.inherited: set[str] = set()  # signs that the SFT model showed, until they are absent once
 
     def warnings(self, update: int, metrics: Mapping[str, float]) -> list[str]:
-        """What is new in the metrics of an update, counted from 1; empty for a sound one."""
+        """New warnings for the metrics of an update, which counts from 1; empty for a healthy one."""
         signs = self._signs(metrics)
         self.inherited = set(signs) if update == 1 else self.inherited & signs.keys()
-        new = [kind for kind in signs if kind not in self.said | self.inherited]
-        self.said |= set(new)
+        new = [kind for kind in signs if kind not in self.warned | self.inherited]
+        self.warned |= set(new)
         return [f"update {update}: {signs[kind]}" for kind in new]
 
     def _signs(self, metrics: Mapping[str, float]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The models that a PPO run starts from, before any weight is loaded: do they fit together?"""
+"""What is known of the models that a PPO run starts from before any weight is loaded, and whether they fit together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from align.runs.manifest import _agree, read_manifest, tokenizer_digest
 
 @dataclass(frozen=True, slots=True)
 class PPOInputs:
-    """What is known before any weight is loaded."""
+    """Configurations and tokenizers of the models that a run starts from."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ class PPOInputs:
 
 
 def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
-    """Read configurations, tokenizers and manifests, and see that they fit.
+    """Read configurations, tokenizers and manifests, and check that they fit together.
 
     Raises:
         UserError: a stage is missing or unfinished, a head is missing, or tokenizers or templates disagree.

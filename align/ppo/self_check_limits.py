@@ -49,7 +49,7 @@ class Check:
 
 
 def all_finite(not_finite: Sequence[str]) -> Check:
-    """Given the names of numbers that are not all finite."""
+    """No NaN or infinity. `not_finite`: names of the measured numbers that have one."""
     return Check(
         not not_finite,
         f"NaN or infinity in {', '.join(not_finite)}" if not_finite else "all finite",
@@ -60,7 +60,7 @@ def all_finite(not_finite: Sequence[str]) -> Check:
 
 
 def reference_matches_policy(gap: float, recipe: PPORecipe) -> Check:
-    """Given the mean difference of policy and reference, nats per token."""
+    """KL 0 before the first update. `gap`: mean absolute difference of policy and reference, nats per token."""
     other = (
         "the adapter does not start as the identity."
         if recipe.method != "full"
@@ -76,7 +76,7 @@ def reference_matches_policy(gap: float, recipe: PPORecipe) -> Check:
 
 
 def training_matches_rollout(gap: float, ratio: float, limits: Limits) -> Check:
-    """Given the root mean square difference of training pass and rollout, nats, and the mean ratio."""
+    """Ratio 1 before the first update. `gap`: root mean square difference of training pass and rollout, nats."""
     return Check(
         gap <= limits.mean,
         f"ratio {ratio:.4g}",
@@ -88,7 +88,7 @@ def training_matches_rollout(gap: float, ratio: float, limits: Limits) -> Check:
 
 
 def generation_matches_training(mean: float, most: float, limits: Limits) -> Check:
-    """Given mean and greatest difference of generation loop and training pass, nats per token."""
+    """The decoding loop against the training pass. `mean`, `most`: mean and largest absolute difference, nats per token."""
     return Check(
         mean <= limits.mean and most <= limits.most,
         f"generation gap {mean:.1g}",
@@ -100,7 +100,7 @@ def generation_matches_training(mean: float, most: float, limits: Limits) -> Che
 
 
 def values_match_rollout(gap: float, limits: Limits) -> Check:
-    """Given the root mean square difference of the values in training and at rollout, in units of their size."""
+    """Values in training against those at rollout. `gap`: root mean square difference, relative to their size."""
     return Check(
         gap <= limits.mean,
         f"value gap {gap:.1g}",
@@ -111,7 +111,7 @@ def values_match_rollout(gap: float, limits: Limits) -> Check:
 
 
 def entropy_sufficient(entropy: float) -> Check:
-    """Given the policy's mean entropy, nats per token."""
+    """Enough entropy to explore. `entropy`: the policy's mean, nats per token."""
     return Check(
         entropy >= LOW_ENTROPY,
         f"entropy {entropy:.3g}",
@@ -123,33 +123,33 @@ def entropy_sufficient(entropy: float) -> Check:
 
 
 def responses_terminate(rate: float, count: int, response_length: int) -> Check:
-    """Given the share of `count` responses that end by themselves."""
+    """Responses end with EOS. `rate`: share of the `count` sampled responses that do."""
     never = rate == 0 and count >= FEWEST_FOR_EOS
     return Check(
         rate >= LOW_EOS_RATE,
         f"EOS rate {rate:.3g}",
         f"{'some' if never else f'{LOW_EOS_RATE:g} or more'} of the {count} responses to end by themselves",
         f"Likely cause: response_length {response_length} is too short, or the SFT model did not learn to stop: go back "
-        "to the sft stage, and see that responses end with end-of-text in training and that it trains long enough.",
+        "to the sft stage, check that its responses end with end-of-text and that it trains long enough.",
         required=never,
     )
 
 
 def scores_vary(source: str, scores: Tensor) -> Check:
-    """Given one source's scores of several responses, [B], NaN where it does not apply."""
+    """A reward source gives different scores. `scores`: of B responses, [B], NaN where the source does not apply."""
     given = scores[~scores.isnan()]
     alike = len(given) > 1 and bool((given == given[0]).all())
     return Check(
         not alike,
         f"{source} gave all {len(given)} responses {float(given[0]):g}" if alike else f"{source} varies",
         "scores that differ",
-        "There is nothing to learn from it; correct the reward, or see what it was given.",
+        "Nothing can be learned from it; check the reward function and its inputs.",
         required=False,
     )
 
 
 def matches_manifest(path: str, scores: Tensor, manifest: dict[str, Any], bf16: bool) -> Check:
-    """Given the reward model's scores now, [B], of the sequences whose scores its manifest holds."""
+    """The reward model is the one that was evaluated. `scores`: its scores now, [B], of the sequences in its manifest."""
     recorded = scores.new_tensor(manifest["score_check"]["scores"])
     gap = float((scores - recorded).abs().max())
     limits = BFLOAT16 if bf16 or manifest["recipe"]["bf16"] else FLOAT32
@@ -158,18 +158,23 @@ def matches_manifest(path: str, scores: Tensor, manifest: dict[str, Any], bf16: 
         gap <= allowed,
         f"reward model {gap:.1g} off its record",
         f"the scores in {path}/stage.json, to {allowed:.2g}",
-        "Likely cause: the folder holds other weights than when it was judged, or they are read in other precision or by "
+        "Likely cause: the folder has other weights than those that were evaluated, or they are loaded in another precision or by "
         f"another version of transformers (then {manifest['versions']['transformers']}); go back to the reward stage.",
     )
 
 
 def beats_chance(scores: Tensor, results: dict[str, Any]) -> Check:
-    """Given scores now of recorded pairs, [chosen, rejected, chosen, ...], and the closing numbers of the reward stage."""
+    """The reward model ranks pairs better than chance.
+
+    Args:
+        scores: its scores now of the pairs in its manifest, [chosen, rejected, chosen, ...].
+        results: closing numbers of the reward stage.
+    """
     ordered, count = int((scores[0::2] > scores[1::2]).sum()), len(scores) // 2
     pairs = f"{ordered} of {count} recorded pairs in order"
     remedy = "go back to the reward stage: more or cleaner pairs, a higher learning_rate, or a larger model."
-    if (accuracy := results.get("eval_accuracy")) is None:  # nothing was held out, and a few pairs prove little
-        remedy = f"Chance does as well; hold pairs out there to know, or {remedy}"
+    if (accuracy := results.get("eval_accuracy")) is None:  # nothing was held out, and a few pairs are weak evidence
+        remedy = f"Chance does as well; hold out pairs there to find out, or {remedy}"
         return Check(2 * ordered > count, pairs, "more than half", remedy, required=False)
     low, high = results["eval_accuracy_low"], results["eval_accuracy_high"]
     chance = accuracy <= 0.5
@@ -177,6 +182,6 @@ def beats_chance(scores: Tensor, results: dict[str, Any]) -> Check:
         low > 0.5,
         f"reward accuracy {accuracy:.3g} ({low:.3g} to {high:.3g}), {pairs}",
         "an accuracy above 0.5 on held-out pairs" if chance else "an interval above 0.5",
-        f"{'It does no better than chance' if chance else 'It may do no better than chance: hold more pairs out'}; {remedy}",
+        f"{'It does no better than chance' if chance else 'It may do no better than chance: hold out more pairs'}; {remedy}",
         required=chance,
     )

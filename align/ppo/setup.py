@@ -90,9 +90,10 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
 
 
 def _start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
-    """Make the value at the last token the reward model's score (arXiv 2009.01325 appendix G.1), zero point included.
+    """Initialize the value head from the reward model's (arXiv 2009.01325 appendix G.1), its zero point included.
 
-    A head that is new, on a language model, starts at 0, so that every value is 0 (arXiv 1909.08593).
+    The value at the last token then starts as the score. A new head, on a language model, starts at 0, so that every
+    value is 0 (arXiv 1909.08593).
     """
     _, head = score_head(value)
     with gathered_parameters(list(head.parameters()), modify=True), torch.no_grad():
@@ -137,7 +138,7 @@ def _sources(
 
 
 def encode_for_reward(tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str) -> list[int]:
-    """Ids of a decoded response and its prompt for a reward model with a tokenizer of its own, as its stage trained on them."""
+    """Ids of a prompt and a decoded response for a reward model with another tokenizer, as its stage encodes them."""
     return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder)
 
 
