@@ -231,7 +231,7 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
         )
     if virtual and recipe.deepspeed and _stage_of(Path(recipe.deepspeed)) == 3:
         raise UserError(
-            f"{where('method')}: {recipe.method} is not offered at ZeRO 3; use ZeRO 2, it trains few parameters"
+            f"{where('method')}: {recipe.method} is not supported at ZeRO 3; use ZeRO 2, it trains few parameters"
         )
 
 

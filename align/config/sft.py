@@ -126,6 +126,6 @@ def _check_retention(recipe: SFTRecipe, where: Where) -> None:
         raise UserError(f"{where('eval_metrics')}: expected different metrics, got {', '.join(recipe.eval_metrics)}")
     if recipe.eval_metrics and recipe.method in ("prompt", "prefix"):
         raise UserError(
-            f"{where('eval_metrics')}: responses with method: {recipe.method} are not offered; leave it out, the losses are "
+            f"{where('eval_metrics')}: responses with method: {recipe.method} are not supported; leave it out, the losses are "
             "measured all the same"
         )

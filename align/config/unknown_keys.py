@@ -14,31 +14,31 @@ _SAMPLED = (
     "refused: it would sample from another distribution than the one whose log-probabilities PPO compares; "
     "only `temperature` applies to both"
 )
-_GREEDY = "not offered: temperature 0 takes the likeliest token, above 0 samples from the whole distribution"
+_GREEDY = "not supported: temperature 0 takes the likeliest token, above 0 samples from the whole distribution"
 _DERIVED_SIZES = (
     "derived: set train_batch_size (rows per optimiser step over all devices) and per_device_train_batch_size"
 )
 _BY_STEPS = "not needed: set eval_steps, save_steps or logging_steps"
 _RESUMES = "not needed: the same command resumes; delete output_dir to start anew"
-_NO_HUB = "not offered: upload output_dir afterwards with `hf upload`"
-_NO_DROPOUT = "not offered: dropout is off in every stage"
+_NO_HUB = "not supported: upload output_dir afterwards with `hf upload`"
+_NO_DROPOUT = "not supported: dropout is off in every stage"
 _ANY_STAGE = {
     "gradient_accumulation_steps": _DERIVED_SIZES,
     "per_gpu_train_batch_size": "called per_device_train_batch_size here",
     "per_gpu_eval_batch_size": "called per_device_eval_batch_size here",
-    "auto_find_batch_size": "not offered: set per_device_train_batch_size, on which only memory depends",
-    "fp16": "not offered: use bf16, or float32 by default",
+    "auto_find_batch_size": "not supported: set per_device_train_batch_size, on which only memory depends",
+    "fp16": "not supported: use bf16, or float32 by default",
     "fp32": "not needed: float32 is the default",
     "torch_dtype": "derived from bf16; the weights that train are float32",
     "dtype": "derived from bf16; the weights that train are float32",
-    "optim": "not offered: the optimiser is AdamW",
+    "optim": "not supported: the optimiser is AdamW",
     "warmup_ratio": "called warmup_steps here; a number below 1 is a share of all steps",
     "lr_scheduler": "called lr_scheduler_type here",
     "eval_strategy": _BY_STEPS,
     "evaluation_strategy": _BY_STEPS,
     "save_strategy": _BY_STEPS,
     "logging_strategy": _BY_STEPS,
-    "logging_dir": "not offered: metrics go to metrics.jsonl in output_dir, and to W&B with report_to",
+    "logging_dir": "not supported: metrics go to metrics.jsonl in output_dir, and to W&B with report_to",
     "greater_is_better": "derived: a metric_for_best_model whose name ends in loss, perplexity, gap or forgetting is to be low, others high",
     "resume_from_checkpoint": _RESUMES,
     "overwrite_output_dir": _RESUMES,
@@ -71,7 +71,7 @@ _OF_STAGE = {
     "mlm": {
         "mask_probability": "called mlm_probability here",
         "line_by_line": "not needed: each row is a text; longer ones are cut into pieces of max_length tokens",
-        "whole_word_mask": "not offered: tokens are masked one by one",
+        "whole_word_mask": "not supported: tokens are masked one by one",
     },
     "ppo": {
         "gradient_accumulation_steps": "derived: set minibatch_size (responses per optimiser step over all devices) and per_device_train_batch_size",
@@ -102,7 +102,7 @@ _OF_STAGE = {
         "scale_rewards": "derived: advantage_estimator grpo divides by the deviation of a prompt's responses, dr_grpo does not",
         "loss_type": "derived from advantage_estimator: grpo is a mean over responses, dr_grpo over response_length, others over tokens",
         "n_samples_per_prompt": "called num_generations here",
-        "vf_coef": "not offered: policy and value model have optimisers of their own; set value_learning_rate",
+        "vf_coef": "not supported: policy and value model have optimisers of their own; set value_learning_rate",
         "stop_token": "derived: a response ends at the tokenizer's end-of-text token",
         "stop_token_id": "derived: a response ends at the tokenizer's end-of-text token",
         "whiten_advantages": "not needed: advantages are always whitened over all devices",
@@ -119,11 +119,11 @@ _OF_STAGE = {
         "response_length": "called max_new_tokens here",
         "reward_funcs": "called grader here, one function",
         "eval_reward_funcs": "called grader here, one function",
-        "deepspeed": "not offered: every process holds whole models, and takes its share of the rows",
+        "deepspeed": "not supported: every process holds whole models, and takes its share of the rows",
     },
 }
 _BOTTLENECK = (
-    "not offered: PEFT has no bottleneck adapters, and the `adapters` library, which has, needs transformers 4.57 where "
+    "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has, needs transformers 4.57 where "
     "this project needs 5; use lora, which trains as few parameters and can be merged"
 )
 

@@ -777,10 +777,10 @@ def test_overrides(load):
         ({"num_shots": [2, 2]}, "num_shots: expected different numbers from 0, got [2, 2]"),
         ({"num_shots": [0, 4]}, "train_dataset: expected rows that give the 4 examples, got none"),
         ({"chat_template_path": "gone.jinja"}, "chat_template_path: no file gone.jinja"),
-        ({"stage": "sft"}, "stage: expected one of evaluate, got \"sft\""),
+        ({"stage": "sft"}, "stage: expected 'evaluate', got 'sft'"),
         ({"learning_rate": 1}, "learning_rate: unknown key; it belongs to the sft and reward and ppo and classify and mlm stages"),
         ({"num_fewshot": 4}, "num_fewshot: unknown key; called num_shots here"),
-        ({"top_p": 0.9}, "top_p: unknown key; not offered: temperature 0 takes the likeliest token"),
+        ({"top_p": 0.9}, "top_p: unknown key; not supported: temperature 0 takes the likeliest token"),
         ({"model_name_or_path": "a"}, "model_name_or_path: unknown key; called models here"),
     ],
 )  # fmt: skip
@@ -813,7 +813,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         assert f" --{field.name} <" in text
     assert "deepspeed --num_gpus N --module align evaluate" in text
     assert cli.main(["--help"]) == 0
-    assert "align evaluate RECIPE" in capsys.readouterr().out
+    assert "\n    evaluate  " in capsys.readouterr().out
     assert cli.main(["evaluat"]) == 2
     assert "did you mean 'evaluate'?" in capsys.readouterr().err
     assert cli.main(["evaluate"]) == 2
