@@ -207,7 +207,7 @@ class TestFaults:
         monkeypatch.setattr(align_models, "disable_dropout", lambda model: None)
         message = refused(tmp_path, gradient_checkpointing=True)  # which keeps the model in training mode
         kl, ratio, *_ = failures(message)
-        assert "with dropout" in kl
+        assert "dropout is active" in kl
         assert "dropout is on" in ratio
         assert ") ratio" in ratio
 
