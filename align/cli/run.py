@@ -63,7 +63,7 @@ def already_done(step: Step) -> list[Table] | None:
     """
     if isinstance(step.recipe, EvaluateRecipe):
         results = finished(step.recipe)
-        return None if results is None else [table.drawn() for table in tables(step.recipe, results)]
+        return None if results is None else [table.to_rich() for table in tables(results)]
     return [] if is_finished(step.recipe) else None
 
 

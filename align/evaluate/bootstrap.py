@@ -1,7 +1,7 @@
-"""What chance could have made of a number: bootstrap intervals, and paired tests of two models on the same rows.
+"""Uncertainty of scores: bootstrap confidence intervals, and paired tests of two models on the same rows.
 
-All of it works on per-row statistics [n, d] whose sums over rows give the score, so it is right for means, for ratios
-of sums (perplexity) and for scores of a whole corpus (BLEU, macro-F1) alike.
+Everything works on statistics of single rows, [n, d], whose sums over rows determine the score. That covers means,
+ratios of sums (perplexity) and corpus scores (BLEU, macro F1) alike.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Score = Callable[[Floats], dict[str, float]]
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Statistics of n rows, [n, d], and the scores that their sums [d] give.
+    """Statistics of n rows, [n, d], and the scores by name that their sums [d] determine.
 
     Attributes:
         has_row_scores: whether the score of a single row means something.
@@ -30,21 +30,26 @@ class Measure:
     has_row_scores: bool = True
 
     def scores(self) -> dict[str, float]:
+        """The scores of all rows."""
         return self.score(self.statistics.sum(axis=0))
 
     def rows(self, index: list[int]) -> Measure:
+        """The measure of some of the rows."""
         return Measure(self.statistics[index], self.score, self.has_row_scores)
 
 
-def intervals(measure: Measure, iterations: int, seed: int) -> dict[str, tuple[float, float]]:
-    """The 95% percentile interval of each score when rows are drawn anew with replacement, as many as there are."""
-    samples = _scores(measure.score, _resample(measure.statistics, iterations, seed))
-    return {name: _percentiles(values) for name, values in samples.items()}
+def bootstrap_intervals(measure: Measure, iterations: int, seed: int) -> dict[str, tuple[float, float]]:
+    """The 95% percentile interval of each score: `scipy.stats.bootstrap` with `method="percentile"`.
+
+    Resamples are sums of statistics, so a score of a whole corpus costs no more than one of a mean.
+    """
+    samples = _score_each(measure.score, _resampled_sums(measure.statistics, iterations, seed))
+    return {name: _percentile_interval(values) for name, values in samples.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How much more one model scores than another on the same rows, its 95% interval, and the two-sided p-value."""
+    """Score of a model less that of another on the same rows, its 95% interval, and the two-sided p-value."""
 
     difference: float
     low: float
@@ -53,33 +58,35 @@ class Comparison:
 
 
 def compare(measure: Measure, baseline: Measure, iterations: int, seed: int) -> dict[str, Comparison]:
-    """`measure` less `baseline`, whose rows are the same in the same order.
+    """Paired comparison of `measure` with `baseline`, which has the same rows in the same order.
 
     The interval is the percentile interval of the paired bootstrap: both are scored on the same resamples. The
-    p-value is of approximate randomisation (Noreen 1989): how often the difference is as large when each row's two
-    results change sides by a toss of a coin, the observed sides counted as one of the tosses.
+    p-value is that of approximate randomisation (Noreen 1989), `scipy.stats.permutation_test` with
+    `permutation_type="samples"`: the share of random swaps of the two models' results, row by row, whose difference
+    is at least as large, the observed assignment counted as one of them.
     """
-    both = [_scores(each.score, _resample(each.statistics, iterations, seed)) for each in (measure, baseline)]
-    sides = np.random.default_rng([seed, 1]).integers(0, 2, (iterations, len(measure.statistics))).astype(np.float64)
-    moved = sides @ (baseline.statistics - measure.statistics)
-    tossed = [
-        _scores(measure.score, measure.statistics.sum(axis=0) + moved),
-        _scores(measure.score, baseline.statistics.sum(axis=0) - moved),
+    pair = (measure, baseline)
+    samples = [_score_each(each.score, _resampled_sums(each.statistics, iterations, seed)) for each in pair]
+    swaps = np.random.default_rng([seed, 1]).integers(0, 2, (iterations, len(measure.statistics))).astype(np.float64)
+    change = swaps @ (baseline.statistics - measure.statistics)
+    swapped = [
+        _score_each(measure.score, measure.statistics.sum(axis=0) + change),
+        _score_each(measure.score, baseline.statistics.sum(axis=0) - change),
     ]
-    own, other = measure.scores(), baseline.scores()
-    found = {}
-    for name in own:
-        difference = own[name] - other[name]
-        chance = np.abs(tossed[0][name] - tossed[1][name])
-        # The same rows on the same sides may add up to another last digit.
-        as_large = chance >= abs(difference) - 1e-9 * max(1.0, abs(own[name]))
-        p_value = (1 + int(as_large.sum())) / (1 + iterations)
-        found[name] = Comparison(difference, *_percentiles(both[0][name] - both[1][name]), p_value)
-    return found
+    scores, baseline_scores = measure.scores(), baseline.scores()
+    comparisons = {}
+    for name, score in scores.items():
+        difference = score - baseline_scores[name]
+        null = np.abs(swapped[0][name] - swapped[1][name])
+        tolerance = 1e-9 * max(1.0, abs(score))  # the same assignment may add up to another last digit
+        p_value = (1 + int((null >= abs(difference) - tolerance).sum())) / (1 + iterations)
+        low, high = _percentile_interval(samples[0][name] - samples[1][name])
+        comparisons[name] = Comparison(difference, low, high, p_value)
+    return comparisons
 
 
-def _resample(statistics: Floats, iterations: int, seed: int) -> Floats:
-    """Sums of the statistics over the rows of each resample, [iterations, d]; the same rows for one seed and n."""
+def _resampled_sums(statistics: Floats, iterations: int, seed: int) -> Floats:
+    """Sums of the statistics over each resample of the rows, [iterations, d]. Resamples depend on seed and n alone."""
     count = len(statistics)
     random = np.random.default_rng([seed, 0])
     return np.array(
@@ -90,11 +97,12 @@ def _resample(statistics: Floats, iterations: int, seed: int) -> Floats:
     )
 
 
-def _scores(score: Score, sums: Floats) -> dict[str, Floats]:
+def _score_each(score: Score, sums: Floats) -> dict[str, Floats]:
+    """Scores by name of each row of sums [iterations, d], [iterations] each."""
     scored = [score(each) for each in sums]
     return {name: np.array([scores[name] for scores in scored]) for name in scored[0]}
 
 
-def _percentiles(values: Floats) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+def _percentile_interval(values: Floats) -> tuple[float, float]:
+    low, high = np.nanpercentile(values, [50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL)])
     return float(low), float(high)

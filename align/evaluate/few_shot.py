@@ -1,4 +1,4 @@
-"""Worked examples before a prompt, drawn from the training rows: in-context learning, the baseline that tuning must beat."""
+"""Few-shot prompts (in-context learning): examples from the training rows before the prompt of an evaluation row."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from align.data.templates import TASK
 from align.errors import UserError
 
 SEPARATOR = "\n\n"  # between examples of plain text
+Kind = tuple[object, bool]  # task, and whether rows are text rather than messages
 
 
-def pools(training: Sequence[Demonstration]) -> dict[tuple[object, bool], list[Demonstration]]:
-    """The rows that may serve as examples, by `kind`, each once however much weight it has."""
-    found: dict[tuple[object, bool], list[Demonstration]] = {}
+def example_pools(training: Sequence[Demonstration]) -> dict[Kind, list[Demonstration]]:
+    """Training rows by kind, each of them once, however often its source's weight repeats it."""
+    pools: dict[Kind, list[Demonstration]] = {}
     for row in {id(row): row for row in training}.values():
-        found.setdefault(kind(row), []).append(row)
-    return found
+        pools.setdefault(_kind(row), []).append(row)
+    return pools
 
 
-def pool_for(row: Demonstration, found: dict[tuple[object, bool], list[Demonstration]]) -> list[Demonstration]:
-    """The rows of `pools` that may be examples for this one: of its task, or all when no training row is of it."""
-    task, is_text = kind(row)
-    own = found.get((task, is_text))
-    return own or [each for (_, text), rows in found.items() if text == is_text for each in rows]
+def pool_for(row: Demonstration, pools: dict[Kind, list[Demonstration]]) -> list[Demonstration]:
+    """Candidate examples for a row: those of its task, or of all tasks if its own has no training rows."""
+    task, is_text = _kind(row)
+    same_task = pools.get((task, is_text))
+    return same_task or [each for (_, text), rows in pools.items() if text == is_text for each in rows]
 
 
-def kind(row: Demonstration) -> tuple[object, bool]:
-    """What an example shares with the row that it is for: the task, and being text or messages."""
+def _kind(row: Demonstration) -> Kind:
     return row.extra[TASK], isinstance(row.prompt, str)
 
 
-def draw(pool: Sequence[Demonstration], count: int, seed: str) -> list[Demonstration]:
-    """`count` different rows; of two counts, the examples of the smaller are the first of the larger's.
+def draw_examples(pool: Sequence[Demonstration], count: int, seed: str) -> list[Demonstration]:
+    """`count` different rows. With the same seed, fewer examples are a prefix of more.
 
     Raises:
-        UserError: there are not as many.
+        UserError: the pool has fewer rows.
     """
     if count > len(pool):
         task = pool[0].extra[TASK] if pool else None
@@ -44,34 +44,35 @@ def draw(pool: Sequence[Demonstration], count: int, seed: str) -> list[Demonstra
             f"num_shots: expected at least {count} training rows of task {task!r} to take examples from, found {len(pool)}; "
             "give more training rows, or lower num_shots."
         )
-    random_ = random.Random(seed)
+    generator = random.Random(seed)
     chosen: dict[int, Demonstration] = {}
     while len(chosen) < count:
-        index = random_.randrange(len(pool))
+        index = generator.randrange(len(pool))
         chosen.setdefault(index, pool[index])
     return list(chosen.values())
 
 
-def with_examples(row: Demonstration, examples: Sequence[Demonstration]) -> Turns:
-    """The row's prompt after the examples: messages as earlier turns behind the row's own system message, text as text.
+def few_shot_prompt(row: Demonstration, examples: Sequence[Demonstration]) -> Turns:
+    """The row's prompt after the examples.
 
-    Examples of text stand as training has them, response right behind the prompt, with blank lines between them.
+    Text: prompt and completion of each example, as in training, separated by blank lines. Messages: the examples'
+    turns without their system messages, after the row's own system message.
     """
     if isinstance(row.prompt, str):
         texts = [f"{example.prompt}{example.completion}".rstrip() for example in examples]
         return SEPARATOR.join([*texts, row.prompt])
     system = [turn for turn in row.prompt[:1] if turn["role"] == "system"]
-    earlier = [
+    turns = [
         turn
         for example in examples
         for turn in (*example.prompt, *example.completion)
         if isinstance(turn, dict) and turn["role"] != "system"
     ]
-    return [*system, *earlier, *row.prompt[len(system) :]]
+    return [*system, *turns, *row.prompt[len(system) :]]
 
 
 def ends_at_separator(examples: Sequence[Demonstration]) -> bool:
-    """Whether an answer after these examples is over at a blank line: they are text, and none of their responses has one."""
+    """Whether a response after these examples ends at a blank line: they are text, and no completion contains one."""
     return bool(examples) and all(
         isinstance(each.completion, str) and SEPARATOR not in each.completion.strip() for each in examples
     )

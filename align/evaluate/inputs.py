@@ -1,9 +1,10 @@
-"""What `align evaluate` asks of each model: every prompt in token ids, checked before any weights are loaded."""
+"""Inputs of `align evaluate`: the rows and every model's prompts in token ids, checked before weights are loaded."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +16,14 @@ from align.data.encode import encode_prompt, encode_response
 from align.data.load import DataSettings, load_rows
 from align.data.rows import BadRows, Demonstration, Turns, render_text
 from align.errors import BadRow, UserError
-from align.evaluate.few_shot import SEPARATOR, draw, ends_at_separator, pool_for, pools, with_examples
+from align.evaluate.few_shot import (
+    SEPARATOR,
+    draw_examples,
+    ends_at_separator,
+    example_pools,
+    few_shot_prompt,
+    pool_for,
+)
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import prompt_tuning_base
@@ -23,26 +31,44 @@ from align.runs.manifest import read_manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Condition:
-    """A model with a number of examples in the prompt, and what it is asked: one entry per row."""
+class EncodedRow:
+    """An evaluation row as one model reads it.
+
+    Attributes:
+        prompt: with the few-shot examples.
+        reference_ids: of the reference response, end-of-text included.
+        stop_strings: a prediction is cut before the first of these.
+    """
+
+    prompt: Turns
+    prompt_ids: list[int]
+    reference_ids: list[int]
+    stop_strings: list[str]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EvalSetting:
+    """A model, loaded from `path`, with a number of few-shot examples in each prompt."""
 
     model: str
     path: str
     num_shots: int
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Turns]  # with the examples
-    prompt_ids: list[list[int]]
-    answer_ids: list[list[int]]  # of the reference, end-of-text included
-    stops: list[list[str]]  # a prediction ends before the first of these
+    rows: list[EncodedRow]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Inputs:
-    """The rows that every condition can use, in one order for all, and the conditions: by model, baseline first."""
+class EvalInputs:
+    """The rows that every setting can use, in the order of each setting's `rows`.
+
+    Attributes:
+        settings: by model, the baseline's first.
+        report: of the data, from `align.data.load`.
+    """
 
     rows: list[Demonstration]
-    conditions: list[Condition]
-    report: dict[str, Any]  # of the data, as `align.data.load` reports it
+    settings: list[EvalSetting]
+    report: dict[str, Any]
 
     @property
     def references(self) -> list[str]:
@@ -56,48 +82,62 @@ def shared_keys(recipe: EvaluateRecipe) -> StageRecipe:
     return StageRecipe(**{name: value for name, value in own.items() if name in names})
 
 
-def prepare(recipe: EvaluateRecipe, generates: bool) -> Inputs:
-    """Read the rows and write every condition's prompts.
+def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
+    """Load the rows and encode the prompts of every setting.
 
     Args:
-        generates: whether the models are to write, rather than to judge the references only.
+        generates: whether responses are generated, for which prompts must have room.
 
     Raises:
-        UserError: no such model, no rows, fewer training rows than examples, or bad rows and `on_bad_row` is "error".
+        UserError: a model is missing or cannot generate, there are no rows, fewer training rows than examples, or bad
+            rows while `on_bad_row` is "error".
     """
-    tokenizers = {name: _tokenizer(path, recipe) for name, path in recipe.models.items()}
-    training, rows, report = _rows(recipe)
-    if generates and (silent := next((row for row in rows if not row.prompt), None)):
+    tokenizers = {name: _load_tokenizer(path, recipe) for name, path in recipe.models.items()}
+    training, rows, report = _load_rows(recipe)
+    if generates and (plain := next((row for row in rows if not row.prompt), None)):
         raise UserError(
-            f"{silent.where}: plain text has no prompt to answer; measure it by perplexity and token_accuracy alone."
+            f"{plain.where}: plain text has no prompt to respond to; evaluate it by perplexity and token_accuracy alone."
         )
-    by_kind = pools(training)
+    max_new_tokens = recipe.max_new_tokens if generates else 0
+    pools = example_pools(training)
     bad = BadRows()
-    good = set(range(len(rows)))
-    conditions = []
+    usable = set(range(len(rows)))
+    settings: list[tuple[str, int, list[EncodedRow | None]]] = []
     for name, (tokenizer, limit) in tokenizers.items():
-        for shots in recipe.num_shots:
-            condition = Condition(name, recipe.models[name], shots, tokenizer, [], [], [], [])
+        for num_shots in recipe.num_shots:
+            encoded: list[EncodedRow | None] = [None] * len(rows)
             for index, row in enumerate(rows):
-                examples = draw(pool_for(row, by_kind), shots, f"{recipe.seed} examples {index}")
-                if index in good:
-                    _add(condition, row, examples, recipe, generates, limit, bad)
-                if len(condition.prompts) == index:  # bad: fill its place, to be taken out of all conditions
-                    good.discard(index)
-                    _append(condition, "", [], [], [])
-            conditions.append(condition)
+                examples = draw_examples(pool_for(row, pools), num_shots, f"{recipe.seed} examples {index}")
+                if index in usable:
+                    with bad.catch(row.where):
+                        encoded[index] = _encode(row, examples, tokenizer, limit, max_new_tokens, recipe.stop_strings)
+                    if encoded[index] is None:
+                        usable.discard(index)
+            settings.append((name, num_shots, encoded))
     report["bad_rows"] |= bad.raise_or_report(recipe.on_bad_row)
-    if not good:
+    if not usable:
         raise UserError(
             f"none of {len(rows)} rows can be used ({bad.summary()}); give other rows, or change these limits."
         )
-    kept = sorted(good)
-    report["evaluation_rows"] = len(kept)
-    return Inputs([rows[index] for index in kept], [_only(condition, kept) for condition in conditions], report)
+    report["evaluation_rows"] = len(usable)
+    return EvalInputs(
+        [rows[index] for index in sorted(usable)],
+        [
+            EvalSetting(
+                name,
+                recipe.models[name],
+                num_shots,
+                tokenizers[name][0],
+                [row for index, row in enumerate(encoded) if index in usable and row is not None],
+            )
+            for name, num_shots, encoded in settings
+        ],
+        report,
+    )
 
 
-def _rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demonstration], dict[str, Any]]:
-    """Rows for examples, rows to evaluate, and the report."""
+def _load_rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demonstration], dict[str, Any]]:
+    """Training rows for the examples, evaluation rows, and the report of the data."""
     if recipe.train_dataset:
         settings = DataSettings(
             train_dataset=recipe.train_dataset,
@@ -120,8 +160,8 @@ def _rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demonstrati
     return [], [rows.train[index] for index in chosen], report
 
 
-def _tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokenizerBase, int]:
-    """A model's tokenizer, and the most tokens that it can read."""
+def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokenizerBase, int]:
+    """A model's tokenizer, and the maximum number of tokens in a row."""
     shared = shared_keys(recipe)
     stage = (read_manifest(path) or {}).get("stage")
     if stage in STAGES and not STAGES[stage].generates:
@@ -129,55 +169,43 @@ def _tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokenizerBa
             f"models: {path} was made by the {stage} stage and does not generate text; name a language model."
         )
     if found := prompt_tuning_base(path):
-        base, before = found
+        base, num_virtual_tokens = found
         config = load_config(base, shared, f"models: {path} holds virtual tokens for {base}")
     else:
-        before = 0
+        num_virtual_tokens = 0
         config = load_config(path, shared, "models")
     if is_encoder(config) or getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"models: {path} ({config.model_type}) is no decoder; name models that continue text.")
+        raise UserError(f"models: {path} ({config.model_type}) is not a decoder; name causal language models.")
     tokenizer = load_tokenizer(path, dataclasses.replace(shared, chat_template_path=None))
     if not tokenizer.chat_template and recipe.chat_template_path:
         tokenizer = load_tokenizer(path, shared)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limits = [tokenizer.model_max_length, *([positions - before] if positions else []), recipe.max_length]
+    limits = [tokenizer.model_max_length, *([positions - num_virtual_tokens] if positions else []), recipe.max_length]
     return tokenizer, min(limit for limit in limits if limit is not None)
 
 
-def _add(
-    condition: Condition,
+def _encode(
     row: Demonstration,
-    examples: list[Demonstration],
-    recipe: EvaluateRecipe,
-    generates: bool,
+    examples: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
     limit: int,
-    bad: BadRows,
-) -> None:
-    """Append a row to the condition, unless it is a bad one."""
-    with bad.catch(row.where):
-        prompt = with_examples(row, examples)
-        ids = encode_prompt(condition.tokenizer, prompt)
-        answer = encode_response(condition.tokenizer, prompt, row.completion)
-        if len(answer) < 2:  # nothing but end-of-text
-            raise BadRow("empty response")
-        if not ids:  # text, and a tokenizer without BOS: what comes first is predicted by nothing
-            ids, answer = answer[:1], answer[1:]
-        size = len(ids) + max(len(answer), recipe.max_new_tokens if generates else 0)
-        if size > limit:
-            how = f" with {condition.num_shots} examples" if condition.num_shots else ""
-            raise BadRow(f"longer than {limit} tokens{how} and its answer, which may take max_new_tokens")
-        stops = [*recipe.stop_strings, *([SEPARATOR] if ends_at_separator(examples) else [])]
-        _append(condition, prompt, ids, answer, stops)
+    max_new_tokens: int,
+    stop_strings: Sequence[str],
+) -> EncodedRow:
+    """The row after its examples, in token ids.
 
-
-def _append(condition: Condition, prompt: Turns, ids: list[int], answer: list[int], stops: list[str]) -> None:
-    condition.prompts.append(prompt)
-    condition.prompt_ids.append(ids)
-    condition.answer_ids.append(answer)
-    condition.stops.append(stops)
-
-
-def _only(condition: Condition, kept: list[int]) -> Condition:
-    names = ("prompts", "prompt_ids", "answer_ids", "stops")
-    lists: dict[str, Any] = {name: [getattr(condition, name)[index] for index in kept] for name in names}
-    return dataclasses.replace(condition, **lists)
+    Raises:
+        BadRow: no response, or more than `limit` tokens.
+    """
+    prompt = few_shot_prompt(row, examples)
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    reference_ids = encode_response(tokenizer, prompt, row.completion)
+    if len(reference_ids) < 2:  # end-of-text alone
+        raise BadRow("empty response")
+    if not prompt_ids:  # text without a prompt or a BOS token: nothing predicts the first token
+        prompt_ids, reference_ids = reference_ids[:1], reference_ids[1:]
+    if len(prompt_ids) + max(len(reference_ids), max_new_tokens) > limit:
+        shots = f" with {len(examples)} examples" if examples else ""
+        raise BadRow(f"longer than {limit} tokens{shots} and its response, which may take max_new_tokens")
+    stops = [*stop_strings, *([SEPARATOR] if ends_at_separator(examples) else [])]
+    return EncodedRow(prompt, prompt_ids, reference_ids, stops)

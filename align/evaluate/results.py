@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind, `results.json`: by what it is known to be the same one, and as tables. Imports no torch."""
+"""`results.json` of an evaluation: the identity by which it is recognised, and its numbers as tables. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as Drawn
+from rich.table import Table as RichTable
 
 from align.config.evaluate import EvaluateRecipe
 from align.errors import UserError
@@ -21,70 +21,74 @@ REPORT = "results.md"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Table:
-    """A table of text, for Markdown and for the screen."""
+    """A table of text, for Markdown and for the terminal."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
 
-    def drawn(self) -> Drawn:
-        """For the screen."""
-        drawn = make_table(self.title, *self.columns)
+    def to_rich(self) -> RichTable:
+        """The table for a terminal."""
+        table = make_table(self.title, *self.columns)
         for row in self.rows:
-            drawn.add_row(*row)
-        return drawn
+            table.add_row(*row)
+        return table
 
 
 def identity(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """What makes two evaluations the same one, the rows themselves apart."""
+    """Stage, recipe, and digests of the models' manifests: two evaluations that agree in these are the same."""
     manifests = {name: read_manifest(path) for name, path in recipe.models.items()}
-    plain = {
-        **dataclasses.asdict(recipe),
-        "models": list(recipe.models.items()),
-    }  # the order of a mapping counts for nothing
+    values = {**dataclasses.asdict(recipe), "models": list(recipe.models.items())}  # a list, since the order counts
     return {
         "stage": "evaluate",
-        "recipe": json.loads(json.dumps(plain)),
+        "recipe": json.loads(json.dumps(values)),
         "inputs": {name: digest(manifest) for name, manifest in manifests.items() if manifest},
     }
 
 
 def finished(recipe: EvaluateRecipe) -> dict[str, Any] | None:
-    """The results of the same evaluation, if `output_dir` has them.
+    """The content of `results.json` in `output_dir`; None when there is none.
 
     Raises:
-        UserError: it has those of another one, or of models that have since been made anew.
+        UserError: it is from another evaluation, or a model has been trained again since.
     """
     file = Path(recipe.output_dir) / RESULTS
     if not file.is_file():
         return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if differing := differing_keys(found, identity(recipe)):
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if differing := differing_keys(results, identity(recipe)):
         raise UserError(
             f"output_dir: {recipe.output_dir} holds results that differ in {', '.join(differing)}; delete the folder to "
-            "evaluate anew, or choose another output_dir."
+            "evaluate again, or choose another output_dir."
         )
-    return found
+    return results
 
 
-def tables(recipe: EvaluateRecipe, results: dict[str, Any]) -> list[Table]:
-    """The results as text: values by condition, comparisons, values by task."""
-    several = len(recipe.num_shots) > 1 or recipe.num_shots != [0]
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Values by metric and model, differences from the baseline, and values by task where there are several.
 
-    def label(named: dict[str, Any]) -> str:
-        return f"{named['model']}, {named['num_shots']}-shot" if several else str(named["model"])
+    Args:
+        results: content of `results.json`.
+    """
+    zero_shot = results["recipe"]["num_shots"] == [0]
 
-    columns = list(dict.fromkeys(label(value) for value in results["results"]))
+    def label(entry: dict[str, Any]) -> str:
+        return str(entry["model"]) if zero_shot else f"{entry['model']}, {entry['num_shots']}-shot"
+
+    columns = list(dict.fromkeys(label(entry) for entry in results["results"]))
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    for value in results["results"]:
-        cells.setdefault((value["task"], value["n"], value["metric"]), {})[label(value)] = _with_interval(value)
-    whole = [[metric, *(row[column] for column in columns)] for (task, _, metric), row in cells.items() if task is None]
-    parts = [
-        [task, str(n), metric, *(row[column] for column in columns)]
-        for (task, n, metric), row in cells.items()
-        if task is not None
-    ]
-    compared = [
+    for entry in results["results"]:
+        row_key = (entry["task"], entry["n"], entry["metric"])
+        cells.setdefault(row_key, {})[label(entry)] = _with_interval(entry, "value")
+    overall: list[list[str]] = []
+    by_task: list[list[str]] = []
+    for (task, n, metric), row in cells.items():
+        values = [metric, *(row[column] for column in columns)]
+        if task is None:
+            overall.append(values)
+        else:
+            by_task.append([task, str(n), *values])
+    differences = [
         [
             entry["metric"],
             label(entry),
@@ -94,18 +98,18 @@ def tables(recipe: EvaluateRecipe, results: dict[str, Any]) -> list[Table]:
         ]
         for entry in results["comparisons"]
     ]
-    found = [Table("Results", ["metric", *columns], whole)]
-    if compared:
-        heads = ["metric", "model", "against", "difference", "p"]
-        found.append(Table(f"Differences from {results['baseline']}, on the same rows", heads, compared))
-    if parts:
-        found.append(Table("Results by task", ["task", "rows", "metric", *columns], parts))
+    found = [Table("Results", ["metric", *columns], overall)]
+    if differences:
+        title = f"Differences from {results['baseline']}, on the same rows"
+        found.append(Table(title, ["metric", "model", "against", "difference", "p"], differences))
+    if by_task:
+        found.append(Table("Results by task", ["task", "rows", "metric", *columns], by_task))
     return found
 
 
-def _with_interval(entry: dict[str, Any], name: str = "value") -> str:
-    if entry[name] is None:
+def _with_interval(entry: dict[str, Any], key: str) -> str:
+    if entry[key] is None:
         return "-"
-    sign = "+" if name == "difference" else ""
-    text = f"{entry[name]:{sign}.4g}"
+    sign = "+" if key == "difference" else ""
+    text = f"{entry[key]:{sign}.4g}"
     return text if entry["low"] is None else f"{text} [{entry['low']:.4g}, {entry['high']:.4g}]"

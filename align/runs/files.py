@@ -68,14 +68,18 @@ def _fingerprint(path: Path) -> list[int]:
     return [size, crc]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically: after a crash it has its old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 @contextlib.contextmanager

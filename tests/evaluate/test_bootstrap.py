@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from align.evaluate.bootstrap import Measure, compare, intervals
+from align.evaluate.bootstrap import Measure, bootstrap_intervals, compare
 from align.evaluate.metrics import load_metric
 
 
@@ -16,13 +16,13 @@ def mean(values) -> Measure:
 
 def test_the_interval_of_two_rows():
     """Both resampled alike: 0 with chance 1/4, 1/2 with 1/2, 1 with 1/4."""
-    assert intervals(mean([0, 1]), 1000, 0)["mean"] == (0.0, 1.0)
-    assert intervals(mean([3, 3, 3]), 1000, 0)["mean"] == (3.0, 3.0)
+    assert bootstrap_intervals(mean([0, 1]), 1000, 0)["mean"] == (0.0, 1.0)
+    assert bootstrap_intervals(mean([3, 3, 3]), 1000, 0)["mean"] == (3.0, 3.0)
 
 
 def test_the_interval_of_many_rows_is_that_of_the_normal_law():
     values = np.random.default_rng(1).normal(size=400)
-    low, high = intervals(mean(values), 4000, 0)["mean"]
+    low, high = bootstrap_intervals(mean(values), 4000, 0)["mean"]
     half = 1.96 * values.std() / 20
     assert (high - low) / 2 == pytest.approx(half, rel=0.06)
     assert (high + low) / 2 == pytest.approx(values.mean(), abs=0.1 * half)
@@ -32,14 +32,14 @@ def test_a_ratio_is_of_sums():
     """Two rows, of 1 token and of 9: a mean of the rows' ratios would come to 1/2 where both are drawn, not to 1/10."""
     measure = Measure(np.array([[1.0, 1.0], [0.0, 9.0]]), lambda sums: {"share": sums[0] / sums[1]})
     assert measure.scores() == {"share": 0.1}
-    assert intervals(measure, 1000, 0)["share"] == (0.0, 1.0)
-    assert intervals(Measure(np.tile(measure.statistics, (50, 1)), measure.score), 1000, 0)["share"][1] < 0.2
+    assert bootstrap_intervals(measure, 1000, 0)["share"] == (0.0, 1.0)
+    assert bootstrap_intervals(Measure(np.tile(measure.statistics, (50, 1)), measure.score), 1000, 0)["share"][1] < 0.2
 
 
 def test_seeds():
     values = np.random.default_rng(1).normal(size=20)
-    assert intervals(mean(values), 100, 0) == intervals(mean(values), 100, 0)
-    assert intervals(mean(values), 100, 0) != intervals(mean(values), 100, 1)
+    assert bootstrap_intervals(mean(values), 100, 0) == bootstrap_intervals(mean(values), 100, 0)
+    assert bootstrap_intervals(mean(values), 100, 0) != bootstrap_intervals(mean(values), 100, 1)
 
 
 def test_five_rows_all_better():

@@ -24,10 +24,10 @@ from align.config.load import load_recipe
 from align.config.unknown_keys import _ANY_STAGE, _OF_STAGE, _SAMPLING
 from align.data.rows import Demonstration
 from align.errors import UserError
-from align.evaluate.answers import Answers, predicted
 from align.evaluate.compare import run
-from align.evaluate.few_shot import draw, pool_for, pools, with_examples
-from align.evaluate.inputs import prepare
+from align.evaluate.few_shot import draw_examples, example_pools, few_shot_prompt, pool_for
+from align.evaluate.inputs import EncodedRow, prepare_inputs
+from align.evaluate.predict import decode_predictions
 from align.generation.generate import generate
 from align.runs.files import write_json
 from align.runs.manifest import MANIFEST, RUN
@@ -163,7 +163,8 @@ def test_a_blank_line_ends_an_answer_to_text_examples_that_have_none():
     decoded = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: [" one\ntwo \n\nQ: three"])
 
     def cut(stops):
-        return predicted(SimpleNamespace(tokenizer=decoded, stops=[stops]), Answers([], [[5]]))
+        rows = [EncodedRow("", [], [], stops)]
+        return decode_predictions(SimpleNamespace(tokenizer=decoded, rows=rows), [[5]])
 
     assert cut([]) == ["one\ntwo \n\nQ: three"]
     assert cut(["\n\n"]) == ["one\ntwo"]
@@ -171,7 +172,7 @@ def test_a_blank_line_ends_an_answer_to_text_examples_that_have_none():
 
 
 def test_intervals_and_comparisons(tmp_path):
-    """The baseline comes first; each condition is compared with the baseline's before it."""
+    """The baseline comes first; each setting is compared with the baseline's before it."""
     results = run(recipe(tmp_path, metrics=["perplexity", "rouge"], num_shots=[0, 2]))
     pairs = [
         (c["model"], c["num_shots"], c["against"]["model"], c["against"]["num_shots"])
@@ -241,12 +242,12 @@ def message(role: str, content: str) -> dict[str, str]:
 def test_examples_of_text_and_of_messages():
     row = Demonstration("Q: c\nA:", " d", "w")
     examples = [Demonstration("Q: a\nA:", " b\n", "w"), Demonstration("Q: e\nA:", " f", "w")]
-    assert with_examples(row, examples) == "Q: a\nA: b\n\nQ: e\nA: f\n\nQ: c\nA:"
-    assert with_examples(row, []) == "Q: c\nA:"
+    assert few_shot_prompt(row, examples) == "Q: a\nA: b\n\nQ: e\nA: f\n\nQ: c\nA:"
+    assert few_shot_prompt(row, []) == "Q: c\nA:"
     system, other = message("system", "Be kind."), message("system", "Be brief.")
     row = Demonstration([system, message("user", "c")], [message("assistant", "d")], "w")
     example = Demonstration([other, message("user", "a")], [message("assistant", "b")], "w")
-    assert with_examples(row, [example]) == [
+    assert few_shot_prompt(row, [example]) == [
         system,
         message("user", "a"),
         message("assistant", "b"),
@@ -256,25 +257,25 @@ def test_examples_of_text_and_of_messages():
 
 def test_examples_are_drawn_by_seed_without_repetition():
     pool = [Demonstration(letter, letter, letter, {"task": "x"}) for letter in LETTERS]
-    eight = [row.where for row in draw(pool, 8, "seed")]
+    eight = [row.where for row in draw_examples(pool, 8, "seed")]
     assert len(set(eight)) == 8
-    assert [row.where for row in draw(pool, 3, "seed")] == eight[:3]  # fewer examples are the first of more
-    assert [row.where for row in draw(pool, 8, "other")] != eight
-    assert sorted(row.where for row in draw(pool, 26, "seed")) == list(LETTERS)
+    assert [row.where for row in draw_examples(pool, 3, "seed")] == eight[:3]  # fewer examples are the first of more
+    assert [row.where for row in draw_examples(pool, 8, "other")] != eight
+    assert sorted(row.where for row in draw_examples(pool, 26, "seed")) == list(LETTERS)
 
 
 def test_examples_are_of_the_same_task_and_kind_and_weights_do_not_count():
     row = Demonstration("a", "b", "1", {"task": "x"})
     chat = Demonstration([message("user", "a")], [message("assistant", "b")], "2", {"task": "x"})
     other = Demonstration("a", "b", "3", {"task": "y"})
-    assert pools([row, row, chat, other]) == {("x", True): [row], ("x", False): [chat], ("y", True): [other]}
+    assert example_pools([row, row, chat, other]) == {("x", True): [row], ("x", False): [chat], ("y", True): [other]}
 
 
 def test_where_no_training_row_is_of_the_task_all_may_be_examples():
     row = Demonstration("a", "b", "1", {"task": "x"})
     chat = Demonstration([message("user", "a")], [message("assistant", "b")], "2", {"task": "x"})
     other = Demonstration("a", "b", "3", {"task": "y"})
-    found = pools([row, chat, other])
+    found = example_pools([row, chat, other])
     assert pool_for(row, found) == [row]
     assert pool_for(Demonstration("a", "b", "4", {"task": "z"}), found) == [row, other]
 
@@ -290,7 +291,7 @@ def test_labels_are_read_back_from_what_templates_made(tmp_path, monkeypatch):
         labels={"0": "n", "1": "p"},
     )
     settings = recipe(tmp_path, train_dataset=[], eval_dataset=[source], metrics=["accuracy", "f1", "exact_match"])
-    monkeypatch.setattr(stage, "predicted", lambda *_: ["P, q", "well n", "n q"])
+    monkeypatch.setattr(stage, "decode_predictions", lambda *_: ["P, q", "well n", "n q"])
     results = run(settings)
     assert values(results, "exact_match")["base", 0] == 0.0
     assert values(results, "accuracy")["base", 0] == pytest.approx(2 / 3)
@@ -303,12 +304,13 @@ def test_prompts_with_examples_come_from_the_training_rows_of_the_task(tmp_path)
     assert tokenizer_text  # every letter is a token; blank lines are none, and vanish
     train = rows(TRAIN, task=["x", "y"] * 6)
     settings = recipe(tmp_path, train=train, evaluation=rows(ROWS, task=["x"] * 7), num_shots=[0, 3])
-    inputs = prepare(settings, generates=True)
+    inputs = prepare_inputs(settings, generates=True)
     of_task = {f"{row['prompt']}{row['completion']}" for row in train if row["task"] == "x"}
-    zero, three = inputs.conditions[:2]
-    assert [zero.prompts[0], zero.num_shots, three.num_shots] == ["xyz", 0, 3]
+    zero, three = inputs.settings[:2]
+    assert [zero.rows[0].prompt, zero.num_shots, three.num_shots] == ["xyz", 0, 3]
     seen = set()
-    for prompt, ids, (own, _) in zip(three.prompts, three.prompt_ids, ROWS, strict=True):
+    for encoded, (own, _) in zip(three.rows, ROWS, strict=True):
+        prompt, ids = encoded.prompt, encoded.prompt_ids
         *examples, last = prompt.split("\n\n")
         assert last == own
         assert len(set(examples)) == 3
@@ -316,20 +318,21 @@ def test_prompts_with_examples_come_from_the_training_rows_of_the_task(tmp_path)
         assert [token for token in ids if token > 2] == letters(prompt.replace("\n", ""))
         seen |= {tuple(examples)}
     assert len(seen) > 1  # each row has its own
-    assert three.stops == [["\n\n"]] * 7
-    assert zero.stops == [[]] * 7
+    assert [row.stop_strings for row in three.rows] == [["\n\n"]] * 7
+    assert [row.stop_strings for row in zero.rows] == [[]] * 7
 
 
 def test_a_training_row_that_is_evaluated_is_no_example(tmp_path):
     settings = recipe(tmp_path, train=rows([*ROWS, *TRAIN[:3]]), num_shots=[3])
-    inputs = prepare(settings, generates=False)
-    for prompt in inputs.conditions[0].prompts:
+    inputs = prepare_inputs(settings, generates=False)
+    for prompt in [row.prompt for row in inputs.settings[0].rows]:
         assert set(prompt.split("\n\n")[:3]) == {f"{prompt}{completion}" for prompt, completion in TRAIN[:3]}
 
 
 def test_answers_of_several_paragraphs_do_not_end_at_a_blank_line(tmp_path):
     train = rows([("ab", "c\n\nd"), ("bb", "c")])
-    assert prepare(recipe(tmp_path, train=train, num_shots=[2]), True).conditions[0].stops == [[]] * 7
+    setting = prepare_inputs(recipe(tmp_path, train=train, num_shots=[2]), True).settings[0]
+    assert [row.stop_strings for row in setting.rows] == [[]] * 7
 
 
 def test_few_shots_change_what_is_asked(tmp_path):
@@ -353,7 +356,7 @@ def test_few_shots_change_what_is_asked(tmp_path):
 # --- rows
 
 
-def test_a_row_that_one_condition_cannot_use_is_left_out_of_all(tmp_path):
+def test_a_row_that_one_setting_cannot_use_is_left_out_of_all(tmp_path):
     long = ("a" * 30, "b")
     settings = recipe(tmp_path, evaluation=rows([*ROWS, long]), num_shots=[0, 2], max_length=36, max_new_tokens=2)
     with pytest.raises(UserError, match=r"longer than 36 tokens with 2 examples.*: 1 \(.*eval.jsonl:8\)"):
@@ -369,22 +372,22 @@ def test_a_row_that_one_condition_cannot_use_is_left_out_of_all(tmp_path):
 
 def test_a_reference_of_nothing_but_end_of_text(tmp_path):
     with pytest.raises(UserError, match=r"empty response: 1 \(.*eval.jsonl:1\)"):
-        prepare(recipe(tmp_path, evaluation=rows([("a", "</s>"), *ROWS])), False)
+        prepare_inputs(recipe(tmp_path, evaluation=rows([("a", "</s>"), *ROWS])), False)
 
 
 def test_room_for_the_answer_is_needed_only_where_one_is_written(tmp_path):
     settings = recipe(tmp_path, max_length=12, max_new_tokens=9, on_bad_row="skip")
-    assert len(prepare(settings, generates=False).rows) == 7
-    assert len(prepare(settings, generates=True).rows) == 6  # zzzz and 9 are 13
+    assert len(prepare_inputs(settings, generates=False).rows) == 7
+    assert len(prepare_inputs(settings, generates=True).rows) == 6  # zzzz and 9 are 13
     settings = recipe(tmp_path, max_new_tokens=254)  # the model has 256 positions
-    with pytest.raises(UserError, match="longer than 256 tokens and its answer"):
-        prepare(settings, generates=True)
+    with pytest.raises(UserError, match="longer than 256 tokens and its response"):
+        prepare_inputs(settings, generates=True)
 
 
 def test_evaluation_rows_alone(tmp_path):
     settings = recipe(tmp_path, train_dataset=[])
-    assert [row.prompt for row in prepare(settings, False).rows] == [prompt for prompt, _ in ROWS]
-    few = prepare(dataclasses.replace(settings, max_eval_rows=3), False)
+    assert [row.prompt for row in prepare_inputs(settings, False).rows] == [prompt for prompt, _ in ROWS]
+    few = prepare_inputs(dataclasses.replace(settings, max_eval_rows=3), False)
     assert len(few.rows) == 3
     assert few.report["evaluation_rows"] == 3
     assert [source["used_for"] for source in few.report["sources"]] == ["evaluation"]
@@ -393,13 +396,13 @@ def test_evaluation_rows_alone(tmp_path):
 
 def test_without_an_evaluation_set_a_share_is_held_out(tmp_path):
     settings = recipe(tmp_path, eval_dataset=[], eval_fraction=0.4, num_shots=[1])
-    inputs = prepare(settings, False)
+    inputs = prepare_inputs(settings, False)
     held_out = {row.prompt for row in inputs.rows}
     assert 0 < len(held_out) < len(TRAIN)
-    for prompt in inputs.conditions[0].prompts:
+    for prompt in [row.prompt for row in inputs.settings[0].rows]:
         assert prompt[:2] not in held_out
     with pytest.raises(UserError, match="eval_fraction: expected rows to evaluate"):
-        prepare(dataclasses.replace(settings, eval_fraction=0.0), False)
+        prepare_inputs(dataclasses.replace(settings, eval_fraction=0.0), False)
 
 
 def test_plain_text_is_judged_from_its_second_token_on(tmp_path):
@@ -409,7 +412,7 @@ def test_plain_text_is_judged_from_its_second_token_on(tmp_path):
     own = [judged(tiny_llama(0), "a", "bcd"), judged(tiny_llama(0), "x", "y")]
     nll, _, count = map(sum, zip(*own, strict=True))
     assert values(results, "perplexity")["base", 0] == pytest.approx(math.exp(nll / count), rel=1e-5)
-    with pytest.raises(UserError, match=r"eval.jsonl:1: plain text has no prompt to answer"):
+    with pytest.raises(UserError, match=r"eval.jsonl:1: plain text has no prompt to respond to"):
         run(recipe(tmp_path, evaluation=text, train_dataset=[], metrics=["bleu"], output_dir=str(tmp_path / "b")))
 
 
@@ -420,15 +423,17 @@ def test_a_chat_template_is_lent_to_models_that_have_none(tmp_path):
     chat = [{"messages": [message("user", "x"), message("assistant", "yz")]}]
     settings = recipe(tmp_path, evaluation=chat, train_dataset=[])
     with pytest.raises(UserError, match="base: the rows are messages, and the tokenizer has no chat template"):
-        prepare(settings, True)
+        prepare_inputs(settings, True)
     own = letter_tokenizer()
     own.chat_template = TEMPLATE.replace("'u'", "'h'")
     own.save_pretrained(tmp_path / "tuned")
     (tmp_path / "t.jinja").write_text(TEMPLATE, encoding="utf-8")
-    base, tuned = prepare(dataclasses.replace(settings, chat_template_path=str(tmp_path / "t.jinja")), True).conditions
-    assert base.prompt_ids == [letters("uxa")]
-    assert tuned.prompt_ids == [letters("hxa")]
-    assert base.answer_ids == [[*letters("yz"), 2]]
+    base, tuned = prepare_inputs(
+        dataclasses.replace(settings, chat_template_path=str(tmp_path / "t.jinja")), True
+    ).settings
+    assert [row.prompt_ids for row in base.rows] == [letters("uxa")]
+    assert [row.prompt_ids for row in tuned.rows] == [letters("hxa")]
+    assert [row.reference_ids for row in base.rows] == [[*letters("yz"), 2]]
     run(dataclasses.replace(settings, chat_template_path=str(tmp_path / "t.jinja"), metrics=["exact_match"]))
     assert predictions(tmp_path)[0]["prompt"] == "x"
 
@@ -503,8 +508,8 @@ def test_a_grader_may_leave_rows_out(tmp_path, graders):
     [
         ("short", "returned 1 scores for 7 responses"),
         ("fails", "ZeroDivisionError"),
-        ("large", "gave numbers from 2 to 2; expected numbers from 0 to 1"),
-        ("never", "gave None to every row"),
+        ("large", "returned numbers from 2 to 2; expected numbers from 0 to 1"),
+        ("never", "returned None for every row"),
         ("tokens", "scores single tokens; expected one number per response"),
     ],
 )
@@ -599,15 +604,15 @@ def test_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
 def test_what_was_done_when_it_was_cut_off_is_kept(tmp_path, monkeypatch):
     settings = recipe(tmp_path, metrics=["perplexity", "chrf"], num_shots=[0, 1], eval_dataset=[DataSource(path=write_jsonl(tmp_path / "own.jsonl", rows(ROWS)))])  # fmt: skip
     whole = run(dataclasses.replace(settings, output_dir=str(tmp_path / "whole")))
-    real, asked = stage.answer, []
+    real, asked = stage.run_model, []
 
-    def cut(model, condition, *rest):
-        asked.append((condition.model, condition.num_shots))
+    def cut(model, setting, *rest, **settings):
+        asked.append((setting.model, setting.num_shots))
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return real(model, condition, *rest)
+        return real(model, setting, *rest, **settings)
 
-    monkeypatch.setattr(stage, "answer", cut)
+    monkeypatch.setattr(stage, "run_model", cut)
     with pytest.raises(KeyboardInterrupt):
         run(settings)
     assert not (tmp_path / "out" / "results.json").exists()
@@ -619,15 +624,15 @@ def test_what_was_done_when_it_was_cut_off_is_kept(tmp_path, monkeypatch):
 
 def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
     settings = recipe(tmp_path)
-    real, asked = stage.answer, []
+    real, asked = stage.run_model, []
 
-    def cut(*given):
+    def cut(*given, **settings):
         asked.append(1)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*given, **settings)
 
-    monkeypatch.setattr(stage, "answer", cut)
+    monkeypatch.setattr(stage, "run_model", cut)
     with pytest.raises(KeyboardInterrupt):
         run(settings)
     write_jsonl(tmp_path / "eval.jsonl", rows([*ROWS[1:], ("new", "row")]))
@@ -664,14 +669,16 @@ def test_mistakes(tmp_path, monkeypatch, changes, said):
 def test_too_few_rows_of_a_task(tmp_path):
     train = rows(TRAIN, task=["x"] * 10 + ["y"] * 2)
     with pytest.raises(UserError, match="at least 3 training rows of task 'y' to take examples from, found 2"):
-        prepare(recipe(tmp_path, train=train, evaluation=rows(ROWS, task=["x"] * 6 + ["y"]), num_shots=[3]), False)
+        prepare_inputs(
+            recipe(tmp_path, train=train, evaluation=rows(ROWS, task=["x"] * 6 + ["y"]), num_shots=[3]), False
+        )
 
 
 def test_models_that_do_not_write(tmp_path):
     config = BertConfig(vocab_size=29, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path / "bert")
     letter_tokenizer().save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match=r"models: .*bert \(bert\) is no decoder"):
+    with pytest.raises(UserError, match=r"models: .*bert \(bert\) is not a decoder"):
         run(recipe(tmp_path, models={"bert": str(tmp_path / "bert")}))
 
 

@@ -11,7 +11,7 @@ from align.cli.check.findings import Context, describe, writable
 from align.cli.check.sample_rows import marked
 from align.config.evaluate import EvaluateRecipe
 from align.config.load import resolve_function
-from align.evaluate.inputs import Inputs, prepare
+from align.evaluate.inputs import EvalInputs, prepare_inputs
 from align.evaluate.metrics import TOKEN_METRICS, load_metric
 from align.evaluate.results import finished
 
@@ -33,16 +33,16 @@ def check(recipe: EvaluateRecipe, context: Context) -> None:
     with report.part():
         models = {name: str(context.stand_ins.get(Path(path).resolve(), path)) for name, path in recipe.models.items()}
         generates = recipe.grader is not None or any(name not in TOKEN_METRICS for name in recipe.metrics)
-        inputs = prepare(dataclasses.replace(recipe, models=models), generates)
+        inputs = prepare_inputs(dataclasses.replace(recipe, models=models), generates)
         for name, path in models.items():
-            tokenizer = next(each.tokenizer for each in inputs.conditions if each.model == name)
+            tokenizer = next(each.tokenizer for each in inputs.settings if each.model == name)
             report.say(f"model {name}: {path}, {describe(tokenizer)}")
         report.say(f"rows: {_counts(recipe, inputs)}")
         for line in _sample(inputs, generates):
             report.console.print(line, soft_wrap=True)
 
 
-def _counts(recipe: EvaluateRecipe, inputs: Inputs) -> str:
+def _counts(recipe: EvaluateRecipe, inputs: EvalInputs) -> str:
     bad = "; ".join(f"{entry['count']} skipped: {reason}" for reason, entry in inputs.report["bad_rows"].items())
     text = f"{len(inputs.rows)} to evaluate on"
     if max(recipe.num_shots):
@@ -50,22 +50,18 @@ def _counts(recipe: EvaluateRecipe, inputs: Inputs) -> str:
     return text + (f"; {bad}" if bad else "")
 
 
-def _sample(inputs: Inputs, generates: bool) -> list[Text]:
+def _sample(inputs: EvalInputs, generates: bool) -> list[Text]:
     """The first row of the baseline, by number of examples, with the reference marked, and how long rows are."""
     lines = [
         Text(f"  {each.num_shots}-shot row: ", style="bold")
         + marked(
             each.tokenizer,
-            [*each.prompt_ids[0], *each.answer_ids[0]],
-            [*[False] * len(each.prompt_ids[0]), *[True] * len(each.answer_ids[0])],
+            [*each.rows[0].prompt_ids, *each.rows[0].reference_ids],
+            [*[False] * len(each.rows[0].prompt_ids), *[True] * len(each.rows[0].reference_ids)],
         )
-        for each in inputs.conditions
-        if each.model == inputs.conditions[0].model
+        for each in inputs.settings
+        if each.model == inputs.settings[0].model
     ]
-    longest = max(
-        len(prompt) + len(answer)
-        for each in inputs.conditions
-        for prompt, answer in zip(each.prompt_ids, each.answer_ids, strict=True)
-    )
+    longest = max(len(row.prompt_ids) + len(row.reference_ids) for each in inputs.settings for row in each.rows)
     what = "the models write after the prompt" if generates else "nothing is written, the reference is judged"
     return [*lines, Text(f"  (marked: the reference; {what}; at most {longest} tokens)", style="dim")]
