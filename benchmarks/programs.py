@@ -30,7 +30,7 @@ def run(words: list[str], threads: int) -> tuple[str, int]:
         peak = 0
         while process.poll() is None:  # what getrusage says of a child starts from its parent's memory
             with contextlib.suppress(psutil.Error):
-                peak = max(peak, *(_peak(child.pid) for child in [process, *process.children(recursive=True)]))
+                peak = max(peak, *(peak_memory(child.pid) for child in [process, *process.children(recursive=True)]))
             time.sleep(0.05)
         output.seek(0)
         errors.seek(0)
@@ -39,7 +39,8 @@ def run(words: list[str], threads: int) -> tuple[str, int]:
         return output.read(), peak
 
 
-def _peak(pid: int) -> int:
+def peak_memory(pid: int) -> int:
+    """Peak resident memory of a process so far in bytes; 0 when it is gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):

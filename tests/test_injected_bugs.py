@@ -1,18 +1,19 @@
 """Bugs that PPO implementations are known for, put into a copy of the code one by one: each makes a named test fail.
 
-A test that nothing can turn red proves nothing. Every case runs one existing test twice over: as part of the suite, on
-the code as it is, and here, on the code with one line broken.
+A test that nothing can make fail proves nothing. Each of the tests named here runs twice: as part of the suite, on the
+code as it is, and here, on a copy with one line broken, in a fork of a process that has imported nothing of ours.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,15 +145,39 @@ BUGS = {
 @pytest.mark.parametrize("bug", BUGS)
 def test_it_is_noticed(bug, tmp_path):
     file, line, broken, test = BUGS[bug]
+    tree = tmp_path / "tree"
     for folder in ("align", "reward_models", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    text = (tmp_path / file).read_text(encoding="utf-8")
+        shutil.copytree(ROOT / folder, tree / folder)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    text = (tree / file).read_text(encoding="utf-8")
     assert text.count(line) == 1, "the line is not there any more: follow it"
-    (tmp_path / file).write_text(text.replace(line, broken), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", test],
-        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
+    shutil.rmtree((tree / file).parent / "__pycache__", ignore_errors=True)
+    (tree / file).write_text(text.replace(line, broken), encoding="utf-8")
+    done = ranks.run(fail, test, ranks=1, root=tree, cwd=tree, log=tmp_path / "fork")
     assert done.returncode == 1, f"{test} does not notice {bug}:\n{done.stdout[-2000:]}{done.stderr[-1000:]}"
     assert f"FAILED {test}" in done.stdout or f"ERROR {test}" in done.stdout  # a self-check may stop the run before
+    found = json.loads((tree / "found.json").read_text())
+    assert set(found["errors"]) <= {"AssertionError", "UserError"}, f"{test} fails for another reason:\n{done.stdout}"
+    imported = {path for path in map(Path, found["imported"]) if ROOT in path.parents or tree in path.parents}
+    assert tree / file in imported
+    assert not [path for path in imported if tree not in path.parents]
+
+
+class Errors:
+    """A plugin for pytest: the types of the exceptions that tests and fixtures raised."""
+
+    def __init__(self) -> None:
+        self.types: list[str] = []
+
+    def pytest_exception_interact(self, call: pytest.CallInfo) -> None:
+        self.types.append(call.excinfo.typename)
+
+
+def fail(test: str) -> int:
+    """Run one test in this process, a fork that has imported nothing of ours but the copy; pytest's exit code."""
+    errors = Errors()
+    words = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--basetemp", "../temporary", test]
+    code = pytest.main(words, plugins=[errors])
+    imported = [str(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
+    Path("found.json").write_text(json.dumps({"errors": errors.types, "imported": imported}))
+    return code

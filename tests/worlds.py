@@ -1,18 +1,20 @@
-"""Small models and tokenizers for the tests, and the real `deepspeed` launcher."""
+"""Small models, tokenizers and files for the tests."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from align.config.base import StageRecipe
+from align.config.data_source import DataSource
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -65,6 +67,45 @@ def write_jsonl(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def training_keys(stage: str, folder: Path, rows: list[dict], eval_rows: list[dict]) -> dict[str, Any]:
+    """Keys of a recipe with steps of four rows each and a plain optimizer, without evaluation unless there are `eval_rows`."""
+    return {
+        "stage": stage,
+        "output_dir": str(folder / "out"),
+        "model_name_or_path": str(folder / "base"),
+        "train_dataset": [DataSource(path=write_jsonl(folder / "train.jsonl", rows))],
+        "eval_dataset": [DataSource(path=write_jsonl(folder / "eval.jsonl", eval_rows))] if eval_rows else [],
+        "eval_fraction": 0.0,
+        "train_batch_size": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+    }
+
+
+def metrics(recipe: StageRecipe) -> list[dict]:
+    """The lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained(recipe: StageRecipe) -> dict[str, torch.Tensor]:
+    """The weights that a run has written."""
+    return load_file(Path(recipe.output_dir) / "model.safetensors")
+
+
+def letter_ids(text: str) -> list[int]:
+    """Its ids by `letter_tokenizer`, without special tokens."""
+    return [ord(letter) - ord("a") + 3 for letter in text]
+
+
+def save_recipe(recipe: StageRecipe, path: Path) -> Path:
+    """Write a recipe object as the file that a user would write."""
+    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(recipe).items() if v is not None}))
+    return path
+
+
 def deepspeed_file(path: Path, stage: int) -> str:
     """A DeepSpeed file that shards even tiny models."""
     zero = {"stage": stage}
@@ -81,31 +122,3 @@ def deepspeed_file(path: Path, stage: int) -> str:
     )
     path.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}, **sizes}), encoding="utf-8")
     return str(path)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def launched(*command: str, ranks: int = 2, module: bool = True) -> dict[str, Any]:
-    """`args` and `env`, for subprocess, of a module (or a script) under the real `deepspeed` launcher on CPU."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    words = [sys.executable, str(launcher), "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    words += ["--module"] if module else []
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    return {"args": [*words, *command], "env": environment}
-
-
-def launch(
-    *command: str, ranks: int = 2, module: bool = True, cwd: Path | None = None, timeout: int = 600
-) -> subprocess.CompletedProcess[str]:
-    """Run a module (or a script) under the real `deepspeed` launcher on CPU."""
-    return subprocess.run(
-        **launched(*command, ranks=ranks, module=module),
-        capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False,
-    )  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import panels  # noqa: E402
+import programs  # noqa: E402
 import scaling  # noqa: E402
 import trainers  # noqa: E402
 from countdown import COUNTS, EOS, make_models, make_untrained, write_prompts, write_rows  # noqa: E402
@@ -22,6 +24,7 @@ from machine import decode_bytes, step_flops  # noqa: E402
 from align.data.collate import pad_left  # noqa: E402
 from align.generation.generate import generate  # noqa: E402
 from align.generation.sampling import uniforms  # noqa: E402
+from tests import ranks  # noqa: E402
 
 
 def test_the_longest_responses_end_by_themselves(tmp_path):
@@ -134,7 +137,28 @@ def test_seconds_of_our_steps_are_from_line_to_line():
     assert [(step["step"], step["loss"], step["tokens"]) for step in found] == [(1, 7, 0), (2, 8, 10), (3, 9, 20)]
 
 
-def test_the_stages_do_the_same_work_as_plain_trl(tmp_path, monkeypatch):
+@pytest.fixture
+def forked(tmp_path, monkeypatch):
+    """Programs as forks that need not import the libraries; `test_the_command_reports_every_phase` starts real ones."""
+
+    def run(words: list[str], threads: int) -> tuple[str, int]:
+        started, peak = (
+            ranks.start(
+                ranks.python, *words[1:], cwd=ROOT, log=tmp_path / "program", env={"TOKENIZERS_PARALLELISM": "false"}
+            ),
+            0,
+        )
+        while started.running():
+            peak = max(peak, programs.peak_memory(started.processes[0].pid))
+            time.sleep(0.05)
+        assert started.wait() == [0], started.stderr[-2000:]
+        return started.stdout, peak
+
+    for module in (programs, trainers, scaling.ppo):
+        monkeypatch.setattr(module, "run", run)
+
+
+def test_the_stages_do_the_same_work_as_plain_trl(forked, tmp_path, monkeypatch):
     words = ["--sizes", "1M", "--modes", "sft, padding-free", "reward", "--rows", "12", "--batch", "4", "--micro_batch", "2",
              "--warm_up", "1", "--rounds", "1", "--threads", "1", "--json", f"{tmp_path}/found.json"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["", *words])
@@ -210,7 +234,7 @@ def test_panels_by_hand():
     assert panels.ticks([2, 2]) == [2, 5]
 
 
-def test_scaling_measures_and_draws_every_axis(tmp_path, monkeypatch):
+def test_scaling_measures_and_draws_every_axis(forked, tmp_path, monkeypatch):
     rates = dict.fromkeys(("float32_gflops", "bfloat16_gflops", "memory_gbytes"), 10.0)
     monkeypatch.setattr(scaling, "rates", lambda device: rates)  # seconds that another test spends
     words = ["--response_lengths", "4", "8", "--batches", "4", "--sizes", "1M", "--ranks", "1", "--zeros", "0", "--zero_ranks", "1",

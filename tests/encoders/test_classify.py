@@ -5,17 +5,11 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -45,7 +39,19 @@ from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
 from align.runs.tracker import undocumented
 from reward_models.heads import load_reward_model, score_sequences
-from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from tests.ranks import launch, stop_after_checkpoint
+from tests.worlds import (
+    deepspeed_file,
+    letter_ids,
+    letter_tokenizer,
+    metrics,
+    save_recipe,
+    save_tiny_policy,
+    tiny_llama,
+    trained,
+    training_keys,
+    write_jsonl,
+)
 
 ROWS = [
     ("ab", "yes"), ("cdefgh", "no"), ("a", "yes"), ("dd", "maybe"), ("abcxyz", "yes"), ("kc", "no"), ("q", "maybe"),
@@ -66,45 +72,14 @@ def save_tiny_bert(folder: Path, **config) -> str:
     return str(folder)
 
 
-def recipe(folder: Path, rows=ROWS, eval_rows=None, **changes) -> ClassifyRecipe:
+def recipe(folder: Path, rows=ROWS, eval_rows=(), **changes) -> ClassifyRecipe:
     """Two steps of four rows each on a tiny encoder, without evaluation unless `eval_rows` are given."""
-
-    def source(name, some):
-        names = ("text", "label") if len(some[0]) == 2 else ("text", "text_pair", "label")
-        lines = [dict(zip(names, row, strict=True)) for row in some]
-        return [DataSource(path=write_jsonl(folder / name, lines))]
-
-    settings = {
-        "stage": "classify",
-        "output_dir": str(folder / "out"),
-        "model_name_or_path": str(folder / "base"),
-        "train_dataset": source("train.jsonl", rows),
-        "eval_dataset": source("eval.jsonl", eval_rows) if eval_rows else [],
-        "eval_fraction": 0.0,
-        "train_batch_size": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "adam_epsilon": 1e-3,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-    }
+    names = {2: ("text", "label"), 3: ("text", "text_pair", "label")}
+    named = ([dict(zip(names[len(row)], row, strict=True)) for row in some] for some in (rows, eval_rows))
+    settings = training_keys("classify", folder, *named) | {"adam_epsilon": 1e-3}
     if not (folder / "base").exists():
         save_tiny_bert(folder / "base")
     return ClassifyRecipe(**{**settings, **changes})
-
-
-def metrics(settings: ClassifyRecipe) -> list[dict]:
-    lines = (Path(settings.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def trained(settings: ClassifyRecipe) -> dict[str, torch.Tensor]:
-    return load_file(Path(settings.output_dir) / "model.safetensors")
-
-
-def letters(text: str) -> list[int]:
-    return [ord(letter) - ord("a") + 3 for letter in text]
 
 
 def untrained(settings: ClassifyRecipe, outputs: int):
@@ -116,7 +91,7 @@ def untrained(settings: ClassifyRecipe, outputs: int):
 
 def alone(model, text: str) -> torch.Tensor:
     """Logits of one text without padding, [labels]."""
-    return model(input_ids=torch.tensor([letters(text)])).logits[0]
+    return model(input_ids=torch.tensor([letter_ids(text)])).logits[0]
 
 
 def row_loss(logits: torch.Tensor, label, names: list[str]) -> torch.Tensor:
@@ -201,11 +176,11 @@ def test_a_decoder_reads_its_last_token_also_when_padding_was_end_of_text(tmp_pa
     names = {"text": "cdefgh", "text_pair": "hgfedc"}
     card = (Path(settings.output_dir) / "README.md").read_text()
     exec(card.split("```python\n")[1].split("```")[0], names)  # what the card says is what one gets
-    assert names["ids"] == [*letters("cdefghhgfedc"), 2]  # as a prompt and its response
+    assert names["ids"] == [*letter_ids("cdefghhgfedc"), 2]  # as a prompt and its response
     assert names["label"] == "no"
     tokenizer = AutoTokenizer.from_pretrained(settings.output_dir)
     assert tokenizer.pad_token_id == model.config.pad_token_id != 2
-    batch = tokenizer.pad([{"input_ids": [*letters(a + b), 2]} for a, b, _ in rows], return_tensors="pt")
+    batch = tokenizer.pad([{"input_ids": [*letter_ids(a + b), 2]} for a, b, _ in rows], return_tensors="pt")
     answers = [model.config.id2label[int(i)] for i in model(**batch).logits.argmax(dim=1)]
     assert answers == [label for *_, label in rows]
 
@@ -563,20 +538,10 @@ def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_p
     assert "finished already" in capsys.readouterr().err
 
 
-def start(settings: ClassifyRecipe, folder: Path) -> subprocess.Popen:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(settings).items() if v is not None}))
-    return subprocess.Popen([sys.executable, "-m", "align", "classify", str(path)], cwd=Path(__file__).parents[2])
-
-
 def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0)
     folder = Path(settings.output_dir)
-    process = start(settings, tmp_path)
-    while not complete_checkpoints(folder) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() != 0
+    stop_after_checkpoint("classify", save_recipe(settings, tmp_path / "recipe.yaml"), folder)
     assert not (folder / MANIFEST).exists()
     run(settings)
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"), save_steps=None)
@@ -609,9 +574,7 @@ def test_two_processes_with_zero2_train_the_same_model(tmp_path):
     shared = dataclasses.replace(
         settings, output_dir=str(tmp_path / "shared"), deepspeed=deepspeed_file(tmp_path / "zero2.json", 2)
     )
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(shared).items() if v is not None}))
-    done = launch("align", "classify", str(path))
+    done = launch("align", "classify", str(save_recipe(shared, tmp_path / "recipe.yaml")))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)

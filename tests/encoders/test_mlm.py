@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import subprocess
 import sys
@@ -12,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForMaskedLM,
@@ -35,7 +32,18 @@ from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
 from align.runs.tracker import undocumented
-from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, write_jsonl
+from tests.ranks import run_stage
+from tests.worlds import (
+    deepspeed_file,
+    letter_ids,
+    letter_tokenizer,
+    metrics,
+    save_recipe,
+    save_tiny_policy,
+    trained,
+    training_keys,
+    write_jsonl,
+)
 
 MASK = 29
 TEXTS = ["abcabcabcabc", "xyzxyz", "abcab", "zzyyxx", "bcabc", "mnopqrstuvw", "ccbbaa"]
@@ -65,44 +73,17 @@ def save_tiny_encoder(folder: Path, cls=BertForMaskedLM) -> str:
     return str(folder)
 
 
-def recipe(folder: Path, texts=TEXTS, eval_texts=None, **changes) -> MLMRecipe:
+def recipe(folder: Path, texts=TEXTS, eval_texts=(), **changes) -> MLMRecipe:
     """Two steps of four pieces each, without evaluation unless `eval_texts` are given."""
-
-    def source(name, some):
-        return [DataSource(path=write_jsonl(folder / name, [{"text": text} for text in some]))]
-
-    settings = {
-        "stage": "mlm",
-        "output_dir": str(folder / "out"),
-        "model_name_or_path": str(folder / "base"),
-        "train_dataset": source("train.jsonl", texts),
-        "eval_dataset": source("eval.jsonl", eval_texts) if eval_texts else [],
-        "eval_fraction": 0.0,
-        "mlm_probability": 0.4,
-        "train_batch_size": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "adam_epsilon": 1e-3,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-    }
+    settings = training_keys("mlm", folder, *([{"text": text} for text in some] for some in (texts, eval_texts)))
+    settings |= {"adam_epsilon": 1e-3, "mlm_probability": 0.4}
     if not (folder / "base").exists():
         save_tiny_encoder(folder / "base")
     return MLMRecipe(**{**settings, **changes})
 
 
-def metrics(settings: MLMRecipe) -> list[dict]:
-    lines = (Path(settings.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def trained(settings: MLMRecipe) -> dict[str, torch.Tensor]:
-    return load_file(Path(settings.output_dir) / "model.safetensors")
-
-
 def ids_of(text: str) -> list[int]:
-    return [1, *(ord(letter) - ord("a") + 3 for letter in text), 2]
+    return [1, *letter_ids(text), 2]
 
 
 def drawn(settings: MLMRecipe, texts, draw) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -321,19 +302,14 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
     refused("the tokenizer has no mask token")
 
 
-def start(settings: MLMRecipe, folder: Path) -> subprocess.Popen:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(settings).items() if v is not None}))
-    return subprocess.Popen([sys.executable, "-m", "align", "mlm", str(path)], cwd=Path(__file__).parents[2])
-
-
 def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     settings = recipe(
         tmp_path, eval_texts=HELD_OUT, num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0, train_batch_size=2,
         per_device_train_batch_size=2,
     )  # fmt: skip
     folder = Path(settings.output_dir)
-    process = start(settings, tmp_path)
+    words = [sys.executable, "-m", "align", "mlm", str(save_recipe(settings, tmp_path / "recipe.yaml"))]
+    process = subprocess.Popen(words, cwd=Path(__file__).parents[2])
     while not complete_checkpoints(folder) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -353,9 +329,7 @@ def test_two_processes_with_zero2_train_the_same_model(tmp_path):
     shared = dataclasses.replace(
         settings, output_dir=str(tmp_path / "shared"), deepspeed=deepspeed_file(tmp_path / "zero2.json", 2)
     )
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(shared).items() if v is not None}))
-    done = launch("align", "mlm", str(path))
+    done = run_stage("mlm", save_recipe(shared, tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)

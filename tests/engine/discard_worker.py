@@ -1,11 +1,10 @@
-"""Run under the launcher by test_self_checks.py: what a discarded minibatch leaves behind, at each ZeRO stage, as JSON.
+"""Run by the ranks of test_self_checks.py: what a discarded minibatch leaves behind, at each ZeRO stage, as JSON.
 
 The number for each case is the greatest difference of any weight, after two good steps, from an engine that never saw
 the bad minibatch; `moved` is how far the discard itself moved the weights.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from align.engine.distributed import connect, disconnect
 from align.models.forward import response_logprobs
 from tests.worlds import deepspeed_file, tiny_llama
 
-folder = Path(sys.argv[-1])
 ACCUMULATION = 2
 
 
@@ -32,7 +30,7 @@ def difference(ours: dict, theirs: dict) -> float:
     return max((float((ours[name] - theirs[name]).abs().max()) for name in ours), default=0.0)
 
 
-def run(stage: int, bad: list[float | None]) -> dict[str, float]:
+def measure(world, folder: Path, stage: int, bad: list[float | None]) -> dict[str, float]:
     """`bad`: scale of the loss of each minibatch that is discarded; None discards one that had no backward pass."""
     path = folder / f"zero{stage}-{world.rank}.json"
     recipe = PPORecipe(output_dir="out", sft_model_path="sft", deepspeed=deepspeed_file(path, stage))
@@ -55,11 +53,14 @@ def run(stage: int, bad: list[float | None]) -> dict[str, float]:
     return {"moved": moved, "after": difference(*weights)}
 
 
-recipe = PPORecipe(output_dir="out", sft_model_path="sft")
-world = connect(recipe)
-
-CASES = {"finite": [3.0], "nan": [float("nan")], "twice": [float("nan"), 3.0], "nothing": [None]}
-found = {f"zero{stage} {name}": run(stage, bad) for stage in (0, 1, 2, 3) for name, bad in CASES.items()}
-if world.is_main:
-    (folder / "found.json").write_text(json.dumps(found))
-disconnect()
+def discard_at_each_stage(folder: Path) -> None:
+    world = connect(PPORecipe(output_dir="out", sft_model_path="sft"))
+    cases = {"finite": [3.0], "nan": [float("nan")], "twice": [float("nan"), 3.0], "nothing": [None]}
+    found = {
+        f"zero{stage} {name}": measure(world, folder, stage, bad)
+        for stage in (0, 1, 2, 3)
+        for name, bad in cases.items()
+    }
+    if world.is_main:
+        (folder / "found.json").write_text(json.dumps(found))
+    disconnect()

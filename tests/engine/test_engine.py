@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,9 @@ from align.engine.build import frozen_engine, train_engine
 from align.engine.distributed import World, remove_stale_shared_memory
 from align.errors import UserError
 from align.models.forward import response_logprobs
-from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from tests import ranks
+from tests.engine.shards_worker import hold_models
+from tests.worlds import deepspeed_file, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -185,7 +186,7 @@ def test_each_rank_holds_half_of_each_of_the_four_models_under_zero_3(tmp_path):
         "deepspeed": deepspeed_file(tmp_path / "ds.json", 3),
     }
     (tmp_path / "ppo.yaml").write_text(yaml.safe_dump(keys))
-    done = launch(str(Path(__file__).with_name("shards_worker.py")), str(tmp_path / "ppo.yaml"), module=False)
+    done = ranks.run(hold_models, str(tmp_path / "ppo.yaml"), log=tmp_path / "rank")
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         held = json.loads((tmp_path / "out" / f"rank{rank}.json").read_text())

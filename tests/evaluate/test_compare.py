@@ -31,7 +31,8 @@ from align.evaluate.predict import decode_predictions
 from align.generation.generate import generate
 from align.runs.files import write_json
 from align.runs.manifest import MANIFEST, RUN
-from tests.worlds import LETTERS, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from tests.ranks import launch
+from tests.worlds import LETTERS, letter_ids, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 TRAIN = [(first + "b", "c" + first) for first in LETTERS[:12]]
 ROWS = [("xyz", "zy"), ("k", "lmnop"), ("mn", "opq"), ("q", "r"), ("cc", "d"), ("zzzz", "abcabc"), ("yx", "ab")]
@@ -77,13 +78,9 @@ def predictions(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "out" / "predictions.jsonl").read_text().splitlines()]
 
 
-def letters(text: str) -> list[int]:
-    return [ord(letter) - ord("a") + 3 for letter in text]
-
-
 def judged(model, prompt: str, completion: str) -> tuple[float, int, int]:
     """Sum of -log p, likeliest tokens and number of the completion's tokens, end-of-text included: alone, without padding."""
-    ids = torch.tensor([[*letters(prompt), *letters(completion), 2]])
+    ids = torch.tensor([[*letter_ids(prompt), *letter_ids(completion), 2]])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
     target = ids[0, len(prompt) :]
@@ -92,7 +89,7 @@ def judged(model, prompt: str, completion: str) -> tuple[float, int, int]:
 
 
 def greedy(model, prompt: str, length: int) -> str:
-    ids = torch.tensor([letters(prompt)])
+    ids = torch.tensor([letter_ids(prompt)])
     found = model.generate(ids, max_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=2)
     return letter_tokenizer().decode(found[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -133,7 +130,7 @@ def test_the_likeliest_tokens_as_transformers_finds_them(tmp_path):
 
 
 def test_greedy_log_probabilities_are_those_of_temperature_1():
-    prompt = torch.tensor([letters("xyz")])
+    prompt = torch.tensor([letter_ids("xyz")])
     for temperature in (0.0, 1.0):
         ids, mask, logprobs = generate(tiny_llama(), prompt, prompt > 0, torch.zeros(1, 4), temperature, 2, 0)
         logits = tiny_llama()(input_ids=torch.cat([prompt, ids], dim=1)).logits[:, 2:-1]
@@ -315,7 +312,7 @@ def test_prompts_with_examples_come_from_the_training_rows_of_the_task(tmp_path)
         assert last == own
         assert len(set(examples)) == 3
         assert set(examples) <= of_task
-        assert [token for token in ids if token > 2] == letters(prompt.replace("\n", ""))
+        assert [token for token in ids if token > 2] == letter_ids(prompt.replace("\n", ""))
         seen |= {tuple(examples)}
     assert len(seen) > 1  # each row has its own
     assert [row.stop_strings for row in three.rows] == [["\n\n"]] * 7
@@ -343,7 +340,7 @@ def test_few_shots_change_what_is_asked(tmp_path):
     for line in predictions(tmp_path)[::2]:
         prompt = line["prompt"].replace("\n", "")
         tokens = letter_tokenizer()(line["prompt"])["input_ids"]
-        ids = torch.tensor([[*tokens, *letters(line["reference"]), 2]])
+        ids = torch.tensor([[*tokens, *letter_ids(line["reference"]), 2]])
         with torch.no_grad():
             logits = tiny_llama(0)(input_ids=ids).logits[0, len(tokens) - 1 : -1].double()
         target = ids[0, len(tokens) :]
@@ -431,9 +428,9 @@ def test_a_chat_template_is_lent_to_models_that_have_none(tmp_path):
     base, tuned = prepare_inputs(
         dataclasses.replace(settings, chat_template_path=str(tmp_path / "t.jinja")), True
     ).settings
-    assert [row.prompt_ids for row in base.rows] == [letters("uxa")]
-    assert [row.prompt_ids for row in tuned.rows] == [letters("hxa")]
-    assert [row.reference_ids for row in base.rows] == [[*letters("yz"), 2]]
+    assert [row.prompt_ids for row in base.rows] == [letter_ids("uxa")]
+    assert [row.prompt_ids for row in tuned.rows] == [letter_ids("hxa")]
+    assert [row.reference_ids for row in base.rows] == [[*letter_ids("yz"), 2]]
     run(dataclasses.replace(settings, chat_template_path=str(tmp_path / "t.jinja"), metrics=["exact_match"]))
     assert predictions(tmp_path)[0]["prompt"] == "x"
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,8 +18,10 @@ from align.config.load import load_recipe
 from align.errors import UserError
 from align.models.trainable import parameter_counts
 from align.sft.train import run
-from tests.sft.test_train import ROWS, letters, metrics, nll, recipe, trained
-from tests.worlds import deepspeed_file, launch, save_tiny_policy, tiny_llama
+from tests import ranks
+from tests.models.trainable_worker import train_each
+from tests.sft.test_train import ROWS, nll, recipe
+from tests.worlds import deepspeed_file, letter_ids, metrics, save_recipe, save_tiny_policy, tiny_llama, trained
 
 HELD_OUT = [("ac", "d"), ("e", "fghijkl")]
 PROJECTIONS = {name for name in tiny_llama().state_dict() if name.endswith("_proj.weight")}
@@ -183,7 +184,7 @@ def test_the_loss_with_virtual_tokens_before_it_is_that_of_each_row_alone(tmp_pa
     tuned = AutoPeftModelForCausalLM.from_pretrained(settings.output_dir).eval()
     rows = []
     for prompt, completion in ROWS:
-        ids = torch.tensor([letters(prompt) + letters(completion) + [2]])
+        ids = torch.tensor([letter_ids(prompt) + letter_ids(completion) + [2]])
         first = len(prompt) if settings.completion_only_loss else 1
         chances = tuned(input_ids=ids).logits[0, -ids.shape[1] :][first - 1 : -1].log_softmax(dim=-1)
         hard, smooth = -chances.gather(1, ids[0, first:, None])[:, 0], -chances.mean(dim=-1)
@@ -211,9 +212,8 @@ def test_two_ranks_do_what_one_does(tmp_path, stage, names):
         together[name] = dataclasses.replace(
             settings, output_dir=str(folder / "together"), deepspeed=deepspeed_file(tmp_path / "ds.json", stage)
         )
-        (tmp_path / f"{folder.name}.yaml").write_text(yaml.safe_dump(dataclasses.asdict(together[name])))
-    worker = str(Path(__file__).with_name("trainable_worker.py"))
-    done = launch(worker, *map(str, sorted(tmp_path.glob("*.yaml"))), module=False)
+        save_recipe(together[name], tmp_path / f"{folder.name}.yaml")
+    done = ranks.run(train_each, *map(str, sorted(tmp_path.glob("*.yaml"))), log=tmp_path / "rank")
     assert done.returncode == 0, done.stderr[-3000:]
     for name in names:
         file = "adapter_model.safetensors" if name in ("prompt", "prefix") else "model.safetensors"

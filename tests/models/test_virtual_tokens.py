@@ -16,9 +16,9 @@ from align.__main__ import main
 from align.errors import UserError
 from align.evaluate.compare import run
 from align.evaluate.inputs import prepare_inputs
-from tests.evaluate.test_compare import ROWS, judged, letters, predictions, recipe, rows, values
+from tests.evaluate.test_compare import ROWS, judged, predictions, recipe, rows, values
 from tests.sft.test_train import recipe as sft_recipe
-from tests.worlds import LETTERS, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from tests.worlds import LETTERS, letter_ids, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 TOKENS = 5
 KINDS = {
@@ -75,7 +75,7 @@ def test_they_do_what_they_do_in_peft_under_padding_too(tmp_path, monkeypatch, k
         ids: list[int] = []  # PEFT 0.21's `generate` disagrees with its `forward` since transformers 5.24
         with torch.no_grad():
             while len(ids) < 6 and 2 not in ids:
-                ids.append(int(alone(torch.tensor([[*letters(prompt), *ids]])).logits[0, -1].argmax()))
+                ids.append(int(alone(torch.tensor([[*letter_ids(prompt), *ids]])).logits[0, -1].argmax()))
         written[prompt] = letter_tokenizer().decode(ids, skip_special_tokens=True)
     lines = predictions(tmp_path)
     assert {line["prompt"]: line["prediction"] for line in lines if line["model"] == "virtual"} == written

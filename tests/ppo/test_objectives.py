@@ -30,7 +30,8 @@ from align.ppo.update import optimize
 from align.runs.checkpoint import complete_checkpoints
 from tests.ppo.runs import advantages_of, ppo_run, rollout_of
 from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
-from tests.worlds import LETTERS, deepspeed_file, launch, write_jsonl
+from tests.ranks import run_stage
+from tests.worlds import LETTERS, deepspeed_file, write_jsonl
 
 
 def recipe_of(folder: Path, **changes) -> PPORecipe:
@@ -417,7 +418,7 @@ class TestTogether:
             offload["zero_optimization"]["offload_param"] = {"device": "cpu"}
             (tmp_path / "reference.json").write_text(json.dumps(offload))
             files["reference_deepspeed"] = str(tmp_path / "reference.json")
-        done = launch("align.ppo", make(tmp_path, **files))
+        done = run_stage("ppo", make(tmp_path, **files))
         assert done.returncode == 0, done.stderr[-3000:]
         assert_same_curve(metrics(alone), metrics(tmp_path / "out"), 5e-4)
         same_weights(alone, tmp_path / "out", 5e-4)

@@ -28,6 +28,7 @@ from align.cli.verify_languages import (
     sine_table,
     standing,
 )
+from tests.ranks import run_recipes
 from tests.worlds import deepspeed_file
 
 # J*, E*[score], KL(pi* || ref), P*(ends) of the small language: the table of logits sin(1 + 4 i + a), in plain Python.
@@ -157,6 +158,12 @@ class TestEnumeration:
         monkeypatch.setattr(verify.Language, "responses", lambda self: responses)
         with pytest.raises(AssertionError, match="not every response was counted"):
             verify.measure(case)
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch) -> None:
+    """Ranks in place of the launcher."""
+    monkeypatch.setattr(verify.pipeline, "run", run_recipes)
 
 
 def reached(folder: Path, beta: float, num_gpus: int | None = None, **changes) -> Standing:

@@ -43,10 +43,12 @@ from align.ppo.self_check_limits import (
 from align.ppo.train import run
 from align.ppo.update import optimize
 from reward_models.trained import ModelReward
+from tests import ranks
+from tests.engine.discard_worker import discard_at_each_stage
 from tests.ppo.runs import ppo_run
 from tests.ppo.test_rewards import SCORE_MEAN, save_decoder_reward, save_encoder_reward
 from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
-from tests.worlds import deepspeed_file, launch, letter_tokenizer, tiny_llama
+from tests.worlds import deepspeed_file, letter_tokenizer, tiny_llama
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -489,7 +491,7 @@ class TestBadMinibatches:
         )
 
     def test_a_discard_leaves_nothing_at_any_zero_stage(self, tmp_path):
-        done = launch(str(Path(__file__).parents[1] / "engine" / "discard_worker.py"), str(tmp_path), module=False)
+        done = ranks.run(discard_at_each_stage, tmp_path, log=tmp_path / "rank")
         assert done.returncode == 0, done.stderr[-3000:]
         found = json.loads((tmp_path / "found.json").read_text())
         assert len(found) == 16
@@ -524,7 +526,7 @@ def test_two_ranks_at_zero_3_are_checked_and_go_on_as_without(tmp_path):
             folder, **rewarded(recorded_reward(folder / "reward")), deepspeed=deepspeed_file(folder / "ds.json", 3),
             total_episodes=32, eval_steps=None, save_steps=100, skip_self_checks=skip,
         )  # fmt: skip
-        done = launch("align.ppo", recipe)
+        done = ranks.run_stage("ppo", recipe)
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("self-checks: skipped" if skip else "KL 0, ratio 1,") in done.stderr
         curves.append([without_checks(row) for row in metrics(folder / "out")])

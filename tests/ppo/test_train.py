@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +22,8 @@ from align.runs.manifest import open_stage
 from align.runs.stage import check_layout
 from align.runs.tracker import undocumented
 from tests.ppo.runs import ppo_run, rollout_of
-from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, save_tiny_policy, write_jsonl
+from tests.ranks import run_stage, stop_after_checkpoint
+from tests.worlds import LETTERS, deepspeed_file, letter_tokenizer, save_tiny_policy, write_jsonl
 
 RULES = '''
 def count_a(prompts, completions, **columns):
@@ -172,7 +169,7 @@ class TestTwoRanks:
     @pytest.mark.parametrize("stage", [0, 1, 2, 3])
     def test_two_ranks_log_the_curve_of_one(self, finished, tmp_path, stage):
         recipe = make_recipe(tmp_path, deepspeed=deepspeed_file(tmp_path / "ds.json", stage))
-        done = launch("align.ppo", recipe)
+        done = run_stage("ppo", recipe)
         assert done.returncode == 0, done.stderr[-3000:]
         assert_same_curve(metrics(finished), metrics(tmp_path / "out"))
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "out"))
@@ -190,7 +187,7 @@ class TestTwoRanks:
             ds3_gather_for_generation=False,
             total_episodes=32,
         )
-        done = launch("align.ppo", recipe)
+        done = run_stage("ppo", recipe)
         assert done.returncode == 0, done.stderr[-3000:]
         assert metrics(tmp_path / "out")[0]["objective/score"] == pytest.approx(
             metrics(finished)[0]["objective/score"], abs=1e-5
@@ -201,16 +198,9 @@ class TestKilled:
     @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
     def test_a_killed_run_ends_like_one_that_was_not(self, finished, tmp_path, how):
         recipe = make_recipe(tmp_path)
-        command = [sys.executable, "-m", "align.ppo", recipe]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-        while not (tmp_path / "out" / "checkpoint-2" / "complete.json").exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.01)
-        process.send_signal(how)
-        assert process.wait() != 0
+        stop_after_checkpoint("ppo", recipe, tmp_path / "out", how)
         assert not (tmp_path / "out" / "stage.json").exists()
-        subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+        assert run_stage("ppo", recipe, ranks=1).returncode == 0
         ours, theirs = (load_file(folder / "model.safetensors") for folder in (finished, tmp_path / "out"))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert_same_curve(metrics(finished), metrics(tmp_path / "out"), tolerance=0)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from align.runs.manifest import read_manifest
 from align.runs.tracker import undocumented
+from tests import ranks
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "textbooks"
 CORPUS = Path(__file__).parents[3] / "shared" / "data" / "openstax" / "corpus.jsonl.gz"
@@ -19,10 +17,7 @@ DATA = Path("outputs") / "textbooks" / "data"
 
 
 def python(folder: Path, *words: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parents[1]), "COLUMNS": "160"}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = ranks.run(ranks.python, *words, ranks=1, cwd=folder, log=folder / "process", env={"COLUMNS": "160"})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -5,16 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from datasets import Dataset
-from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import (
     AutoModelForSequenceClassification,
@@ -37,10 +32,20 @@ from align.reward.evaluation import judge_pairs
 from align.reward.inputs import check_inputs
 from align.reward.normalization import zero_prompts
 from align.reward.train import run
-from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
 from reward_models.heads import init_head, load_reward_model, score_sequences
-from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from tests.ranks import launch, run_stage, stop_after_checkpoint
+from tests.worlds import (
+    deepspeed_file,
+    letter_ids,
+    letter_tokenizer,
+    metrics,
+    save_recipe,
+    save_tiny_policy,
+    tiny_llama,
+    trained,
+    training_keys,
+)
 
 # Prompt, chosen, rejected; a letter is a token. The truth: responses with more z are better.
 ROWS = [
@@ -65,51 +70,19 @@ def broken_score(prompts, completions, **_) -> list[float]:
     raise RuntimeError("stumbled on odd letters")
 
 
-def recipe(folder: Path, rows=ROWS, eval_rows=None, **changes) -> RewardRecipe:
+def recipe(folder: Path, rows=ROWS, eval_rows=(), **changes) -> RewardRecipe:
     """Two steps of four pairs each, without evaluation unless `eval_rows` are given."""
-
-    def source(name, some):
-        return [
-            DataSource(
-                path=write_jsonl(
-                    folder / name, [{"prompt": p, "chosen": good, "rejected": bad} for p, good, bad in some]
-                )
-            )
-        ]
-
-    settings = {
-        "stage": "reward",
-        "output_dir": str(folder / "out"),
-        "model_name_or_path": str(folder / "base"),
-        "train_dataset": source("train.jsonl", rows),
-        "eval_dataset": source("eval.jsonl", eval_rows) if eval_rows else [],
-        "eval_fraction": 0.0,
-        "train_batch_size": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "adam_epsilon": 1e-3,
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "response_length": 8,
-        "normalize_prompts": 6,
-    }
+    names = ("prompt", "chosen", "rejected")
+    named = ([dict(zip(names, row, strict=True)) for row in some] for some in (rows, eval_rows))
+    settings = training_keys("reward", folder, *named)
+    settings |= {"adam_epsilon": 1e-3, "response_length": 8, "normalize_prompts": 6}
     if not (folder / "base").exists():
         save_tiny_policy(folder / "base")
     return RewardRecipe(**{**settings, **changes})
 
 
-def metrics(run_recipe: RewardRecipe) -> list[dict]:
-    lines = (Path(run_recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def trained(run_recipe: RewardRecipe) -> dict[str, torch.Tensor]:
-    return load_file(Path(run_recipe.output_dir) / "model.safetensors")
-
-
 def ids_of(prompt: str, response: str) -> list[int]:
-    return [*(ord(letter) - ord("a") + 3 for letter in prompt + response), 2]
+    return [*letter_ids(prompt + response), 2]
 
 
 def untrained(seed: int = 42) -> LlamaForSequenceClassification:
@@ -395,24 +368,14 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
     refused("base: the stage that writes this folder has not finished")
 
 
-def start(settings: RewardRecipe, folder: Path) -> subprocess.Popen:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(settings).items() if v is not None}))
-    return subprocess.Popen([sys.executable, "-m", "align.reward", str(path)], cwd=Path(__file__).parents[2])
-
-
 def test_a_run_killed_twice_ends_with_the_same_weights_to_the_bit(tmp_path):
     settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0)
     folder = Path(settings.output_dir)
+    file = save_recipe(settings, tmp_path / "recipe.yaml")
     for how in (signal.SIGTERM, signal.SIGKILL):
-        seen = [path.name for path in complete_checkpoints(folder)]
-        process = start(settings, tmp_path)
-        while [path.name for path in complete_checkpoints(folder)] == seen and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(how)
-        assert process.wait() != 0
+        stop_after_checkpoint("reward", file, folder, how)
         assert not (folder / MANIFEST).exists()
-    assert start(settings, tmp_path).wait() == 0
+    assert run_stage("reward", file, ranks=1).returncode == 0
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"), save_steps=None)
     results = run(whole)
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
@@ -431,9 +394,7 @@ def test_two_processes_with_zero3_train_the_same_model(tmp_path):
     shared = dataclasses.replace(
         settings, output_dir=str(tmp_path / "shared"), deepspeed=deepspeed_file(tmp_path / "zero3.json", 3)
     )
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(shared).items() if v is not None}))
-    done = launch("align.reward", str(path))
+    done = launch("align.reward", str(save_recipe(shared, tmp_path / "recipe.yaml")))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)

@@ -1,16 +1,13 @@
-"""One rank of a run for test_resume.py, in a process forked from one that has imported everything already."""
+"""One rank of a run of test_resume.py."""
 
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  imported here, so that the forked ranks need not
-import numpy
 import torch
 
 import align.engine.torch_engine
@@ -22,20 +19,13 @@ from align.sft import train as sft
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 
 
-def work(stage: str, recipe: str, rank: int, ranks: int, port: int, log: str, stall: str | None) -> None:
-    """Run a stage as `rank` of `ranks`; its stdout and stderr go to `log`.
+def work(stage: str, recipe: str, stall: str | None) -> None:
+    """Run a stage as this rank.
 
     Args:
-        stall: a checkpoint's name: stop for good in the middle of writing it, and say so by the file `stalled`.
+        stall: a checkpoint's name: stop for good in the middle of writing it, and create the file `stalled`.
     """
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    if ranks > 1:  # as the launcher does
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
-    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-        seed(os.getpid())  # what is random for every process cannot be in the result
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     make_noisy(rank)
     if stall is not None:
         marker = Path(recipe).with_name("stalled")

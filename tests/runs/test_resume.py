@@ -1,16 +1,14 @@
 """Every stage, stopped and run again, ends like a run that was not: to the bit, alone and with two ranks.
 
-Ranks are forked from one process that has imported everything (`tests/runs/resume_worker.py`), with the environment that
-the `deepspeed` launcher gives them; one test goes through the launcher itself.
+Ranks are forked (`tests/ranks.py`), and what they run is in `tests/runs/resume_worker.py`; one test goes through the
+`deepspeed` launcher.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +16,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +31,10 @@ from align.engine.distributed import World
 from align.errors import UserError
 from align.runs.checkpoint import mark_complete
 from align.runs.stage import last_checkpoint, layout
+from tests import ranks as ranks_of
+from tests.ranks import Ranks, launch, launched
 from tests.runs.resume_worker import work
-from tests.worlds import LETTERS, deepspeed_file, free_port, launch, launched, save_tiny_policy, write_jsonl
+from tests.worlds import LETTERS, deepspeed_file, save_tiny_policy, write_jsonl
 
 RULES = '''
 def count_a(prompts, completions, **columns):
@@ -82,63 +81,15 @@ def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: A
     return path
 
 
-@pytest.fixture(scope="module")
-def forks() -> multiprocessing.context.BaseContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.runs.resume_worker"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        multiprocessing.forkserver.ensure_running()
-    return context
+def start(recipe: Path, ranks: int, stall: str | None = None) -> Ranks:
+    stage = yaml.safe_load(recipe.read_text())["stage"]
+    return ranks_of.start(work, stage, str(recipe), stall, ranks=ranks, log=recipe.with_name("rank"))
 
 
-def start(forks: Any, recipe: Path, ranks: int, stall: str | None = None) -> list[BaseProcess]:
-    stage, port = yaml.safe_load(recipe.read_text())["stage"], free_port()
-    processes = [
-        forks.Process(
-            target=work, args=(stage, str(recipe), rank, ranks, port, str(recipe.with_name(f"rank{rank}.txt")), stall)
-        )
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def said(recipe: Path) -> str:
-    """What rank 0 of the latest run wrote on stderr."""
-    return recipe.with_name("rank0.txt").read_text()
-
-
-def ended(processes: list[BaseProcess], seconds: float = 120) -> list[int | None]:
-    """Exit codes of ranks that end by themselves, within a time; what is left of them then is killed."""
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
-
-
-def complete(forks: Any, recipe: Path, ranks: int) -> None:
-    assert ended(start(forks, recipe, ranks)) == [0] * ranks, said(recipe)[-3000:]
-
-
-def stop(processes: list[BaseProcess], how: signal.Signals = signal.SIGKILL) -> None:
-    for process in processes:
-        assert process.pid is not None
-        assert process.is_alive(), "it ended before it could be stopped"
-        os.kill(process.pid, how)
-    for process in processes:
-        process.join()
-        assert process.exitcode != 0
-
-
-def wait_for(path: Path, processes: list[BaseProcess]) -> None:
-    while not path.exists():
-        assert all(process.is_alive() for process in processes), "it ended before it could be stopped"
-        time.sleep(0.002)
+def complete(recipe: Path, ranks: int) -> Ranks:
+    started = start(recipe, ranks)
+    assert started.wait() == [0] * ranks, started.stderr[-3000:]
+    return started
 
 
 def checkpoints(out: Path) -> list[str]:
@@ -167,15 +118,13 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(forks, tmp_path_factory) -> Callable[[str, str], Path]:
+def whole(shared_folder) -> Callable[[str, str], Path]:
     """The output folder of an uninterrupted run of a stage in a layout; each is run once."""
 
-    @functools.cache
     def run_once(stage: str, layout: str) -> Path:
         ranks, zero = LAYOUTS[layout]
-        recipe = write_recipe(stage, tmp_path_factory.mktemp("whole"), zero)
-        complete(forks, recipe, ranks)
-        return recipe.with_name("out")
+        folder = shared_folder(f"{stage}-{layout}", lambda folder: complete(write_recipe(stage, folder, zero), ranks))
+        return folder / "out"
 
     return run_once
 
@@ -190,50 +139,50 @@ def unfinished(out: Path, recipe: Path) -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_killed_while_a_checkpoint_is_written(forks, whole, tmp_path, stage, layout):
+def test_killed_while_a_checkpoint_is_written(whole, tmp_path, stage, layout):
     ranks, zero = LAYOUTS[layout]
     recipe = write_recipe(stage, tmp_path, zero)
-    processes = start(forks, recipe, ranks, stall="checkpoint-4")
-    wait_for(tmp_path / "stalled", processes)
-    time.sleep(0.2)  # for rank 0 to declare it whole, if it did not wait for the others
-    stop(processes)
+    started = start(recipe, ranks, stall="checkpoint-4")
+    started.wait_for((tmp_path / "stalled").exists)
+    time.sleep(0.2)  # for rank 0 to declare it complete, if it did not wait for the others
+    started.stop()
     out = tmp_path / "out"
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4"]
     assert not (out / "checkpoint-4" / "complete.json").exists()
     assert metrics(out)[-1]["step"] == 4  # these lines are dropped, and written again
-    complete(forks, recipe, ranks)
+    complete(recipe, ranks)
     assert_same(out, whole(stage, layout))
     assert checkpoints(out) == checkpoints(whole(stage, layout))
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_stopped_by_sigterm_between_checkpoints(forks, whole, tmp_path, stage):
+def test_stopped_by_sigterm_between_checkpoints(whole, tmp_path, stage):
     recipe = write_recipe(stage, tmp_path, 0)
-    processes = start(forks, recipe, 2)
-    wait_for(tmp_path / "out" / "checkpoint-2" / "complete.json", processes)
-    stop(processes, signal.SIGTERM)
-    complete(forks, recipe, 2)
+    started = start(recipe, 2)
+    started.wait_for((tmp_path / "out" / "checkpoint-2" / "complete.json").exists)
+    started.stop(signal.SIGTERM)
+    complete(recipe, 2)
     assert_same(tmp_path / "out", whole(stage, "zero0"))
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_killed_before_its_last_line_it_measures_nothing_twice(forks, tmp_path, stage):
+def test_killed_before_its_last_line_it_measures_nothing_twice(tmp_path, stage):
     """The closing evaluation comes after the last checkpoint, at the same step."""
     recipe, again = (write_recipe(stage, tmp_path / name, eval_steps=None) for name in ("whole", "again"))
-    complete(forks, recipe, 1)
+    complete(recipe, 1)
     out = unfinished(recipe.with_name("out"), again)
-    complete(forks, again, 1)
+    complete(again, 1)
     assert_same(out, recipe.with_name("out"))
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_adapters_resume_too(forks, tmp_path, stage):
+def test_adapters_resume_too(tmp_path, stage):
     recipes = [write_recipe(stage, tmp_path / name, method="lora", lora_r=2) for name in ("whole", "killed")]
-    complete(forks, recipes[0], 1)
-    processes = start(forks, recipes[1], 1, stall="checkpoint-4")
-    wait_for(tmp_path / "killed" / "stalled", processes)
-    stop(processes)
-    complete(forks, recipes[1], 1)
+    complete(recipes[0], 1)
+    started = start(recipes[1], 1, stall="checkpoint-4")
+    started.wait_for((tmp_path / "killed" / "stalled").exists)
+    started.stop()
+    complete(recipes[1], 1)
     assert_same(tmp_path / "killed" / "out", tmp_path / "whole" / "out")
 
 
@@ -284,16 +233,14 @@ def files(checkpoint: Path) -> list[Path]:
     ("stage", "layout", "harm"),
     [("sft", "alone", truncate), ("reward", "zero0", lose), ("ppo", "alone", reword), ("ppo", "zero2", flip)],
 )
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
-    forks, whole, tmp_path, stage, layout, harm
-):
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(whole, tmp_path, stage, layout, harm):
     ranks, zero = LAYOUTS[layout]
     recipe = write_recipe(stage, tmp_path, zero)
     out = unfinished(whole(stage, layout), recipe)
     newest, before = sorted(out.glob("checkpoint-*"), reverse=True)[:2]
     harm(newest)
-    complete(forks, recipe, ranks)
-    line = next(line for line in said(recipe).splitlines() if "damaged" in line)
+    finished = complete(recipe, ranks)
+    line = next(line for line in finished.stderr.splitlines() if "damaged" in line)
     assert line.startswith(f"{newest}: damaged, ")
     assert line.endswith(f"; set aside as damaged-{newest.name}, going on from {before.name}")
     assert_same(out, whole(stage, layout))
@@ -468,9 +415,10 @@ class TestLayout:
         assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
 
     @pytest.mark.parametrize(("stage", "ranks", "zero"), [("sft", 2, None), ("reward", 2, 3), ("ppo", 2, 2)])
-    def test_ranks_that_have_become_two_all_stop(self, forks, whole, tmp_path, stage, ranks, zero):
+    def test_ranks_that_have_become_two_all_stop(self, whole, tmp_path, stage, ranks, zero):
         recipe = write_recipe(stage, tmp_path, zero)
         out = unfinished(whole(stage, "alone"), recipe)
-        assert ended(start(forks, recipe, ranks)) == [1] * ranks
-        assert f"was saved by 1 process at ZeRO 0, and this run has 2 processes at ZeRO {zero or 0}" in said(recipe)
+        started = start(recipe, ranks)
+        assert started.wait() == [1] * ranks
+        assert f"was saved by 1 process at ZeRO 0, and this run has 2 processes at ZeRO {zero or 0}" in started.stderr
         assert checkpoints(out) == checkpoints(whole(stage, "alone"))

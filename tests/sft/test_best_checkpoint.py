@@ -14,7 +14,8 @@ from align.config.load import load_recipe
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.sft.train import run
-from tests.sft.test_train import ROWS, metrics, nll, recipe, trained
+from tests.sft.test_train import ROWS, nll, recipe
+from tests.worlds import metrics, trained
 
 HELD_OUT = [("ab", "d"), ("k", "m"), ("q", "zs"), ("b", "c")]
 # Four rows have prompts of their own: 12 steps, in which the held-out loss falls at first and then rises.

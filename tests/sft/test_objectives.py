@@ -21,15 +21,26 @@ from align.runs.checkpoint import complete_checkpoints
 from align.sft.fused_head import FUSED, token_scores
 from align.sft.train import run
 from align.sft.trainer import token_shares
-from tests.sft.test_train import ROWS, SCRATCH, letters, metrics, recipe, trained
-from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from tests.ranks import run_stage
+from tests.sft.test_train import ROWS, SCRATCH, recipe
+from tests.worlds import (
+    deepspeed_file,
+    letter_ids,
+    letter_tokenizer,
+    metrics,
+    save_recipe,
+    save_tiny_policy,
+    tiny_llama,
+    trained,
+    write_jsonl,
+)
 
 
 def row_losses(model, rows) -> list[torch.Tensor]:
     """-log p of each label token of each row alone, without padding."""
     found = []
     for prompt, completion in rows:
-        ids = torch.tensor([letters(prompt) + letters(completion) + [2]])
+        ids = torch.tensor([letter_ids(prompt) + letter_ids(completion) + [2]])
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         found.append(cross_entropy(logits, ids[0, len(prompt) :], reduction="none"))
     return found
@@ -116,10 +127,7 @@ class TestOneStep:
         settings = recipe(tmp_path, max_length=16, packing=True, train_batch_size=4, per_device_train_batch_size=1,
                           max_steps=1, loss_normalization=objective, adam_epsilon=1e-3,
                           deepspeed=deepspeed_file(tmp_path / "ds.json", 2))  # fmt: skip
-        import yaml
-
-        (tmp_path / "sft.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings)))
-        done = launch("align.sft", str(tmp_path / "sft.yaml"))
+        done = run_stage("sft", save_recipe(settings, tmp_path / "sft.yaml"))
         assert done.returncode == 0, done.stderr[-3000:]
         assert_weights(trained(settings), stepped(ROWS, objective))
 
@@ -157,7 +165,7 @@ class TestWholeLogits:
         from trl.trainer.utils import add_fused_lm_head
 
         model = tiny_llama()
-        ids = torch.tensor([[*letters("abcdef"), 2], [*letters("bca"), 2, 0, 0, 0]])
+        ids = torch.tensor([[*letter_ids("abcdef"), 2], [*letter_ids("bca"), 2, 0, 0, 0]])
         labels = torch.where(ids == 0, -100, ids)
         labels[0, :3] = -100
         mine = token_scores(model(input_ids=ids).logits, labels)
@@ -202,7 +210,9 @@ class TestPacking:
         assert not bad
         packed = pack(rows, 10)
         assert sorted(map(len, packed["input_ids"]), reverse=True) == [10, 10, 7, 4]  # 27 and 4 tokens
-        assert sorted(t for row in packed["input_ids"] for t in row) == sorted([*letters(text), *letters("abc"), 2, 2])
+        assert sorted(t for row in packed["input_ids"] for t in row) == sorted(
+            [*letter_ids(text), *letter_ids("abc"), 2, 2]
+        )
         with pytest.raises(UserError, match=r"longer than 10 tokens \(`max_length`\)"):
             tokenize_demonstrations(texts, letter_tokenizer(), max_length=10)
         run(settings)
@@ -219,7 +229,7 @@ class TestRegularisation:
         model = tiny_llama()
         total, count = 0.0, 0
         for prompt, completion in ROWS[:4]:
-            ids = torch.tensor([letters(prompt) + letters(completion) + [2]])
+            ids = torch.tensor([letter_ids(prompt) + letter_ids(completion) + [2]])
             log_p = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             hit = log_p.gather(1, ids[0, len(prompt) :, None])[:, 0]
             total += float((-0.8 * hit - 0.2 * log_p.mean(-1)).sum())

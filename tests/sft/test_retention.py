@@ -37,8 +37,19 @@ from align.sft.report import course
 from align.sft.retention import load_with_retention, replay_count, with_replay
 from align.sft.train import run
 from align.sft.trainer import DemonstrationTrainer
-from tests.sft.test_train import ROWS, letters, metrics, nll, recipe, trained
-from tests.worlds import LETTERS, deepspeed_file, launch, letter_tokenizer, tiny_llama, write_jsonl
+from tests.ranks import run_stage
+from tests.sft.test_train import ROWS, nll, recipe
+from tests.worlds import (
+    LETTERS,
+    deepspeed_file,
+    letter_ids,
+    letter_tokenizer,
+    metrics,
+    save_recipe,
+    tiny_llama,
+    trained,
+    write_jsonl,
+)
 
 TEXTS = [LETTERS[i : i + 3 + i % 5] for i in range(0, 23)]  # of which the parts say what the others are
 HELD_OUT_ROWS = [("ab", "d"), ("k", "m"), ("q", "zs"), ("b", "c")]
@@ -57,7 +68,8 @@ def fluent() -> LlamaForCausalLM:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
         total = sum(
-            model(input_ids=(ids := torch.tensor([[*letters(text), 2]])), labels=ids).loss * len(text) for text in TEXTS
+            model(input_ids=(ids := torch.tensor([[*letter_ids(text), 2]])), labels=ids).loss * len(text)
+            for text in TEXTS
         )
         (total / sum(map(len, TEXTS))).backward()
         optimizer.step()
@@ -83,7 +95,7 @@ def text_nll(model, some) -> tuple[float, int, int]:
     """Sum of -log p over all tokens but the first of each text alone, tokens ranked first, and their number; no EOS."""
     total, right, count = 0.0, 0, 0
     for text in some:
-        ids = torch.tensor([letters(text)])  # the letters' tokenizer adds no BOS
+        ids = torch.tensor([letter_ids(text)])  # the letters' tokenizer adds no BOS
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, :-1]
         total += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
@@ -137,7 +149,7 @@ class TestMeasured:
         total, count = 0.0, 0
         model = AutoPeftModelForCausalLM.from_pretrained(settings.output_dir)
         for text in TEXTS:
-            ids = torch.tensor([letters(text)])
+            ids = torch.tensor([letter_ids(text)])
             with torch.no_grad():
                 logits = model(input_ids=ids).logits[0, -ids.shape[1] : -1]
             total += float(cross_entropy(logits, ids[0, 1:], reduction="sum"))
@@ -166,7 +178,7 @@ class TestMeasured:
         total, count = 0.0, 0
         for prompt, completion in HELD_OUT_ROWS:
             with torch.no_grad():
-                logits = fluent()(input_ids=torch.tensor([[*letters(prompt + completion), 2]])).logits[
+                logits = fluent()(input_ids=torch.tensor([[*letter_ids(prompt + completion), 2]])).logits[
                     0, len(prompt) - 1 : -1
                 ]
             total += float(torch.distributions.Categorical(logits=logits).entropy().sum())
@@ -209,7 +221,7 @@ class TestMeasured:
         )
         run(settings)
         total, count = 0.0, 0
-        for ids in (letters("abcdefghij"), letters("kl"), letters("xyz")):
+        for ids in (letter_ids("abcdefghij"), letter_ids("kl"), letter_ids("xyz")):
             with torch.no_grad():
                 logits = fluent()(input_ids=torch.tensor([ids])).logits[0, :-1]
             total += float(cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
@@ -300,7 +312,7 @@ class TestResponses:
         assert len(first) == 3
         matches = 0
         for row in first:
-            ids = letters(row["prompt"])
+            ids = letter_ids(row["prompt"])
             for _ in range(6):
                 with torch.no_grad():
                     ids.append(int(tiny_llama()(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
@@ -579,8 +591,7 @@ def test_two_ranks_measure_what_one_measures(tmp_path):
     shared = dataclasses.replace(
         alone, output_dir=str(tmp_path / "shared"), deepspeed=deepspeed_file(tmp_path / "ds.json", 3)
     )
-    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(dataclasses.asdict(shared)))
-    done = launch("align.sft", str(tmp_path / "sft.yaml"))
+    done = run_stage("sft", save_recipe(shared, tmp_path / "sft.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = evaluations(alone), evaluations(shared)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]

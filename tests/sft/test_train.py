@@ -6,15 +6,10 @@ import dataclasses
 import json
 import math
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
@@ -24,7 +19,19 @@ from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
 from align.sft.train import run
-from tests.worlds import deepspeed_file, launch, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from tests.ranks import launch, run_stage, stop_after_checkpoint
+from tests.worlds import (
+    deepspeed_file,
+    letter_ids,
+    letter_tokenizer,
+    metrics,
+    save_recipe,
+    save_tiny_policy,
+    tiny_llama,
+    trained,
+    training_keys,
+    write_jsonl,
+)
 
 # Prompt and completion; a letter is a token. Lengths differ, so that means of means are wrong.
 ROWS = [
@@ -47,50 +54,22 @@ SCRATCH = {
 }
 
 
-def recipe(folder: Path, rows=ROWS, eval_rows=None, **changes) -> SFTRecipe:
+def recipe(folder: Path, rows=ROWS, eval_rows=(), **changes) -> SFTRecipe:
     """Two steps of four rows each, without evaluation unless `eval_rows` are given."""
-
-    def source(name, some):
-        return [DataSource(path=write_jsonl(folder / name, [{"prompt": p, "completion": c} for p, c in some]))]
-
-    settings = {
-        "stage": "sft",
-        "output_dir": str(folder / "out"),
-        "train_dataset": source("train.jsonl", rows),
-        "eval_dataset": source("eval.jsonl", eval_rows) if eval_rows else [],
-        "eval_fraction": 0.0,
-        "train_batch_size": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-    }
-    if "model_config" not in changes:
-        settings["model_name_or_path"] = str(folder / "base")
-        if not (folder / "base").exists():
-            save_tiny_policy(folder / "base")
+    named = ([dict(zip(("prompt", "completion"), row, strict=True)) for row in some] for some in (rows, eval_rows))
+    settings = training_keys("sft", folder, *named)
+    if "model_config" in changes:
+        del settings["model_name_or_path"]
+    elif not (folder / "base").exists():
+        save_tiny_policy(folder / "base")
     return SFTRecipe(**{**settings, **changes})
-
-
-def metrics(run_recipe: SFTRecipe) -> list[dict]:
-    lines = (Path(run_recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def trained(run_recipe: SFTRecipe) -> dict[str, torch.Tensor]:
-    return load_file(Path(run_recipe.output_dir) / "model.safetensors")
-
-
-def letters(text: str) -> list[int]:
-    return [ord(letter) - ord("a") + 3 for letter in text]
 
 
 def nll(model, rows, completion_only=True) -> tuple[torch.Tensor, int]:
     """Sum of -log p over the label tokens of each row alone, without padding, and their number."""
     total, count = torch.zeros(()), 0
     for prompt, completion in rows:
-        ids = torch.tensor([letters(prompt) + letters(completion) + [2]])
+        ids = torch.tensor([letter_ids(prompt) + letter_ids(completion) + [2]])
         first = len(prompt) if completion_only else 1
         logits = model(input_ids=ids).logits[0, first - 1 : -1]
         total = total + cross_entropy(logits, ids[0, first:], reduction="sum")
@@ -149,7 +128,7 @@ def test_end_of_text_is_learnt_when_it_is_the_padding_too(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(settings.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(settings.output_dir)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    logits = model(input_ids=torch.tensor([letters("abcd")])).logits[0, -1]
+    logits = model(input_ids=torch.tensor([letter_ids("abcd")])).logits[0, -1]
     assert logits.softmax(-1)[2] > 0.9
 
 
@@ -164,7 +143,7 @@ def test_evaluation_is_the_mean_over_held_out_tokens_before_and_after(tmp_path):
             total, count = nll(model, held_out)
             right = 0
             for prompt, completion in held_out:
-                ids = torch.tensor([letters(prompt) + letters(completion) + [2]])
+                ids = torch.tensor([letter_ids(prompt) + letter_ids(completion) + [2]])
                 guesses = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].argmax(-1)
                 right += int((guesses == ids[0, len(prompt) :]).sum())
         expected.append((float(total / count), right / count))
@@ -313,26 +292,16 @@ def test_bfloat16_with_gradient_checkpointing_ends_in_float32_weights(tmp_path):
     assert all(weight.dtype == torch.float32 for weight in trained(settings).values())
 
 
-def start(settings: SFTRecipe, folder: Path) -> subprocess.Popen:
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(settings).items() if v is not None}))
-    return subprocess.Popen([sys.executable, "-m", "align.sft", str(path)], cwd=Path(__file__).parents[2])
-
-
 def test_a_run_killed_twice_ends_with_the_same_weights_to_the_bit(tmp_path):
     settings = recipe(
         tmp_path, eval_rows=[("ee", "f")], num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0
     )
     folder = Path(settings.output_dir)
+    file = save_recipe(settings, tmp_path / "recipe.yaml")
     for how in (signal.SIGTERM, signal.SIGKILL):
-        seen = [path.name for path in complete_checkpoints(folder)]
-        process = start(settings, tmp_path)
-        while [path.name for path in complete_checkpoints(folder)] == seen and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(how)
-        assert process.wait() != 0
+        stop_after_checkpoint("sft", file, folder, how)
         assert not (folder / MANIFEST).exists()
-    assert start(settings, tmp_path).wait() == 0
+    assert run_stage("sft", file, ranks=1).returncode == 0
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"), save_steps=None)
     results = run(whole)
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
@@ -364,9 +333,7 @@ def test_two_processes_with_zero3_train_the_same_model(tmp_path):
     shared = dataclasses.replace(
         settings, output_dir=str(tmp_path / "shared"), deepspeed=deepspeed_file(tmp_path / "zero3.json", 3)
     )
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in dataclasses.asdict(shared).items() if v is not None}))
-    done = launch("align.sft", str(path))
+    done = launch("align.sft", str(save_recipe(shared, tmp_path / "recipe.yaml")))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)
