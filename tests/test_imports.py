@@ -22,11 +22,11 @@ FOLDERS = [
     {"align.models"},
     {"align.data"},
     {"align.config"},
-    {"align.maths", "align.errors", "reward_models"},
+    {"align.maths", "align.errors", "align.compat", "reward_models"},
 ]
 # `python -m align.STAGE` starts the launcher of all stages, which lies below them.
 OWNERS = {
-    "deepspeed": {"align.engine.deepspeed_engine", "align.engine.distributed", "align.engine.sharding"},
+    "deepspeed": {"align.compat", "align.engine.deepspeed_engine", "align.engine.distributed", "align.engine.sharding"},
     "wandb": {"align.runs.tracker"},
     "evaluate": {"align.evaluate.metrics", "align.evaluate.text_metrics"},
     "sacrebleu": {"align.evaluate.text_metrics"},
@@ -34,7 +34,14 @@ OWNERS = {
     "sklearn": {"align.evaluate.text_metrics"},
 }
 HEAVY = {"torch", "transformers", "trl", "datasets", "evaluate", "wandb", "deepspeed", "accelerate", "peft"}
-LIGHT = ("align.config", "align.errors", "align.runs.manifest", "align.runs.checkpoint", "align.runs.files")
+LIGHT = (
+    "align.config",
+    "align.errors",
+    "align.compat",
+    "align.runs.manifest",
+    "align.runs.checkpoint",
+    "align.runs.files",
+)
 STANDARD = {*sys.stdlib_module_names, "__future__"}
 
 

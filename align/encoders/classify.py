@@ -20,6 +20,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from align.compat import pending_metrics
 from align.config.encoders import ClassifyRecipe
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
@@ -27,6 +28,7 @@ from align.data.rows import Labelled
 from align.encoders.labels import LABEL_COLUMNS, MULTI, REGRESSION, SHOWN, Labels, find_labels
 from align.encoders.tokenize import tokenize_labelled
 from align.engine.batch_plan import batch_plan
+from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, is_encoder, load_config, new_classifier
@@ -53,7 +55,7 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
     quiet()
     if open_stage(recipe):
         return finished_results(recipe.output_dir)
-    world = connect(recipe)
+    world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Labelled)
@@ -186,7 +188,7 @@ class LabelTrainer(ExactEvaluation, RowTrainer):
             _, correct, count = self.accelerator.reduce(self.sums, "sum").tolist()
             self.judged = self.accelerator.reduce(self.counts, "sum").cpu()
             measures = self.labels.summary(self.judged, correct, count)
-            self._metrics["eval"] |= {name: [value] for name, value in measures.items()}
+            pending_metrics(self, "eval").update({name: [value] for name, value in measures.items()})
         super().log(logs, start_time)
 
 

@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from align.compat import masked_lm_types
 from align.config.encoders import MLMRecipe
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
@@ -28,6 +28,7 @@ from align.data.tokenize import IGNORE_INDEX
 from align.encoders.masking import Masking
 from align.encoders.tokenize import piece_length, tokenize_passages
 from align.engine.batch_plan import batch_plan
+from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.errors import UserError
 from align.maths.perplexity import perplexity
@@ -55,7 +56,7 @@ def run(recipe: MLMRecipe) -> dict[str, Any]:
     quiet()
     if open_stage(recipe):
         return finished_results(recipe.output_dir)
-    world = connect(recipe)
+    world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     config, tokenizer = check_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Passage)
@@ -110,7 +111,7 @@ def check_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokeniz
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
     config = load_config(path, recipe, key)
-    if not is_encoder(config) or config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    if not is_encoder(config) or config.model_type not in masked_lm_types():
         raise UserError(
             f"{key}: {path} ({config.model_type}) is no encoder that transformers trains by masking; name a BERT-like one, or "
             "go on training a decoder with the sft stage."

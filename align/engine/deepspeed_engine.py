@@ -16,16 +16,22 @@ from align.config.base import StageRecipe
 from align.engine.deepspeed_config import deepspeed_config, zero_stage
 from align.engine.distributed import World
 from align.engine.mixed_precision import use_float32_attention
-from align.engine.optimizer import optimizer_for
-from align.engine.sharding import gathered_parameters
-from align.engine.torch_engine import Engine
+from align.engine.optimizer import adamw, set_learning_rate
+from align.engine.sharding import evaluation_mode, gathered_parameters, gathered_state_dict, save_from_main
 from align.errors import UserError
-from align.models.save import skeleton
+from align.models.save import meta_copy
 from reward_models.heads import hf_model
 
 
-class DeepSpeedEngine(Engine):
-    """One model over all ranks by DeepSpeed ZeRO. Under stage 3 a rank holds 1/N of it, also when frozen."""
+class DeepSpeedEngine:
+    """One model over all ranks by DeepSpeed ZeRO. Under stage 3 each of N ranks holds 1/N of it, also when frozen.
+
+    Args:
+        recipe: gives precision, gradient checkpointing, AdamW's settings and the DeepSpeed file of `role`.
+        learning_rate: None freezes the model.
+        role: "policy", "value", "reference" or "reward".
+        accumulation: microbatches per optimiser step.
+    """
 
     def __init__(
         self,
@@ -39,10 +45,9 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         self.world = world
-        self.masters = {}  # DeepSpeed has its own
         self.stage = zero_stage(recipe, role)
         self.accumulation = accumulation
-        self.pending = False  # gradients since the last step
+        self.pending = False  # whether there are gradients since the last step
         config = deepspeed_config(recipe, role, world.size, accumulation)
         if learning_rate is None:
             model.requires_grad_(False)
@@ -52,8 +57,15 @@ class DeepSpeedEngine(Engine):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if recipe.bf16 and world.device.type == "cpu":
             use_float32_attention(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.adamw = optimizer_for(trained, recipe, learning_rate) if learning_rate is not None else None
+        self.adamw = None
+        if learning_rate is not None:
+            self.adamw = adamw(
+                [parameter for parameter in model.parameters() if parameter.requires_grad],
+                learning_rate,
+                betas=(recipe.adam_beta1, recipe.adam_beta2),
+                eps=recipe.adam_epsilon,
+                weight_decay=recipe.weight_decay,
+            )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)
         self.module = self.engine.module
         self.engine.train(learning_rate is not None and recipe.gradient_checkpointing)
@@ -64,21 +76,19 @@ class DeepSpeedEngine(Engine):
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[nn.Module]:
         if self.stage < 3:
-            training = self.module.training
-            self.module.eval()
-            yield self.module
-            self.module.train(training)
+            with evaluation_mode(self.module) as module:
+                yield module
             return
-        copy = self._whole_copy()
+        copy = self._unsharded_copy()
         yield copy
         del copy
 
-    def _whole_copy(self) -> nn.Module:
+    def _unsharded_copy(self) -> nn.Module:
         """An unsharded copy for one rollout: ranks then generate at their own pace, and freeing it frees the memory."""
         copy: nn.Module = (
-            skeleton(self.module).to(next(self.module.parameters()).dtype).to_empty(device=self.world.device)
+            meta_copy(self.module).to(next(self.module.parameters()).dtype).to_empty(device=self.world.device)
         )
-        hf_model(copy).tie_weights()  # memory made anew is not shared
+        hf_model(copy).tie_weights()  # `to_empty` unties them
         targets = dict(copy.named_parameters())
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
@@ -99,7 +109,7 @@ class DeepSpeedEngine(Engine):
             self.engine.step()  # before the last microbatch it only counts
 
     def step(self, learning_rate: float) -> float:
-        self._set_learning_rate(learning_rate)
+        set_learning_rate(self.optimizer, learning_rate)
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients) if gradients else None  # ZeRO 0 in float32, which reports none
         self.engine.step()
@@ -107,7 +117,7 @@ class DeepSpeedEngine(Engine):
         return float(norm if norm is not None else self.engine.get_global_grad_norm())
 
     def discard(self) -> None:
-        # DeepSpeed has buffers of its own for gradients, which a step alone empties: a step that moves nothing.
+        # DeepSpeed keeps gradients in buffers of its own, which only a step clears: take one that changes no weight.
         if not self.pending:  # the policy while only the value model trains; a step would be counted as a microbatch
             return
         assert self.adamw is not None
@@ -118,6 +128,12 @@ class DeepSpeedEngine(Engine):
         finally:
             self.adamw.step = step  # type: ignore[method-assign]
         self.pending = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return gathered_state_dict(self.module, self.world)
+
+    def save_pretrained(self, folder: Path) -> None:
+        save_from_main(self.module, self.state_dict(), folder, self.world)
 
     def save_checkpoint(self, folder: Path) -> None:
         self.engine.save_checkpoint(

@@ -1,4 +1,4 @@
-"""The processes of a run: joining the group, its collectives, and the shared memory that dead runs left behind."""
+"""The processes of a run: the process group, its collectives, and shared memory that killed runs left behind."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from align.config.base import StageRecipe
+from align.compat import DEEPSPEED_SHARED_MEMORY_FILES, disable_deepspeed_shared_memory
 from align.engine.cpu import configure_cpu
-from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.timer import Clock
 from align.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_FILES = "deepspeed_allreduce_buffer_*"
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of this run and the collectives that the stages use. With one process each is the identity."""
+    """The processes of this run and the collectives that the stages use; on one process each collective is the identity."""
 
     rank: int
     size: int
@@ -63,10 +61,10 @@ class World:
         return torch.cat(parts).to(tensor.dtype)
 
     def check_rows(self, count: int) -> None:
-        """See that there is a training row for every process.
+        """Check that there are at least as many training rows as processes.
 
         Raises:
-            UserError: there is not.
+            UserError: there are fewer.
         """
         if count < self.size:
             raise UserError(
@@ -79,14 +77,14 @@ class World:
 
 
 def rows_of_rank(world: World, count: int) -> list[int]:
-    """This rank's rows of `count`. All ranks have as many, so the last may repeat a row."""
+    """Indices of this rank's share of `count` rows. All shares have one size, so the last ranks may repeat the last row."""
     share = -(-count // world.size)
     return [min(index, count - 1) for index in range(world.rank * share, (world.rank + 1) * share)]
 
 
 def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
-    """Delete DeepSpeed's shared-memory files of this user that no living process maps. Returns what was deleted."""
-    candidates = [path for path in folder.glob(SHARED_MEMORY_FILES) if path.stat().st_uid == os.getuid()]
+    """Delete this user's DeepSpeed shared-memory files that no running process maps; returns the deleted paths."""
+    candidates = [path for path in folder.glob(DEEPSPEED_SHARED_MEMORY_FILES) if path.stat().st_uid == os.getuid()]
     if not candidates:
         return []
     mapped = ""
@@ -99,8 +97,12 @@ def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
     return stale
 
 
-def connect(recipe: StageRecipe) -> World:
-    """Join the process group of the `deepspeed` launcher, if it started this process; clear what dead runs left behind."""
+def connect(deepspeed_files: bool) -> World:
+    """Join the process group of the `deepspeed` launcher if it started this process; remove stale shared memory.
+
+    Args:
+        deepspeed_files: whether a model has a DeepSpeed file, so that one process alone needs a group too.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     gpu = torch.cuda.is_available()
@@ -110,12 +112,10 @@ def connect(recipe: StageRecipe) -> World:
     configure_cpu()
     if int(os.environ.get("RANK", "0")) == 0:
         remove_stale_shared_memory()
-    if size > 1 or uses_deepspeed(recipe):
+    if size > 1 or deepspeed_files:
         import deepspeed
 
-        # DeepSpeed's own CPU collective saves nothing at our sizes, needs a compiler at the first start and
-        # leaves 69 MB a process in shared memory; gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        disable_deepspeed_shared_memory()
         if not dist.is_initialized():
             if "MASTER_ADDR" not in os.environ:  # one process without the launcher
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -124,7 +124,7 @@ def connect(recipe: StageRecipe) -> World:
 
 
 def disconnect() -> None:
-    """Leave the process group, after all ranks are done."""
+    """Leave the process group once all ranks are done."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

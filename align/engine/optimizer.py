@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters, and PPO's learning rates."""
+"""AdamW, the parameters it trains, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -9,34 +9,54 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from align.config.base import StageRecipe
-from align.config.ppo import PPORecipe
+from align.compat import full_shape
 
 
-def optimizer_for(trainable: Sequence[nn.Parameter], recipe: StageRecipe, learning_rate: float) -> torch.optim.AdamW:
+def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that have a gradient, with their names."""
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def adamw(
+    trained: Sequence[nn.Parameter],
+    learning_rate: float,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.AdamW:
     """AdamW over these parameters; biases and norms (all one-dimensional parameters) are not decayed."""
-    # Under ZeRO-3 a parameter is an empty shard; `ds_shape` remembers what it was.
-    decayed = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    kept = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    decayed = [parameter for parameter in trained if len(full_shape(parameter)) > 1]
+    others = [parameter for parameter in trained if len(full_shape(parameter)) <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
+        betas=betas,
+        eps=eps,
         fused=True,  # one pass over memory instead of one per operation
     )
 
 
-def learning_rates(recipe: PPORecipe, updates: int) -> list[tuple[float, float]]:
-    """Learning rates of policy and value for each update: the schedule moves once per update, not per optimiser step."""
-    clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    warmup = recipe.warmup_steps if recipe.warmup_steps >= 1 else recipe.warmup_steps * updates
-    schedule = get_scheduler(recipe.lr_scheduler_type, clock, math.ceil(warmup), updates)
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Use this learning rate for all parameters from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def learning_rates(peak: float, scheduler: str, warmup_steps: float, updates: int) -> list[float]:
+    """The learning rate of each update.
+
+    Args:
+        scheduler: a name of transformers', such as "linear".
+        warmup_steps: in updates; below 1 it is a share of all updates.
+    """
+    probe = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    warmup = warmup_steps if warmup_steps >= 1 else warmup_steps * updates
+    schedule = get_scheduler(scheduler, probe, math.ceil(warmup), updates)
     rates = []
     for _ in range(updates):
-        factor = clock.param_groups[0]["lr"]
-        rates.append((recipe.learning_rate * factor, (recipe.value_learning_rate or recipe.learning_rate) * factor))
-        clock.step()
+        rates.append(peak * probe.param_groups[0]["lr"])
+        probe.step()
         schedule.step()
     return rates

@@ -65,7 +65,7 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
         raise UserError(
             f"output_dir: cannot write to {recipe.output_dir} ({error.strerror}); choose another."
         ) from error
-    world = connect(shared_keys(recipe))
+    world = connect(deepspeed_files=False)
     outputs = _run_models(recipe, inputs, world, generates, _resume_key(evaluation, inputs))
     results: dict[str, Any] = {}
     if world.is_main:

@@ -17,6 +17,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from align.compat import bleu_score, bleu_statistics
 from align.evaluate.bootstrap import Floats
 
 Scores = dict[str, float]
@@ -124,11 +125,11 @@ class SacrebleuMetric(TextMetric):
         raise NotImplementedError
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> Floats:
-        rows = self.scorer._extract_corpus_statistics(list(predictions), [list(references)])
+        rows = bleu_statistics(self.scorer, list(predictions), list(references))
         return np.array(rows, dtype=np.float64)
 
     def score(self, sums: Floats) -> Scores:
-        return {self.key: float(self.scorer._compute_score_from_stats(sums.astype(np.int64).tolist()).score)}
+        return {self.key: bleu_score(self.scorer, sums.astype(np.int64).tolist())}
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> Scores:
         return {self.key: float(self.scorer.corpus_score(list(predictions), [list(references)]).score)}

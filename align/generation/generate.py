@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.engine.torch_engine import Engine
+from align.engine.engine import Engine
 from align.generation.kv_cache import compaction_order, preallocated_cache
 from align.generation.sampling import sample_token
 from align.models.forward import position_ids

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.collate import pad_left, pad_right
 from align.data.rows import Prompt, as_response
 from align.engine.distributed import World
-from align.engine.torch_engine import Engine
+from align.engine.engine import Engine
 from align.generation.generate import generate
 from reward_models.responses import Responses
 

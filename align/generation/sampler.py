@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.collate import chunks, pad_left
 from align.data.rows import Prompt
 from align.engine.distributed import World
-from align.engine.torch_engine import Engine
+from align.engine.engine import Engine
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
 
+from align.compat import has_causal_lm
 from align.config.sft import SFTRecipe
 from align.data.rows import Demonstration, render_text
 from align.errors import UserError, nearest
@@ -38,9 +39,10 @@ def scratch_config(recipe: SFTRecipe) -> PretrainedConfig:
             if name not in known_keys:
                 raise UserError(f"model_config: {model_type} has no key {name!r} to set{nearest(name, known_keys)}")
         config: PretrainedConfig = AutoConfig.for_model(model_type, **given)
-        AutoModelForCausalLM._model_mapping[type(config)]
+        if not has_causal_lm(config):
+            raise KeyError(model_type)
     except KeyError as error:
-        raise UserError(f"model_config: {model_type} is no architecture that generates; take llama or gpt2.") from error
+        raise UserError(f"model_config: {model_type} is not a causal language model; use llama or gpt2.") from error
     except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model_config: transformers cannot make this {model_type}: {reason}") from error

@@ -17,12 +17,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
 
+from align.compat import causal_lm_types, loads_sharded, seq2seq_lm_types
 from align.config.base import StageRecipe
 from align.errors import UserError
 from align.models.trainable import disable_inference_kernels
@@ -85,17 +81,15 @@ def _looks_local(path: str) -> bool:
 
 def is_sequence_to_sequence(config: PretrainedConfig) -> bool:
     """Whether the model is an encoder with a decoder (T5-like), or the one half of it that is no model by itself."""
-    only = config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    return getattr(config, "is_encoder_decoder", False) or (
-        only and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    )
+    only = config.model_type in seq2seq_lm_types()
+    return getattr(config, "is_encoder_decoder", False) or (only and config.model_type not in causal_lm_types())
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
     """Whether the backbone is an encoder (BERT-like): it reads both ways and cannot generate."""
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         return False
-    return config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type in ENCODER_TYPES
+    return config.model_type not in causal_lm_types() or config.model_type in ENCODER_TYPES
 
 
 # Encoders that transformers also lists as causal models (for use with `is_decoder`).
@@ -105,7 +99,7 @@ ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-
 
 def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwargs: Any) -> Any:
     if (base := adapter_base(path)) is not None:
-        if is_deepspeed_zero3_enabled():
+        if loads_sharded():
             raise UserError(
                 f"{path}: is an adapter, which cannot be merged while ZeRO 3 shards; run `align merge` first."
             )

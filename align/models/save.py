@@ -1,4 +1,4 @@
-"""A Hugging Face folder from weights, adapters merged."""
+"""Write a model as a Hugging Face folder, adapters merged."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 
-def skeleton(model: nn.Module) -> Any:
-    """A model of the same class, configuration and adapter, with shapes and no storage."""
+def meta_copy(model: nn.Module) -> Any:
+    """A model of the same class, configuration and adapter, without storage (on the meta device)."""
     with torch.device("meta"):
         if isinstance(model, PeftModel):
             base = model.get_base_model()
@@ -20,15 +20,15 @@ def skeleton(model: nn.Module) -> Any:
 
 
 def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write a Hugging Face folder with these weights, under the names of `model`.
+    """Write these weights, named as in `model`, as a Hugging Face folder.
 
-    An adapter is merged into them, and saved as such in `adapter/`.
+    An adapter is merged into them, and also saved on its own in `adapter/`.
     """
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         return
-    whole = skeleton(model).to(next(iter(weights.values())).dtype).to_empty(device="cpu")
-    whole.get_base_model().tie_weights()
-    whole.load_state_dict(weights, strict=False)  # tied weights are there once
-    whole.merge_and_unload().save_pretrained(folder)
+    full = meta_copy(model).to(next(iter(weights.values())).dtype).to_empty(device="cpu")
+    full.get_base_model().tie_weights()
+    full.load_state_dict(weights, strict=False)  # tied weights are stored once
+    full.merge_and_unload().save_pretrained(folder)
     model.save_pretrained(folder / "adapter", state_dict=weights)

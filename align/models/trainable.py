@@ -21,11 +21,11 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
+from align.compat import full_shape, keep_differentiable_kernel
 from align.config.base import StageRecipe
 from align.errors import UserError
 
 MERGEABLE = ("lora", "dora", "qlora", "ia3")  # adapters that can become part of the weights
-VIRTUAL_TOKENS = ("prompt", "prefix")  # adapters that stay beside them
 
 
 def peft_config(recipe: StageRecipe, task_type: str, trained_whole: Sequence[str] = ()) -> PeftConfig | None:
@@ -106,7 +106,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     if isinstance(model, PeftModel):  # knows of weights that are packed two to a number
         trained, whole = model.get_nb_trainable_parameters()
         return int(trained), int(whole)
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(full_shape(p).numel(), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
@@ -147,14 +147,9 @@ def quantization(recipe: StageRecipe) -> dict[str, Any]:
 
 
 def disable_inference_kernels(model: PreTrainedModel) -> None:
-    """Keep the 4-bit layers of a model on the CPU to the one kernel that has a gradient; other models stay as they are.
-
-    On a CPU with AVX512-BF16, bitsandbytes repacks a layer in its first evaluation for a kernel in bfloat16 without a
-    gradient, which training would silently go on with: the layers below would learn nothing through it.
-    """
+    """Keep the 4-bit layers of a model on the CPU to the kernel that has a gradient; other models are left unchanged."""
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        keep_differentiable_kernel(module)
 
 
 def cast_trained_to_float32(model: nn.Module) -> None:

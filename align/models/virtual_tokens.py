@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from align.compat import active_adapter_config
 from align.config.base import StageRecipe
 from align.errors import UserError
 from align.models.load import adapter_settings, load_policy
@@ -55,7 +56,7 @@ class VirtualTokenModel(nn.Module):
         self.adapted = adapted
         self.model = adapted.get_base_model()
         self.config = self.model.config
-        self.length = int(adapted.active_peft_config.num_virtual_tokens)
+        self.length = int(active_adapter_config(adapted).num_virtual_tokens)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from align.data.rows import render_text
 from align.engine.distributed import rows_of_rank
-from align.engine.torch_engine import Engine
+from align.engine.engine import Engine
 from align.errors import UserError
 from align.evaluate.statistics import win_rate
 from align.generation.responses import decode_responses
@@ -90,7 +90,9 @@ class Evaluation:
     def _respond(self, engine: Engine) -> tuple[Rollout, dict[str, Tensor]]:
         """Responses of `engine` to all held-out prompts, on every rank, and their true rewards [B] by function."""
         count, world = len(self.prompts), self.run.world
-        run = replace(self.run, models=replace(self.run.models, policy=engine, value=None))
+        # The reference only runs forward, which is all that is asked of a policy here.
+        models = replace(self.run.models, policy=engine, value=None)  # type: ignore[arg-type]
+        run = replace(self.run, models=models)
         mine = rows_of_rank(world, count)
         batch = PromptBatch([self.prompts[i] for i in mine], [self.ids[i] for i in mine], "evaluation", mine)
         scored = score_responses(run, sample_responses(run, batch))

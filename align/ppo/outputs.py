@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.engine.ema import EMA
-from align.engine.torch_engine import Engine
+from align.engine.engine import TrainEngine
 from align.ppo.run import PPORun
 from align.runs.files import new_folder
 from align.runs.stage import finish
@@ -27,7 +27,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 """
 
 
-def save_model(run: PPORun, engine: Engine | EMA, folder: Path) -> None:
+def save_model(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
     """Write a model and the tokenizer as a Hugging Face folder of their own, which appears at once or not at all."""
     with new_folder(folder) if run.world.is_main else contextlib.nullcontext(folder) as target:
         _write(run, engine, target)
@@ -54,7 +54,7 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
     run.world.barrier()
 
 
-def _write(run: PPORun, engine: Engine | EMA, folder: Path) -> None:
+def _write(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
     engine.save_pretrained(folder)
     if run.world.is_main:
         run.sampler.tokenizer.save_pretrained(folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from align.engine.distributed import World
-from align.engine.torch_engine import Engine
+from align.engine.engine import Engine
 from align.errors import UserError
 from align.evaluate.statistics import repetition
 from align.generation.responses import decode_responses

@@ -16,7 +16,7 @@ from align.data.rows import Prompt
 from align.engine.batch_plan import BatchPlan
 from align.engine.distributed import World
 from align.engine.ema import EMA
-from align.engine.torch_engine import Engine
+from align.engine.engine import Engine, TrainEngine
 from align.generation.sampler import Sampler
 from align.maths.running_moments import RunningMoments
 from reward_models.combine import RewardSum
@@ -30,8 +30,8 @@ Sums = dict[str, Tensor]  # scalars by metric: sums over the tokens of a microba
 class Models:
     """Policy and value model are trained, reference and reward models frozen. Only GAE has a value model."""
 
-    policy: Engine
-    value: Engine | None
+    policy: TrainEngine
+    value: TrainEngine | None
     reference: Engine
     rewards: RewardSum
 

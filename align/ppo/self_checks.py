@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from align.data.batches import PromptLoader
 from align.engine.distributed import World
-from align.engine.torch_engine import Engine
+from align.engine.engine import NoUpdateEngine
 from align.errors import UserError
 from align.generation.sampler import PromptBatch
 from align.generation.scoring import score_ids
@@ -45,26 +43,6 @@ from reward_models.trained import ModelReward
 
 MOST_RESPONSES = 32  # over all ranks
 NAMES = "KL 0, ratio 1, generation against training, finite numbers, EOS rate, scores, the reward model's record"
-
-
-class NoUpdateEngine(Engine):
-    """An engine that training can call like any other, and whose weights never change."""
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.module = engine.module
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self.engine(**inputs)
-
-    def backward(self, loss: Tensor) -> None:
-        pass
-
-    def step(self, learning_rate: float) -> float:
-        return 0.0
-
-    def discard(self) -> None:
-        pass
 
 
 def check_start(run: PPORun, tracker: Tracker, start: int) -> dict[str, float]:

@@ -13,12 +13,12 @@ from align.config.ppo import PPORecipe
 from align.data.encode import encode_pair
 from align.data.rows import Turns, as_response
 from align.engine.batch_plan import BatchPlan
-from align.engine.build import AdapterOff, frozen_engine, train_engine
+from align.engine.build import frozen_engine, train_engine
 from align.engine.distributed import World
 from align.engine.ema import EMA
+from align.engine.engine import AdapterOff, Engine
 from align.engine.optimizer import learning_rates
 from align.engine.sharding import gathered_parameters, sharded_load
-from align.engine.torch_engine import Engine
 from align.errors import UserError
 from align.generation.sampler import Sampler
 from align.maths.estimators import ESTIMATORS
@@ -40,6 +40,13 @@ def set_up(
 ) -> PPORun:
     """Load the four models and the run's state, from a checkpoint if there is one."""
     models = load_models(recipe, inputs, plan, world)
+    schedule = partial(
+        learning_rates,
+        scheduler=recipe.lr_scheduler_type,
+        warmup_steps=recipe.warmup_steps,
+        updates=recipe.num_updates,
+    )
+    peaks = (recipe.learning_rate, recipe.value_learning_rate or recipe.learning_rate)
     run = PPORun(
         recipe=recipe,
         plan=plan,
@@ -54,7 +61,7 @@ def set_up(
             gather=recipe.ds3_gather_for_generation,
         ),
         prompts=data.prompts,
-        learning_rates=learning_rates(recipe, recipe.num_updates),
+        learning_rates=list(zip(*map(schedule, peaks), strict=True)),
         progress=Progress(recipe.kl_coef),
         ema=EMA(models.policy, recipe.ema_decay) if recipe.ema_decay is not None else None,
         ptx=data.ptx,

@@ -12,6 +12,7 @@ from typing import Any
 
 from align.config.ppo import PPORecipe
 from align.engine.batch_plan import batch_plan
+from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.ppo.checkpoint import save_checkpoint
 from align.ppo.collapse import CollapseWatch
@@ -33,7 +34,7 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
     quiet()
     if open_stage(recipe):
         return finished_results(recipe.output_dir)
-    world = connect(recipe)
+    world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     inputs = check_ppo_inputs(recipe)
     data = load_data(recipe, inputs, world)

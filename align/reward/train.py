@@ -27,6 +27,7 @@ from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
 from align.engine.batch_plan import BatchPlan, batch_plan
+from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.errors import UserError
 from align.models.context_length import check_rows_fit
@@ -50,7 +51,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
     quiet()
     if open_stage(recipe):
         return finished_results(recipe.output_dir)
-    world = connect(recipe)
+    world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Preference)

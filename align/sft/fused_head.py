@@ -1,33 +1,16 @@
-"""What the SFT stage asks of TRL's fused LM head: label tokens alone; and whole logits where there is no such head."""
+"""Whether TRL has a fused LM head, and what it returns, computed from logits for the TRL versions without one."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
-import trl.trainer.utils
 from torch import Tensor
 
+from align.compat import has_fused_head
 from align.data.tokenize import IGNORE_INDEX
 
-FUSED = hasattr(trl.trainer.utils, "add_fused_lm_head")  # not in 1.14, the last TRL for Python 3.10
-
-
-@contextlib.contextmanager
-def labels_alone() -> Iterator[None]:
-    """Inside, TRL's fused head sees the label tokens alone.
-
-    By itself it does so where Triton is, and elsewhere sees every position, prompts and padding too: on a CPU most of the
-    time of a step. That is for devices that compile for each number of tokens, which a CPU does not.
-    """
-    before = trl.trainer.utils._use_triton
-    trl.trainer.utils._use_triton = lambda device: True  # asked for this alone; the kernels ask a name of their own
-    try:
-        yield
-    finally:
-        trl.trainer.utils._use_triton = before
+FUSED = has_fused_head()
 
 
 def token_scores(logits: Tensor, labels: Tensor) -> SimpleNamespace:

@@ -19,6 +19,7 @@ from align.config.sft import SFTRecipe
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
 from align.engine.batch_plan import batch_plan
+from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.errors import UserError
 from align.models.from_scratch import scratch_config, write_scratch_model
@@ -42,7 +43,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
     quiet()
     if open_stage(recipe):
         return finished_results(recipe.output_dir)
-    world = connect(recipe)
+    world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     rows, retention = load_with_retention(recipe)
     checkpoint = last_checkpoint(recipe, world)

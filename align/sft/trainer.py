@@ -22,12 +22,18 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from align.compat import (
+    FUSED_HEAD_ARGUMENT,
+    active_adapter_config,
+    fused_head_on_label_tokens,
+    pending_metrics,
+)
 from align.data.tokenize import IGNORE_INDEX
 from align.runs.tracker import Tracker
 from align.sft import responses as eval_responses
 from align.sft.best_checkpoint import BoundedPatience, better, keeps
 from align.sft.evaluation import PART, Measured, PartCollator, measures, part_sums
-from align.sft.fused_head import FUSED, labels_alone, token_scores
+from align.sft.fused_head import FUSED, token_scores
 from align.sft.responses import Questions
 from align.trainer.hf_trainer import ExactEvaluation, evaluations
 
@@ -85,7 +91,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
 
         def measured(**arguments: Any) -> Any:
             output = model(**arguments)
-            if "fused_lm_head" in arguments:
+            if FUSED_HEAD_ARGUMENT in arguments:
                 return weighed(output)
             output.logits = output.logits[:, -batch["labels"].shape[1] :]  # for label smoothing, without virtual tokens
             return output
@@ -93,7 +99,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
         self._weighed = weighed
         if not FUSED:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with labels_alone():
+        with fused_head_on_label_tokens():
             return super().compute_loss(measured, inputs, return_outputs, num_items_in_batch)
 
     def _loss_of_logits(self, output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Any:
@@ -117,7 +123,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
             if (
                 self.state.global_step == 0
                 and isinstance(model, PeftModel)
-                and model.active_peft_config.is_prompt_learning
+                and active_adapter_config(model).is_prompt_learning
             ):
                 stack.enter_context(model.disable_adapter())
             return super().evaluate(*args, **kwargs)
@@ -125,7 +131,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
     def measure(self, logs: dict[str, float]) -> None:
         start = [entry["eval_retention_loss"] for entry in evaluations(self) if "eval_retention_loss" in entry]
         logs |= measures(self.accelerator.reduce(self.sums, "sum"), self.parts, start[0] if start else None)
-        self._metrics["eval"].clear()  # TRL's means of batches
+        pending_metrics(self, "eval").clear()  # TRL's means of batches
         if self.questions is not None:
             with self.compute_loss_context_manager():
                 responses = eval_responses.respond(self.model, self.questions)

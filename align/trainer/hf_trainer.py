@@ -12,8 +12,8 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from align.compat import pending_metrics, raise_token_count, stop_sharded_loading
 from align.config.base import TrainerRecipe
 from align.data.batches import ResumableLengthGroupedSampler
 from align.engine.batch_plan import BatchPlan
@@ -101,7 +101,6 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
     accuracy: str  # TRL's name for it
     sums: Tensor
     sums_shape: tuple[int, ...] = (3,)
-    _total_train_tokens: int
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.sums = torch.zeros(self.sums_shape, dtype=torch.float64, device=self.args.device)
@@ -117,7 +116,7 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
         """Put the exact numbers into the log of an evaluation. For all ranks."""
         loss, correct, count = self.accelerator.reduce(self.sums, "sum").tolist()
         logs["eval_loss"] = loss / count
-        self._metrics["eval"][self.accuracy] = [correct / count]
+        pending_metrics(self, "eval")[self.accuracy] = [correct / count]
 
     def patience(self, evaluations: int) -> TrainerCallback:
         """What stops training after so many evaluations that were no better."""
@@ -126,7 +125,7 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
     def _run_epoch(self, **kwargs: Any) -> None:
         # A resumed TRL trainer counts tokens from 0 again.
         counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
-        self._total_train_tokens = max([self._total_train_tokens, *counts])
+        raise_token_count(self, max(counts, default=0))
         # Resumed from the checkpoint of its last step in the middle of an epoch, Trainer would take one step more.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
@@ -192,7 +191,7 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
     adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     target = output / "adapter" if recipe.method in MERGEABLE else output
     trainer.save_model(str(target))
-    unset_hf_deepspeed_config()  # else what is loaded next would be sharded, by one rank alone
+    stop_sharded_loading()  # else what is loaded next would be sharded, by one rank alone
     if world.is_main:
         (target / "training_args.bin").unlink()  # a pickle, and the manifest says the same
         if adapted:

@@ -54,7 +54,7 @@ def measure(world, folder: Path, stage: int, bad: list[float | None]) -> dict[st
 
 
 def discard_at_each_stage(folder: Path) -> None:
-    world = connect(PPORecipe(output_dir="out", sft_model_path="sft"))
+    world = connect(deepspeed_files=False)
     cases = {"finite": [3.0], "nan": [float("nan")], "twice": [float("nan"), 3.0], "nothing": [None]}
     found = {
         f"zero{stage} {name}": measure(world, folder, stage, bad)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from align.config.load import load_recipe
 from align.data.collate import pad_left
 from align.engine.batch_plan import batch_plan
+from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
@@ -22,7 +23,7 @@ from align.ppo.setup import load_models
 
 def hold_models(path: str) -> None:
     recipe = load_recipe("ppo", path)
-    world = connect(recipe)
+    world = connect(uses_deepspeed(recipe))
     models = load_models(recipe, check_ppo_inputs(recipe), batch_plan(recipe, world.size), world)
     parts = {
         "policy": models.policy.module,

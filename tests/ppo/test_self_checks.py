@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from align.config.load import load_recipe
 from align.engine.distributed import World
-from align.engine.torch_engine import Engine
+from align.engine.engine import Engine
 from align.errors import UserError
 from align.generation import generate as generation
 from align.generation.sampling import generator

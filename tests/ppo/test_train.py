@@ -274,9 +274,12 @@ def test_a_checkpoint_of_another_layout_is_refused(finished):
 
 def test_the_schedule_moves_once_per_update(tmp_path):
     recipe = load_recipe("ppo", make_recipe(tmp_path, learning_rate=1.0, value_learning_rate=2.0))
-    rates = learning_rates(recipe, 4)
-    assert [policy for policy, _ in rates] == pytest.approx([1.0, 0.75, 0.5, 0.25])  # lr (1 - (u - 1) / U)
-    assert [value for _, value in rates] == pytest.approx([2.0, 1.5, 1.0, 0.5])
+    policy, value = (
+        learning_rates(peak, recipe.lr_scheduler_type, recipe.warmup_steps, 4)
+        for peak in (recipe.learning_rate, recipe.value_learning_rate)
+    )
+    assert policy == pytest.approx([1.0, 0.75, 0.5, 0.25])  # lr (1 - (u - 1) / U)
+    assert value == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
 def test_what_a_response_without_eos_is_worth():

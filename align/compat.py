@@ -1,0 +1,209 @@
+"""Every private or undocumented name of transformers, TRL, DeepSpeed and PEFT that this package relies on.
+
+The rest of the package reaches them through this module, which imports the libraries only when asked; a name that has to be
+spelt elsewhere, because a subclass overrides it, is listed in `OVERRIDDEN`. `tests/test_compat.py` checks each of them, so
+that an upgrade which removes one fails there first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+# Methods that subclasses in this package override or call: class -> method -> the parameters that they count on.
+OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
+    "transformers.Trainer": {
+        "_run_epoch": ("epoch",),
+        "_get_train_sampler": ("train_dataset",),
+        "_determine_best_metric": ("metrics", "trial"),
+        "_get_num_items_in_batch": ("batch_samples", "device"),
+        "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    },
+    "trl.trainer.base_trainer._BaseTrainer": {"_send_telemetry": (), "create_model_card": ()},
+    "transformers.cache_utils.DynamicLayer": {
+        "update": ("key_states", "value_states"),
+        "lazy_initialization": ("key_states", "value_states"),
+        "get_seq_length": (),
+        "batch_select_indices": ("indices",),
+    },
+}
+# Attributes that TRL's trainers keep their metrics in; our own trainers have them too.
+TRAINER_METRICS, TRAINER_TOKENS = "_metrics", "_total_train_tokens"
+# The argument by which TRL asks its fused head for log-probabilities instead of logits.
+FUSED_HEAD_ARGUMENT = "fused_lm_head"
+# Files that DeepSpeed's own CPU collective leaves in /dev/shm.
+DEEPSPEED_SHARED_MEMORY_FILES = "deepspeed_allreduce_buffer_*"
+
+
+# transformers
+
+
+def attention_implementation(config: Any) -> str:
+    """The attention kernel that a loaded model uses, such as "sdpa"."""
+    return str(config._attn_implementation)
+
+
+def sdpa_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention by `scaled_dot_product_attention`: query, key, value [B, heads, S, D] -> [B, S, heads, D]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def register_sdpa_variant(name: str, attention: Callable[..., Any]) -> None:
+    """Offer `attention` as an attention implementation that gets the masks of "sdpa"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def has_causal_lm(config: Any) -> bool:
+    """Whether transformers has a causal language model for this configuration class."""
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping
+
+
+def causal_lm_types() -> Collection[str]:
+    """Values of `config.model_type` that have a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # type: ignore[no-any-return]
+
+
+def seq2seq_lm_types() -> Collection[str]:
+    """Values of `config.model_type` that have a sequence-to-sequence language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES  # type: ignore[no-any-return]
+
+
+def masked_lm_types() -> Collection[str]:
+    """Values of `config.model_type` that have a masked language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return MODEL_FOR_MASKED_LM_MAPPING_NAMES  # type: ignore[no-any-return]
+
+
+def loads_sharded() -> bool:
+    """Whether `from_pretrained` shards the weights that it loads now, as under `HfDeepSpeedConfig` with ZeRO-3."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+def stop_sharded_loading() -> None:
+    """Have `from_pretrained` load whole models again after a Trainer has trained under ZeRO-3."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+
+
+# TRL
+
+
+def has_fused_head() -> bool:
+    """Whether TRL computes log-probabilities in a fused head; 1.14, the last TRL for Python 3.10, has none."""
+    import trl.trainer.utils
+
+    return hasattr(trl.trainer.utils, "add_fused_lm_head")
+
+
+@contextlib.contextmanager
+def fused_head_on_label_tokens() -> Iterator[None]:
+    """Inside, TRL's fused head computes the label tokens only, as it does by itself where Triton is available."""
+    import trl.trainer.utils
+
+    # The head asks this function for nothing else; the kernels look up a name of their own.
+    before = trl.trainer.utils._use_triton
+    trl.trainer.utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = before
+
+
+def pending_metrics(trainer: Any, mode: str) -> dict[str, list[float]]:
+    """The lists whose means a TRL trainer puts into its next log; `mode` is "train" or "eval"."""
+    metrics: dict[str, list[float]] = getattr(trainer, TRAINER_METRICS)[mode]
+    return metrics
+
+
+def raise_token_count(trainer: Any, at_least: float) -> None:
+    """Raise a TRL trainer's count of the tokens trained on to `at_least`."""
+    setattr(trainer, TRAINER_TOKENS, max(getattr(trainer, TRAINER_TOKENS), at_least))
+
+
+# DeepSpeed: what ZeRO-3 adds to a parameter
+
+
+def is_sharded(parameter: Any) -> bool:
+    """Whether ZeRO-3 shards this parameter, whose own data is then empty outside forward and backward passes."""
+    return hasattr(parameter, "ds_id")
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """Shape of a parameter over all ranks."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def local_shard(parameter: Any) -> Tensor:
+    """This rank's values of a parameter: a flat piece, padded to one size on all ranks, under ZeRO-3; all of it otherwise."""
+    shard: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
+    return shard
+
+
+def disable_deepspeed_shared_memory() -> None:
+    """Have DeepSpeed use gloo on CPUs.
+
+    Its own CPU collective saves nothing at our sizes, needs a compiler at the first start, and leaves 69 MB a process in
+    shared memory.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+# PEFT
+
+
+def active_adapter_config(model: Any) -> Any:
+    """The configuration of the active adapter of a `PeftModel`."""
+    return model.active_peft_config
+
+
+# bitsandbytes
+
+
+def keep_differentiable_kernel(module: Any) -> None:
+    """Keep a 4-bit layer on a CPU to the one kernel that has a gradient; other modules are left unchanged.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer in its first evaluation for a bfloat16 kernel without a gradient,
+    and training would silently go on with it: the layers below would learn nothing.
+    """
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+
+
+# sacrebleu
+
+
+def bleu_statistics(metric: Any, predictions: list[str], references: list[str]) -> list[list[float]]:
+    """The statistics of each row from which a sacrebleu metric computes its score of a corpus."""
+    rows: list[list[float]] = metric._extract_corpus_statistics(predictions, [references])
+    return rows
+
+
+def bleu_score(metric: Any, statistics: list[int]) -> float:
+    """A sacrebleu metric's score of a corpus, from the sums of its rows' statistics."""
+    return float(metric._compute_score_from_stats(statistics).score)
