@@ -10,14 +10,13 @@ Reading YAML, overrides and their errors live in `align.config.read` and `align.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from align.config.data_source import DataSource
+from align.config.deepspeed_file import read_deepspeed_file, zero_stage_of
 from align.config.keys import (
     ABOVE_0,
     AT_LEAST_0,
@@ -171,7 +170,7 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
         )
     for name in DEEPSPEED_KEYS:
         if path := getattr(recipe, name, None):
-            _check_deepspeed(Path(path), where(name))
+            read_deepspeed_file(path, where(name))
     for name in ("reward_funcs", "eval_reward_funcs"):
         for index, spec in enumerate(getattr(recipe, name, [])):
             check_function_name(spec, f"{where(name)}[{index}]")
@@ -229,26 +228,7 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
         raise UserError(
             f"{where('method')}: {recipe.method} puts tokens before each row, which packed rows have no place for"
         )
-    if virtual and recipe.deepspeed and _stage_of(Path(recipe.deepspeed)) == 3:
+    if virtual and zero_stage_of(recipe.deepspeed) == 3:
         raise UserError(
             f"{where('method')}: {recipe.method} is not supported at ZeRO 3; use ZeRO 2, it trains few parameters"
         )
-
-
-def _stage_of(path: Path) -> int:
-    return int(json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0))
-
-
-def _check_deepspeed(path: Path, where: str) -> None:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{where}: cannot read {path} ({error.strerror}); see recipes/deepspeed for ready ones."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{where}: {path} is not JSON: {error}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(f"{where}: expected a JSON object in {path}, got a {type(loaded).__name__}")
-    if loaded.get("fp16", {}).get("enabled", False) not in (False, "auto"):
-        raise UserError(f"{where}: {path} switches fp16 on, which is not supported; leave it out and use `bf16: true`.")

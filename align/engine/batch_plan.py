@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 
 from align.config.base import DEEPSPEED_KEYS, StageRecipe, TrainerRecipe
+from align.config.deepspeed_file import read_deepspeed_file
 from align.config.ppo import PPORecipe
 from align.errors import UserError
 
@@ -69,7 +68,7 @@ def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
     for name in DEEPSPEED_KEYS:
         if not (path := getattr(recipe, name, None)):
             continue
-        sizes = json.loads(Path(path).read_text(encoding="utf-8"))
+        sizes = read_deepspeed_file(path, name)
         for key, planned in (
             ("train_batch_size", plan.batch_size),
             ("train_micro_batch_size_per_gpu", plan.micro_batch_size),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.config.base import StageRecipe
-from align.engine.deepspeed_config import deepspeed_config, zero_stage
+from align.engine.deepspeed_config import deepspeed_config, deepspeed_file, zero_stage
 from align.engine.distributed import World
 from align.engine.mixed_precision import use_float32_attention
 from align.engine.optimizer import adamw, set_learning_rate
@@ -48,7 +48,13 @@ class DeepSpeedEngine:
         self.stage = zero_stage(recipe, role)
         self.accumulation = accumulation
         self.pending = False  # whether there are gradients since the last step
-        config = deepspeed_config(recipe, role, world.size, accumulation)
+        config = deepspeed_config(
+            deepspeed_file(recipe, role),
+            processes=world.size,
+            accumulation=accumulation,
+            max_grad_norm=recipe.max_grad_norm,
+            bf16=recipe.bf16,
+        )
         if learning_rate is None:
             model.requires_grad_(False)
             if self.stage < 3:  # nothing to shard: gradients and optimiser states do not exist

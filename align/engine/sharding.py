@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from align.compat import is_sharded
 from align.config.base import StageRecipe
-from align.engine.deepspeed_config import deepspeed_config, zero_stage
+from align.engine.deepspeed_config import deepspeed_config, deepspeed_file, zero_stage
 from align.engine.distributed import World
 from align.models.save import save_weights
 
@@ -25,7 +25,15 @@ def sharded_load(recipe: StageRecipe, role: str = "policy") -> Iterator[None]:
         return
     from transformers.integrations import HfDeepSpeedConfig
 
-    alive = HfDeepSpeedConfig(deepspeed_config(recipe, role, int(os.environ.get("WORLD_SIZE", "1")), 1))
+    alive = HfDeepSpeedConfig(
+        deepspeed_config(
+            deepspeed_file(recipe, role),
+            processes=int(os.environ.get("WORLD_SIZE", "1")),
+            accumulation=1,
+            max_grad_norm=recipe.max_grad_norm,
+            bf16=recipe.bf16,
+        )
+    )
     try:
         yield
     finally:
