@@ -168,8 +168,8 @@ def measure(path: Path) -> dict[str, Any]:
     return {
         **found,
         "seconds_per_step": statistics.median(steps),
-        "loss_before": results["eval_loss_before"],
-        "loss": results["eval_loss"],
+        "loss_before": results.metrics["eval_loss_before"],
+        "loss": results.metrics["eval_loss"],
         "parameters": whole(recipe),
     }
 

@@ -36,6 +36,7 @@ from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze, peft_config
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
+from align.runs.results import ClassifyResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
@@ -50,11 +51,11 @@ from align.trainer.hf_trainer import (
 from align.trainer.row_trainer import Padding, RowTrainer, row_arguments
 
 
-def run(recipe: ClassifyRecipe) -> dict[str, Any]:
+def run(recipe: ClassifyRecipe) -> ClassifyResult:
     """Train a classifier; returns the closing numbers, also in `stage.json`."""
     quiet()
     if open_stage(recipe):
-        return finished_results(recipe.output_dir)
+        return ClassifyResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
@@ -117,7 +118,7 @@ def run(recipe: ClassifyRecipe) -> dict[str, Any]:
             finish(recipe, inputs.tokenizer, data, results, card, **told)
     world.barrier()
     disconnect()
-    return results
+    return ClassifyResult.from_json(recipe.output_dir, results)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
+from align.runs.results import MLMResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
@@ -51,11 +52,11 @@ from align.trainer.hf_trainer import (
 from align.trainer.row_trainer import RowTrainer, row_arguments
 
 
-def run(recipe: MLMRecipe) -> dict[str, Any]:
+def run(recipe: MLMRecipe) -> MLMResult:
     """Go on training an encoder; returns the closing numbers, also in `stage.json`."""
     quiet()
     if open_stage(recipe):
-        return finished_results(recipe.output_dir)
+        return MLMResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     config, tokenizer = check_inputs(recipe)
@@ -100,7 +101,7 @@ def run(recipe: MLMRecipe) -> dict[str, Any]:
             finish(recipe, tokenizer, data, results, card)
     world.barrier()
     disconnect()
-    return results
+    return MLMResult.from_json(recipe.output_dir, results)
 
 
 def check_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:

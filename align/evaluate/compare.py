@@ -41,6 +41,7 @@ from align.runs.files import digest, write_json
 from align.runs.manifest import COSMETIC_KEYS
 from align.runs.progress import Display
 from align.runs.quiet import quiet
+from align.runs.results import EvaluationResult
 from align.runs.tables import make_console
 from reward_models.functions import FunctionReward
 from reward_models.responses import Responses
@@ -48,12 +49,12 @@ from reward_models.responses import Responses
 PARTS = "parts"  # in output_dir while the command runs: outputs of each finished setting
 
 
-def run(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """Evaluate; returns the content of `results.json` on rank 0, an empty dictionary on the others."""
+def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
+    """Evaluate; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
     if (earlier := finished(recipe)) is not None:
         print(f"{recipe.output_dir}: evaluated already; see {REPORT} there", file=sys.stderr)
-        return earlier
+        return EvaluationResult.from_json(recipe.output_dir, earlier)
     evaluation = identity(recipe)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
     grader = resolve_function(recipe.grader, "grader") if recipe.grader else None
@@ -67,7 +68,7 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
         ) from error
     world = connect(deepspeed_files=False)
     outputs = _run_models(recipe, inputs, world, generates, _resume_key(evaluation, inputs))
-    results: dict[str, Any] = {}
+    result = None
     if world.is_main:
         setting_results = [
             _measure_setting(recipe, inputs, setting, own, metrics, grader)
@@ -75,13 +76,14 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
         ]
         results = {**evaluation, **summarize(recipe, inputs, setting_results)}
         tables = write_report(recipe.output_dir, inputs, setting_results, results)
+        result = EvaluationResult.from_json(recipe.output_dir, results)
         shutil.rmtree(Path(recipe.output_dir) / PARTS)
         console = make_console()
         for table in tables:
             console.print(table.to_rich())
     world.barrier()
     disconnect()
-    return results
+    return result
 
 
 def _resume_key(evaluation: Mapping[str, Any], inputs: EvalInputs) -> str:

@@ -40,17 +40,18 @@ from align.reward.trainer import PairTrainer
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
 from align.runs.quiet import quiet
+from align.runs.results import RewardResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tracker import Tracker
 from align.trainer.hf_trainer import eval_batch_size, save_trained, total_steps, train, training_arguments
 from reward_models.heads import init_head, keep_head_float32, score_head
 
 
-def run(recipe: RewardRecipe) -> dict[str, Any]:
+def run(recipe: RewardRecipe) -> RewardResult:
     """Train a reward model; returns the closing numbers, also in `stage.json`."""
     quiet()
     if open_stage(recipe):
-        return finished_results(recipe.output_dir)
+        return RewardResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     inputs = check_inputs(recipe)
@@ -112,7 +113,7 @@ def run(recipe: RewardRecipe) -> dict[str, Any]:
             finish(recipe, inputs.tokenizer, data, results, card, **zero, score_check=check)
     world.barrier()
     disconnect()
-    return results
+    return RewardResult.from_json(recipe.output_dir, results)
 
 
 def write_scorer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -10,8 +10,6 @@ With `model_config` the stage first trains a tokenizer on its rows and starts fr
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import set_seed
 from trl import SFTConfig
 
@@ -28,6 +26,7 @@ from align.models.tokenizer import load_tokenizer
 from align.models.trainable import cast_trained_to_float32, freeze, parameter_counts, peft_config, quantization
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.quiet import quiet
+from align.runs.results import SFTResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tracker import Tracker
 from align.sft.report import bound_line, closing_numbers, course, curves, retention_lines, write_picture
@@ -38,11 +37,11 @@ from align.sft.trainer import DemonstrationTrainer
 from align.trainer.hf_trainer import eval_batch_size, evaluations, save_trained, total_steps, train, training_arguments
 
 
-def run(recipe: SFTRecipe) -> dict[str, Any]:
+def run(recipe: SFTRecipe) -> SFTResult:
     """Fine-tune a language model; returns the closing numbers, also in `stage.json`."""
     quiet()
     if open_stage(recipe):
-        return finished_results(recipe.output_dir)
+        return SFTResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     rows, retention = load_with_retention(recipe)
@@ -130,7 +129,7 @@ def run(recipe: SFTRecipe) -> dict[str, Any]:
             finish(recipe, tokenizer, data, results, card + course(history))
     world.barrier()
     disconnect()
-    return results
+    return SFTResult.from_json(recipe.output_dir, results)
 
 
 CARD = """# A fine-tuned language model

@@ -37,6 +37,7 @@ from align.errors import UserError
 from align.evaluate.statistics import wilson_interval
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
+from align.runs.results import ClassifyResult
 from align.runs.tracker import undocumented
 from reward_models.heads import load_reward_model, score_sequences
 from tests.ranks import launch, stop_after_checkpoint
@@ -195,18 +196,24 @@ def test_evaluation_is_exact_and_has_a_baseline(tmp_path, batch, capsys):
     for suffix, judged in (("_before", untrained(settings, 3)), ("", model)):
         said = [names[int(alone(judged, text).argmax())] for text, _ in HELD_OUT]
         losses = [row_loss(alone(judged, text), label, names) for text, label in HELD_OUT]
-        assert results[f"eval_loss{suffix}"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
-        assert results[f"eval_accuracy{suffix}"] == pytest.approx(accuracy_score(true, said))
-        assert results[f"eval_macro_f1{suffix}"] == pytest.approx(f1_score(true, said, average="macro"))
-    right = round(5 * results["eval_accuracy"])
-    assert (results["eval_accuracy_low"], results["eval_accuracy_high"]) == pytest.approx(wilson_interval(right, 5))
-    assert results["baseline"]["accuracy"] == pytest.approx(2 / 5)  # "yes" is commonest
-    assert ["accuracy of always the commonest label", None, results["baseline"]["accuracy"]] in results["table"]
-    assert ["held-out accuracy", results["eval_accuracy_before"], results["eval_accuracy"]] in results["table"]
-    low, high = results["eval_macro_f1_low"], results["eval_macro_f1_high"]
-    assert low <= results["eval_macro_f1"] <= high
-    assert ["held-out macro F1, 95% interval to", results["eval_macro_f1_high_before"], high] in results["table"]
-    assert not [row for row in results["table"] if "95%" in row[0] and row[0].endswith("commonest label")]
+        assert results.metrics[f"eval_loss{suffix}"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+        assert results.metrics[f"eval_accuracy{suffix}"] == pytest.approx(accuracy_score(true, said))
+        assert results.metrics[f"eval_macro_f1{suffix}"] == pytest.approx(f1_score(true, said, average="macro"))
+    right = round(5 * results.metrics["eval_accuracy"])
+    assert (results.metrics["eval_accuracy_low"], results.metrics["eval_accuracy_high"]) == pytest.approx(
+        wilson_interval(right, 5)
+    )
+    assert results.baseline["accuracy"] == pytest.approx(2 / 5)  # "yes" is commonest
+    assert ("accuracy of always the commonest label", None, results.baseline["accuracy"]) in results.table
+    assert (
+        "held-out accuracy",
+        results.metrics["eval_accuracy_before"],
+        results.metrics["eval_accuracy"],
+    ) in results.table
+    low, high = results.metrics["eval_macro_f1_low"], results.metrics["eval_macro_f1_high"]
+    assert low <= results.metrics["eval_macro_f1"] <= high
+    assert ("held-out macro F1, 95% interval to", results.metrics["eval_macro_f1_high_before"], high) in results.table
+    assert not [row for row in results.table if "95%" in row[0] and row[0].endswith("commonest label")]
     samples = [json.loads(line) for line in (Path(settings.output_dir) / "samples.jsonl").read_text().splitlines()]
     assert [(row["step"], row["label"], row["training rows"], row["held-out rows"]) for row in samples] == [
         (8, "yes", 3, 2), (8, "maybe", 2, 1), (8, "no", 2, 2)
@@ -332,9 +339,9 @@ def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
     assert base == settings.model_name_or_path
     true = torch.tensor([1.0, -1.0, 0.5])
     mean = torch.tensor([float(number) for *_, number in rows]).mean()
-    assert results["baseline"]["mse"] == pytest.approx(float(((true - mean) ** 2).mean()), rel=1e-5)
-    assert ["mean squared error of always the mean", None, results["baseline"]["mse"]] in results["table"]
-    assert results["eval_loss"] == pytest.approx(results["eval_mse"])
+    assert results.baseline["mse"] == pytest.approx(float(((true - mean) ** 2).mean()), rel=1e-5)
+    assert ("mean squared error of always the mean", None, results.baseline["mse"]) in results.table
+    assert results.metrics["eval_loss"] == pytest.approx(results.metrics["eval_mse"])
     assert read_manifest(settings.output_dir)["problem_type"] == "regression"
 
     from align.ppo.setup import check_inputs as check_ppo_inputs
@@ -512,7 +519,7 @@ def test_lora_is_merged_and_the_head_is_trained_whole(tmp_path):
     } | {name for name in base if "lin1.weight" in name or "lin2.weight" in name}
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
     losses = [row_loss(alone(model, text), label, ["maybe", "no", "yes"]) for text, label in HELD_OUT]
-    assert results["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    assert results.metrics["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
 
 
 def test_a_head_of_another_size_makes_room_for_a_new_one(tmp_path):
@@ -547,7 +554,7 @@ def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"), save_steps=None)
     results = run(whole)
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
-    assert read_manifest(folder)["results"] == results
+    assert ClassifyResult.from_json(whole.output_dir, read_manifest(folder)["results"]) == results
     assert [{**line, "time": 0} for line in metrics(settings)] == [{**line, "time": 0} for line in metrics(whole)]
 
 
@@ -579,8 +586,8 @@ def test_two_processes_with_zero2_train_the_same_model(tmp_path):
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)
     together = read_manifest(shared.output_dir)["results"]
-    assert together["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-4)
-    assert together["eval_macro_f1"] == pytest.approx(results["eval_macro_f1"])
+    assert together["eval_loss"] == pytest.approx(results.metrics["eval_loss"], abs=1e-4)
+    assert together["eval_macro_f1"] == pytest.approx(results.metrics["eval_macro_f1"])
     for mine, theirs in zip(metrics(settings), metrics(shared), strict=True):
         assert theirs["step"] == mine["step"]
         for name in ("train/loss", "train/accuracy", "train/num_tokens"):
@@ -606,7 +613,9 @@ def test_a_pretrained_encoder_learns_which_book_a_passage_is_from(tmp_path):
     )  # fmt: skip
     results = run(settings)
     assert "token_type_ids" not in AutoTokenizer.from_pretrained(settings.output_dir)("a", "b")
-    assert results["eval_accuracy_low"] > results["baseline"]["accuracy"]  # by more than so many rows leave to chance
+    assert (
+        results.metrics["eval_accuracy_low"] > results.baseline["accuracy"]
+    )  # by more than so many rows leave to chance
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir)
     assert isinstance(model, BertForSequenceClassification)
     assert set(model.config.label2id) == set(books)

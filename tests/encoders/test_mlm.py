@@ -31,6 +31,7 @@ from align.encoders.tokenize import tokenize_passages
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
+from align.runs.results import MLMResult
 from align.runs.tracker import undocumented
 from tests.ranks import run_stage
 from tests.worlds import (
@@ -228,22 +229,23 @@ def test_evaluation_is_exact_and_its_masks_are_fixed(tmp_path, batch, capsys):
     results = run(settings)
     pieces = drawn(settings, HELD_OUT, "evaluation")
     ends = [
-        (results["eval_loss_before"], results["eval_accuracy_before"], settings.model_name_or_path),
-        (results["eval_loss"], results["eval_accuracy"], settings.output_dir),
+        (results.metrics["eval_loss_before"], results.metrics["eval_accuracy_before"], settings.model_name_or_path),
+        (results.metrics["eval_loss"], results.metrics["eval_accuracy"], settings.output_dir),
     ]
     for loss, accuracy, folder in ends:
         total, hits, count = sums(AutoModelForMaskedLM.from_pretrained(folder).eval(), pieces)
         assert loss == pytest.approx(float(total) / count, abs=1e-5)
         assert accuracy == pytest.approx(hits / count)
-    assert results["eval_loss"] < results["eval_loss_before"]
-    assert f"held-out loss (nats/masked token) | {results['eval_loss_before']:.4g} | {results['eval_loss']:.4g} |" in (
-        capsys.readouterr().err
+    assert results.metrics["eval_loss"] < results.metrics["eval_loss_before"]
+    assert (
+        f"held-out loss (nats/masked token) | {results.metrics['eval_loss_before']:.4g} | {results.metrics['eval_loss']:.4g} |"
+        in (capsys.readouterr().err)
     )
-    assert results["table"][0] == [
+    assert results.table[0] == (
         "held-out loss (nats/masked token)",
-        results["eval_loss_before"],
-        results["eval_loss"],
-    ]
+        results.metrics["eval_loss_before"],
+        results.metrics["eval_loss"],
+    )
     logged = metrics(settings)
     assert [line["step"] for line in logged if "eval/perplexity" in line] == list(range(0, 41, 2))
     assert undocumented(name for line in logged for name in line if name not in ("step", "time")) == []
@@ -319,7 +321,7 @@ def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"), save_steps=None)
     results = run(whole)
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
-    assert read_manifest(folder)["results"] == results
+    assert MLMResult.from_json(whole.output_dir, read_manifest(folder)["results"]) == results
     assert [{**line, "time": 0} for line in metrics(settings)] == [{**line, "time": 0} for line in metrics(whole)]
 
 
@@ -334,7 +336,7 @@ def test_two_processes_with_zero2_train_the_same_model(tmp_path):
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)
     together = read_manifest(shared.output_dir)["results"]
-    assert together["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-4)
+    assert together["eval_loss"] == pytest.approx(results.metrics["eval_loss"], abs=1e-4)
     for mine, theirs in zip(metrics(settings), metrics(shared), strict=True):
         for name in ("step", "train/loss", "train/accuracy", "train/num_tokens"):
             assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-4)

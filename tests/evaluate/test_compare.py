@@ -31,6 +31,7 @@ from align.evaluate.predict import decode_predictions
 from align.generation.generate import generate
 from align.runs.files import write_json
 from align.runs.manifest import MANIFEST, RUN
+from align.runs.results import EvaluationResult
 from tests.ranks import launch
 from tests.worlds import LETTERS, letter_ids, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
@@ -68,9 +69,9 @@ def recipe(folder: Path, train=None, evaluation=None, **changes) -> EvaluateReci
 
 def values(results, metric, task=None) -> dict[tuple[str, int], float]:
     return {
-        (entry["model"], entry["num_shots"]): entry["value"]
-        for entry in results["results"]
-        if entry["metric"] == metric and entry["task"] == task
+        (entry.model, entry.num_shots): entry.value
+        for entry in results.values
+        if entry.metric == metric and entry.task == task
     }
 
 
@@ -172,9 +173,9 @@ def test_intervals_and_comparisons(tmp_path):
     """The baseline comes first; each setting is compared with the baseline's before it."""
     results = run(recipe(tmp_path, metrics=["perplexity", "rouge"], num_shots=[0, 2]))
     pairs = [
-        (c["model"], c["num_shots"], c["against"]["model"], c["against"]["num_shots"])
-        for c in results["comparisons"]
-        if c["metric"] == "perplexity"
+        (c.model, c.num_shots, c.against["model"], c.against["num_shots"])
+        for c in results.comparisons
+        if c.metric == "perplexity"
     ]
     assert pairs == [
         ("base", 2, "base", 0),
@@ -183,20 +184,20 @@ def test_intervals_and_comparisons(tmp_path):
         ("tuned", 2, "base", 0),
         ("tuned", 2, "base", 2),
     ]
-    assert results["baseline"] == "base"
+    assert results.baseline == "base"
     ppl = values(results, "perplexity")
     assert len(set(ppl.values())) == 4
-    for compared in results["comparisons"]:
-        if compared["metric"] == "perplexity":
-            against = compared["against"]
-            difference = ppl[compared["model"], compared["num_shots"]] - ppl[against["model"], against["num_shots"]]
-            assert compared["difference"] == pytest.approx(difference)
-            assert compared["low"] <= compared["difference"] <= compared["high"]
-        assert 1 / 51 <= compared["p_value"] <= 1
-    for entry in results["results"]:
-        assert entry["low"] <= entry["value"] <= entry["high"]
-        assert entry["n"] == len(ROWS)
-    assert {entry["metric"] for entry in results["results"]} == {
+    for compared in results.comparisons:
+        if compared.metric == "perplexity":
+            against = compared.against
+            difference = ppl[compared.model, compared.num_shots] - ppl[against["model"], against["num_shots"]]
+            assert compared.difference == pytest.approx(difference)
+            assert compared.low <= compared.difference <= compared.high
+        assert 1 / 51 <= compared.p_value <= 1
+    for entry in results.values:
+        assert entry.low <= entry.value <= entry.high
+        assert entry.n == len(ROWS)
+    assert {entry.metric for entry in results.values} == {
         "perplexity",
         "rouge1",
         "rouge2",
@@ -212,7 +213,7 @@ def test_by_task(tmp_path):
         own = [judged(tiny_llama(0), *row) for row, its in zip(ROWS, tasks, strict=True) if its == task]
         nll, _, count = map(sum, zip(*own, strict=True))
         assert values(results, "perplexity", task)["base", 0] == pytest.approx(math.exp(nll / count), rel=1e-5)
-    sizes = {(entry["task"], entry["n"]) for entry in results["results"]}
+    sizes = {(entry.task, entry.n) for entry in results.values}
     assert sizes == {(None, 7), ("up", 3), ("down", 4)}
     assert "## Results by task" in (tmp_path / "out" / "results.md").read_text()
 
@@ -225,7 +226,7 @@ def test_two_tokenizers_have_no_common_tokens(tmp_path):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "tuned" / "tokenizer.json").write_text(json.dumps(other))
     results = run(settings)
-    assert {compared["metric"] for compared in results["comparisons"]} == {"exact_match"}
+    assert {compared.metric for compared in results.comparisons} == {"exact_match"}
     assert len(values(results, "perplexity")) == 2
 
 
@@ -359,12 +360,12 @@ def test_a_row_that_one_setting_cannot_use_is_left_out_of_all(tmp_path):
     with pytest.raises(UserError, match=r"longer than 36 tokens with 2 examples.*: 1 \(.*eval.jsonl:8\)"):
         run(settings)
     results = run(dataclasses.replace(settings, on_bad_row="skip"))
-    assert results["rows"] == len(ROWS)
-    assert {entry["n"] for entry in results["results"]} == {len(ROWS)}
+    assert results.rows == len(ROWS)
+    assert {entry.n for entry in results.values} == {len(ROWS)}
     assert [line["row"].endswith(":8") for line in predictions(tmp_path)] == [False] * 28
-    (reason,) = results["data"]["bad_rows"]
-    assert results["data"]["bad_rows"][reason]["count"] == 1
-    assert results["data"]["evaluation_rows"] == len(ROWS)
+    (reason,) = results.data["bad_rows"]
+    assert results.data["bad_rows"][reason]["count"] == 1
+    assert results.data["evaluation_rows"] == len(ROWS)
 
 
 def test_a_reference_of_nothing_but_end_of_text(tmp_path):
@@ -548,8 +549,8 @@ class Length(evaluate.Metric):
     assert values(results, "length") == lengths
     assert values(results, "length", "x") == {}
     assert values(results, "length/longest") == {("base", 0): 7, ("tuned", 0): 7}
-    assert {entry["low"] for entry in results["results"]} == {None}
-    assert results["comparisons"] == []
+    assert {entry.low for entry in results.values} == {None}
+    assert results.comparisons == []
     settings = recipe(tmp_path, evaluation=rows([("x", "q")]), metrics=[script], output_dir=str(tmp_path / "b"))
     with pytest.raises(UserError, match=r"metrics: .*length.py fails on texts.*RuntimeError: no"):
         run(settings)
@@ -562,7 +563,11 @@ def test_the_files(tmp_path, capsys):
     settings = recipe(tmp_path, metrics=["perplexity", "exact_match", "f1"], num_shots=[0, 1])
     results = run(settings)
     shown = capsys.readouterr()
-    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert EvaluationResult.from_json(settings.output_dir, stored) == results
+    assert results.value("perplexity", "tuned", 1) == values(results, "perplexity")["tuned", 1]
+    with pytest.raises(KeyError, match="perplexity of tuned, 2-shot"):
+        results.value("perplexity", "tuned", 2)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "predictions.jsonl",
         "results.json",
@@ -575,10 +580,10 @@ def test_the_files(tmp_path, capsys):
         assert "Differences from base, on the same rows" in text
         assert f"{values(results, 'perplexity')['tuned', 1]:.4g} [" in text
     assert "7 rows." in report
-    assert {entry["task"] for entry in results["results"]} == {None}  # one task is not told apart
+    assert {entry.task for entry in results.values} == {None}  # one task is not told apart
     assert "evaluate 28/28  0:00:00 left  tuned 1-shot" in shown.err
-    assert results["data"]["sources"][1]["rows"] == 7
-    assert results["recipe"]["num_shots"] == [0, 1]
+    assert results.data["sources"][1]["rows"] == 7
+    assert stored["recipe"]["num_shots"] == [0, 1]
     assert list(predictions(tmp_path)[0]["scores"]) == ["perplexity", "exact_match"]  # F1 is of no single row
 
 
@@ -615,8 +620,8 @@ def test_what_was_done_when_it_was_cut_off_is_kept(tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "results.json").exists()
     resumed = run(settings)
     assert asked[4:] == [("tuned", 1)]
-    assert resumed["results"] == whole["results"]
-    assert resumed["comparisons"] == whole["comparisons"]
+    assert resumed.values == whole.values
+    assert resumed.comparisons == whole.comparisons
 
 
 def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
@@ -855,5 +860,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     two = json.loads((tmp_path / "out" / "results.json").read_text())
     lines = predictions(tmp_path)
     (tmp_path / "out").rename(tmp_path / "two")
-    assert run(load_recipe("evaluate", str(tmp_path / "r.yaml"))) == two
+    alone = run(load_recipe("evaluate", str(tmp_path / "r.yaml")))
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == two
+    assert alone == EvaluationResult.from_json(alone.output_dir, two)
     assert predictions(tmp_path) == lines

@@ -60,13 +60,13 @@ def test_what_moves_and_what_is_saved(tmp_path, name):
     losses = [row["train/loss"] for row in metrics(settings) if "train/loss" in row]
     assert losses[-1] < losses[0]
     plain = AutoModelForCausalLM.from_pretrained(settings.output_dir)
-    assert held_out_loss(plain) == pytest.approx(results["eval_loss"], abs=1e-4)
+    assert held_out_loss(plain) == pytest.approx(results.metrics["eval_loss"], abs=1e-4)
     adapter = Path(settings.output_dir) / "adapter"
     assert adapter.exists() == (name in ("lora", "dora", "ia3"))
     if adapter.exists():
         assert not list(adapter.glob("*.bin"))
         with_adapter = AutoPeftModelForCausalLM.from_pretrained(adapter)
-        assert held_out_loss(with_adapter) == pytest.approx(results["eval_loss"], abs=1e-5)
+        assert held_out_loss(with_adapter) == pytest.approx(results.metrics["eval_loss"], abs=1e-5)
 
 
 class TestQLoRA:
@@ -88,9 +88,9 @@ class TestQLoRA:
         # The adapter trained in float32: TRL alone would have it in bfloat16.
         assert all(not torch.equal(weight, weight.bfloat16().float()) for weight in adapter.values())
         # What was trained and evaluated had rounded weights.
-        assert 1e-4 < abs(held_out_loss(plain) - results["eval_loss"]) < 0.5
-        assert abs(held_out_loss(tiny_llama()) - results["eval_loss_before"]) > 1e-2
-        assert results["eval_loss"] < results["eval_loss_before"] - 0.5
+        assert 1e-4 < abs(held_out_loss(plain) - results.metrics["eval_loss"]) < 0.5
+        assert abs(held_out_loss(tiny_llama()) - results.metrics["eval_loss_before"]) > 1e-2
+        assert results.metrics["eval_loss"] < results.metrics["eval_loss_before"] - 0.5
 
     def test_evaluation_leaves_training_as_it_is(self, tmp_path):
         """bitsandbytes has a kernel for evaluation on some CPUs, which layers never leave again, without a gradient."""
@@ -125,7 +125,7 @@ def test_virtual_tokens_leave_the_model_alone(tmp_path, method):
     settings = recipe(tmp_path, **SETTINGS, method=method, num_virtual_tokens=4)
     results = run(settings)
     out = Path(settings.output_dir)
-    assert results["eval_loss"] < results["eval_loss_before"]
+    assert results.metrics["eval_loss"] < results.metrics["eval_loss_before"]
     assert not (out / "model.safetensors").exists()
     assert (
         sum(weight.numel() for weight in load_file(out / "adapter_model.safetensors").values())
@@ -137,7 +137,7 @@ def test_virtual_tokens_leave_the_model_alone(tmp_path, method):
     size = sum(weight.numel() for weight in tiny_llama().parameters())
     assert parameter_counts(tiny_llama()) == (size, size)
     model = AutoPeftModelForCausalLM.from_pretrained(out)
-    assert results["trained_parameters"] == {"prompt": 4 * 32, "prefix": 4 * 2 * 2 * 16}[method]
+    assert results.trained_parameters == {"prompt": 4 * 32, "prefix": 4 * 2 * 2 * 16}[method]
     assert AutoTokenizer.from_pretrained(out).eos_token_id == 2
     total, count = 0.0, 0
     for prompt, completion in HELD_OUT:
@@ -147,7 +147,7 @@ def test_virtual_tokens_leave_the_model_alone(tmp_path, method):
         log_p = logits[len(prompt) - 1 : -1].log_softmax(-1)
         total -= float(log_p.gather(1, ids[0, len(prompt) :, None]).sum())
         count += len(completion) + 1
-    assert results["eval_loss"] == pytest.approx(total / count, abs=1e-4)
+    assert results.metrics["eval_loss"] == pytest.approx(total / count, abs=1e-4)
 
 
 def test_a_soft_prompt_starts_from_embeddings(tmp_path):
@@ -164,7 +164,7 @@ def test_a_later_stage_starts_from_the_adapter_or_from_what_it_was_merged_into(t
     losses = []
     for start in (first.output_dir, f"{first.output_dir}/adapter"):
         again = recipe(tmp_path, **SETTINGS, model_name_or_path=start, output_dir=str(tmp_path / f"again{len(losses)}"))
-        losses.append(run(again)["eval_loss_before"])
+        losses.append(run(again).metrics["eval_loss_before"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 

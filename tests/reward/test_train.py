@@ -33,6 +33,7 @@ from align.reward.inputs import check_inputs
 from align.reward.normalization import zero_prompts
 from align.reward.train import run
 from align.runs.manifest import MANIFEST, read_manifest
+from align.runs.results import RewardResult
 from reward_models.heads import init_head, load_reward_model, score_sequences
 from tests.ranks import launch, run_stage, stop_after_checkpoint
 from tests.worlds import (
@@ -208,19 +209,19 @@ def test_held_out_accuracy_beside_the_ceiling_of_a_known_truth(tmp_path):
     accuracy = sum(margin > 0 for margin in margins) / 4
     truth = [1, 1, -1, 1]
     agreement = sum(margin * sign > 0 for margin, sign in zip(margins, truth, strict=True)) / 4
-    assert results["table"] == [
-        ["held-out pair accuracy", sum(margin > 0 for margin in before) / 4, accuracy],
-        ["accuracy ceiling (annotator noise)", None, 0.75],
-        ["agreement with the true preference", None, agreement],
+    assert results.table == [
+        ("held-out pair accuracy", sum(margin > 0 for margin in before) / 4, accuracy),
+        ("accuracy ceiling (annotator noise)", None, 0.75),
+        ("agreement with the true preference", None, agreement),
     ]
-    assert results["eval_loss"] == pytest.approx(float(-logsigmoid(torch.tensor(margins)).mean()), abs=1e-5)
-    assert results["eval_accuracy_low"] < accuracy < results["eval_accuracy_high"] or accuracy in (0, 1)
+    assert results.metrics["eval_loss"] == pytest.approx(float(-logsigmoid(torch.tensor(margins)).mean()), abs=1e-5)
+    assert results.metrics["eval_accuracy_low"] < accuracy < results.metrics["eval_accuracy_high"] or accuracy in (0, 1)
     lines = [line for line in metrics(settings) if "eval/loss" in line]
     assert [line["step"] for line in lines] == [*range(41), 40]  # the closing line comes from our own scoring
     assert lines[-1]["eval/loss"] == pytest.approx(lines[-2]["eval/loss"], abs=1e-5)  # which agrees with training's
     assert lines[-1]["eval/accuracy"] == lines[-2]["eval/accuracy"]
     assert lines[-1]["eval/ceiling"] == 0.75
-    assert results["agreement"] == 1.0  # it has learnt what z is worth
+    assert results.metrics["agreement"] == 1.0  # it has learnt what z is worth
 
 
 def test_accuracy_ceiling_and_agreement_by_hand():
@@ -248,8 +249,8 @@ def test_skipped_rows_do_not_shift_the_truth(tmp_path):
         eval_reward_funcs=["tests.reward.test_train:true_score"],
     )  # fmt: skip
     results = run(settings)
-    assert results["pairs"] == 4
-    assert results["eval_ceiling"] == 0.75
+    assert results.metrics["pairs"] == 4
+    assert results.metrics["eval_ceiling"] == 0.75
 
 
 def save_tiny_bert(folder: Path) -> str:
@@ -296,7 +297,9 @@ def test_a_pretrained_encoder_learns_politeness(tmp_path):
         max_length=128, on_bad_row="skip", max_eval_rows=50,
     )  # fmt: skip
     results = run(settings)
-    assert results["eval_accuracy_low"] > 0.5  # by more than 50 pairs leave to chance; processors differ in the digits
+    assert (
+        results.metrics["eval_accuracy_low"] > 0.5
+    )  # by more than 50 pairs leave to chance; processors differ in the digits
 
 
 def test_lora_is_merged_and_the_head_is_trained_whole(tmp_path):
@@ -308,14 +311,14 @@ def test_lora_is_merged_and_the_head_is_trained_whole(tmp_path):
     assert changed == {name for name in base if name.endswith("_proj.weight")} | {"score.weight"}
     closing = [line for line in metrics(settings) if "eval/loss" in line][-2:]
     assert closing[0]["eval/loss"] == pytest.approx(closing[1]["eval/loss"], abs=1e-5)  # before and after the merge
-    assert results["eval_loss"] == closing[1]["eval/loss"]
+    assert results.metrics["eval_loss"] == closing[1]["eval/loss"]
 
 
 def test_bfloat16_ends_in_float32_weights(tmp_path):
     settings = recipe(tmp_path, eval_rows=HELD_OUT, bf16=True, gradient_checkpointing=True)
     results = run(settings)
     assert all(weight.dtype == torch.float32 for weight in trained(settings).values())
-    assert 0 < results["eval_loss"] < 5
+    assert 0 < results.metrics["eval_loss"] < 5
 
 
 def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_path, capsys):
@@ -380,7 +383,7 @@ def test_a_run_killed_twice_ends_with_the_same_weights_to_the_bit(tmp_path):
     results = run(whole)
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
     resumed, uninterrupted = read_manifest(folder), read_manifest(whole.output_dir)
-    assert resumed["results"] == results
+    assert RewardResult.from_json(whole.output_dir, resumed["results"]) == results
     assert resumed["score_mean"] == uninterrupted["score_mean"]
     assert [{**line, "time": 0} for line in metrics(settings)] == [{**line, "time": 0} for line in metrics(whole)]
 
@@ -399,7 +402,7 @@ def test_two_processes_with_zero3_train_the_same_model(tmp_path):
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)
     alone, together = read_manifest(settings.output_dir), read_manifest(shared.output_dir)
-    assert together["results"]["eval_loss"] == pytest.approx(results["eval_loss"], abs=1e-4)
-    assert together["results"]["table"] == results["table"]
+    assert together["results"]["eval_loss"] == pytest.approx(results.metrics["eval_loss"], abs=1e-4)
+    assert list(map(tuple, together["results"]["table"])) == results.table
     assert together["score_mean"] == pytest.approx(alone["score_mean"], abs=1e-4)
     assert together["score_check"]["scores"] == pytest.approx(alone["score_check"]["scores"], abs=1e-4)

@@ -39,7 +39,7 @@ def test_the_best_model_is_saved_instead_of_the_last(tmp_path):
     during, closing = seen[1:-1], seen[-1]
     best_step, best = min(during, key=lambda pair: pair[1])
     assert best < during[-1][1] - 0.05, "the test wants a model that gets worse"
-    assert closing[1] == results["eval_loss"] == pytest.approx(best, abs=1e-6)
+    assert closing[1] == results.metrics["eval_loss"] == pytest.approx(best, abs=1e-6)
     assert held_out_loss(settings) == pytest.approx(best, abs=1e-5)
     assert [path.name for path in complete_checkpoints(settings.output_dir)] == [
         f"checkpoint-{best_step}",
@@ -53,7 +53,7 @@ def test_another_metric_may_choose(tmp_path):
     )
     results = run(settings)
     accuracies = [row["eval/mean_token_accuracy"] for row in metrics(settings) if "eval/loss" in row]
-    assert results["eval_token_accuracy"] == max(accuracies[1:])
+    assert results.metrics["eval_token_accuracy"] == max(accuracies[1:])
 
 
 def test_it_stops_when_nothing_gets_better(tmp_path):

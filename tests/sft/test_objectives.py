@@ -241,7 +241,7 @@ class TestRegularisation:
         noisy = dataclasses.replace(quiet, neftune_noise_alpha=50.0, output_dir=str(tmp_path / "noisy"))
         results = [run(settings) for settings in (quiet, noisy)]
         assert metrics(quiet)[1]["train/loss"] != pytest.approx(metrics(noisy)[1]["train/loss"], abs=1e-3)
-        assert results[0]["eval_loss_before"] == pytest.approx(results[1]["eval_loss_before"], abs=1e-6)
+        assert results[0].metrics["eval_loss_before"] == pytest.approx(results[1].metrics["eval_loss_before"], abs=1e-6)
 
 
 class TestByLength:

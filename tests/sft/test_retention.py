@@ -135,7 +135,7 @@ class TestMeasured:
         assert lines[0]["eval/forgetting"] == 0
         assert lines[-1]["eval/forgetting"] == pytest.approx(100 * (losses[1] - losses[0]) / losses[0], rel=1e-4)
         assert lines[-1]["eval/forgetting"] > 5, "the test wants a model that forgets"
-        rows = {name: (before, after) for name, before, after in results["table"]}
+        rows = {name: (before, after) for name, before, after in results.table}
         assert rows["retention loss (nats/token)"] == pytest.approx(losses, abs=1e-5)
         assert rows["forgetting (rise of the retention loss, %)"][1] == lines[-1]["eval/forgetting"]
 
@@ -172,7 +172,9 @@ class TestMeasured:
             assert line["eval/loss"] == pytest.approx(held_out, abs=1e-5)
             assert line["eval/train_loss"] == pytest.approx(seen, abs=1e-5)
             assert line["eval/gap"] == pytest.approx(held_out - seen, abs=1e-5)
-        assert results["eval_gap"] == evaluations(settings)[-1]["eval/gap"] > 1, "the test wants a model that overfits"
+        assert results.metrics["eval_gap"] == evaluations(settings)[-1]["eval/gap"] > 1, (
+            "the test wants a model that overfits"
+        )
 
     def test_entropy_is_a_mean_over_tokens_too(self, finished):
         total, count = 0.0, 0
@@ -247,7 +249,7 @@ class TestMeasured:
             assert line["eval/loss"] == pytest.approx(float(nll(fluent(), HELD_OUT_ROWS)[0]) / 9, abs=1e-5)
         total, _, count = text_nll(fluent(), TEXTS[4:])
         assert line["eval/retention/b/loss"] == pytest.approx(total / count, abs=1e-5)
-        assert results["eval_spell/loss_before"] == line["eval/spell/loss"]
+        assert results.metrics["eval_spell/loss_before"] == line["eval/spell/loss"]
         assert undocumented({*line} - {"step", "time"}) == []
 
     def test_sums_by_part_by_hand(self):
@@ -330,8 +332,8 @@ class TestResponses:
     def test_choose_the_model(self, judged):
         settings, results = judged
         scores = [line["eval/rougeL"] for line in evaluations(settings)]
-        assert results["eval_rougeL"] == max(scores[1:-1])
-        assert ["rougeL of the responses", scores[0], results["eval_rougeL"]] in results["table"]
+        assert results.metrics["eval_rougeL"] == max(scores[1:-1])
+        assert ("rougeL of the responses", scores[0], results.metrics["eval_rougeL"]) in results.table
 
     @pytest.mark.parametrize(
         ("changes", "words"),
@@ -385,8 +387,8 @@ class TestBound:
         assert min(losses) != expected["eval/loss"] or losses[-1] != expected["eval/loss"], (
             "the test wants a bound that matters"
         )
-        assert results["eval_loss"] == pytest.approx(expected["eval/loss"], abs=1e-6)
-        assert results["eval_forgetting"] == pytest.approx(expected["eval/forgetting"], abs=1e-4)
+        assert results.metrics["eval_loss"] == pytest.approx(expected["eval/loss"], abs=1e-6)
+        assert results.metrics["eval_forgetting"] == pytest.approx(expected["eval/forgetting"], abs=1e-4)
         total, _, count = text_nll(AutoModelForCausalLM.from_pretrained(settings.output_dir), TEXTS)
         assert total / count == pytest.approx(expected["eval/retention_loss"], abs=1e-5)
         names = [path.name for path in complete_checkpoints(settings.output_dir)]
@@ -398,7 +400,7 @@ class TestBound:
         assert least["eval/forgetting"] > 0
         settings = retaining(tmp_path, load_best_model_at_end=True, max_forgetting=0.0, per_device_eval_batch_size=3)
         results = run(settings)
-        assert results["eval_forgetting"] == pytest.approx(least["eval/forgetting"], abs=1e-4)
+        assert results.metrics["eval_forgetting"] == pytest.approx(least["eval/forgetting"], abs=1e-4)
         said = " ".join(capsys.readouterr().err.split())
         assert (
             f"max_forgetting: 0% was asked for: no checkpoint keeps to it; the one that forgets least, of step {least['step']},"
@@ -409,7 +411,7 @@ class TestBound:
         settings = retaining(
             tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_forgetting", per_device_eval_batch_size=3
         )
-        assert run(settings)["eval_forgetting"] == pytest.approx(
+        assert run(settings).metrics["eval_forgetting"] == pytest.approx(
             min(line["eval/forgetting"] for line in evaluations(finished[0])[1:]), abs=1e-4
         )
 
@@ -482,7 +484,7 @@ class TestBound:
             if int(folder.name[11:]) > 6:
                 shutil.rmtree(folder)
         cut = dataclasses.replace(whole, output_dir=str(out))
-        assert run(cut) == results
+        assert dataclasses.replace(run(cut), output_dir=whole.output_dir) == results
         assert [line["step"] for line in evaluations(cut)] == steps
         without_time = [
             [{k: v for k, v in line.items() if k != "time"} for line in metrics(each)] for each in (whole, cut)
@@ -574,8 +576,8 @@ class TestReplay:
         data = read_manifest(replaying.output_dir)["data"]
         assert (data["replayed_rows"], data["train_rows"]) == (4, 8)
         assert [source["used_for"] for source in data["sources"]] == ["training", "evaluation", "retention"]
-        assert results[0]["eval_retention_loss_before"] == results[1]["eval_retention_loss_before"]
-        assert results[1]["eval_forgetting"] < results[0]["eval_forgetting"]
+        assert results[0].metrics["eval_retention_loss_before"] == results[1].metrics["eval_retention_loss_before"]
+        assert results[1].metrics["eval_forgetting"] < results[0].metrics["eval_forgetting"]
         assert evaluations(replaying)[-1]["step"] == 6
 
 

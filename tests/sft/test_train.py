@@ -18,6 +18,7 @@ from align.config.sft import SFTRecipe
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
+from align.runs.results import SFTResult
 from align.sft.train import run
 from tests.ranks import launch, run_stage, stop_after_checkpoint
 from tests.worlds import (
@@ -149,14 +150,14 @@ def test_evaluation_is_the_mean_over_held_out_tokens_before_and_after(tmp_path):
         expected.append((float(total / count), right / count))
     (loss_before, accuracy_before), (loss_after, accuracy_after) = expected
     assert 0 < accuracy_after < 1
-    assert results["table"][:3] == [
-        ["held-out loss (nats/token)", pytest.approx(loss_before, abs=1e-5), pytest.approx(loss_after, abs=1e-5)],
-        [
+    assert results.table[:3] == [
+        ("held-out loss (nats/token)", pytest.approx(loss_before, abs=1e-5), pytest.approx(loss_after, abs=1e-5)),
+        (
             "held-out perplexity",
             pytest.approx(math.exp(loss_before), rel=1e-5),
             pytest.approx(math.exp(loss_after), rel=1e-5),
-        ],
-        ["held-out token accuracy", pytest.approx(accuracy_before), pytest.approx(accuracy_after)],
+        ),
+        ("held-out token accuracy", pytest.approx(accuracy_before), pytest.approx(accuracy_after)),
     ]
     lines = [line for line in metrics(settings) if "eval/loss" in line]
     assert [line["step"] for line in lines] == [0, 9, 18, 20]
@@ -177,7 +178,7 @@ def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_p
     assert "held-out loss" in card
     assert "AutoModelForCausalLM" in card
     manifest = read_manifest(folder)
-    assert manifest["results"] == results
+    assert SFTResult.from_json(settings.output_dir, manifest["results"]) == results
     assert manifest["data"]["train_rows"] == len(ROWS)
     before = (folder / "model.safetensors").stat().st_mtime_ns
     assert run(settings) == results
@@ -278,15 +279,15 @@ def test_lora_is_merged_into_a_plain_model(tmp_path):
     assert changed == {name for name in base if name.endswith("_proj.weight")}
     with torch.no_grad():
         total, count = nll(AutoModelForCausalLM.from_pretrained(settings.output_dir), held_out)
-    assert results["eval_loss"] == pytest.approx(float(total / count), abs=1e-5)
-    assert results["eval_loss"] != pytest.approx(results["eval_loss_before"], abs=1e-3)
+    assert results.metrics["eval_loss"] == pytest.approx(float(total / count), abs=1e-5)
+    assert results.metrics["eval_loss"] != pytest.approx(results.metrics["eval_loss_before"], abs=1e-3)
     assert (Path(settings.output_dir) / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_bfloat16_with_gradient_checkpointing_ends_in_float32_weights(tmp_path):
     settings = recipe(tmp_path, eval_rows=[("ee", "f")], bf16=True, gradient_checkpointing=True)
     exact = dataclasses.replace(settings, bf16=False, output_dir=str(tmp_path / "float32"))
-    losses = [run(one)["eval_loss"] for one in (settings, exact)]
+    losses = [run(one).metrics["eval_loss"] for one in (settings, exact)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert all(weight.dtype == torch.float32 for weight in trained(settings).values())
@@ -305,7 +306,7 @@ def test_a_run_killed_twice_ends_with_the_same_weights_to_the_bit(tmp_path):
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"), save_steps=None)
     results = run(whole)
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
-    assert read_manifest(folder)["results"] == results
+    assert SFTResult.from_json(whole.output_dir, read_manifest(folder)["results"]) == results
     resumed, uninterrupted = (
         [{key: value for key, value in line.items() if key != "time"} for line in metrics(one)]
         for one in (settings, whole)
@@ -338,6 +339,6 @@ def test_two_processes_with_zero3_train_the_same_model(tmp_path):
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)
     for (_, before, after), (_, before_shared, after_shared) in zip(
-        results["table"], read_manifest(shared.output_dir)["results"]["table"], strict=True
+        results.table, read_manifest(shared.output_dir)["results"]["table"], strict=True
     ):
         assert (before_shared, after_shared) == (pytest.approx(before, abs=1e-4), pytest.approx(after, abs=1e-4))

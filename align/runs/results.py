@@ -1,0 +1,137 @@
+"""What the stages return: typed views of the numbers that `stage.json` keeps under `results`, and of `results.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T", bound="StageResult")
+
+
+class BeforeAfter(NamedTuple):
+    """One row of a stage's closing table; None where a measure does not apply."""
+
+    measure: str
+    before: float | None
+    after: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What every stage that trains returns."""
+
+    output_dir: str  # the trained model, as `from_pretrained` loads it
+    table: list[BeforeAfter]  # empty when nothing was evaluated
+    metrics: dict[str, float]  # all other numbers by the names that they have in `stage.json`
+
+    @classmethod
+    def from_json(cls: type[T], output_dir: str, results: Mapping[str, Any]) -> T:
+        """The result of a stage from `results` in its manifest."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        own = {name: value for name, value in results.items() if name in names}
+        metrics = {name: value for name, value in results.items() if name not in names}
+        table = [BeforeAfter(*row) for row in results["table"]]
+        return cls(**{**own, "output_dir": output_dir, "table": table, "metrics": metrics})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFTResult(StageResult):
+    """`metrics`: `eval_loss` (nats per token) and others, with the suffix `_before` those of the untrained model."""
+
+    steps: int  # optimiser steps
+    trained_parameters: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardResult(StageResult):
+    """`metrics`: `eval_accuracy` on the held-out pairs, its 95% interval, `eval_loss` (nats per pair), and others."""
+
+    steps: int  # optimiser steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOResult(StageResult):
+    """`metrics`: the last evaluation, by the names in `metrics.jsonl`, such as `eval/score` and `eval/kl`."""
+
+    updates: int
+    best: dict[str, float] | None  # evaluation of the policy in `best/`, and its `update`
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # some held-out prompts with responses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifyResult(StageResult):
+    """`metrics`: `eval_loss`, `eval_accuracy`, `eval_macro_f1` (regression: `eval_mse`), and those `_before` training."""
+
+    steps: int  # optimiser steps
+    baseline: dict[str, float] | None = None  # measures of the constant answer: the commonest label, or the mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLMResult(StageResult):
+    """`metrics`: `eval_loss` (nats per masked token), `eval_accuracy`, and those `_before` training."""
+
+    steps: int  # optimiser steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricValue:
+    """One metric of one model; `low` and `high` are its 95% interval, None where there is none."""
+
+    model: str
+    num_shots: int
+    task: str | None  # None: over all rows
+    n: int  # rows
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricDifference:
+    """A metric's difference from the baseline model on the same rows, with its 95% interval."""
+
+    metric: str
+    model: str
+    num_shots: int
+    against: dict[str, Any]  # `model` and `num_shots` of the baseline
+    difference: float | None
+    low: float | None
+    high: float | None
+    p_value: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """What `align evaluate` returns; `results.json` and `results.md` are in `output_dir`."""
+
+    output_dir: str
+    baseline: str  # the model that the others are compared with
+    rows: int
+    values: list[MetricValue]
+    comparisons: list[MetricDifference]
+    data: dict[str, Any]  # sources with fingerprints, counts, bad rows
+
+    @classmethod
+    def from_json(cls, output_dir: str, results: Mapping[str, Any]) -> EvaluationResult:
+        """The result of an evaluation from its `results.json`."""
+        return cls(
+            output_dir=output_dir,
+            baseline=results["baseline"],
+            rows=results["rows"],
+            values=[MetricValue(**value) for value in results["results"]],
+            comparisons=[MetricDifference(**difference) for difference in results["comparisons"]],
+            data=results["data"],
+        )
+
+    def value(self, metric: str, model: str, num_shots: int = 0, task: str | None = None) -> float | None:
+        """One number.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        for each in self.values:
+            if (each.metric, each.model, each.num_shots, each.task) == (metric, model, num_shots, task):
+                return each.value
+        raise KeyError(f"{metric} of {model}, {num_shots}-shot")
