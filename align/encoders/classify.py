@@ -48,7 +48,7 @@ from align.trainer.hf_trainer import (
     train,
     training_arguments,
 )
-from align.trainer.row_trainer import Padding, RowTrainer, row_arguments
+from align.trainer.row_trainer import RowCollator, RowTrainer, row_training_arguments
 
 
 def run(recipe: ClassifyRecipe) -> ClassifyResult:
@@ -83,7 +83,9 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
     with Tracker(recipe, "classify", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         tracker.say(f"{labels.problem_type}: {labels.describe()}")
-        arguments = row_arguments(training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None))
+        arguments = row_training_arguments(
+            training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
+        )
         model = new_classifier(start, recipe)
         whole = head_modules(model)
         freeze(model, recipe, model.get_submodule(whole[-1]))
@@ -96,7 +98,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
             args=arguments,
             train_dataset=padded,
             eval_dataset=eval_rows,
-            data_collator=Padding(inputs.tokenizer),
+            data_collator=RowCollator(inputs.tokenizer),
             processing_class=inputs.tokenizer,
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
@@ -174,7 +176,7 @@ class LabelTrainer(ExactEvaluation, RowTrainer):
         self.labels = labels
         self.accuracy = "mse" if labels.problem_type == REGRESSION else "accuracy"
 
-    def judge(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_correct(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         if not self.model.training:
             self.counts = self.counts + self.labels.counts(logits, labels, weight)
         total = (self.labels.losses(logits, labels) * weight).sum()

@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from align.data.collate import pad_right
 from align.data.tokenize import IGNORE_INDEX
 from align.errors import UserError
-from align.trainer.row_trainer import pad_right
 
 
 class Masking:
@@ -60,10 +60,12 @@ class Masking:
             for row in rows
         ]
         real = torch.tensor([row["weight"] for row in rows])[:, None]  # 0 for a padding row
-        labels = pad_right([labels for _, labels in drawn], IGNORE_INDEX).masked_fill(real == 0, IGNORE_INDEX)
+        ids, mask = pad_right([ids.tolist() for ids, _ in drawn], self.pad_id)
+        labels, _ = pad_right([labels.tolist() for _, labels in drawn], IGNORE_INDEX)
+        labels = labels.masked_fill(real == 0, IGNORE_INDEX)
         return {
-            "input_ids": pad_right([ids for ids, _ in drawn], self.pad_id),
-            "attention_mask": pad_right([torch.ones_like(ids) for ids, _ in drawn], 0),
+            "input_ids": ids,
+            "attention_mask": mask.long(),
             "labels": labels,
             "weight": (labels != IGNORE_INDEX).sum(dim=1),
         }

@@ -49,7 +49,7 @@ from align.trainer.hf_trainer import (
     train,
     training_arguments,
 )
-from align.trainer.row_trainer import RowTrainer, row_arguments
+from align.trainer.row_trainer import RowTrainer, row_training_arguments
 
 
 def run(recipe: MLMRecipe) -> MLMResult:
@@ -79,7 +79,9 @@ def run(recipe: MLMRecipe) -> MLMResult:
     with Tracker(recipe, "mlm", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         tracker.say(f"{len(rows.train)} texts in {len(pieces)} pieces of up to {length} tokens")
-        arguments = row_arguments(training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None))
+        arguments = row_training_arguments(
+            training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
+        )
         model = load_masked_lm(start, recipe)[0]
         freeze(model, recipe, model.get_output_embeddings())
         trainer = MaskedTrainer(
@@ -139,7 +141,7 @@ class MaskedTrainer(ExactEvaluation, RowTrainer):
         self.data_collator.epoch = kwargs["epoch"]
         super()._run_epoch(**kwargs)
 
-    def judge(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_and_correct(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         return total, (logits.argmax(dim=-1) == labels).sum()
 

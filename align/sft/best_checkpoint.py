@@ -1,4 +1,4 @@
-"""The best checkpoint among those within `max_forgetting`."""
+"""The choice of the best checkpoint among those within `max_forgetting`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from transformers import EarlyStoppingCallback
 FORGETTING = "eval_forgetting"
 
 
-def better(entry: Mapping[str, float], metric: str, high_is_good: bool, bound: float | None) -> tuple[int, float]:
-    """A key by which evaluations are ordered, the best first.
+def within_bound(entry: Mapping[str, float], max_forgetting: float | None) -> bool:
+    """Whether an evaluation log shows at most `max_forgetting` percent forgetting; always true without a bound."""
+    return max_forgetting is None or entry[FORGETTING] <= max_forgetting
 
-    Those come first that forget at most `bound` percent, by their metric; then the others, by how little they forget. So
-    when none keeps to the bound, the best is the one that forgets least.
+
+def rank_key(
+    entry: Mapping[str, float], metric: str, greater_is_better: bool, max_forgetting: float | None
+) -> tuple[int, float]:
+    """A sort key for evaluation logs that puts the best first.
+
+    Logs within `max_forgetting` come first, ordered by `metric`; then the others, ordered by how little they forget; then
+    those whose metric is NaN. So if none is within the bound, the best is the one that forgets least.
     """
     value = entry[metric]
     if math.isnan(value):
         return 2, 0.0
-    if not keeps(entry, bound):
+    if not within_bound(entry, max_forgetting):
         return 1, entry[FORGETTING]
-    return 0, -value if high_is_good else value
+    return 0, -value if greater_is_better else value
 
 
-def keeps(entry: Mapping[str, float], bound: float | None) -> bool:
-    """Whether an evaluation forgets at most `bound` percent; always without a bound."""
-    return bound is None or entry[FORGETTING] <= bound
-
-
-class BoundedPatience(EarlyStoppingCallback):  # type: ignore[misc]
-    """Early stopping to which a model that forgets too much is no better, however good it is."""
+class BoundedEarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
+    """Early stopping that counts every evaluation beyond `max_forgetting` as no improvement."""
 
     def __init__(
         self,
@@ -43,7 +45,7 @@ class BoundedPatience(EarlyStoppingCallback):  # type: ignore[misc]
         self.max_forgetting = max_forgetting
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:
-        if keeps(metrics, self.max_forgetting):
+        if within_bound(metrics, self.max_forgetting):
             super().on_evaluate(args, state, control, metrics, **kwargs)
             return
         self.early_stopping_patience_counter += 1
@@ -51,5 +53,5 @@ class BoundedPatience(EarlyStoppingCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
     def state(self) -> dict[str, Any]:
-        told: dict[str, Any] = super().state()
-        return {**told, "args": {**told["args"], "max_forgetting": self.max_forgetting}}
+        saved: dict[str, Any] = super().state()
+        return {**saved, "args": {**saved["args"], "max_forgetting": self.max_forgetting}}

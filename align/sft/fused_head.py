@@ -1,4 +1,4 @@
-"""Whether TRL has a fused LM head, and what it returns, computed from logits for the TRL versions without one."""
+"""Whether TRL has a fused LM head, and the scores it returns, computed from logits for TRL versions without one."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from align.compat import has_fused_head
 from align.data.tokenize import IGNORE_INDEX
 
-FUSED = has_fused_head()
+HAS_FUSED_HEAD = has_fused_head()
 
 
 def token_scores(logits: Tensor, labels: Tensor) -> SimpleNamespace:
-    """What the fused head of TRL 1.16 returns about the predicted tokens.
+    """The scores of predicted tokens that the fused head of TRL 1.16 returns.
 
     Args:
         logits: [m, S, V].
-        labels: [m, S], -100 where nothing is to be predicted.
+        labels: [m, S], -100 where the loss ignores a token.
 
     Returns:
-        `log_probs` and `entropy`, float32, and `is_top1` and `label_mask`, bool; each [m, S - 1], and 0 where nothing is
-        to be predicted. Only `log_probs` has a gradient.
+        `log_probs` and `entropy`, float32, and `is_top1` and `label_mask`, bool; each [m, S - 1], and 0 at
+        ignored tokens. Only `log_probs` has a gradient.
     """
     labels = labels[:, 1:]
     mask = labels != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""The rows of the SFT stage in token ids: what is trained, replayed rows among it, and what is measured."""
+"""The rows of the SFT stage as token ids: training rows with replayed ones among them, and evaluation rows."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from align.data.load import Rows
 from align.data.rows import Demonstration
 from align.data.tokenize import Report, tokenize_demonstrations
 from align.models.context_length import check_rows_fit
-from align.sft.evaluation import Measured, measured_rows
+from align.sft.evaluation import EvalRows, build_eval_rows
 from align.sft.retention import Retention, with_replay
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRows:
-    """Training rows (packed, if the recipe says so), how many went into them, and what is measured."""
+class TokenizedRows:
+    """Training rows (packed, if the recipe packs) and evaluation rows (None without evaluation)."""
 
     train: Dataset
-    target: int  # rows of the recipe's own, before packing
-    replayed: int
-    measured: Measured | None  # None without evaluation
-    skipped: dict[str, Report]
+    num_train: int  # before packing, without replayed rows
+    num_replayed: int
+    evaluation: EvalRows | None
+    skipped: dict[str, Report]  # bad rows by use and reason
 
 
-def token_rows(
+def tokenize_rows(
     recipe: SFTRecipe,
     rows: Rows,
     retention: Retention,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
-) -> TokenRows:
-    """Tokenise the rows.
+) -> TokenizedRows:
+    """Tokenise training, replayed and evaluation rows, and pack the former if the recipe says so.
 
     Raises:
-        UserError: as `tokenize_demonstrations`, or a row is longer than the model can read.
+        UserError: as `tokenize_demonstrations`, or a row exceeds the model's context.
     """
     tokenize = partial(
         tokenize_demonstrations,
@@ -53,24 +53,26 @@ def token_rows(
     )
     cut_at = recipe.max_length if recipe.packing else None
     skipped: dict[str, Report] = {}
-    target, skipped["train"] = tokenize(rows.train)
-    measured = None
+    own, skipped["train"] = tokenize(rows.train)
+    evaluation = None
     if rows.evaluation:
-        held_out, skipped["evaluation"] = _eval_rows(rows.evaluation, tokenize, cut_at)
-        remembered = None
-        if retention.measured:
-            remembered, skipped["retention"] = _eval_rows(retention.measured, tokenize, cut_at, text_ends=False)
-        measured = measured_rows(held_out, remembered, target, recipe.max_length, recipe.seed)
-        check_rows_fit(measured.rows["input_ids"], config)
-    train, skipped["replay"] = with_replay(target, retention.replayable, recipe.replay_fraction, recipe.seed, tokenize)
-    replayed = len(train) - len(target)
+        held_out, skipped["evaluation"] = _tokenize_for_evaluation(rows.evaluation, tokenize, cut_at)
+        kept = None
+        if retention.evaluation:
+            kept, skipped["retention"] = _tokenize_for_evaluation(
+                retention.evaluation, tokenize, cut_at, text_ends=False
+            )
+        evaluation = build_eval_rows(held_out, kept, own, recipe.max_length, recipe.seed)
+        check_rows_fit(evaluation.rows["input_ids"], config)
+    train, skipped["replay"] = with_replay(own, retention.replayable, recipe.replay_fraction, recipe.seed, tokenize)
+    num_replayed = len(train) - len(own)
     if recipe.packing:
         train = pack(train, recipe.max_length)
     check_rows_fit(train["input_ids"], config)
-    return TokenRows(train, len(target), replayed, measured, skipped)
+    return TokenizedRows(train, len(own), num_replayed, evaluation, skipped)
 
 
-def _eval_rows(
+def _tokenize_for_evaluation(
     rows: Sequence[Demonstration],
     tokenize: Callable[..., tuple[Dataset, Report]],
     cut_at: int | None,
@@ -80,16 +82,15 @@ def _eval_rows(
 
     Args:
         cut_at: cut longer rows into pieces of this many tokens, as packing does in training.
-        text_ends: whether plain text closes with EOS. Retention is measured without it: many base models never saw EOS
-            after text, and would seem to remember better once any fine-tuning has taught it.
+        text_ends: whether plain text ends in EOS. Retention is measured without it: many base models never saw EOS after
+            text, and would seem to improve as soon as any fine-tuning teaches it.
     """
     kept: list[Demonstration] = []
     dataset, bad = tokenize(rows, kept=kept)
     if not text_ends:
-        closing = [-1 if isinstance(row.completion, str) and not row.prompt else None for row in kept]
+        ends = [-1 if isinstance(row.completion, str) and not row.prompt else None for row in kept]
         columns = {
-            name: [ids[:end] for ids, end in zip(dataset[name], closing, strict=True)]
-            for name in ("input_ids", "labels")
+            name: [ids[:end] for ids, end in zip(dataset[name], ends, strict=True)] for name in ("input_ids", "labels")
         }
         dataset = Dataset.from_dict(columns, features=dataset.features)
     if cut_at is not None and max(map(len, dataset["input_ids"])) > cut_at:

@@ -3,133 +3,154 @@
     align sft recipes/quickstart/1_sft.yaml
     deepspeed --num_gpus 8 --module align.sft recipes/hh-rlhf/1_sft.yaml
 
-Rows are tokenised here, so that end-of-text, chat template, labels and what is too long are ours to decide. The
-objective, and how it stays exact, is in `align/sft/trainer.py`.
-With `model_config` the stage first trains a tokenizer on its rows and starts from a random model.
+Rows are tokenised here rather than by TRL, so that EOS, chat template, labels and length limits are those of the other
+stages. The objective, and what keeps it exact, is in `align/sft/trainer.py`. With `model_config` the stage first trains a
+tokenizer on its rows and starts from a random model.
 """
 
 from __future__ import annotations
 
-from transformers import set_seed
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
 from align.config.sft import SFTRecipe
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
+from align.data.load import Rows
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
-from align.engine.distributed import connect, disconnect
-from align.errors import UserError
+from align.engine.distributed import World, connect, disconnect
 from align.models.from_scratch import scratch_config, write_scratch_model
-from align.models.load import is_encoder, load_config, load_policy
-from align.models.tokenizer import load_tokenizer
+from align.models.load import load_policy
 from align.models.trainable import cast_trained_to_float32, freeze, parameter_counts, peft_config, quantization
-from align.runs.manifest import check_tokenizer, open_stage
+from align.runs.manifest import open_stage
 from align.runs.quiet import quiet
 from align.runs.results import SFTResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
 from align.runs.tracker import Tracker
-from align.sft.report import bound_line, closing_numbers, course, curves, retention_lines, write_picture
-from align.sft.responses import questions
+from align.sft.inputs import load_config_and_tokenizer
+from align.sft.report import (
+    forgetting_warning,
+    history_section,
+    loss_curves,
+    retention_lines,
+    sft_results,
+    write_loss_chart,
+)
+from align.sft.responses import response_evaluation
 from align.sft.retention import load_with_retention
-from align.sft.rows import token_rows
+from align.sft.rows import tokenize_rows
 from align.sft.trainer import DemonstrationTrainer
-from align.trainer.hf_trainer import eval_batch_size, evaluations, save_trained, total_steps, train, training_arguments
+from align.trainer.hf_trainer import (
+    eval_batch_size,
+    evaluation_logs,
+    save_trained,
+    total_steps,
+    train,
+    training_arguments,
+)
 
 
 def run(recipe: SFTRecipe) -> SFTResult:
-    """Fine-tune a language model; returns the closing numbers, also in `stage.json`."""
+    """Fine-tune a language model; returns the results, which are also in `stage.json`."""
     quiet()
     if open_stage(recipe):
         return SFTResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
+
+    # Rows, and the model to start from
     rows, retention = load_with_retention(recipe)
     checkpoint = last_checkpoint(recipe, world)
-    if (start := recipe.model_name_or_path) is None:
-        config = scratch_config(recipe)
-        start = write_untrained(
-            recipe.output_dir,
-            recipe.seed,
-            world,
-            checkpoint is not None,
-            lambda folder: write_scratch_model(recipe, config, rows.train, folder),
-        )
-    config = load_config(start, recipe, "model_name_or_path")
-    if is_encoder(config):
-        raise UserError(
-            f"model_name_or_path: {start} is an encoder ({config.model_type}); name a model that generates."
-        )
-    tokenizer = load_tokenizer(start, recipe)
-    check_tokenizer(start, tokenizer, "model_name_or_path")
-    tokens = token_rows(recipe, rows, retention, tokenizer, config)
-    asked = questions(recipe, rows.evaluation, tokenizer, config, world)
-    world.check_rows(len(tokens.train))
-    train_rows = pad_to_batches(tokens.train, plan.batch_size)
+    resuming = checkpoint is not None
+    start = recipe.model_name_or_path or _random_model(recipe, world, rows, resuming)
+    config, tokenizer = load_config_and_tokenizer(start, recipe)
+    data = tokenize_rows(recipe, rows, retention, tokenizer, config)
+    responses = response_evaluation(recipe, rows.evaluation, tokenizer, config, world)
+    world.check_rows(len(data.train))
+    train_rows = pad_to_batches(data.train, plan.batch_size)
     eval_rows = None
-    if tokens.measured is not None:
-        size = eval_batch_size(recipe, len(tokens.measured.rows), world)
-        eval_rows = pad_to_batches(tokens.measured.rows, world.size * size)
+    if data.evaluation is not None:
+        size = eval_batch_size(recipe, len(data.evaluation.rows), world)
+        eval_rows = pad_to_batches(data.evaluation.rows, world.size * size)
 
+    # Training
     steps = total_steps(recipe, len(train_rows), plan)
     with Tracker(recipe, "sft", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         if (line := describe_duplicates(rows.report)) is not None:
             tracker.say(line)
-        for line in retention_lines(rows.report, tokens.target, tokens.replayed):
+        for line in retention_lines(rows.report, data.num_train, data.num_replayed):
             tracker.say(line)
-        arguments = SFTConfig(
-            **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
-            dataset_kwargs={"skip_prepare_dataset": True},
-            loss_type="nll",
-            padding_free=recipe.packing or recipe.padding_free,
-            neftune_noise_alpha=recipe.neftune_noise_alpha,
-            label_smoothing_factor=recipe.label_smoothing_factor,
-        )
         model = load_policy(start, recipe, **quantization(recipe))
         freeze(model, recipe, model.get_output_embeddings())
-        set_seed(recipe.seed)  # for the first weights of an adapter, which TRL 1.14 draws without one
+        set_seed(recipe.seed)  # TRL 1.14 initialises adapters unseeded
         trainer = DemonstrationTrainer(
             example_mean=recipe.loss_normalization == "example_mean",
-            measured=tokens.measured,
-            questions=asked,
+            evaluation=data.evaluation,
+            responses=responses,
             tracker=tracker,
             max_forgetting=recipe.max_forgetting,
             model=model,
-            args=arguments,
+            args=SFTConfig(
+                **training_arguments(recipe, plan, world, eval_rows, resuming),
+                dataset_kwargs={"skip_prepare_dataset": True},
+                loss_type="nll",
+                padding_free=recipe.packing or recipe.padding_free,
+                neftune_noise_alpha=recipe.neftune_noise_alpha,
+                label_smoothing_factor=recipe.label_smoothing_factor,
+            ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             peft_config=peft_config(recipe, "CAUSAL_LM"),
         )
         cast_trained_to_float32(trainer.model)
-        trained, whole = parameter_counts(trainer.model)
-        tracker.say(f"{trained:,} of {whole:,} parameters are trained ({trained / whole:.2%})")
+        trained, total = parameter_counts(trainer.model)
+        tracker.say(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
         before, after = train(trainer, recipe, tracker, checkpoint)
         save_trained(trainer, recipe, world, lambda: load_policy(start, recipe))
-        history = evaluations(trainer)
-        results = {"trained_parameters": trained, **closing_numbers(before, after, steps, recipe.eval_metrics)}
+
+        # Results
+        history = evaluation_logs(trainer)
+        results = {"trained_parameters": trained, **sft_results(before, after, steps, recipe.eval_metrics)}
         if history:
-            tracker.chart(
-                int(history[-1]["step"]), "losses", [int(entry["step"]) for entry in history], curves(history)
-            )
-        if (line := bound_line(after, trainer.state.best_global_step, recipe)) is not None:
+            evaluated_at = [int(entry["step"]) for entry in history]
+            tracker.chart(evaluated_at[-1], "losses", evaluated_at, loss_curves(history))
+        best_step = trainer.state.best_global_step
+        if line := forgetting_warning(after, recipe.max_forgetting, best_step, recipe.load_best_model_at_end):
             tracker.say(line)
         if world.is_main:
             if history:
-                write_picture(recipe.output_dir, history)
-            replayed = {"replayed_rows": tokens.replayed, "train_rows": rows.report["train_rows"] + tokens.replayed}
-            data = {**rows.report, **replayed, "skipped": tokens.skipped}
-            card = CARD.format(
-                folder=recipe.output_dir,
-                base=recipe.model_name_or_path or f"a random {config.model_type} model",
-                prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
-                eos=tokenizer.eos_token,
-            )
-            finish(recipe, tokenizer, data, results, card + course(history))
+                write_loss_chart(recipe.output_dir, history)
+            num_rows = {"replayed_rows": data.num_replayed, "train_rows": len(rows.train) + data.num_replayed}
+            report = {**rows.report, **num_rows, "skipped": data.skipped}
+            card = _model_card(recipe, config, tokenizer) + history_section(history)
+            finish(recipe, tokenizer, report, results, card)
     world.barrier()
     disconnect()
     return SFTResult.from_json(recipe.output_dir, results)
+
+
+def _random_model(recipe: SFTRecipe, world: World, rows: Rows, resuming: bool) -> str:
+    """Write the random model of `model_config`, with a tokenizer trained on the rows; returns its folder."""
+    config = scratch_config(recipe)
+    return write_untrained(
+        recipe.output_dir,
+        recipe.seed,
+        world,
+        resuming,
+        lambda folder: write_scratch_model(recipe, config, rows.train, folder),
+    )
+
+
+def _model_card(recipe: SFTRecipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    return CARD.format(
+        folder=recipe.output_dir,
+        base=recipe.model_name_or_path or f"a random {config.model_type} model",
+        prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
+        eos=tokenizer.eos_token,
+    )
 
 
 CARD = """# A fine-tuned language model

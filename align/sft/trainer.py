@@ -1,13 +1,13 @@
-"""TRL's SFTTrainer with the objective of an optimiser step named and exact, however rows are cut up, packed or spread.
+"""TRL's SFTTrainer with an exact objective, however rows are split, packed or distributed.
 
 token_mean      sum over label tokens of -log p, divided by their number
 example_mean    mean over examples of the mean over each example's own label tokens
 
-Both are over the whole batch of an optimiser step: all microbatches of all ranks. A packed row holds several
-examples, told apart by its position ids, which start again at 0 with each.
+Both are over the whole batch of an optimiser step: all microbatches of all ranks. A packed row holds several examples,
+whose position ids each start at 0.
 
-An evaluation measures the rows of `align/sft/evaluation.py`, and the responses of `align/sft/responses.py`; all that it found
-is one log entry, from which, and from those before it, the best checkpoint follows.
+An evaluation covers the rows of `align/sft/evaluation.py` and the responses of `align/sft/responses.py`, and becomes one
+log entry; the best checkpoint is chosen by these entries.
 """
 
 from __future__ import annotations
@@ -30,23 +30,22 @@ from align.compat import (
 )
 from align.data.tokenize import IGNORE_INDEX
 from align.runs.tracker import Tracker
-from align.sft import responses as eval_responses
-from align.sft.best_checkpoint import BoundedPatience, better, keeps
-from align.sft.evaluation import PART, Measured, PartCollator, measures, part_sums
-from align.sft.fused_head import FUSED, token_scores
-from align.sft.responses import Questions
-from align.trainer.hf_trainer import ExactEvaluation, evaluations
+from align.sft.best_checkpoint import BoundedEarlyStopping, rank_key, within_bound
+from align.sft.evaluation import GROUP, EvalRows, GroupCollator, group_sums, metrics_from_sums
+from align.sft.fused_head import HAS_FUSED_HEAD, token_scores
+from align.sft.responses import RESPONSE_COLUMNS, ResponseEvaluation
+from align.trainer.hf_trainer import ExactEvaluation, evaluation_logs
 
 
 class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose loss is one of the above, and whose evaluation is a mean over tokens.
+    """SFTTrainer with one of the objectives above, and an evaluation that is exact over tokens.
 
     Args:
-        example_mean: which of the two objectives it trains.
-        measured: what an evaluation measures; `eval_dataset` has its rows, padded to whole batches.
-        questions: what it has the model answer.
-        tracker: gets the table of answers.
-        max_forgetting: percent by which the retention loss of the best checkpoint may be above that at the start.
+        example_mean: train the second objective instead of the first.
+        evaluation: the rows to evaluate on; `eval_dataset` must hold them, padded to full batches.
+        responses: the responses to evaluate, if any.
+        tracker: logs the table of responses.
+        max_forgetting: most percent by which the retention loss of the best checkpoint may exceed the initial one.
     """
 
     data_collator: Any
@@ -55,71 +54,72 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
         self,
         *args: Any,
         example_mean: bool,
-        measured: Measured | None = None,
-        questions: Questions | None = None,
+        evaluation: EvalRows | None = None,
+        responses: ResponseEvaluation | None = None,
         tracker: Tracker,
         max_forgetting: float | None = None,
         **kwargs: Any,
     ):
         self.example_mean = example_mean
-        self.parts = measured.parts if measured else []
-        self.sums_shape = (len(self.parts), 4)
-        self.questions, self.tracker, self.max_forgetting = questions, tracker, max_forgetting
+        self.groups = evaluation.groups if evaluation else []
+        self.sums_shape = (len(self.groups), 4)
+        self.responses, self.tracker, self.max_forgetting = responses, tracker, max_forgetting
         super().__init__(*args, **kwargs)
-        self.data_collator = PartCollator(self.data_collator)
-        if not FUSED:
-            self.compute_loss_func = self._loss_of_logits
-            self.num_virtual_tokens = 0  # TRL need not take theirs off the logits again
+        self.data_collator = GroupCollator(self.data_collator)
+        if not HAS_FUSED_HEAD:
+            self.compute_loss_func = self._loss_from_logits
+            self.num_virtual_tokens = 0  # TRL must not cut their logits off a second time
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        part = inputs.pop(PART, None)
-        # Nothing predicts a first token, but for virtual tokens before it: those would be asked for one token more.
+        group = inputs.pop(GROUP, None)
+        # The first token has no prediction, except after virtual tokens: leave it out for these too.
         inputs["labels"][:, 0] = IGNORE_INDEX
-        batch = dict(inputs)  # Trainer takes the labels out before it calls a function for the loss
+        batch = dict(inputs)  # Trainer removes the labels before it calls a loss function
 
-        def weighed(scores: Any) -> Any:
+        def sum_or_weight(scores: Any) -> Any:
+            """In evaluation, add to the sums; in training by `example_mean`, weight the log-probabilities."""
             if not self.model.training:
                 values = (-scores.log_probs, scores.is_top1, scores.label_mask, scores.entropy)
-                self.sums += part_sums(batch, part, len(self.parts), *values)
+                self.sums += group_sums(batch, group, len(self.groups), *values)
             elif self.example_mean:
-                shares = token_shares(batch)
-                virtual = scores.log_probs.shape[1] - shares.shape[1]
-                scores.log_probs = scores.log_probs * F.pad(shares, (virtual, 0))
+                weights = example_mean_weights(batch)
+                virtual = scores.log_probs.shape[1] - weights.shape[1]
+                scores.log_probs = scores.log_probs * F.pad(weights, (virtual, 0))
             return scores
 
-        def measured(**arguments: Any) -> Any:
+        def call_model(**arguments: Any) -> Any:
             output = model(**arguments)
             if FUSED_HEAD_ARGUMENT in arguments:
-                return weighed(output)
+                return sum_or_weight(output)
             output.logits = output.logits[:, -batch["labels"].shape[1] :]  # for label smoothing, without virtual tokens
             return output
 
-        self._weighed = weighed
-        if not FUSED:
+        self._sum_or_weight = sum_or_weight
+        if not HAS_FUSED_HEAD:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with fused_head_on_label_tokens():
-            return super().compute_loss(measured, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(call_model, inputs, return_outputs, num_items_in_batch)
 
-    def _loss_of_logits(self, output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Any:
-        """The loss as TRL makes it from the fused head, on Python 3.10, whose last TRL (1.14) has none."""
+    def _loss_from_logits(self, output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Any:
+        """The loss that TRL computes with its fused head, which TRL 1.14, the last for Python 3.10, does not have."""
         output.logits = output.logits[:, -labels.shape[1] :]  # those of virtual tokens come first
-        scores = self._weighed(token_scores(output.logits, labels))
+        scores = self._sum_or_weight(token_scores(output.logits, labels))
         if self.label_smoother is not None:
             return self.label_smoother(output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
         count = scores.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = -scores.log_probs.sum() / count.clamp(min=1)
         if self.aux_loss_enabled and self.model.training:
-            # A mean over microbatches and ranks, though Trainer takes what it is given for a share of a sum.
-            shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-            loss = loss + self.router_aux_loss_coef * output.aux_loss / shares
+            # It is a mean over microbatches and ranks, while Trainer sums what it gets over both.
+            parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            loss = loss + self.router_aux_loss_coef * output.aux_loss / parts
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with contextlib.ExitStack() as stack:
             model = self.accelerator.unwrap_model(self.model)
-            # Before the first step virtual tokens are noise: without them it is the model that may forget.
+            # Before the first step virtual tokens are noise; forgetting is relative to the model without them.
             if (
                 self.state.global_step == 0
                 and isinstance(model, PeftModel)
@@ -128,53 +128,52 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
                 stack.enter_context(model.disable_adapter())
             return super().evaluate(*args, **kwargs)
 
-    def measure(self, logs: dict[str, float]) -> None:
-        start = [entry["eval_retention_loss"] for entry in evaluations(self) if "eval_retention_loss" in entry]
-        logs |= measures(self.accelerator.reduce(self.sums, "sum"), self.parts, start[0] if start else None)
+    def add_exact_metrics(self, logs: dict[str, float]) -> None:
+        retention = [entry["eval_retention_loss"] for entry in evaluation_logs(self) if "eval_retention_loss" in entry]
+        sums = self.accelerator.reduce(self.sums, "sum")
+        logs |= metrics_from_sums(sums, self.groups, initial_retention_loss=retention[0] if retention else None)
         pending_metrics(self, "eval").clear()  # TRL's means of batches
-        if self.questions is not None:
+        if self.responses is not None:
             with self.compute_loss_context_manager():
-                responses = eval_responses.respond(self.model, self.questions)
-            logs |= {f"eval_{name}": value for name, value in eval_responses.judge(self.questions, responses).items()}
-            rows = eval_responses.table(self.questions, responses)
-            self.tracker.table(self.state.global_step, "samples", eval_responses.RESPONSE_COLUMNS, rows)
+                texts = self.responses.generate(self.model)
+            logs |= {f"eval_{name}": value for name, value in self.responses.score(texts).items()}
+            self.tracker.table(self.state.global_step, "samples", RESPONSE_COLUMNS, self.responses.table(texts))
 
-    def patience(self, evaluations: int) -> TrainerCallback:
+    def early_stopping_callback(self, patience: int) -> TrainerCallback:
         if self.max_forgetting is None:
-            return super().patience(evaluations)
-        return BoundedPatience(evaluations, max_forgetting=self.max_forgetting)
+            return super().early_stopping_callback(patience)
+        return BoundedEarlyStopping(patience, max_forgetting=self.max_forgetting)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if (bound := self.max_forgetting) is None:
             return bool(super()._determine_best_metric(metrics, trial))
         metric = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
-        trained = [entry for entry in evaluations(self) if entry["step"] > 0]  # checkpoints carry the log
-        best = min(trained, key=lambda entry: better(entry, metric, self.args.greater_is_better, bound))
+        trained = [entry for entry in evaluation_logs(self) if entry["step"] > 0]
+        best = min(trained, key=lambda entry: rank_key(entry, metric, self.args.greater_is_better, bound))
         self.state.best_global_step = int(best["step"])
-        if keeps(best, bound):  # what early stopping compares with
+        if within_bound(best, bound):  # early stopping compares with it
             self.state.best_metric = best[metric]
         return int(best["step"]) == int(self.state.global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
         if not self.example_mean:
             return super()._get_num_items_in_batch(batch_samples, device)
-        count = torch.stack(
-            [token_shares(batch).sum() for batch in batch_samples]
-        ).sum()  # an example's shares sum to 1
+        # The weights of an example sum to 1, so this counts examples.
+        count = torch.stack([example_mean_weights(batch).sum() for batch in batch_samples]).sum()
         return self.accelerator.reduce(count.to(device), "sum")
 
 
-def token_shares(batch: dict[str, Tensor]) -> Tensor:
-    """1 / |y| at each of the |y| label tokens of an example, [m, S - 1] float32 for predicted tokens; 0 elsewhere.
+def example_mean_weights(batch: dict[str, Tensor]) -> Tensor:
+    """1 / |y| at each of the |y| label tokens of an example, 0 elsewhere: [m, S - 1] float32, for predicted tokens.
 
     Args:
-        batch: `labels` [m, S], -100 where nothing is learnt; `position_ids` [m, S] in rows of several examples.
+        batch: `labels` [m, S], -100 where the loss ignores a token; `position_ids` [m, S] if rows hold several examples.
     """
-    counted = batch["labels"][:, 1:] != IGNORE_INDEX
+    is_label = batch["labels"][:, 1:] != IGNORE_INDEX
     if "position_ids" in batch:
-        examples = (batch["position_ids"][:, 1:] == 0).long().cumsum(dim=1)
+        example = (batch["position_ids"][:, 1:] == 0).long().cumsum(dim=1)
     else:
-        examples = torch.zeros_like(counted, dtype=torch.long)
-    sizes = torch.zeros(counted.shape[0], int(examples.max()) + 1, device=counted.device)
-    sizes.scatter_add_(1, examples, counted.float())
-    return counted / sizes.gather(1, examples).clamp(min=1)
+        example = torch.zeros_like(is_label, dtype=torch.long)
+    sizes = torch.zeros(is_label.shape[0], int(example.max()) + 1, device=is_label.device)
+    sizes.scatter_add_(1, example, is_label.float())
+    return is_label / sizes.gather(1, example).clamp(min=1)

@@ -1,4 +1,4 @@
-"""What the two stages that TRL trains share: arguments, exact evaluation, training, saving."""
+"""Arguments, exact evaluation, training and saving for the stages that run a Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from align.engine.distributed import World
 from align.errors import UserError
 from align.models.trainable import MERGEABLE
 from align.runs.tracker import Tracker
-from align.trainer.callback import trainer_callback
+from align.trainer.callback import StageCallback
 
-LOW_IS_GOOD = ("loss", "perplexity", "gap", "forgetting")  # how names of metrics end that are to be low
+LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting")  # endings of the names of metrics to minimise
 
 
 def total_steps(recipe: TrainerRecipe, rows: int, plan: BatchPlan) -> int:
-    """Optimiser steps of the whole run over `rows` training rows, padding rows included."""
+    """Optimiser steps of the run over `rows` training rows, including padding rows."""
     return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * (rows // plan.batch_size))
 
 
 def eval_batch_size(recipe: TrainerRecipe, rows: int, world: World) -> int:
-    """Evaluation rows per process and forward pass: no more than there are to go round."""
+    """Evaluation rows per process and forward pass: at most this process's share of the rows."""
     return max(1, min(recipe.per_device_eval_batch_size, -(-rows // world.size)))
 
 
 def training_arguments(
     recipe: TrainerRecipe, plan: BatchPlan, world: World, evaluation: Dataset | None, resuming: bool
 ) -> dict[str, Any]:
-    """Arguments for TRL's configs. Those that change the result, or whose default has moved, are explicit."""
+    """Arguments for TRL's configs. All that affect the result, or whose default has changed over versions, are explicit."""
     choosing = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
     saving = recipe.eval_steps if recipe.load_best_model_at_end else recipe.save_steps
     return {
@@ -61,7 +61,7 @@ def training_arguments(
         "max_grad_norm": recipe.max_grad_norm,
         "lr_scheduler_type": recipe.lr_scheduler_type,
         "warmup_steps": recipe.warmup_steps,
-        "max_length": None,  # rows come tokenised, and none is too long
+        "max_length": None,  # rows are already tokenised, and none is too long
         "bf16": recipe.bf16,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
@@ -80,8 +80,8 @@ def training_arguments(
         "save_steps": saving or 500,
         "load_best_model_at_end": recipe.load_best_model_at_end,
         "metric_for_best_model": recipe.metric_for_best_model if choosing else None,
-        "greater_is_better": not recipe.metric_for_best_model.endswith(LOW_IS_GOOD),
-        "restore_callback_states_from_checkpoint": True,  # how patient early stopping still is
+        "greater_is_better": not recipe.metric_for_best_model.endswith(LOWER_IS_BETTER),
+        "restore_callback_states_from_checkpoint": True,  # the counter of early stopping
         "save_total_limit": None,  # `align.runs.checkpoint.mark_complete` deletes old ones
         "logging_steps": recipe.logging_steps,
         "logging_first_step": True,
@@ -92,13 +92,13 @@ def training_arguments(
 
 
 class ExactEvaluation(Trainer):  # type: ignore[misc]
-    """Evaluation numbers as sums over all rows and ranks divided by their count.
+    """A mixin that evaluates exactly: sums over all rows and ranks, divided by their count.
 
-    TRL averages the means of batches, which depends on how rows fall into batches. A trainer that mixes this in
-    adds [loss, correct, count] of every evaluation batch to `sums` in its `compute_loss`.
+    TRL averages the means of batches, which depends on how rows are batched. A trainer that mixes this in adds
+    [loss, correct, count] of every evaluation batch to `sums` in its `compute_loss`.
     """
 
-    accuracy: str  # TRL's name for it
+    accuracy: str  # the name under which TRL logs it
     sums: Tensor
     sums_shape: tuple[int, ...] = (3,)
 
@@ -109,24 +109,24 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:
-            self.measure(logs)
+            self.add_exact_metrics(logs)
         super().log(logs, start_time)
 
-    def measure(self, logs: dict[str, float]) -> None:
-        """Put the exact numbers into the log of an evaluation. For all ranks."""
+    def add_exact_metrics(self, logs: dict[str, float]) -> None:
+        """Put the exact metrics into the log of an evaluation. For all ranks."""
         loss, correct, count = self.accelerator.reduce(self.sums, "sum").tolist()
         logs["eval_loss"] = loss / count
         pending_metrics(self, "eval")[self.accuracy] = [correct / count]
 
-    def patience(self, evaluations: int) -> TrainerCallback:
-        """What stops training after so many evaluations that were no better."""
-        return EarlyStoppingCallback(evaluations)
+    def early_stopping_callback(self, patience: int) -> TrainerCallback:
+        """The callback that stops training after `patience` evaluations without improvement."""
+        return EarlyStoppingCallback(patience)
 
     def _run_epoch(self, **kwargs: Any) -> None:
-        # A resumed TRL trainer counts tokens from 0 again.
+        # A resumed TRL trainer would count tokens from 0.
         counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         raise_token_count(self, max(counts, default=0))
-        # Resumed from the checkpoint of its last step in the middle of an epoch, Trainer would take one step more.
+        # Resumed from the checkpoint of its last step in mid-epoch, Trainer would take one step too many.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
 
@@ -139,10 +139,10 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
         return ResumableLengthGroupedSampler([len(ids) for ids in rows[column]], batch, self.args.seed)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: TRL would write one with every checkpoint; the stage writes its own at the end."""
+        """Does nothing: TRL would write one with every checkpoint; the stage writes its own at the end."""
 
     def _send_telemetry(self) -> None:
-        """Nothing: a training run does not talk to anybody unasked."""
+        """Does nothing: a training run sends no telemetry."""
 
 
 def train(
@@ -154,46 +154,46 @@ def train(
         TRL's evaluation logs before the first step and after the last; both empty without evaluation rows.
     """
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(trainer_callback(tracker, recipe))
+    trainer.add_callback(StageCallback(tracker, recipe))
     if recipe.early_stopping_patience is not None:
-        trainer.add_callback(trainer.patience(recipe.early_stopping_patience))
+        trainer.add_callback(trainer.early_stopping_callback(recipe.early_stopping_patience))
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyError as error:
         if recipe.metric_for_best_model not in str(error):
             raise
-        known = ", ".join(name for name in evaluations(trainer)[0] if name.startswith("eval_"))
+        known = ", ".join(name for name in evaluation_logs(trainer)[0] if name.startswith("eval_"))
         raise UserError(
             f"metric_for_best_model: no metric {recipe.metric_for_best_model}; this stage evaluates {known}."
         ) from error
     if trainer.eval_dataset is None:
         return {}, {}
-    if recipe.load_best_model_at_end or evaluations(trainer)[-1]["step"] != trainer.state.global_step:
+    if recipe.load_best_model_at_end or evaluation_logs(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
-    history = evaluations(trainer)
+    history = evaluation_logs(trainer)
     return history[0], history[-1]
 
 
-def evaluations(trainer: Trainer) -> list[dict[str, float]]:
-    """Evaluation logs of the whole run, of the processes before a resume too: checkpoints carry them."""
+def evaluation_logs(trainer: Trainer) -> list[dict[str, float]]:
+    """The log entries of all evaluations of the run, including those before a resume, which checkpoints hold."""
     return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
 def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
-    """Write the trained model into `output_dir` as a plain Hugging Face folder. For all ranks.
+    """Write the trained model to `output_dir` as a plain Hugging Face folder. For all ranks.
 
-    An adapter is also saved as such, in `adapter/`; one that cannot be merged is all that there is to save.
+    An adapter is also saved as such, in `adapter/`; one that cannot be merged is saved in `output_dir` instead of a model.
 
     Args:
-        load: the model that training started from, whole and on the CPU, to merge adapters into; called on rank 0.
+        load: loads the model that training started from, unsharded on the CPU, to merge adapters into; called on rank 0.
     """
     output = Path(recipe.output_dir)
     adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     target = output / "adapter" if recipe.method in MERGEABLE else output
     trainer.save_model(str(target))
-    stop_sharded_loading()  # else what is loaded next would be sharded, by one rank alone
+    stop_sharded_loading()  # otherwise rank 0 would load the next model sharded, alone
     if world.is_main:
-        (target / "training_args.bin").unlink()  # a pickle, and the manifest says the same
+        (target / "training_args.bin").unlink()  # a pickle; the manifest holds the same
         if adapted:
             (target / "README.md").unlink(missing_ok=True)  # PEFT's card; the stage writes its own
         if recipe.method in MERGEABLE:

@@ -1,4 +1,4 @@
-"""transformers' Trainer for rows with weights: one sum over the global batch, and counts from which measures come."""
+"""A transformers Trainer for weighted rows, whose loss is one sum over the global batch divided by its items."""
 
 from __future__ import annotations
 
@@ -7,57 +7,54 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from align.data.collate import pad_right
 
-class Padding:
-    """Collates rows of `input_ids`, `labels` and `weight`: ids padded on the right, with an attention mask."""
+
+class RowCollator:
+    """Collates rows of `input_ids`, `labels` and `weight` to tensors: ids are padded on the right, with `attention_mask`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.pad_id = int(tokenizer.pad_token_id)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids = [torch.tensor(row["input_ids"]) for row in rows]
-        mask = [torch.ones_like(each) for each in ids]
+        ids, mask = pad_right([row["input_ids"] for row in rows], self.pad_id)
         return {
-            "input_ids": pad_right(ids, self.pad_id),
-            "attention_mask": pad_right(mask, 0),
+            "input_ids": ids,
+            "attention_mask": mask.long(),
             "labels": torch.tensor([row["labels"] for row in rows]),
             "weight": torch.tensor([row["weight"] for row in rows]),
         }
 
 
-def pad_right(rows: Sequence[Tensor], value: int) -> Tensor:
-    """Rows [n] of different lengths as [B, longest]."""
-    longest = max(map(len, rows))
-    return torch.stack([pad(row, (0, longest - len(row)), value=value) for row in rows])
-
-
-def row_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
-    """transformers' arguments from those of `align.trainer.hf_trainer.training_arguments`."""
-    given = {name: value for name, value in arguments.items() if name != "max_length"}  # one of TRL's
-    return TrainingArguments(**given, label_names=["labels"])
+def row_training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
+    """`TrainingArguments` from those of `align.trainer.hf_trainer.training_arguments`."""
+    kept = {
+        name: value for name, value in arguments.items() if name != "max_length"
+    }  # an argument of TRL's configs only
+    return TrainingArguments(**kept, label_names=["labels"])
 
 
 class RowTrainer(Trainer):  # type: ignore[misc]
-    """Its loss is a sum over the global batch, divided by the items in it: how the batch is cut up changes nothing.
+    """A Trainer whose loss does not depend on how the global batch is split into microbatches.
 
-    A batch has `weight` [B], the items of the loss that a row holds: 0 for a padding row. Metrics are kept as in TRL's
-    trainers, which `ExactEvaluation` expects; a class that mixes that in says in `judge` what the model got right.
+    `weight` [B] of a batch is the number of loss items in each row (0 for a padding row); the loss is summed over the
+    global batch and divided by its items. Metrics are kept as in TRL's trainers, as `ExactEvaluation` expects. Subclasses
+    mix that in, and define `loss_and_correct`.
     """
 
-    loss_is_scaled_for_ga = True  # it needs no further division by the number of microbatches
+    loss_is_scaled_for_ga = True  # no further division by the number of microbatches
     sums: Tensor  # of the evaluation, [loss, correct, items]
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
         self._total_train_tokens = 0
-        self._seen = self._zeros()
+        self._train_sums = self._zeros()
 
-    def judge(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the loss and sum of what is right, from float32 logits [B, ...]; called with gradients."""
+    def loss_and_correct(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the loss (with gradients) and number of correct items, from float32 logits [B, ...]."""
         raise NotImplementedError
 
     def get_batch_samples(
@@ -74,11 +71,11 @@ class RowTrainer(Trainer):  # type: ignore[misc]
         batch = dict(inputs)
         labels, weight = batch.pop("labels"), batch.pop("weight")
         output = model(**batch)
-        total, correct = self.judge(output.logits.float(), labels, weight)
+        total, correct = self.loss_and_correct(output.logits.float(), labels, weight)
         if self.model.training:
             items = num_items_in_batch
             tokens = (batch["attention_mask"].sum(dim=1) * (weight > 0)).sum()
-            self._seen += torch.stack([correct.detach(), weight.sum(), tokens]).double()
+            self._train_sums += torch.stack([correct.detach(), weight.sum(), tokens]).double()
         else:
             items = weight.sum()
             self.sums += torch.stack([total, correct, weight.sum()]).double()
@@ -89,8 +86,8 @@ class RowTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if "eval_loss" in logs else "train"
         if "loss" in logs:
-            correct, items, tokens = self.accelerator.reduce(self._seen, "sum").tolist()
-            self._seen = self._zeros()
+            correct, items, tokens = self.accelerator.reduce(self._train_sums, "sum").tolist()
+            self._train_sums = self._zeros()
             self._total_train_tokens += int(tokens)
             self._metrics["train"] = {"num_tokens": [self._total_train_tokens]}
             if items:

@@ -24,7 +24,7 @@ from align.config.sft import SFTRecipe
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.tracker import Tracker, documented_metrics, undocumented
-from align.trainer.callback import trainer_callback, trainer_metrics
+from align.trainer.callback import StageCallback, trainer_metrics
 
 
 def ppo_recipe(folder: Path, **keys: Any) -> PPORecipe:
@@ -399,7 +399,7 @@ def sft_trainer(tracker: Tracker, recipe: SFTRecipe, **arguments: Any) -> Any:
         LlamaForCausalLM(tiny_config()),
         args=SFTConfig(recipe.output_dir, **ARGUMENTS, **arguments),
         train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
-        callbacks=[trainer_callback(tracker, recipe)],
+        callbacks=[StageCallback(tracker, recipe)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -472,7 +472,7 @@ def test_reward_trainer(tmp_path: Path) -> None:
                 eval_steps=3, save_strategy="no",
             ),
             train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
-            callbacks=[trainer_callback(tracker, recipe)],
+            callbacks=[StageCallback(tracker, recipe)],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()

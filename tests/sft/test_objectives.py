@@ -18,9 +18,9 @@ from align.data.batches import ResumableLengthGroupedSampler
 from align.data.tokenize import tokenize_demonstrations
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
-from align.sft.fused_head import FUSED, token_scores
+from align.sft.fused_head import HAS_FUSED_HEAD, token_scores
 from align.sft.train import run
-from align.sft.trainer import token_shares
+from align.sft.trainer import example_mean_weights
 from tests.ranks import run_stage
 from tests.sft.test_train import ROWS, SCRATCH, recipe
 from tests.worlds import (
@@ -83,7 +83,7 @@ class TestByHand:
             width = max(map(len, losses)) + 1
             batch = {"labels": torch.tensor([[-100, *[1] * len(r), *[-100] * (width - 1 - len(r))] for r in losses])}
             values = torch.tensor([[*r, *[9.0] * (width - 1 - len(r))] for r in losses])
-        shares = token_shares(batch)
+        shares = example_mean_weights(batch)
         return float((shares * values).sum() / shares.sum())
 
     @pytest.mark.parametrize("packed", [False, True])
@@ -92,7 +92,7 @@ class TestByHand:
         assert self.objective(names, packed) == pytest.approx(expected)
 
     def test_rows_without_a_label_count_for_nothing(self):
-        shares = token_shares({"labels": torch.tensor([[-100, 5, 6], [-100, -100, -100]])})
+        shares = example_mean_weights({"labels": torch.tensor([[-100, 5, 6], [-100, -100, -100]])})
         assert shares.tolist() == [[0.5, 0.5], [0.0, 0.0]]
 
 
@@ -132,7 +132,7 @@ class TestOneStep:
         assert_weights(trained(settings), stepped(ROWS, objective))
 
 
-@pytest.mark.skipif(not FUSED, reason="TRL 1.14, the last for Python 3.10, has no fused head")
+@pytest.mark.skipif(not HAS_FUSED_HEAD, reason="TRL 1.14, the last for Python 3.10, has no fused head")
 def test_the_head_sees_label_tokens_alone(tmp_path, monkeypatch):
     from trl.trainer import utils
 
@@ -160,7 +160,7 @@ class TestWholeLogits:
         assert scores.log_probs[0].tolist() == pytest.approx([0, math.log(3 / 4), math.log(1 / 4)])
         assert scores.entropy[0].tolist() == pytest.approx([0, *[math.log(4) - 3 / 4 * math.log(3)] * 2])
 
-    @pytest.mark.skipif(not FUSED, reason="TRL 1.14, the last for Python 3.10, has no fused head")
+    @pytest.mark.skipif(not HAS_FUSED_HEAD, reason="TRL 1.14, the last for Python 3.10, has no fused head")
     def test_is_what_the_fused_head_gives(self):
         from trl.trainer.utils import add_fused_lm_head
 

@@ -31,9 +31,9 @@ from align.runs.charts import draw, ticks
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import read_manifest
 from align.runs.tracker import Tracker, undocumented
-from align.sft.best_checkpoint import BoundedPatience, better
-from align.sft.evaluation import HELD_OUT, OTHER, RETENTION, TRAINING, measured_rows, measures, part_sums
-from align.sft.report import course
+from align.sft.best_checkpoint import BoundedEarlyStopping, rank_key
+from align.sft.evaluation import HELD_OUT, OTHER, RETENTION, TRAINING, build_eval_rows, group_sums, metrics_from_sums
+from align.sft.report import history_section
 from align.sft.retention import load_with_retention, replay_count, with_replay
 from align.sft.train import run
 from align.sft.trainer import DemonstrationTrainer
@@ -255,15 +255,15 @@ class TestMeasured:
     def test_sums_by_part_by_hand(self):
         nll_, right = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 8.0]]), torch.tensor([[1, 0, 0], [0, 1, 1]])
         batch = {"input_ids": torch.zeros(2, 4)}
-        assert part_sums(batch, torch.tensor([2, 0]), 3, nll_, right).tolist() == [[12, 2], [0, 0], [3, 1]]
+        assert group_sums(batch, torch.tensor([2, 0]), 3, nll_, right).tolist() == [[12, 2], [0, 0], [3, 1]]
         flat = {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 0, 1]])}  # rows of 2, 3 and 2 tokens
         values = torch.tensor([[1.0, 0.0, 2.0, 4.0, 0.0, 8.0]])
-        assert part_sums(flat, torch.tensor([1, 0, 1]), 2, values).tolist() == [[6], [9]]
+        assert group_sums(flat, torch.tensor([1, 0, 1]), 2, values).tolist() == [[6], [9]]
 
     def test_numbers_by_hand(self):
         parts = [(HELD_OUT, "a"), (HELD_OUT, "b"), (TRAINING, ""), (RETENTION, "c")]
         sums = torch.tensor([[2.0, 1, 4, 3], [4, 0, 2, 3], [1, 4, 4, 2], [6, 1, 4, 1]], dtype=torch.float64)
-        found = measures(sums, parts, 1.2)
+        found = metrics_from_sums(sums, parts, 1.2)
         assert found == pytest.approx(
             {
                 "eval_loss": 1.0, "eval_mean_token_accuracy": 1 / 6, "eval_entropy": 1.0, "eval_a/loss": 0.5,
@@ -282,17 +282,17 @@ class TestMeasured:
 
         training = [("a" * (i % 9 + 1), LETTERS[i % 26]) for i in range(400)]
         held_out = data([("b", "c")] * 300, "h")
-        samples = [measured_rows(held_out, None, data(training, "t")[0], 6, seed) for seed in (1, 1, 2)]
-        rows = [[r["input_ids"] for r in each.rows if each.parts[r["part"]][0] == TRAINING] for each in samples]
+        samples = [build_eval_rows(held_out, None, data(training, "t")[0], 6, seed) for seed in (1, 1, 2)]
+        rows = [[r["input_ids"] for r in each.rows if each.groups[r["group"]][0] == TRAINING] for each in samples]
         assert len(rows[0]) == 180, "4 of 9 prompts are short enough for 6 tokens"
         assert rows[0] == rows[1]
         assert max(map(len, rows[0])) == 6
-        more = [measured_rows(held_out, None, data(training, "t")[0], 16, seed) for seed in (1, 1, 2)]
+        more = [build_eval_rows(held_out, None, data(training, "t")[0], 16, seed) for seed in (1, 1, 2)]
         assert more[0].rows["input_ids"][:] == more[1].rows["input_ids"][:] != more[2].rows["input_ids"][:]
         long = more[0]
-        assert sum(long.parts[part][0] == TRAINING for part in long.rows["part"]) == 256
-        assert (HELD_OUT, OTHER) in long.parts
-        assert len(long.parts) == 102, "100 tasks, the others, and training rows"
+        assert sum(long.groups[group][0] == TRAINING for group in long.rows["group"]) == 256
+        assert (HELD_OUT, OTHER) in long.groups
+        assert len(long.groups) == 102, "100 tasks, the others, and training rows"
 
 
 class TestResponses:
@@ -363,7 +363,7 @@ class TestBound:
         ]
 
         def best(bound, high=False):
-            return min(entries, key=lambda entry: better(entry, "eval_loss", high, bound))["step"]
+            return min(entries, key=lambda entry: rank_key(entry, "eval_loss", high, bound))["step"]
 
         assert [best(bound) for bound in (None, 30, 5.1, 5.0, 4.9, 0.9, 0.5)] == [8, 8, 6, 4, 2, 2, 2]
         entries[0]["eval_forgetting"] = 50.0
@@ -403,7 +403,7 @@ class TestBound:
         assert results.metrics["eval_forgetting"] == pytest.approx(least["eval/forgetting"], abs=1e-4)
         said = " ".join(capsys.readouterr().err.split())
         assert (
-            f"max_forgetting: 0% was asked for: no checkpoint keeps to it; the one that forgets least, of step {least['step']},"
+            f"max_forgetting: 0% was asked for: no checkpoint is within it; the one that forgets least, of step {least['step']},"
             in said
         )
 
@@ -424,7 +424,7 @@ class TestBound:
 
     def test_patience_by_hand(self):
         """A model that forgets too much is no better, however good; one that does not starts the count anew."""
-        stop = BoundedPatience(2, max_forgetting=10.0)
+        stop = BoundedEarlyStopping(2, max_forgetting=10.0)
         arguments = TrainingArguments(
             output_dir="unused", metric_for_best_model="eval_loss", greater_is_better=False, use_cpu=True
         )
@@ -437,7 +437,7 @@ class TestBound:
                 state.best_metric = loss
         assert counts == [0, 1, 0, 1, 2]
         assert control.should_training_stop
-        again = BoundedPatience.from_state(stop.state())
+        again = BoundedEarlyStopping.from_state(stop.state())
         assert (again.max_forgetting, again.early_stopping_patience_counter) == (10.0, 2)
 
     def test_what_patience_compares_with_keeps_to_the_bound(self):
@@ -511,7 +511,7 @@ class TestReplay:
 
     def test_what_is_measured_is_never_trained(self, tmp_path):
         settings, rows, retention = self.split(tmp_path, replay_fraction=0.875)
-        measured = {row.completion for row in retention.measured}
+        measured = {row.completion for row in retention.evaluation}
         assert 0 < len(measured) < len(TEXTS)
         assert measured.isdisjoint(row.completion for row in retention.replayable)
         assert measured | {row.completion for row in retention.replayable} == set(TEXTS)
@@ -532,7 +532,7 @@ class TestReplay:
         assert mixed.select(range(len(train)))["labels"] == train["labels"]
 
     def test_the_rows_measured_are_the_same_without_replay(self, tmp_path):
-        found = [self.split(tmp_path, replay_fraction=share)[2].measured for share in (0.0, 0.5)]
+        found = [self.split(tmp_path, replay_fraction=share)[2].evaluation for share in (0.0, 0.5)]
         assert found[0] == found[1]
 
     def test_the_same_rows_are_drawn_again_and_others_with_another_seed(self, tmp_path):
@@ -548,7 +548,7 @@ class TestReplay:
         """The texts are trained on too: those that are measured are taken out there."""
         source = texts(tmp_path)
         _, rows, retention = self.split(tmp_path, train_dataset=source, retention=source)
-        measured = {row.completion for row in retention.measured}
+        measured = {row.completion for row in retention.evaluation}
         assert {row.completion for row in rows.train} == set(TEXTS) - measured
         assert rows.report["train_rows_dropped_as_retention"] == len(measured) > 0
 
@@ -607,13 +607,13 @@ def test_two_ranks_measure_what_one_measures(tmp_path):
 
 def test_course_of_a_long_run_is_shortened():
     history = [{"step": step, "eval_loss": 1.0} for step in range(1000)]
-    lines = course(history).splitlines()
+    lines = history_section(history).splitlines()
     assert lines[3:5] == ["| step | held-out loss |", "| --- | --- |"] or "| step | held-out loss |" in lines
     rows = [line for line in lines if line.startswith("| ") and line[2].isdigit()]
     assert len(rows) == 20
     assert rows[0].startswith("| 0 |")
     assert rows[-1].startswith("| 999 |")
-    assert course(history[:2]) == ""
+    assert history_section(history[:2]) == ""
 
 
 @pytest.mark.parametrize(

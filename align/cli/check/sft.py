@@ -15,11 +15,9 @@ from align.config.sft import SFTRecipe
 from align.data.load import Rows
 from align.data.rows import Demonstration, render_text
 from align.data.tokenize import IGNORE_INDEX, tokenize_demonstrations
-from align.errors import UserError
 from align.models.from_scratch import scratch_config, train_tokenizer
-from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
-from align.runs.manifest import check_tokenizer
+from align.sft.inputs import load_config_and_tokenizer
 from align.sft.report import retention_lines
 from align.sft.responses import load_metrics
 from align.sft.retention import Retention, load_with_retention, replay_count
@@ -35,7 +33,7 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
         return rows, describe_retention(recipe, rows, retention)
 
     def functions(self, recipe: SFTRecipe) -> list[str]:
-        metrics = [f"eval_metrics: {', '.join(load_metrics(recipe))}"] if recipe.eval_metrics else []
+        metrics = [f"eval_metrics: {', '.join(load_metrics(recipe.eval_metrics))}"] if recipe.eval_metrics else []
         return [*super().functions(recipe), *metrics]
 
     def trained_rows(self, recipe: SFTRecipe, rows: Rows) -> int:
@@ -44,15 +42,7 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
     def start(self, recipe: SFTRecipe, rows: Rows | None, folder: Path) -> Start | None:
         if recipe.model_name_or_path is None:
             return _start_from_scratch(recipe, rows, folder) if rows is not None else None
-        path = recipe.model_name_or_path
-        config = load_config(path, recipe, "model_name_or_path")
-        if is_encoder(config):
-            raise UserError(
-                f"model_name_or_path: {path} is an encoder ({config.model_type}); name a model that generates."
-            )
-        tokenizer = load_tokenizer(path, recipe)
-        check_tokenizer(path, tokenizer, "model_name_or_path")
-        return Start(config, tokenizer)
+        return Start(*load_config_and_tokenizer(recipe.model_name_or_path, recipe))
 
     def sample(self, recipe: SFTRecipe, rows: Sequence[Demonstration], start: Start) -> Sample:
         data, bad = tokenize_demonstrations(
@@ -86,7 +76,7 @@ def describe_retention(recipe: SFTRecipe, rows: Rows, retention: Retention) -> l
     """Where the retention rows come from and of which form they are, and what they are used for."""
     if not recipe.retention:
         return []
-    forms = Counter(map(_form, [*retention.measured, *retention.replayable]))
+    forms = Counter(map(_form, [*retention.evaluation, *retention.replayable]))
     sources = [each for each in rows.report["sources"] if each["used_for"] == "retention"]
     named = ", ".join(f"{each['source']} ({each['rows']} rows)" for each in sources)
     replayed = replay_count(recipe.replay_fraction, len(rows.train))

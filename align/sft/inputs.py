@@ -1,0 +1,27 @@
+"""The configuration and tokenizer of the model that fine-tuning starts from."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from align.config.sft import SFTRecipe
+from align.errors import UserError
+from align.models.load import is_encoder, load_config
+from align.models.tokenizer import load_tokenizer
+from align.runs.manifest import check_tokenizer
+
+KEY = "model_name_or_path"
+
+
+def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Load both, without the weights.
+
+    Raises:
+        UserError: there is no model, it is an encoder, or its tokenizer is not the one it was trained with.
+    """
+    config = load_config(path, recipe, KEY)
+    if is_encoder(config):
+        raise UserError(f"{KEY}: {path} is an encoder ({config.model_type}); name a model that generates.")
+    tokenizer = load_tokenizer(path, recipe)
+    check_tokenizer(path, tokenizer, KEY)
+    return config, tokenizer
