@@ -1,4 +1,4 @@
-"""Judging a trained reward model on held-out pairs and against a known truth, and setting its zero."""
+"""Evaluation of the trained reward model: on held-out pairs, and against a known true reward."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from align.data.encode import encode_pair
 from align.data.rows import Preference, Turns, render_text
 from align.engine.build import frozen_engine
 from align.engine.distributed import World
+from align.engine.engine import Engine
 from align.engine.sharding import sharded_load
 from align.errors import UserError
 from align.evaluate.statistics import preference_accuracy
 from align.generation.scoring import score_ids
 from align.models.context_length import max_positions
-from align.reward.inputs import Inputs
+from align.models.load import load_policy
+from align.reward.inputs import RewardInputs
 from reward_models.heads import load_reward_model
 from reward_models.responses import Responses
 from reward_models.trained import ModelReward
 
-CHECKED_PAIRS = 8  # pairs that the manifest holds with their scores
+CHECKED_PAIRS = 8  # pairs whose ids and scores the manifest records
 
 
-def load_scorer(recipe: RewardRecipe, world: World) -> ModelReward:
-    """The trained model, loaded as PPO loads it."""
+def load_trained_reward(recipe: RewardRecipe, world: World) -> ModelReward:
+    """The model in `output_dir`, loaded as PPO loads it."""
     with sharded_load(recipe):
         model = load_reward_model(
             recipe.output_dir,
-            dtype=frozen_dtype(recipe),
+            dtype=_frozen_dtype(recipe.bf16),
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
@@ -47,59 +49,60 @@ def load_scorer(recipe: RewardRecipe, world: World) -> ModelReward:
     )
 
 
-def frozen_dtype(recipe: RewardRecipe) -> torch.dtype:
-    return torch.bfloat16 if recipe.bf16 else torch.float32
+def load_sft_model(path: str, recipe: RewardRecipe, world: World) -> Engine:
+    """The SFT model, frozen, to sample from."""
+    with sharded_load(recipe):
+        model = load_policy(path, recipe, _frozen_dtype(recipe.bf16))
+    return frozen_engine(model, recipe, world)
 
 
-def judge_pairs(reward: ModelReward, world: World, ids: Dataset, truth: Tensor | None) -> dict[str, float]:
-    """Loss and accuracy on held-out pairs; with a known truth also its accuracy, the ceiling, and agreement with it.
+def _frozen_dtype(bf16: bool) -> torch.dtype:
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def evaluate_pairs(reward: ModelReward, world: World, pairs: Dataset, margins: Tensor | None) -> dict[str, float]:
+    """Loss and accuracy on held-out pairs, and measures against the true reward where it is known.
 
     Args:
-        truth: true score of the chosen response less that of the rejected, [B]; negative where the annotator erred.
+        margins: `true_margins` of the pairs, [B].
+
+    Returns:
+        eval_loss (nats per pair), eval_accuracy and its 95% interval eval_accuracy_low, eval_accuracy_high, pairs.
+        With `margins` also eval_ceiling, the accuracy of the true reward itself, which annotator noise keeps below 1,
+        and agreement, the accuracy on the pairs as the true reward orders them, without its ties.
     """
-    chosen, rejected = (score_ids(reward, world, list(ids[name])) for name in ("chosen_ids", "rejected_ids"))
-    measured = preference_accuracy(chosen.tolist(), rejected.tolist())
+    chosen, rejected = (score_ids(reward, world, list(pairs[name])) for name in ("chosen_ids", "rejected_ids"))
+    accuracy = preference_accuracy(chosen.tolist(), rejected.tolist())
     results = {
         "eval_loss": float(-logsigmoid(chosen - rejected).mean()),
-        "eval_accuracy": measured["accuracy"],
-        "eval_accuracy_low": measured["low"],
-        "eval_accuracy_high": measured["high"],
+        "eval_accuracy": accuracy["accuracy"],
+        "eval_accuracy_low": accuracy["low"],
+        "eval_accuracy_high": accuracy["high"],
         "pairs": len(chosen),
     }
-    if truth is not None:
-        sign, decided = truth.sign(), truth != 0
-        results["eval_ceiling"] = preference_accuracy(truth.tolist(), [0.0] * len(truth))["accuracy"]
+    if margins is not None:
+        sign, decided = margins.sign(), margins != 0
+        results["eval_ceiling"] = preference_accuracy(margins.tolist(), [0.0] * len(margins))["accuracy"]
         agreement = preference_accuracy((sign * chosen)[decided].tolist(), (sign * rejected)[decided].tolist())
         results["agreement"] = agreement["accuracy"]
     return results
 
 
-def kept_rows(rows: Sequence[Preference], ids: Dataset, inputs: Inputs) -> list[Preference]:
-    """The rows that `ids` was made of: without the bad rows that were skipped."""
-    if len(rows) == len(ids):
-        return list(rows)
-    left = iter(rows)
-    encode = partial(encode_pair, inputs.tokenizer, is_encoder=inputs.encoder)
-    return [
-        next(
-            row
-            for row in left
-            if encode(row.prompt, row.chosen) == pair["chosen_ids"]
-            and encode(row.prompt, row.rejected) == pair["rejected_ids"]
-        )
-        for pair in ids
-    ]
+def true_margins(inputs: RewardInputs, rows: Sequence[Preference], pairs: Dataset) -> Tensor | None:
+    """True reward of each chosen response less that of the rejected one, [B] float32; None without a true reward.
 
+    A margin is negative where the annotator preferred the worse response.
 
-def true_margins(inputs: Inputs, rows: Sequence[Preference], ids: Dataset) -> Tensor | None:
-    """By how much the known truth prefers each chosen response, [B] float32; None where no truth is known.
+    Args:
+        rows: the held-out rows.
+        pairs: the same in ids, without those that were skipped.
 
     Raises:
         UserError: a reward function failed.
     """
-    if inputs.truth is None:
+    if inputs.true_reward is None:
         return None
-    kept = kept_rows(rows, ids, inputs)
+    kept = _rows_of_pairs(rows, pairs, inputs)
     names = dict.fromkeys(name for row in kept for name in row.extra)
     columns = {name: [row.extra.get(name) for row in kept] for name in names}
     scores = []
@@ -109,24 +112,41 @@ def true_margins(inputs: Inputs, rows: Sequence[Preference], ids: Dataset) -> Te
         token_ids = inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]
         batch = Responses([row.prompt for row in kept], texts, responses, [[] for _ in kept], token_ids, columns)
         try:
-            scores.append(inputs.truth.score(batch)[0])
+            scores.append(inputs.true_reward.score(batch)[0])
         except ValueError as error:
             raise UserError(f"eval_reward_funcs: {error}") from error
     return scores[0] - scores[1]
 
 
-def closing_table(before: float, results: dict[str, Any]) -> list[list[Any]]:
-    """Rows of measure, before, after."""
-    table: list[list[Any]] = [["held-out pair accuracy", before, results["eval_accuracy"]]]
+def _rows_of_pairs(rows: Sequence[Preference], pairs: Dataset, inputs: RewardInputs) -> list[Preference]:
+    """The row of each pair: all rows but the bad ones that were skipped."""
+    if len(rows) == len(pairs):
+        return list(rows)
+    remaining = iter(rows)
+    encode = partial(encode_pair, inputs.tokenizer, is_encoder=inputs.is_encoder)
+    return [
+        next(
+            row
+            for row in remaining
+            if encode(row.prompt, row.chosen) == pair["chosen_ids"]
+            and encode(row.prompt, row.rejected) == pair["rejected_ids"]
+        )
+        for pair in pairs
+    ]
+
+
+def before_after_table(accuracy_before: float, results: dict[str, Any]) -> list[list[Any]]:
+    """Rows of measure, value before training, value after."""
+    table: list[list[Any]] = [["held-out pair accuracy", accuracy_before, results["eval_accuracy"]]]
     if "eval_ceiling" in results:
         table.append(["accuracy ceiling (annotator noise)", None, results["eval_ceiling"]])
         table.append(["agreement with the true preference", None, results["agreement"]])
     return table
 
 
-def score_check(reward: ModelReward, world: World, rows: Dataset) -> dict[str, list[Any]]:
-    """A few short sequences and their scores, by which a later stage can see that it reads the model as this one did."""
-    some = rows.select(range(min(len(rows), 100)))
-    pairs = sorted(zip(some["chosen_ids"], some["rejected_ids"], strict=True), key=lambda pair: sum(map(len, pair)))
-    ids = [list(sequence) for pair in pairs[:CHECKED_PAIRS] for sequence in pair]
+def score_check(reward: ModelReward, world: World, pairs: Dataset) -> dict[str, list[Any]]:
+    """Ids and scores of a few short sequences, by which a later stage checks that it computes the same scores."""
+    some = pairs.select(range(min(len(pairs), 100)))
+    by_length = sorted(zip(some["chosen_ids"], some["rejected_ids"], strict=True), key=lambda pair: sum(map(len, pair)))
+    ids = [list(sequence) for pair in by_length[:CHECKED_PAIRS] for sequence in pair]
     return {"ids": ids, "scores": score_ids(reward, world, ids).tolist()}

@@ -1,4 +1,4 @@
-"""What the reward stage starts from: models, tokenizers and truths that fit, and the prompts that set its zero."""
+"""Inputs of the reward stage, checked before weights are loaded: configurations, tokenizers, true rewards."""
 
 from __future__ import annotations
 
@@ -17,19 +17,33 @@ from reward_models.functions import FunctionReward
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What is known before any weight is loaded."""
+class SFTInputs:
+    """The model whose responses get mean score 0."""
+
+    path: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class RewardInputs:
+    """What the reward stage starts from.
+
+    Attributes:
+        config, tokenizer: of the backbone. The tokenizer pads on the right, not with end-of-text.
+        sft: None where no model can respond to prompts; the rows' chosen responses then get mean score 0.
+        true_reward: sum of the `eval_reward_funcs`; None without any.
+    """
 
     config: PretrainedConfig
-    encoder: bool
+    is_encoder: bool
     tokenizer: PreTrainedTokenizerBase
-    answering: str | None  # the SFT model whose answers get mean score 0; None: the rows' chosen responses do
-    answering_tokenizer: PreTrainedTokenizerBase | None
-    truth: RewardSum | None
+    sft: SFTInputs | None
+    true_reward: RewardSum | None
 
 
-def check_inputs(recipe: RewardRecipe) -> Inputs:
-    """Read configurations, tokenizers and manifests, and see that they fit.
+def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
+    """Load configurations and tokenizers, and check them against each other and the models' manifests.
 
     Raises:
         UserError: a model is missing, unfinished or of the wrong kind, or a tokenizer is not the one it was trained with.
@@ -38,15 +52,18 @@ def check_inputs(recipe: RewardRecipe) -> Inputs:
     config = load_config(path, recipe, key)
     tokenizer = load_tokenizer(path, recipe)
     check_tokenizer(path, tokenizer, key, may_add_template=False)
-    encoder = is_encoder(config)
-    answers = not encoder and not (config.architectures or [""])[0].endswith("Classification")
-    answering = recipe.sft_model_path or (path if answers else None)
-    answering_tokenizer = None
-    if answering is not None:
-        if is_encoder(load_config(answering, recipe, "sft_model_path")):
-            raise UserError(f"sft_model_path: {answering} is an encoder, which cannot answer; name the SFT model.")
-        answering_tokenizer = load_tokenizer(answering, recipe)
-        check_tokenizer(answering, answering_tokenizer, "sft_model_path", may_add_template=False)
-    truths = [FunctionReward(name, resolve_function(name, "eval_reward_funcs")) for name in recipe.eval_reward_funcs]
+    is_language_model = not is_encoder(config) and not (config.architectures or [""])[0].endswith("Classification")
+    sft_model_path = recipe.sft_model_path or (path if is_language_model else None)
+    sft = None
+    if sft_model_path is not None:
+        sft_config = load_config(sft_model_path, recipe, "sft_model_path")
+        if is_encoder(sft_config):
+            raise UserError(
+                f"sft_model_path: {sft_model_path} is an encoder, which cannot generate; name the SFT model."
+            )
+        sft_tokenizer = load_tokenizer(sft_model_path, recipe)
+        check_tokenizer(sft_model_path, sft_tokenizer, "sft_model_path", may_add_template=False)
+        sft = SFTInputs(sft_model_path, sft_config, sft_tokenizer)
+    true_rewards = [FunctionReward(f, resolve_function(f, "eval_reward_funcs")) for f in recipe.eval_reward_funcs]
     set_right_padding(tokenizer)
-    return Inputs(config, encoder, tokenizer, answering, answering_tokenizer, RewardSum(truths) if truths else None)
+    return RewardInputs(config, is_encoder(config), tokenizer, sft, RewardSum(true_rewards) if true_rewards else None)

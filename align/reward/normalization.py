@@ -1,4 +1,4 @@
-"""The zero of the score: the mean over responses of the SFT model."""
+"""Normalization of the score (arXiv 2009.01325, 2203.02155): responses of the SFT model get mean score 0."""
 
 from __future__ import annotations
 
@@ -7,75 +7,78 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from align.config.reward import RewardRecipe
 from align.data.encode import encode_pair
 from align.data.rows import Preference, Prompt, render_text
 from align.data.tokenize import tokenize_prompts
-from align.engine.build import frozen_engine
 from align.engine.distributed import World, rows_of_rank
-from align.engine.sharding import sharded_load
+from align.engine.engine import Engine
 from align.generation.responses import gather_responses, unpadded
 from align.generation.sampler import PromptBatch, Sampler
 from align.generation.scoring import score_ids
 from align.models.context_length import max_positions
-from align.models.load import load_config, load_policy
-from align.reward.evaluation import frozen_dtype
-from align.reward.inputs import Inputs
+from align.reward.inputs import RewardInputs
 from align.runs.manifest import tokenizer_digest
 from reward_models.trained import ModelReward
 
+PURPOSE = "zero of the score"  # seeds the sampling noise: another text means other responses, and another mean
 
-def sample_answers(
-    recipe: RewardRecipe, inputs: Inputs, world: World, prompts: Sequence[tuple[Prompt, list[int]]]
+
+def normalization_prompts(
+    inputs: RewardInputs, rows: Sequence[Preference], *, count: int, response_length: int, seed: int
+) -> list[tuple[Prompt, list[int]]]:
+    """Up to `count` distinct training prompts with their ids for the SFT model; none without one.
+
+    Prompts that leave no room for `response_length` tokens are skipped.
+    """
+    if inputs.sft is None:
+        return []
+    distinct = list({render_text(row.prompt): Prompt(row.prompt, row.where) for row in rows}.values())
+    prompts = random.Random(seed).sample(distinct, min(count, len(distinct)))
+    limit = max_positions(inputs.sft.config) - response_length
+    return tokenize_prompts(prompts, inputs.sft.tokenizer, limit, "skip")[0]
+
+
+def sft_responses(
+    model: Engine,
+    world: World,
+    inputs: RewardInputs,
+    prompts: Sequence[tuple[Prompt, list[int]]],
+    *,
+    response_length: int,
+    batch_size: int,
+    seed: int,
 ) -> list[list[int]]:
-    """What the SFT model answers, at temperature 1, as the reward model reads it: ids of prompt and answer, on every rank."""
-    assert inputs.answering is not None
-    assert inputs.answering_tokenizer is not None
-    with sharded_load(recipe):
-        model = load_policy(inputs.answering, recipe, frozen_dtype(recipe))
-    engine = frozen_engine(model, recipe, world)
-    sampler = Sampler(
-        tokenizer=inputs.answering_tokenizer,
-        temperature=1.0,
-        response_length=recipe.response_length,
-        batch_size=recipe.per_device_eval_batch_size,
-        seed=recipe.seed,
-    )
+    """Prompts with responses of the SFT model, sampled at temperature 1, in ids of the reward model. On every rank."""
+    assert inputs.sft is not None
+    sampler = Sampler(inputs.sft.tokenizer, 1.0, response_length, batch_size, seed)
     mine = rows_of_rank(world, len(prompts))
-    batch = PromptBatch([prompts[i][0] for i in mine], [prompts[i][1] for i in mine], "zero of the score", mine)
-    samples = sampler.sample(engine, world, batch)
-    answers = gather_responses(world, unpadded(samples.response_ids, samples.mask), recipe.response_length)[
-        : len(prompts)
-    ]
-    vocabularies = [tokenizer_digest(t)["vocabulary"] for t in (inputs.tokenizer, inputs.answering_tokenizer)]
-    if vocabularies[0] == vocabularies[1] and not inputs.encoder:
-        return [prompt_ids + answer for (_, prompt_ids), answer in zip(prompts, answers, strict=True)]
-    texts = inputs.answering_tokenizer.batch_decode(answers, skip_special_tokens=True)
+    batch = PromptBatch([prompts[i][0] for i in mine], [prompts[i][1] for i in mine], PURPOSE, mine)
+    samples = sampler.sample(model, world, batch)
+    responses = gather_responses(world, unpadded(samples.response_ids, samples.mask), response_length)
+    responses = responses[: len(prompts)]  # the last rank may repeat a row
+    vocabularies = [tokenizer_digest(each)["vocabulary"] for each in (inputs.tokenizer, inputs.sft.tokenizer)]
+    if vocabularies[0] == vocabularies[1] and not inputs.is_encoder:
+        return [prompt_ids + ids for (_, prompt_ids), ids in zip(prompts, responses, strict=True)]
+    texts = inputs.sft.tokenizer.batch_decode(responses, skip_special_tokens=True)
     return [
-        encode_pair(inputs.tokenizer, prompt.prompt, text, inputs.encoder)
+        encode_pair(inputs.tokenizer, prompt.prompt, text, inputs.is_encoder)
         for (prompt, _), text in zip(prompts, texts, strict=True)
     ]
 
 
-def demonstrations(recipe: RewardRecipe, rows: Dataset) -> list[list[int]]:
-    """Chosen responses instead of answers, where no model is there to answer: ids of prompt and response."""
-    some = random.Random(recipe.seed).sample(range(len(rows)), min(recipe.normalize_prompts, len(rows)))
-    return [rows[index]["chosen_ids"] for index in some]
+def chosen_responses(rows: Dataset, count: int, seed: int) -> list[list[int]]:
+    """Prompt and chosen response of up to `count` random rows, for when there is no SFT model to sample from."""
+    indexes = random.Random(seed).sample(range(len(rows)), min(count, len(rows)))
+    return [rows[index]["chosen_ids"] for index in indexes]
 
 
-def set_zero(reward: ModelReward, world: World, answers: Sequence[list[int]]) -> tuple[float, float]:
-    """Make 0 the mean score of `answers` from here on; returns the mean and standard deviation that they had."""
-    scores = score_ids(reward, world, answers).double()
+def normalize_scores(reward: ModelReward, world: World, ids: Sequence[list[int]]) -> tuple[float, float]:
+    """Subtract the mean score of these sequences from every score from here on.
+
+    Returns:
+        Their mean and standard deviation before.
+    """
+    scores = score_ids(reward, world, ids).double()
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     reward.model.config.score_mean = mean
     return mean, std
-
-
-def zero_prompts(recipe: RewardRecipe, inputs: Inputs, rows: Sequence[Preference]) -> list[tuple[Prompt, list[int]]]:
-    """Up to `normalize_prompts` different training prompts for the SFT model to answer, with its ids."""
-    if inputs.answering is None:
-        return []
-    different = list({render_text(row.prompt): Prompt(row.prompt, row.where) for row in rows}.values())
-    some = random.Random(recipe.seed).sample(different, min(recipe.normalize_prompts, len(different)))
-    limit = max_positions(load_config(inputs.answering, recipe, "sft_model_path")) - recipe.response_length
-    return tokenize_prompts(some, inputs.answering_tokenizer, limit, "skip")[0]

@@ -3,14 +3,15 @@
     align reward recipes/quickstart/2_reward.yaml
     deepspeed --num_gpus 8 --module align.reward recipes/hh-rlhf/2_reward.yaml
 
-A scalar head on a decoder or an encoder (BERT-like) learns -log sigmoid(chosen - rejected), as a rule for one epoch.
-Then its zero is set: the mean score of what the SFT model answers is subtracted from every score (arXiv 2009.01325,
-2203.02155), because the loss sees differences of scores only, while PPO weighs the scores themselves.
+A scalar head on a decoder or an encoder (BERT-like) learns -log sigmoid(chosen - rejected), usually for one epoch.
+Afterwards the score is normalized: the mean score of responses of the SFT model is subtracted (arXiv 2009.01325,
+2203.02155). The loss depends only on differences of scores, but PPO adds the score itself to the reward.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +25,7 @@ from align.config.reward import RewardRecipe
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, load_rows
-from align.data.rows import Preference
+from align.data.rows import Preference, Prompt
 from align.data.tokenize import tokenize_preferences
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
@@ -33,9 +34,16 @@ from align.errors import UserError
 from align.models.context_length import check_rows_fit
 from align.models.load import new_reward_model
 from align.models.trainable import freeze, peft_config
-from align.reward.evaluation import closing_table, judge_pairs, load_scorer, score_check, true_margins
-from align.reward.inputs import check_inputs
-from align.reward.normalization import demonstrations, sample_answers, set_zero, zero_prompts
+from align.reward.evaluation import (
+    before_after_table,
+    evaluate_pairs,
+    load_sft_model,
+    load_trained_reward,
+    score_check,
+    true_margins,
+)
+from align.reward.inputs import RewardInputs, check_reward_inputs
+from align.reward.normalization import chosen_responses, normalization_prompts, normalize_scores, sft_responses
 from align.reward.trainer import PairTrainer
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
@@ -48,37 +56,47 @@ from reward_models.heads import init_head, keep_head_float32, score_head
 
 
 def run(recipe: RewardRecipe) -> RewardResult:
-    """Train a reward model; returns the closing numbers, also in `stage.json`."""
+    """Train a reward model; returns the results, which are also in `stage.json`."""
     quiet()
     if open_stage(recipe):
         return RewardResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
-    inputs = check_inputs(recipe)
+    inputs = check_reward_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Preference)
     tokenize = partial(
         tokenize_preferences,
         tokenizer=inputs.tokenizer,
         max_length=recipe.max_length,
         on_bad_row=recipe.on_bad_row,
-        is_encoder=inputs.encoder,
+        is_encoder=inputs.is_encoder,
     )
     skipped = {}
     train_rows, skipped["train"] = tokenize(rows.train)
     check_rows_fit(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
-    eval_rows = truth = None
+    eval_rows = margins = None
     if rows.evaluation:
         eval_rows, skipped["evaluation"] = tokenize(rows.evaluation)
         check_rows_fit(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
-        truth = true_margins(inputs, rows.evaluation, eval_rows)
-    prompts = zero_prompts(recipe, inputs, rows.train)
+        margins = true_margins(inputs, rows.evaluation, eval_rows)
+    prompts = normalization_prompts(
+        inputs,
+        rows.train,
+        count=recipe.normalize_prompts,
+        response_length=recipe.response_length,
+        seed=recipe.seed,
+    )
     world.check_rows(len(train_rows))
     padded = pad_to_batches(train_rows, plan.batch_size)
     steps = total_steps(recipe, len(padded), plan)
 
     checkpoint = last_checkpoint(recipe, world)
     start = write_untrained(
-        recipe.output_dir, recipe.seed, world, checkpoint is not None, partial(write_scorer, recipe, inputs.tokenizer)
+        recipe.output_dir,
+        recipe.seed,
+        world,
+        checkpoint is not None,
+        partial(write_untrained_model, recipe, inputs.tokenizer),
     )
     with Tracker(recipe, "reward", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
@@ -86,38 +104,37 @@ def run(recipe: RewardRecipe) -> RewardResult:
             tracker.say(line)
         before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
 
-        # From here on the model is the one that was saved, scored in the way that PPO will.
-        reward = load_scorer(recipe, world)
+        # From here on the saved model, loaded and scored as PPO does it.
+        reward = load_trained_reward(recipe, world)
         results: dict[str, Any] = {"steps": steps, "table": []}
         if eval_rows is not None:
-            results |= judge_pairs(reward, world, eval_rows, truth)
+            results |= evaluate_pairs(reward, world, eval_rows, margins)
             tracker.log(
                 steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
             )
-            results["table"] = closing_table(before["eval_accuracy"], results)
-        answers = sample_answers(recipe, inputs, world, prompts) if prompts else demonstrations(recipe, train_rows)
-        mean, std = set_zero(reward, world, answers)
+            results["table"] = before_after_table(before["eval_accuracy"], results)
+        mean, std = normalize_scores(reward, world, normalization_rows(recipe, inputs, world, prompts, train_rows))
         check = score_check(reward, world, eval_rows or train_rows)
         if world.is_main:
             config = Path(recipe.output_dir) / "config.json"
-            zero = {"score_mean": mean, "score_std": std}
-            write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **zero})
+            scale = {"score_mean": mean, "score_std": std}
+            write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **scale})
             data = {**rows.report, "skipped": skipped}
             card = CARD.format(
                 folder=recipe.output_dir,
                 base=recipe.model_name_or_path,
-                ids=ENCODER_IDS if inputs.encoder else DECODER_IDS,
+                ids=ENCODER_IDS if inputs.is_encoder else DECODER_IDS,
                 pad=inputs.tokenizer.pad_token,
-                zero=f"answers of {inputs.answering}" if prompts else "chosen responses of the training rows",
+                centred_on=f"responses of {inputs.sft.path}" if inputs.sft else "chosen responses of the training rows",
             )
-            finish(recipe, inputs.tokenizer, data, results, card, **zero, score_check=check)
+            finish(recipe, inputs.tokenizer, data, results, card, **scale, score_check=check)
     world.barrier()
     disconnect()
     return RewardResult.from_json(recipe.output_dir, results)
 
 
-def write_scorer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the untrained reward model: the backbone with a new head."""
+def write_untrained_model(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model that training starts from: the backbone with a new head."""
     model = new_reward_model(recipe.model_name_or_path, recipe)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.score_mean = 0.0
@@ -126,6 +143,27 @@ def write_scorer(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folde
     except ValueError as error:
         raise UserError(f"model_name_or_path: {error}") from error
     model.save_pretrained(folder)
+
+
+def normalization_rows(
+    recipe: RewardRecipe,
+    inputs: RewardInputs,
+    world: World,
+    prompts: Sequence[tuple[Prompt, list[int]]],
+    train_rows: Dataset,
+) -> list[list[int]]:
+    """The sequences that get mean score 0: SFT responses to `prompts`, or chosen responses where there are none."""
+    if inputs.sft is None:
+        return chosen_responses(train_rows, recipe.normalize_prompts, recipe.seed)
+    return sft_responses(
+        load_sft_model(inputs.sft.path, recipe, world),
+        world,
+        inputs,
+        prompts,
+        response_length=recipe.response_length,
+        batch_size=recipe.per_device_eval_batch_size,
+        seed=recipe.seed,
+    )
 
 
 def fit(
@@ -169,8 +207,8 @@ ids = {ids}
 score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
 ```
 
-`config.score_mean` is the mean logit of {zero}: less that, their mean score is 0. Pad batches on the right, with an
-attention mask and the tokenizer's own padding token, `{pad}`: not end-of-text, where the score is read.
+`config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Pad batches on the right, with an
+attention mask and the tokenizer's own padding token, `{pad}`: not end-of-text, the position at which the score is read.
 """
 ENCODER_IDS = 'tokenizer(prompt, response)["input_ids"]'
 DECODER_IDS = """tokenizer(prompt)["input_ids"]

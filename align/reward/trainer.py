@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer with the losses of weightless padding rows left out."""
+"""TRL's RewardTrainer without a loss from padding rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from align.trainer.hf_trainer import ExactEvaluation
 
 
 class PairTrainer(ExactEvaluation, RewardTrainer):  # type: ignore[misc]
-    """RewardTrainer to which padding rows (chosen and rejected are the same ids) are nothing at all."""
+    """RewardTrainer in which padding rows (chosen and rejected are the same ids) add nothing to loss or metrics."""
 
     accuracy = "accuracy"
 
@@ -23,7 +23,7 @@ class PairTrainer(ExactEvaluation, RewardTrainer):  # type: ignore[misc]
             output = model(**batch)
             chosen_ids, rejected_ids = batch["input_ids"].chunk(2)
             real = (chosen_ids != rejected_ids).any(dim=1)  # [pairs]
-            output.logits = output.logits.float() * real.repeat(2)[:, None]  # the centering term sees 0 too
+            output.logits = output.logits.float() * real.repeat(2)[:, None]  # so the centering term is 0 as well
             if not self.model.training:
                 chosen, rejected = output.logits.squeeze(-1).chunk(2)
                 correct = (chosen > rejected) + 0.5 * (chosen == rejected)

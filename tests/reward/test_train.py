@@ -28,9 +28,9 @@ from align.errors import UserError
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.tokenizer import set_right_padding
-from align.reward.evaluation import judge_pairs
-from align.reward.inputs import check_inputs
-from align.reward.normalization import zero_prompts
+from align.reward.evaluation import evaluate_pairs
+from align.reward.inputs import check_reward_inputs
+from align.reward.normalization import PURPOSE, normalization_prompts
 from align.reward.train import run
 from align.runs.manifest import MANIFEST, read_manifest
 from align.runs.results import RewardResult
@@ -145,12 +145,13 @@ def test_the_zero_is_the_mean_score_of_sft_answers_and_travels_with_the_model(tm
     assert model.config.score_std == manifest["score_std"] > 0
 
     # The answers again, one prompt at a time, from the noise that belongs to each.
-    inputs = check_inputs(settings)
+    inputs = check_reward_inputs(settings)
     policy, scores, logits = tiny_llama(), [], []
     plain = AutoModelForSequenceClassification.from_pretrained(settings.output_dir)
     pairs = load_rows(DataSettings.from_recipe(settings), Preference).train
-    for index, (_, ids) in enumerate(zero_prompts(settings, inputs, pairs)):
-        noise = uniforms(42, "zero of the score", [index], 8)
+    prompts = normalization_prompts(inputs, pairs, count=settings.normalize_prompts, response_length=8, seed=42)
+    for index, (_, ids) in enumerate(prompts):
+        noise = uniforms(42, PURPOSE, [index], 8)
         prompt = torch.tensor([ids])
         answer, *_ = generate(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), noise, 1.0, 2, 0)
         whole = torch.cat([prompt, answer], dim=1)
@@ -234,7 +235,7 @@ def test_accuracy_ceiling_and_agreement_by_hand():
 
     ids = Dataset.from_dict({"chosen_ids": [[i] for i in range(3, 8)], "rejected_ids": [[i] for i in range(13, 18)]})
     world = World(0, 1, torch.device("cpu"))
-    results = judge_pairs(Fixed(), world, ids, torch.tensor([0.5, -0.5, 2.0, -2.0, 0.0]))
+    results = evaluate_pairs(Fixed(), world, ids, torch.tensor([0.5, -0.5, 2.0, -2.0, 0.0]))
     assert results["eval_accuracy"] == pytest.approx((1 + 0 + 0.5 + 1 + 1) / 5)
     assert results["eval_ceiling"] == pytest.approx((1 + 0 + 1 + 0 + 0.5) / 5)
     assert results["agreement"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)

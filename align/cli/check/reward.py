@@ -14,8 +14,7 @@ from align.config.reward import RewardRecipe
 from align.data.load import Rows
 from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
-from align.models.load import load_config
-from align.reward.inputs import check_inputs
+from align.reward.inputs import check_reward_inputs
 from reward_models.heads import score_head
 
 SFT_MODEL = "SFT model (to set the zero)"
@@ -31,11 +30,9 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
     has_logits = False
 
     def start(self, recipe: RewardRecipe, rows: Rows | None, folder: Path) -> Start:
-        reward = check_inputs(recipe)
-        others = {}
-        if reward.answering is not None:
-            others[SFT_MODEL] = load_config(reward.answering, recipe, "sft_model_path")
-        return Start(reward.config, reward.tokenizer, reward.encoder, others)
+        reward = check_reward_inputs(recipe)
+        others = {SFT_MODEL: reward.sft.config} if reward.sft is not None else {}
+        return Start(reward.config, reward.tokenizer, reward.is_encoder, others)
 
     def sample(self, recipe: RewardRecipe, rows: Sequence[Preference], start: Start) -> Sample:
         data, bad = tokenize_preferences(
