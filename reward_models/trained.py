@@ -19,7 +19,7 @@ class ModelReward:
         name: for logs and errors.
         model: as for `score_sequences`, bare or wrapped by DeepSpeed, on its device and in evaluation mode.
         batch_size: sequences in one forward pass.
-        max_length: longer sequences keep their first token (begin-of-text, or an encoder's [CLS]) and their end.
+        max_length: None for no limit; longer sequences keep their first token (begin-of-text, or an encoder's [CLS]) and their end.
         encode: (prompt, response text) to token ids, for a model with another tokenizer than the policy's; without
             it the policy's own prompt and response ids are scored, exactly as they are.
 
@@ -33,7 +33,7 @@ class ModelReward:
         model: Any,
         *,
         batch_size: int,
-        max_length: int,
+        max_length: int | None,
         encode: Callable[[Turns, str], list[int]] | None = None,
     ) -> None:
         self.name = name
@@ -70,7 +70,7 @@ class ModelReward:
             ids = self.encode(batch.prompts[row], batch.texts[row])
         if not ids:
             raise row_error(self.name, batch, row, "no token to score.")
-        if len(ids) > self.max_length:
+        if self.max_length is not None and len(ids) > self.max_length:
             self.truncated += 1
             ids = ids[:1] + ids[len(ids) - self.max_length + 1 :]
         return ids

@@ -86,9 +86,11 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         arguments = row_training_arguments(
             training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
         )
-        model = new_classifier(start, recipe)
+        model = new_classifier(
+            start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+        )
         whole = head_modules(model)
-        freeze(model, recipe, model.get_submodule(whole[-1]))
+        freeze(model, model.get_submodule(whole[-1]), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         if adapter := peft_config(recipe, "SEQ_CLS", whole):
             torch.manual_seed(recipe.seed)
             model = get_peft_model(model, adapter)
@@ -103,7 +105,14 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
         by_label = label_table(trainer) if eval_rows else []
-        save_trained(trainer, recipe, world, lambda: new_classifier(start, recipe))
+        save_trained(
+            trainer,
+            recipe,
+            world,
+            lambda: new_classifier(
+                start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+            ),
+        )
         results = closing_numbers(labels, before, after, baseline, steps)
         if by_label:
             tracker.table(trainer.state.global_step, "labels", LABEL_COLUMNS, by_label)
@@ -139,8 +148,8 @@ def check_inputs(recipe: ClassifyRecipe) -> Inputs:
         UserError: it is missing, unfinished or of the wrong kind, or the tokenizer is not the one it was trained with.
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
-    config = load_config(path, recipe, key)
-    tokenizer = load_tokenizer(path, recipe)
+    config = load_config(path, key, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, key)
     set_right_padding(tokenizer)
     # PPO shows a reward model ids and nothing else, so it is trained without token types; plain
@@ -155,7 +164,8 @@ def write_classifier(recipe: ClassifyRecipe, inputs: Inputs, labels: Labels, fol
     names = dict(enumerate(labels.names))
     model = new_classifier(
         recipe.model_name_or_path,
-        recipe,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
         problem_type=labels.problem_type,
         id2label=names,
         label2id={name: place for place, name in names.items()},

@@ -82,8 +82,10 @@ def run(recipe: MLMRecipe) -> MLMResult:
         arguments = row_training_arguments(
             training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
         )
-        model = load_masked_lm(start, recipe)[0]
-        freeze(model, recipe, model.get_output_embeddings())
+        model = load_masked_lm(
+            start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+        )
+        freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         trainer = MaskedTrainer(
             model=model,
             args=arguments,
@@ -93,7 +95,14 @@ def run(recipe: MLMRecipe) -> MLMResult:
             processing_class=tokenizer,
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
-        save_trained(trainer, recipe, world, lambda: load_masked_lm(start, recipe)[0])
+        save_trained(
+            trainer,
+            recipe,
+            world,
+            lambda: load_masked_lm(
+                start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+            ),
+        )
         results = closing_numbers(before, after, steps)
         if results["table"]:
             tracker.say("\n" + markdown_table(["measure", "before", "after"], results["table"]))
@@ -113,13 +122,13 @@ def check_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokeniz
         UserError: it is missing, unfinished or no encoder, or its tokenizer cannot mask.
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
-    config = load_config(path, recipe, key)
+    config = load_config(path, key, recipe.trust_remote_code)
     if not is_encoder(config) or config.model_type not in masked_lm_types():
         raise UserError(
             f"{key}: {path} ({config.model_type}) is no encoder that transformers trains by masking; name a BERT-like one, or "
             "go on training a decoder with the sft stage."
         )
-    tokenizer = load_tokenizer(path, recipe)
+    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, key)
     if tokenizer.mask_token_id is None:
         raise UserError(f"{path}: the tokenizer has no mask token; set `mask_token` in its tokenizer_config.json.")
@@ -129,7 +138,11 @@ def check_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokeniz
 
 def write_masked_lm(recipe: MLMRecipe, folder: Path) -> None:
     """Write the model to start from: an encoder without a masked-language-model head gets a new one."""
-    load_masked_lm(recipe.model_name_or_path, recipe)[0].save_pretrained(folder)
+    load_masked_lm(
+        recipe.model_name_or_path,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+    ).save_pretrained(folder)
 
 
 class MaskedTrainer(ExactEvaluation, RowTrainer):

@@ -14,6 +14,7 @@ from align.data.encode import encode_pair
 from align.data.rows import BadRows, Labelled, Passage
 from align.encoders.labels import MULTI, SINGLE, Labels
 from align.errors import BadRow, UserError
+from align.models.context_length import max_positions
 
 BATCH = 1000  # rows tokenised together
 
@@ -61,8 +62,7 @@ def tokenize_labelled(
 
 def piece_length(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, recipe: MLMRecipe) -> int:
     """Most tokens of a piece of text, special tokens included: what the recipe says and the model reads."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or recipe.max_length
-    return int(min(recipe.max_length, positions, tokenizer.model_max_length))
+    return int(min(recipe.max_length, max_positions(config) or recipe.max_length, tokenizer.model_max_length))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

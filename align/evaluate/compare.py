@@ -30,7 +30,7 @@ from align.data.rows import as_response
 from align.engine.distributed import World, connect, disconnect
 from align.errors import UserError
 from align.evaluate.bootstrap import Floats, Measure
-from align.evaluate.inputs import EvalInputs, EvalSetting, prepare_inputs, shared_keys
+from align.evaluate.inputs import EvalInputs, EvalSetting, prepare_inputs
 from align.evaluate.metrics import TOKEN_METRICS, foreign_scores, load_metric, measure
 from align.evaluate.predict import ModelOutputs, decode_predictions, run_model
 from align.evaluate.report import SettingResult, summarize, write_report
@@ -108,7 +108,12 @@ def _run_models(
             display.start(done)
             stack.callback(display.stop)
         for path, numbers in itertools.groupby(remaining, key=lambda number: settings[number].path):
-            model = load_language_model(path, shared_keys(recipe), torch.bfloat16 if recipe.bf16 else torch.float32)
+            model = load_language_model(
+                path,
+                dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
+                attn_implementation=recipe.attn_implementation,
+                trust_remote_code=recipe.trust_remote_code,
+            )
             model = model.to(world.device).eval()
             for number in numbers:
                 setting = settings[number]

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from align.config.base import StageRecipe
 from align.config.evaluate import EvaluateRecipe
 from align.config.stages import STAGES
 from align.data.encode import encode_prompt, encode_response
@@ -24,6 +23,7 @@ from align.evaluate.few_shot import (
     few_shot_prompt,
     pool_for,
 )
+from align.models.context_length import max_positions
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import prompt_tuning_base
@@ -73,13 +73,6 @@ class EvalInputs:
     @property
     def references(self) -> list[str]:
         return [render_text(row.completion).strip() for row in self.rows]
-
-
-def shared_keys(recipe: EvaluateRecipe) -> StageRecipe:
-    """The keys that loading rows and models reads; what else a stage's recipe has is for training."""
-    names = {field.name for field in dataclasses.fields(StageRecipe)} - {"stage"}
-    own = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(EvaluateRecipe)}
-    return StageRecipe(**{name: value for name, value in own.items() if name in names})
 
 
 def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
@@ -162,7 +155,6 @@ def _load_rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demons
 
 def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokenizerBase, int]:
     """A model's tokenizer, and the maximum number of tokens in a row."""
-    shared = shared_keys(recipe)
     stage = (read_manifest(path) or {}).get("stage")
     if stage in STAGES and not STAGES[stage].generates:
         raise UserError(
@@ -170,18 +162,21 @@ def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokeni
         )
     if found := prompt_tuning_base(path):
         base, num_virtual_tokens = found
-        config = load_config(base, shared, f"models: {path} holds virtual tokens for {base}")
+        config = load_config(base, f"models: {path} holds virtual tokens for {base}", recipe.trust_remote_code)
     else:
         num_virtual_tokens = 0
-        config = load_config(path, shared, "models")
+        config = load_config(path, "models", recipe.trust_remote_code)
     if is_encoder(config) or getattr(config, "is_encoder_decoder", False):
         raise UserError(f"models: {path} ({config.model_type}) is not a decoder; name causal language models.")
-    tokenizer = load_tokenizer(path, dataclasses.replace(shared, chat_template_path=None))
+    tokenizer = load_tokenizer(path, None, recipe.trust_remote_code)
     if not tokenizer.chat_template and recipe.chat_template_path:
-        tokenizer = load_tokenizer(path, shared)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limits = [tokenizer.model_max_length, *([positions - num_virtual_tokens] if positions else []), recipe.max_length]
-    return tokenizer, min(limit for limit in limits if limit is not None)
+        tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
+    limits = [tokenizer.model_max_length]
+    if (positions := max_positions(config)) is not None:
+        limits.append(positions - num_virtual_tokens)
+    if recipe.max_length is not None:
+        limits.append(recipe.max_length)
+    return tokenizer, min(limits)
 
 
 def _encode(

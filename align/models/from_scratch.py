@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,20 +13,20 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
 
 from align.compat import has_causal_lm
-from align.config.sft import SFTRecipe
 from align.data.rows import Demonstration, render_text
 from align.errors import UserError, nearest
+from align.models.context_length import max_positions
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 
 
-def scratch_config(recipe: SFTRecipe) -> PretrainedConfig:
+def scratch_config(model_config: Mapping[str, Any], tokenizer_vocab_size: int) -> PretrainedConfig:
     """The configuration of a model to train from scratch; vocabulary and special ids come from its tokenizer.
 
     Raises:
         UserError: an unknown architecture or key, or values that do not go together.
     """
-    given = dict(recipe.model_config)
+    given = dict(model_config)
     model_type = given.pop("model_type")
     try:
         known = AutoConfig.for_model(model_type)
@@ -46,27 +47,33 @@ def scratch_config(recipe: SFTRecipe) -> PretrainedConfig:
     except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model_config: transformers cannot make this {model_type}: {reason}") from error
-    if recipe.tokenizer_vocab_size < 256 + len(SPECIAL_TOKENS):
+    if tokenizer_vocab_size < 256 + len(SPECIAL_TOKENS):
         raise UserError(
             f"tokenizer_vocab_size: expected at least {256 + len(SPECIAL_TOKENS)} (all bytes and "
-            f"{', '.join(SPECIAL_TOKENS)}), got {recipe.tokenizer_vocab_size}."
+            f"{', '.join(SPECIAL_TOKENS)}), got {tokenizer_vocab_size}."
         )
     return config
 
 
 def write_scratch_model(
-    recipe: SFTRecipe, config: PretrainedConfig, rows: Sequence[Demonstration], folder: Path
+    config: PretrainedConfig,
+    rows: Sequence[Demonstration],
+    folder: Path,
+    *,
+    tokenizer_vocab_size: int,
+    chat_template_path: str | None,
+    seed: int,
 ) -> None:
     """Write a random model, and a tokenizer trained on the rows, as a Hugging Face folder."""
     tokenizer = train_tokenizer(
-        [render_text(turns) for row in rows for turns in (row.prompt, row.completion)], recipe.tokenizer_vocab_size
+        [render_text(turns) for row in rows for turns in (row.prompt, row.completion)], tokenizer_vocab_size
     )
-    tokenizer.model_max_length = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if recipe.chat_template_path is not None:
-        tokenizer.chat_template = Path(recipe.chat_template_path).read_text(encoding="utf-8")
+    tokenizer.model_max_length = max_positions(config) or tokenizer.model_max_length
+    if chat_template_path is not None:
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     config.vocab_size = len(tokenizer)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = range(len(SPECIAL_TOKENS))
-    set_seed(recipe.seed)
+    set_seed(seed)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""Load tokenizers and models, and write models as Hugging Face folders."""
+"""Model configurations and models from a folder or the hub, adapters merged, dropout off."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ from transformers import (
 )
 
 from align.compat import causal_lm_types, loads_sharded, seq2seq_lm_types
-from align.config.base import StageRecipe
 from align.errors import UserError
 from align.models.trainable import disable_inference_kernels
 
 
-def load_config(path: str, recipe: StageRecipe, key: str) -> PretrainedConfig:
+def load_config(path: str, key: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration, without its weights.
 
+    Args:
+        key: the recipe key that names the model, for errors.
+
     Raises:
-        UserError: there is no model at `path`, or one that no stage trains; `key` is the recipe key that named it.
+        UserError: there is no model at `path`, or one that no stage trains.
     """
     if (base := adapter_base(path)) is not None:
-        return load_config(base, recipe, f"{key}: {path} is an adapter of {base}")
+        return load_config(base, f"{key}: {path} is an adapter of {base}", trust_remote_code)
     if _looks_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=recipe.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{key}: no model at {path}; check the path or hub id. {reason}") from error
@@ -97,64 +99,104 @@ ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-
                  "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer", "roberta-prelayernorm", "xmod"}  # fmt: skip
 
 
-def _load(auto: Any, path: str, recipe: StageRecipe, dtype: torch.dtype, **kwargs: Any) -> Any:
+def load_pretrained(
+    auto: Any,
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """`auto.from_pretrained`, dropout off, an adapter in `path` merged into its base model.
+
+    Args:
+        auto: a class such as `AutoModelForCausalLM`.
+        dtype: of the weights. What trains is loaded in float32; the engine converts it.
+
+    Raises:
+        UserError: the model cannot be loaded, or an adapter cannot be merged.
+    """
+    settings = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     if (base := adapter_base(path)) is not None:
         if loads_sharded():
             raise UserError(
-                f"{path}: is an adapter, which cannot be merged while ZeRO 3 shards; run `align merge` first."
+                f"{path}: an adapter cannot be merged while ZeRO 3 shards the model; run `align merge` first."
             )
         if "quantization_config" in kwargs:
             raise UserError(
-                f"{path}: is an adapter, which is not merged into the 4-bit weights of method: qlora; run `align merge` first."
+                f"{path}: an adapter cannot be merged into the 4-bit weights of method: qlora; run `align merge` first."
             )
-        loaded = _load(auto, base, recipe, dtype, **kwargs)
+        loaded = load_pretrained(auto, base, **settings, **kwargs)  # type: ignore[arg-type]
         model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
         config = PeftConfig.from_pretrained(path)
         config.task_type = None  # a value model may start from a language model's adapter
         merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().requires_grad_(True)
         return (merged, *report) if report else merged
     try:
-        return auto.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=recipe.attn_implementation,
-            trust_remote_code=recipe.trust_remote_code,
-            **kwargs,
-        )
+        loaded = auto.from_pretrained(path, **settings, **kwargs)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: the model cannot be loaded. {str(error).splitlines()[0]}") from error
+    disable_dropout(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
 
 
-def load_policy(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model, dropout off. Trained weights stay float32; bfloat16 is the engine's business."""
-    model: PreTrainedModel = _load(AutoModelForCausalLM, path, recipe, dtype, **kwargs)
+def load_policy(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A causal language model; arguments as for `load_pretrained`."""
+    model: PreTrainedModel = load_pretrained(
+        AutoModelForCausalLM,
+        path,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        **kwargs,
+    )
     disable_inference_kernels(model)
-    disable_dropout(model)
     return model
 
 
-def new_reward_model(path: str, recipe: StageRecipe) -> PreTrainedModel:
-    """A sequence classifier with one label on the backbone in `path`; its head is for the caller to initialise."""
-    model: PreTrainedModel = _load(AutoModelForSequenceClassification, path, recipe, torch.float32, num_labels=1)
-    disable_dropout(model)
+def new_reward_model(
+    path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A sequence classifier with one label on the backbone in `path`; the caller has to initialise its head."""
+    model: PreTrainedModel = load_pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        num_labels=1,
+    )
     return model
 
 
-def new_classifier(path: str, recipe: StageRecipe, **head: Any) -> PreTrainedModel:
-    """A sequence classifier on the backbone in `path`, dropout off; a head there is kept if it has the right size.
+def new_classifier(
+    path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False, **head: Any
+) -> PreTrainedModel:
+    """A sequence classifier on the backbone in `path`, with the head in `path` if that has the right size, else a new one.
 
     Args:
         head: entries of the configuration: `num_labels` or `id2label`, `label2id`, `problem_type`.
     """
-    model: PreTrainedModel = _load(
-        AutoModelForSequenceClassification, path, recipe, torch.float32, ignore_mismatched_sizes=True, **head
+    model: PreTrainedModel = load_pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        ignore_mismatched_sizes=True,
+        **head,
     )
-    disable_dropout(model)
     return model
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of a classifier's modules outside its backbone: what is new on a model that was none."""
+    """Names of a classifier's modules outside its backbone: those that are new when a head is put on a backbone."""
     return [
         name
         for name, module in model.named_children()
@@ -162,11 +204,14 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def load_masked_lm(path: str, recipe: StageRecipe) -> tuple[PreTrainedModel, bool]:
-    """A masked language model, dropout off, and whether its head is new."""
-    model, report = _load(AutoModelForMaskedLM, path, recipe, torch.float32, output_loading_info=True)
-    disable_dropout(model)
-    return model, bool(report["missing_keys"])
+def load_masked_lm(
+    path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A masked language model; a backbone without such a head gets a new one."""
+    model: PreTrainedModel = load_pretrained(
+        AutoModelForMaskedLM, path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+    )
+    return model
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -6,34 +6,33 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from align.config.base import StageRecipe
 from align.errors import UserError
 
 
-def load_tokenizer(path: str, recipe: StageRecipe) -> PreTrainedTokenizerBase:
-    """The tokenizer in `path`: left padding, a padding token, and the recipe's chat template if it names one.
+def load_tokenizer(
+    path: str, chat_template_path: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer in `path` with left padding, a padding token, and the chat template in `chat_template_path`, if given.
 
     Raises:
-        UserError: no tokenizer there, no end-of-text token, or an unreadable chat template.
+        UserError: no tokenizer in `path`, no end-of-text token, or an unreadable chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=recipe.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: no tokenizer can be loaded from there. {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: the tokenizer cannot be loaded. {str(error).splitlines()[0]}") from error
     end = tokenizer.eos_token or tokenizer.sep_token  # an encoder's rows end with the separator
     if end is None:
         raise UserError(
             f"{path}: the tokenizer has no end-of-text token; set `eos_token` in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = end  # safe: padding is told by masks, never by ids
-    if recipe.chat_template_path is not None:
+        tokenizer.pad_token = end  # safe: masks say what is padding, never ids
+    if chat_template_path is not None:
         try:
-            tokenizer.chat_template = Path(recipe.chat_template_path).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"chat_template_path: cannot read {recipe.chat_template_path} ({error.strerror})."
-            ) from error
+            raise UserError(f"chat_template_path: cannot read {chat_template_path} ({error.strerror}).") from error
     return tokenizer
 
 

@@ -61,7 +61,9 @@ def peft_config(recipe: StageRecipe, task_type: str, trained_whole: Sequence[str
     return None
 
 
-def freeze(model: PreTrainedModel, recipe: StageRecipe, head: nn.Module) -> None:
+def freeze(
+    model: PreTrainedModel, head: nn.Module, method: str, freeze_layers: int = 0, trainable_pattern: str | None = None
+) -> None:
     """Leave trainable what `method: freeze` or `method: head` says; nothing changes under other methods.
 
     Args:
@@ -70,7 +72,7 @@ def freeze(model: PreTrainedModel, recipe: StageRecipe, head: nn.Module) -> None
     Raises:
         UserError: there are not so many layers, no parameter fits the pattern, or the head is the embedding.
     """
-    if recipe.method == "head":
+    if method == "head":
         embedding = model.get_input_embeddings()
         if getattr(embedding, "weight", None) is getattr(head, "weight", model):
             raise UserError(
@@ -79,23 +81,19 @@ def freeze(model: PreTrainedModel, recipe: StageRecipe, head: nn.Module) -> None
             )
         model.requires_grad_(False)
         head.requires_grad_(True)
-    elif recipe.method == "freeze" and recipe.trainable_pattern is not None:
-        matching = [p for name, p in model.named_parameters() if re.search(recipe.trainable_pattern, name)]
+    elif method == "freeze" and trainable_pattern is not None:
+        matching = [p for name, p in model.named_parameters() if re.search(trainable_pattern, name)]
         if not matching:
             some = ", ".join(name for name, _ in list(model.named_parameters())[:4])
-            raise UserError(
-                f"trainable_pattern: {recipe.trainable_pattern!r} fits no parameter; their names are like {some}."
-            )
+            raise UserError(f"trainable_pattern: {trainable_pattern!r} fits no parameter; their names are like {some}.")
         model.requires_grad_(False)
         for parameter in matching:
             parameter.requires_grad_(True)
-    elif recipe.method == "freeze":
+    elif method == "freeze":
         layers = _layers(model)
-        if recipe.freeze_layers > len(layers):
-            raise UserError(
-                f"freeze_layers: expected at most {len(layers)}, the model's layers, got {recipe.freeze_layers}."
-            )
-        frozen: list[nn.Module] = [model.get_input_embeddings(), *layers[: recipe.freeze_layers]]
+        if freeze_layers > len(layers):
+            raise UserError(f"freeze_layers: expected at most {len(layers)}, the model's layers, got {freeze_layers}.")
+        frozen: list[nn.Module] = [model.get_input_embeddings(), *layers[:freeze_layers]]
         for module in frozen:
             module.requires_grad_(False)
         head.requires_grad_(True)
@@ -119,13 +117,13 @@ def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
     raise UserError(f"freeze_layers: no list of layers was found in {type(model).__name__}; use trainable_pattern.")
 
 
-def quantization(recipe: StageRecipe) -> dict[str, Any]:
+def quantization(method: str, bf16: bool) -> dict[str, Any]:
     """Arguments of `from_pretrained` for `method: qlora`: 4-bit NormalFloat with double quantisation (arXiv 2305.14314).
 
     Raises:
         UserError: bitsandbytes is not installed.
     """
-    if recipe.method != "qlora":
+    if method != "qlora":
         return {}
     try:
         importlib.import_module("bitsandbytes")
@@ -141,7 +139,7 @@ def quantization(recipe: StageRecipe) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
+            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
         )
     }
 

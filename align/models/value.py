@@ -10,9 +10,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.config.base import StageRecipe
 from align.errors import UserError
-from align.models.load import _load, disable_dropout
+from align.models.load import load_pretrained
 from reward_models.heads import score_head
 
 
@@ -38,22 +37,25 @@ def value_head_key_mapping(config: PretrainedConfig) -> dict[str, str] | None:
 
 
 def load_value_model(
-    path: str, recipe: StageRecipe, renaming: dict[str, str] | None
+    path: str,
+    key_mapping: dict[str, str] | None,
+    *,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, set[str]]:
     """A model with one value per token, on the weights of a reward model, a value model or a language model.
 
     Returns:
         the model, and what its head lacks ("weight", "bias"), which the caller has to initialise.
     """
-    model, report = _load(
+    model, report = load_pretrained(
         AutoModelForTokenClassification,
         path,
-        recipe,
-        torch.float32,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
         num_labels=1,
-        key_mapping=renaming,
+        key_mapping=key_mapping,
         output_loading_info=True,
     )
-    disable_dropout(model)
     head = score_head(model)[0]
     return model, {name.removeprefix(f"{head}.") for name in report["missing_keys"] if name.startswith(head)}

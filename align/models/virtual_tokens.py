@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from align.compat import active_adapter_config
-from align.config.base import StageRecipe
 from align.errors import UserError
 from align.models.load import adapter_settings, load_policy
 
@@ -35,10 +34,21 @@ def prompt_tuning_base(path: str) -> tuple[str, int] | None:
     return str(settings["base_model_name_or_path"]), int(settings["num_virtual_tokens"])
 
 
-def load_language_model(path: str, recipe: StageRecipe, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_language_model(
+    path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """A language model as `load_policy` gives it; on a folder of virtual tokens, one that has these before every row."""
     found = prompt_tuning_base(path)
-    model: nn.Module = load_policy(found[0] if found else path, recipe, dtype)
+    model: nn.Module = load_policy(
+        found[0] if found else path,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
     if found is None:
         return model
     return VirtualTokenModel(PeftModel.from_pretrained(model, path, config=PeftConfig.from_pretrained(path)))

@@ -40,7 +40,7 @@ def load_data(recipe: PPORecipe, inputs: PPOInputs, world: World) -> PPOData:
         rows.evaluation, inputs.tokenizer, recipe.max_prompt_length, recipe.on_bad_row
     )
     world.check_rows(len(prompts))
-    check_responses_fit([ids for _, ids in (*prompts, *held_out)], recipe, inputs.config)
+    check_responses_fit([ids for _, ids in (*prompts, *held_out)], recipe.response_length, inputs.config)
     report = {**rows.report, "skipped": {"train": skipped, "evaluation": skipped_held_out, "ptx": {}}}
     if not recipe.ptx_dataset:
         return PPOData(prompts, held_out, None, report)

@@ -34,7 +34,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     Raises:
         UserError: a stage is missing or unfinished, a head is missing, or tokenizers or templates disagree.
     """
-    config = load_config(recipe.sft_model_path, recipe, "sft_model_path")
+    config = load_config(recipe.sft_model_path, "sft_model_path", recipe.trust_remote_code)
     if is_encoder(config):
         raise UserError(
             f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder."
@@ -45,7 +45,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             f"sft_model_path: {recipe.sft_model_path} is the output of the {sft['stage']} stage, which cannot generate; name "
             "that of the sft stage."
         )
-    tokenizer = load_tokenizer(recipe.sft_model_path, recipe)
+    tokenizer = load_tokenizer(recipe.sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
     mine = tokenizer_digest(tokenizer)
     if sft is not None:
         _agree(sft["tokenizer"], mine, "sft_model_path", recipe.sft_model_path)
@@ -53,7 +53,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     reward_tokenizer = reward_config = None
     same_tokenizer = False
     if (path := recipe.reward_model_path) is not None:
-        reward_config = load_config(path, recipe, "reward_model_path")
+        reward_config = load_config(path, "reward_model_path", recipe.trust_remote_code)
         manifest = read_manifest(path)
         if manifest is not None and manifest["stage"] not in ("reward", "classify"):
             raise UserError(f"reward_model_path: {path} is the output of the {manifest['stage']} stage, not of reward.")
@@ -62,7 +62,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             raise UserError(
                 f"reward_model_path: {path} has no scalar head (it holds a {head}); run the reward stage on it first."
             )
-        reward_tokenizer = load_tokenizer(path, recipe)
+        reward_tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
         theirs = tokenizer_digest(reward_tokenizer)
         same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
         if same_tokenizer:
@@ -71,7 +71,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     value_path = recipe.value_model_path or (recipe.reward_model_path if same_tokenizer else recipe.sft_model_path)
     assert value_path is not None
     if recipe.value_model_path is not None:
-        theirs = tokenizer_digest(load_tokenizer(value_path, recipe))
+        theirs = tokenizer_digest(load_tokenizer(value_path, recipe.chat_template_path, recipe.trust_remote_code))
         if theirs["vocabulary"] != mine["vocabulary"]:
             raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
     return PPOInputs(
@@ -81,7 +81,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         reward_config=reward_config,
         same_tokenizer=same_tokenizer,
         value_path=value_path,
-        value_renaming=value_head_key_mapping(load_config(value_path, recipe, "value_model_path"))
+        value_renaming=value_head_key_mapping(load_config(value_path, "value_model_path", recipe.trust_remote_code))
         if ESTIMATORS[recipe.advantage_estimator].value_model
         else None,
     )

@@ -22,6 +22,7 @@ from align.engine.sharding import gathered_parameters, sharded_load
 from align.errors import UserError
 from align.generation.sampler import Sampler
 from align.maths.estimators import ESTIMATORS
+from align.models.context_length import max_positions
 from align.models.load import is_encoder, load_policy
 from align.models.trainable import add_adapter
 from align.models.value import load_value_model
@@ -75,19 +76,33 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
     """Load the policy, value, reference and reward models, each as an engine of its own."""
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32  # of frozen weights
     with sharded_load(recipe, "policy"):
-        loaded = load_policy(recipe.sft_model_path, recipe)
+        loaded = load_policy(
+            recipe.sft_model_path,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+        )
     adapted = add_adapter(loaded, recipe) if recipe.method != "full" else loaded
     policy = train_engine(adapted, recipe, world, recipe.learning_rate, plan.policy_passes)
     if recipe.method != "full":
         reference: Engine = AdapterOff(policy)
     else:
         with sharded_load(recipe, "reference"):
-            frozen = load_policy(recipe.sft_model_path, recipe, dtype)
+            frozen = load_policy(
+                recipe.sft_model_path,
+                dtype=dtype,
+                attn_implementation=recipe.attn_implementation,
+                trust_remote_code=recipe.trust_remote_code,
+            )
         reference = frozen_engine(frozen, recipe, world, "reference")
     value = None
     if ESTIMATORS[recipe.advantage_estimator].value_model:
         with sharded_load(recipe, "value"):
-            model, missing = load_value_model(inputs.value_path, recipe, inputs.value_renaming)
+            model, missing = load_value_model(
+                inputs.value_path,
+                inputs.value_renaming,
+                attn_implementation=recipe.attn_implementation,
+                trust_remote_code=recipe.trust_remote_code,
+            )
         _start_value_head(model, missing)
         keep_head_float32(model)
         rate = recipe.value_learning_rate or recipe.learning_rate
@@ -138,7 +153,7 @@ def _sources(
                 model=engine.module,
                 encode=None if inputs.same_tokenizer else rendered,
                 batch_size=recipe.per_device_eval_batch_size,
-                max_length=getattr(inputs.reward_config, "max_position_embeddings", None) or 10**9,
+                max_length=max_positions(inputs.reward_config),
             )
         )
     return sources + function_rewards(recipe.reward_funcs, "reward_funcs")

@@ -52,7 +52,12 @@ def load_trained_reward(recipe: RewardRecipe, world: World) -> ModelReward:
 def load_sft_model(path: str, recipe: RewardRecipe, world: World) -> Engine:
     """The SFT model, frozen, to sample from."""
     with sharded_load(recipe):
-        model = load_policy(path, recipe, _frozen_dtype(recipe.bf16))
+        model = load_policy(
+            path,
+            dtype=_frozen_dtype(recipe.bf16),
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+        )
     return frozen_engine(model, recipe, world)
 
 

@@ -49,19 +49,19 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         UserError: a model is missing, unfinished or of the wrong kind, or a tokenizer is not the one it was trained with.
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
-    config = load_config(path, recipe, key)
-    tokenizer = load_tokenizer(path, recipe)
+    config = load_config(path, key, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, key, may_add_template=False)
     is_language_model = not is_encoder(config) and not (config.architectures or [""])[0].endswith("Classification")
     sft_model_path = recipe.sft_model_path or (path if is_language_model else None)
     sft = None
     if sft_model_path is not None:
-        sft_config = load_config(sft_model_path, recipe, "sft_model_path")
+        sft_config = load_config(sft_model_path, "sft_model_path", recipe.trust_remote_code)
         if is_encoder(sft_config):
             raise UserError(
                 f"sft_model_path: {sft_model_path} is an encoder, which cannot generate; name the SFT model."
             )
-        sft_tokenizer = load_tokenizer(sft_model_path, recipe)
+        sft_tokenizer = load_tokenizer(sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
         check_tokenizer(sft_model_path, sft_tokenizer, "sft_model_path", may_add_template=False)
         sft = SFTInputs(sft_model_path, sft_config, sft_tokenizer)
     true_rewards = [FunctionReward(f, resolve_function(f, "eval_reward_funcs")) for f in recipe.eval_reward_funcs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
 
 from datasets import Dataset
@@ -34,7 +35,7 @@ def normalization_prompts(
         return []
     distinct = list({render_text(row.prompt): Prompt(row.prompt, row.where) for row in rows}.values())
     prompts = random.Random(seed).sample(distinct, min(count, len(distinct)))
-    limit = max_positions(inputs.sft.config) - response_length
+    limit = (max_positions(inputs.sft.config) or sys.maxsize) - response_length
     return tokenize_prompts(prompts, inputs.sft.tokenizer, limit, "skip")[0]
 
 

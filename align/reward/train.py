@@ -135,7 +135,11 @@ def run(recipe: RewardRecipe) -> RewardResult:
 
 def write_untrained_model(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the model that training starts from: the backbone with a new head."""
-    model = new_reward_model(recipe.model_name_or_path, recipe)
+    model = new_reward_model(
+        recipe.model_name_or_path,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+    )
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     model.config.score_mean = 0.0
     try:
@@ -177,9 +181,11 @@ def fit(
         **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
         center_rewards_coefficient=recipe.center_rewards_coefficient,
     )
-    model = new_reward_model(start, recipe)
+    model = new_reward_model(
+        start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+    )
     keep_head_float32(model)
-    freeze(model, recipe, score_head(model)[1])
+    freeze(model, score_head(model)[1], recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
     trainer = PairTrainer(
         model=model,
         args=arguments,
@@ -189,7 +195,14 @@ def fit(
         peft_config=peft_config(recipe, "SEQ_CLS", trained_whole=[score_head(model)[0].split(".")[0]]),
     )
     before, _ = train(trainer, recipe, tracker, checkpoint)
-    save_trained(trainer, recipe, world, lambda: new_reward_model(start, recipe))
+    save_trained(
+        trainer,
+        recipe,
+        world,
+        lambda: new_reward_model(
+            start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+        ),
+    )
     return before
 
 

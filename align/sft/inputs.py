@@ -19,9 +19,9 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
     Raises:
         UserError: there is no model, it is an encoder, or its tokenizer is not the one it was trained with.
     """
-    config = load_config(path, recipe, KEY)
+    config = load_config(path, KEY, recipe.trust_remote_code)
     if is_encoder(config):
         raise UserError(f"{KEY}: {path} is an encoder ({config.model_type}); name a model that generates.")
-    tokenizer = load_tokenizer(path, recipe)
+    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, KEY)
     return config, tokenizer

@@ -19,7 +19,7 @@ from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
 from align.evaluate.metrics import foreign_scores, load_metric, measure
 from align.generation.responses import gather_responses, respond_to_batch
-from align.models.context_length import max_positions
+from align.models.context_length import check_responses_fit
 
 KEY = "eval_metrics"
 RESPONSE_COLUMNS = ("prompt", "response", "reference")
@@ -106,12 +106,7 @@ def response_evaluation(
     if not sampled:
         raise UserError(f"{KEY}: no evaluation row has a prompt to answer; leave it out, or evaluate on other rows.")
     ids = [encode_prompt(tokenizer, row.prompt) for row in sampled]
-    limit, longest = max_positions(config), max(map(len, ids))
-    if longest + recipe.response_length > limit:
-        raise UserError(
-            f"response_length: the longest evaluation prompt has {longest} tokens, which leaves {max(0, limit - longest)} of the "
-            f"{limit} that the model reads, got {recipe.response_length}; lower it, or leave {KEY} out."
-        )
+    check_responses_fit(ids, recipe.response_length, config, remedy=f"leave {KEY} out")
     return ResponseEvaluation(
         rows=sampled,
         prompt_ids=ids,

@@ -82,8 +82,13 @@ def run(recipe: SFTRecipe) -> SFTResult:
             tracker.say(line)
         for line in retention_lines(rows.report, data.num_train, data.num_replayed):
             tracker.say(line)
-        model = load_policy(start, recipe, **quantization(recipe))
-        freeze(model, recipe, model.get_output_embeddings())
+        model = load_policy(
+            start,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+            **quantization(recipe.method, recipe.bf16),
+        )
+        freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         set_seed(recipe.seed)  # TRL 1.14 initialises adapters unseeded
         trainer = DemonstrationTrainer(
             example_mean=recipe.loss_normalization == "example_mean",
@@ -109,7 +114,14 @@ def run(recipe: SFTRecipe) -> SFTResult:
         trained, total = parameter_counts(trainer.model)
         tracker.say(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
         before, after = train(trainer, recipe, tracker, checkpoint)
-        save_trained(trainer, recipe, world, lambda: load_policy(start, recipe))
+        save_trained(
+            trainer,
+            recipe,
+            world,
+            lambda: load_policy(
+                start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+            ),
+        )
 
         # Results
         history = evaluation_logs(trainer)
@@ -134,13 +146,20 @@ def run(recipe: SFTRecipe) -> SFTResult:
 
 def _random_model(recipe: SFTRecipe, world: World, rows: Rows, resuming: bool) -> str:
     """Write the random model of `model_config`, with a tokenizer trained on the rows; returns its folder."""
-    config = scratch_config(recipe)
+    config = scratch_config(recipe.model_config, recipe.tokenizer_vocab_size)
     return write_untrained(
         recipe.output_dir,
         recipe.seed,
         world,
         resuming,
-        lambda folder: write_scratch_model(recipe, config, rows.train, folder),
+        lambda folder: write_scratch_model(
+            config,
+            rows.train,
+            folder,
+            tokenizer_vocab_size=recipe.tokenizer_vocab_size,
+            chat_template_path=recipe.chat_template_path,
+            seed=recipe.seed,
+        ),
     )
 
 

@@ -403,7 +403,10 @@ def test_answers_longer_than_the_model_can_read(world, capsys):
     assert outcome(capsys, "r/3_ppo.yaml", *words)[0] == 0
     code, said = outcome(capsys, "r/3_ppo.yaml", *words, "--response_length", "255")  # after prompts of two letters
     assert code == 2
-    assert "response_length: the longest prompt has 2 tokens, and with 255 more it is over the 256" in said
+    assert (
+        "response_length: the longest prompt has 2 tokens, which leaves 254 of the 256 that the model reads, got 255"
+        in said
+    )
 
 
 def test_an_encoder_reads_its_score_from_the_first_token(world, capsys):

@@ -344,7 +344,7 @@ def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
     assert results.metrics["eval_loss"] == pytest.approx(results.metrics["eval_mse"])
     assert read_manifest(settings.output_dir)["problem_type"] == "regression"
 
-    from align.ppo.setup import check_inputs as check_ppo_inputs
+    from align.ppo.inputs import check_ppo_inputs
     from align.ppo.setup import render
 
     policy = save_tiny_policy(tmp_path / "policy")

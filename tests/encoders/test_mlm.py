@@ -286,7 +286,7 @@ def test_an_encoder_without_a_head_gets_one_by_the_seed_and_other_stages_go_on_f
 
 
 def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("align.encoders.mlm.load_masked_lm", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("align.encoders.mlm.load_masked_lm", lambda *_, **__: pytest.fail("weights were loaded"))
 
     def refused(message: str, **changes) -> None:
         with pytest.raises(UserError, match=message):

@@ -590,7 +590,7 @@ def test_the_files(tmp_path, capsys):
 def test_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     settings = recipe(tmp_path)
     first = run(settings)
-    monkeypatch.setattr(stage, "load_language_model", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(stage, "load_language_model", lambda *_, **__: pytest.fail("a model is loaded"))
     assert run(settings) == first
     assert run(dataclasses.replace(settings, per_device_eval_batch_size=1)) == first
     assert "evaluated already" in capsys.readouterr().err
@@ -662,7 +662,7 @@ def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, changes, said):
-    monkeypatch.setattr(stage, "load_language_model", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(stage, "load_language_model", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(UserError, match=f"^{said}"):
         run(recipe(tmp_path, **changes))
     assert not (tmp_path / "out").exists()
@@ -833,7 +833,7 @@ def test_bfloat16(tmp_path):
     model = AutoModelForCausalLM.from_pretrained
     seen = []
 
-    def keep(path, recipe, dtype):
+    def keep(path, dtype, **settings):
         seen.append(dtype)
         return model(path, dtype=dtype)
 

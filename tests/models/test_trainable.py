@@ -111,7 +111,7 @@ class TestQLoRA:
         run(first)
         again = recipe(tmp_path, method="qlora", model_name_or_path=f"{first.output_dir}/adapter",
                        output_dir=str(tmp_path / "again"))  # fmt: skip
-        with pytest.raises(UserError, match="is not merged into the 4-bit weights"):
+        with pytest.raises(UserError, match="cannot be merged into the 4-bit weights"):
             run(again)
 
     def test_without_bitsandbytes(self, tmp_path, monkeypatch):

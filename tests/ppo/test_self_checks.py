@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM, LlamaForTokenClassification
 
 from align.config.load import load_recipe
 from align.engine.distributed import World
@@ -22,7 +22,6 @@ from align.generation.sampling import sample_token as rollout_sample
 from align.maths.losses import token_logprobs
 from align.models import forward
 from align.models import load as align_models
-from align.models import value as value_models
 from align.models.forward import response_logprobs
 from align.models.load import load_policy
 from align.models.trainable import add_adapter
@@ -196,9 +195,9 @@ def without_checks(row: dict) -> dict:
     return {name: value for name, value in row.items() if "self_check" not in name}
 
 
-def in_bfloat16(path, recipe, dtype=None):
+def in_bfloat16(path, dtype=None, **settings):
     """The policy as it is, and the reference, for which a dtype is given, stored in bfloat16."""
-    return load_policy(path, recipe, torch.float32 if dtype is None else torch.bfloat16)
+    return load_policy(path, dtype=torch.float32 if dtype is None else torch.bfloat16, **settings)
 
 
 class TestFaults:
@@ -263,7 +262,12 @@ class TestFaults:
         reward = recorded_reward(tmp_path / "reward")  # whose head, unlike a new one, gives values other than 0
         config = json.loads((tmp_path / "reward" / "config.json").read_text())
         (tmp_path / "reward" / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
-        monkeypatch.setattr(value_models, "disable_dropout", lambda model: None)
+        of_others = align_models.disable_dropout
+        monkeypatch.setattr(
+            align_models,
+            "disable_dropout",
+            lambda model: None if isinstance(model, LlamaForTokenClassification) else of_others(model),
+        )
         (line,) = failures(refused(tmp_path, **rewarded(reward), gradient_checkpointing=True))
         assert "value gap" in line
 

@@ -346,7 +346,7 @@ def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_p
 
 
 def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("align.reward.train.new_reward_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("align.reward.train.new_reward_model", lambda *_, **__: pytest.fail("weights were loaded"))
 
     def refused(message: str, **changes) -> None:
         with pytest.raises(UserError, match=message):

@@ -403,7 +403,7 @@ class TestLayout:
     )
     def test_another_is_refused_before_a_model_is_loaded(self, tmp_path, monkeypatch, stage, loader):
         module = importlib.import_module(f"align.{stage}.train")
-        monkeypatch.setattr(module, loader, lambda *_: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(module, loader, lambda *_, **__: pytest.fail("weights were loaded"))
         recipe = load_recipe(stage, str(write_recipe(stage, tmp_path)))
         Folder(recipe).save(3, layout="2 processes at ZeRO 3")
         with pytest.raises(UserError) as error:

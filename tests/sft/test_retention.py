@@ -339,7 +339,7 @@ class TestResponses:
         ("changes", "words"),
         [
             ({"eval_metrics": ["rogue"]}, "eval_metrics: no metric 'rogue'; did you mean 'rouge'"),
-            ({"eval_metrics": ["rouge"], "response_length": 255}, r"response_length: the longest evaluation prompt has 2 tokens, which leaves 254"),
+            ({"eval_metrics": ["rouge"], "response_length": 255}, r"response_length: the longest prompt has 2 tokens, which leaves 254"),
         ],
     )  # fmt: skip
     def test_refused(self, tmp_path, changes, words):

@@ -223,7 +223,7 @@ def test_a_wrong_model_config_is_named(tmp_path, config, size, message):
 
 
 def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("align.sft.train.load_policy", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("align.sft.train.load_policy", lambda *_, **__: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match=r"longest row has 300 tokens, and the model reads at most 256"):
         run(recipe(tmp_path, [("a" * 290, "b" * 9)] * 4, output_dir=str(tmp_path / "long")))
 

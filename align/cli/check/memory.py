@@ -105,7 +105,7 @@ def count_trained(
     """
     adapter = peft_config(recipe, task_type, whole)
     if adapter is None:
-        freeze(model, recipe, head)
+        freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         return count_parameters(model), count_parameters(model, trained=True)
     try:
         with torch.device("meta"):

@@ -34,16 +34,16 @@ class PPOCheck(TrainingCheck[PPORecipe]):
 
     def start(self, recipe: PPORecipe, rows: Rows | None, folder: Path) -> Start:
         inputs = check_ppo_inputs(recipe)
-        others = {"value": load_config(inputs.value_path, recipe, "value_model_path")}
+        others = {"value": load_config(inputs.value_path, "value_model_path", recipe.trust_remote_code)}
         if inputs.reward_config is not None:
             others["reward"] = inputs.reward_config
-        policy = load_config(recipe.sft_model_path, recipe, "sft_model_path")
+        policy = load_config(recipe.sft_model_path, "sft_model_path", recipe.trust_remote_code)
         return Start(policy, inputs.tokenizer, others=others)
 
     def sample(self, recipe: PPORecipe, rows: Sequence[Prompt], start: Start) -> Sample:
         prompts, bad = tokenize_prompts(rows, start.tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
         ids = [ids for _, ids in prompts]
-        check_responses_fit(ids, recipe, start.config)
+        check_responses_fit(ids, recipe.response_length, start.config)
         note = "the policy answers here, and its answer is trained"
         return Sample({"prompt": (ids[0], [False] * len(ids[0]))}, note, ids, bad)
 

@@ -64,10 +64,10 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
 
 def _start_from_scratch(recipe: SFTRecipe, rows: Rows, folder: Path) -> Start:
     """The configuration of the model that the stage would start at random, and the tokenizer that it would train."""
-    config = scratch_config(recipe)
+    config = scratch_config(recipe.model_config, recipe.tokenizer_vocab_size)
     texts = [render_text(turns) for row in rows.train for turns in (row.prompt, row.completion)]
     train_tokenizer(texts, recipe.tokenizer_vocab_size).save_pretrained(folder)
-    tokenizer = load_tokenizer(str(folder), recipe)
+    tokenizer = load_tokenizer(str(folder), recipe.chat_template_path, recipe.trust_remote_code)
     config.vocab_size = len(tokenizer)
     return Start(config, tokenizer)
 
