@@ -54,7 +54,7 @@ def sdpa_attention(
     """transformers' attention by `scaled_dot_product_attention`: query, key, value [B, heads, S, D] -> [B, S, heads, D]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
 
 
 def register_sdpa_variant(name: str, attention: Callable[..., Any]) -> None:
@@ -77,21 +77,21 @@ def causal_lm_types() -> Collection[str]:
     """Values of `config.model_type` that have a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # type: ignore[no-any-return]
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def seq2seq_lm_types() -> Collection[str]:
     """Values of `config.model_type` that have a sequence-to-sequence language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
-    return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES  # type: ignore[no-any-return]
+    return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 
 def masked_lm_types() -> Collection[str]:
     """Values of `config.model_type` that have a masked language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    return MODEL_FOR_MASKED_LM_MAPPING_NAMES  # type: ignore[no-any-return]
+    return MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def loads_sharded() -> bool:

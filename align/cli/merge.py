@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
@@ -35,7 +36,7 @@ def run(adapter: str, output: str) -> str:
     auto = AUTO.get(config["task_type"])
     if auto is None:
         raise UserError(f"{folder}: expected an adapter of {' or '.join(AUTO)}, got {config['task_type']}.")
-    labels = {"num_labels": 1} if auto is AutoPeftModelForSequenceClassification else {}
+    labels: dict[str, Any] = {"num_labels": 1} if auto is AutoPeftModelForSequenceClassification else {}
     try:
         model = auto.from_pretrained(str(folder), dtype=torch.float32, **labels)
     except (OSError, ValueError) as error:

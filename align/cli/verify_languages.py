@@ -90,7 +90,8 @@ class Language:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = LlamaForCausalLM(config).eval()
+            model = LlamaForCausalLM(config)
+            model.eval()
         if self.table:
             self._solve_head(model)
         return model

@@ -150,9 +150,11 @@ class MaskedTrainer(ExactEvaluation, RowTrainer):
 
     accuracy = "accuracy"
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    data_collator: Any  # MaskingCollator
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self.data_collator.epoch = kwargs["epoch"]
-        super()._run_epoch(**kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def loss_and_correct(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")

@@ -35,7 +35,8 @@ class TorchEngine:
     def __init__(
         self, model: PreTrainedModel | PeftModel, recipe: StageRecipe, world: World, learning_rate: float | None
     ):
-        self.module = model.to(world.device)
+        movable: Any = model  # the wrapper of `PreTrainedModel.to` hides its signature
+        self.module: nn.Module = movable.to(world.device)
         self.world = world
         self.max_grad_norm = recipe.max_grad_norm
         if learning_rate is None:

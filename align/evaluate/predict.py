@@ -87,7 +87,7 @@ def _reference_statistics(model: nn.Module, rows: Sequence[EncodedRow], pad: int
 
 def decode_predictions(setting: EvalSetting, response_ids: Sequence[Sequence[int]]) -> list[str]:
     """Text of each response, cut before its row's first stop string and stripped of surrounding white space."""
-    texts = setting.tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    texts = setting.tokenizer.batch_decode([list(ids) for ids in response_ids], skip_special_tokens=True)
     return [
         text[: min([text.index(stop) for stop in row.stop_strings if stop in text], default=len(text))].strip()
         for text, row in zip(texts, setting.rows, strict=True)

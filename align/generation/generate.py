@@ -7,6 +7,7 @@ prompts are split into batches and over ranks, and wherever a run is resumed, th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def generate(
     responses = torch.full(noise.shape, pad_token_id, device=prompt_ids.device)
     mask = torch.zeros(noise.shape, dtype=torch.bool, device=prompt_ids.device)
     logprobs = torch.zeros(noise.shape, device=prompt_ids.device)
-    config = (model.module if isinstance(model, Engine) else model).config
+    config: Any = (model.module if isinstance(model, Engine) else model).config
     cache = preallocated_cache(config, width + noise.shape[1])
     ids, positions = prompt_ids, position_ids(prompt_mask)
     attention_mask = F.pad(prompt_mask, (0, noise.shape[1]), value=True)

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 
-class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
+class PreallocatedLayer(DynamicLayer):
     """One layer's keys and values [B, heads, tokens, head size], views of the front of a larger buffer.
 
     `DynamicLayer` copies the cache for every token.
@@ -23,7 +23,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     values: Tensor
 
     def __init__(self, capacity: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.buffers: list[Tensor] = []
 

@@ -53,7 +53,7 @@ class _Embed(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         total = ctx.total
         if total.grad is None:
             total.grad = torch.zeros_like(total)

@@ -157,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.in_place and upstream != 1.0:
             raise RuntimeError("the head's gradient has been summed already: call backward on the loss itself")
         gradients = [None if gradient is None else gradient.mul_(upstream) for gradient in ctx.gradients]

@@ -31,4 +31,4 @@ def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> 
     full.get_base_model().tie_weights()
     full.load_state_dict(weights, strict=False)  # tied weights are stored once
     full.merge_and_unload().save_pretrained(folder)
-    model.save_pretrained(folder / "adapter", state_dict=weights)
+    model.save_pretrained(str(folder / "adapter"), state_dict=weights)

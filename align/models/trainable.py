@@ -48,8 +48,7 @@ def peft_config(recipe: StageRecipe, task_type: str, trained_whole: Sequence[str
             modules_to_save=whole,
         )
     if recipe.method == "ia3":
-        names = {"target_modules": recipe.lora_target_modules} if recipe.lora_target_modules else {}
-        return IA3Config(task_type=task_type, modules_to_save=whole, **names)
+        return IA3Config(task_type=task_type, modules_to_save=whole, target_modules=recipe.lora_target_modules or None)
     if recipe.method == "prompt":
         # From embeddings of tokens (arXiv 2104.08691): PEFT's own start is noise, many times longer than an embedding.
         start = PromptTuningInit.SAMPLE_VOCAB
@@ -160,6 +159,8 @@ def cast_trained_to_float32(model: nn.Module) -> None:
 def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
     """The adapter of the recipe's `method` on a model: only it trains. It starts as the identity, the same for one seed."""
     torch.manual_seed(recipe.seed)
-    adapted = get_peft_model(model, peft_config(recipe, "CAUSAL_LM"))
+    config = peft_config(recipe, "CAUSAL_LM")
+    assert config is not None, recipe.method
+    adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     return adapted

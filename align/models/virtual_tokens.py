@@ -64,7 +64,7 @@ class VirtualTokenModel(nn.Module):
     def __init__(self, adapted: PeftModel):
         super().__init__()
         self.adapted = adapted
-        self.model = adapted.get_base_model()
+        self.model: Any = adapted.get_base_model()
         self.config = self.model.config
         self.length = int(active_adapter_config(adapted).num_virtual_tokens)
 

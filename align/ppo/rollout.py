@@ -89,7 +89,7 @@ class Rollout:
             PROMPT_TOKEN: (slice(None), slice(first, None)),
             RESPONSE_TOKEN: (slice(None), slice(last)),
         }
-        return type(self)(**{name: getattr(self, name)[index][columns[axis]] for name, axis in self.axes().items()})  # type: ignore[index]
+        return type(self)(**{name: getattr(self, name)[index][columns[axis]] for name, axis in self.axes().items()})
 
 
 def sample_responses(run: PPORun, batch: PromptBatch) -> Samples:

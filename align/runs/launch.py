@@ -68,7 +68,7 @@ def end_with_parents(depth: int) -> None:
     """
     if not depth:
         return
-    import psutil  # type: ignore[import-untyped]  # comes with deepspeed and accelerate
+    import psutil  # comes with deepspeed and accelerate
 
     parents = psutil.Process().parents()[:depth]
 

@@ -79,8 +79,8 @@ def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequen
         if end < len(ids) and marks[end] == marks[begin]:
             continue
         # Decoded from the start, because a token alone may lose its space.
-        before = tokenizer.decode(ids[:begin], clean_up_tokenization_spaces=False)
-        piece = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)[len(before) :]
+        before = tokenizer.decode(list(ids[:begin]), clean_up_tokenization_spaces=False)
+        piece = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))[len(before) :]
         if len(piece) > SHOWN:
             piece = f"{piece[: SHOWN // 2]} [...] {piece[-SHOWN // 2 :]}"
         text.append(f"⟦{piece}⟧" if marks[begin] else piece, style="green" if marks[begin] else "")
