@@ -11,7 +11,7 @@ from trl import RewardTrainer
 from align.trainer.hf_trainer import ExactEvaluation
 
 
-class PairTrainer(ExactEvaluation, RewardTrainer):  # type: ignore[misc]
+class PairTrainer(ExactEvaluation, RewardTrainer):
     """RewardTrainer in which padding rows (chosen and rejected are the same ids) add nothing to loss or metrics."""
 
     accuracy = "accuracy"
@@ -30,4 +30,4 @@ class PairTrainer(ExactEvaluation, RewardTrainer):  # type: ignore[misc]
                 self.sums += torch.stack([-logsigmoid(chosen - rejected)[real].sum(), correct[real].sum(), real.sum()])
             return output
 
-        return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)
+        return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ def rank_key(
     return 0, -value if greater_is_better else value
 
 
-class BoundedEarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
+class BoundedEarlyStopping(EarlyStoppingCallback):
     """Early stopping that counts every evaluation beyond `max_forgetting` as no improvement."""
 
     def __init__(
@@ -44,9 +44,11 @@ class BoundedEarlyStopping(EarlyStoppingCallback):  # type: ignore[misc]
         super().__init__(early_stopping_patience, early_stopping_threshold)
         self.max_forgetting = max_forgetting
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:
+    def on_evaluate(  # type: ignore[override]  # as EarlyStoppingCallback has it
+        self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any
+    ) -> None:
         if within_bound(metrics, self.max_forgetting):
-            super().on_evaluate(args, state, control, metrics, **kwargs)
+            super().on_evaluate(args, state, control, metrics, **kwargs)  # type: ignore[no-untyped-call]
             return
         self.early_stopping_patience_counter += 1
         if self.early_stopping_patience_counter >= self.early_stopping_patience:

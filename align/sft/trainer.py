@@ -37,7 +37,7 @@ from align.sft.responses import RESPONSE_COLUMNS, ResponseEvaluation
 from align.trainer.hf_trainer import ExactEvaluation, evaluation_logs
 
 
-class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
+class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
     """SFTTrainer with one of the objectives above, and an evaluation that is exact over tokens.
 
     Args:
@@ -98,9 +98,9 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
 
         self._sum_or_weight = sum_or_weight
         if not HAS_FUSED_HEAD:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         with fused_head_on_label_tokens():
-            return super().compute_loss(call_model, inputs, return_outputs, num_items_in_batch)
+            return super().compute_loss(call_model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
 
     def _loss_from_logits(self, output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Any:
         """The loss that TRL computes with its fused head, which TRL 1.14, the last for Python 3.10, does not have."""
@@ -147,9 +147,9 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):  # type: ignore[misc]
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if (bound := self.max_forgetting) is None:
             return bool(super()._determine_best_metric(metrics, trial))
-        metric = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+        metric = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
         trained = [entry for entry in evaluation_logs(self) if entry["step"] > 0]
-        best = min(trained, key=lambda entry: rank_key(entry, metric, self.args.greater_is_better, bound))
+        best = min(trained, key=lambda entry: rank_key(entry, metric, bool(self.args.greater_is_better), bound))
         self.state.best_global_step = int(best["step"])
         if within_bound(best, bound):  # early stopping compares with it
             self.state.best_metric = best[metric]

@@ -22,7 +22,7 @@ from align.runs.tracker import Tracker
 SHOWN = ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy", "eval/forgetting")  # beside the progress bar
 
 
-class StageCallback(TrainerCallback):  # type: ignore[misc]
+class StageCallback(TrainerCallback):
     """Logs a trainer's metrics under our names, shows progress, completes checkpoints, and stops at NaN.
 
     The trainer must not delete checkpoints (`save_total_limit=None`) or print (`disable_tqdm=True`, and
@@ -49,7 +49,8 @@ class StageCallback(TrainerCallback):  # type: ignore[misc]
         # Logging comes before saving, so no checkpoint is saved before its loss has been checked.
         control.should_log |= control.should_save or control.should_training_stop
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
         for name in ("loss", "grad_norm"):
             if not math.isfinite(float(logs.get(name, 0.0))):
                 raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
 from align.compat import pending_metrics, raise_token_count, stop_sharded_loading
@@ -91,13 +91,14 @@ def training_arguments(
     }
 
 
-class ExactEvaluation(Trainer):  # type: ignore[misc]
+class ExactEvaluation(Trainer):
     """A mixin that evaluates exactly: sums over all rows and ranks, divided by their count.
 
     TRL averages the means of batches, which depends on how rows are batched. A trainer that mixes this in adds
     [loss, correct, count] of every evaluation batch to `sums` in its `compute_loss`.
     """
 
+    model: nn.Module
     accuracy: str  # the name under which TRL logs it
     sums: Tensor
     sums_shape: tuple[int, ...] = (3,)
@@ -122,18 +123,18 @@ class ExactEvaluation(Trainer):  # type: ignore[misc]
         """The callback that stops training after `patience` evaluations without improvement."""
         return EarlyStoppingCallback(patience)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A resumed TRL trainer would count tokens from 0.
         counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         raise_token_count(self, max(counts, default=0))
         # Resumed from the checkpoint of its last step in mid-epoch, Trainer would take one step too many.
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy == "random":
             return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset
+        rows: Any = self.train_dataset
         column = next(name for name in ("input_ids", "chosen_ids") if name in rows.column_names)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return ResumableLengthGroupedSampler([len(ids) for ids in rows[column]], batch, self.args.seed)
@@ -197,6 +198,7 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
         if adapted:
             (target / "README.md").unlink(missing_ok=True)  # PEFT's card; the stage writes its own
         if recipe.method in MERGEABLE:
-            trainer.processing_class.save_pretrained(output)
+            tokenizer: Any = trainer.processing_class
+            tokenizer.save_pretrained(output)
             PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(output)
     world.barrier()

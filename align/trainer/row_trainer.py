@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from align.data.collate import pad_right
@@ -36,7 +36,7 @@ def row_training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
     return TrainingArguments(**kept, label_names=["labels"])
 
 
-class RowTrainer(Trainer):  # type: ignore[misc]
+class RowTrainer(Trainer):
     """A Trainer whose loss does not depend on how the global batch is split into microbatches.
 
     `weight` [B] of a batch is the number of loss items in each row (0 for a padding row); the loss is summed over the
@@ -44,6 +44,7 @@ class RowTrainer(Trainer):  # type: ignore[misc]
     mix that in, and define `loss_and_correct`.
     """
 
+    model: nn.Module
     loss_is_scaled_for_ga = True  # no further division by the number of microbatches
     sums: Tensor  # of the evaluation, [loss, correct, items]
 
