@@ -86,7 +86,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         arguments = row_training_arguments(
             training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
         )
-        model = new_classifier(
+        model: Any = new_classifier(
             start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
         )
         whole = head_modules(model)

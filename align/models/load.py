@@ -37,7 +37,7 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
     if _looks_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{key}: no model at {path}; check the path or hub id. {reason}") from error
