@@ -8,8 +8,6 @@ Policy and value model are trained, reference and reward models are frozen. One 
 
 from __future__ import annotations
 
-from typing import Any
-
 from align.config.ppo import PPORecipe
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
@@ -25,15 +23,16 @@ from align.ppo.setup import set_up
 from align.ppo.tracking import timed_step, track
 from align.runs.manifest import open_stage
 from align.runs.quiet import quiet
+from align.runs.results import PPOResult
 from align.runs.stage import finished_results, last_checkpoint, step_of
 from align.runs.tracker import Tracker
 
 
-def run(recipe: PPORecipe) -> dict[str, Any]:
-    """Train a policy by PPO; returns the closing numbers, which are in `stage.json` too."""
+def run(recipe: PPORecipe) -> PPOResult:
+    """Train a policy by PPO; returns the results, which are also in `stage.json`."""
     quiet()
     if open_stage(recipe):
-        return finished_results(recipe.output_dir)
+        return PPOResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
     inputs = check_ppo_inputs(recipe)
@@ -55,4 +54,4 @@ def run(recipe: PPORecipe) -> dict[str, Any]:
         results = {"updates": ppo.updates, "best": ppo.progress.best, **evaluation.results()}
         save_outputs(ppo, data.report, results)
     disconnect()
-    return results
+    return PPOResult.from_json(recipe.output_dir, results)

@@ -237,7 +237,7 @@ class TestScores:
             "def count_a(completion_ids, **columns):\n    return [[float(token == 3) for token in ids] for ids in completion_ids]\n"
         )
         results = run(recipe_of(tmp_path, reward_funcs=["dense_for_test:count_a"], missing_eos_penalty=None))
-        before, after = next(row[1:] for row in results["table"] if row[0].startswith("score"))
+        before, after = next(row[1:] for row in results.table if row[0].startswith("score"))
         assert after > before + 0.2
 
 
@@ -298,7 +298,7 @@ class TestGroups:
     def test_no_value_model_is_there(self, tmp_path, estimator):
         recipe = recipe_of(tmp_path, advantage_estimator=estimator, num_generations=4, total_episodes=192)
         results = run(recipe)
-        before, after = next(row[1:] for row in results["table"] if row[0].startswith("score"))
+        before, after = next(row[1:] for row in results.table if row[0].startswith("score"))
         assert after > before + 0.05
         assert not (tmp_path / "out" / "value").exists()
         assert not any(name.startswith("value/") for row in metrics(tmp_path / "out") for name in row)
@@ -345,7 +345,7 @@ class TestLora:
     def test_what_is_saved_is_plain_and_of_the_adapters_rank(self, tmp_path):
         recipe = recipe_of(tmp_path, method="lora", lora_r=2, learning_rate=2e-2)
         results = run(recipe)
-        before, after = next(row[1:] for row in results["table"] if row[0].startswith("score"))
+        before, after = next(row[1:] for row in results.table if row[0].startswith("score"))
         assert after > before
         trained, base = (load_file(Path(p) / "model.safetensors") for p in (recipe.output_dir, recipe.sft_model_path))
         assert trained.keys() == base.keys()

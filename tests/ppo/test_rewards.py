@@ -147,8 +147,8 @@ def test_the_frozen_models_stay_as_they_were(tmp_path):
 def test_a_best_checkpoint_must_keep_to_the_kl_budget(tmp_path):
     recipe = make_recipe(tmp_path, total_episodes=32, eval_steps=1, max_kl=1e-9)
     results = run(load_recipe("ppo", recipe))
-    assert results["eval/kl"] > 0
-    assert results["best"] is None
+    assert results.metrics["eval/kl"] > 0
+    assert results.best is None
     assert not (tmp_path / "out" / "best").exists()
 
 

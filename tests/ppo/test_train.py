@@ -124,7 +124,7 @@ class TestOneProcess:
     def test_a_finished_run_is_not_run_again(self, finished):
         before = (finished / "metrics.jsonl").stat().st_mtime_ns
         results = run(load_recipe("ppo", str(finished.parent / "3_ppo.yaml")))
-        assert results["updates"] == 6
+        assert results.updates == 6
         assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
 
     def test_only_the_newest_checkpoints_are_kept(self, finished):
