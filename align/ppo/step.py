@@ -1,9 +1,9 @@
 """One PPO update, in the order of the paper (arXiv 1707.06347; for language models 1909.08593, 2009.01325, 2203.02155).
 
-B responses of up to T tokens to prompts of up to Q make an update, of which this rank samples and scores b = B / ranks.
-Once they are scored every rank holds all B, so that whitening and minibatches are those of one process; only forward
-and backward passes are shared out. KL is in nats, `score` is what the reward sources give to a response, `reward` what a
-token gets after the KL penalty.
+Letters: B responses make an update, of which this rank samples and scores b = B / ranks; Q prompt tokens, T response tokens,
+S = Q + T; m responses are one microbatch. Once they are scored every rank holds all B, so that whitening and minibatches
+are those of one process; only forward and backward passes are distributed. Words: a *score* is what the reward sources give
+to a response, a *reward* what a token gets once the KL penalty (nats) is subtracted.
 """
 
 from __future__ import annotations
