@@ -105,7 +105,7 @@ BUGS = {
     ),
     "stale old log-probabilities": (
         "align/ppo/rollout.py",
-        'in_passes("score_policy", logprobs, models.policy) if rescore else samples.logprobs',
+        'in_passes("score_policy", logprobs, models.policy) if recompute else samples.logprobs',
         'in_passes("score_policy", logprobs, models.reference)',
         "tests/ppo/test_train.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",
     ),

@@ -99,14 +99,14 @@ def sample_responses(run: PPORun, batch: PromptBatch) -> Samples:
 
 
 @torch.no_grad()
-def score_responses(run: PPORun, samples: Samples, rescore: bool = True) -> Rollout:
+def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Rollout:
     """Log-probabilities under policy and reference, values and scores of this rank's b responses.
 
     Policy and reference run the same forward pass as in training, not the decoding loop, so that the first ratio of an
     update is exactly 1.
 
     Args:
-        rescore: run that pass for the policy; false takes its log-probabilities from the decoding loop.
+        recompute: run that pass for the policy too; false takes the log-probabilities of the decoding loop.
 
     Raises:
         UserError: a reward function failed; the message shows the row.
@@ -141,7 +141,7 @@ def score_responses(run: PPORun, samples: Samples, rescore: bool = True) -> Roll
         mask=mask,
         ended=ended,
         sampled_logprobs=samples.logprobs,
-        old_logprobs=in_passes("score_policy", logprobs, models.policy) if rescore else samples.logprobs,
+        old_logprobs=in_passes("score_policy", logprobs, models.policy) if recompute else samples.logprobs,
         ref_logprobs=in_passes("score_reference", logprobs, models.reference),
         values=torch.zeros_like(samples.logprobs)
         if models.value is None
