@@ -1,4 +1,7 @@
-"""RLHF in three stages: supervised fine-tuning, a reward model, PPO."""
+"""RLHF in three stages: supervised fine-tuning, a reward model, PPO.
+
+From Python: `from align import sft, reward, ppo, evaluate, encoders`, then `sft.run(recipe)` and so on.
+"""
 
 import os
 

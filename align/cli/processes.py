@@ -16,25 +16,27 @@ from align.runs.launch import PIPELINE
 GRACE = 10.0  # seconds that a process has after SIGTERM
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _terminated(signum: int, frame: Any) -> None:
+def raise_exit(signum: int, frame: Any) -> None:
+    """A signal handler that unwinds the stack, so that child processes are ended."""
     raise SystemExit(128 + signum)
 
 
-def _quiet_launcher() -> dict[str, str]:
-    """Environment in which DeepSpeed does not warn, process by process, that it found nothing but a CPU."""
+def launcher_environment() -> dict[str, str]:
+    """Environment variables that keep DeepSpeed from warning in every process that it found only a CPU."""
     import torch
 
     return {} if torch.accelerator.is_available() else {"DS_ACCELERATOR": "cpu"}
 
 
-def _run_process(words: list[str], environment: Mapping[str, str]) -> int:
-    """Run a command in a process group of its own, none of which outlives this call; returns its exit code."""
+def run_process(words: list[str], environment: Mapping[str, str]) -> int:
+    """Run a command in a process group of its own, no process of which outlives this call; returns its exit code."""
     environment = {**os.environ, PIPELINE: str(os.getpid()), **environment}
     process = subprocess.Popen(words, env=environment, start_new_session=True)
     ended = False
@@ -47,7 +49,7 @@ def _run_process(words: list[str], environment: Mapping[str, str]) -> int:
 
 
 def _end_group(process: subprocess.Popen[bytes], patience: float) -> None:
-    """End what is left of a process group: wait `patience` seconds, then SIGTERM, and at last SIGKILL."""
+    """End the rest of a process group: wait `patience` seconds, then SIGTERM, and finally SIGKILL."""
     for signum, seconds in ((0, patience), (signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signum)
@@ -60,7 +62,7 @@ def _end_group(process: subprocess.Popen[bytes], patience: float) -> None:
         return
 
 
-def _ending(code: int) -> str:
+def describe_exit_code(code: int) -> str:
     """An exit code in words; the launcher reports death by signal n as 256 - n."""
     number = -code if code < 0 else 256 - code if code > 192 else 0
     name = signal.Signals(number).name if number in {*signal.Signals} else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from align.cli.processes import _ending, _free_port, _quiet_launcher, _run_process, _terminated
+from align.cli.processes import describe_exit_code, free_port, launcher_environment, raise_exit, run_process
 from align.cli.steps import Step, read_steps
 from align.config.evaluate import EvaluateRecipe
 from align.errors import UserError
@@ -28,7 +28,7 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
         UserError: no recipes, a recipe that is wrong (all are read before the first starts), or a stage that failed.
     """
     steps = read_steps(directory, num_gpus, overrides)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, raise_exit)
     console = make_console()
     for step in steps:
         if (found := already_done(step)) is not None:
@@ -41,11 +41,11 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
         how = f"deepspeed with {step.processes} process{'es' * (step.processes > 1)}" if launched else "one process"
         print(f"{step.name}: {step.stage}, {how}, into {step.recipe.output_dir}", flush=True)
         began = time.monotonic()
-        code = _run_process(words, _quiet_launcher() if launched else {})
+        code = run_process(words, launcher_environment() if launched else {})
         if code:
             metrics = Path(step.recipe.output_dir) / "metrics.jsonl"
             raise UserError(
-                f"{step.path}: the {step.stage} stage {_ending(code)} after {time.monotonic() - began:.0f} s"
+                f"{step.path}: the {step.stage} stage {describe_exit_code(code)} after {time.monotonic() - began:.0f} s"
                 f"{f'; what it measured is in {metrics}' if metrics.exists() else ''}. The same command continues from there."
             )
         print(f"{step.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
@@ -80,7 +80,7 @@ def command(step: Step) -> list[str]:
         else ["--num_accelerators", str(step.processes)]
     )
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *where]
-    return [*launcher, "--master_port", str(_free_port()), "--module", *stage]
+    return [*launcher, "--master_port", str(free_port()), "--module", *stage]
 
 
 def closing_tables(manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[Table]:

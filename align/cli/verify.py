@@ -1,7 +1,7 @@
-"""`align verify`: the real PPO stage against the exact optimum, on languages small enough to write out.
+"""`align verify`: the real PPO stage against the exact optimum, on languages small enough to enumerate.
 
 A small transformer is policy, reference and value model; recipe and reward function are files, as a user's are. After
-training every response is enumerated under the trained policy. Nothing is downloaded, and nothing is left behind.
+training every response is enumerated under the trained policy. Nothing is downloaded, and temporary files are deleted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from align.cli import run as pipeline
-from align.cli.verify_languages import LARGE, REWARDS, SMALL, Language, Standing, standing
+from align.cli.verify_languages import LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
 from align.config.load import load_recipe, resolve_function
 from align.config.ppo import PPORecipe
 from align.ppo import train as ppo
@@ -72,12 +72,12 @@ class Verdict:
 
     language: Language
     beta: float
-    standing: Standing
+    result: ExactResult
 
     @property
     def passed(self) -> bool:
-        near = self.language is not SMALL or self.standing.divergence < DIVERGENCE
-        return near and self.standing.normalised >= NORMALISED
+        near = self.language is not SMALL or self.result.divergence < DIVERGENCE
+        return near and self.result.normalised >= NORMALISED
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; divergences in nats per response."""
@@ -86,23 +86,23 @@ class Verdict:
             "prompts": len(self.language.prompts),
             "responses": len(self.language.responses()),
             "beta": self.beta,
-            "j_reference": self.standing.reference,
-            "j": self.standing.reached,
-            "j_optimum": self.standing.optimum,
-            "normalised": self.standing.normalised,
-            "kl_to_optimum": self.standing.divergence,
-            "kl_to_reference": self.standing.kl,
-            "kl_of_optimum": self.standing.optimal_kl,
+            "j_reference": self.result.reference,
+            "j": self.result.reached,
+            "j_optimum": self.result.optimum,
+            "normalised": self.result.normalised,
+            "kl_to_optimum": self.result.divergence,
+            "kl_to_reference": self.result.kl,
+            "kl_of_optimum": self.result.optimal_kl,
             "passed": self.passed,
         }
 
 
 def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Sequence[str] = ()) -> int:
-    """Train on every language at every beta, and print where the policies stand; returns 0 when all pass, else 1.
+    """Train on every language at every beta, and print the exact results; returns 0 when all pass, else 1.
 
     Args:
         num_gpus: processes under the `deepspeed` launcher; without it everything runs in this one.
-        json_path: also write the numbers there; "-" prints them in the table's place.
+        json_path: also write the numbers there; "-" prints them instead of the table.
         overrides: `--key value` for the recipes: another estimator, a DeepSpeed file.
 
     Raises:
@@ -185,15 +185,15 @@ def train(folder: str, cases: Sequence[Case], num_gpus: int | None = None, overr
         ppo.run(case.recipe)
 
 
-def measure(case: Case) -> Standing:
-    """Where the trained policy of a case stands, from the folders that the stage started from and wrote."""
+def measure(case: Case) -> ExactResult:
+    """The exact result of a case, from the folders that the stage started from and wrote."""
     recipe = case.recipe
     trained, start = (
         case.language.logprobs(AutoModelForCausalLM.from_pretrained(path), recipe.temperature)
         for path in (recipe.output_dir, recipe.sft_model_path)
     )
     score = case.language.scores(resolve_function(recipe.reward_funcs[0], "reward_funcs"))
-    found = standing(trained, start, score, case.beta)
+    found = exact_result(trained, start, score, case.beta)
     missing = found.optimum - found.reached - case.beta * found.divergence
     assert abs(missing) < 1e-5, f"J* - J - beta KL(pi || pi*) is {missing}, not 0: not every response was counted"
     return found

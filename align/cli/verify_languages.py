@@ -1,4 +1,4 @@
-"""Languages so small that every response can be written out, and with it the exact optimum of what PPO maximises.
+"""Languages small enough to enumerate every response, and so to compute the exact optimum of what PPO maximises.
 
 J(pi) = E_pi[score] - beta KL(pi || ref) is greatest at pi*(y) = ref(y) exp(score(y) / beta) / Z, where it is
 beta log Z, and every other policy misses that by beta KL(pi || pi*) (arXiv 1909.08593). A probability here is that
@@ -128,15 +128,15 @@ class Language:
 
 
 def sine_table(prefixes: int, tokens: int) -> Tensor:
-    """Logits sin(1 + 4 i + a) of token a after prefix i, [prefixes, tokens] float64: a reference anyone can write down."""
+    """Logits sin(1 + 4 i + a) of token a after prefix i, [prefixes, tokens] float64: a reference that is easy to write down."""
     return torch.tensor(
         [[math.sin(1 + 4 * i + a) for a in range(tokens)] for i in range(prefixes)], dtype=torch.float64
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a policy stands between its reference and the optimum, on average over prompts. Divergences in nats per response."""
+class ExactResult:
+    """The exact J and KL of a policy, its reference and the optimum: means over prompts, KL in nats per response."""
 
     reference: float  # J(ref) = E_ref[score]
     reached: float  # J(pi)
@@ -156,14 +156,14 @@ def optimal_logprobs(log_q: Tensor, score: Tensor, beta: float) -> Tensor:
     return (log_q + score / beta).log_softmax(dim=1)
 
 
-def standing(log_p: Tensor, log_q: Tensor, score: Tensor, beta: float) -> Standing:
-    """The exact numbers of a policy `log_p` with the reference `log_q`, all [prompts, responses] float64."""
+def exact_result(log_p: Tensor, log_q: Tensor, score: Tensor, beta: float) -> ExactResult:
+    """J and KL of a policy `log_p` against the reference `log_q`, all [prompts, responses] float64."""
 
     def mean(log_weight: Tensor, value: Tensor) -> float:
         return float((log_weight.exp() * value).sum(dim=1).mean())
 
     log_best = optimal_logprobs(log_q, score, beta)
-    return Standing(
+    return ExactResult(
         reference=mean(log_q, score),
         reached=mean(log_p, score) - beta * mean(log_p, log_p - log_q),
         optimum=float(beta * (log_q + score / beta).logsumexp(dim=1).mean()),

@@ -1,0 +1,39 @@
+"""The stages around encoders (BERT-like): `align classify` and `align mlm`.
+
+Imported by `align.cli`; imports no other stage. Public: `run_classify` and `run_mlm` here, from Python; `classify.run` and
+`mlm.run`, the stages themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from align.config.encoders import ClassifyRecipe, MLMRecipe
+from align.config.load import as_recipe
+from align.runs.launch import run_recipe
+from align.runs.results import ClassifyResult, MLMResult
+
+
+def run_classify(recipe: ClassifyRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: Any) -> ClassifyResult:
+    """Train a classifier or a regression in this process; on one GPU when there are several.
+
+    Args:
+        recipe: a recipe, a mapping of its keys, or the path of a YAML file.
+        keys: recipe keys in place of those of `recipe`.
+
+    Returns:
+        The closing numbers; those of the finished run if `output_dir` has it already.
+
+    Raises:
+        UserError: a wrong key or value, or anything else that the user can fix.
+    """
+    result: ClassifyResult = run_recipe(as_recipe(ClassifyRecipe, recipe, **keys))
+    return result
+
+
+def run_mlm(recipe: MLMRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: Any) -> MLMResult:
+    """Train a masked language model in this process; arguments, result and errors as for `run_classify`."""
+    result: MLMResult = run_recipe(as_recipe(MLMRecipe, recipe, **keys))
+    return result

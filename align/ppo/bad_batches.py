@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from align.errors import UserError
+from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout
-from align.ppo.run import PPORun
 
 MOST_SKIPPED = 3  # in a row, before the run stops
 SAVED = ("prompt_ids", "prompt_mask", "response_ids", "mask", "old_logprobs", "ref_logprobs", "values", "scores")

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from align.maths.running_moments import RunningMoments
-from align.ppo.run import PPORun, Progress
+from align.ppo.ppo_run import PPORun, Progress
 from align.runs.checkpoint import mark_complete, read_state
 from align.runs.stage import layout
 

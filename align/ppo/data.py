@@ -15,7 +15,7 @@ from align.data.tokenize import tokenize_demonstrations, tokenize_prompts
 from align.engine.distributed import World
 from align.models.context_length import check_responses_fit
 from align.ppo.inputs import PPOInputs
-from align.ppo.run import TokenizedPrompt
+from align.ppo.ppo_run import TokenizedPrompt
 
 
 @dataclass(frozen=True, slots=True)

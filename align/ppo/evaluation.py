@@ -19,8 +19,8 @@ from align.generation.responses import decode_responses
 from align.generation.sampler import PromptBatch
 from align.ppo.metrics import response_kl, response_metrics
 from align.ppo.outputs import save_model
+from align.ppo.ppo_run import PPORun, TokenizedPrompt
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
-from align.ppo.run import PPORun, TokenizedPrompt
 from align.ppo.setup import function_rewards
 from align.runs.tracker import Tracker
 from reward_models.responses import Responses

@@ -12,7 +12,7 @@ from align.maths.estimators import ESTIMATORS
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.value import value_head_key_mapping
-from align.runs.manifest import _agree, read_manifest, tokenizer_digest
+from align.runs.manifest import check_same_tokenizer, check_tokenizer, read_manifest, tokenizer_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         )
     tokenizer = load_tokenizer(recipe.sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
     mine = tokenizer_digest(tokenizer)
-    if sft is not None:
-        _agree(sft["tokenizer"], mine, "sft_model_path", recipe.sft_model_path)
+    check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
 
     reward_tokenizer = reward_config = None
     same_tokenizer = False
@@ -66,7 +65,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         theirs = tokenizer_digest(reward_tokenizer)
         same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
         if same_tokenizer:
-            _agree(theirs, mine, "reward_model_path", path)
+            check_same_tokenizer(theirs, mine, "reward_model_path", path)
 
     value_path = recipe.value_model_path or (recipe.reward_model_path if same_tokenizer else recipe.sft_model_path)
     assert value_path is not None

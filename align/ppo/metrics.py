@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from align.maths.masked import masked_mean, masked_var
+from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout
-from align.ppo.run import PPORun
 
 
 def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor) -> dict[str, float]:

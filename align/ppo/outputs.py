@@ -9,7 +9,7 @@ from typing import Any
 
 from align.engine.ema import EMA
 from align.engine.engine import TrainEngine
-from align.ppo.run import PPORun
+from align.ppo.ppo_run import PPORun
 from align.runs.files import new_folder
 from align.runs.stage import finish
 

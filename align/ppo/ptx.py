@@ -8,7 +8,7 @@ from align.data.batches import PromptLoader
 from align.data.collate import chunks, pad_right
 from align.data.tokenize import IGNORE_INDEX
 from align.models.forward import label_loss
-from align.ppo.run import PPORun, Sums
+from align.ppo.ppo_run import PPORun, Sums
 
 
 def ptx_gradient(run: PPORun, rows: Dataset, step: int) -> list[Sums]:

@@ -18,7 +18,7 @@ from align.generation.responses import decode_responses
 from align.generation.sampler import PromptBatch, Samples
 from align.maths.advantages import missing_eos_scores
 from align.models.forward import response_logprobs, response_values
-from align.ppo.run import PPORun
+from align.ppo.ppo_run import PPORun
 from reward_models.responses import passes
 
 ROW, PROMPT_TOKEN, RESPONSE_TOKEN = "row", "prompt token", "response token"

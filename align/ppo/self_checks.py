@@ -19,8 +19,8 @@ from align.errors import UserError
 from align.generation.sampler import PromptBatch
 from align.generation.scoring import score_ids
 from align.maths.masked import masked_mean
+from align.ppo.ppo_run import Models, PPORun, Progress
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
-from align.ppo.run import Models, PPORun, Progress
 from align.ppo.self_check_limits import (
     BFLOAT16,
     FLOAT32,

@@ -29,7 +29,7 @@ from align.models.value import load_value_model
 from align.ppo.checkpoint import load_checkpoint
 from align.ppo.data import PPOData
 from align.ppo.inputs import PPOInputs
-from align.ppo.run import Models, PPORun, Progress
+from align.ppo.ppo_run import Models, PPORun, Progress
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward
 from reward_models.heads import keep_head_float32, load_reward_model, score_head

@@ -21,8 +21,8 @@ from align.maths.estimators import ESTIMATORS
 from align.maths.kl import adapted_kl_coef, k1
 from align.maths.masked import masked_whiten
 from align.ppo.metrics import response_kl, rollout_metrics
+from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
-from align.ppo.run import PPORun
 from align.ppo.update import optimize
 
 SAME_LOGPROB = 1e-5  # nats: log-probabilities this close differ by rounding only

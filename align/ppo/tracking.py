@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from align.ppo.collapse import CollapseWatch
-from align.ppo.run import PPORun
+from align.ppo.ppo_run import PPORun
 from align.ppo.step import step
 from align.runs.tracker import Tracker
 

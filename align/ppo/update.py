@@ -21,9 +21,9 @@ from align.maths.kl import LOSS_ESTIMATORS
 from align.maths.losses import loss_weights, policy_loss, value_loss
 from align.models.forward import response_loss, response_values
 from align.ppo.bad_batches import skip_minibatch
+from align.ppo.ppo_run import PPORun, Sums
 from align.ppo.ptx import ptx_gradient
 from align.ppo.rollout import RESPONSE_TOKEN, Rollout, per
-from align.ppo.run import PPORun, Sums
 
 
 @dataclass(slots=True)

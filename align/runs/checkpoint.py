@@ -1,9 +1,8 @@
-"""What a stage leaves behind, and what it needs to go on after being killed.
+"""Checkpoints of a run, each of which is complete or does not count.
 
-An output folder holds, once the stage is finished, a plain Hugging Face model folder plus `stage.json`, the
-manifest that the next stage reads. While the stage runs it holds `run.json` (the recipe it was started
-with) and `checkpoint-N` folders, each of which counts only once `complete.json` lies in it. Everything
-here is written under another name first and renamed, so a file or folder is whole or absent.
+While a stage runs, its output folder holds `run.json` (the recipe it was started with) and `checkpoint-N` folders, each
+of which counts only once it contains `complete.json`. Once the stage is finished, the folder is a plain Hugging Face model
+folder with the manifest `stage.json`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 
 
 def mark_complete(checkpoint: Path, state: Mapping[str, Any], save_total_limit: int) -> None:
-    """Declare a checkpoint whole, then delete the oldest ones beyond `save_total_limit`. For rank 0, after all have written.
+    """Declare a checkpoint complete, then delete the oldest ones beyond `save_total_limit`. For rank 0, after all have written.
 
     `complete.json` appears once every file is on the disk. It holds `state`, the size and CRC-32 of each file, and how
     long the run's records (`*.jsonl` in the output folder) were.
@@ -33,10 +32,9 @@ def mark_complete(checkpoint: Path, state: Mapping[str, Any], save_total_limit: 
     for record in records:
         sync(record)
     lengths = {record.name: record.stat().st_size for record in records}
-    told = {**state, "records": lengths, "files": fingerprints(checkpoint)}
-    told = json.loads(json.dumps(told, default=str))  # as it will be read back
-    write_json(checkpoint / COMPLETE, {**told, "digest": digest(told)})
-    sync(checkpoint)
+    recorded = {**state, "records": lengths, "files": fingerprints(checkpoint)}
+    recorded = json.loads(json.dumps(recorded, default=str))  # as it will be read back
+    write_json(checkpoint / COMPLETE, {**recorded, "digest": digest(recorded)})
     sync(output)
     rotate(output, save_total_limit)
 
@@ -50,13 +48,13 @@ def rotate(output_dir: str | Path, save_total_limit: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint that was declared whole; None when all of it reads as it was written."""
+def find_corruption(checkpoint: Path) -> str | None:
+    """What is corrupt in a complete checkpoint; None when every file has the bytes that were written."""
     try:
-        told = read_state(checkpoint)
-        if told.pop("digest", None) != digest(told):
-            return f"{COMPLETE} is not as it was written"
-        return difference(checkpoint, told["files"])
+        state = read_state(checkpoint)
+        if state.pop("digest", None) != digest(state):
+            return f"{COMPLETE} does not match its checksum"
+        return difference(checkpoint, state["files"])
     except ValueError:  # neither JSON nor UTF-8
         return f"{COMPLETE} cannot be read"
     except OSError as error:
@@ -64,20 +62,20 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Checkpoints in `output_dir` that were declared whole, oldest first."""
+    """The complete checkpoints in `output_dir`, oldest first."""
     found = [folder for folder in Path(output_dir).glob("checkpoint-*") if (folder / COMPLETE).is_file()]
     return sorted(found, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Take a damaged checkpoint out of the way; it is kept until the stage has finished. Returns its new place."""
+    """Rename a damaged checkpoint, which is kept until the stage has finished; returns its new path."""
     aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
 def clear_partial(output_dir: str | Path) -> None:
-    """Delete what a killed run left half written."""
+    """Delete what a killed run wrote in part."""
     for folder in Path(output_dir).glob("checkpoint-*"):
         if not (folder / COMPLETE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -86,7 +84,7 @@ def clear_partial(output_dir: str | Path) -> None:
 
 
 def cut_records(checkpoint: Path) -> None:
-    """Shorten the run's records to what they were at a checkpoint: what came later is done again."""
+    """Truncate the run's records (`*.jsonl`) to their length at a checkpoint: later steps are done again."""
     for name, size in read_state(checkpoint)["records"].items():
         path = checkpoint.parent / name
         if path.is_file() and path.stat().st_size > size:
@@ -94,6 +92,6 @@ def cut_records(checkpoint: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `mark_complete` was given, and what it added."""
+    """The state that `mark_complete` was given, with the records and files that it added."""
     state: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
     return state

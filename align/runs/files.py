@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, fsync, CRC-32."""
+"""Files and folders that are complete or absent: atomic writes, fsync, CRC-32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or the names in a folder, before this returns."""
+    """Flush a file's bytes, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,18 +33,18 @@ def sync_tree(folder: Path) -> None:
 def fingerprints(folder: Path) -> dict[str, list[int]]:
     """Size and CRC-32 of every file in a folder, by its path there."""
     paths = _files(folder)
-    with ThreadPoolExecutor() as pool:  # reading and CRC-32 leave Python to other threads
+    with ThreadPoolExecutor() as pool:  # reading and CRC-32 release the GIL
         return dict(zip(paths, pool.map(_fingerprint, paths.values()), strict=True))
 
 
 def difference(folder: Path, expected: dict[str, list[int]]) -> str | None:
-    """What is wrong in a folder whose `fingerprints` were once `expected`; None when nothing is. Files may have come.
+    """What differs in a folder whose `fingerprints` were once `expected`; None when nothing does. Further files are ignored.
 
     Raises:
         OSError: a file cannot be read.
     """
     found = _files(folder)
-    for name, (size, _) in expected.items():  # what costs no reading comes first
+    for name, (size, _) in expected.items():  # first what needs no reading
         if name not in found:
             return f"{name} is missing"
         if (actual := found[name].stat().st_size) != size:
@@ -69,12 +69,13 @@ def _fingerprint(path: Path) -> list[int]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically: after a crash it has its old content or the new one."""
+    """Write a text file atomically: after a crash, of the machine too, it has its old content or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -84,7 +85,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the name `path`, replacing what was there, once the block ends well."""
+    """Yield an empty folder that takes the name `path`, replacing what was there, once the block ends without an error."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The manifest `stage.json`: what a stage was, and whether a folder holds the same run."""
+"""The manifest `stage.json`: what a stage did, and whether a folder holds the same run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MANIFEST = "stage.json"
 RUN = "run.json"
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "datasets", "peft", "accelerate")
 
-# Keys that do not change the result: a run may be resumed, and a finished stage reused, whatever they say.
+# Keys that do not change the result: a run may be resumed, and a finished stage reused, with other values.
 COSMETIC_KEYS = {
     "output_dir",
     "stage",
@@ -48,7 +48,7 @@ COSMETIC_KEYS = {
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What two stages must agree on: vocabulary, special ids and chat template.
+    """What two stages must have in common: vocabulary, special ids and chat template.
 
     The padding token is left out: padding is masked everywhere, and a reward model may need another one.
     """
@@ -117,12 +117,12 @@ def is_finished(recipe: StageRecipe) -> bool:
     folder = Path(recipe.output_dir)
     finished = (folder / MANIFEST).is_file()
     if not finished and not (complete_checkpoints(folder) and (folder / RUN).is_file()):
-        return False  # a run that has saved nothing yet has nothing to lose by another recipe
+        return False  # a run without a checkpoint loses nothing when it starts over
     found = json.loads((folder / (MANIFEST if finished else RUN)).read_text(encoding="utf-8"))
     if differing := differing_keys(found, _identity(recipe)):
         raise UserError(
             f"output_dir: {folder} holds {'a finished' if finished else 'an unfinished'} run that differs in "
-            f"{', '.join(differing)}; delete the folder to start anew, or choose another output_dir."
+            f"{', '.join(differing)}; delete the folder to start over, or choose another output_dir."
         )
     return finished
 
@@ -152,7 +152,7 @@ def finish_stage(
     results: Mapping[str, Any],
     **more: Any,
 ) -> None:
-    """Write the manifest, the last thing that a stage does, and drop what only a resume needed.
+    """Write the manifest, the last thing that a stage does, and delete what only a resume needed.
 
     Args:
         data: fingerprints and counts of the rows, as `align.data.load` reports them.
@@ -184,33 +184,36 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _agree(theirs: dict[str, object], mine: dict[str, object], key: str, path: str) -> None:
-    names = {"vocabulary": "vocabulary", "chat_template": "chat template"}
-    differing = [names.get(name, name) for name in mine if theirs.get(name) != mine[name]]
-    if differing:
-        raise UserError(
-            f"{key}: {path} was made with another {' and '.join(differing)} than the policy; "
-            "train it with the policy's tokenizer and chat template, or correct the path."
-        )
-
-
-def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, key: str, may_add_template: bool = True) -> None:
-    """See that a stage goes on with the tokenizer and chat template that the model in `path` was trained with.
+def check_same_tokenizer(theirs: Mapping[str, Any], mine: Mapping[str, Any], key: str, path: str) -> None:
+    """Check that two `tokenizer_digest`s are equal.
 
     Args:
-        may_add_template: whether the recipe may give a chat template to a model that was trained without one.
+        theirs: of the model in `path`, which the recipe's `key` names.
+        mine: of the tokenizer that the stage uses.
 
     Raises:
-        UserError: its manifest says otherwise, or the stage that makes it has not finished.
+        UserError: they differ; names what does.
     """
-    manifest = read_manifest(path)
-    mine = tokenizer_digest(tokenizer)
-    theirs = manifest["tokenizer"] if manifest else mine
     differing = [name.replace("_", " ") for name in mine if theirs[name] != mine[name]]
-    if may_add_template and theirs["chat_template"] is None:
-        differing = [name for name in differing if name != "chat template"]
     if differing:
         raise UserError(
             f"{key}: {path} was trained with another {' and '.join(differing)} than this recipe gives; "
             "use the same tokenizer files and chat_template_path as that stage."
         )
+
+
+def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, key: str, may_add_template: bool = True) -> None:
+    """Check that a stage uses the tokenizer and chat template that the model in `path` was trained with.
+
+    Args:
+        may_add_template: whether the recipe may give a chat template to a model that was trained without one.
+
+    Raises:
+        UserError: its manifest has another one, or the stage that writes it has not finished.
+    """
+    if (manifest := read_manifest(path)) is None:
+        return
+    mine, theirs = tokenizer_digest(tokenizer), manifest["tokenizer"]
+    if may_add_template and theirs["chat_template"] is None:
+        theirs = {**theirs, "chat_template": mine["chat_template"]}
+    check_same_tokenizer(theirs, mine, key, path)

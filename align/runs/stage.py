@@ -1,4 +1,4 @@
-"""What every stage does at its start and its end: find where to resume, check what it was given, finish."""
+"""What every stage does at its start and its end: find the checkpoint to resume from, write the manifest and the card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from align.runs.checkpoint import (
     clear_partial,
     complete_checkpoints,
     cut_records,
-    damage,
+    find_corruption,
     read_state,
     rotate,
     set_aside,
@@ -34,10 +34,10 @@ UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it star
 
 
 def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
-    """The newest checkpoint that is whole and undamaged, the same on every rank; None to start from the beginning.
+    """The newest complete and intact checkpoint, the same on every rank; None to start from the beginning.
 
-    Rank 0 deletes what a killed run left half written, sets damaged checkpoints aside and says so, and cuts the run's
-    records back to the checkpoint.
+    Rank 0 deletes partial checkpoints, renames damaged ones and prints a message, and truncates the run's records to the
+    checkpoint.
 
     Raises:
         UserError: the checkpoint was written in another layout than this run's.
@@ -45,7 +45,7 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
     step = torch.zeros(1, dtype=torch.int64, device=world.device)
     if world.is_main:
         step += step_of(_newest_intact(recipe.output_dir))
-    step = world.sum(step)  # one verdict for all ranks
+    step = world.sum(step)  # one decision for all ranks
     checkpoint = Path(recipe.output_dir) / f"checkpoint-{int(step)}" if step else None
     check_layout(recipe, world, checkpoint)
     if checkpoint is not None and world.is_main:
@@ -58,7 +58,7 @@ def _newest_intact(output_dir: str) -> Path | None:
     clear_partial(output_dir)
     damaged = []
     while found := complete_checkpoints(output_dir):
-        if (wrong := damage(found[-1])) is None:
+        if (wrong := find_corruption(found[-1])) is None:
             break
         damaged.append(f"{found[-1]}: damaged, {wrong}; set aside as {set_aside(found[-1]).name}")
     instead = f"going on from {found[-1].name}" if found else "starting from the beginning"
@@ -68,7 +68,7 @@ def _newest_intact(output_dir: str) -> Path | None:
 
 
 def layout(recipe: StageRecipe, processes: int) -> str:
-    """By how many processes and which kind of sharding a checkpoint is written, in words."""
+    """The number of processes and the kind of sharding that a checkpoint is written with, in words."""
     policy, value = zero_stage(recipe), zero_stage(recipe, "value")
     how = f"ZeRO {policy}" + (f" (value model {value})" if value != policy else "")
     how += " with a DeepSpeed file" * (uses_deepspeed(recipe) and not policy)
@@ -76,7 +76,7 @@ def layout(recipe: StageRecipe, processes: int) -> str:
 
 
 def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> None:
-    """See that the checkpoint can be read back: optimiser states are sharded, and fit one layout only.
+    """Check that the checkpoint can be loaded: optimiser states are sharded, and fit one layout only.
 
     Raises:
         UserError: it was written by another number of processes or ZeRO stage.

@@ -1,4 +1,4 @@
-"""What a run shows and writes down: metrics.jsonl and samples.jsonl always, Weights & Biases when asked, progress.
+"""What a run records and shows: metrics.jsonl and samples.jsonl always, Weights & Biases if configured, progress.
 
 The only importer of wandb. Every metric name and its meaning is in `metrics.md` beside this file. Only rank 0
 writes or shows anything, so that stages may call a `Tracker` on every rank.
@@ -11,16 +11,15 @@ import dataclasses
 import json
 import math
 import os
-import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from align.config.base import StageRecipe
 from align.errors import UserError
-from align.runs.files import write_json
+from align.runs.files import write_json, write_text
 from align.runs.progress import Display
 
 METRICS = "metrics.jsonl"
@@ -36,7 +35,7 @@ class Tracker:
     """The record of one stage's run, a context manager around its loop.
 
     On resume, lines of `metrics.jsonl` and `samples.jsonl` after `resume_step` are dropped: those steps are done
-    again. With `resume_step` 0 nothing is resumed and both start empty.
+    again. With `resume_step` 0 both start empty.
     """
 
     def __init__(self, recipe: StageRecipe, stage: str, total_steps: int, resume_step: int = 0):
@@ -156,7 +155,7 @@ class Tracker:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines of `path` up to `step`, atomically; a last line that a kill cut short goes too."""
+    """Keep the lines of `path` up to `step`, atomically; a last line that is incomplete is dropped too."""
     if not path.is_file():
         return
     kept = []
@@ -165,20 +164,4 @@ def _drop_after(path: Path, step: int) -> None:
             with contextlib.suppress(json.JSONDecodeError):
                 if step > 0 and json.loads(line)["step"] <= step:
                     kept.append(line)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def documented_metrics() -> set[str]:
-    """Names in `metrics.md`; `<source>`, `<task>` and `<metric>` in a name stand for any text."""
-    text = Path(__file__).with_name("metrics.md").read_text(encoding="utf-8")
-    return {
-        name for row in re.findall(r"^\|([^|]*)\|", text, flags=re.MULTILINE) for name in re.findall(r"`([^`]+)`", row)
-    }
-
-
-def undocumented(names: Iterable[str]) -> list[str]:
-    """Those of `names` that `metrics.md` does not explain."""
-    patterns = [re.sub("<[a-z]+>", ".+", re.escape(name)) for name in documented_metrics()]
-    return [name for name in names if not re.fullmatch("|".join(patterns), name)]
+    write_text(path, "".join(kept))

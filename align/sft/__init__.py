@@ -1,0 +1,32 @@
+"""Stage 1, supervised fine-tuning: rows, trainer, evaluation, report.
+
+Imported by `align.cli`; imports no other stage. Public: `run` here, from Python; `train.run`, the stage itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from align.config.load import as_recipe
+from align.config.sft import SFTRecipe
+from align.runs.launch import run_recipe
+from align.runs.results import SFTResult
+
+
+def run(recipe: SFTRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: Any) -> SFTResult:
+    """Fine-tune a language model in this process; on one GPU when there are several.
+
+    Args:
+        recipe: a recipe, a mapping of its keys, or the path of a YAML file.
+        keys: recipe keys in place of those of `recipe`: `sft.run("recipe.yaml", seed=1)`.
+
+    Returns:
+        The closing numbers; those of the finished run if `output_dir` has it already.
+
+    Raises:
+        UserError: a wrong key or value, or anything else that the user can fix.
+    """
+    result: SFTResult = run_recipe(as_recipe(SFTRecipe, recipe, **keys))
+    return result

@@ -100,7 +100,7 @@ class TestRun:
         ]
 
     def test_a_wrong_one_is_known_before_the_first_step(self, world, monkeypatch):
-        monkeypatch.setattr(pipeline, "_run_process", lambda *_: pytest.fail("a step was started"))
+        monkeypatch.setattr(pipeline, "run_process", lambda *_: pytest.fail("a step was started"))
         evaluation("base", num_shots=[-1])
         with pytest.raises(UserError, match=r"r/2_evaluate.yaml:\d+: num_shots"):
             pipeline.run("r")

@@ -146,7 +146,7 @@ def test_a_killed_stage_is_named_so(scripted):
 )
 def test_exit_codes_in_words(code, said):
     """The launcher exits with -9, which the shell makes 247, when a rank was killed by signal 9."""
-    assert processes._ending(code) == said
+    assert processes.describe_exit_code(code) == said
 
 
 def test_a_stage_is_not_passed_over_when_what_it_starts_from_was_made_anew(scripted):
@@ -283,7 +283,7 @@ def test_what_a_finished_stage_left_running_is_ended(tmp_path):
         "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(left.pid))"
     )
-    assert pipeline._run_process([sys.executable, "-c", parent], {}) == 0
+    assert pipeline.run_process([sys.executable, "-c", parent], {}) == 0
     left = int((tmp_path / "pid").read_text(encoding="utf-8"))
     wait_for(lambda: not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE, seconds=1)
 

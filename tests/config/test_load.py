@@ -13,7 +13,7 @@ import yaml
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
-from align.config.load import load_recipe, resolve_function
+from align.config.load import as_recipe, load_recipe, resolve_function
 from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
@@ -574,3 +574,52 @@ def test_those_of_forgetting_differ_in_what_they_compare(monkeypatch):
         assert evaluation[key] == recipes["1_full"][key], key
     outputs = {each["output_dir"] for each in recipes.values()}
     assert {*evaluation["models"].values()} == {*outputs, recipes["1_full"]["model_name_or_path"]}
+
+
+# --- from Python
+
+
+def test_a_recipe_from_python(tmp_path, monkeypatch):
+    """A mapping and a recipe are checked like a file, and are not changed; paths may be `Path`s."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "rows.jsonl").touch()
+    keys = {**MINIMAL["sft"], "output_dir": tmp_path / "out", "eval_dataset": [DataSource(path="e.jsonl", max_rows=3)]}
+    before = dict(keys)
+    recipe = as_recipe(SFTRecipe, keys, seed=7)
+    assert keys == before
+    assert recipe == load_recipe("sft", write_recipe(tmp_path, {**MINIMAL["sft"], "seed": 7, "output_dir": str(tmp_path / "out"),
+                                                                "eval_dataset": {"path": "e.jsonl", "max_rows": 3}}))  # fmt: skip
+    assert as_recipe(SFTRecipe, recipe) == recipe
+    assert as_recipe(SFTRecipe, recipe, seed=8).seed == 8
+    assert str(tmp_path) in sys.path, "`module:function` may be a file in the working directory"
+    for wrong, said in (
+        (dataclasses.replace(recipe, seed=-1), "seed: expected a number at least 0, got -1"),
+        (dataclasses.replace(recipe, seed="x"), 'seed: expected a whole number, got "x" (text)'),
+        (
+            dataclasses.replace(recipe, train_dataset=[DataSource(path="a", generator="m:f")]),
+            "train_dataset[0]: expected either `path` or `generator`, got both",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            as_recipe(SFTRecipe, wrong)
+        assert str(error.value) == said
+
+
+def test_a_recipe_from_a_path_names_the_place_of_a_wrong_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = write_recipe(tmp_path, {**MINIMAL["sft"], "seed": -1})
+    for keys, said in (
+        ({}, "recipe.yaml:3: seed: expected"),
+        ({"seed": -2}, "seed: expected"),
+        ({"sed": 1}, "sed: unk"),
+    ):
+        with pytest.raises(UserError) as error:
+            as_recipe(SFTRecipe, path, **keys)
+        assert str(error.value).removeprefix(f"{tmp_path}/").startswith(said)
+
+
+def write_recipe(folder: Path, keys: dict) -> str:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+    return str(folder / "recipe.yaml")

@@ -38,8 +38,8 @@ from align.evaluate.statistics import wilson_interval
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
 from align.runs.results import ClassifyResult
-from align.runs.tracker import undocumented
 from reward_models.heads import load_reward_model, score_sequences
+from tests.documented_metrics import undocumented
 from tests.ranks import launch, stop_after_checkpoint
 from tests.worlds import (
     deepspeed_file,

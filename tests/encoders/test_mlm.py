@@ -32,7 +32,7 @@ from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
 from align.runs.results import MLMResult
-from align.runs.tracker import undocumented
+from tests.documented_metrics import undocumented
 from tests.ranks import run_stage
 from tests.worlds import (
     deepspeed_file,

@@ -14,8 +14,8 @@ from align.engine.distributed import World
 from align.ppo import step as step_module
 from align.ppo.data import load_data
 from align.ppo.inputs import check_ppo_inputs
+from align.ppo.ppo_run import PPORun, Progress
 from align.ppo.rollout import Rollout
-from align.ppo.run import PPORun, Progress
 from align.ppo.setup import set_up
 from align.ppo.step import compute_rewards, estimate_advantages, step
 

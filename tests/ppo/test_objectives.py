@@ -22,8 +22,8 @@ from align.maths.kl import adapted_kl_coef, k2
 from align.maths.losses import token_entropy
 from align.maths.running_moments import RunningMoments
 from align.models.forward import response_logits, response_logprobs
+from align.ppo.ppo_run import Models, PPORun, Progress
 from align.ppo.rollout import Rollout
-from align.ppo.run import Models, PPORun, Progress
 from align.ppo.step import shape_scores
 from align.ppo.train import run
 from align.ppo.update import optimize

@@ -23,10 +23,10 @@ from align.cli.verify_languages import (
     LARGE,
     REWARDS,
     SMALL,
-    Standing,
+    ExactResult,
+    exact_result,
     optimal_logprobs,
     sine_table,
-    standing,
 )
 from tests.ranks import run_recipes
 from tests.worlds import deepspeed_file
@@ -115,7 +115,7 @@ class TestEnumeration:
         log_q, score = table_logprobs(), SMALL.scores(reward("letters"))
         log_best = optimal_logprobs(log_q, score, beta)
         ends = torch.tensor([float(response[-1] == 3) for response in SMALL.responses()])
-        at_best = standing(log_best, log_q, score, beta)
+        at_best = exact_result(log_best, log_q, score, beta)
         best = log_best.exp()
         found = (at_best.optimum, float((best * score).sum()), at_best.optimal_kl, float((best * ends).sum()))
         assert found == pytest.approx(OPTIMA[beta], abs=1e-9)
@@ -132,7 +132,7 @@ class TestEnumeration:
 
     def test_the_reference_stands_at_zero(self):
         log_q, score = table_logprobs(), SMALL.scores(reward("letters"))
-        at_start = standing(log_q, log_q, score, 0.5)
+        at_start = exact_result(log_q, log_q, score, 0.5)
         assert at_start.normalised == at_start.kl == 0.0
         assert at_start.reached == at_start.reference == pytest.approx(0.113894573685, abs=1e-12)
 
@@ -145,7 +145,7 @@ class TestEnumeration:
                 (3 * torch.randn(score.shape, generator=generator, dtype=torch.float64)).log_softmax(dim=1)
                 for _ in range(2)
             )
-            found = standing(log_p, log_q, score, beta)
+            found = exact_result(log_p, log_q, score, beta)
             assert found.optimum - found.reached == pytest.approx(beta * found.divergence, abs=1e-11)
             assert found.divergence > 0
             assert found.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum()) / 3, abs=1e-11)
@@ -166,7 +166,7 @@ def forked(monkeypatch) -> None:
     monkeypatch.setattr(verify.pipeline, "run", run_recipes)
 
 
-def reached(folder: Path, beta: float, num_gpus: int | None = None, **changes) -> Standing:
+def reached(folder: Path, beta: float, num_gpus: int | None = None, **changes) -> ExactResult:
     """Where PPO on the small language ends."""
     case = verify.write_case(folder, SMALL, beta, **changes)
     verify.train(str(folder), [case], num_gpus)
@@ -241,7 +241,7 @@ class TestVerdict:
         ],
     )
     def test_both_gates(self, language, missing, divergence, passed):
-        found = Standing(1.0, 3.0 - 2 * missing, 3.0, divergence, 0.5, 0.5)
+        found = ExactResult(1.0, 3.0 - 2 * missing, 3.0, divergence, 0.5, 0.5)
         assert found.normalised == pytest.approx(1 - missing)
         assert verify.Verdict(language, 1.0, found).passed is passed
 

@@ -13,8 +13,8 @@ from align.config.ppo import PPORecipe
 from align.engine.distributed import World
 from align.maths import advantages as estimators
 from align.maths.estimators import ESTIMATORS, Estimator
+from align.ppo.ppo_run import PPORun, Progress
 from align.ppo.rollout import PROMPT_TOKEN, RESPONSE_TOKEN, ROW, Rollout, gather_rollout, per
-from align.ppo.run import PPORun, Progress
 from align.ppo.step import estimate_advantages
 
 PAD = 9

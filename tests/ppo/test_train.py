@@ -20,7 +20,7 @@ from align.maths.advantages import missing_eos_scores
 from align.ppo.train import run
 from align.runs.manifest import open_stage
 from align.runs.stage import check_layout
-from align.runs.tracker import undocumented
+from tests.documented_metrics import undocumented
 from tests.ppo.runs import ppo_run, rollout_of
 from tests.ranks import run_stage, stop_after_checkpoint
 from tests.worlds import LETTERS, deepspeed_file, letter_tokenizer, save_tiny_policy, write_jsonl

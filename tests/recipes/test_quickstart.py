@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from align.runs.tracker import undocumented
+from tests.documented_metrics import undocumented
 from tests.ranks import run_recipes
 from tests.worlds import deepspeed_file
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from align.runs.manifest import read_manifest
-from align.runs.tracker import undocumented
 from tests import ranks
+from tests.documented_metrics import undocumented
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "textbooks"
 CORPUS = Path(__file__).parents[3] / "shared" / "data" / "openstax" / "corpus.jsonl.gz"

@@ -293,7 +293,7 @@ class TestDamage:
             (flip, "policy/weights.bin has other bytes than were written"),
             (lose, "policy/weights.bin is missing"),
             (garble, "complete.json cannot be read"),
-            (reword, "complete.json is not as it was written"),
+            (reword, "complete.json does not match its checksum"),
         ],
     )
     def test_each_kind_is_recognised_and_said_in_one_line(self, folder, capsys, harm, what):

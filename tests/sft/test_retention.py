@@ -30,13 +30,14 @@ from align.errors import UserError
 from align.runs.charts import draw, ticks
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import read_manifest
-from align.runs.tracker import Tracker, undocumented
+from align.runs.tracker import Tracker
 from align.sft.best_checkpoint import BoundedEarlyStopping, rank_key
 from align.sft.evaluation import HELD_OUT, OTHER, RETENTION, TRAINING, build_eval_rows, group_sums, metrics_from_sums
 from align.sft.report import history_section
 from align.sft.retention import load_with_retention, replay_count, with_replay
 from align.sft.train import run
 from align.sft.trainer import DemonstrationTrainer
+from tests.documented_metrics import undocumented
 from tests.ranks import run_stage
 from tests.sft.test_train import ROWS, nll, recipe
 from tests.worlds import (
