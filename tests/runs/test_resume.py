@@ -399,7 +399,7 @@ class TestLayout:
         assert words(1, 0) != words(1, None)  # written by DeepSpeed, and not
 
     @pytest.mark.parametrize(
-        ("stage", "loader"), [("sft", "load_policy"), ("reward", "new_reward_model"), ("ppo", "load_models")]
+        ("stage", "loader"), [("sft", "load_policy"), ("reward", "new_reward_model"), ("ppo", "set_up")]
     )
     def test_another_is_refused_before_a_model_is_loaded(self, tmp_path, monkeypatch, stage, loader):
         module = importlib.import_module(f"align.{stage}.train")
