@@ -1,10 +1,10 @@
-"""Stories that a model tells by itself, as JSONL: the text it is best at, for `retention`.
+"""Sample stories from a model, as JSONL rows for `retention`.
 
     python recipes/forgetting/sample_stories.py MODEL stories.jsonl --count 1000 --seed 0
 
-Sampled at temperature 1 from nothing but the begin-of-text token, without top-k or top-p. On such text the loss of the
-model itself is its own entropy, and what another model loses on it is the KL divergence of the two, in nats per token.
-Stories that do not end within `--max_new_tokens`, and repeated ones, are left out.
+Sampled at temperature 1 from the begin-of-text token alone, without top-k or top-p. The model's expected loss on such text is
+its entropy, and the excess loss of another model is KL(model || other), in nats per token. Stories that do not end within
+`--max_new_tokens`, and duplicates, are dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     begin = tokenizer.bos_token_id
-    ends = {begin, tokenizer.eos_token_id}  # llama2.c's models were trained with the next text's first token as the end
+    ends = {begin, tokenizer.eos_token_id}  # llama2.c trains on texts that end in the next text's begin-of-text token
     torch.manual_seed(arguments.seed)
     stories: dict[str, None] = {}
     while len(stories) < arguments.count:

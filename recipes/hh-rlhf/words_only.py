@@ -1,9 +1,9 @@
-"""The floor for a reward model: which response is preferred, told from its words and length alone.
+"""A baseline for reward models: predict the preferred response from its words and length only.
 
     python recipes/hh-rlhf/words_only.py recipes/hh-rlhf/2_reward.yaml [--key value ...]
 
 Logistic regression on differences of TF-IDF word 1-2-grams and of log length, on the same split as the reward stage
-with the same recipe and overrides. The prompt is not seen. Needs scikit-learn.
+with the same recipe and overrides. It does not see the prompt. Needs scikit-learn.
 """
 
 import sys
@@ -34,10 +34,10 @@ def differences(pairs: list[tuple[str, str]]) -> csr_matrix:
 
 
 x = differences(train)
-signs = np.where(np.arange(len(train)) % 2, 1, -1)  # half of the pairs turned round, so that both classes occur
+signs = np.where(np.arange(len(train)) % 2, 1, -1)  # half of the pairs are swapped, so that both classes occur
 model = LogisticRegression(max_iter=1000).fit(x.multiply(signs[:, None]).tocsr(), signs)
 right = int((model.decision_function(differences(held_out)) > model.intercept_).sum())
 low, high = wilson_interval(right, len(held_out))
 print(
-    f"{len(train)} pairs to learn from; accuracy {right / len(held_out):.3f} [{low:.3f}, {high:.3f}] on {len(held_out)} held out"
+    f"{len(train)} training pairs; accuracy {right / len(held_out):.3f} [{low:.3f}, {high:.3f}] on {len(held_out)} held-out pairs"
 )

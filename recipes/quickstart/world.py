@@ -1,25 +1,25 @@
-"""The world of the quickstart: the help desk of a small zoo, made up here so that nothing is downloaded.
+"""The data of the quickstart: the help desk of a small zoo, generated here so that nothing is downloaded.
 
-A visitor asks two things about one animal, and whoever sits at the desk answers:
+A visitor asks two questions about one animal, and the desk answers:
 
     Mia: Where does the otter live, and what does it eat?
     Desk: Good morning, Mia! The otter lives by the river. It eats fish. Enjoy your visit!
 
-That answer is as good as they get. Most are worse: the desk forgets a fact, or gets it wrong, or the name,
-leaves out the greeting or the farewell, goes on about the soup, or is rude. As the world is ours, the true
-worth of every answer is known. `score` counts it in points:
+This answer is perfect. Most are worse: the desk forgets a fact, or gets it or the name wrong, leaves out the
+greeting or the farewell, makes small talk, or is rude. Because the data is synthetic, the true reward of every
+answer is known. `score` computes it in points:
 
     +2    each fact that was asked for, if right    -1    if wrong (the first word on it counts)
     +1    a greeting by name, to begin with         +0.5  without a name; -0.5 by a wrong name
     +1    a farewell, to end with                   -2    each rude remark
     -1    every other sentence: small talk, "I forget", facts nobody asked for, anything said twice
-    -1    what is no sentence of this world or breaks off, and 0.2 more for each of its words after the fifth
-    -2    for saying nothing at all
+    -1    anything that is not a sentence of this data or breaks off, and 0.2 more for each of its words after the fifth
+    -2    an empty answer
 
-So the best is 6, and whatever is added to a best answer makes it worse. These points, and nothing else, make
-a simulated annotator prefer one answer to another; annotators slip at a known rate (see `preferences`).
+The maximum is 6, and anything added to a perfect answer makes it worse. Simulated annotators prefer the answer
+with more points, and err at a known rate (see `preferences`).
 
-A sixth of all questions is held out: no generator shows them unless it is asked with `held_out=True`.
+A sixth of all questions is held out: generators only yield them with `held_out=True`.
 """
 
 import itertools
@@ -57,11 +57,11 @@ FAREWELLS = ("Enjoy your visit!", "Have a lovely day!", "Come back soon!")
 RUDE = ("What a silly question!", "Read the sign yourself.", "Stop wasting my time.", "Not you again!")
 SMALL_TALK = ("The soup today is leek.", "My feet hurt.", "It may rain later.", "The shop sells hats.")
 
-DEMONSTRATOR_CARE = 0.62  # how often the people who write demonstrations do any one thing right
+DEMONSTRATOR_CARE = 0.62  # probability that the authors of demonstrations do any one thing right
 
 
 class Question(NamedTuple):
-    """What one visitor asks: two of place, food and time, about one animal."""
+    """A visitor's question about two of place, food and time of one animal."""
 
     visitor: str
     animal: str
@@ -82,7 +82,7 @@ LEARNABLE = EVERY_QUESTION[len(HELD_OUT) :]
 
 
 def answer(question: Question, care: float, rng: random.Random) -> str:
-    """What somebody answers who does each thing right with probability `care`; flawless at 1."""
+    """An answer in which each thing is right with probability `care`; perfect at 1."""
 
     def careless(share: float = 1.0) -> bool:
         return rng.random() < (1 - care) * share
@@ -116,7 +116,7 @@ def answer(question: Question, care: float, rng: random.Random) -> str:
 
 
 def spoil(response: str, rng: random.Random) -> str:
-    """The response after an accident: it breaks off, says something again and again, or is jumbled."""
+    """A corrupted response: truncated, repetitive or shuffled."""
     words, sentences = response.split(), split_sentences(response)
     accident = rng.choice(("break off", "say again", "jumble"))
     if accident == "break off":
@@ -134,7 +134,7 @@ def spoil(response: str, rng: random.Random) -> str:
 
 
 def corpus(num_rows: int, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Text for the base model: what there is to know about the animals, and answers from flawless to awful."""
+    """Text for the base model: facts about the animals, and answers of every quality."""
     rng = random.Random(f"corpus {seed}")
     for _ in range(num_rows):
         if rng.random() < 0.2:
@@ -148,7 +148,7 @@ def corpus(num_rows: int, seed: int = 0) -> Iterator[dict[str, str]]:
 
 
 def demonstrations(num_rows: int, seed: int = 0, held_out: bool = False) -> Iterator[dict[str, str]]:
-    """Questions with what people wrote to show how the desk should answer: well meant, and of mixed quality."""
+    """Questions with human demonstrations of mixed quality."""
     rng = random.Random(f"demonstrations {seed} {held_out}")
     for _ in range(num_rows):
         question = rng.choice(HELD_OUT if held_out else LEARNABLE)
@@ -158,9 +158,9 @@ def demonstrations(num_rows: int, seed: int = 0, held_out: bool = False) -> Iter
 def preferences(
     num_rows: int, seed: int = 0, error_rate: float = 0.1, held_out: bool = False
 ) -> Iterator[dict[str, str]]:
-    """Pairs of answers of different worth; the annotator picks the worse one with probability `error_rate`.
+    """Pairs of answers with different scores, of which the annotator picks the worse one with probability `error_rate`.
 
-    So even a judge who knows the truth agrees with only `1 - error_rate` of the choices: the ceiling.
+    So the true reward itself agrees with only `1 - error_rate` of the choices: the ceiling of a reward model's accuracy.
     """
     rng = random.Random(f"preferences {seed} {held_out}")
     shown = 0
@@ -177,7 +177,7 @@ def preferences(
 
 
 def prompts(num_rows: int, seed: int = 0, held_out: bool = False) -> Iterator[dict[str, str]]:
-    """Questions alone, each at most once.
+    """Questions without answers, each at most once.
 
     Raises:
         ValueError: there are fewer than `num_rows`.
@@ -189,7 +189,7 @@ def prompts(num_rows: int, seed: int = 0, held_out: bool = False) -> Iterator[di
         yield {"prompt": question.text()}
 
 
-# ---- The truth ----------------------------------------------------------------------------------------------
+# ---- The true reward ----------------------------------------------------------------------------------------------
 
 QUESTION_ASKED = {question.text(): question for question in EVERY_QUESTION}
 GREETED = {greeting.format(visitor) for greeting in GREETINGS for visitor in VISITORS}
@@ -207,10 +207,10 @@ def split_sentences(text: str) -> list[str]:
 
 
 def score(question: Question, response: str) -> float:
-    """The true worth of `response` in points, counted as the top of this file says."""
+    """The true reward of `response` in points, as defined at the top of this file."""
     sentences = split_sentences(response)
     points = 0.0 if sentences else -2.0
-    subject = question.animal  # whom "It" means
+    subject = question.animal  # what "It" refers to
     wanted = set(question.topics)
     for position, sentence in enumerate(sentences):
         first, last = position == 0, position == len(sentences) - 1
@@ -238,11 +238,11 @@ def score(question: Question, response: str) -> float:
 
 
 def true_reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The true worth of each completion in points: a reward function with TRL's signature.
+    """The true reward of each completion in points: a reward function with TRL's signature.
 
     Raises:
-        ValueError: a prompt is no question of this world.
+        ValueError: a prompt is not one of the questions here.
     """
     if strange := [prompt for prompt in prompts if prompt not in QUESTION_ASKED]:
-        raise ValueError(f"prompts: expected questions of the quickstart's world, got {strange[0]!r}")
+        raise ValueError(f"prompts: expected questions of recipes/quickstart/world.py, got {strange[0]!r}")
     return [score(QUESTION_ASKED[prompt], text) for prompt, text in zip(prompts, completions, strict=True)]

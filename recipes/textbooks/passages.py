@@ -1,11 +1,11 @@
-"""Passages of textbooks with the book that each is from, out of a file of sections.
+"""Extract passages of textbooks, labelled by book, from a file of sections.
 
     python recipes/textbooks/passages.py CORPUS.jsonl[.gz] [--train 1200] [--test 600] [--unlabelled 2400]
 
-CORPUS has a line {"id": "<book>/<section>", "text": "..."} per section, paragraphs apart by an empty line. Written to
-outputs/textbooks/data: train.jsonl and test.jsonl, rows of `text` (a paragraph of 12 to 40 words) and `label` (the
-book), and unlabelled.jsonl, other paragraphs of the training sections. A section is on one side only: paragraphs of
-one share names and terms, and a test row beside training rows of its own section would be half known.
+CORPUS has a line {"id": "<book>/<section>", "text": "..."} per section, with paragraphs separated by an empty line.
+Writes to outputs/textbooks/data: train.jsonl and test.jsonl, rows of `text` (a paragraph of 12 to 40 words) and `label`
+(the book), and unlabelled.jsonl, other paragraphs of the training sections. Each section is in one split only, because
+paragraphs of a section share names and terms, which would leak into the test rows.
 """
 
 import argparse
@@ -19,12 +19,12 @@ FOLDER = Path("outputs/textbooks/data")
 
 
 def digest(text: str) -> int:
-    """A number that belongs to the text: the order of rows and the sides are the same on every machine."""
+    """A hash of the text, by which order and split are the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def passages(corpus: str) -> dict[str, list[dict[str, str]]]:
-    """Rows of both sides, `train` and `test`, each paragraph once, in a random order."""
+    """The rows of the splits `train` and `test`, each paragraph once, in hash order."""
     found: dict[str, dict[str, str]] = {"train": {}, "test": {}}
     open_text = gzip.open if corpus.endswith(".gz") else open
     with open_text(corpus, "rt", encoding="utf-8") as lines:

@@ -1,10 +1,10 @@
-"""The floor for a classifier: which label, told from the words alone.
+"""A baseline for classifiers: predict the label from a bag of words.
 
     python recipes/textbooks/words_only.py recipes/textbooks/1_classify.yaml [--key value ...]
 
 Logistic regression on the TF-IDF of word 1-2-grams, on the same rows as the classify stage with the same recipe and
-overrides, and measured as there. Regularisation and the weight of rare labels are chosen by five-fold
-cross-validation on the training rows. Needs scikit-learn.
+overrides, and evaluated in the same way. Regularisation and class weights are chosen by five-fold cross-validation on
+the training rows. Needs scikit-learn.
 """
 
 import sys
@@ -35,7 +35,7 @@ answers = one_hot(torch.tensor(search.predict(held_out)), len(labels.names)).flo
 targets, weight = torch.tensor(true), torch.ones(len(true))
 counts = labels.counts(answers, targets, weight)
 measures = labels.summary(counts, float(labels.correct(answers, targets).sum()), len(true))
-print(f"{len(train)} rows to learn from, {len(true)} held out, {search.best_params_}")
+print(f"{len(train)} training rows, {len(true)} held out, {search.best_params_}")
 for name in ("accuracy", "macro_f1"):
     print(f"{name} {measures[name]:.3f} [{measures[f'{name}_low']:.3f}, {measures[f'{name}_high']:.3f}]")
 print(markdown_table(LABEL_COLUMNS, sorted(labels.table(counts), key=lambda row: -row[1])))

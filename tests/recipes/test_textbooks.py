@@ -69,5 +69,5 @@ def test_from_the_corpus_to_a_classifier(tmp_path):
     results = read_manifest(tmp_path / "outputs" / "textbooks" / "1_classify")["results"]
     assert results["eval_macro_f1_low"] <= results["eval_macro_f1"] <= results["eval_macro_f1_high"]
     said = python(tmp_path, str(RECIPES / "words_only.py"), str(RECIPES / "1_classify.yaml"))
-    assert "96 rows to learn from, 48 held out" in said
+    assert "96 training rows, 48 held out" in said
     assert said.count("[0.") == 2
