@@ -63,14 +63,14 @@ BUGS = {
     ),
     "log-probabilities one token late": (
         "align/models/forward.py",
-        "places = ((columns >= first - 1) & (columns < sizes - 1))",
-        "places = ((columns >= first) & (columns < sizes))",
+        "indices = ((columns >= first - 1) & (columns < sizes - 1))",
+        "indices = ((columns >= first) & (columns < sizes))",
         "tests/generation/test_generate.py::test_generation_knows_the_log_probability_of_what_it_sampled",
     ),
     "values one token late": (
         "align/models/forward.py",
-        "return scatter_to_mask(_logits(model, closed)[places, 0], mask[:, -length:])",
-        "return scatter_to_mask(_logits(model, closed)[places + 1, 0], mask[:, -length:])",
+        "return scatter_to_mask(_logits(model, stripped)[indices, 0], mask[:, -length:])",
+        "return scatter_to_mask(_logits(model, stripped)[indices + 1, 0], mask[:, -length:])",
         "tests/generation/test_generate.py::test_values_judge_the_state_before_each_token",
     ),
     "end-of-text outside the mask": (

@@ -1,4 +1,4 @@
-"""Global batch sizes, laid out over processes, microbatches and accumulation."""
+"""Global batch sizes split over processes, microbatches and gradient accumulation."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from align.errors import UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """How a global batch is laid out; `batch_size == world_size * micro_batch_size * accumulation`."""
+    """How a global batch is split; `batch_size == world_size * micro_batch_size * accumulation`."""
 
     world_size: int  # processes
-    batch_size: int  # sequences per optimiser step over all processes
+    batch_size: int  # sequences per optimizer step over all processes
     micro_batch_size: int  # sequences of one forward-backward pass on one process
-    accumulation: int  # such passes per optimiser step
+    accumulation: int  # passes per optimizer step
     rollout_per_rank: int | None = None  # PPO: prompts per update on one process
-    updates: int | None = None  # PPO: rollouts in the whole run
-    ptx_per_rank: int = 0  # PPO-ptx: rows per optimiser step on one process
+    updates: int | None = None  # PPO: updates of the whole run
+    ptx_per_rank: int = 0  # PPO-ptx: rows per optimizer step on one process
 
     @property
     def policy_passes(self) -> int:
-        """Forward-backward passes of the policy per optimiser step: those of the batch, and those of PPO-ptx."""
+        """Forward-backward passes of the policy per optimizer step, those of PPO-ptx included."""
         return self.accumulation + -(-self.ptx_per_rank // self.micro_batch_size)
 
     def describe(self) -> str:
@@ -39,12 +39,12 @@ class BatchPlan:
 
 
 def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
-    """Lay the recipe's global sizes out over `world_size` processes.
+    """Split the recipe's global sizes over `world_size` processes.
 
-    The micro-batch is the largest that divides a process's share and is at most `per_device_train_batch_size`.
+    The microbatch is the largest size up to `per_device_train_batch_size` that divides a process's share.
 
     Raises:
-        UserError: a global size does not divide by `world_size`, or the DeepSpeed JSON fixes another size.
+        UserError: a global size is not a multiple of `world_size`, or a DeepSpeed file sets another size.
     """
 
     def share(name: str) -> int:

@@ -1,4 +1,4 @@
-"""How a run uses the processor: settings of the whole process that change what its work costs, not what it gives."""
+"""CPU settings of the process: they change how fast it runs, not what it computes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import platform
 
 import torch
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def configure_cpu() -> None:
-    """Flush denormals to zero in this thread and those that it starts, and keep freed memory. Call it before any work.
+    """Flush denormals to zero in this thread and those it starts, and keep freed memory. Call it before any computation.
 
-    Arithmetic on denormals, numbers under 1e-38, is done in microcode, at a small part of the usual speed; the gradients
-    of unlikely tokens and their squares in Adam's second moment are such numbers.
+    CPUs compute with denormals (numbers below 1e-38) in microcode, many times slower than usual; gradients of unlikely
+    tokens, and their squares in Adam's second moment, are such numbers.
     """
     torch.set_flush_denormal(True)
     keep_freed_memory()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensor; elsewhere nothing.
+    """Have glibc keep freed memory for the next tensor; does nothing with another C library.
 
-    Otherwise each tensor of more than 32 MiB, and the activations of each pass, go back to the system and are fetched and
-    zeroed anew, a page of 4 KiB at a time, which can take longer than the arithmetic on them.
+    By default glibc returns each tensor of more than 32 MiB, and the activations of each pass, to the system, which then
+    has to map and zero the memory again, a page of 4 KiB at a time. That can take longer than the arithmetic on it.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,4 +1,4 @@
-"""Where the time of an update goes: seconds by phase."""
+"""Seconds of an update by phase."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Clock:
-    """Adds up seconds by phase. A phase inside another takes its time from it, so that phases sum to the whole."""
+    """Sums seconds by phase. Time in a nested phase counts for that phase only, so that phases sum to the total."""
 
     def __init__(self, device: torch.device | None = None):
         self.gpu = device if device is not None and device.type == "cuda" else None
@@ -20,25 +20,25 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what runs inside as `name`."""
-        self._turn()
+        """Count the time inside the block as `name`."""
+        self._charge()
         self.running.append(name)
         try:
             yield
         finally:
-            self._turn()
+            self._charge()
             self.running.pop()
 
-    def _turn(self) -> None:
-        """Give the time since the last turn to the innermost phase."""
+    def _charge(self) -> None:
+        """Give the time since the last call to the innermost phase."""
         if self.gpu is not None:
-            torch.cuda.synchronize(self.gpu)  # else a phase would end when its work is queued
+            torch.cuda.synchronize(self.gpu)  # else a phase would end once its kernels are queued
         now = time.perf_counter()
         if self.running:
             self.seconds[self.running[-1]] = self.seconds.get(self.running[-1], 0.0) + now - self.since
         self.since = now
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call."""
+        """Seconds by phase since the last call, which start again from 0."""
         taken, self.seconds = self.seconds, {}
         return taken

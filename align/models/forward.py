@@ -1,4 +1,4 @@
-"""Run models: ids in, log-probabilities, losses or values of responses out.
+"""Forward passes: token ids in, log-probabilities, losses or values of responses out.
 
 A batch is a left-padded prompt followed by a right-padded response: `ids [B, S]` and `mask [B, S]` (True =
 real token), of which the last T columns are the response.
@@ -26,7 +26,7 @@ from align.models.lm_head import (
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Position of each real token in its own sequence, [B, S] int64, 0 under left padding."""
+    """Position of each real token in its own sequence, [B, S] int64, 0 on left padding."""
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -44,38 +44,38 @@ def response_logits(model: Callable[..., Any], ids: Tensor, mask: Tensor, length
 
 
 def strip_padding(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows without the padding between and before their tokens.
+    """Move the real tokens of each row to its left end, which removes the padding before and between them.
 
-    Padded on the right alone, causal attention needs no mask: no token sees what comes after it. Most of the padding of
-    a batch of prompts and responses is gone, too.
+    With padding on the right only, causal attention needs no mask, since no token attends to later ones. Most padding
+    of a batch of prompts and responses is dropped, too.
 
     Returns:
-        ids [B, S'], padded with token 0; the places [N], in the flattened batch, of the states that predict the real
-        tokens among the last `length` of each row; those N tokens.
+        ids [B, S'], padded with token 0; indices [N] into the flattened [B * S'] positions, of the states that predict the
+        real tokens among the last `length` of each row; those N tokens.
     """
     sizes = mask.sum(dim=1, keepdim=True)
     columns = torch.arange(int(sizes.max()), device=ids.device)
-    closed = torch.zeros(len(ids), len(columns), dtype=ids.dtype, device=ids.device)
-    closed[columns < sizes] = ids[mask]
-    first = sizes - mask[:, -length:].sum(dim=1, keepdim=True)  # place of the first response token in its row
-    places = ((columns >= first - 1) & (columns < sizes - 1)).flatten().nonzero().squeeze(1)
-    return closed, places, ids[:, -length:][mask[:, -length:]]
+    stripped = torch.zeros(len(ids), len(columns), dtype=ids.dtype, device=ids.device)
+    stripped[columns < sizes] = ids[mask]
+    first = sizes - mask[:, -length:].sum(dim=1, keepdim=True)  # column of the first response token of a row
+    indices = ((columns >= first - 1) & (columns < sizes - 1)).flatten().nonzero().squeeze(1)
+    return stripped, indices, ids[:, -length:][mask[:, -length:]]
 
 
-def scatter_to_mask(numbers: Tensor, mask: Tensor) -> Tensor:
-    """One number per True of `mask` [B, T], row by row -> [B, T] float32, 0 elsewhere."""
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, numbers.float())
+def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Values [N], one for each True of `mask` [B, T] in row-major order -> [B, T] float32, 0 elsewhere."""
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values.float())
 
 
 def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int, temperature: float) -> Tensor:
     """Log-probability of each of the last `length` tokens at `temperature`, [B, length] float32, nats; 0 at padding."""
-    closed, places, tokens = strip_padding(ids, mask, length)
+    stripped, indices, tokens = strip_padding(ids, mask, length)
     if head_is_last(model):
-        with replaced_head(output_head(model), logprobs_head(places, tokens, temperature)):
-            found = model(input_ids=closed, use_cache=False).logits
+        with replaced_head(output_head(model), logprobs_head(indices, tokens, temperature)):
+            logprobs = model(input_ids=stripped, use_cache=False).logits
     else:
-        found = token_logprobs(_logits(model, closed)[places], tokens, temperature)
-    return scatter_to_mask(found, mask[:, -length:])
+        logprobs = token_logprobs(_logits(model, stripped)[indices], tokens, temperature)
+    return scatter_to_mask(logprobs, mask[:, -length:])
 
 
 def response_loss(
@@ -84,14 +84,14 @@ def response_loss(
     """A loss over the N real tokens among the last `length` of each row.
 
     Args:
-        objective: log-probabilities and entropies [n] (float32, nats) of a piece of the N tokens, counted row by row, and
-            which piece -> its share of the loss.
+        objective: maps log-probabilities and entropies [n] (float32, nats) of a slice of the N tokens, in row-major order,
+            and that slice, to its share of the loss.
 
     Returns:
-        the loss, which carries the gradient; log-probabilities and entropies [N] float32 without gradients.
+        the loss, a scalar with gradient; log-probabilities and entropies [N], float32, without.
     """
-    closed, places, tokens = strip_padding(ids, mask, length)
-    return _token_loss(model, closed, places, tokens, temperature, objective)
+    stripped, indices, tokens = strip_padding(ids, mask, length)
+    return _token_loss(model, stripped, indices, tokens, temperature, objective)
 
 
 def label_loss(model: Callable[..., Any], ids: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -105,34 +105,34 @@ def label_loss(model: Callable[..., Any], ids: Tensor, labels: Tensor, scale: fl
         the loss, which carries the gradient; the labels' log-probabilities [N] float32 without gradients.
     """
     labels = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()  # at the place of the state that predicts each
-    places = (labels != -100).nonzero().squeeze(1)
+    indices = (labels != -100).nonzero().squeeze(1)
 
     def objective(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
         return -scale * logprobs.sum()
 
-    loss, logprobs, _ = _token_loss(model, ids, places, labels[places], 1.0, objective)
+    loss, logprobs, _ = _token_loss(model, ids, indices, labels[indices], 1.0, objective)
     return loss, logprobs
 
 
 def _token_loss(
-    model: Callable[..., Any], ids: Tensor, places: Tensor, tokens: Tensor, temperature: float, objective: Objective
+    model: Callable[..., Any], ids: Tensor, indices: Tensor, tokens: Tensor, temperature: float, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of `tokens` [N], each predicted from the state at its place [N] in the flattened batch `ids`."""
-    found = torch.zeros(2, len(tokens), device=ids.device)
+    outputs = torch.zeros(2, len(tokens), device=ids.device)
     if head_is_last(model):
-        with replaced_head(output_head(model), loss_head(places, tokens, temperature, objective, found)):
+        with replaced_head(output_head(model), loss_head(indices, tokens, temperature, objective, outputs)):
             loss = model(input_ids=ids, use_cache=False).logits
     else:
-        loss = full_logits_loss(_logits(model, ids)[places], tokens, temperature, objective, found)
-    return loss, found[0], found[1]
+        loss = full_logits_loss(_logits(model, ids)[indices], tokens, temperature, objective, outputs)
+    return loss, outputs[0], outputs[1]
 
 
-def _logits(model: Callable[..., Any], closed: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=closed, use_cache=False).logits
+def _logits(model: Callable[..., Any], stripped: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=stripped, use_cache=False).logits
     return logits.flatten(0, 1)
 
 
 def response_values(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
     """Value of the state before each of the last `length` tokens, [B, length] float32; 0 at padding."""
-    closed, places, _ = strip_padding(ids, mask, length)
-    return scatter_to_mask(_logits(model, closed)[places, 0], mask[:, -length:])
+    stripped, indices, _ = strip_padding(ids, mask, length)
+    return scatter_to_mask(_logits(model, stripped)[indices, 0], mask[:, -length:])

@@ -1,4 +1,4 @@
-"""A random model from a configuration, and a tokenizer trained on the rows."""
+"""A randomly initialized model from a configuration, and a tokenizer trained on the rows."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 
 
 def scratch_config(model_config: Mapping[str, Any], tokenizer_vocab_size: int) -> PretrainedConfig:
-    """The configuration of a model to train from scratch; vocabulary and special ids come from its tokenizer.
+    """The configuration of a model to train from scratch; its vocabulary and special ids come from its tokenizer later.
 
     Raises:
-        UserError: an unknown architecture or key, or values that do not go together.
+        UserError: an unknown architecture or key, or an invalid configuration.
     """
     given = dict(model_config)
     model_type = given.pop("model_type")
@@ -64,7 +64,7 @@ def write_scratch_model(
     chat_template_path: str | None,
     seed: int,
 ) -> None:
-    """Write a random model, and a tokenizer trained on the rows, as a Hugging Face folder."""
+    """Write a randomly initialized model, and a tokenizer trained on the rows, as a Hugging Face folder."""
     tokenizer = train_tokenizer(
         [render_text(turns) for row in rows for turns in (row.prompt, row.completion)], tokenizer_vocab_size
     )
@@ -79,7 +79,7 @@ def write_scratch_model(
 
 
 def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `size` tokens, which knows every text and begins it with <s>."""
+    """A byte-level BPE tokenizer of at most `size` tokens; it encodes any text, and begins it with <s>."""
     pad, bos, eos = SPECIAL_TOKENS
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,7 +1,7 @@
-"""Gradients summed where they are kept.
+"""Gradients of the embedding and the head, accumulated in place.
 
-The embedding and the head have a row per token of the vocabulary, often half of all weights. autograd makes a whole gradient
-of each in every pass, mostly zeros for the embedding, to add it to the last; here the parts that are not zero are added.
+Both have a row per token of the vocabulary, often half of all weights. In every pass autograd allocates a full gradient of
+each, mostly zeros for the embedding, to add it to the accumulated one; here only the non-zero parts are added.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PIECE = 2**18  # numbers that are added at once
+PIECE = 2**18  # elements added at once
 
 
 def accumulate_in_place(
     embedding: nn.Module, head: nn.Module | None, master: Callable[[nn.Parameter], nn.Parameter]
 ) -> None:
-    """Have the gradients of these two layers' weights summed in place, where they train and the layers are plain ones.
+    """Accumulate these layers' weight gradients in place, if they train and are a plain `nn.Embedding` and `nn.Linear`.
 
     Args:
-        master: given a weight, the one that gets its gradients.
+        master: given a weight, the parameter whose `grad` accumulates its gradients.
     """
     if type(embedding) is nn.Embedding and embedding.weight.requires_grad and _is_plain(embedding):
-        _set_total(embedding.weight, master)
+        _set_accumulator(embedding.weight, master)
         apply: Any = _Embed.apply
         embedding.forward = lambda ids: apply(ids, embedding.weight, embedding.padding_idx)  # type: ignore[method-assign, assignment]
     if type(head) is nn.Linear and head.weight.requires_grad:
-        _set_total(head.weight, master)
+        _set_accumulator(head.weight, master)
 
 
-def _set_total(weight: Any, master: Callable[[nn.Parameter], nn.Parameter]) -> None:
-    weight.total = master(weight)
+def _set_accumulator(weight: Any, master: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    weight.accumulator = master(weight)
 
 
 def _is_plain(embedding: nn.Embedding) -> bool:
@@ -41,30 +41,30 @@ def _is_plain(embedding: nn.Embedding) -> bool:
 
 
 def accumulator_of(weight: Tensor) -> nn.Parameter | None:
-    """The weight in whose `grad` the gradients of this one are to be summed; None where autograd does it."""
-    total: nn.Parameter | None = getattr(weight, "total", None)
-    return total
+    """The parameter whose `grad` accumulates this weight's gradients in place; None where autograd accumulates."""
+    accumulator: nn.Parameter | None = getattr(weight, "accumulator", None)
+    return accumulator
 
 
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor:
-        ctx.ids, ctx.total, ctx.padding = ids, accumulator_of(weight), padding
+        ctx.ids, ctx.accumulator, ctx.padding = ids, accumulator_of(weight), padding
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        total = ctx.total
-        if total.grad is None:
-            total.grad = torch.zeros_like(total)
+        accumulator = ctx.accumulator
+        if accumulator.grad is None:
+            accumulator.grad = torch.zeros_like(accumulator)
         if ctx.padding is not None:
             gradient = gradient.masked_fill((ctx.ids == ctx.padding)[..., None], 0.0)
-        total.grad.index_add_(0, ctx.ids.flatten(), gradient.flatten(0, -2).to(total.dtype))
+        accumulator.grad.index_add_(0, ctx.ids.flatten(), gradient.flatten(0, -2).to(accumulator.dtype))
         return None, None, None
 
 
 def accumulate_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """total + left @ right, in place; a sum of more than one product is float32."""
+    """total + left @ right, in place where dtypes agree; a sum of more than one product is float32."""
     if total is None:
         return left @ right
     if left.dtype == total.dtype:
@@ -75,9 +75,9 @@ def accumulate_product(total: Tensor | None, left: Tensor, right: Tensor) -> Ten
 
 
 def add_in_pieces(total: Tensor, part: Tensor) -> None:
-    """Add a bfloat16 tensor to a float32 one of its shape, in place.
+    """Add a bfloat16 tensor to a float32 one of the same shape, in place.
 
-    In pieces: torch makes a float32 copy of what it adds, which is to stay in the processor's cache.
+    In pieces, because torch first converts what it adds to float32, and that copy should fit the CPU's cache.
     """
     if part.numel() <= PIECE:
         total += part

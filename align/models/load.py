@@ -50,7 +50,7 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
 
 
 def adapter_settings(path: str) -> dict[str, Any] | None:
-    """PEFT's settings of the adapter in `path`; None when `path` holds no adapter alone."""
+    """PEFT's configuration of the adapter in `path`; None unless `path` holds an adapter and no model."""
     file = Path(path) / "adapter_config.json"
     if not file.is_file() or (Path(path) / "config.json").is_file():
         return None
@@ -59,18 +59,18 @@ def adapter_settings(path: str) -> dict[str, Any] | None:
 
 
 def adapter_base(path: str) -> str | None:
-    """The model that the adapter in `path` was trained on; None when `path` holds no adapter alone.
+    """The model that the adapter in `path` was trained on; None unless `path` holds an adapter and no model.
 
     Raises:
-        UserError: it is an adapter of virtual tokens, which no later stage can start from.
+        UserError: it consists of virtual tokens, which no later stage can start from.
     """
     settings = adapter_settings(path)
     if settings is None:
         return None
     if settings["num_virtual_tokens"]:
         raise UserError(
-            f"{path}: holds learnt virtual tokens, which cannot be merged into a model, so that no stage can start from "
-            "them; `align evaluate` and PEFT's AutoPeftModelForCausalLM load them. Train with method: lora for that."
+            f"{path}: holds virtual tokens, which cannot be merged into a model, so no stage can start from them; "
+            "`align evaluate` and PEFT's AutoPeftModelForCausalLM load them. Train with method: lora instead."
         )
     return str(settings["base_model_name_or_path"])
 
@@ -82,19 +82,19 @@ def _looks_local(path: str) -> bool:
 
 
 def is_sequence_to_sequence(config: PretrainedConfig) -> bool:
-    """Whether the model is an encoder with a decoder (T5-like), or the one half of it that is no model by itself."""
+    """Whether the model is an encoder-decoder (T5-like), or one half of such a model."""
     only = config.model_type in seq2seq_lm_types()
     return getattr(config, "is_encoder_decoder", False) or (only and config.model_type not in causal_lm_types())
 
 
 def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether the backbone is an encoder (BERT-like): it reads both ways and cannot generate."""
+    """Whether the backbone is an encoder (BERT-like): bidirectional, and unable to generate."""
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
         return False
     return config.model_type not in causal_lm_types() or config.model_type in ENCODER_TYPES
 
 
-# Encoders that transformers also lists as causal models (for use with `is_decoder`).
+# Encoders that transformers also lists as causal models, for use with `is_decoder`.
 ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "rembert", "big_bird",
                  "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer", "roberta-prelayernorm", "xmod"}  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Which parameters a stage trains: `method` in the recipe, by freezing or by PEFT."""
+"""Which parameters a stage trains: the recipe's `method`, by freezing or by PEFT."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from align.compat import full_shape, keep_differentiable_kernel
 from align.config.base import StageRecipe
 from align.errors import UserError
 
-MERGEABLE = ("lora", "dora", "qlora", "ia3")  # adapters that can become part of the weights
+MERGEABLE = ("lora", "dora", "qlora", "ia3")  # methods whose adapter can be merged into the weights
 
 
-def peft_config(recipe: StageRecipe, task_type: str, trained_whole: Sequence[str] = ()) -> PeftConfig | None:
-    """The adapter that `method` asks for, without dropout; None for methods without one.
+def peft_config(recipe: StageRecipe, task_type: str, modules_to_save: Sequence[str] = ()) -> PeftConfig | None:
+    """The adapter of the recipe's `method`, without dropout; None for methods without one.
 
     Args:
         task_type: PEFT's, such as "CAUSAL_LM".
-        trained_whole: modules to train in full beside the adapter, such as a new head.
+        modules_to_save: names of modules to train in full beside the adapter, such as a new head.
     """
     targets = recipe.lora_target_modules or "all-linear"
-    whole = list(trained_whole) or None
+    full = list(modules_to_save) or None
     if recipe.method in ("lora", "dora", "qlora"):
         return LoraConfig(
             task_type=task_type,
@@ -45,15 +45,16 @@ def peft_config(recipe: StageRecipe, task_type: str, trained_whole: Sequence[str
             lora_dropout=0.0,
             use_dora=recipe.method == "dora",
             target_modules=targets,
-            modules_to_save=whole,
+            modules_to_save=full,
         )
     if recipe.method == "ia3":
-        return IA3Config(task_type=task_type, modules_to_save=whole, target_modules=recipe.lora_target_modules or None)
+        return IA3Config(task_type=task_type, modules_to_save=full, target_modules=recipe.lora_target_modules or None)
     if recipe.method == "prompt":
-        # From embeddings of tokens (arXiv 2104.08691): PEFT's own start is noise, many times longer than an embedding.
-        start = PromptTuningInit.SAMPLE_VOCAB
+        # Initialized from token embeddings (arXiv 2104.08691); PEFT's default is noise, many times larger than an embedding.
         return PromptTuningConfig(
-            task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens, prompt_tuning_init=start
+            task_type=task_type,
+            num_virtual_tokens=recipe.num_virtual_tokens,
+            prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
         )
     if recipe.method == "prefix":
         return PrefixTuningConfig(task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens)
@@ -63,19 +64,19 @@ def peft_config(recipe: StageRecipe, task_type: str, trained_whole: Sequence[str
 def freeze(
     model: PreTrainedModel, head: nn.Module, method: str, freeze_layers: int = 0, trainable_pattern: str | None = None
 ) -> None:
-    """Leave trainable what `method: freeze` or `method: head` says; nothing changes under other methods.
+    """Freeze what `method: freeze` or `method: head` does not train; other methods change nothing.
 
     Args:
-        head: the output head, which `head` trains alone and `freeze_layers` never freezes.
+        head: the output head: all that `method: head` trains; `freeze_layers` never freezes it.
 
     Raises:
-        UserError: there are not so many layers, no parameter fits the pattern, or the head is the embedding.
+        UserError: the model has fewer layers than that, no parameter matches the pattern, or the head is tied to the embedding.
     """
     if method == "head":
         embedding = model.get_input_embeddings()
         if getattr(embedding, "weight", None) is getattr(head, "weight", model):
             raise UserError(
-                "method: head: the model's head is its embedding (tied weights), so all it reads would change; use "
+                "method: head: the model's head is its embedding (tied weights), so training it would change the model's input, too; use "
                 "method: freeze with trainable_pattern."
             )
         model.requires_grad_(False)
@@ -84,14 +85,18 @@ def freeze(
         matching = [p for name, p in model.named_parameters() if re.search(trainable_pattern, name)]
         if not matching:
             some = ", ".join(name for name, _ in list(model.named_parameters())[:4])
-            raise UserError(f"trainable_pattern: {trainable_pattern!r} fits no parameter; their names are like {some}.")
+            raise UserError(
+                f"trainable_pattern: {trainable_pattern!r} matches no parameter; their names are like {some}."
+            )
         model.requires_grad_(False)
         for parameter in matching:
             parameter.requires_grad_(True)
     elif method == "freeze":
         layers = _layers(model)
         if freeze_layers > len(layers):
-            raise UserError(f"freeze_layers: expected at most {len(layers)}, the model's layers, got {freeze_layers}.")
+            raise UserError(
+                f"freeze_layers: expected at most {len(layers)}, the number of the model's layers, got {freeze_layers}."
+            )
         frozen: list[nn.Module] = [model.get_input_embeddings(), *layers[:freeze_layers]]
         for module in frozen:
             module.requires_grad_(False)
@@ -99,25 +104,25 @@ def freeze(
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are, an adapter's among them; under ZeRO-3 over all shards."""
-    if isinstance(model, PeftModel):  # knows of weights that are packed two to a number
-        trained, whole = model.get_nb_trainable_parameters()
-        return int(trained), int(whole)
+    """Number of trained parameters and of all parameters, an adapter's included; under ZeRO-3 over all shards."""
+    if isinstance(model, PeftModel):  # unpacks 4-bit weights, stored two to a byte
+        trained, total = model.get_nb_trainable_parameters()
+        return int(trained), int(total)
     sizes = [(full_shape(p).numel(), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
-    """The transformer blocks: the one list of as many modules as the configuration has layers."""
+    """The transformer blocks: the first `ModuleList` of as many modules as the configuration has layers."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
-    raise UserError(f"freeze_layers: no list of layers was found in {type(model).__name__}; use trainable_pattern.")
+    raise UserError(f"freeze_layers: {type(model).__name__} has no list of layers; use trainable_pattern.")
 
 
-def quantization(method: str, bf16: bool) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for `method: qlora`: 4-bit NormalFloat with double quantisation (arXiv 2305.14314).
+def quantization_kwargs(method: str, bf16: bool) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for `method: qlora`: 4-bit NormalFloat with double quantization (arXiv 2305.14314).
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -128,9 +133,8 @@ def quantization(method: str, bf16: bool) -> dict[str, Any]:
         importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(
-            "method: qlora needs bitsandbytes; `pip install -e '.[qlora]'` in its repository, or use method: lora."
+            "method: qlora needs bitsandbytes; install it by `pip install -e '.[qlora]'` in this repository, or use method: lora."
         ) from error
-    import torch
     from transformers import BitsAndBytesConfig
 
     return {
@@ -144,20 +148,20 @@ def quantization(method: str, bf16: bool) -> dict[str, Any]:
 
 
 def disable_inference_kernels(model: PreTrainedModel) -> None:
-    """Keep the 4-bit layers of a model on the CPU to the kernel that has a gradient; other models are left unchanged."""
+    """Keep a model's 4-bit layers on the CPU kernel that has a gradient; other models are left unchanged."""
     for module in model.modules():
         keep_differentiable_kernel(module)
 
 
 def cast_trained_to_float32(model: nn.Module) -> None:
-    """Have what trains in float32: TRL gives the adapter of a 4-bit model bfloat16, which loses small steps."""
+    """Convert trained parameters to float32: TRL casts the adapter of a 4-bit model to bfloat16, which loses small steps."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
 
 
 def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
-    """The adapter of the recipe's `method` on a model: only it trains. It starts as the identity, the same for one seed."""
+    """Put the adapter of the recipe's `method` on a model, and train only that. It starts as the identity, drawn from the seed."""
     torch.manual_seed(recipe.seed)
     config = peft_config(recipe, "CAUSAL_LM")
     assert config is not None, recipe.method

@@ -1,4 +1,4 @@
-"""The value model, from a reward model or a language model."""
+"""The value model, initialized from a reward model or a language model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from reward_models.heads import score_head
 
 
 def value_head_key_mapping(config: PretrainedConfig) -> dict[str, str] | None:
-    """How weights of a reward model of this configuration are named in the token classifier that makes a value model.
+    """The `key_mapping` by which `from_pretrained` loads a reward model's head as that of a token classifier.
 
-    None when no name changes. Call it outside `sharded_load`, under which even a skeleton would be sharded.
+    None when both have one name. Call it outside `sharded_load`, which shards even models without storage.
 
     Raises:
         UserError: transformers has no token classifier of this architecture.
@@ -30,7 +30,7 @@ def value_head_key_mapping(config: PretrainedConfig) -> dict[str, str] | None:
             target = score_head(AutoModelForTokenClassification.from_config(config))[0]
     except ValueError as error:
         raise UserError(
-            f"value_model_path: transformers has no token classifier of type {config.model_type}, which a value model "
+            f"value_model_path: transformers has no token classifier for {config.model_type}, which a value model "
             "needs; name a model of another architecture."
         ) from error
     return {f"^{source}": target} if source != target else None
@@ -43,10 +43,13 @@ def load_value_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """A model with one value per token, on the weights of a reward model, a value model or a language model.
+    """A model with one value per token, from the weights of a reward model, a value model or a language model.
+
+    Args:
+        key_mapping: from `value_head_key_mapping`.
 
     Returns:
-        the model, and what its head lacks ("weight", "bias"), which the caller has to initialise.
+        the model, and the parameters of its head that `path` lacks ("weight", "bias"), which the caller has to initialize.
     """
     model, report = load_pretrained(
         AutoModelForTokenClassification,

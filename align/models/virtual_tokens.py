@@ -1,4 +1,4 @@
-"""Prompt and prefix tuning outside of training: learnt tokens before every row, which cannot be merged into the weights."""
+"""Inference with prompt and prefix tuning: learned tokens before every row, which cannot be merged into the weights."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from align.compat import active_adapter_config
 from align.errors import UserError
 from align.models.load import adapter_settings, load_policy
 
-KINDS = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+PROMPT_LEARNING_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
 
 
 def prompt_tuning_base(path: str) -> tuple[str, int] | None:
-    """The model that the virtual tokens in `path` were learnt for, and their number; None when `path` holds none.
+    """The base model of the virtual tokens in `path`, and their number; None if `path` holds no virtual tokens.
 
     Raises:
-        UserError: they are of another kind, or not those of a language model.
+        UserError: an adapter type or task that is not supported.
     """
     settings = adapter_settings(path)
     if settings is None or not settings["num_virtual_tokens"]:
         return None
-    kind, task = settings["peft_type"], settings["task_type"]
-    if kind not in KINDS or task != "CAUSAL_LM":
+    adapter_type, task = settings["peft_type"], settings["task_type"]
+    if adapter_type not in PROMPT_LEARNING_TYPES or task != "CAUSAL_LM":
         raise UserError(
-            f"{path}: expected virtual tokens of kind {' or '.join(KINDS)} and task CAUSAL_LM, got {kind} and {task}."
+            f"{path}: expected virtual tokens of type {' or '.join(PROMPT_LEARNING_TYPES)} and task CAUSAL_LM, got {adapter_type} and {task}."
         )
     return str(settings["base_model_name_or_path"]), int(settings["num_virtual_tokens"])
 
@@ -41,7 +41,7 @@ def load_language_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A language model as `load_policy` gives it; on a folder of virtual tokens, one that has these before every row."""
+    """A causal language model as by `load_policy`; from a folder of virtual tokens, their base model with them before each row."""
     found = prompt_tuning_base(path)
     model: nn.Module = load_policy(
         found[0] if found else path,
@@ -55,10 +55,10 @@ def load_language_model(
 
 
 class VirtualTokenModel(nn.Module):
-    """A language model whose rows begin with the virtual tokens of its adapter, under any padding and with a cache.
+    """A language model whose rows begin with the virtual tokens of its adapter, with any padding and with a cache.
 
-    PEFT's own forward takes no positions, so that on a row with padding before it the virtual tokens would be further
-    away from the row than they were in training.
+    PEFT's own forward pass takes no `position_ids`, so the virtual tokens of a left-padded row would be further away from
+    the row than they were in training.
     """
 
     def __init__(self, adapted: PeftModel):
@@ -76,12 +76,12 @@ class VirtualTokenModel(nn.Module):
         past_key_values: Any = None,
         **settings: Any,
     ) -> Any:
-        """The model's output; logits of virtual tokens are among them unless `logits_to_keep` leaves them out.
+        """The model's output; its logits include those of the virtual tokens, unless `logits_to_keep` excludes them.
 
         Args:
             input_ids, position_ids: [B, S]; positions count from 0 at a row's first real token.
-            attention_mask: [B, past + S], of what is in the cache too, virtual tokens apart.
-            past_key_values: a cache; while it is empty, the virtual tokens are put into it.
+            attention_mask: [B, past + S], the cached tokens included, the virtual tokens not.
+            past_key_values: a cache; if it is empty, the virtual tokens are added to it first.
         """
         inputs: dict[str, Any] = {"input_ids": input_ids}
         positions = position_ids + self.length

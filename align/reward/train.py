@@ -192,7 +192,7 @@ def fit(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=peft_config(recipe, "SEQ_CLS", trained_whole=[score_head(model)[0].split(".")[0]]),
+        peft_config=peft_config(recipe, "SEQ_CLS", modules_to_save=[score_head(model)[0].split(".")[0]]),
     )
     before, _ = train(trainer, recipe, tracker, checkpoint)
     save_trained(

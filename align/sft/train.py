@@ -22,7 +22,7 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.models.from_scratch import scratch_config, write_scratch_model
 from align.models.load import load_policy
-from align.models.trainable import cast_trained_to_float32, freeze, parameter_counts, peft_config, quantization
+from align.models.trainable import cast_trained_to_float32, freeze, parameter_counts, peft_config, quantization_kwargs
 from align.runs.manifest import open_stage
 from align.runs.quiet import quiet
 from align.runs.results import SFTResult
@@ -86,7 +86,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
             start,
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
-            **quantization(recipe.method, recipe.bf16),
+            **quantization_kwargs(recipe.method, recipe.bf16),
         )
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         set_seed(recipe.seed)  # TRL 1.14 initialises adapters unseeded

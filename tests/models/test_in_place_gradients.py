@@ -83,7 +83,7 @@ def test_a_loss_that_is_scaled_first_is_refused():
     engine = train_engine(model(), recipe(), ALONE, 1e-2, 2)
     ids, mask, length, _ = batch()
     loss, _, _ = response_loss(engine, ids, mask, length, 1.0, objective)
-    with pytest.raises(RuntimeError, match="summed already"):
+    with pytest.raises(RuntimeError, match="accumulated already"):
         engine.backward(loss * 0.5)
 
 

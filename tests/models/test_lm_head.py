@@ -148,7 +148,7 @@ def test_a_head_with_a_bias_and_a_frozen_one():
 
 @pytest.mark.parametrize("summed", [1, 240, 2**24])
 def test_bfloat16_gives_the_gradient_of_float32_but_for_rounding(monkeypatch, summed):
-    monkeypatch.setattr(head, "SUMMED", summed)  # the weight's gradient in pieces of 4, 8 and all tokens
+    monkeypatch.setattr(head, "PRODUCT", summed)  # the weight's gradient in pieces of 4, 8 and all tokens
     ids, mask, length, _ = batch()
 
     def objective(logprobs, entropy, part):

@@ -280,6 +280,6 @@ def test_more_layers_frozen_than_there_are(tmp_path):
 
 def test_a_pattern_that_fits_nothing(tmp_path):
     with pytest.raises(
-        UserError, match=r"trainable_pattern: 'blocks' fits no parameter; their names are like model.embed"
+        UserError, match=r"trainable_pattern: 'blocks' matches no parameter; their names are like model.embed"
     ):
         run(recipe(tmp_path, method="freeze", trainable_pattern="blocks"))

@@ -109,7 +109,7 @@ def test_other_kinds_are_refused(tmp_path):
     for key, value in (("task_type", "SEQ_CLS"), ("peft_type", "MULTITASK_PROMPT_TUNING")):
         kept = json.loads(file.read_text())
         file.write_text(json.dumps(kept | {key: value}))
-        with pytest.raises(UserError, match=f"expected virtual tokens of kind.* got .*{value}"):
+        with pytest.raises(UserError, match=f"expected virtual tokens of type.* got .*{value}"):
             run(recipe(tmp_path, models={"m": str(folder)}))
         file.write_text(json.dumps(kept))
     file.write_text(json.dumps(kept | {"base_model_name_or_path": str(tmp_path / "gone")}))
@@ -145,7 +145,7 @@ def test_no_stage_starts_from_them(tmp_path, capsys, monkeypatch, stage, keys):
         assert main([command, str(path)]) == 2
         said = capsys.readouterr()
         said = " ".join((said.out + said.err).split())
-        assert "holds learnt virtual tokens" in said, (command, said)
+        assert "holds virtual tokens, which" in said, (command, said)
         assert "no stage can start from them" in said
 
 
