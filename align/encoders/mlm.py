@@ -3,10 +3,10 @@
     align mlm recipe.yaml
     deepspeed --num_gpus 8 --module align mlm recipe.yaml
 
-Rows are {text}. A text of more than `max_length` tokens is cut into even pieces: unlike in the other stages nothing is
-too long, and nothing is lost. What is masked in a piece is a function of seed, epoch and piece, whatever batch or rank
-it falls into; held-out pieces are masked once, so that every evaluation asks the same. The loss of an optimiser step is
-the sum over its masked tokens, of all microbatches and ranks, divided by their number.
+Rows are {text}. A text of more than `max_length` tokens is split into even pieces instead of being a bad row. The mask
+of a piece is a function of seed, epoch and piece, whatever its batch and rank; held-out pieces have one mask for all
+evaluations. The loss of an optimiser step is the sum over the masked tokens of all microbatches and ranks, divided by
+their number.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ from align.trainer.row_trainer import RowTrainer, row_training_arguments
 
 
 def run(recipe: MLMRecipe) -> MLMResult:
-    """Go on training an encoder; returns the closing numbers, also in `stage.json`."""
+    """Continue the pre-training of an encoder; returns the results, which are also in `stage.json`."""
     quiet()
     if open_stage(recipe):
         return MLMResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
-    config, tokenizer = check_inputs(recipe)
+    config, tokenizer = check_mlm_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Passage)
-    length = piece_length(tokenizer, config, recipe)
+    length = piece_length(tokenizer, config, recipe.max_length)
     pieces = tokenize_passages(rows.train, tokenizer, length)
     world.check_rows(len(pieces))
     train_rows = pad_to_batches(pieces, plan.batch_size)
     masking = Masking(tokenizer, recipe.mlm_probability, recipe.seed)
     eval_rows = None
     if rows.evaluation:
-        eval_rows = masking.fixed(tokenize_passages(rows.evaluation, tokenizer, length))
+        eval_rows = masking.mask_once(tokenize_passages(rows.evaluation, tokenizer, length))
         eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
     steps = total_steps(recipe, len(train_rows), plan)
 
@@ -82,9 +82,13 @@ def run(recipe: MLMRecipe) -> MLMResult:
         arguments = row_training_arguments(
             training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
         )
-        model = load_masked_lm(
-            start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+        load_untrained = partial(
+            load_masked_lm,
+            start,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
         )
+        model = load_untrained()
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         trainer = MaskedTrainer(
             model=model,
@@ -95,15 +99,8 @@ def run(recipe: MLMRecipe) -> MLMResult:
             processing_class=tokenizer,
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
-        save_trained(
-            trainer,
-            recipe,
-            world,
-            lambda: load_masked_lm(
-                start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
-            ),
-        )
-        results = closing_numbers(before, after, steps)
+        save_trained(trainer, recipe, world, load_untrained)
+        results = mlm_results(before, after, steps)
         if results["table"]:
             tracker.say("\n" + markdown_table(["measure", "before", "after"], results["table"]))
         if world.is_main:
@@ -115,18 +112,18 @@ def run(recipe: MLMRecipe) -> MLMResult:
     return MLMResult.from_json(recipe.output_dir, results)
 
 
-def check_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of the encoder to start from.
+def check_mlm_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of the encoder to start from, checked against its manifest.
 
     Raises:
-        UserError: it is missing, unfinished or no encoder, or its tokenizer cannot mask.
+        UserError: the model is missing, unfinished or not an encoder, or its tokenizer has no mask token.
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
     config = load_config(path, key, recipe.trust_remote_code)
     if not is_encoder(config) or config.model_type not in masked_lm_types():
         raise UserError(
-            f"{key}: {path} ({config.model_type}) is no encoder that transformers trains by masking; name a BERT-like one, or "
-            "go on training a decoder with the sft stage."
+            f"{key}: {path} ({config.model_type}) is not an encoder with a masked language model in transformers; name a BERT-like one, or "
+            "continue the pre-training of a decoder with the sft stage."
         )
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, key)
@@ -137,7 +134,7 @@ def check_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokeniz
 
 
 def write_masked_lm(recipe: MLMRecipe, folder: Path) -> None:
-    """Write the model to start from: an encoder without a masked-language-model head gets a new one."""
+    """Write the model that training starts from. An encoder without a masked-language-model head gets a new one."""
     load_masked_lm(
         recipe.model_name_or_path,
         attn_implementation=recipe.attn_implementation,
@@ -146,7 +143,7 @@ def write_masked_lm(recipe: MLMRecipe, folder: Path) -> None:
 
 
 class MaskedTrainer(ExactEvaluation, RowTrainer):
-    """Trainer whose loss and accuracy are those of masked tokens, exact over all pieces and ranks."""
+    """Trainer with loss and accuracy of masked tokens, exact over all pieces and ranks."""
 
     accuracy = "accuracy"
 
@@ -161,8 +158,8 @@ class MaskedTrainer(ExactEvaluation, RowTrainer):
         return total, (logits.argmax(dim=-1) == labels).sum()
 
 
-def closing_numbers(before: dict[str, float], after: dict[str, float], steps: int) -> dict[str, Any]:
-    """The stage's results, from the evaluation logs before and after training; without these, only the steps."""
+def mlm_results(before: dict[str, float], after: dict[str, float], steps: int) -> dict[str, Any]:
+    """The stage's results from the evaluation logs before and after training; without evaluation, the steps alone."""
     results: dict[str, Any] = {"steps": steps, "table": []}
     if not after:
         return results

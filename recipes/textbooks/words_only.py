@@ -19,7 +19,8 @@ from torch.nn.functional import one_hot
 from align.config.load import load_recipe
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Labelled
-from align.encoders.labels import LABEL_COLUMNS, find_labels
+from align.encoders import label_metrics
+from align.encoders.labels import find_labels
 from align.runs.tables import markdown_table
 
 recipe = load_recipe("classify", sys.argv[1], sys.argv[2:])
@@ -33,9 +34,11 @@ settings = {"logisticregression__C": [10, 100, 1000], "logisticregression__class
 search = GridSearchCV(words, settings, scoring="accuracy").fit(train, train_ids)
 answers = one_hot(torch.tensor(search.predict(held_out)), len(labels.names)).float()
 targets, weight = torch.tensor(true), torch.ones(len(true))
-counts = labels.counts(answers, targets, weight)
-measures = labels.summary(counts, float(labels.correct(answers, targets).sum()), len(true))
+counts = label_metrics.counts(labels, answers, targets, weight)
+measures = label_metrics.summarize(
+    labels, counts, float(label_metrics.correct(labels, answers, targets).sum()), len(true)
+)
 print(f"{len(train)} training rows, {len(true)} held out, {search.best_params_}")
 for name in ("accuracy", "macro_f1"):
     print(f"{name} {measures[name]:.3f} [{measures[f'{name}_low']:.3f}, {measures[f'{name}_high']:.3f}]")
-print(markdown_table(LABEL_COLUMNS, sorted(labels.table(counts), key=lambda row: -row[1])))
+print(markdown_table(label_metrics.LABEL_COLUMNS, label_metrics.per_label_table(labels, counts)))

@@ -31,8 +31,9 @@ from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.data.rows import Labelled
-from align.encoders.classify import check_inputs, run, write_classifier
-from align.encoders.labels import Labels, find_labels
+from align.encoders import label_metrics
+from align.encoders.classify import check_classifier_inputs, run, write_classifier
+from align.encoders.labels import LabelSet, find_labels
 from align.errors import UserError
 from align.evaluate.statistics import wilson_interval
 from align.runs.checkpoint import complete_checkpoints
@@ -166,11 +167,11 @@ def test_a_decoder_reads_its_last_token_also_when_padding_was_end_of_text(tmp_pa
         run(dataclasses.replace(settings, train_dataset=settings.eval_dataset))  # the same texts on both sides
     settings = recipe(tmp_path, rows, num_train_epochs=15)
     labels = find_labels(labelled("yes", "no"), [], None)
-    inputs = check_inputs(settings)
+    inputs = check_classifier_inputs(settings)
     inputs.tokenizer.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert saved["model_input_names"] == ["input_ids", "attention_mask"]
-    write_classifier(settings, inputs, labels, tmp_path / "untrained")
+    write_classifier(settings, inputs.tokenizer, labels, tmp_path / "untrained")
     assert json.loads((tmp_path / "untrained" / "config.json").read_text())["pad_token_id"] not in (None, 2)
     run(settings)
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
@@ -233,14 +234,14 @@ def test_evaluation_is_exact_and_has_a_baseline(tmp_path, batch, capsys):
 
 
 def test_measures_of_several_labels_by_hand_and_by_scikit_learn():
-    labels = Labels("multi_label_classification", ["x", "y", "z", "w"], {"x": 0, "y": 1, "z": 2, "w": 3})
+    labels = LabelSet("multi_label_classification", ["x", "y", "z", "w"], {"x": 0, "y": 1, "z": 2, "w": 3})
     true = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).float()
     said = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).float()
     weight = torch.tensor([1, 1, 1, 1, 0])  # the last is a padding row
-    counts = labels.counts(said - 0.5, true, weight)
+    counts = label_metrics.counts(labels, said - 0.5, true, weight)
     assert counts.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1]]  # found, missed, wrong
-    correct = float((labels.correct(said - 0.5, true) * weight).sum())
-    measures = labels.summary(counts, correct, 4)
+    correct = float((label_metrics.correct(labels, said - 0.5, true) * weight).sum())
+    measures = label_metrics.summarize(labels, counts, correct, 4)
     assert measures["accuracy"] == 0.5  # rows that are wholly right
     assert measures["micro_f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
     assert measures["macro_f1"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
@@ -250,11 +251,11 @@ def test_measures_of_several_labels_by_hand_and_by_scikit_learn():
 
 
 def test_a_label_that_nobody_has_is_left_out_of_macro_f1():
-    labels = Labels("single_label_classification", ["a", "b", "c"], {"a": 0, "b": 1, "c": 2})
+    labels = LabelSet("single_label_classification", ["a", "b", "c"], {"a": 0, "b": 1, "c": 2})
     true, logits = torch.tensor([0, 0, 1]), torch.eye(3)[[0, 1, 1]]
-    counts = labels.counts(logits, true, torch.ones(3))
+    counts = label_metrics.counts(labels, logits, true, torch.ones(3))
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
-    measured = labels.summary(counts, 2.0, 3)
+    measured = label_metrics.summarize(labels, counts, 2.0, 3)
     assert measured["macro_f1"] == pytest.approx(2 / 3)
     assert measured["macro_f1"] == pytest.approx(f1_score([0, 0, 1], [0, 1, 1], average="macro"))
 
@@ -263,8 +264,8 @@ CONFUSION = torch.tensor([[3, 1, 0, 2], [0, 4, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]
 
 
 def test_each_label_has_a_row_with_what_it_is_taken_for():
-    labels = Labels("single_label_classification", ["a", "b", "c", "d"], {}, frequency=[9, 7, 2, 1])
-    assert labels.table(CONFUSION) == [
+    labels = LabelSet("single_label_classification", ["a", "b", "c", "d"], {}, frequency=[9, 7, 2, 1])
+    assert label_metrics.per_label_table(labels, CONFUSION) == [
         ["a", 9, 6, pytest.approx(3 / 4), pytest.approx(1 / 2), pytest.approx(6 / 10), "d (2), b (1)"],
         ["b", 7, 4, pytest.approx(4 / 5), 1.0, pytest.approx(8 / 9), ""],
         ["c", 2, 2, 1.0, pytest.approx(1 / 2), pytest.approx(2 / 3), "a (1)"],
@@ -272,16 +273,19 @@ def test_each_label_has_a_row_with_what_it_is_taken_for():
     ]
     several = dataclasses.replace(labels, problem_type="multi_label_classification")
     counts = torch.tensor([[2, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1]], dtype=torch.float64)  # found, missed, wrong
-    assert several.table(counts)[:2] == [["a", 9, 2, 1.0, 1.0, 1.0, None], ["b", 7, 2, 0.5, 0.5, 0.5, None]]
-    assert several.table(counts)[3][2:] == [0, 0.0, 0.0, 0.0, None]
-    assert Labels("regression", ["LABEL_0"], {}).table(torch.zeros(6)) == []
+    assert label_metrics.per_label_table(several, counts)[:2] == [
+        ["a", 9, 2, 1.0, 1.0, 1.0, None],
+        ["b", 7, 2, 0.5, 0.5, 0.5, None],
+    ]
+    assert label_metrics.per_label_table(several, counts)[3][2:] == [0, 0.0, 0.0, 0.0, None]
+    assert label_metrics.per_label_table(LabelSet("regression", ["LABEL_0"], {}), torch.zeros(6)) == []
 
 
 def test_the_interval_of_macro_f1_is_that_of_resampled_rows():
     """Against scikit-learn on rows drawn with replacement, one by one."""
-    labels = Labels("single_label_classification", ["a", "b", "c", "d"], {})
+    labels = LabelSet("single_label_classification", ["a", "b", "c", "d"], {})
     counts = CONFUSION * 8
-    measured = labels.summary(counts, float(counts.diagonal().sum()), int(counts.sum()))
+    measured = label_metrics.summarize(labels, counts, float(counts.diagonal().sum()), int(counts.sum()))
     rows = [cell for cell in counts.nonzero().tolist() for _ in range(int(counts[tuple(cell)]))]
     true, said = np.array(rows).T
     random = np.random.default_rng(7)
@@ -290,7 +294,9 @@ def test_the_interval_of_macro_f1_is_that_of_resampled_rows():
     low, high = np.percentile(scores, [2.5, 97.5])
     assert measured["macro_f1"] == pytest.approx(f1_score(true, said, average="macro", zero_division=0))
     assert (measured["macro_f1_low"], measured["macro_f1_high"]) == pytest.approx((low, high), abs=0.015)
-    right = labels.summary(torch.eye(4, dtype=torch.float64), 4.0, 4)  # a resample may lack a label, which is left out
+    right = label_metrics.summarize(
+        labels, torch.eye(4, dtype=torch.float64), 4.0, 4
+    )  # a resample may lack a label, which is left out
     assert (right["macro_f1_low"], right["macro_f1_high"]) == (1.0, 1.0)
 
 
@@ -308,18 +314,21 @@ def test_the_label_set_is_shown_with_its_balance():
 
 @pytest.mark.parametrize("shift", [0.0, 1e6])
 def test_measures_of_a_regression(shift):
-    labels = Labels("regression", ["LABEL_0"], {}, center=shift)
+    labels = LabelSet("regression", ["LABEL_0"], {}, center=shift)
     generator = torch.Generator().manual_seed(0)
     true = torch.randn(50, generator=generator, dtype=torch.float64) + shift
     said = 0.5 * (true - shift) + torch.randn(50, generator=generator, dtype=torch.float64) + shift
     weight = torch.ones(50)
     weight[:5] = 0
-    errors = float((labels.correct(said[:, None], true) * weight).sum())
-    measured = labels.summary(labels.counts(said[:, None], true, weight), errors, 45)
+    errors = float((label_metrics.correct(labels, said[:, None], true) * weight).sum())
+    measured = label_metrics.summarize(labels, label_metrics.counts(labels, said[:, None], true, weight), errors, 45)
     assert measured["mse"] == pytest.approx(float(((said - true)[5:] ** 2).mean()))
     assert measured["pearson"] == pytest.approx(float(torch.corrcoef(torch.stack([said, true])[:, 5:])[0, 1]), abs=1e-6)
     constant = torch.full((50, 1), shift + 0.3, dtype=torch.float64)
-    assert labels.summary(labels.counts(constant, true, weight), errors, 45)["pearson"] == 0.0
+    assert (
+        label_metrics.summarize(labels, label_metrics.counts(labels, constant, true, weight), errors, 45)["pearson"]
+        == 0.0
+    )
 
 
 def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
@@ -400,14 +409,14 @@ def test_labels_and_their_ids(train, problem, names, encoded):
         ([["a"], ["b"]], [["a", "c"]], None, "label 'c' of an evaluation row"),
         ([0, 1], [2], None, "label 2 of an evaluation row"),
         ([0, 3, 1], [], None, "ids go up to 3, and 1 of them occur in no training row, 2 for one"),
-        ([-1, 1], [], None, "expected ids from 0, got -1; write names, or set problem_type: regression"),
+        ([-1, 1], [], None, "expected ids from 0, got -1; use names, or set problem_type: regression"),
         (["a", 1, "b"], [], None, r"got text \(rows.jsonl:1: 'a'\), whole numbers \(rows.jsonl:2: 1\)"),
         (["a", ["a"], "b"], [], None, r"got text .*, lists of text"),
         ([["a"], [1]], [], None, r"got lists of text .*, lists of whole numbers"),
         (["a", "b"], [0.5], None, r"got text .*, fractions \(e.jsonl:1: 0.5\)"),
-        (["a", "a"], [], None, "all 2 training rows have the same, a, so there is nothing to tell apart"),
-        ([["a"], []], [], None, "have the same, a, so"),
-        ([0.5, 0.5], [], None, "have the same, 0.5, so"),
+        (["a", "a"], [], None, "all 2 training rows have the same label, a, so there is nothing to learn"),
+        ([["a"], []], [], None, "have the same label, a, so"),
+        ([0.5, 0.5], [], None, "have the same label, 0.5, so"),
         (["a", "b"], [], "regression", r"problem_type: regression needs fractions or whole numbers .* have text"),
         ([0.5, 1.0], [], "single_label_classification", "needs text or whole numbers as `label`, and the rows have fractions"),
         ([1, 0], [], "multi_label_classification", "needs lists of text or lists of whole numbers"),
@@ -565,12 +574,12 @@ def test_a_run_killed_after_its_last_evaluation_still_has_its_table_of_labels(tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("align.encoders.classify.label_table", killed)
+        patch.setattr("align.encoders.classify.last_label_table", killed)
         with pytest.raises(KeyboardInterrupt):
             run(settings)
     assert [path.name for path in complete_checkpoints(settings.output_dir)] == ["checkpoint-4"]
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"))
-    assert run(settings) == run(whole)
+    assert run(settings) == dataclasses.replace(run(whole), output_dir=settings.output_dir)
     tables = [(Path(each.output_dir) / "samples.jsonl").read_text() for each in (settings, whole)]
     assert tables[0] == tables[1] != ""
 

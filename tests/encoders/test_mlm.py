@@ -26,7 +26,7 @@ from align.config.encoders import ClassifyRecipe, MLMRecipe
 from align.config.reward import RewardRecipe
 from align.data.rows import Passage
 from align.encoders.masking import Masking
-from align.encoders.mlm import closing_numbers, run
+from align.encoders.mlm import mlm_results, run
 from align.encoders.tokenize import tokenize_passages
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
@@ -211,7 +211,7 @@ def test_long_texts_are_cut_into_even_pieces_and_nothing_is_lost():
     assert pieces == ["abcdef", "ghijklm", "nopqrs", "tuvwxyz", "abcdef", "aaaa", "aaaaa", "z"]
     assert all((ids[0], ids[-1]) == (1, 2) and len(ids) <= 10 for ids in data["input_ids"])
     assert data["row"][:] == list(range(8))
-    with pytest.raises(UserError, match="max_length: 2 tokens have no room for text"):
+    with pytest.raises(UserError, match="max_length: 2 tokens leave no room for text"):
         tokenize_passages([Passage("a", "x")], tokenizer, 2)
 
 
@@ -294,10 +294,11 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
 
     llama = save_tiny_policy(tmp_path / "llama")
     refused(
-        r"is no encoder that transformers trains by masking; .* decoder with the sft stage", model_name_or_path=llama
+        r"is not an encoder with a masked language model in transformers; .* decoder with the sft stage",
+        model_name_or_path=llama,
     )
     refused("model_name_or_path: no model at", model_name_or_path=str(tmp_path / "nowhere"))
-    refused("in 1 held-out pieces of text no token is masked", eval_texts=["q"], mlm_probability=1e-9)
+    refused("no token of the 1 held-out pieces of text is masked", eval_texts=["q"], mlm_probability=1e-9)
     refused("`text` is not text: 1", texts=["ab", 7])
     refused("empty `text`: 1", texts=["ab", " "])
     letter_tokenizer().save_pretrained(tmp_path / "base")
@@ -358,5 +359,5 @@ def test_a_finished_stage_is_a_plain_model_folder(tmp_path, capsys):
 
 def test_a_diverged_model_has_a_finite_perplexity():
     log = {"eval_loss": 800.0, "eval_accuracy": 0.0}
-    table = {name: numbers for name, *numbers in closing_numbers(log, log, 1)["table"]}
+    table = {name: numbers for name, *numbers in mlm_results(log, log, 1)["table"]}
     assert table["held-out perplexity of masked tokens"] == pytest.approx([1.0142320547350045e304] * 2)

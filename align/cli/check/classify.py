@@ -13,7 +13,7 @@ from align.cli.check.training import TrainingCheck
 from align.config.encoders import ClassifyRecipe
 from align.data.load import Rows
 from align.data.rows import Labelled
-from align.encoders.classify import check_inputs
+from align.encoders.classify import check_classifier_inputs
 from align.encoders.labels import find_labels
 from align.encoders.tokenize import tokenize_labelled
 from align.models.load import head_modules
@@ -29,14 +29,21 @@ class ClassifyCheck(TrainingCheck[ClassifyRecipe]):
     def start(self, recipe: ClassifyRecipe, rows: Rows | None, folder: Path) -> Start | None:
         if rows is None:
             return None
-        inputs = check_inputs(recipe)
+        inputs = check_classifier_inputs(recipe)
         labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
         inputs.config.num_labels = len(labels.names)
-        return Start(inputs.config, inputs.tokenizer, inputs.encoder, labels=labels)
+        return Start(inputs.config, inputs.tokenizer, inputs.is_encoder, labels=labels)
 
     def sample(self, recipe: ClassifyRecipe, rows: Sequence[Labelled], start: Start) -> Sample:
         assert start.labels is not None
-        data, bad = tokenize_labelled(rows, start.tokenizer, start.labels, recipe, start.encoder)
+        data, bad = tokenize_labelled(
+            rows,
+            start.tokenizer,
+            start.labels,
+            max_length=recipe.max_length,
+            on_bad_row=recipe.on_bad_row,
+            is_encoder=start.encoder,
+        )
         ids = data[0]["input_ids"]
         read = 0 if start.encoder else len(ids) - 1
         note = f"marked: the token from which the label is read; {start.labels.problem_type}, {start.labels.describe()}"

@@ -15,7 +15,7 @@ from align.data.load import Rows
 from align.data.rows import Passage
 from align.data.tokenize import IGNORE_INDEX
 from align.encoders.masking import Masking
-from align.encoders.mlm import check_inputs
+from align.encoders.mlm import check_mlm_inputs
 from align.encoders.tokenize import piece_length, tokenize_passages
 
 
@@ -26,10 +26,10 @@ class MLMCheck(TrainingCheck[MLMRecipe]):
     auto = AutoModelForMaskedLM
 
     def start(self, recipe: MLMRecipe, rows: Rows | None, folder: Path) -> Start:
-        return Start(*check_inputs(recipe), encoder=True)
+        return Start(*check_mlm_inputs(recipe), encoder=True)
 
     def sample(self, recipe: MLMRecipe, rows: Sequence[Passage], start: Start) -> Sample:
-        data = tokenize_passages(rows, start.tokenizer, piece_length(start.tokenizer, start.config, recipe))
+        data = tokenize_passages(rows, start.tokenizer, piece_length(start.tokenizer, start.config, recipe.max_length))
         ids = data[0]["input_ids"]
         masked, labels = Masking(start.tokenizer, recipe.mlm_probability, recipe.seed).mask(ids, 0, 0)
         note = f"marked: the tokens to predict; {len(data)} pieces"

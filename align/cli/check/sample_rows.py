@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.data.templates import TASK, TEMPLATE
-from align.encoders.labels import Labels
+from align.encoders.labels import LabelSet
 from align.models.context_length import check_rows_fit
 
 SAMPLED_ROWS = 512  # training rows that are tokenised
@@ -28,7 +28,7 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     encoder: bool = False
     others: dict[str, PretrainedConfig] = field(default_factory=dict)
-    labels: Labels | None = None  # of a classifier
+    labels: LabelSet | None = None  # of a classifier
 
 
 @dataclass(frozen=True, slots=True)
