@@ -9,15 +9,7 @@ import pytest
 from align.data.formats import choose_formats, read_row
 from align.data.rows import Demonstration, Preference, Prompt, as_response, render_text
 from align.errors import BadRow
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
+from tests.data.messages import assistant, user
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: 2+2?\n\nAssistant: {}"

@@ -19,17 +19,13 @@ from align.data.mixture import describe_task_shares, times_used
 from align.data.rows import Demonstration, Preference, Prompt, Turns
 from align.data.templates import task_name
 from align.errors import UserError
+from tests.worlds import write_jsonl
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(count)]
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def load(*sources: str | DataSource, form: type = Demonstration, **keys: Any) -> Rows:

@@ -21,6 +21,7 @@ from align.data.load import DataSettings, load_rows
 from align.data.rows import Demonstration, Preference, Prompt, Turns
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.errors import BadRow, UserError
+from tests.data.messages import assistant, user
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 STORIES = SHARED / "stories260K" / "hf"
@@ -88,14 +89,6 @@ def stories() -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {"chatml": chatml, "llama": llama, "stories": stories}
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 def learnt(tokenizer: Any, row: Demonstration, **keys: Any) -> list[str]:
@@ -213,7 +206,7 @@ class TestByHand:
 
     def test_encoder_pairs(self):
         tokenizer = make_tokenizer(["[CLS]", "[SEP]"], sep_token="[SEP]")
-        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
         )
         first = tokenizer("User: two\n\nAssistant: cat\n\nUser: mat", add_special_tokens=False)["input_ids"]
@@ -343,11 +336,11 @@ class TestBadRows:
 
     def test_truncation_that_a_tokenizer_file_asks_for(self):
         tokenizer = llama()
-        tokenizer._tokenizer.enable_truncation(4)
-        tokenizer._tokenizer.enable_padding(length=4)
+        tokenizer.backend_tokenizer.enable_truncation(4)
+        tokenizer.backend_tokenizer.enable_padding(length=4)
         assert len(encode_pair(tokenizer, "p" * 20, "c" * 20)) == 42
         assert len(encode_pair(tokenizer, "p", "c")) == 4
-        tokenizer._tokenizer.enable_truncation(4)
+        tokenizer.backend_tokenizer.enable_truncation(4)
         assert len(encode_pair(tokenizer, "p" * 20, "c" * 20, is_encoder=True)) == 40
 
     def test_no_chat_template(self):

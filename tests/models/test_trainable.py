@@ -20,7 +20,7 @@ from align.models.trainable import parameter_counts
 from align.sft.train import run
 from tests import ranks
 from tests.models.trainable_worker import train_each
-from tests.sft.test_train import ROWS, nll, recipe
+from tests.sft.letter_rows import ROWS, nll, recipe
 from tests.worlds import deepspeed_file, letter_ids, metrics, save_recipe, save_tiny_policy, tiny_llama, trained
 
 HELD_OUT = [("ac", "d"), ("e", "fghijkl")]

@@ -17,7 +17,7 @@ from align.errors import UserError
 from align.evaluate.compare import run
 from align.evaluate.inputs import prepare_inputs
 from tests.evaluate.test_compare import ROWS, judged, predictions, recipe, rows, values
-from tests.sft.test_train import recipe as sft_recipe
+from tests.sft.letter_rows import recipe as sft_recipe
 from tests.worlds import LETTERS, letter_ids, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
 TOKENS = 5

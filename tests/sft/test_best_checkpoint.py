@@ -14,7 +14,7 @@ from align.config.load import load_recipe
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.sft.train import run
-from tests.sft.test_train import ROWS, nll, recipe
+from tests.sft.letter_rows import ROWS, nll, recipe
 from tests.worlds import metrics, trained
 
 HELD_OUT = [("ab", "d"), ("k", "m"), ("q", "zs"), ("b", "c")]

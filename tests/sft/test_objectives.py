@@ -22,7 +22,7 @@ from align.sft.fused_head import HAS_FUSED_HEAD, token_scores
 from align.sft.train import run
 from align.sft.trainer import example_mean_weights
 from tests.ranks import run_stage
-from tests.sft.test_train import ROWS, SCRATCH, recipe
+from tests.sft.letter_rows import ROWS, SCRATCH, recipe
 from tests.worlds import (
     deepspeed_file,
     letter_ids,

@@ -39,7 +39,7 @@ from align.sft.train import run
 from align.sft.trainer import DemonstrationTrainer
 from tests.documented_metrics import undocumented
 from tests.ranks import run_stage
-from tests.sft.test_train import ROWS, nll, recipe
+from tests.sft.letter_rows import ROWS, nll, recipe
 from tests.worlds import (
     LETTERS,
     deepspeed_file,
