@@ -1,8 +1,8 @@
-"""Models, prompts and responses whose work is known: every program that runs them does the same.
+"""Models, prompts and responses with a known amount of work, the same for every program that runs them.
 
 A token is a word of a vocabulary of V and a count, its id modulo 1024. The policy follows each token by the one with the
 next lower count, and count 0 by end-of-text, with a probability of nearly 1: the last token of a prompt sets the length
-of the response. Otherwise the models are Llamas with random weights, and cost what any of their size costs.
+of the response. Apart from this the models are Llamas with random weights, with the cost of any of their size.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make_models(folder: Path, size: str, positions: int = 2048) -> dict[str, str
     settings = config(size, positions)
     policy = LlamaForCausalLM(settings)
     with torch.no_grad():
-        for layer in policy.model.layers:  # what a layer adds must not hide the token that it is added to
+        for layer in policy.model.layers:  # the residual branches must not drown the token embedding
             layer.self_attn.o_proj.weight.mul_(0.02)
             layer.mlp.down_proj.weight.mul_(0.02)
         words = torch.nn.functional.normalize(torch.randn(settings.vocab_size, settings.hidden_size), dim=1)
@@ -78,7 +78,7 @@ def make_tokenizer(size: int, positions: int) -> PreTrainedTokenizerFast:
 def write_prompts(
     path: Path, size: str, count: int, lengths: tuple[int, int], responses: tuple[int, int], seed: int = 0
 ) -> None:
-    """JSON lines of `prompt`: their lengths, and those of their responses, are spread evenly over the two ranges."""
+    """JSON lines of `prompt`, with lengths of prompts and responses evenly distributed over the two ranges."""
     draw = random.Random(seed)
     vocabulary = SIZES[size][-1]
     with path.open("w", encoding="utf-8") as file:
@@ -109,9 +109,9 @@ def write_rows(
     prompts: tuple[int, int] = (16, 64),
     answers: tuple[int, int] = (8, 64),
 ) -> int:
-    """JSON lines of demonstrations (`stage` sft) or pairs of random words; returns the tokens that they come to.
+    """JSON lines of demonstrations (`stage` sft) or pairs of random words; returns their number of tokens.
 
-    Lengths are drawn evenly from the range of `prompts`; of `answers` their logarithms are, for most answers are short.
+    Lengths are drawn evenly from the range of `prompts`; those of `answers` are log-uniform, so that most answers are short.
     """
     draw = random.Random(0)
     tokens = 0
@@ -125,7 +125,7 @@ def write_rows(
             row = {"prompt": text(prompt)}
             for name in ("completion",) if stage == "sft" else ("chosen", "rejected"):
                 length = round(answers[0] * (answers[1] / answers[0]) ** draw.random())
-                row[name] = " " + text(length - 1)  # who trains on it adds end-of-text
+                row[name] = " " + text(length - 1)  # training appends EOS
                 tokens += prompt + length
             file.write(json.dumps(row) + "\n")
     return tokens

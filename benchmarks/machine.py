@@ -1,4 +1,4 @@
-"""What this machine can do, and what a PPO step must ask of it."""
+"""The limits of this machine, and the work that a PPO step requires."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def best(call: Callable[[], Any], device: torch.device, seconds: float = 1.0) -> float:
-    """Least time of a call in seconds, after a warm-up: what the machine can do when nothing disturbs it."""
+    """Shortest time of a call in seconds, after a warm-up."""
 
     def timed() -> float:
         began = time.perf_counter()
@@ -30,7 +30,7 @@ def best(call: Callable[[], Any], device: torch.device, seconds: float = 1.0) ->
 
 
 def rates(device: torch.device) -> dict[str, float]:
-    """Matmul rates in GFLOP/s, for a square and for the best of a transformer's shapes, and memory bandwidth in GB/s."""
+    """Matmul rates in GFLOP/s for a square and for the fastest of a transformer's shapes, and memory bandwidth in GB/s."""
     found: dict[str, float] = {}
     size = 2048 if device.type == "cpu" else 8192
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -62,7 +62,7 @@ def describe(device: torch.device) -> str:
 
 
 def step_flops(shape: Sequence[int], prompts: Sequence[int], responses: Sequence[int], epochs: int) -> dict[str, float]:
-    """Floating-point operations that one PPO step must do, by phase, no padding and no work done twice.
+    """Floating-point operations that one PPO step requires, by phase, without padding or recomputation.
 
     Every token passes the matrices once per forward pass (2 operations a weight), the head only where a response token
     is predicted, and looks at every token before it; a training pass costs three forward passes. The policy's old
@@ -90,6 +90,6 @@ def step_flops(shape: Sequence[int], prompts: Sequence[int], responses: Sequence
 
 
 def decode_bytes(shape: Sequence[int], responses: Sequence[int], bytes_each: int) -> float:
-    """Bytes of weights that sampling must read: all of them once for every token of the longest response."""
+    """Bytes of weights that sampling must read: all weights once per token of the longest response."""
     hidden, layers, _, intermediate, vocabulary = shape
     return bytes_each * max(responses) * (layers * (4 * hidden**2 + 3 * hidden * intermediate) + hidden * vocabulary)

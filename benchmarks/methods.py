@@ -1,14 +1,14 @@
-"""What each `method` of the SFT stage trains, what it takes, and what it comes to: one model, one table.
+"""Trained parameters, memory, time and loss of each `method` of the SFT stage, on one model, as a table.
 
     OMP_NUM_THREADS=1 python benchmarks/methods.py
 
-It prints what it measured as JSON, and a table.
+Prints the measurements as JSON, and a table.
 
-Nothing is downloaded: a Llama of some ten million parameters is trained from scratch for a while on the texts of
-`recipes/quickstart/world.py`, then fine-tuned on its demonstrations by the real stage, each method in a process of its
-own. Memory is the peak resident set of that whole process, Python and libraries included, up to the end of training.
-Time is what the process spends on a processor from one optimiser step to the next, the median of all steps: it hardly
-depends on what else the machine does. With one thread (`OMP_NUM_THREADS=1`) it is the wall time of an idle machine.
+Nothing is downloaded: a Llama of about ten million parameters is trained from scratch briefly on the texts of
+`recipes/quickstart/world.py`, then fine-tuned on its demonstrations by the actual stage, each method in its own process.
+Memory is the peak resident set of that process, including Python and libraries, up to the end of training. Time is the
+median over optimiser steps of the CPU time from one step to the next, which hardly depends on other load of the machine.
+With one thread (`OMP_NUM_THREADS=1`) it is the wall time on an idle machine.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All methods on one model: parameters, memory, times and losses by method, and where and when it was."""
+    """All methods on one model: parameters, memory, times and losses by method, with machine and date."""
     base = {
         **COMMON,
         "output_dir": str(folder / "base"),
@@ -124,7 +124,7 @@ def typical(name: str, runs: list[dict[str, Any]]) -> Any:
 
 
 def run(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Run the SFT stage on a recipe in a process of its own; returns what `measure` says there."""
+    """Run the SFT stage on a recipe in its own process; returns the result of `measure` there."""
     path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
     paths = [str(ROOT), str(ROOT / "recipes" / "quickstart"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
@@ -139,7 +139,7 @@ def run(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(path: Path) -> dict[str, Any]:
-    """Run the SFT stage here, and say what it took."""
+    """Run the SFT stage in this process; returns time, memory, losses and parameters."""
     from transformers import TrainerCallback
 
     from align.cli.check.memory import count_parameters
@@ -175,7 +175,7 @@ def measure(path: Path) -> dict[str, Any]:
 
 
 def whole(recipe: Any) -> int:
-    """Parameters of the model that was started from, or made."""
+    """Parameters of the model that training starts from."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from align.cli.check.memory import count_parameters, skeleton
@@ -185,7 +185,7 @@ def whole(recipe: Any) -> int:
 
 
 def peak() -> float:
-    """The largest resident set that this process has had, in MiB."""
+    """The peak resident set of this process, in MiB."""
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest / (2**20 if sys.platform == "darwin" else 2**10)
 
@@ -197,7 +197,7 @@ def machine() -> str:
 
 
 def show(found: dict[str, Any]) -> None:
-    """The table on screen."""
+    """Print the table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Curves in several panels beside each other, as one SVG picture, without a library. Vertical axes are logarithmic."""
+"""Line plots in several panels as one SVG, without a library. Vertical axes are logarithmic."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ COLUMNS = 3
 WIDTH, HEIGHT = 320, 260  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 24, 44  # its margins
 LEGEND = 32  # height of the line of names above all panels
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#888888")  # told apart by all eyes (Okabe and Ito)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#888888")  # colour-blind safe (Okabe and Ito)
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves over the same values: numbers, above 0, lie on a logarithmic axis, and words side by side."""
+    """Curves over the same x values: positive numbers on a logarithmic axis, or words at equal distances."""
 
     title: str  # of the horizontal axis, with its unit
     values: Sequence[float | str]
-    curves: Mapping[str, Sequence[float]]  # what is not above 0 is left out
+    curves: Mapping[str, Sequence[float]]  # values that are not positive are left out
 
 
 def draw(panels: Sequence[Panel], unit: str, dashed: str) -> str:
-    """An SVG document with all panels, whose curves of one name look alike.
+    """An SVG document with all panels; curves of the same name have the same style.
 
     Args:
         unit: of all vertical axes.
-        dashed: name of the curves that are drawn with dashes.
+        dashed: name of the curves to draw dashed.
     """
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
     colours = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
@@ -77,7 +77,7 @@ def _panel(panel: Panel, unit: str, colours: Mapping[str, str], dashed: str) -> 
 
 
 def ticks(numbers: Sequence[float]) -> list[float]:
-    """1, 2 and 5 times powers of ten from below the least number to above the greatest; powers alone if that is many."""
+    """1, 2 and 5 times powers of ten around the range of the numbers; only the powers if these are too many."""
     powers = range(math.floor(math.log10(min(numbers))), math.ceil(math.log10(max(numbers))) + 2)
     for sizes in ((1, 2, 5), (1,)):
         steps = [float(f"{size}e{power}") for power in powers for size in sizes]

@@ -1,12 +1,12 @@
-"""What a step of PPO costs, phase by phase, beside the machine's limit and beside TRL 1.12.
+"""The cost of a PPO step by phase, compared with the machine's limit and with TRL 1.12.
 
     python benchmarks/ppo.py --sizes 1M 10M --json results.json
     python benchmarks/ppo.py --sizes 10M --against-trl "$(benchmarks/trl_env.sh)"
     python benchmarks/ppo.py --sizes 10M --ranks 2 --zero 3
 
-Runs the stage as its user does, on models and prompts made for it (`countdown.py`). Rounds of the programs that are
-compared alternate, and medians over all updates of all rounds are reported; the first update of a process warms up.
-Peak memory is that of the largest process, everything included.
+Runs the stage as a user would, on synthetic models and prompts (`countdown.py`). Rounds alternate between the programs, and
+medians over all updates of all rounds are reported; the first update of a process is a warm-up. Peak memory is that of the
+largest process, including libraries.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def share_of_limit(
     machine: dict[str, float],
     seconds: dict[str, float],
 ) -> dict[str, float]:
-    """Least time of each phase, by operations and by bytes, over the time that it took."""
+    """Minimum time of each phase, by operations and by bytes, divided by the measured time."""
     kind = "bfloat16" if arguments.bf16 else "float32"
     work = step_flops(SIZES[size], [p for p, _ in lengths], [r for _, r in lengths], arguments.epochs)
     least = {phase: flops / (machine[f"{kind}_gflops"] * 1e9) for phase, flops in work.items()}
@@ -137,7 +137,7 @@ def run_align(
         "per_device_eval_batch_size": arguments.batch,
         "max_prompt_length": max(arguments.prompt_lengths),
         "response_length": max(arguments.response_lengths),
-        "learning_rate": 1e-9,  # the responses are to stay as long as they are
+        "learning_rate": 1e-9,  # the response lengths must not change
         "bf16": arguments.bf16,
         "logging_steps": 1,
         "skip_self_checks": True,

@@ -1,4 +1,4 @@
-"""Running the programs that are measured, and writing down what was found."""
+"""Run the programs to measure, and report the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(words: list[str], threads: int) -> tuple[str, int]:
-    """Standard output, and the peak resident memory in bytes of the largest process."""
+    """Run a command; returns its standard output, and the peak resident memory in bytes of its largest process."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -28,7 +28,7 @@ def run(words: list[str], threads: int) -> tuple[str, int]:
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = psutil.Popen(words, stdout=output, stderr=errors, env=environment, cwd=ROOT)
         peak = 0
-        while process.poll() is None:  # what getrusage says of a child starts from its parent's memory
+        while process.poll() is None:  # getrusage of a child starts from its parent's memory
             with contextlib.suppress(psutil.Error):
                 peak = max(peak, *(peak_memory(child.pid) for child in [process, *process.children(recursive=True)]))
             time.sleep(0.05)
@@ -40,7 +40,7 @@ def run(words: list[str], threads: int) -> tuple[str, int]:
 
 
 def peak_memory(pid: int) -> int:
-    """Peak resident memory of a process so far in bytes; 0 when it is gone."""
+    """Peak resident memory of a process so far, in bytes; 0 if it has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM"):
@@ -49,7 +49,7 @@ def peak_memory(pid: int) -> int:
 
 
 def free_port() -> int:
-    """A port for the launcher: its own choice is the same for every run of a machine."""
+    """A free port for the launcher, whose default is the same for all runs on a machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

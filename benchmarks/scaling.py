@@ -1,12 +1,12 @@
-"""How the cost of a PPO step grows: with response length, batch size, model size, ranks and ZeRO stage.
+"""How the cost of a PPO step scales with response length, batch size, model size, ranks and ZeRO stage.
 
     python benchmarks/scaling.py --json scaling.json --picture scaling.svg
-    python benchmarks/scaling.py --sizes --ranks --zeros        # an axis without values is left out
+    python benchmarks/scaling.py --sizes --ranks --zeros        # an axis without values is skipped
 
-Each point is a measurement of `ppo.py`; along an axis one setting varies, and the others are those of the base point. All
-responses of a point have the same length, and all prompts. Cost is seconds per response token, of all ranks together.
-Beside it stands what the operations that the step must do come to (`machine.py`), relative to the first point of the axis.
-Ranks share the threads, so that all points have the same machine.
+Each point is a measurement with `ppo.py`; along an axis one setting varies, and the others are those of the base point. All
+prompts of a point have the same length, and so do all responses. Cost is seconds per response token over all ranks, reported
+with the number of required operations (`machine.py`), both relative to the first point of the axis. Ranks share the threads,
+so that all points use the same machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EXPECTED = "total, if as operations"
 
 
 class Point(NamedTuple):
-    """What one measurement is of. ZeRO stage 0 is a run without a DeepSpeed file."""
+    """The settings of one measurement. ZeRO stage 0 is a run without a DeepSpeed file."""
 
     response_length: int
     batch: int
@@ -118,7 +118,7 @@ def axes(arguments: argparse.Namespace) -> Axes:
 
 
 def measure(arguments: argparse.Namespace, point: Point, machine: dict[str, float]) -> dict[str, Any]:
-    """What `ppo.py` finds at this point: seconds of an update by phase, and peak memory."""
+    """Measure this point with `ppo.py`: seconds of an update by phase, and peak memory."""
     settings: dict[str, list[Any]] = {
         "sizes": [point.size], "batch": [point.batch], "ranks": [point.ranks],
         "response_lengths": [point.response_length] * 2, "prompt_lengths": [arguments.prompt_length] * 2,
@@ -146,7 +146,7 @@ def operations(arguments: argparse.Namespace, point: Point) -> dict[str, float]:
 def summarise(
     seconds: Sequence[dict[str, float]], work: Sequence[dict[str, float]], tokens: Sequence[int]
 ) -> dict[str, Any]:
-    """Cost per response token along an axis, by phase: in seconds, and relative to the axis' first point.
+    """Cost per response token along an axis, by phase: in seconds, and relative to the first point.
 
     Args:
         seconds, work: of an update at each point, by phase.
@@ -170,7 +170,7 @@ def summarise(
 
 
 def picture(found: dict[str, Any]) -> str:
-    """All axes as panels: milliseconds per response token by phase."""
+    """All axes as panels of milliseconds per response token by phase."""
     panels = []
     for name, axis in found.items():
         curves = {phase: [1e3 * second for second in line] for phase, line in axis["seconds_per_token"].items()}

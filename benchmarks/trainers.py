@@ -1,11 +1,11 @@
-"""Tokens per second of the SFT and reward stages, beside plain TRL in the same environment.
+"""Tokens per second of the SFT and reward stages, compared with plain TRL in the same environment.
 
     python benchmarks/trainers.py --sizes 1M 10M --json results.json
 
 Both programs train the same model on the same rows in the same order, with the same batches, epochs and optimiser steps.
-They take turns. The seconds of a step are the median over rounds; loading, tokenising, evaluation and saving are not in
-them, nor are the first steps of a process. Peak memory is that of the whole process. That the work is the same is
-checked: real tokens must agree, with each other and with the rows, and losses are compared.
+Their rounds alternate. The seconds of a step are the median over rounds, without loading, tokenisation, evaluation, saving and
+the first steps of a process. Peak memory is that of the entire process. The work is checked to be the same: the numbers of
+real tokens must agree with each other and with the rows, and losses are compared.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from programs import ROOT, report, run, short
 from rich.console import Console
 from rich.table import Table
 
-MODES = {  # what is compared: the stage, and keys of its recipe
+MODES = {  # stage and recipe keys of each comparison
     "sft, padding-free": ("sft", {"padding_free": True}),
     "sft, padded": ("sft", {"padding_free": False}),
     "reward": ("reward", {}),
 }
-COMPARED = 5  # steps whose losses are compared: later ones drift apart by rounding
+COMPARED = 5  # steps whose losses are compared; later ones diverge by rounding
 SAME = {"learning_rate": 1e-4, "seed": 42}
 Step = dict[str, float]
 
@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace, mode: str, size: str, folder: Path) -
 
 
 def compare(runs: dict[str, list[list[Step]]], peaks: dict[str, list[int]], warm_up: int) -> dict[str, Any]:
-    """What the runs of both programs come to. Each ratio is above 1 where ours is faster, or takes less memory."""
+    """The results of both programs. Ratios are above 1 where align is faster or takes less memory."""
     first = {name: rounds[0] for name, rounds in runs.items()}
     tokens = {name: steps[-1]["tokens"] - steps[warm_up - 1]["tokens"] for name, steps in first.items()}
     if tokens["align"] != tokens["trl"]:
@@ -142,7 +142,7 @@ def run_align(
 
 
 def read_steps(lines: Sequence[str]) -> list[Step]:
-    """Steps from `metrics.jsonl`, written when a step is done: from one line to the next. The first has no seconds."""
+    """Steps from `metrics.jsonl`; the seconds of a step are those since the previous line, and unknown for the first."""
     logged = [entry for entry in map(json.loads, lines) if "train/loss" in entry]
     stamps = [datetime.fromisoformat(entry["time"]).timestamp() for entry in logged]
     seconds = [float("nan"), *(after - before for before, after in itertools.pairwise(stamps))]

@@ -1,4 +1,4 @@
-"""A PPO run of TRL 1.12, in its own environment: one JSON line per update, with the seconds of its phases.
+"""A PPO run with TRL 1.12 in its own environment; prints one JSON line per update with the seconds of its phases.
 
     outputs/trl-1.12/bin/python benchmarks/trl_ppo.py SPEC.json > updates.jsonl
 
@@ -44,7 +44,7 @@ def timed(name: str, function: Any) -> Any:
 
 
 class Updates(TrainerCallback):
-    """Prints the seconds of each update. What is neither sampling nor scoring is the update, as in TRL's loop."""
+    """Prints the seconds of each update. All time outside sampling and scoring counts as update, as in TRL's loop."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()

@@ -1,8 +1,8 @@
-"""SFT or a reward model by plain TRL: one JSON line per optimiser step, with its seconds, loss and tokens so far.
+"""SFT or a reward model with plain TRL; prints one JSON line per optimiser step with its seconds, loss and tokens so far.
 
     python benchmarks/trl_trainers.py SPEC.json > steps.jsonl
 
-SPEC.json: stage, paths and sizes; `benchmarks/trainers.py` writes it. Settings are TRL's own, but for what is named here.
+SPEC.json: stage, paths and sizes; `benchmarks/trainers.py` writes it. Settings are TRL's defaults, except those set here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from reward_models.heads import init_head
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
-    """Prints each step when it is logged, which is when the stage of ours writes its line."""
+    """Prints each step when it is logged, which is when align's stage writes its line."""
 
     began = 0.0
 
@@ -64,11 +64,11 @@ def main() -> None:
     if spec["stage"] == "sft":
         model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
         if spec["padding_free"]:
-            settings |= {"padding_free": True, "max_length": None}  # it refuses the one with the other
+            settings |= {"padding_free": True, "max_length": None}  # TRL rejects padding_free with max_length
         trainer_class, arguments = SFTTrainer, SFTConfig(**settings)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(spec["model"], dtype=torch.float32, num_labels=1)
-        init_head(model, spec["seed"])  # the stage of ours begins with this head
+        init_head(model, spec["seed"])  # align's stage starts with this head
         trainer_class, arguments = RewardTrainer, RewardConfig(**settings)
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Steps()]
