@@ -7,15 +7,15 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message names the file, row, key or option, what was expected, and what to do."""
+    """An error that the user can fix. Its message names the file, row, key or option, what was expected, and what to do."""
 
 
 class BadRow(UserError):
-    """This row cannot be used. The message is the reason, in words that many rows can share."""
+    """A row that cannot be used. The message is the reason, without details of the row, so that equal reasons can be counted."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word nearest to `word`, or nothing."""
+    """`; did you mean 'x'?` for the known word nearest to `word`, or an empty string."""
     by_lower = {name.lower(): name for name in known}
     found = difflib.get_close_matches(str(word).lower().replace("-", "_"), by_lower, n=1)
     return f"; did you mean {by_lower[found[0]]!r}?" if found else ""

@@ -1,4 +1,4 @@
-"""`align merge ADAPTER OUTPUT`: make an adapter part of the model that it was trained on."""
+"""`align merge ADAPTER OUTPUT`: merge an adapter into the model that it was trained on."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ AUTO = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_CLS": AutoPeftModelForSequen
 
 
 def run(adapter: str, output: str) -> str:
-    """Write the merged model and its tokenizer as a plain Hugging Face folder; returns what was merged into what.
+    """Write the merged model and its tokenizer as a plain Hugging Face folder; returns a message.
 
     Raises:
-        UserError: no adapter there, one that cannot be merged, a base model that is not there, or a folder in the way.
+        UserError: no adapter in the folder, one that cannot be merged, a missing base model, or an output folder that exists.
     """
     quiet()
     folder = Path(adapter) / "adapter" if (Path(adapter) / "adapter").is_dir() else Path(adapter)
     file = folder / "adapter_config.json"
     if not file.is_file():
-        raise UserError(f"{adapter}: no adapter there (no adapter_config.json); name the folder of one.")
+        raise UserError(f"{adapter}: no adapter (adapter_config.json is missing); name the folder of an adapter.")
     if Path(output).exists():
-        raise UserError(f"{output}: is there already; name a new folder.")
+        raise UserError(f"{output}: exists already; name a new folder.")
     base = adapter_base(str(folder))
     config = json.loads(file.read_text(encoding="utf-8"))
     auto = AUTO.get(config["task_type"])

@@ -25,7 +25,7 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
     """Run what is not finished, in order, and close with the table of before and after; returns 0.
 
     Raises:
-        UserError: no recipes, a recipe that is wrong (all are read before the first starts), or a stage that failed.
+        UserError: no recipes, a wrong recipe (all are checked before the first one runs), or a stage that failed.
     """
     steps = read_steps(directory, num_gpus, overrides)
     signal.signal(signal.SIGTERM, raise_exit)
@@ -46,7 +46,7 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
             metrics = Path(step.recipe.output_dir) / "metrics.jsonl"
             raise UserError(
                 f"{step.path}: the {step.stage} stage {describe_exit_code(code)} after {time.monotonic() - began:.0f} s"
-                f"{f'; what it measured is in {metrics}' if metrics.exists() else ''}. The same command continues from there."
+                f"{f'; its metrics are in {metrics}' if metrics.exists() else ''}. The same command continues from there."
             )
         print(f"{step.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
     manifests = [(step.name, read_manifest(step.recipe.output_dir) or {}) for step in steps]
@@ -56,7 +56,7 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
 
 
 def already_done(step: Step) -> list[Table] | None:
-    """None when there is something to do; else what only the step itself would have shown: an evaluation's tables.
+    """None when there is something to do; otherwise tables that only the step itself would print: those of an evaluation.
 
     Raises:
         UserError: its output folder holds something else.
@@ -68,7 +68,7 @@ def already_done(step: Step) -> list[Table] | None:
 
 
 def command(step: Step) -> list[str]:
-    """The command line that runs a stage: alone, or by the `deepspeed` launcher when its recipe or `--num_gpus` asks."""
+    """The command line that runs a stage: alone, or by the `deepspeed` launcher if the recipe or `--num_gpus` requires it."""
     stage = ["align", step.stage, step.path, *step.overrides]
     if not getattr(step.recipe, "deepspeed", None) and step.processes == 1:
         return [sys.executable, "-m", *stage]

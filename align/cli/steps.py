@@ -16,7 +16,7 @@ from align.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """One numbered recipe: where it is, what it says, and how it will be run."""
+    """One numbered recipe: its path, stage, checked recipe, overrides and number of processes."""
 
     path: str
     stage: str
@@ -72,7 +72,7 @@ def numbered_recipes(directory: str) -> list[str]:
             number = int(match[1])
             if number in numbered:
                 raise UserError(
-                    f"{path}: {numbered[number]} has the number {number} too; number the recipes in their order."
+                    f"{path}: {numbered[number]} has the number {number} too; give each recipe its own number."
                 )
             numbered[number] = str(path)
     if not numbered:

@@ -1,11 +1,9 @@
-"""What a recipe may say: one frozen, strict dataclass per stage, each key with its meaning and default.
+"""The keys that all training stages share, and their rules.
 
 Keys carry the names of `transformers.TrainingArguments`, TRL's configs and TRL 1.12's `PPOConfig` where
 one exists. Sizes that change the result (`train_batch_size`, `rollout_batch_size`, `minibatch_size`) are
 global, so that a recipe gives the same result on one process and on eight; what only has to fit in memory
 is per device, and gradient accumulation is derived (`align.engine.batch_plan.BatchPlan`).
-
-Reading YAML, overrides and their errors live in `align.config.read` and `align.config.load`.
 """
 
 from __future__ import annotations
@@ -58,8 +56,8 @@ class StageRecipe:
     )
     mixture_temperature: float = key(
         1.0,
-        "T of the mixture of training sources: each gets a share proportional to weight x rows^(1/T) of as many rows "
-        "as 1 gives; 1 is by size, more is more even (arXiv 1910.10683).",
+        "Temperature T of the mixture of training sources: a source's share is proportional to weight x rows^(1/T), "
+        "and the total number of rows does not change; 1 is by size, higher is more even (arXiv 1910.10683).",
         AT_LEAST_1,
     )
     eval_dataset: list[DataSource] = key(
@@ -70,7 +68,7 @@ class StageRecipe:
     )
     max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.", AT_LEAST_1)
     on_bad_row: Literal["error", "skip"] = key(
-        "error", "What to do with rows that cannot be used: refuse the data, or skip and count."
+        "error", "What to do with rows that cannot be used: raise an error, or skip and count them."
     )
     chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
 
@@ -85,10 +83,10 @@ class StageRecipe:
     )
     warmup_steps: float = key(0, "Warm-up in optimiser steps; a number below 1 is a share of all steps.", AT_LEAST_0)
     per_device_train_batch_size: int = key(
-        8, "Most sequences in one forward-backward pass per device; only memory depends on it.", AT_LEAST_1
+        8, "Maximum sequences in one forward-backward pass per device; affects memory only.", AT_LEAST_1
     )
     per_device_eval_batch_size: int = key(
-        16, "Most sequences in one forward pass without gradients per device.", AT_LEAST_1
+        16, "Maximum sequences in one forward pass without gradients per device.", AT_LEAST_1
     )
 
     bf16: bool = key(False, "Train in bfloat16 mixed precision with float32 master weights.")
@@ -97,28 +95,30 @@ class StageRecipe:
         None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
     )
     method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
-        "full", "What is trained: all weights, some layers, the head, or an adapter, which is saved as such and merged."
+        "full",
+        "What is trained: all weights, some layers, the head, or an adapter, which is saved both as an adapter and merged.",
     )
     freeze_layers: int = key(
-        0, "With `method: freeze`: the embedding and so many first layers stay as they are.", AT_LEAST_0
+        0, "With `method: freeze`: freeze the embedding and this many of the first layers.", AT_LEAST_0
     )
     trainable_pattern: str | None = key(
-        None, "With `method: freeze`: train the parameters alone whose names this regular expression finds."
+        None,
+        "With `method: freeze`: train only the parameters whose names this regular expression matches (`re.search`).",
     )
     lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.", AT_LEAST_1)
     lora_alpha: int = key(32, "LoRA alpha.", AT_LEAST_1)
     lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
     num_virtual_tokens: int = key(
-        20, "Tokens that `method: prompt` or `prefix` learns and puts before each row.", AT_LEAST_1
+        20, "Virtual tokens that `method: prompt` or `prefix` learns and prepends to each row.", AT_LEAST_1
     )
     deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
     trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
-    logging_steps: int = key(10, "Log training metrics every so many steps.", AT_LEAST_1)
+    logging_steps: int = key(10, "Log training metrics every this many steps.", AT_LEAST_1)
     eval_steps: int | None = key(
-        None, "Evaluate every so many steps (PPO: updates), and always at the end.", AT_LEAST_1
+        None, "Evaluate every this many steps (PPO: updates), and always at the end.", AT_LEAST_1
     )
-    save_steps: int | None = key(None, "Save a resumable checkpoint every so many steps (PPO: updates).", AT_LEAST_1)
+    save_steps: int | None = key(None, "Save a resumable checkpoint every this many steps (PPO: updates).", AT_LEAST_1)
     save_total_limit: int = key(2, "Checkpoints kept; older ones are deleted.", AT_LEAST_1)
     report_to: Literal["none", "wandb"] = key(
         "none", "Also log to Weights & Biases; `metrics.jsonl` is always written."
@@ -134,26 +134,26 @@ class TrainerRecipe(StageRecipe):
     train_batch_size: int = key(32, "Rows per optimiser step over all devices; accumulation is derived.", AT_LEAST_1)
     num_train_epochs: float = key(1.0, "Passes over the training rows.", ABOVE_0)
     max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.", MINUS_1_OR_AT_LEAST_1)
-    max_length: int = key(1024, "Most tokens of prompt plus response; longer rows are bad rows.", MAX_LENGTH)
+    max_length: int = key(1024, "Maximum tokens of prompt plus response; longer rows are bad rows.", MAX_LENGTH)
     load_best_model_at_end: bool = key(
         False,
         "Save the checkpoint with the best `metric_for_best_model` instead of the last; one is saved every eval_steps.",
     )
     metric_for_best_model: str = key(
         "eval_loss",
-        "Evaluation metric that says which model is best: one whose name ends in loss, perplexity, gap or forgetting is to "
-        "be low, others high.",
+        "Evaluation metric that selects the best model: lower is better if its name ends in loss, perplexity, gap or "
+        "forgetting, otherwise higher is better.",
     )
     early_stopping_patience: int | None = key(
-        None, "Stop after so many evaluations in a row that did not better `metric_for_best_model`.", AT_LEAST_1
+        None, "Stop after this many evaluations in a row without an improvement of `metric_for_best_model`.", AT_LEAST_1
     )
     train_sampling_strategy: Literal["random", "group_by_length"] = key(
-        "random", "Order of rows: random, or random among rows of like length, which pads less."
+        "random", "Order of rows: random, or random among rows of similar length, which needs less padding."
     )
 
 
 def check_training_rules(recipe: StageRecipe, where: Where) -> None:
-    """The rules for the keys of `StageRecipe`, apart from `method`.
+    """The rules for the keys of `StageRecipe`, except `method`.
 
     Raises:
         UserError: the first that is broken.
@@ -186,13 +186,13 @@ def check_trainer_rules(recipe: TrainerRecipe, where: Where) -> None:
     if not getattr(recipe, asked):
         return
     if recipe.eval_steps is None:
-        raise UserError(f"{where(asked)}: needs evaluations to choose by; set eval_steps")
+        raise UserError(f"{where(asked)}: needs evaluations during training; set eval_steps")
     if not recipe.eval_dataset and recipe.eval_fraction == 0:
-        raise UserError(f"{where(asked)}: needs held-out rows to choose by; set eval_dataset or eval_fraction")
+        raise UserError(f"{where(asked)}: needs held-out rows; set eval_dataset or eval_fraction")
     if recipe.load_best_model_at_end and recipe.save_steps not in (None, recipe.eval_steps):
         raise UserError(
-            f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that what is "
-            f"judged is saved, got {recipe.save_steps}"
+            f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that every evaluated "
+            f"model is saved, got {recipe.save_steps}"
         )
 
 
@@ -226,7 +226,7 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
             raise UserError(f"{where('trainable_pattern')}: not a regular expression: {error}") from None
     if virtual and (getattr(recipe, "packing", False) or getattr(recipe, "padding_free", False)):
         raise UserError(
-            f"{where('method')}: {recipe.method} puts tokens before each row, which packed rows have no place for"
+            f"{where('method')}: {recipe.method} prepends virtual tokens to each row, which does not work with packed rows"
         )
     if virtual and zero_stage_of(recipe.deepspeed) == 3:
         raise UserError(

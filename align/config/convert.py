@@ -1,7 +1,7 @@
-"""Fill a dataclass from a mapping and refuse whatever does not fit, naming what was expected.
+"""Fill a dataclass from a mapping, strictly: an error names what was expected.
 
-Types come from the annotations: a bool is no whole number, a whole number is a fine number, and text such as
-`1e-5`, which YAML does not take for a number, is one where a number is expected. Nothing else is converted.
+Types come from the annotations: a bool is not an integer, an integer is a number, and text such as `1e-5`, which YAML does
+not parse as a number, is one where a number is expected. Nothing else is converted.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build(
     for name in given:
         if name not in annotations:
             raise UserError(f"{where(str(name))}: unknown key{explain(str(name)) or nearest(str(name), annotations)}")
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass, which typing cannot say
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass, which typing cannot express
         if field.name not in given and field.metadata.get("required"):
             raise UserError(f"{where(field.name)}: missing; it is required: {field.metadata['help']}")
     return cls(**{name: convert(value, annotations[name], where(name)) for name, value in given.items()})

@@ -29,7 +29,7 @@ class DataSource:
 
     path: str | None = key(None, "A JSONL, JSON, Parquet or CSV file (may be gzipped; globs allowed), or a hub id.")
     generator: str | None = key(
-        None, "`module:function` that yields rows, instead of a path; the module may lie beside the recipe."
+        None, "`module:function` that yields rows, instead of a path; the module may be a file beside the recipe."
     )
     generator_kwargs: dict[str, Any] = key({}, "Keyword arguments for the generator.")
     name: str | None = key(None, "Hub data set configuration.")
@@ -54,9 +54,9 @@ class DataSource:
         {},
         "With `templates`: what each class id or string of that column reads as, such as {0: negative, 1: positive}.",
     )
-    weight: float = key(1.0, "Times each row is used per epoch; 0.5 takes a seeded half.", ABOVE_0)
+    weight: float = key(1.0, "How often each row is used per epoch; 0.5 takes a seeded half of the rows.", ABOVE_0)
     max_rows: int | None = key(
-        None, "Use only this many rows (a seeded sample); `mixture_temperature` counts no more than these.", AT_LEAST_1
+        None, "Use only this many rows (a seeded sample); `mixture_temperature` then counts only these.", AT_LEAST_1
     )
 
 
@@ -74,7 +74,7 @@ def check_source(source: DataSource, where: str) -> None:
     if source.templates:
         _check_templates(source, where)
     elif source.labels:
-        raise UserError(f"{where}.labels: nothing reads them without `templates`; write these, or leave them out.")
+        raise UserError(f"{where}.labels: they have no effect without `templates`; add templates, or leave them out.")
 
 
 def _check_templates(source: DataSource, where: str) -> None:
@@ -89,14 +89,14 @@ def _check_templates(source: DataSource, where: str) -> None:
             raise UserError(f"{where}.labels.{label}: expected text, got {word!r}")
         if plain in words:
             raise UserError(
-                f"{where}.labels: {word!r} stands for both {words[plain]} and {label}, so that an answer could not be "
-                "told apart; give each a text of its own."
+                f"{where}.labels: {word!r} stands for both {words[plain]} and {label}, so that answers would be "
+                "ambiguous; give each label its own text."
             )
         words[plain] = label
 
 
 def check_template(template: Mapping[str, str], where: str) -> None:
-    """Refuse a template with other parts than it should have, or that is not Jinja.
+    """Check that a template has the parts it should have, and that each is valid Jinja.
 
     Raises:
         UserError: begins with `where`, and names the part and the line in it.
@@ -121,7 +121,7 @@ def check_template(template: Mapping[str, str], where: str) -> None:
                 f"{where}.{part}: not a Jinja template: {error.message}, in its line {error.lineno}: {line}"
             ) from None
         if named:
-            raise UserError(f"{where}.{part}: a template cannot read another one ({named[0]}); write it out.")
+            raise UserError(f"{where}.{part}: a template cannot include another one ({named[0]}); write it out.")
 
 
 @functools.cache

@@ -13,13 +13,13 @@ from align.config.keys import ABOVE_0, ABOVE_0_BELOW_1, MAX_LENGTH, key, require
 class ClassifyRecipe(TrainerRecipe):
     """`align classify`: a classifier or a regression on texts or pairs of texts, from an encoder or a decoder."""
 
-    model_name_or_path: str = required("Encoder (BERT-like) or decoder to put the classification head on.")
+    model_name_or_path: str = required("Encoder (BERT-like) or decoder; it gets a classification head.")
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = key(
         None,
-        "What `label` means, by transformers' name: one label per row (text or ids from 0), the list of those that apply, "
-        "or a number. By default text and whole numbers are single labels, lists multiple ones, and fractions a regression.",
+        "Kind of `label`, by transformers' name: one label per row (text or ids from 0), a list of labels, or a number. By "
+        "default text and integers are single labels, lists are multiple labels, and fractions are a regression.",
     )
-    max_length: int = key(512, "Most tokens of a row; longer rows are bad rows.", MAX_LENGTH)
+    max_length: int = key(512, "Maximum tokens of a row; longer rows are bad rows.", MAX_LENGTH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,16 +27,16 @@ class MLMRecipe(TrainerRecipe):
     """`align mlm`: continued pre-training of an encoder (BERT-like) on plain text by masked language modelling."""
 
     model_name_or_path: str = required(
-        "Encoder to go on training; one without a masked-language-model head gets a new one."
+        "Encoder to continue training; without a masked-language-model head it gets a new one."
     )
     learning_rate: float = key(5e-5, "Peak learning rate of AdamW.", ABOVE_0)
     mlm_probability: float = key(
         0.15,
-        "Share of the tokens to predict: 80% of them masked, 10% replaced by a random token, 10% left as they are.",
+        "Share of the tokens to predict: 80% of them masked, 10% replaced by a random token, 10% unchanged.",
         ABOVE_0_BELOW_1,
     )
     max_length: int = key(
         512,
-        "Most tokens of a piece, special tokens included: longer texts are cut into even pieces, of which none is lost.",
+        "Maximum tokens of a piece, with special tokens: longer texts are split into even pieces, none of which is dropped.",
         MAX_LENGTH,
     )

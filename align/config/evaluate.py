@@ -22,10 +22,10 @@ from align.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluateRecipe:
-    """`align evaluate`: several models, or one with and without examples in its prompt, on the same rows.
+    """`align evaluate`: comparison of models on the same rows, with and without examples in the prompt.
 
-    Rows are read and split as the training stages do: with the same sources, `seed` and `eval_fraction`, the rows that
-    a stage held out are evaluated here.
+    Rows are read and split as in the training stages: with the same sources, `seed` and `eval_fraction`, the rows that
+    a stage held out are evaluated.
     """
 
     output_dir: str = required("Folder for `results.json`, `results.md` and `predictions.jsonl`.")
@@ -33,43 +33,48 @@ class EvaluateRecipe:
     seed: int = key(42, "Seed of splits, of the examples in prompts, of sampling and of resampling.", AT_LEAST_0)
 
     models: dict[str, str] = required(
-        "Models to compare, the baseline first: a list of folders or hub ids, or a mapping of names to these."
+        "Models to compare, the baseline first: a list of folders or hub ids, or a mapping of names to them."
     )
 
     train_dataset: list[DataSource] = key(
-        [], "Rows that give the examples of `num_shots`; not needed for an `eval_dataset` without examples."
+        [], "Rows from which the examples of `num_shots` are drawn; not needed for an `eval_dataset` without examples."
     )
-    eval_dataset: list[DataSource] = key([], "Rows to evaluate; without it, the share that the stages hold out.")
+    eval_dataset: list[DataSource] = key(
+        [], "Rows to evaluate; without it, the share that the training stages hold out."
+    )
     eval_fraction: float = key(
         0.05, "Share of the prompts held out when there is no `eval_dataset`.", FROM_0_TO_BELOW_1
     )
     max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.", AT_LEAST_1)
     on_bad_row: Literal["error", "skip"] = key(
         "error",
-        "What to do with rows that cannot be used, by one model or with one number of examples: refuse, or skip.",
+        "What to do with rows that cannot be used by one of the models or with one of `num_shots`: raise an error, or skip.",
     )
     chat_template_path: str | None = key(None, "Jinja file with the chat template, for models that have none.")
 
     metrics: list[str] = key(
         ["perplexity", "token_accuracy"],
         "perplexity, token_accuracy (of the reference), exact_match, accuracy, f1, bleu, rouge, chrf (of the prediction), "
-        "or what `evaluate.load` takes, such as the path of a metric script. accuracy and f1 read labels back from templates.",
+        "or anything that `evaluate.load` accepts, such as the path of a metric script. accuracy and f1 compare labels, which "
+        "they recover from templates.",
     )
     grader: str | None = key(
         None, "`module:function` with TRL's reward signature that gives each prediction a score from 0 to 1."
     )
-    num_shots: list[int] = key([0], "Numbers of worked examples in the prompt; each is tried with each model.")
+    num_shots: list[int] = key(
+        [0], "Numbers of worked examples in the prompt; each model is evaluated with each of them."
+    )
     max_length: int | None = key(
         None,
-        "Most tokens of examples, prompt and answer; longer rows are bad rows. The model's own limit by default.",
+        "Maximum tokens of examples, prompt and answer; longer rows are bad rows. By default the model's limit.",
         MAX_LENGTH,
     )
-    max_new_tokens: int = key(128, "Most tokens of a prediction.", AT_LEAST_1)
-    temperature: float = key(0.0, "0 takes the likeliest token; above 0, sampling at this temperature.")
-    stop_strings: list[str] = key([], "A prediction also ends before the first of these.")
-    bootstrap_iters: int = key(1000, "Resamples of the rows behind each interval and p-value.", AT_LEAST_1)
+    max_new_tokens: int = key(128, "Maximum tokens of a prediction.", AT_LEAST_1)
+    temperature: float = key(0.0, "0 is greedy decoding; above 0, sampling at this temperature.")
+    stop_strings: list[str] = key([], "A prediction also ends before the first of these strings.")
+    bootstrap_iters: int = key(1000, "Resamples of the rows for each interval and p-value.", AT_LEAST_1)
 
-    per_device_eval_batch_size: int = key(16, "Most rows in one forward pass per device.", AT_LEAST_1)
+    per_device_eval_batch_size: int = key(16, "Maximum rows in one forward pass per device.", AT_LEAST_1)
     bf16: bool = key(False, "Run the models in bfloat16.")
     attn_implementation: str | None = key(
         None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."

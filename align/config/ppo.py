@@ -31,31 +31,35 @@ else:
 class PPORecipe(StageRecipe):
     """Stage 3, `align ppo`: PPO against the reward, with a KL penalty against the SFT reference."""
 
-    sft_model_path: str = required("SFT model: the policy starts from it and the frozen reference stays it.")
+    sft_model_path: str = required("SFT model: the policy starts from it, and it is the frozen reference.")
     reward_model_path: str | None = key(None, "Reward model of stage 2 (or any sequence classifier with one label).")
     reward_funcs: list[str] = key(
-        [], "`module:function` rewards with TRL's signature; the module may lie beside the recipe."
+        [], "`module:function` rewards with TRL's signature; the module may be a file beside the recipe."
     )
     reward_weights: list[float] = key(
         [], "Weights of the reward model (first, if any) and of `reward_funcs`; 1 each by default."
     )
     value_model_path: str | None = key(
-        None, "Start of the value model; the reward model when its tokenizer is the policy's, else the SFT model."
+        None,
+        "Initial value model; by default the reward model if it has the policy's tokenizer, otherwise the SFT model.",
     )
     eval_reward_funcs: list[str] = key(
-        [], "`module:function` rewards that are only measured, on evaluation prompts: a known truth, a gold model."
+        [],
+        "`module:function` rewards that are only measured, on evaluation prompts: a known ground truth, a gold reward model.",
     )
 
-    total_episodes: int = key(10_000, "Responses sampled in the whole run.", AT_LEAST_1)
+    total_episodes: int = key(10_000, "Responses sampled in the run.", AT_LEAST_1)
     rollout_batch_size: int = key(64, "Responses per update over all devices.", AT_LEAST_1)
     num_generations: int = key(
         1, "Responses to each prompt; an update takes rollout_batch_size / num_generations prompts.", AT_LEAST_1
     )
     minibatch_size: int = key(64, "Responses per optimiser step over all devices.", AT_LEAST_1)
     num_ppo_epochs: int = key(4, "Passes over each rollout batch.", AT_LEAST_1)
-    max_prompt_length: int = key(512, "Most tokens of a prompt; longer prompts are bad rows.", AT_LEAST_1)
-    response_length: int = key(53, "Most tokens of a response.", AT_LEAST_1)
-    temperature: float = key(1.0, "Sampling temperature; every log-probability is taken at it too.", ABOVE_0)
+    max_prompt_length: int = key(512, "Maximum tokens of a prompt; longer prompts are bad rows.", AT_LEAST_1)
+    response_length: int = key(53, "Maximum tokens of a response.", AT_LEAST_1)
+    temperature: float = key(
+        1.0, "Sampling temperature; all log-probabilities are computed at this temperature too.", ABOVE_0
+    )
     missing_eos_penalty: float | None = key(
         None, "Subtracted from the score of a response that does not end.", AT_LEAST_0
     )
@@ -76,24 +80,26 @@ class PPORecipe(StageRecipe):
     )
     use_kl_loss: bool = key(False, "Penalise in the loss instead of in the reward; needs kl_estimator k2 or k3.")
     kl_target: float | None = key(
-        None, "Adapt kl_coef so that the KL comes to this many nats per response (arXiv 1909.08593).", ABOVE_0
+        None, "Adapt kl_coef so that the KL approaches this many nats per response (arXiv 1909.08593).", ABOVE_0
     )
     kl_horizon: int = key(10_000, "With `kl_target`: episodes in which kl_coef changes by at most a fifth.", AT_LEAST_1)
     max_approx_kl: float | None = key(
         None, "End an update at the minibatch whose policy/approx_kl is above this, before its optimiser step.", ABOVE_0
     )
     cliprange: float = key(0.2, "Clip range of the probability ratio.", ABOVE_0)
-    dual_clip: float | None = key(None, "Bound above 1 on the ratio where the advantage is negative, often 3.", ABOVE_1)
+    dual_clip: float | None = key(
+        None, "Upper bound (above 1) on the ratio where the advantage is negative, often 3.", ABOVE_1
+    )
     cliprange_value: float = key(0.2, "Clip range of the value around its value at rollout.", ABOVE_0)
     gamma: float = key(1.0, "Discount.", FROM_0_TO_1)
     lam: float = key(0.95, "Lambda of generalised advantage estimation.", FROM_0_TO_1)
     normalize_scores: bool = key(
-        False, "Subtract the running mean of all scores and divide by their running deviation."
+        False, "Subtract the running mean of all scores and divide by their running standard deviation."
     )
-    score_clip: float | None = key(None, "Clip scores, after normalisation, to this either side of 0.", ABOVE_0)
+    score_clip: float | None = key(None, "Clip scores, after normalisation, to [-score_clip, score_clip].", ABOVE_0)
     whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")
     entropy_coef: float = key(0.0, "Weight of the entropy bonus, mean over tokens, in nats.", AT_LEAST_0)
-    value_warmup_updates: int = key(0, "First updates in which only the value model trains.", AT_LEAST_0)
+    value_warmup_updates: int = key(0, "Number of first updates in which only the value model trains.", AT_LEAST_0)
     ema_decay: float | None = key(
         None,
         "Keep an exponential moving average of the policy with this decay per update, saved in `ema/`.",
@@ -111,15 +117,15 @@ class PPORecipe(StageRecipe):
     reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
     reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")
     ds3_gather_for_generation: bool = key(
-        True, "Under ZeRO-3 copy the gathered policy once per rollout; false when it does not fit."
+        True, "Under ZeRO-3, gather a copy of the policy once per rollout; set to false if it does not fit in memory."
     )
     max_kl: float | None = key(
         None,
         "The best checkpoint has the highest evaluation score among those with at most this KL (nats per response).",
         ABOVE_0,
     )
-    num_sample_rows: int = key(8, "Rows of the sample table.", AT_LEAST_0)
-    skip_self_checks: bool = key(False, "Start without the checks of models and rewards that precede the first update.")
+    num_sample_rows: int = key(8, "Rows of the table of samples.", AT_LEAST_0)
+    skip_self_checks: bool = key(False, "Skip the checks of models and rewards before the first update.")
 
     @property
     def num_updates(self) -> int:

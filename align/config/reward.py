@@ -13,22 +13,22 @@ from align.errors import UserError
 class RewardRecipe(TrainerRecipe):
     """Stage 2, `align reward`: a scalar reward model from preference pairs."""
 
-    model_name_or_path: str = required(
-        "SFT model, another decoder, or an encoder (BERT-like) to put the scalar head on."
-    )
+    model_name_or_path: str = required("SFT model, another decoder, or an encoder (BERT-like); it gets a scalar head.")
     sft_model_path: str | None = key(
-        None, "Model whose completions get mean score zero; `model_name_or_path` when that is an SFT stage's output."
+        None,
+        "Model whose completions get mean score 0; by default `model_name_or_path` if that is the output of an SFT stage.",
     )
     learning_rate: float = key(1e-5, "Peak learning rate of AdamW.", ABOVE_0)
     center_rewards_coefficient: float | None = key(
         None, "Weight of the squared sum of the two scores, which keeps them near zero (TRL's key).", AT_LEAST_0
     )
     normalize_prompts: int = key(
-        256, "Prompts on which SFT completions are sampled to set the zero of the score.", AT_LEAST_1
+        256, "Number of prompts whose SFT completions are sampled to set the zero of the score.", AT_LEAST_1
     )
-    response_length: int = key(64, "Most tokens of those completions.", AT_LEAST_1)
+    response_length: int = key(64, "Maximum tokens of those completions.", AT_LEAST_1)
     eval_reward_funcs: list[str] = key(
-        [], "`module:function` known true rewards; their accuracy on the evaluation pairs is the ceiling."
+        [],
+        "`module:function` rewards that are the ground truth; their accuracy on the evaluation pairs is the ceiling.",
     )
 
 
@@ -43,6 +43,6 @@ def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
         for index, source in enumerate(getattr(recipe, name)):
             if source.templates:
                 raise UserError(
-                    f"{where(name)}[{index}].templates: they make prompts and completions, and this stage reads pairs with "
+                    f"{where(name)}[{index}].templates: they produce prompts and completions, and this stage reads pairs with "
                     "`chosen` and `rejected`; leave them out."
                 )

@@ -26,13 +26,16 @@ class SFTRecipe(TrainerRecipe):
         512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows.", VOCABULARY
     )
     loss_normalization: Literal["token_mean", "example_mean"] = key(
-        "token_mean", "Mean of the loss over all trained tokens of a step, or over examples of each one's own mean."
+        "token_mean",
+        "Loss of a step: the mean over all trained tokens, or the mean over examples of each example's mean.",
     )
     packing: bool = key(
-        False, "Fill rows of max_length with whole examples, which do not see one another; `train_batch_size` then counts "
-        "such rows. `text` that is longer is cut into pieces."
+        False, "Pack complete examples into rows of max_length, without attention between them; `train_batch_size` then counts "
+        "packed rows. Longer `text` is split."
     )  # fmt: skip
-    padding_free: bool = key(False, "Lay the rows of a batch end to end instead of padding them; changes no number.")
+    padding_free: bool = key(
+        False, "Concatenate the rows of a batch instead of padding them; does not change the result."
+    )
     neftune_noise_alpha: float | None = key(
         None, "Noise added to embeddings in training, often 5 (arXiv 2310.05914).", ABOVE_0
     )
@@ -44,27 +47,27 @@ class SFTRecipe(TrainerRecipe):
     )
     retention: list[DataSource] = key(
         [],
-        "Rows of what the model could do before, in any form of `train_dataset`: `eval_fraction` of their prompts (all, when "
-        "it is 0) are measured with each evaluation, which tells what is forgotten.",
+        "Rows that the model already handles well, in any format of `train_dataset`: the loss on `eval_fraction` of their "
+        "prompts (all if it is 0) is measured at each evaluation, which shows what is forgotten.",
     )
     replay_fraction: float = key(
         0.0,
-        "Share of the training rows, before packing, that are replayed from `retention`, of whose rows none that is measured.",
+        "Share of the training rows, before packing, that are replayed from `retention`; rows that are measured are not replayed.",
         FROM_0_TO_BELOW_1,
     )
     max_forgetting: float | None = key(
         None,
-        "Most percent by which the loss on `retention` may rise against the start: the best model is chosen among the "
-        "checkpoints that keep to it, and for `early_stopping_patience` one that does not is no better.",
+        "Maximum increase of the loss on `retention`, in percent of its value before training: the best model is chosen "
+        "among the checkpoints within it, and for `early_stopping_patience` only these count as improvements.",
         AT_LEAST_0,
     )
     eval_metrics: list[str] = key(
         [],
-        "Metrics of the greedy responses to evaluation prompts: exact_match, accuracy, f1, bleu, rouge, chrf, or what "
-        "`evaluate.load` takes; logged as `eval/<name>`.",
+        "Metrics of the greedy responses to evaluation prompts: exact_match, accuracy, f1, bleu, rouge, chrf, or any name "
+        "that `evaluate.load` accepts; logged as `eval/<name>`.",
     )
-    max_eval_generations: int = key(64, "With `eval_metrics`: most prompts answered in an evaluation.", AT_LEAST_1)
-    response_length: int = key(64, "With `eval_metrics`: most tokens of a response.", AT_LEAST_1)
+    max_eval_generations: int = key(64, "With `eval_metrics`: maximum prompts answered in an evaluation.", AT_LEAST_1)
+    response_length: int = key(64, "With `eval_metrics`: maximum tokens of a response.", AT_LEAST_1)
 
 
 def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:
@@ -89,7 +92,7 @@ def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:
         )
     if recipe.packing and recipe.train_sampling_strategy == "group_by_length":
         raise UserError(
-            f"{where('train_sampling_strategy')}: with packing all rows are of like length; leave group_by_length out"
+            f"{where('train_sampling_strategy')}: with packing all rows have about the same length; leave group_by_length out"
         )
     _check_retention(recipe, where)
 
@@ -98,7 +101,7 @@ def _check_retention(recipe: SFTRecipe, where: Where) -> None:
     evaluated = bool(recipe.eval_dataset) or recipe.eval_fraction > 0
     for name in ("replay_fraction", "max_forgetting"):
         if getattr(recipe, name) and not recipe.retention:
-            raise UserError(f"{where(name)}: is about the rows of `retention`, and there are none; set retention too")
+            raise UserError(f"{where(name)}: refers to the rows of `retention`, and there are none; set retention too")
     if recipe.metric_for_best_model.removeprefix("eval_").startswith(OF_RETENTION) and not recipe.retention:
         raise UserError(
             f"{where('metric_for_best_model')}: {recipe.metric_for_best_model} is measured on `retention`; set that too"
@@ -110,7 +113,7 @@ def _check_retention(recipe: SFTRecipe, where: Where) -> None:
     for name in ("retention", "eval_metrics"):
         if getattr(recipe, name) and not evaluated:
             raise UserError(
-                f"{where(name)}: is measured with the evaluation, and there is none; set eval_dataset or eval_fraction"
+                f"{where(name)}: is measured at each evaluation, and there is none; set eval_dataset or eval_fraction"
             )
     if recipe.replay_fraction and not recipe.eval_fraction:
         raise UserError(
@@ -120,7 +123,7 @@ def _check_retention(recipe: SFTRecipe, where: Where) -> None:
     chosen = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
     if recipe.max_forgetting is not None and not chosen:
         raise UserError(
-            f"{where('max_forgetting')}: nothing is chosen by it; set load_best_model_at_end or early_stopping_patience"
+            f"{where('max_forgetting')}: has no effect without load_best_model_at_end or early_stopping_patience; set one of them"
         )
     if len(set(recipe.eval_metrics)) < len(recipe.eval_metrics):
         raise UserError(f"{where('eval_metrics')}: expected different metrics, got {', '.join(recipe.eval_metrics)}")

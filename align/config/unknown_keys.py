@@ -1,4 +1,4 @@
-"""What to write instead of a key that TRL, transformers or another stage has and this stage has not."""
+"""Hints for keys of TRL, transformers or another stage that this stage does not have."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _SAMPLED = (
     "refused: it would sample from another distribution than the one whose log-probabilities PPO compares; "
     "only `temperature` applies to both"
 )
-_GREEDY = "not supported: temperature 0 takes the likeliest token, above 0 samples from the whole distribution"
+_GREEDY = "not supported: temperature 0 is greedy decoding, above 0 samples from the full distribution"
 _DERIVED_SIZES = (
     "derived: set train_batch_size (rows per optimiser step over all devices) and per_device_train_batch_size"
 )
 _BY_STEPS = "not needed: set eval_steps, save_steps or logging_steps"
-_RESUMES = "not needed: the same command resumes; delete output_dir to start anew"
+_RESUMES = "not needed: the same command resumes; delete output_dir to start over"
 _NO_HUB = "not supported: upload output_dir afterwards with `hf upload`"
 _NO_DROPOUT = "not supported: dropout is off in every stage"
 _ANY_STAGE = {
     "gradient_accumulation_steps": _DERIVED_SIZES,
     "per_gpu_train_batch_size": "called per_device_train_batch_size here",
     "per_gpu_eval_batch_size": "called per_device_eval_batch_size here",
-    "auto_find_batch_size": "not supported: set per_device_train_batch_size, on which only memory depends",
+    "auto_find_batch_size": "not supported: set per_device_train_batch_size, which affects memory only",
     "fp16": "not supported: use bf16, or float32 by default",
     "fp32": "not needed: float32 is the default",
     "torch_dtype": "derived from bf16; the weights that train are float32",
@@ -39,7 +39,7 @@ _ANY_STAGE = {
     "save_strategy": _BY_STEPS,
     "logging_strategy": _BY_STEPS,
     "logging_dir": "not supported: metrics go to metrics.jsonl in output_dir, and to W&B with report_to",
-    "greater_is_better": "derived: a metric_for_best_model whose name ends in loss, perplexity, gap or forgetting is to be low, others high",
+    "greater_is_better": "derived: lower is better if the name of metric_for_best_model ends in loss, perplexity, gap or forgetting, otherwise higher",
     "resume_from_checkpoint": _RESUMES,
     "overwrite_output_dir": _RESUMES,
     "push_to_hub": _NO_HUB,
@@ -56,7 +56,7 @@ _ANY_STAGE = {
     "use_dora": "called method: dora here",
     "load_in_4bit": "called method: qlora here",
     "group_by_length": "called train_sampling_strategy: group_by_length here",
-    "packing_strategy": "derived: examples stay whole, only plain text longer than max_length is cut",
+    "packing_strategy": "derived: examples are not split, except plain text longer than max_length",
     "max_seq_length": "called max_length here",
     "assistant_only_loss": "called completion_only_loss here; in `messages` it trains on every assistant turn",
     "wandb_project": "called project here",
@@ -70,7 +70,7 @@ _OF_STAGE = {
     },
     "mlm": {
         "mask_probability": "called mlm_probability here",
-        "line_by_line": "not needed: each row is a text; longer ones are cut into pieces of max_length tokens",
+        "line_by_line": "not needed: each row is a text; longer ones are split into pieces of max_length tokens",
         "whole_word_mask": "not supported: tokens are masked one by one",
     },
     "ppo": {
@@ -81,7 +81,7 @@ _OF_STAGE = {
         "batch_size": "called rollout_batch_size here",
         "local_batch_size": "derived: set rollout_batch_size, which is over all devices",
         "local_rollout_forward_batch_size": "called per_device_eval_batch_size here",
-        "num_train_epochs": "called total_episodes here (responses in the whole run), with num_ppo_epochs per rollout",
+        "num_train_epochs": "called total_episodes here (responses in the run), with num_ppo_epochs per rollout",
         "max_steps": "called total_episodes here; an update takes rollout_batch_size of them",
         "max_length": "called max_prompt_length and response_length here",
         "max_new_tokens": "called response_length here",
@@ -119,15 +119,15 @@ _OF_STAGE = {
         "response_length": "called max_new_tokens here",
         "reward_funcs": "called grader here, one function",
         "eval_reward_funcs": "called grader here, one function",
-        "deepspeed": "not supported: every process holds whole models, and takes its share of the rows",
+        "deepspeed": "not supported: every process holds complete models, and evaluates its share of the rows",
     },
 }
 _BOTTLENECK = (
-    "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has, needs transformers 4.57 where "
+    "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has them, needs transformers 4.57 where "
     "this project needs 5; use lora, which trains as few parameters and can be merged"
 )
 
-# What others call a way to train, and there is none of that name here.
+# Values of `method` in other libraries that do not exist here.
 METHODS_ELSEWHERE = dict.fromkeys(("bottleneck", "adapter", "adapters", "houlsby", "pfeiffer"), _BOTTLENECK)
 
 

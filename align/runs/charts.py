@@ -1,4 +1,4 @@
-"""Curves as an SVG picture, without a library: what a model card shows, on any machine."""
+"""Line charts as SVG, without a plotting library, for model cards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from html import escape
 WIDTH, HEIGHT = 640, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 36  # margins
 LINE = 18  # height of a line of the legend
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by all eyes (Okabe and Ito)
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#e69f00",
+)  # distinguishable with colour blindness (Okabe and Ito)
 
 
 def draw(steps: Sequence[float], curves: Mapping[str, Sequence[float]], title: str) -> str:
-    """An SVG document with curves over the same steps; what is not finite leaves a gap. The axes have round numbers.
+    """An SVG line chart of curves over the same steps; non-finite values leave a gap. Ticks are round numbers.
 
     Args:
         curves: one value per step, by name.
@@ -55,7 +62,7 @@ def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Round numbers between two different ones, both included: two to six multiples of 1, 2 or 5 times a power of ten.
 
     Args:
-        whole: whole numbers alone, of which there may be but one.
+        whole: integers only, of which there may be only one.
     """
     size = 10.0 ** math.floor(math.log10((high - low) / 2))
     size *= next(each for each in (1, 2, 5, 10) if (high - low) / (each * size) <= 5)

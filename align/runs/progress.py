@@ -1,4 +1,4 @@
-"""The one progress display of a stage, on stderr: how far, how long still, a few key numbers."""
+"""The progress display of a stage, on stderr: steps done, time left, a few key numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS_PER_LINE = 10.0
 
 
 class _TimeLeft(ProgressColumn):
-    """Time left. rich's own column forgets what happened before 30 seconds ago, less than many a step takes."""
+    """Time left. rich's own column uses the last 30 seconds only, which may be less than one step."""
 
     def __init__(self, display: Display):
         super().__init__()
@@ -49,7 +49,7 @@ class Display:
                 _TimeLeft(self),
                 TextColumn("{task.fields[numbers]}", markup=False),
                 console=self._console,
-                redirect_stdout=sys.stdout.isatty(),  # else `> file` would come out on the terminal
+                redirect_stdout=sys.stdout.isatty(),  # otherwise `> file` would appear on the terminal
             )
             self._bar.add_task(self._stage, total=self._total, completed=step, numbers="")
             self._bar.start()
@@ -80,7 +80,7 @@ class Display:
         self._console.print(text, markup=False, soft_wrap=True)
 
     def time_left(self) -> str:
-        """h:mm:ss at the mean pace of this process; what a resumed run did before does not count."""
+        """h:mm:ss at the mean pace of this process; steps before a resume do not count."""
         done = self._step - self._first_step
         if self._step >= self._total:
             return "0:00:00"

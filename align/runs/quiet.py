@@ -1,4 +1,4 @@
-"""Silence for the chatter of other libraries; their errors still come through."""
+"""Silence the log messages, warnings and progress bars of other libraries, except errors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NOISY_LOGGERS = ("transformers", "trl", "accelerate", "datasets", "evaluate", "p
 
 
 def quiet() -> None:
-    """Silence the chatter of other libraries; their errors still come through.
+    """Silence the log messages, warnings and progress bars of other libraries, except errors.
 
-    Best called before they are imported, since some speak while they are. Whoever wants to hear one sets its own
-    switch in the environment (`TRANSFORMERS_VERBOSITY=info`) or Python's (`-W default`), which are left alone.
+    Best called before they are imported, since some print while they are. A variable that is set in the environment
+    (`TRANSFORMERS_VERBOSITY=info`), or Python's `-W default`, takes precedence.
     """
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -33,7 +33,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # DeepSpeed sets its level and handler when it is imported; a filter put here before stays.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
-    # What is imported already has read its environment.
+    # Libraries that are already imported have read their environment variables.
     if (transformers_logging := sys.modules.get("transformers.utils.logging")) is not None:
         transformers_logging.disable_progress_bar()
     if (datasets := sys.modules.get("datasets")) is not None:

@@ -85,7 +85,7 @@ def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> 
     if checkpoint is not None and (theirs := read_state(checkpoint)["layout"]) != mine:
         raise UserError(
             f"{checkpoint}: was saved by {theirs}, and this run has {mine}; "
-            f"start it with {theirs} to resume, or delete {checkpoint.parent} to start anew."
+            f"start it with {theirs} to resume, or delete {checkpoint.parent} to start over."
         )
 
 

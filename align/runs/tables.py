@@ -13,12 +13,12 @@ from rich.table import Table
 
 
 def make_console() -> Console:
-    """Standard output: rich on a terminal, plain text of fixed width otherwise; brackets in a text stay brackets."""
+    """Standard output: rich on a terminal, plain text of fixed width otherwise; markup in text is not interpreted."""
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False)
 
 
 def make_table(title: str, *columns: str) -> Table:
-    """An empty table in the manner of this package."""
+    """An empty table in the style of this package."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2)
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -26,7 +26,7 @@ def make_table(title: str, *columns: str) -> Table:
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it: numbers to four digits, nothing for None."""
+    """A value as shown in a table: floats with four significant digits, an empty string for None."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -129,7 +129,7 @@ def test_a_killed_stage_is_named_so(scripted):
     Path("out/1").mkdir(parents=True)
     Path("out/1/metrics.jsonl").touch()
     with pytest.raises(
-        UserError, match=r"the sft stage was killed by SIGKILL after \d s; what it measured is in out/1/metrics\.jsonl"
+        UserError, match=r"the sft stage was killed by SIGKILL after \d s; its metrics are in out/1/metrics\.jsonl"
     ):
         pipeline.run("r")
 

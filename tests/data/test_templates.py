@@ -233,7 +233,7 @@ class TestRecipe:
             ),
             ("  templates: {prompt: p, completion: '{{ a | upperr }}'}\n", "completion: not a Jinja template: No filter named 'upperr'."),
             ("  templates: {prompt: p, completion: '{% if a %}'}\n", "completion: not a Jinja template: Unexpected end of template"),
-            ("  templates: {prompt: p, completion: '{% include \"/etc/passwd\" %}'}\n", "completion: a template cannot read another one (/etc/passwd)"),
+            ("  templates: {prompt: p, completion: '{% include \"/etc/passwd\" %}'}\n", "completion: a template cannot include another one (/etc/passwd)"),
             ("  templates: {prompt: p}\n", "templates[0]: no `completion`; a template has the parts prompt, completion."),
             ("  templates: {prompt: p, completoin: c}\n", "templates[0]: expected the parts prompt, completion, got 'completoin'; did you mean 'completion'?"),
             ("  templates: {prompt: p, assistant: c}\n", "got 'prompt'; write {prompt, completion} or {user, assistant}"),
@@ -244,7 +244,7 @@ class TestRecipe:
             ("  templates: {prompt: p, completion: c}\n  labels: {0: no, 1: yes}\n", "labels.0: expected text, got false (true or false); put it in quotes"),
             ("  templates: {prompt: p, completion: c}\n  labels: {0: good, 1: 'Good '}\n", "labels: 'Good ' stands for both 0 and 1"),
             ("  templates: {prompt: p, completion: c}\n  labels: {0: ' '}\n", "labels.0: expected text, got ' '"),
-            ("  labels: {0: good}\n", "labels: nothing reads them without `templates`"),
+            ("  labels: {0: good}\n", "labels: they have no effect without `templates`"),
             ("mixture_temperature: 0.5\n", "mixture_temperature: expected a number at least 1, got 0.5"),
         ],
     )  # fmt: skip

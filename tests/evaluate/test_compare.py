@@ -789,7 +789,7 @@ def test_overrides(load):
         ({"stage": "sft"}, "stage: expected 'evaluate', got 'sft'"),
         ({"learning_rate": 1}, "learning_rate: unknown key; it belongs to the sft and reward and ppo and classify and mlm stages"),
         ({"num_fewshot": 4}, "num_fewshot: unknown key; called num_shots here"),
-        ({"top_p": 0.9}, "top_p: unknown key; not supported: temperature 0 takes the likeliest token"),
+        ({"top_p": 0.9}, "top_p: unknown key; not supported: temperature 0 is greedy decoding"),
         ({"model_name_or_path": "a"}, "model_name_or_path: unknown key; called models here"),
     ],
 )  # fmt: skip

@@ -234,7 +234,7 @@ class TestMerge:
             torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=0)
         assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token_id == 2
         assert main(["merge", f"{settings.output_dir}/adapter", str(tmp_path / "merged")]) == 2
-        assert "is there already" in capsys.readouterr().err
+        assert "exists already" in capsys.readouterr().err
 
     def test_what_cannot_be_merged(self, tmp_path, capsys):
         settings = recipe(tmp_path, **SETTINGS, method="prompt")
@@ -242,7 +242,7 @@ class TestMerge:
         assert main(["merge", settings.output_dir, str(tmp_path / "merged")]) == 2
         assert "virtual tokens, which cannot be merged" in capsys.readouterr().err
         assert main(["merge", str(tmp_path), str(tmp_path / "merged")]) == 2
-        assert "no adapter there" in capsys.readouterr().err
+        assert "no adapter (adapter_config.json is missing)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ class TestMerge:
         ("method: freeze\nfreeze_layers: 1\ntrainable_pattern: x", "got both"),
         ("freeze_layers: 1", "freeze_layers: is for method: freeze, got method: full"),
         ("method: freeze\ntrainable_pattern: '('", "trainable_pattern: not a regular expression"),
-        ("method: prompt\npacking: true", "puts tokens before each row"),
+        ("method: prompt\npacking: true", "prepends virtual tokens to each row"),
         ("method: bottleneck", "method: bottleneck is not supported: PEFT has no bottleneck adapters.* use lora"),
         ("method: adapter", "method: adapter is not supported: PEFT has no bottleneck adapters"),
         ("method: adaptor", "expected one of full, freeze, head, lora"),

@@ -410,7 +410,7 @@ class TestLayout:
             module.run(recipe)
         assert str(error.value) == (
             f"{tmp_path}/out/checkpoint-3: was saved by 2 processes at ZeRO 3, and this run has 1 process at ZeRO 0; "
-            f"start it with 2 processes at ZeRO 3 to resume, or delete {tmp_path}/out to start anew."
+            f"start it with 2 processes at ZeRO 3 to resume, or delete {tmp_path}/out to start over."
         )
         assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
 

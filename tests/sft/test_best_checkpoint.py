@@ -85,7 +85,7 @@ def test_how_patient_it_still_is_survives_a_kill(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ("load_best_model_at_end: true", "load_best_model_at_end: needs evaluations to choose by; set eval_steps"),
+        ("load_best_model_at_end: true", "load_best_model_at_end: needs evaluations during training; set eval_steps"),
         ("early_stopping_patience: 2", "early_stopping_patience: needs evaluations"),
         ("early_stopping_patience: 2\neval_steps: 2\neval_fraction: 0", "needs held-out rows"),
         ("load_best_model_at_end: true\neval_steps: 4\nsave_steps: 6", r"save_steps: expected eval_steps \(4\)"),

@@ -288,7 +288,7 @@ class TestByLength:
             "label_smoothing_factor: 0.1\nloss_normalization: example_mean",
             "label_smoothing_factor: is a mean over tokens",
         ),
-        ("packing: true\ntrain_sampling_strategy: group_by_length", "with packing all rows are of like length"),
+        ("packing: true\ntrain_sampling_strategy: group_by_length", "with packing all rows have about the same length"),
         ("loss_normalization: mean", "expected one of token_mean, example_mean"),
         ("group_by_length: true", "called train_sampling_strategy: group_by_length here"),
     ],

@@ -98,7 +98,7 @@ def count_trained(
 
     Args:
         head: the output head, for methods that freeze.
-        whole: names of modules that are trained whole beside an adapter.
+        whole: names of modules that are fully trained beside an adapter.
 
     Raises:
         UserError: the method does not fit the model.

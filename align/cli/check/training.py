@@ -54,7 +54,7 @@ class TrainingCheck(Generic[R]):
         """What the stage starts from; None when that depends on rows that could not be loaded.
 
         Args:
-            folder: where the check writes what it needs to stand in for a model.
+            folder: where the check may write files that replace a model.
         """
         raise NotImplementedError
 
@@ -76,7 +76,7 @@ class TrainingCheck(Generic[R]):
         return len(rows.train)
 
     def check(self, recipe: R, context: Context) -> None:
-        """Report what can be found out about a recipe without loading weights; leaves a stand-in for its output."""
+        """Report what can be found out about a recipe without loading weights; writes a stand-in for its output."""
         report, plan, rows, start = context.report, None, None, None
         with report.part():
             report.say(f"output_dir: {_output_state(recipe)}")
