@@ -491,7 +491,7 @@ def test_a_classifier_that_would_not_run(world, capsys):
                  eval_fraction=0)  # fmt: skip
     code, said = outcome(capsys, "c.yaml")
     assert code == 2
-    assert "label: all 2 training rows have the same, x" in said
+    assert "label: all 2 training rows have the same label, x" in said
     assert "not checked: tokens and memory" in said
     code, said = outcome(capsys, "c.yaml", "--train_dataset", "gone.jsonl")
     assert code == 2

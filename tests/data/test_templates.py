@@ -256,7 +256,7 @@ class TestRecipe:
 
     def test_pairs_have_no_templates(self, tmp_path):
         with pytest.raises(
-            UserError, match=r"templates: they make prompts and completions, and this stage reads pairs"
+            UserError, match=r"templates: they produce prompts and completions, and this stage reads pairs"
         ):
             self.recipe(tmp_path, "  templates: {prompt: p, completion: c}\n", "reward")
 
