@@ -1,4 +1,8 @@
-"""What turns a prompt and a response into a score: trained heads, Python functions, and sums of these."""
+"""Sources of scores for prompts with responses: trained reward models, Python functions, and weighted sums of them.
+
+Any folder of `align` may import it; it imports nothing of `align`. `rules.numeric_answer` is a reward function, and a
+grader of `align evaluate`; everything else that is public is listed below.
+"""
 
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward

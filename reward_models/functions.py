@@ -16,12 +16,12 @@ from reward_models.responses import Responses, row_error
 class FunctionReward:
     """Scores of `function(prompts=..., completions=..., completion_ids=..., **columns)`.
 
-    As in TRL: `prompts` and `completions` are lists of text or of message lists, `completion_ids` lists of token
-    ids, and every further column of the data a list under its own name, so the function should end in `**kwargs`.
-    It returns one number per row (list, tuple, tensor or array), or for every row a list with one number per token of
-    the response, end-of-text included, which rewards each token; it may be `async`. None says that the function does
-    not apply to the row: its score is then NaN here, and `RewardSum` leaves it out. Unlike TRL, a NaN from the function
-    itself is an error, and `trainer_state`, `log_extra` and `log_metric` are not passed.
+    As in TRL, `prompts` and `completions` are lists of texts or of message lists, `completion_ids` is a list of token id
+    lists, and every other column of the data is a list under its own name, so the function should accept `**kwargs`. It
+    returns one number per row (list, tuple, tensor or array), or for every row a list with one number per token of the
+    response, end-of-text included, which rewards each token. It may be `async`. None means that the function does not
+    apply to the row: its score is then NaN, and `RewardSum` leaves it out. Unlike in TRL, a NaN from the function itself
+    is an error, and `trainer_state`, `log_extra` and `log_metric` are not passed.
     """
 
     def __init__(self, name: str, function: Callable[..., Any]) -> None:
@@ -31,10 +31,10 @@ class FunctionReward:
     def score(self, batch: Responses) -> torch.Tensor:
         """Scores [B], or [B, T] of single tokens, float32, on the CPU; NaN where the function returned None.
 
-        T is the longest response; shorter ones are followed by 0.
+        T is the length of the longest response; shorter ones are padded with 0.
 
         Raises:
-            ValueError: the function raised, or returned anything but one finite number, or one per token, or None per row.
+            ValueError: the function raised, or did not return a finite number, one per token, or None for each row.
         """
         try:
             values = self._call(batch)
@@ -44,9 +44,9 @@ class FunctionReward:
             raise ValueError(
                 f"reward {self.name!r}: returned {len(values)} scores for {len(batch)} responses; expected one each."
             )
-        given = [value for value in values if value is not None]
-        if given and all(_is_sequence(value) for value in given):
-            return torch.stack([self._numbers(batch, row, value) for row, value in enumerate(values)])
+        applicable = [value for value in values if value is not None]
+        if applicable and all(_is_sequence(value) for value in applicable):
+            return torch.stack([self._token_scores(batch, row, value) for row, value in enumerate(values)])
         return torch.tensor([self._number(batch, row, value) for row, value in enumerate(values)], dtype=torch.float32)
 
     def _call(self, batch: Responses) -> list[Any]:
@@ -60,7 +60,7 @@ class FunctionReward:
         return list(returned)
 
     def _locate(self, batch: Responses, error: Exception) -> ValueError:
-        """Name the row on which the function raises, by calling it on each row alone."""
+        """The error with the row on which the function raises, found by calling it on each row alone."""
         for row in range(len(batch)):
             try:
                 self._call(batch.row(row))
@@ -69,11 +69,11 @@ class FunctionReward:
                     return row_error(self.name, batch, row, f"{type(alone).__name__}: {alone}")
         return ValueError(
             f"reward {self.name!r}: {type(error).__name__}: {error} "
-            f"(on {len(batch)} rows together, though on none of them alone)"
+            f"(on {len(batch)} rows together, but on none of them alone)"
         )
 
-    def _numbers(self, batch: Responses, row: int, value: Any) -> torch.Tensor:
-        """What each token of a response got, [T], with zeros after it."""
+    def _token_scores(self, batch: Responses, row: int, value: Any) -> torch.Tensor:
+        """The scores of the tokens of one response, [T], padded with 0."""
         width = max(map(len, batch.response_ids))
         if value is None:
             return torch.full((width,), float("nan"))

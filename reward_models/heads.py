@@ -1,4 +1,4 @@
-"""Trained scalar heads on decoder and encoder backbones: find, initialise, load, score."""
+"""Scalar heads on decoder and encoder backbones: find, initialize, load, score."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 class Float32Linear(nn.Linear):
     """`nn.Linear` that computes in float32, whatever the dtype of its input and weights.
 
-    bfloat16 has a spacing of 0.031 in [4, 8), so close scores would tie and differences of scores be rounded.
+    bfloat16 values in [4, 8) are 0.031 apart, so that close scores would tie and differences would be rounded.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input [..., in_features] of any float dtype to float32 [..., out_features]."""
+        """[..., in_features] of any float dtype to [..., out_features] float32."""
         with torch.autocast(device_type=input.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return nn.functional.linear(input.float(), self.weight.float(), bias)
 
 
 def hf_model(model: nn.Module) -> Any:
-    """The transformers model inside what DeepSpeed, DDP or PEFT made of it."""
+    """The transformers model inside a DeepSpeed, DDP or PEFT wrapper."""
     inner: Any = getattr(model, "module", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def score_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    """The scalar head of a sequence or token classifier: its name in the transformers model, and itself.
+    """The scalar head of a sequence or token classifier: its name in the transformers model, and the module.
 
-    It is the one linear layer outside the backbone with a single output, by whatever name the architecture
-    has for it (`score`, `classifier`, `classifier.out_proj`, ...).
+    It is the only linear layer outside the backbone with a single output, whatever its name in the architecture
+    (`score`, `classifier`, `classifier.out_proj`, ...).
 
     Raises:
         ValueError: the model has no such layer, or several.
@@ -45,7 +45,7 @@ def score_head(model: nn.Module) -> tuple[str, nn.Linear]:
         if isinstance(module, nn.Linear)
         and module.out_features == 1
         and not name.startswith(backbone)
-        and "original_module" not in name.split(".")  # PEFT's untrained copy of a layer that it trains in full
+        and "original_module" not in name.split(".")  # PEFT's frozen copy of a module in `modules_to_save`
     ]
     if len(found) != 1:
         several = f", but several: {', '.join(name for name, _ in found)}" if found else ""
@@ -57,9 +57,9 @@ def score_head(model: nn.Module) -> tuple[str, nn.Linear]:
 
 
 def keep_head_float32(model: nn.Module) -> None:
-    """Make the scalar head compute in float32, also with bfloat16 weights and under autocast.
+    """Make the scalar head compute in float32, also with bfloat16 weights and under autocast. In place.
 
-    In place. Parameters and their names stay as they are, so checkpoints and ZeRO-3 do not notice.
+    Parameters and their names do not change, so checkpoints and ZeRO-3 are unaffected.
 
     Raises:
         ValueError: the model has no scalar head.
@@ -68,10 +68,10 @@ def keep_head_float32(model: nn.Module) -> None:
 
 
 def init_head(model: nn.Module, generator_seed: int) -> None:
-    """Draw the scalar head's weight from N(0, variance 1/(d+1)), d its input width, and set its bias to 0.
+    """Draw the scalar head's weight from N(0, variance 1/(d+1)) with d its input width, and set its bias to 0.
 
-    A hidden state of unit variance then gives a score of unit variance, at any width. Call it before DeepSpeed
-    shards the model. The draw depends on the seed only, not on device, dtype or torch's global generator.
+    Hidden states of unit variance then give scores of unit variance, at any width. Call it before DeepSpeed shards the
+    model. The weight depends on the seed alone, not on device, dtype or torch's global generator.
 
     Raises:
         ValueError: the model has no scalar head.
@@ -91,13 +91,13 @@ def load_reward_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Load a trained sequence classifier with one label, to score with: frozen, dropout off, float32 head.
+    """Load a trained sequence classifier with one label for scoring: frozen, in evaluation mode, with a float32 head.
 
     Raises:
-        ValueError: before weights are loaded, when there is no model at `path`, or not one with a scalar sequence
-            classification head; after, when the weights do not fit it (transformers would invent the missing ones).
+        ValueError: before weights are loaded, if there is no model at `path` or it has no scalar sequence classification
+            head; after, if the weights do not fit (transformers would initialize missing ones at random).
     """
-    remedy = "expected a reward model: run the reward stage, and give the folder that it wrote."
+    remedy = "expected a reward model: run the reward stage, and name its output_dir."
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except OSError as error:
@@ -111,7 +111,7 @@ def load_reward_model(
     text_config = config.get_text_config()
     text_config.use_cache = False
     if text_config.pad_token_id is None:
-        text_config.pad_token_id = 0  # the model refuses batches without one; score_sequences gives the same with any
+        text_config.pad_token_id = 0  # the model needs one for batches; `score_sequences` does not depend on it
     model, report = AutoModelForSequenceClassification.from_pretrained(
         path,
         config=config,
@@ -129,18 +129,18 @@ def load_reward_model(
 
 
 def score_sequences(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    """Score each sequence at its last real token (encoders: in the way they pool), less `config.score_mean`.
+    """Score each sequence at its last real token (encoders: as they pool), less `config.score_mean`.
 
-    The mask alone says what is real: the side of the padding, the pad id (which may equal end-of-text) and the ids
-    under the mask do not matter. transformers' decoders would look for the last id other than `pad_token_id`.
+    Only the mask determines which tokens are real: the side of the padding, the pad id (which may equal end-of-text) and
+    the ids of masked tokens do not matter. transformers' decoders would use the last id other than `pad_token_id`.
 
-    How: each row's real tokens are moved to its left end, where default positions count them from 0 and encoders
-    find their first token. Then, by hooks that live for this call, a head that is called on every position (as
-    decoders do) gets the hidden state of the last real token only, and its one output stands for all positions,
-    whichever the model then picks. The model is thus called as a whole, as DeepSpeed's ZeRO-3 and DDP need it.
+    The real tokens of each row are moved to the left, where default positions count them from 0 and encoders find their
+    first token. During this call, hooks give a head that is applied to every position (in decoders) the hidden state of
+    the last real token alone, and repeat its output at all positions, so it does not matter which one the model selects.
+    The model's own `forward` is called, as ZeRO-3 and DDP require.
 
     Args:
-        model: a sequence classifier with one label, bare or wrapped; gradients flow, dropout is as the caller set it.
+        model: a sequence classifier with one label, bare or wrapped. Gradients flow; train or evaluation mode is kept.
         ids: [B, S] int64.
         mask: [B, S] bool, True where a token is real.
 

@@ -1,4 +1,4 @@
-"""What is scored, what scores it, and the error that names a row."""
+"""The interface of reward sources: a batch of responses, the protocol, the error that shows a row."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Responses:
     Attributes:
         prompts: as in the data, text or messages.
         texts: responses decoded to plain text, without special tokens.
-        completions: responses of the prompt's kind: text, or one assistant message in a list.
+        completions: responses in the form of their prompts: text, or a list with one assistant message.
         prompt_ids: the policy's token ids, unpadded.
-        response_ids: the policy's token ids, unpadded, with the end-of-text id where the response has one.
-        columns: further columns of the data, B entries each.
+        response_ids: the policy's token ids, unpadded, with the end-of-text id if the response has one.
+        columns: other columns of the data, B entries each.
     """
 
     prompts: list[Turns]
@@ -35,7 +35,7 @@ class Responses:
         return len(self.prompts)
 
     def row(self, index: int) -> Responses:
-        """One row as a batch of its own."""
+        """One row as a batch of size 1."""
         own = {part.name: [getattr(self, part.name)[index]] for part in fields(self) if part.name != "columns"}
         return Responses(**own, columns={name: [values[index]] for name, values in self.columns.items()})
 
@@ -46,15 +46,15 @@ class RewardSource(Protocol):
     name: str
 
     def score(self, batch: Responses) -> torch.Tensor:
-        """Scores [B], or [B, T] of single tokens with zeros after the response, float32, on the CPU.
+        """Scores [B], or [B, T] of single tokens, 0 after the response; float32, on the CPU.
 
-        NaN where the source does not apply to the row, and never otherwise.
+        NaN if and only if the source does not apply to the row.
         """
         ...
 
 
 def row_error(name: str, batch: Responses, row: int, problem: str) -> ValueError:
-    """The error for what the reward `name` did on one row, with the prompt and response that caused it."""
+    """An error of the reward `name` on one row, which shows the prompt and the response."""
 
     def shown(turns: Turns) -> str:
         text = repr(turns)
@@ -67,10 +67,10 @@ def row_error(name: str, batch: Responses, row: int, problem: str) -> ValueError
 
 
 def passes(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Rows in forward passes without gradients: the longest first, rows of like length together, so that little is padding.
+    """Row indices of each forward pass without gradients, longest rows first, so that passes have little padding.
 
-    At least four passes when there are rows enough, at most `most` rows in one. How many passes there are, and of how
-    many rows, depends on the number of rows alone, so that ranks with as many keep step under ZeRO-3.
+    There are at least four passes if there are enough rows, with at most `most` rows each. The sizes of the passes
+    depend on the number of rows alone, so that ranks with equally many rows stay in step under ZeRO-3.
     """
     size = min(most, max(8, -(-len(lengths) // 4)))
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])

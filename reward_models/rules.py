@@ -1,7 +1,7 @@
-"""Graders of verifiable tasks, for `grader:` of `align evaluate` and `reward_funcs:` of PPO alike.
+"""Graders for tasks with verifiable answers: for `grader:` of `align evaluate`, and for `reward_funcs:` of PPO.
 
-A grader is called as TRL calls a reward function, `grader(prompts=..., completions=..., completion_ids=..., **columns)`,
-and returns a number from 0 to 1 per row, or None where it does not apply.
+A grader has the signature of TRL's reward functions, `grader(prompts=..., completions=..., completion_ids=...,
+**columns)`, and returns a number from 0 to 1 per row, or None where it does not apply.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 Turns = str | list[dict[str, str]]  # text, or messages
 
-# A minus sign is one where no operand stands before it; commas are part of a number between groups of three digits.
+# A minus without an operand before it is a sign. Commas between groups of three digits belong to the number.
 _NUMBER = re.compile(
     r"(?P<minus>(?<![\w)%.])-)?\$?(?P<inner>(?<=\$)-)?(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?P<part>\.[0-9]+)?"
     r"(?:/(?P<below>[0-9]+))?"
@@ -26,23 +26,23 @@ def numeric_answer(
     completion: Sequence[Any] | None = None,
     **_: Any,
 ) -> list[float | None]:
-    """1.0 where a response's final number equals the reference's, 0.0 where not, in the manner of GSM8K.
+    """1.0 where a response's final number equals the reference's, else 0.0, as GSM8K is graded.
 
-    The final number is the first behind the last `####`, or without that mark the last number of the text. Thousands
-    commas, `$`, `%`, a closing full stop and zeros after the point make no difference: "$1,234.50" is 1234.5.
+    The final number is the first one after the last `####`, or without that marker the last number of the text.
+    Thousands separators, `$`, `%`, a final full stop and trailing zeros do not matter: "$1,234.50" equals 1234.5.
 
     Args:
-        answer: the column with the reference, text or a number; without it, the column `completion`.
+        answer: column with the reference, text or a number; by default the column `completion`.
 
     Returns:
-        None where the reference has no number.
+        One number per row; None where the reference has no number.
 
     Raises:
         ValueError: the data has neither column.
     """
     references = answer if answer is not None else completion
     if references is None:
-        raise ValueError("numeric_answer: expected a column `answer` or `completion` with the right answers")
+        raise ValueError("numeric_answer: expected a column `answer` or `completion` with the correct answers")
     graded: list[float | None] = []
     for response, reference in zip(completions, references, strict=True):
         right = final_number(reference if isinstance(reference, str | list) else str(reference))
@@ -51,7 +51,7 @@ def numeric_answer(
 
 
 def final_number(turns: Turns) -> Fraction | None:
-    """The number that a text ends up with, exactly; None when it has none (or none behind its last `####`)."""
+    """The final number of a text, exactly; None if there is none (with a `####`: none after the last one)."""
     text = turns if isinstance(turns, str) else "\n\n".join(message["content"] for message in turns)
     text = text.replace("\N{MINUS SIGN}", "-")
     _, mark, marked = text.rpartition("####")

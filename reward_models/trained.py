@@ -13,18 +13,19 @@ from reward_models.responses import Responses, Turns, passes, row_error
 
 
 class ModelReward:
-    """Scores of a sequence classifier with one label.
+    """Scores of a sequence classifier with one label, as `score_sequences` computes them.
 
     Args:
         name: for logs and errors.
         model: as for `score_sequences`, bare or wrapped by DeepSpeed, on its device and in evaluation mode.
         batch_size: sequences in one forward pass.
-        max_length: None for no limit; longer sequences keep their first token (begin-of-text, or an encoder's [CLS]) and their end.
-        encode: (prompt, response text) to token ids, for a model with another tokenizer than the policy's; without
-            it the policy's own prompt and response ids are scored, exactly as they are.
+        max_length: longer sequences keep their first token (begin-of-text, or an encoder's [CLS]) and their last ones;
+            None for no limit.
+        encode: (prompt, response text) to token ids, for a model with another tokenizer than the policy's; by default
+            the policy's own prompt and response ids are scored unchanged.
 
     Attributes:
-        truncated: sequences cut to `max_length` so far.
+        truncated: number of sequences truncated to `max_length` so far.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Comparison of language models on the same rows, and the metrics and statistics that the stages share.
 
 Imported by `align.cli` and the stages. Public: `run` here, from Python; `compare.run`, the command itself;
-`text_metrics`, `statistics` and `bootstrap`.
+`metrics.load_metric` and `metrics.measure`, `statistics` and `bootstrap`.
 """
 
 from __future__ import annotations

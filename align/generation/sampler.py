@@ -69,9 +69,6 @@ class Sampler:
         mask = torch.zeros(noise.shape, dtype=torch.bool, device=world.device)
         logprobs = torch.zeros(noise.shape, device=world.device)
 
-        def on_any_rank(unfinished: bool) -> bool:
-            return bool(world.max(torch.tensor(float(unfinished), device=world.device)))
-
         def decode(model: nn.Module | Engine, any_rank_unfinished: Callable[[bool], bool]) -> None:
             for part in chunks(len(noise), self.batch_size):
                 decoded = generate(
@@ -85,7 +82,7 @@ class Sampler:
             with engine.unsharded() as model:
                 decode(model, bool)
         else:
-            decode(engine, on_any_rank)
+            decode(engine, world.any_rank)
         length = int(mask.sum(dim=1).max())
         return Samples(
             prompts=batch.prompts,

@@ -510,7 +510,7 @@ def test_sum_that_cannot_be():
     one = FunctionReward("one", lambda **kwargs: [1.0])
     with pytest.raises(ValueError, match="expected one or more"):
         RewardSum([])
-    with pytest.raises(ValueError, match=r"a name of its own, got \['one', 'one'\]"):
+    with pytest.raises(ValueError, match=r"with distinct names, got \['one', 'one'\]"):
         RewardSum([one, one])
     for weights in ([1.0, 2.0], [], [float("nan")]):
         with pytest.raises(ValueError, match="reward weights: expected a finite number for each of"):
