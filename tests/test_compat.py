@@ -1,0 +1,297 @@
+"""Each private or undocumented name of other libraries that the package relies on is there, and is what it was."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+import trl
+import trl.trainer.utils
+from peft import PromptTuningConfig, get_peft_model
+from torch import nn
+
+from align import compat
+from tests.worlds import tiny_llama
+
+ROOT = Path(__file__).parents[1]
+FUSED = compat.has_fused_head()
+
+
+def load(path: str):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "parameters"),
+    [(owner, method, names) for owner, methods in compat.OVERRIDDEN.items() for method, names in methods.items()],
+)
+def test_what_subclasses_override(owner, method, parameters):
+    found = inspect.signature(getattr(load(owner), method)).parameters
+    assert set(parameters) <= set(found)
+
+
+def test_trainers_have_the_base_classes_whose_methods_are_overridden():
+    base = load("trl.trainer.base_trainer._BaseTrainer")
+    assert issubclass(trl.SFTTrainer, base)
+    assert issubclass(trl.RewardTrainer, base)
+    assert issubclass(base, transformers.Trainer)
+
+
+@pytest.mark.parametrize("trainer", [trl.SFTTrainer, trl.RewardTrainer])
+@pytest.mark.parametrize("name", [compat.TRAINER_METRICS, compat.TRAINER_TOKENS])
+def test_attributes_of_trl_trainers(trainer, name):
+    assert f"self.{name} = " in inspect.getsource(trainer.__init__)
+
+
+class TestTransformers:
+    def test_attention_implementation(self):
+        model = tiny_llama()
+        assert compat.attention_implementation(model.config) == "sdpa"
+        model.set_attn_implementation("eager")
+        assert compat.attention_implementation(model.config) == "eager"
+
+    def test_sdpa_attention(self):
+        query, key, value = torch.randn(3, 2, 4, 5, 8)
+        module = SimpleNamespace(is_causal=False, training=False)
+        output, weights = compat.sdpa_attention(module, query, key, value, None)
+        scores = (query @ key.transpose(2, 3) / 8**0.5).softmax(dim=-1) @ value
+        torch.testing.assert_close(output, scores.transpose(1, 2))
+        assert weights is None
+
+    def test_a_variant_of_sdpa_gets_its_masks(self):
+        calls = []
+
+        def counted(*arguments, **settings):
+            calls.append(arguments[4])
+            return compat.sdpa_attention(*arguments, **settings)
+
+        compat.register_sdpa_variant("counted_sdpa", counted)
+        ids, mask = torch.tensor([[0, 3, 4], [5, 6, 7]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+        plain, variant = tiny_llama(), tiny_llama()
+        variant.set_attn_implementation("counted_sdpa")
+        expected, output = (model(input_ids=ids, attention_mask=mask).logits for model in (plain, variant))
+        assert torch.equal(output, expected)
+        assert len(calls) == plain.config.num_hidden_layers
+        assert calls[0].shape == (2, 1, 3, 3)
+
+    def test_model_types(self):
+        assert compat.has_causal_lm(transformers.LlamaConfig())
+        assert not compat.has_causal_lm(transformers.CLIPTextConfig())
+        assert {"llama", "gpt2"} <= set(compat.causal_lm_types())
+        assert "t5" in compat.seq2seq_lm_types()
+        assert "bert" in compat.masked_lm_types()
+        assert "llama" not in [*compat.seq2seq_lm_types(), *compat.masked_lm_types()]
+
+    def test_sharded_loading(self):
+        assert not compat.loads_sharded()
+        config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+        alive = transformers.integrations.HfDeepSpeedConfig(config)
+        assert compat.loads_sharded()
+        compat.stop_sharded_loading()
+        assert not compat.loads_sharded()
+        del alive
+
+    def test_the_layers_of_a_cache(self):
+        cache = transformers.DynamicCache(config=tiny_llama().config)
+        layer_class = load("transformers.cache_utils.DynamicLayer")
+        assert [type(layer) for layer in cache.layers] == [layer_class] * 2
+        layer = layer_class()
+        assert layer.is_initialized is False
+        layer.update(torch.zeros(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
+        assert layer.is_initialized
+        assert layer.get_seq_length() == 3
+        assert layer.keys.shape == layer.values.shape == (2, 1, 3, 4)
+        layer.batch_select_indices(torch.tensor([1]))
+        assert len(layer.keys) == 1
+
+
+class TestTRL:
+    @pytest.mark.skipif(not FUSED, reason="TRL 1.14, the last for Python 3.10, has no fused head")
+    def test_the_fused_head(self):
+        """It computes every position on this machine, and the label tokens alone inside the block."""
+        sizes = []
+
+        model = tiny_llama()
+        outputs = ("log_probs", "entropy", "is_top1")
+        trl.trainer.utils.add_fused_lm_head(model, outputs=outputs)
+        labels = torch.tensor([[-100, -100, 3, 4, -100, -100]])
+        chunked = trl.trainer.utils._ChunkedLogProbFunction.apply
+
+        def watched(states, *rest):
+            sizes.append(len(states))
+            return chunked(states, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trl.trainer.utils._ChunkedLogProbFunction, "apply", watched)
+            ids = torch.tensor([[5, 6, 3, 4, 7, 8]])
+            arguments = {"input_ids": ids, "labels": labels, compat.FUSED_HEAD_ARGUMENT: True}
+            everywhere = model(**arguments)
+            with compat.fused_head_on_label_tokens():
+                alone = model(**arguments)
+            model(**arguments)
+        assert sizes == [5, 2, 5]
+        for name in (*outputs, "label_mask"):
+            assert getattr(alone, name).shape == (1, 5)
+        assert alone.label_mask.tolist() == [[False, True, True, False, False]]
+        torch.testing.assert_close(alone.log_probs, everywhere.log_probs)
+
+    @pytest.mark.skipif(not FUSED, reason="TRL 1.14, the last for Python 3.10, has no fused head")
+    def test_the_sft_trainer_asks_for_it(self):
+        assert compat.FUSED_HEAD_ARGUMENT in inspect.getsource(trl.SFTTrainer.compute_loss)
+
+    def test_metrics_and_tokens(self):
+        trainer = SimpleNamespace(**{compat.TRAINER_METRICS: {"eval": {}}, compat.TRAINER_TOKENS: 5})
+        compat.pending_metrics(trainer, "eval")["accuracy"] = [1.0]
+        assert trainer._metrics == {"eval": {"accuracy": [1.0]}}
+        compat.raise_token_count(trainer, 3)
+        assert trainer._total_train_tokens == 5
+        compat.raise_token_count(trainer, 8)
+        assert trainer._total_train_tokens == 8
+
+
+SHARDED = """
+import json
+import os
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
+import deepspeed
+from torch import nn
+from align import compat
+compat.disable_deepspeed_shared_memory()
+deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+with deepspeed.zero.Init(config_dict_or_path={"zero_optimization": {"stage": 3}, "train_batch_size": 1}):
+    weight = nn.Linear(3, 5).weight
+found = [compat.is_sharded(weight), list(compat.full_shape(weight)), compat.local_shard(weight).numel(), weight.numel()]
+found.append(deepspeed.comm.comm.cdb.shm_comm_op is None)
+print(json.dumps(found))
+"""
+
+
+class TestDeepSpeed:
+    def test_a_sharded_parameter(self):
+        done = subprocess.run(
+            [sys.executable, "-c", SHARDED],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout.splitlines()[-1]) == [True, [5, 3], 15, 0, True]
+
+    def test_a_plain_parameter(self):
+        weight = nn.Linear(3, 5).weight
+        assert not compat.is_sharded(weight)
+        assert compat.full_shape(weight) == (5, 3)
+        assert torch.equal(compat.local_shard(weight), weight)
+
+    def test_the_names_of_its_shared_memory(self):
+        prefix = compat.DEEPSPEED_SHARED_MEMORY_FILES.removesuffix("_*")
+        package = Path(importlib.util.find_spec("deepspeed").origin).parent
+        assert prefix in (package / "ops" / "csrc" / "cpu" / "comm" / "shm.cpp").read_text(encoding="utf-8")
+
+
+def test_the_active_adapter():
+    model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    settings = compat.active_adapter_config(model)
+    assert settings.is_prompt_learning
+    assert settings.num_virtual_tokens == 3
+
+
+def test_bitsandbytes_layers():
+    layers = pytest.importorskip("bitsandbytes").nn
+    layer = layers.Linear4bit(4, 4)
+    assert hasattr(layer, "support_avx512bf16_for_cpu")
+    compat.keep_differentiable_kernel(layer)
+    assert layer.support_avx512bf16_for_cpu is False
+    plain = nn.Linear(4, 4)
+    compat.keep_differentiable_kernel(plain)
+    assert not hasattr(plain, "support_avx512bf16_for_cpu")
+
+
+def test_sacrebleu_statistics():
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    predictions, references = ["a b c d e", "a b c d f g"], ["a b c d e", "a b c x f g"]
+    for metric in (metrics.BLEU(force=True), metrics.CHRF()):
+        rows = torch.tensor(compat.bleu_statistics(metric, predictions, references))
+        score = compat.bleu_score(metric, rows.sum(dim=0).int().tolist())
+        assert score == pytest.approx(metric.corpus_score(predictions, [references]).score)
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """Underscore attributes that a module reaches on anything but what its own classes define."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in targets:
+            for name in ast.walk(target):
+                if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name) and name.value.id == "self":
+                    own.add(name.attr)
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return {name for name in used - own if name.startswith("_") and not name.endswith("__")}
+
+
+def imported_private_names(tree: ast.Module) -> set[str]:
+    """Underscore names that a module imports from another package."""
+    return {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.name.startswith("_")
+    }
+
+
+def overrides(tree: ast.Module) -> set[str]:
+    """Underscore methods that are called on `super()`."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) == "super()"
+        and node.attr.startswith("_")
+        and not node.attr.endswith("__")
+    }
+
+
+OVERRIDDEN = {method for methods in compat.OVERRIDDEN.values() for method in methods}
+
+
+def test_the_walk_sees_private_names():
+    tree = ast.parse(
+        "from a import _e\n"
+        "class A:\n"
+        "    def f(self):\n"
+        "        self._a = 1\n"
+        "        self._a + self._b + x._c\n"
+        "    def _d(self):\n"
+        "        self._d, super()._d()\n"
+    )
+    assert private_names(tree) == {"_b", "_c"}
+    assert imported_private_names(tree) == {"_e"}
+    assert overrides(tree) == {"_d"}
+
+
+def test_private_names_of_others_are_reached_through_compat():
+    wrong = {}
+    for path in sorted([*ROOT.glob("align/**/*.py"), *ROOT.glob("reward_models/*.py")]):
+        if path == ROOT / "align" / "compat.py":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        allowed = {*OVERRIDDEN, "_exit"}  # the latter of the standard library's os
+        if found := (private_names(tree) | imported_private_names(tree) | overrides(tree)) - allowed:
+            wrong[str(path.relative_to(ROOT))] = found
+    assert not wrong
