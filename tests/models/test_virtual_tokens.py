@@ -99,7 +99,7 @@ def test_what_the_sft_stage_leaves_is_evaluated(tmp_path):
     trained = train(settings)
     results = run(recipe(tmp_path / "judged", models={"base": str(tmp_path / "base"), "tuned": settings.output_dir}))
     found = values(results, "perplexity")
-    assert found["tuned", 0] == pytest.approx(trained["eval_perplexity"], rel=1e-4)
+    assert found["tuned", 0] == pytest.approx(trained.metrics["eval_perplexity"], rel=1e-4)
     assert abs(found["tuned", 0] - found["base", 0]) > 0.1, "with its tokens, not the model alone"
 
 
