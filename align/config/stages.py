@@ -28,9 +28,7 @@ class Stage:
     check_rules: Callable[[Any, Where], None]  # raises UserError for values that exclude one another
     module: str  # its `run(recipe)` runs the stage
     check_module: str  # its `check(recipe, context)` is what `align check` does for the stage
-    input_models: tuple[
-        str, ...
-    ]  # keys that name the models it starts from: when one was trained anew, so is its output
+    input_models: tuple[str, ...]  # keys that name the models it starts from; it runs again once one was trained again
     methods: tuple[str, ...] = ()  # values of `method` that it takes; none: it trains nothing
     generates: bool = False  # whether what it trains is a language model that continues a prompt
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.ppo import PPORecipe
+from align.config.stages import STAGES
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
 from align.models.load import is_encoder, load_config
@@ -40,7 +41,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             f"sft_model_path: {recipe.sft_model_path} is an encoder, which cannot generate; name a decoder."
         )
     sft = read_manifest(recipe.sft_model_path)
-    if sft is not None and sft["stage"] in ("reward", "classify"):
+    if sft is not None and not STAGES[sft["stage"]].generates:
         raise UserError(
             f"sft_model_path: {recipe.sft_model_path} is the output of the {sft['stage']} stage, which cannot generate; name "
             "that of the sft stage."

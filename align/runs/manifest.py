@@ -145,7 +145,7 @@ def differing_keys(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     return keys
 
 
-def finish_stage(
+def write_manifest(
     recipe: StageRecipe,
     tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, Any],

@@ -27,7 +27,7 @@ from align.runs.checkpoint import (
     set_aside,
 )
 from align.runs.files import new_folder
-from align.runs.manifest import finish_stage, read_manifest
+from align.runs.manifest import read_manifest, write_manifest
 from align.runs.tables import markdown_table
 
 UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
@@ -131,7 +131,7 @@ def finish(
     """Write the README.md and then the manifest, on rank 0.
 
     Args:
-        tokenizer, data, results, more: as for `align.runs.manifest.finish_stage`.
+        tokenizer, data, results, more: as for `align.runs.manifest.write_manifest`.
         card: Markdown that says what the model is and how to load it.
     """
     sources = [[source["source"], source["rows"], source["fingerprint"][:16]] for source in data["sources"]]
@@ -145,4 +145,4 @@ def finish(
     folder = Path(recipe.output_dir)
     (folder / "README.md").write_text(text, encoding="utf-8")
     shutil.rmtree(folder / UNTRAINED, ignore_errors=True)
-    finish_stage(recipe, tokenizer, data, results, **more)
+    write_manifest(recipe, tokenizer, data, results, **more)

@@ -384,14 +384,14 @@ def test_output_folders(world, capsys):
         model_name_or_path="model",
     )
     from align.config.load import load_recipe
-    from align.runs.manifest import RUN, finish_stage, open_stage
+    from align.runs.manifest import RUN, open_stage, write_manifest
 
     assert "output_dir: out/x, new" in outcome(capsys, "r.yaml")[1]
     recipe = load_recipe("sft", "r.yaml")
     open_stage(recipe)
     assert Path("out/x", RUN).is_file()
     assert "output_dir: out/x, which would be resumed" in outcome(capsys, "r.yaml")[1]
-    finish_stage(recipe, letter_tokenizer(), {}, {})
+    write_manifest(recipe, letter_tokenizer(), {}, {})
     assert "output_dir: out/x is finished; the stage would be skipped" in outcome(capsys, "r.yaml")[1]
     code, said = outcome(capsys, "r.yaml", "--seed", "1")
     assert code == 2

@@ -21,7 +21,7 @@ from align.errors import UserError
 STAGE = """
 import os, sys, time
 from pathlib import Path
-from align.runs.manifest import finish_stage, open_stage
+from align.runs.manifest import write_manifest, open_stage
 from align.config.load import load_recipe
 
 class Tokenizer:
@@ -45,7 +45,7 @@ if Path(f"hang_{stage}").exists():
 table = [["loss", 2.0, 1.23456], ["held-out rows", None, 7]]
 samples = [{"prompt": f"p{i}", "SFT": "[b]s", "PPO": "r", "score": 0.5} for i in range(5)]
 results = {"table": table, **({"samples": samples} if stage == "ppo" else {})}
-finish_stage(recipe, Tokenizer(), {}, results)
+write_manifest(recipe, Tokenizer(), {}, results)
 """
 
 
