@@ -22,7 +22,7 @@ def run(adapter: str, output: str) -> str:
     """Write the merged model and its tokenizer as a plain Hugging Face folder; returns a message.
 
     Raises:
-        UserError: no adapter in the folder, one that cannot be merged, a missing base model, or an output folder that exists.
+        UserError: no adapter, one that cannot be merged, a missing base model, or an output folder that exists.
     """
     quiet()
     folder = Path(adapter) / "adapter" if (Path(adapter) / "adapter").is_dir() else Path(adapter)

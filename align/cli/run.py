@@ -46,7 +46,8 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
             metrics = Path(step.recipe.output_dir) / "metrics.jsonl"
             raise UserError(
                 f"{step.path}: the {step.stage} stage {describe_exit_code(code)} after {time.monotonic() - began:.0f} s"
-                f"{f'; its metrics are in {metrics}' if metrics.exists() else ''}. The same command continues from there."
+                f"{f'; its metrics are in {metrics}' if metrics.exists() else ''}. The same command continues from "
+                "there."
             )
         print(f"{step.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
     manifests = [(step.name, read_manifest(step.recipe.output_dir) or {}) for step in steps]
@@ -56,7 +57,7 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
 
 
 def already_done(step: Step) -> list[Table] | None:
-    """None when there is something to do; otherwise tables that only the step itself would print: those of an evaluation.
+    """None when there is something to do; otherwise the tables that only the step would print: an evaluation's.
 
     Raises:
         UserError: its output folder holds something else.
@@ -68,7 +69,7 @@ def already_done(step: Step) -> list[Table] | None:
 
 
 def command(step: Step) -> list[str]:
-    """The command line that runs a stage: alone, or by the `deepspeed` launcher if the recipe or `--num_gpus` requires it."""
+    """The command that runs a stage: alone, or by the `deepspeed` launcher if recipe or `--num_gpus` require it."""
     stage = ["align", step.stage, step.path, *step.overrides]
     if not getattr(step.recipe, "deepspeed", None) and step.processes == 1:
         return [sys.executable, "-m", *stage]

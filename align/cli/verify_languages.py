@@ -23,7 +23,7 @@ from align.models.forward import response_logprobs
 END = "<end>"  # opens a prompt and closes a response, as in GPT-2: without an opening, "a" and "aa" look alike
 
 # The reward functions: written beside the recipes as a file, as a user's would be.
-REWARDS = '''"""Scores of responses given as token ids: a is 0, b is 1, and so on; the id after the last letter's is end-of-text."""
+REWARDS = '''"""Scores of responses as token ids: a is 0, b is 1, ...; the id after the last letter's is end-of-text."""
 
 
 def letters(prompts, completion_ids, **columns):
@@ -128,7 +128,7 @@ class Language:
 
 
 def sine_table(prefixes: int, tokens: int) -> Tensor:
-    """Logits sin(1 + 4 i + a) of token a after prefix i, [prefixes, tokens] float64: a reference that is easy to write down."""
+    """Logits sin(1 + 4 i + a) of token a after prefix i, [prefixes, tokens] float64."""
     return torch.tensor(
         [[math.sin(1 + 4 * i + a) for a in range(tokens)] for i in range(prefixes)], dtype=torch.float64
     )

@@ -96,7 +96,8 @@ class StageRecipe:
     )
     method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
         "full",
-        "What is trained: all weights, some layers, the head, or an adapter, which is saved both as an adapter and merged.",
+        "What is trained: all weights, some layers, the head, or an adapter, which is saved both as an adapter and "
+        "merged.",
     )
     freeze_layers: int = key(
         0, "With `method: freeze`: freeze the embedding and this many of the first layers.", AT_LEAST_0
@@ -162,7 +163,8 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
     if recipe.lr_scheduler_type not in SCHEDULES:
         hint = nearest(recipe.lr_scheduler_type, SCHEDULES)
         raise UserError(
-            f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got {recipe.lr_scheduler_type!r}{hint}"
+            f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got "
+            f"{recipe.lr_scheduler_type!r}{hint}"
         )
     if not recipe.train_dataset:
         raise UserError(
@@ -191,7 +193,8 @@ def check_trainer_rules(recipe: TrainerRecipe, where: Where) -> None:
         raise UserError(f"{where(asked)}: needs held-out rows; set eval_dataset or eval_fraction")
     if recipe.load_best_model_at_end and recipe.save_steps not in (None, recipe.eval_steps):
         raise UserError(
-            f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that every evaluated "
+            f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that "
+            "every evaluated "
             f"model is saved, got {recipe.save_steps}"
         )
 
@@ -209,12 +212,14 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
     if recipe.method not in supported:
         why = "cannot be merged, so later stages could not start from it" if virtual else "is not supported here"
         raise UserError(
-            f"{where('method')}: expected one of {', '.join(supported)} in the {recipe.stage} stage, got {recipe.method}, which {why}"
+            f"{where('method')}: expected one of {', '.join(supported)} in the {recipe.stage} stage, got "
+            f"{recipe.method}, which {why}"
         )
     partial = bool(recipe.freeze_layers) + (recipe.trainable_pattern is not None)
     if recipe.method == "freeze" and partial != 1:
         raise UserError(
-            f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got {'both' if partial else 'neither'}"
+            f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got "
+            f"{'both' if partial else 'neither'}"
         )
     if recipe.method != "freeze" and partial:
         name = "freeze_layers" if recipe.freeze_layers else "trainable_pattern"
@@ -226,7 +231,8 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
             raise UserError(f"{where('trainable_pattern')}: not a regular expression: {error}") from None
     if virtual and (getattr(recipe, "packing", False) or getattr(recipe, "padding_free", False)):
         raise UserError(
-            f"{where('method')}: {recipe.method} prepends virtual tokens to each row, which does not work with packed rows"
+            f"{where('method')}: {recipe.method} prepends virtual tokens to each row, which does not work with packed "
+            "rows"
         )
     if virtual and zero_stage_of(recipe.deepspeed) == 3:
         raise UserError(

@@ -1,7 +1,7 @@
 """Fill a dataclass from a mapping, strictly: an error names what was expected.
 
-Types come from the annotations: a bool is not an integer, an integer is a number, and text such as `1e-5`, which YAML does
-not parse as a number, is one where a number is expected. Nothing else is converted.
+Types come from the annotations: a bool is not an integer, an integer is a number, and text such as `1e-5`, which YAML
+does not parse as a number, is one where a number is expected. Nothing else is converted.
 """
 
 from __future__ import annotations

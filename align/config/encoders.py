@@ -16,7 +16,8 @@ class ClassifyRecipe(TrainerRecipe):
     model_name_or_path: str = required("Encoder (BERT-like) or decoder; it gets a classification head.")
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = key(
         None,
-        "Kind of `label`, by transformers' name: one label per row (text or ids from 0), a list of labels, or a number. By "
+        "Kind of `label`, by transformers' name: one label per row (text or ids from 0), a list of labels, or a "
+        "number. By "
         "default text and integers are single labels, lists are multiple labels, and fractions are a regression.",
     )
     max_length: int = key(512, "Maximum tokens of a row; longer rows are bad rows.", MAX_LENGTH)
@@ -37,6 +38,7 @@ class MLMRecipe(TrainerRecipe):
     )
     max_length: int = key(
         512,
-        "Maximum tokens of a piece, with special tokens: longer texts are split into even pieces, none of which is dropped.",
+        "Maximum tokens of a piece, with special tokens: longer texts are split into even pieces, none of which is "
+        "dropped.",
         MAX_LENGTH,
     )

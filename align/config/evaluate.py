@@ -48,14 +48,17 @@ class EvaluateRecipe:
     max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.", AT_LEAST_1)
     on_bad_row: Literal["error", "skip"] = key(
         "error",
-        "What to do with rows that cannot be used by one of the models or with one of `num_shots`: raise an error, or skip.",
+        "What to do with rows that cannot be used by one of the models or with one of `num_shots`: raise an error, or "
+        "skip.",
     )
     chat_template_path: str | None = key(None, "Jinja file with the chat template, for models that have none.")
 
     metrics: list[str] = key(
         ["perplexity", "token_accuracy"],
-        "perplexity, token_accuracy (of the reference), exact_match, accuracy, f1, bleu, rouge, chrf (of the prediction), "
-        "or anything that `evaluate.load` accepts, such as the path of a metric script. accuracy and f1 compare labels, which "
+        "perplexity, token_accuracy (of the reference), exact_match, accuracy, f1, bleu, rouge, chrf (of the "
+        "prediction), "
+        "or anything that `evaluate.load` accepts, such as the path of a metric script. accuracy and f1 compare "
+        "labels, which "
         "they recover from templates.",
     )
     grader: str | None = key(

@@ -51,7 +51,7 @@ def as_recipe(cls: type[T], recipe: T | Mapping[str, Any] | str | os.PathLike[st
         cls: the recipe class of the stage.
         keys: keys that override those of `recipe`.
 
-    Relative paths are looked up from the current directory; those in a YAML file then from its folder, as in `load_recipe`.
+    Relative paths are looked up from the current directory, and those in a YAML file then from its folder.
 
     Raises:
         UserError: as `load_recipe`; begins with the key that is wrong.
@@ -70,7 +70,8 @@ def as_recipe(cls: type[T], recipe: T | Mapping[str, Any] | str | os.PathLike[st
         values = dict(recipe)
     else:
         raise UserError(
-            f"recipe: expected a {cls.__name__}, a mapping of its keys or the path of a YAML file, got a {type(recipe).__name__}"
+            f"recipe: expected a {cls.__name__}, a mapping of its keys or the path of a YAML file, got a "
+            f"{type(recipe).__name__}"
         )
     checked: T = _checked(stage, {**values, **keys}, where, folder, path)
     return checked
@@ -111,7 +112,7 @@ def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, p
 
 
 def _named(models: Any) -> Any:
-    """One model, or a list of them, as a mapping of names to paths; a model is called by its last name where that is enough."""
+    """One model, or a list, as a mapping of names to paths; a name is the last part of its path if that is unique."""
     paths = [models] if isinstance(models, str) else models
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return models

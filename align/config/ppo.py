@@ -45,7 +45,8 @@ class PPORecipe(StageRecipe):
     )
     eval_reward_funcs: list[str] = key(
         [],
-        "`module:function` rewards that are only measured, on evaluation prompts: a known ground truth, a gold reward model.",
+        "`module:function` rewards that are only measured, on evaluation prompts: a known ground truth, a gold reward "
+        "model.",
     )
 
     total_episodes: int = key(10_000, "Responses sampled in the run.", AT_LEAST_1)
@@ -71,8 +72,8 @@ class PPORecipe(StageRecipe):
     )
     adam_epsilon: float = key(1e-5, "AdamW epsilon.", ABOVE_0)
     advantage_estimator: EstimatorName = key(
-        "gae", "How rewards become advantages; only `gae` has a value model. rloo, grpo and dr_grpo compare the responses "
-        "to one prompt and need num_generations of 2 or more."
+        "gae", "How rewards become advantages; only `gae` has a value model. rloo, grpo and dr_grpo compare the "
+        "responses to one prompt and need num_generations of 2 or more."
     )  # fmt: skip
     kl_coef: float = key(0.05, "Weight of the KL penalty per token, in units of score per nat.", AT_LEAST_0)
     kl_estimator: Literal["k1", "k2", "k3"] = key(
@@ -141,15 +142,18 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     """
     if recipe.rollout_batch_size % recipe.minibatch_size:
         raise UserError(
-            f"{where('minibatch_size')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.minibatch_size}"
+            f"{where('minibatch_size')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got "
+            f"{recipe.minibatch_size}"
         )
     if recipe.total_episodes < recipe.rollout_batch_size:
         raise UserError(
-            f"{where('total_episodes')}: expected at least rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.total_episodes}"
+            f"{where('total_episodes')}: expected at least rollout_batch_size ({recipe.rollout_batch_size}), got "
+            f"{recipe.total_episodes}"
         )
     if recipe.rollout_batch_size % recipe.num_generations:
         raise UserError(
-            f"{where('num_generations')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got {recipe.num_generations}"
+            f"{where('num_generations')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got "
+            f"{recipe.num_generations}"
         )
     _check_objective(recipe, where)
     sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
@@ -157,11 +161,13 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
         raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
     if recipe.reward_weights and len(recipe.reward_weights) != len(sources):
         raise UserError(
-            f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got {len(recipe.reward_weights)}"
+            f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got "
+            f"{len(recipe.reward_weights)}"
         )
     if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
         raise UserError(
-            f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score (replaces), got both"
+            f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score "
+            "(replaces), got both"
         )
 
 
@@ -192,6 +198,7 @@ def _check_objective(recipe: PPORecipe, where: Where) -> None:
         )
     if recipe.method != "full" and recipe.reference_deepspeed:
         raise UserError(
-            f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and has no "
+            f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and "
+            "has no "
             "engine of its own; leave it out."
         )

@@ -16,7 +16,8 @@ class RewardRecipe(TrainerRecipe):
     model_name_or_path: str = required("SFT model, another decoder, or an encoder (BERT-like); it gets a scalar head.")
     sft_model_path: str | None = key(
         None,
-        "Model whose completions get mean score 0; by default `model_name_or_path` if that is the output of an SFT stage.",
+        "Model whose completions get mean score 0; by default `model_name_or_path` if that is the output of an SFT "
+        "stage.",
     )
     learning_rate: float = key(1e-5, "Peak learning rate of AdamW.", ABOVE_0)
     center_rewards_coefficient: float | None = key(
@@ -43,6 +44,7 @@ def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
         for index, source in enumerate(getattr(recipe, name)):
             if source.templates:
                 raise UserError(
-                    f"{where(name)}[{index}].templates: they produce prompts and completions, and this stage reads pairs with "
+                    f"{where(name)}[{index}].templates: they produce prompts and completions, and this stage reads "
+                    "pairs with "
                     "`chosen` and `rejected`; leave them out."
                 )

@@ -30,8 +30,8 @@ class SFTRecipe(TrainerRecipe):
         "Loss of a step: the mean over all trained tokens, or the mean over examples of each example's mean.",
     )
     packing: bool = key(
-        False, "Pack complete examples into rows of max_length, without attention between them; `train_batch_size` then counts "
-        "packed rows. Longer `text` is split."
+        False, "Pack complete examples into rows of max_length, without attention between them; `train_batch_size` "
+        "then counts packed rows. Longer `text` is split."
     )  # fmt: skip
     padding_free: bool = key(
         False, "Concatenate the rows of a batch instead of padding them; does not change the result."
@@ -47,23 +47,27 @@ class SFTRecipe(TrainerRecipe):
     )
     retention: list[DataSource] = key(
         [],
-        "Rows that the model already handles well, in any format of `train_dataset`: the loss on `eval_fraction` of their "
+        "Rows that the model already handles well, in any format of `train_dataset`: the loss on `eval_fraction` of "
+        "their "
         "prompts (all if it is 0) is measured at each evaluation, which shows what is forgotten.",
     )
     replay_fraction: float = key(
         0.0,
-        "Share of the training rows, before packing, that are replayed from `retention`; rows that are measured are not replayed.",
+        "Share of the training rows, before packing, that are replayed from `retention`; rows that are measured are "
+        "not replayed.",
         FROM_0_TO_BELOW_1,
     )
     max_forgetting: float | None = key(
         None,
-        "Maximum increase of the loss on `retention`, in percent of its value before training: the best model is chosen "
+        "Maximum increase of the loss on `retention`, in percent of its value before training: the best model is "
+        "chosen "
         "among the checkpoints within it, and for `early_stopping_patience` only these count as improvements.",
         AT_LEAST_0,
     )
     eval_metrics: list[str] = key(
         [],
-        "Metrics of the greedy responses to evaluation prompts: exact_match, accuracy, f1, bleu, rouge, chrf, or any name "
+        "Metrics of the greedy responses to evaluation prompts: exact_match, accuracy, f1, bleu, rouge, chrf, or any "
+        "name "
         "that `evaluate.load` accepts; logged as `eval/<name>`.",
     )
     max_eval_generations: int = key(64, "With `eval_metrics`: maximum prompts answered in an evaluation.", AT_LEAST_1)
@@ -80,19 +84,23 @@ def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:
     if (recipe.model_name_or_path is None) == (not recipe.model_config):
         got = "both; empty one with null" if recipe.model_config else "neither"
         raise UserError(
-            f"{where('model_name_or_path')}: expected either a model to fine-tune, or `model_config` to train one from scratch, got {got}"
+            f"{where('model_name_or_path')}: expected either a model to fine-tune, or `model_config` to train one from "
+            f"scratch, got {got}"
         )
     if recipe.model_config and "model_type" not in recipe.model_config:
         raise UserError(
-            f"{where('model_config')}: expected a `model_type` such as llama among its keys, got {', '.join(recipe.model_config)}"
+            f"{where('model_config')}: expected a `model_type` such as llama among its keys, got "
+            f"{', '.join(recipe.model_config)}"
         )
     if recipe.label_smoothing_factor and recipe.loss_normalization == "example_mean":
         raise UserError(
-            f"{where('label_smoothing_factor')}: is a mean over tokens; use loss_normalization: token_mean with it, or set it to 0"
+            f"{where('label_smoothing_factor')}: is a mean over tokens; use loss_normalization: token_mean with it, or "
+            "set it to 0"
         )
     if recipe.packing and recipe.train_sampling_strategy == "group_by_length":
         raise UserError(
-            f"{where('train_sampling_strategy')}: with packing all rows have about the same length; leave group_by_length out"
+            f"{where('train_sampling_strategy')}: with packing all rows have about the same length; leave "
+            "group_by_length out"
         )
     _check_retention(recipe, where)
 
@@ -117,18 +125,21 @@ def _check_retention(recipe: SFTRecipe, where: Where) -> None:
             )
     if recipe.replay_fraction and not recipe.eval_fraction:
         raise UserError(
-            f"{where('eval_fraction')}: expected a share above 0 of `retention` to measure, as replay_fraction trains on "
+            f"{where('eval_fraction')}: expected a share above 0 of `retention` to measure, as replay_fraction trains "
+            "on "
             "the rest, got 0"
         )
     chosen = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
     if recipe.max_forgetting is not None and not chosen:
         raise UserError(
-            f"{where('max_forgetting')}: has no effect without load_best_model_at_end or early_stopping_patience; set one of them"
+            f"{where('max_forgetting')}: has no effect without load_best_model_at_end or early_stopping_patience; set "
+            "one of them"
         )
     if len(set(recipe.eval_metrics)) < len(recipe.eval_metrics):
         raise UserError(f"{where('eval_metrics')}: expected different metrics, got {', '.join(recipe.eval_metrics)}")
     if recipe.eval_metrics and recipe.method in ("prompt", "prefix"):
         raise UserError(
-            f"{where('eval_metrics')}: responses with method: {recipe.method} are not supported; leave it out, the losses are "
+            f"{where('eval_metrics')}: responses with method: {recipe.method} are not supported; leave it out, the "
+            "losses are "
             "measured all the same"
         )

@@ -1,4 +1,4 @@
-"""The table of stages: all that the rest of the package knows about one. A new stage is one entry, and files of its own."""
+"""The table of stages: what the rest of the package knows about each. A new stage is one entry and its own files."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def read_stage(path: str) -> str:
 
 
 def input_models(recipe: Recipe) -> dict[str, str]:
-    """The models that a recipe starts from, by key, or by name where a key holds several; keys that are not set are left out."""
+    """The models that a recipe starts from, by key, or by name where a key holds several; unset keys are left out."""
     found: dict[str, str] = {}
     for name in stage_of(recipe).input_models:
         value = getattr(recipe, name)

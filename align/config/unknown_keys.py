@@ -39,7 +39,7 @@ _ANY_STAGE = {
     "save_strategy": _BY_STEPS,
     "logging_strategy": _BY_STEPS,
     "logging_dir": "not supported: metrics go to metrics.jsonl in output_dir, and to W&B with report_to",
-    "greater_is_better": "derived: lower is better if the name of metric_for_best_model ends in loss, perplexity, gap or forgetting, otherwise higher",
+    "greater_is_better": "derived: false if the name of metric_for_best_model ends in loss, perplexity, gap or forgetting",
     "resume_from_checkpoint": _RESUMES,
     "overwrite_output_dir": _RESUMES,
     "push_to_hub": _NO_HUB,
@@ -74,7 +74,8 @@ _OF_STAGE = {
         "whole_word_mask": "not supported: tokens are masked one by one",
     },
     "ppo": {
-        "gradient_accumulation_steps": "derived: set minibatch_size (responses per optimiser step over all devices) and per_device_train_batch_size",
+        "gradient_accumulation_steps": "derived: set minibatch_size (responses per optimiser step over all devices) "
+        "and per_device_train_batch_size",
         "num_mini_batches": "derived: set minibatch_size; there are rollout_batch_size / minibatch_size of them",
         "mini_batch_size": "called minibatch_size here",
         "train_batch_size": "called minibatch_size here (per optimiser step) and rollout_batch_size (per update)",
@@ -99,8 +100,10 @@ _OF_STAGE = {
         "adv_estimator": "called advantage_estimator here",
         "use_score_scaling": "called normalize_scores here",
         "use_score_norm": "called normalize_scores here",
-        "scale_rewards": "derived: advantage_estimator grpo divides by the deviation of a prompt's responses, dr_grpo does not",
-        "loss_type": "derived from advantage_estimator: grpo is a mean over responses, dr_grpo over response_length, others over tokens",
+        "scale_rewards": "derived: advantage_estimator grpo divides by the standard deviation of a prompt's scores, "
+        "dr_grpo does not",
+        "loss_type": "derived from advantage_estimator: grpo is a mean over responses, dr_grpo over response_length, "
+        "others over tokens",
         "n_samples_per_prompt": "called num_generations here",
         "vf_coef": "not supported: policy and value model have optimisers of their own; set value_learning_rate",
         "stop_token": "derived: a response ends at the tokenizer's end-of-text token",
@@ -123,7 +126,8 @@ _OF_STAGE = {
     },
 }
 _BOTTLENECK = (
-    "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has them, needs transformers 4.57 where "
+    "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has them, needs transformers "
+    "4.57 where "
     "this project needs 5; use lora, which trains as few parameters and can be merged"
 )
 

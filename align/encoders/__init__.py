@@ -1,7 +1,7 @@
 """The stages around encoders (BERT-like): `align classify` and `align mlm`.
 
-Imported by `align.cli`; imports no other stage. Public: `run_classify` and `run_mlm` here, from Python; `classify.run` and
-`mlm.run`, the stages themselves.
+Imported by `align.cli`; imports no other stage. Public: `run_classify` and `run_mlm` here, from Python; `classify.run`
+and `mlm.run`, the stages themselves.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checkpoints of a run, each of which is complete or does not count.
 
 While a stage runs, its output folder holds `run.json` (the recipe it was started with) and `checkpoint-N` folders, each
-of which counts only once it contains `complete.json`. Once the stage is finished, the folder is a plain Hugging Face model
-folder with the manifest `stage.json`.
+of which counts only once it contains `complete.json`. Once the stage is finished, the folder is a plain Hugging Face
+model folder with the manifest `stage.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 
 
 def mark_complete(checkpoint: Path, state: Mapping[str, Any], save_total_limit: int) -> None:
-    """Declare a checkpoint complete, then delete the oldest ones beyond `save_total_limit`. For rank 0, after all have written.
+    """Declare a checkpoint complete, then delete the oldest beyond `save_total_limit`. For rank 0, after the others.
 
     `complete.json` appears once every file is on the disk. It holds `state`, the size and CRC-32 of each file, and how
     long the run's records (`*.jsonl` in the output folder) were.

@@ -57,7 +57,7 @@ def stage_arguments(stage: Stage) -> dict[str, Any]:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """What `command` returns; 0 after `--help`, 2 after a UserError, which is printed in one line, and 130 after Ctrl-C."""
+    """What `command` returns; 0 after `--help`, 2 after a UserError, printed in one line, and 130 after Ctrl-C."""
     try:
         return command()
     except SystemExit as ended:  # argparse, after --help and --version

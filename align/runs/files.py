@@ -38,7 +38,7 @@ def fingerprints(folder: Path) -> dict[str, list[int]]:
 
 
 def difference(folder: Path, expected: dict[str, list[int]]) -> str | None:
-    """What differs in a folder whose `fingerprints` were once `expected`; None when nothing does. Further files are ignored.
+    """What differs in a folder whose `fingerprints` were `expected`; None when nothing does. Other files are ignored.
 
     Raises:
         OSError: a file cannot be read.
@@ -85,7 +85,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the name `path`, replacing what was there, once the block ends without an error."""
+    """Yield an empty folder that takes the name `path`, replacing what was there, after the block without an error."""
     temporary = path.with_name(f".{path.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

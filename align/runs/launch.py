@@ -51,7 +51,7 @@ def run_recipe(recipe: Recipe) -> Any:
 
 
 def launched_words(argv: Sequence[str]) -> list[str]:
-    """The command line without the launcher's `--local_rank`; from then on this process ends when what started it is gone."""
+    """The command line without the launcher's `--local_rank`; from then on this process ends with its parents."""
     words = list(argv)
     launched = bool(words) and words[0].startswith(("--local_rank=", "--local-rank="))
     if launched:

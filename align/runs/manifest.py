@@ -89,8 +89,8 @@ def _input_digests(recipe: StageRecipe) -> dict[str, str]:
 def open_stage(recipe: StageRecipe) -> bool:
     """Claim `recipe.output_dir` for this run. True when the same stage is already finished there.
 
-    The manifests of the models that the stage starts from are remembered: a stage does not count as finished once one of
-    them has been trained anew.
+    The manifests of the models that the stage starts from are recorded: a stage does not count as finished once one
+    of them has been trained again.
 
     Raises:
         UserError: the folder cannot be written, or holds a run of another recipe or of older inputs.

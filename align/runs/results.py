@@ -61,7 +61,7 @@ class PPOResult(StageResult):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassifyResult(StageResult):
-    """`metrics`: `eval_loss`, `eval_accuracy`, `eval_macro_f1` (regression: `eval_mse`), and those `_before` training."""
+    """`metrics`: `eval_loss`, `eval_accuracy`, `eval_macro_f1` or `eval_mse`, and those `_before` training."""
 
     steps: int  # optimiser steps
     baseline: dict[str, float] | None = None  # measures of the constant answer: the commonest label, or the mean

@@ -1,4 +1,4 @@
-"""What every stage does at its start and its end: find the checkpoint to resume from, write the manifest and the card."""
+"""What every stage does at its start and its end: find the checkpoint to resume from, write manifest and card."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it star
 def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
     """The newest complete and intact checkpoint, the same on every rank; None to start from the beginning.
 
-    Rank 0 deletes partial checkpoints, renames damaged ones and prints a message, and truncates the run's records to the
-    checkpoint.
+    Rank 0 deletes partial checkpoints, renames damaged ones and prints a message, and truncates the run's records to
+    the checkpoint.
 
     Raises:
         UserError: the checkpoint was written in another layout than this run's.

@@ -94,7 +94,7 @@ def count_parameters(model: nn.Module, trained: bool = False) -> int:
 def count_trained(
     model: PreTrainedModel, recipe: StageRecipe, task_type: str, head: nn.Module, whole: Sequence[str] = ()
 ) -> tuple[int, int]:
-    """All parameters of a skeleton and those that the recipe's `method` trains, once it is applied. Changes the skeleton.
+    """Parameters of a skeleton, and those that the recipe's `method` trains. Changes the skeleton.
 
     Args:
         head: the output head, for methods that freeze.
@@ -116,7 +116,7 @@ def count_trained(
 
 
 def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPlan) -> Table:
-    """Memory per GPU by model and ZeRO stage, and at the stages that the recipe's DeepSpeed files choose for each model."""
+    """Memory per GPU by model and ZeRO stage, and at the stages of the recipe's DeepSpeed files."""
     needs = [
         [0, 0, 0, state_bytes(model, 0, 1, recipe.bf16)]
         if model.gathered
