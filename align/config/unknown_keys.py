@@ -39,7 +39,7 @@ _ANY_STAGE = {
     "save_strategy": _BY_STEPS,
     "logging_strategy": _BY_STEPS,
     "logging_dir": "not supported: metrics go to metrics.jsonl in output_dir, and to W&B with report_to",
-    "greater_is_better": "derived: false if the name of metric_for_best_model ends in loss, perplexity, gap or forgetting",
+    "greater_is_better": "derived: false if metric_for_best_model ends in loss, perplexity, gap or forgetting",
     "resume_from_checkpoint": _RESUMES,
     "overwrite_output_dir": _RESUMES,
     "push_to_hub": _NO_HUB,
