@@ -1,8 +1,8 @@
 """Every private or undocumented name of transformers, TRL, DeepSpeed and PEFT that this package relies on.
 
-The rest of the package reaches them through this module, which imports the libraries only when asked; a name that has to be
-spelt elsewhere, because a subclass overrides it, is listed in `OVERRIDDEN`. `tests/test_compat.py` checks each of them, so
-that an upgrade which removes one fails there first.
+The rest of the package reaches them through this module, which imports the libraries only when asked; a name that has
+to be spelt elsewhere, because a subclass overrides it, is listed in `OVERRIDDEN`. `tests/test_compat.py` checks each
+of them, so that an upgrade which removes one fails there first.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def attention_implementation(config: Any) -> str:
 def sdpa_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' attention by `scaled_dot_product_attention`: query, key, value [B, heads, S, D] -> [B, S, heads, D]."""
+    """transformers' "sdpa" attention: query, key, value [B, heads, S, D] -> [B, S, heads, D]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
@@ -158,7 +158,7 @@ def full_shape(parameter: Any) -> torch.Size:
 
 
 def local_shard(parameter: Any) -> Tensor:
-    """This rank's values of a parameter: a flat piece, padded to one size on all ranks, under ZeRO-3; all of it otherwise."""
+    """This rank's part of a parameter: under ZeRO-3 a flat shard, padded to one size on all ranks; else all of it."""
     shard: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
     return shard
 
@@ -166,8 +166,8 @@ def local_shard(parameter: Any) -> Tensor:
 def disable_deepspeed_shared_memory() -> None:
     """Have DeepSpeed use gloo on CPUs.
 
-    Its own CPU collective saves nothing at our sizes, needs a compiler at the first start, and leaves 69 MB a process in
-    shared memory.
+    Its own CPU collective saves nothing at our sizes, needs a compiler at the first start, and leaves 69 MB a process
+    in shared memory.
     """
     import deepspeed
 
@@ -188,8 +188,8 @@ def active_adapter_config(model: Any) -> Any:
 def keep_differentiable_kernel(module: Any) -> None:
     """Keep a 4-bit layer on a CPU to the one kernel that has a gradient; other modules are left unchanged.
 
-    On a CPU with AVX512-BF16, bitsandbytes repacks a layer in its first evaluation for a bfloat16 kernel without a gradient,
-    and training would silently go on with it: the layers below would learn nothing.
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer in its first evaluation for a bfloat16 kernel without a
+    gradient, and training would silently go on with it: the layers below would learn nothing.
     """
     if hasattr(module, "support_avx512bf16_for_cpu"):
         module.support_avx512bf16_for_cpu = False

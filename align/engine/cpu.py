@@ -12,7 +12,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def configure_cpu() -> None:
-    """Flush denormals to zero in this thread and those it starts, and keep freed memory. Call it before any computation.
+    """Flush denormals to zero in this thread and those it starts; keep freed memory. Call it before any computation.
 
     CPUs compute with denormals (numbers below 1e-38) in microcode, many times slower than usual; gradients of unlikely
     tokens, and their squares in Adam's second moment, are such numbers.
@@ -24,8 +24,9 @@ def configure_cpu() -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next tensor; does nothing with another C library.
 
-    By default glibc returns each tensor of more than 32 MiB, and the activations of each pass, to the system, which then
-    has to map and zero the memory again, a page of 4 KiB at a time. That can take longer than the arithmetic on it.
+    By default glibc returns each tensor of more than 32 MiB, and the activations of each pass, to the system, which
+    then has to map and zero the memory again, a page of 4 KiB at a time. That can take longer than the arithmetic on
+    it.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -21,7 +21,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of this run and the collectives that the stages use; on one process each collective is the identity."""
+    """The processes of a run and the collectives that stages use; on one process each is the identity."""
 
     rank: int
     size: int
@@ -68,7 +68,8 @@ class World:
         """
         if count < self.size:
             raise UserError(
-                f"train_dataset: {count} usable rows for {self.size} processes; give more rows, or start at most {count}."
+                f"train_dataset: {count} usable rows for {self.size} processes; "
+                f"give more rows, or start at most {count}."
             )
 
     def barrier(self) -> None:
@@ -77,7 +78,7 @@ class World:
 
 
 def rows_of_rank(world: World, count: int) -> list[int]:
-    """Indices of this rank's share of `count` rows. All shares have one size, so the last ranks may repeat the last row."""
+    """Indices of this rank's share of `count` rows. Shares have one size: the last ranks may repeat the last row."""
     share = -(-count // world.size)
     return [min(index, count - 1) for index in range(world.rank * share, (world.rank + 1) * share)]
 

@@ -1,6 +1,7 @@
 """The interface through which every stage uses a model, and the two engines that wrap another one.
 
-`align.engine.build` makes the engine of a model: plain torch on one process without a DeepSpeed file, DeepSpeed otherwise.
+`align.engine.build` makes the engine of a model: plain torch on one process without a DeepSpeed file, DeepSpeed
+otherwise.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class AdapterOff:
 
 
 class NoUpdateEngine:
-    """An engine for dry runs of training: it runs forward and saves as `engine` does, and never computes or applies a gradient."""
+    """An engine for dry runs of training: it runs forward as `engine` does, and ignores `backward` and `step`."""
 
     def __init__(self, engine: TrainEngine):
         self.module = engine.module

@@ -1,6 +1,7 @@
-"""bfloat16 mixed precision without DeepSpeed: the model computes with bfloat16 weights, the optimizer steps float32 masters.
+"""bfloat16 mixed precision without DeepSpeed: bfloat16 weights compute, the optimizer steps float32 masters.
 
-Gradients are accumulated over microbatches in float32, too: in bfloat16 a sum of equal terms stops growing at 256 of them.
+Gradients are accumulated over microbatches in float32, too: in bfloat16 a sum of equal terms stops growing at 256 of
+them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def convert_to_bfloat16(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Convert all weights to bfloat16, in place.
 
     Returns:
-        for each trained weight its float32 master, to be given to the optimizer. Gradients of the weight are accumulated in
-        the master; after each step the caller copies masters back by `copy_masters`.
+        for each trained weight its float32 master, to be given to the optimizer. Gradients of the weight are
+        accumulated in the master; after each step the caller copies masters back by `copy_masters`.
     """
     masters = {}
     for weight in model.parameters():

@@ -19,7 +19,7 @@ from align.models.save import save_weights
 
 @contextlib.contextmanager
 def sharded_load(recipe: StageRecipe, role: str = "policy") -> Iterator[None]:
-    """Under ZeRO-3, `from_pretrained` in this block shards each weight as it is read, so no rank holds all of a model."""
+    """Under ZeRO-3, `from_pretrained` in this block shards each weight as it is read: no rank holds all of a model."""
     if zero_stage(recipe, role) < 3:
         yield
         return

@@ -47,7 +47,7 @@ def check_responses_fit(
     limit, longest = max_positions(config), max(map(len, prompts))
     if limit is not None and longest + response_length > limit:
         raise UserError(
-            f"response_length: the longest prompt has {longest} tokens, which leaves {max(0, limit - longest)} of the {limit} "
-            f"that the model reads, got {response_length}; lower it, or "
+            f"response_length: the longest prompt has {longest} tokens, which leaves {max(0, limit - longest)} "
+            f"of the {limit} that the model reads, got {response_length}; lower it, or "
             f"{remedy.format(room=max(limit - response_length, 1))}."
         )

@@ -50,8 +50,8 @@ def strip_padding(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tenso
     of a batch of prompts and responses is dropped, too.
 
     Returns:
-        ids [B, S'], padded with token 0; indices [N] into the flattened [B * S'] positions, of the states that predict the
-        real tokens among the last `length` of each row; those N tokens.
+        ids [B, S'], padded with token 0; indices [N] into the flattened [B * S'] positions, of the states that
+        predict the real tokens among the last `length` of each row; those N tokens.
     """
     sizes = mask.sum(dim=1, keepdim=True)
     columns = torch.arange(int(sizes.max()), device=ids.device)
@@ -84,8 +84,8 @@ def response_loss(
     """A loss over the N real tokens among the last `length` of each row.
 
     Args:
-        objective: maps log-probabilities and entropies [n] (float32, nats) of a slice of the N tokens, in row-major order,
-            and that slice, to its share of the loss.
+        objective: maps log-probabilities and entropies [n] (float32, nats) of a slice of the N tokens, in row-major
+            order, and that slice, to its share of the loss.
 
     Returns:
         the loss, a scalar with gradient; log-probabilities and entropies [N], float32, without.

@@ -1,7 +1,8 @@
 """Gradients of the embedding and the head, accumulated in place.
 
-Both have a row per token of the vocabulary, often half of all weights. In every pass autograd allocates a full gradient of
-each, mostly zeros for the embedding, to add it to the accumulated one; here only the non-zero parts are added.
+Both have a row per token of the vocabulary, often half of all weights. In every pass autograd allocates a full
+gradient of each, mostly zeros for the embedding, to add it to the accumulated one; here only the non-zero parts are
+added.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The language-model head, computed on response tokens only, a chunk at a time.
 
 Logits are by far the largest tensors of a step: [tokens, vocabulary]. A model's own forward pass computes them at every
-position and keeps them for the backward pass. Here the head is replaced during a forward pass: it computes the positions
-that predict response tokens, and no more than CHUNK logits exist at once, in training too.
+position and keeps them for the backward pass. Here the head is replaced during a forward pass: it computes the
+positions that predict response tokens, and no more than CHUNK logits exist at once, in training too.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def replaced_head(head: nn.Linear, function: HeadFunction) -> Iterator[None]:
 
 @torch.no_grad()
 def head_is_last(model: Callable[..., Any]) -> bool:
-    """Whether the model returns its head's output unchanged, neither scaled nor capped. Tested once per model, by a forward pass."""
+    """Whether the model returns its head's output unscaled and uncapped; tested once, by a forward pass."""
     head = output_head(model)
     if not hasattr(head, "head_is_last"):
         marks = torch.tensor([[[0.75, -1.5, 24.0]]])  # exact in any float type
@@ -58,7 +58,7 @@ def head_is_last(model: Callable[..., Any]) -> bool:
 
 
 def chunk_slices(first: int, last: int, vocabulary: int, logits: int) -> list[slice]:
-    """Slices that cover tokens `first` to `last` (exclusive), each of at least one token and otherwise at most `logits` logits."""
+    """Slices of tokens `first` to `last` (exclusive), each of at most `logits` logits but at least one token."""
     size = max(1, logits // vocabulary)
     return [slice(start, min(start + size, last)) for start in range(first, last, size)]
 
@@ -105,8 +105,8 @@ def loss_head(
     """A head that returns a loss over `tokens` [N], a scalar with its gradient.
 
     Args:
-        objective: maps log-probabilities and entropies [n] (float32, nats) of a slice of the tokens, and that slice, to its
-            share of the loss.
+        objective: maps log-probabilities and entropies [n] (float32, nats) of a slice of the tokens, and that slice,
+            to its share of the loss.
         outputs: [2, N] float32, filled with all log-probabilities and entropies.
     """
 
@@ -123,8 +123,8 @@ def loss_head(
 class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradient in the forward pass, chunk by chunk, while the logits exist.
 
-    Where the weight's gradients are accumulated in place, that happens in the forward pass too; backward must then follow,
-    called on this loss itself.
+    Where the weight's gradients are accumulated in place, that happens in the forward pass too; backward must then
+    follow, called on this loss itself.
     """
 
     @staticmethod

@@ -43,8 +43,8 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
         raise UserError(f"{key}: no model at {path}; check the path or hub id. {reason}") from error
     if is_sequence_to_sequence(config):
         raise UserError(
-            f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; name a causal "
-            "decoder (llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
+            f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; "
+            "name a causal decoder (llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
         )
     return config
 
@@ -96,7 +96,8 @@ def is_encoder(config: PretrainedConfig) -> bool:
 
 # Encoders that transformers also lists as causal models, for use with `is_decoder`.
 ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "rembert", "big_bird",
-                 "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer", "roberta-prelayernorm", "xmod"}  # fmt: skip
+                 "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer",
+                 "roberta-prelayernorm", "xmod"}  # fmt: skip
 
 
 def load_pretrained(
@@ -179,7 +180,7 @@ def new_reward_model(
 def new_classifier(
     path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False, **head: Any
 ) -> PreTrainedModel:
-    """A sequence classifier on the backbone in `path`, with the head in `path` if that has the right size, else a new one.
+    """A sequence classifier on the backbone in `path`, with the head in `path` if its size is right, else a new one.
 
     Args:
         head: entries of the configuration: `num_labels` or `id2label`, `label2id`, `problem_type`.

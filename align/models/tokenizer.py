@@ -12,7 +12,7 @@ from align.errors import UserError
 def load_tokenizer(
     path: str, chat_template_path: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `path` with left padding, a padding token, and the chat template in `chat_template_path`, if given.
+    """The tokenizer in `path`, with left padding, a padding token, and the given chat template.
 
     Raises:
         UserError: no tokenizer in `path`, no end-of-text token, or an unreadable chat template.

@@ -50,7 +50,7 @@ def peft_config(recipe: StageRecipe, task_type: str, modules_to_save: Sequence[s
     if recipe.method == "ia3":
         return IA3Config(task_type=task_type, modules_to_save=full, target_modules=recipe.lora_target_modules or None)
     if recipe.method == "prompt":
-        # Initialized from token embeddings (arXiv 2104.08691); PEFT's default is noise, many times larger than an embedding.
+        # From token embeddings (arXiv 2104.08691); PEFT's default is noise, many times larger than an embedding.
         return PromptTuningConfig(
             task_type=task_type,
             num_virtual_tokens=recipe.num_virtual_tokens,
@@ -70,14 +70,15 @@ def freeze(
         head: the output head: all that `method: head` trains; `freeze_layers` never freezes it.
 
     Raises:
-        UserError: the model has fewer layers than that, no parameter matches the pattern, or the head is tied to the embedding.
+        UserError: the model has fewer layers than that, no parameter matches the pattern, or the head is tied to the
+        embedding.
     """
     if method == "head":
         embedding = model.get_input_embeddings()
         if getattr(embedding, "weight", None) is getattr(head, "weight", model):
             raise UserError(
-                "method: head: the model's head is its embedding (tied weights), so training it would change the model's input, too; use "
-                "method: freeze with trainable_pattern."
+                "method: head: the model's head is its embedding (tied weights), so training it would change the "
+                "model's input, too; use method: freeze with trainable_pattern."
             )
         model.requires_grad_(False)
         head.requires_grad_(True)
@@ -122,7 +123,7 @@ def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
 
 
 def quantization_kwargs(method: str, bf16: bool) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for `method: qlora`: 4-bit NormalFloat with double quantization (arXiv 2305.14314).
+    """`from_pretrained` arguments for `method: qlora`: 4-bit NormalFloat, double quantization (arXiv 2305.14314).
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -133,7 +134,8 @@ def quantization_kwargs(method: str, bf16: bool) -> dict[str, Any]:
         importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(
-            "method: qlora needs bitsandbytes; install it by `pip install -e '.[qlora]'` in this repository, or use method: lora."
+            "method: qlora needs bitsandbytes; install it by `pip install -e '.[qlora]'` in this repository, "
+            "or use method: lora."
         ) from error
     from transformers import BitsAndBytesConfig
 
@@ -154,14 +156,14 @@ def disable_inference_kernels(model: PreTrainedModel) -> None:
 
 
 def cast_trained_to_float32(model: nn.Module) -> None:
-    """Convert trained parameters to float32: TRL casts the adapter of a 4-bit model to bfloat16, which loses small steps."""
+    """Convert trained parameters to float32: TRL casts a 4-bit model's adapter to bfloat16, which loses small steps."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
 
 
 def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
-    """Put the adapter of the recipe's `method` on a model, and train only that. It starts as the identity, drawn from the seed."""
+    """Add the adapter of the recipe's `method`, the only part that trains. It starts as the identity, from the seed."""
     torch.manual_seed(recipe.seed)
     config = peft_config(recipe, "CAUSAL_LM")
     assert config is not None, recipe.method

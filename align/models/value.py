@@ -49,7 +49,8 @@ def load_value_model(
         key_mapping: from `value_head_key_mapping`.
 
     Returns:
-        the model, and the parameters of its head that `path` lacks ("weight", "bias"), which the caller has to initialize.
+        the model, and the parameters of its head that `path` lacks ("weight", "bias"), which the caller has to
+        initialize.
     """
     model, report = load_pretrained(
         AutoModelForTokenClassification,

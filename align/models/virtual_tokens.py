@@ -29,7 +29,8 @@ def prompt_tuning_base(path: str) -> tuple[str, int] | None:
     adapter_type, task = settings["peft_type"], settings["task_type"]
     if adapter_type not in PROMPT_LEARNING_TYPES or task != "CAUSAL_LM":
         raise UserError(
-            f"{path}: expected virtual tokens of type {' or '.join(PROMPT_LEARNING_TYPES)} and task CAUSAL_LM, got {adapter_type} and {task}."
+            f"{path}: expected virtual tokens of type {' or '.join(PROMPT_LEARNING_TYPES)} and task CAUSAL_LM, "
+            f"got {adapter_type} and {task}."
         )
     return str(settings["base_model_name_or_path"]), int(settings["num_virtual_tokens"])
 
@@ -41,7 +42,7 @@ def load_language_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal language model as by `load_policy`; from a folder of virtual tokens, their base model with them before each row."""
+    """`load_policy`, or for a folder of virtual tokens, their base model with them before each row."""
     found = prompt_tuning_base(path)
     model: nn.Module = load_policy(
         found[0] if found else path,
@@ -57,8 +58,8 @@ def load_language_model(
 class VirtualTokenModel(nn.Module):
     """A language model whose rows begin with the virtual tokens of its adapter, with any padding and with a cache.
 
-    PEFT's own forward pass takes no `position_ids`, so the virtual tokens of a left-padded row would be further away from
-    the row than they were in training.
+    PEFT's own forward pass takes no `position_ids`, so the virtual tokens of a left-padded row would be further away
+    from the row than they were in training.
     """
 
     def __init__(self, adapted: PeftModel):

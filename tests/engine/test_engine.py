@@ -15,8 +15,10 @@ from transformers import LlamaForSequenceClassification
 from align.config.ppo import PPORecipe
 from align.engine.build import frozen_engine, train_engine
 from align.engine.distributed import World, remove_stale_shared_memory
+from align.engine.engine import AdapterOff, Engine, NoUpdateEngine
 from align.errors import UserError
 from align.models.forward import response_logprobs
+from align.models.trainable import add_adapter
 from tests import ranks
 from tests.engine.shards_worker import hold_models
 from tests.worlds import deepspeed_file, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
@@ -97,6 +99,44 @@ class TestOneProcess:
             gradients.append([parameter.grad for parameter in engine.module.parameters()])
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+class TestProtocol:
+    def test_what_is_an_engine(self):
+        policy = train_engine(add_adapter(tiny_llama(), recipe(method="lora")), recipe(), ALONE, 1e-2, 1)
+        for engine in (
+            policy,
+            AdapterOff(policy),
+            NoUpdateEngine(policy),
+            frozen_engine(tiny_llama(), recipe(), ALONE),
+        ):
+            assert isinstance(engine, Engine)
+        for model in (policy.module, tiny_llama(), nn.Linear(2, 2)):
+            assert not isinstance(model, Engine)
+
+    def test_the_adapter_is_off_in_the_view_alone(self):
+        plain = tiny_llama()
+        policy = train_engine(add_adapter(tiny_llama(), recipe(method="lora")), recipe(), ALONE, 1e-2, 1)
+        for loss in losses(policy):
+            policy.backward(loss)
+        policy.step(1e-2)
+        ids, _ = batch()
+        expected, reference, trained = (model(input_ids=ids).logits for model in (plain, AdapterOff(policy), policy))
+        torch.testing.assert_close(reference, expected)
+        assert not reference.requires_grad
+        assert float((trained - expected).detach().abs().max()) > 1e-3
+        with AdapterOff(policy).unsharded() as model:
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+    def test_nothing_moves_without_updates(self):
+        engine = train_engine(tiny_llama(), recipe(), ALONE, 1e-2, 1)
+        still = NoUpdateEngine(engine)
+        before = engine.state_dict()
+        for loss in losses(still):
+            still.backward(loss)
+        assert still.step(1.0) == 0.0
+        assert all(torch.equal(weight, before[name]) for name, weight in still.state_dict().items())
+        assert all(parameter.grad is None for parameter in engine.module.parameters())
 
 
 class TestBfloat16:
