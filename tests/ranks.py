@@ -8,8 +8,9 @@ ranks share here and not under the launcher, so one test of each stage goes thro
 
 from __future__ import annotations
 
-import gc
+import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import runpy
@@ -26,12 +27,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-LIBRARIES = [
-    "deepspeed", "evaluate", "peft", "psutil", "pytest", "rich.progress", "sacrebleu", "sklearn.metrics",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every DeepSpeed engine imports, and with it the compiler of torch
-    "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama",
-    "trl.trainer.reward_trainer", "trl.trainer.sft_trainer", "wandb",
-]  # fmt: skip
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -209,9 +204,18 @@ def launched(*command: str, ranks: int = 2, module: bool = True) -> dict[str, An
     return {"args": [*words, *command], "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
 
 
+@functools.cache
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)  # nothing new once the server is running
+    context.set_forkserver_preload(["libraries"])  # found beside this file, so that the package `tests` is not imported
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
     return context
 
 
@@ -227,7 +231,6 @@ def _rank(
     function: Callable[..., Any], args: Sequence[Any], environment: dict[str, str], cwd: str, log: str, rank: int
 ) -> None:
     """One forked process."""
-    gc.freeze()  # or each full collection would walk through all that the libraries hold
     for descriptor, kind in ((1, "out"), (2, "err")):
         file = os.open(_output(Path(log), rank, kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)

@@ -57,7 +57,7 @@ def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: A
     if stage == "ppo":
         rows = [{"prompt": LETTERS[i : i + 1 + i % 3]} for i in range(10)]
         keys = {
-            **COMMON, "sft_model_path": str(folder / "base"), "reward_funcs": ["resume_rules:count_a"], "kl_coef": 0.02,
+            **COMMON, "per_device_train_batch_size": 2, "sft_model_path": str(folder / "base"), "reward_funcs": ["resume_rules:count_a"], "kl_coef": 0.02,
             "total_episodes": 48, "rollout_batch_size": 8, "minibatch_size": 4, "num_ppo_epochs": 2,
             "response_length": 5, "learning_rate": 5e-3, "temperature": 0.9, "missing_eos_penalty": 0.1,
             "ema_decay": 0.8, "kl_target": 0.05, "kl_horizon": 100, "normalize_scores": True,  # each has a state

@@ -1,0 +1,28 @@
+"""What the server of tests/ranks.py imports: the libraries of every stage, and nothing of ours."""
+
+# ruff: noqa: F401
+import gc
+
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer  # every DeepSpeed engine imports it, and with it torch's compiler
+import evaluate
+import peft
+import psutil
+import pytest
+import rich.progress
+import sacrebleu
+import setuptools
+import sklearn.metrics
+import transformers.models.bert.modeling_bert
+import transformers.models.llama.modeling_llama
+import trl.trainer.reward_trainer
+import trl.trainer.sft_trainer
+import wandb
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+# Tables that each process would build at its first model.
+deepspeed.ops.__compatible_ops__  # noqa: B018
+get_checkpoint_conversion_mapping("llama")
+
+gc.collect()
+gc.freeze()  # or each full collection of a fork would walk through all of it
