@@ -24,5 +24,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 deepspeed.ops.__compatible_ops__  # noqa: B018
 get_checkpoint_conversion_mapping("llama")
 
+deepspeed.utils.nvtx.enable_nvtx = False  # a call to the profiler of GPUs around each of ZeRO's functions
+
 gc.collect()
 gc.freeze()  # or each full collection of a fork would walk through all of it

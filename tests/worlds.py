@@ -106,9 +106,14 @@ def save_recipe(recipe: StageRecipe, path: Path) -> Path:
     return path
 
 
-def deepspeed_file(path: Path, stage: int) -> str:
-    """A DeepSpeed file that shards even tiny models."""
-    zero = {"stage": stage}
+def deepspeed_file(path: Path, stage: int, fetch_ahead: bool = False) -> str:
+    """A DeepSpeed file that shards even tiny models.
+
+    Args:
+        fetch_ahead: at ZeRO 3, gather the parameters of several modules at once and keep them until the backward pass,
+            as DeepSpeed does by default and which takes less time, instead of those of one module for its forward pass.
+    """
+    zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 0,
@@ -116,6 +121,8 @@ def deepspeed_file(path: Path, stage: int) -> str:
             "stage3_prefetch_bucket_size": 0,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
+        if fetch_ahead:
+            zero |= {"stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 1e7}
     sizes = dict.fromkeys(
         ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"],
         "auto",

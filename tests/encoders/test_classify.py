@@ -555,7 +555,7 @@ def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_p
 
 
 def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
-    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0)
+    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=30, save_steps=3, eval_steps=6, max_grad_norm=1.0)
     folder = Path(settings.output_dir)
     stop_after_checkpoint("classify", save_recipe(settings, tmp_path / "recipe.yaml"), folder)
     assert not (folder / MANIFEST).exists()

@@ -307,7 +307,7 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
 
 def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     settings = recipe(
-        tmp_path, eval_texts=HELD_OUT, num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0, train_batch_size=2,
+        tmp_path, eval_texts=HELD_OUT, num_train_epochs=20, save_steps=3, eval_steps=6, max_grad_norm=1.0, train_batch_size=2,
         per_device_train_batch_size=2,
     )  # fmt: skip
     folder = Path(settings.output_dir)

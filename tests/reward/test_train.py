@@ -373,7 +373,7 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
 
 
 def test_a_run_killed_twice_ends_with_the_same_weights_to_the_bit(tmp_path):
-    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0)
+    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=30, save_steps=3, eval_steps=6, max_grad_norm=1.0)
     folder = Path(settings.output_dir)
     file = save_recipe(settings, tmp_path / "recipe.yaml")
     for how in (signal.SIGTERM, signal.SIGKILL):

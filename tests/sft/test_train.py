@@ -250,7 +250,7 @@ def test_bfloat16_with_gradient_checkpointing_ends_in_float32_weights(tmp_path):
 
 def test_a_run_killed_twice_ends_with_the_same_weights_to_the_bit(tmp_path):
     settings = recipe(
-        tmp_path, eval_rows=[("ee", "f")], num_train_epochs=60, save_steps=3, eval_steps=6, max_grad_norm=1.0
+        tmp_path, eval_rows=[("ee", "f")], num_train_epochs=30, save_steps=3, eval_steps=6, max_grad_norm=1.0
     )
     folder = Path(settings.output_dir)
     file = save_recipe(settings, tmp_path / "recipe.yaml")
