@@ -6,7 +6,7 @@ import dataclasses
 
 from align.config.stages import STAGES
 
-_SAMPLING = (
+SAMPLING = (
     "do_sample top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty no_repeat_ngram_size "
     "encoder_repetition_penalty min_length min_new_tokens num_beams length_penalty bad_words_ids logits_processor"
 )
@@ -22,7 +22,7 @@ _BY_STEPS = "not needed: set eval_steps, save_steps or logging_steps"
 _RESUMES = "not needed: the same command resumes; delete output_dir to start over"
 _NO_HUB = "not supported: upload output_dir afterwards with `hf upload`"
 _NO_DROPOUT = "not supported: dropout is off in every stage"
-_ANY_STAGE = {
+ANY_STAGE = {
     "gradient_accumulation_steps": _DERIVED_SIZES,
     "per_gpu_train_batch_size": "called per_device_train_batch_size here",
     "per_gpu_eval_batch_size": "called per_device_eval_batch_size here",
@@ -61,7 +61,7 @@ _ANY_STAGE = {
     "assistant_only_loss": "called completion_only_loss here; in `messages` it trains on every assistant turn",
     "wandb_project": "called project here",
 }
-_OF_STAGE = {
+OF_STAGE = {
     "classify": {
         "num_labels": "derived from the labels of the training rows",
         "id2label": "derived: text labels get ids in alphabetical order; whole numbers are ids",
@@ -137,9 +137,9 @@ METHODS_ELSEWHERE = dict.fromkeys(("bottleneck", "adapter", "adapters", "houlsby
 
 def explain(stage: str, name: str) -> str | None:
     """The clause that follows "unknown key", or None when only a nearest key can help."""
-    if name in _SAMPLING.split():
+    if name in SAMPLING.split():
         return f"; {_SAMPLED if stage != 'evaluate' else _GREEDY}"
-    if known := _OF_STAGE.get(stage, {}).get(name) or _ANY_STAGE.get(name):
+    if known := OF_STAGE.get(stage, {}).get(name) or ANY_STAGE.get(name):
         return f"; {known}"
     training = [each for each in STAGES.values() if each.methods]
     owners = [each.name for each in training if name in {field.name for field in dataclasses.fields(each.recipe)}]

@@ -18,7 +18,7 @@ from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.config.stages import STAGES, input_models, read_stage
-from align.config.unknown_keys import _ANY_STAGE, _OF_STAGE, _SAMPLING
+from align.config.unknown_keys import ANY_STAGE, OF_STAGE, SAMPLING
 from align.engine.batch_plan import batch_plan
 from align.errors import UserError
 
@@ -193,7 +193,7 @@ def test_an_unknown_key_says_what_to_write_instead(load, stage, name, said):
         assert refusal(load, stage, None, f"--{name}", "1").startswith(f"--{name}: unknown key; ")
 
 
-@pytest.mark.parametrize("name", _SAMPLING.split())
+@pytest.mark.parametrize("name", SAMPLING.split())
 def test_no_sampling_key_is_taken(load, name):
     assert "refused: it would sample from another distribution" in refusal(load, "ppo", {name: 1})
 
@@ -205,7 +205,7 @@ def test_a_key_that_resembles_nothing(load):
 @pytest.mark.parametrize("stage", TRAINING)
 def test_hints_are_for_keys_that_the_stage_lacks(stage):
     names = {field.name for field in dataclasses.fields(STAGES[stage].recipe)}
-    assert not names & {*_ANY_STAGE, *_OF_STAGE.get(stage, {}), *_SAMPLING.split()}
+    assert not names & {*ANY_STAGE, *OF_STAGE.get(stage, {}), *SAMPLING.split()}
 
 
 def test_unknown_key_of_a_data_source(load):

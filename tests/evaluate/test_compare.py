@@ -21,7 +21,7 @@ from align.config.base import StageRecipe
 from align.config.data_source import DataSource
 from align.config.evaluate import EvaluateRecipe
 from align.config.load import load_recipe
-from align.config.unknown_keys import _ANY_STAGE, _OF_STAGE, _SAMPLING
+from align.config.unknown_keys import ANY_STAGE, OF_STAGE, SAMPLING
 from align.data.rows import Demonstration
 from align.errors import UserError
 from align.evaluate.compare import run
@@ -812,7 +812,7 @@ def test_keys_are_those_of_the_stages_where_they_mean_the_same():
     }
     assert shared >= {"train_dataset", "eval_dataset", "eval_fraction", "max_eval_rows", "on_bad_row", "seed", "bf16"}
     own = {field.name for field in dataclasses.fields(EvaluateRecipe)}
-    assert not own & {*_ANY_STAGE, *_OF_STAGE["evaluate"], *_SAMPLING.split()}
+    assert not own & {*ANY_STAGE, *OF_STAGE["evaluate"], *SAMPLING.split()}
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

@@ -310,8 +310,8 @@ class TestDamage:
                 raise OSError(5, "Input/output error", str(path))
             return plain(path)
 
-        plain = align.runs.files._fingerprint
-        monkeypatch.setattr("align.runs.files._fingerprint", broken)
+        plain = align.runs.files.fingerprint
+        monkeypatch.setattr("align.runs.files.fingerprint", broken)
         assert folder.last() == folder.path / "checkpoint-4"
         assert "checkpoint-6/state.txt: Input/output error;" in capsys.readouterr().err
 
