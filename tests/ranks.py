@@ -3,7 +3,8 @@
 Importing torch, transformers, TRL and DeepSpeed takes seven seconds of CPU time, and the `deepspeed` launcher adds two
 processes of its own that do so. The processes here are forks of one that has imported these libraries and nothing of ours;
 they import `align` themselves and get the environment that the launcher sets. Python's hash seed is the one thing that
-ranks share here and not under the launcher, so one test of each stage goes through `launch`.
+ranks share here and not under the launcher, so that one test of each stage goes through the launcher: the quickstart at
+ZeRO 3 (sft, reward, ppo), and those that call `launch` or `launched`.
 """
 
 from __future__ import annotations

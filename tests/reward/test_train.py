@@ -35,7 +35,7 @@ from align.reward.train import run
 from align.runs.manifest import MANIFEST, read_manifest
 from align.runs.results import RewardResult
 from reward_models.heads import init_head, load_reward_model, score_sequences
-from tests.ranks import launch, run_stage, stop_after_checkpoint
+from tests.ranks import run_stage, stop_after_checkpoint
 from tests.worlds import (
     deepspeed_file,
     letter_ids,
@@ -398,7 +398,7 @@ def test_two_processes_with_zero3_train_the_same_model(tmp_path):
     shared = dataclasses.replace(
         settings, output_dir=str(tmp_path / "shared"), deepspeed=deepspeed_file(tmp_path / "zero3.json", 3)
     )
-    done = launch("align.reward", str(save_recipe(shared, tmp_path / "recipe.yaml")))
+    done = run_stage("reward", save_recipe(shared, tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)

@@ -18,7 +18,7 @@ from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import MANIFEST, read_manifest
 from align.runs.results import SFTResult
 from align.sft.train import run
-from tests.ranks import launch, run_stage, stop_after_checkpoint
+from tests.ranks import run_stage, stop_after_checkpoint
 from tests.sft.letter_rows import ROWS, SCRATCH, nll, recipe
 from tests.worlds import (
     deepspeed_file,
@@ -289,7 +289,7 @@ def test_two_processes_with_zero3_train_the_same_model(tmp_path):
     shared = dataclasses.replace(
         settings, output_dir=str(tmp_path / "shared"), deepspeed=deepspeed_file(tmp_path / "zero3.json", 3)
     )
-    done = launch("align.sft", str(save_recipe(shared, tmp_path / "recipe.yaml")))
+    done = run_stage("sft", save_recipe(shared, tmp_path / "recipe.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)
