@@ -7,7 +7,7 @@ Prints the measurements as JSON, and a table.
 Nothing is downloaded: a Llama of about ten million parameters is trained from scratch briefly on the texts of
 `recipes/quickstart/world.py`, then fine-tuned on its demonstrations by the actual stage, each method in its own process.
 Memory is the peak resident set of that process, including Python and libraries, up to the end of training. Time is the
-median over optimiser steps of the CPU time from one step to the next, which hardly depends on other load of the machine.
+median over optimizer steps of the CPU time from one step to the next, which hardly depends on other load of the machine.
 With one thread (`OMP_NUM_THREADS=1`) it is the wall time on an idle machine.
 """
 
@@ -63,8 +63,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the methods of the SFT stage side by side.")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=150, help="optimiser steps of each method")
-    parser.add_argument("--base-steps", type=int, default=200, help="optimiser steps of the model they start from")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each method")
+    parser.add_argument("--base-steps", type=int, default=200, help="optimizer steps of the model they start from")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each method, which take turns")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -11,7 +11,7 @@ COLUMNS = 3
 WIDTH, HEIGHT = 320, 260  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 24, 44  # its margins
 LEGEND = 32  # height of the line of names above all panels
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#888888")  # colour-blind safe (Okabe and Ito)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#000000", "#888888")  # color-blind safe (Okabe and Ito)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def main() -> None:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["1M", "10M"], choices=list(SIZES))
-    parser.add_argument("--batch", type=int, default=32, help="responses an update; one optimiser step per epoch")
+    parser.add_argument("--batch", type=int, default=32, help="responses an update; one optimizer step per epoch")
     parser.add_argument("--micro_batch", type=int, default=8, help="sequences in a training pass")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--prompt_lengths", type=int, nargs=2, default=[16, 64])

@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
     axis("--zeros", type=int, nargs="*", default=[0, 1, 2, 3], choices=[0, 1, 2, 3], help="ZeRO stages")
     base = parser.add_argument_group("base point").add_argument
     base("--response_length", type=int, default=64)
-    base("--batch", type=int, default=16, help="responses an update; one optimiser step per epoch")
+    base("--batch", type=int, default=16, help="responses an update; one optimizer step per epoch")
     base("--size", default="10M", choices=list(SIZES))
     base("--zero_ranks", type=int, default=2, help="ranks of the points along the axis of ZeRO stages")
     parser.add_argument("--prompt_length", type=int, default=16)

@@ -2,8 +2,8 @@
 
     python benchmarks/trainers.py --sizes 1M 10M --json results.json
 
-Both programs train the same model on the same rows in the same order, with the same batches, epochs and optimiser steps.
-Their rounds alternate. The seconds of a step are the median over rounds, without loading, tokenisation, evaluation, saving and
+Both programs train the same model on the same rows in the same order, with the same batches, epochs and optimizer steps.
+Their rounds alternate. The seconds of a step are the median over rounds, without loading, tokenization, evaluation, saving and
 the first steps of a process. Peak memory is that of the entire process. The work is checked to be the same: the numbers of
 real tokens must agree with each other and with the rows, and losses are compared.
 """
@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["1M", "10M"], choices=list(SIZES))
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--rows", type=int, default=640, help="demonstrations, or pairs; whole batches")
-    parser.add_argument("--batch", type=int, default=32, help="rows an optimiser step")
+    parser.add_argument("--batch", type=int, default=32, help="rows an optimizer step")
     parser.add_argument("--micro_batch", type=int, default=8, help="rows in a training pass")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--warm_up", type=int, default=4, help="first steps of a process, which are not counted")

@@ -1,4 +1,4 @@
-"""SFT or a reward model with plain TRL; prints one JSON line per optimiser step with its seconds, loss and tokens so far.
+"""SFT or a reward model with plain TRL; prints one JSON line per optimizer step with its seconds, loss and tokens so far.
 
     python benchmarks/trl_trainers.py SPEC.json > steps.jsonl
 

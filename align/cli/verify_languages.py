@@ -1,4 +1,4 @@
-"""Languages small enough to enumerate every response, and so to compute the exact optimum of what PPO maximises.
+"""Languages small enough to enumerate every response, and so to compute the exact optimum of what PPO maximizes.
 
 J(pi) = E_pi[score] - beta KL(pi || ref) is greatest at pi*(y) = ref(y) exp(score(y) / beta) / Z, where it is
 beta log Z, and every other policy misses that by beta KL(pi || pi*) (arXiv 1909.08593). A probability here is that

@@ -49,7 +49,7 @@ class StageRecipe:
 
     output_dir: str = required("Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints.")
     stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
-    seed: int = key(42, "Seed of data order, splits, initialisation and sampling.", AT_LEAST_0)
+    seed: int = key(42, "Seed of data order, splits, initialization and sampling.", AT_LEAST_0)
 
     train_dataset: list[DataSource] = key(
         [], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these."
@@ -81,7 +81,7 @@ class StageRecipe:
     lr_scheduler_type: str = key(
         "linear", "Schedule name as in transformers: linear, cosine, constant, constant_with_warmup, ..."
     )
-    warmup_steps: float = key(0, "Warm-up in optimiser steps; a number below 1 is a share of all steps.", AT_LEAST_0)
+    warmup_steps: float = key(0, "Warm-up in optimizer steps; a number below 1 is a share of all steps.", AT_LEAST_0)
     per_device_train_batch_size: int = key(
         8, "Maximum sequences in one forward-backward pass per device; affects memory only.", AT_LEAST_1
     )
@@ -132,9 +132,9 @@ class StageRecipe:
 class TrainerRecipe(StageRecipe):
     """Keys of the stages that a Trainer runs, TRL's or transformers'."""
 
-    train_batch_size: int = key(32, "Rows per optimiser step over all devices; accumulation is derived.", AT_LEAST_1)
+    train_batch_size: int = key(32, "Rows per optimizer step over all devices; accumulation is derived.", AT_LEAST_1)
     num_train_epochs: float = key(1.0, "Passes over the training rows.", ABOVE_0)
-    max_steps: int = key(-1, "Optimiser steps; overrides `num_train_epochs` when positive.", MINUS_1_OR_AT_LEAST_1)
+    max_steps: int = key(-1, "Optimizer steps; overrides `num_train_epochs` when positive.", MINUS_1_OR_AT_LEAST_1)
     max_length: int = key(1024, "Maximum tokens of prompt plus response; longer rows are bad rows.", MAX_LENGTH)
     load_best_model_at_end: bool = key(
         False,

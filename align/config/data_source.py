@@ -20,7 +20,7 @@ ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text",
 TEXT_PARTS = ("prompt", "completion")
 CHAT_PARTS = ("user", "assistant")
 SYSTEM_PART = "system"
-LABEL_VARIABLE = "label"  # the variable that holds the verbalised label
+LABEL_VARIABLE = "label"  # the variable that holds the verbalized label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ class ClassifyRecipe(TrainerRecipe):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLMRecipe(TrainerRecipe):
-    """`align mlm`: continued pre-training of an encoder (BERT-like) on plain text by masked language modelling."""
+    """`align mlm`: continued pre-training of an encoder (BERT-like) on plain text by masked language modeling."""
 
     model_name_or_path: str = required(
         "Encoder to continue training; without a masked-language-model head it gets a new one."

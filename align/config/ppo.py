@@ -54,7 +54,7 @@ class PPORecipe(StageRecipe):
     num_generations: int = key(
         1, "Responses to each prompt; an update takes rollout_batch_size / num_generations prompts.", AT_LEAST_1
     )
-    minibatch_size: int = key(64, "Responses per optimiser step over all devices.", AT_LEAST_1)
+    minibatch_size: int = key(64, "Responses per optimizer step over all devices.", AT_LEAST_1)
     num_ppo_epochs: int = key(4, "Passes over each rollout batch.", AT_LEAST_1)
     max_prompt_length: int = key(512, "Maximum tokens of a prompt; longer prompts are bad rows.", AT_LEAST_1)
     response_length: int = key(53, "Maximum tokens of a response.", AT_LEAST_1)
@@ -79,13 +79,13 @@ class PPORecipe(StageRecipe):
     kl_estimator: Literal["k1", "k2", "k3"] = key(
         "k1", "Estimator of the penalty: k1 in the reward, k2 or k3 in the loss."
     )
-    use_kl_loss: bool = key(False, "Penalise in the loss instead of in the reward; needs kl_estimator k2 or k3.")
+    use_kl_loss: bool = key(False, "Penalize in the loss instead of in the reward; needs kl_estimator k2 or k3.")
     kl_target: float | None = key(
         None, "Adapt kl_coef so that the KL approaches this many nats per response (arXiv 1909.08593).", ABOVE_0
     )
     kl_horizon: int = key(10_000, "With `kl_target`: episodes in which kl_coef changes by at most a fifth.", AT_LEAST_1)
     max_approx_kl: float | None = key(
-        None, "End an update at the minibatch whose policy/approx_kl is above this, before its optimiser step.", ABOVE_0
+        None, "End an update at the minibatch whose policy/approx_kl is above this, before its optimizer step.", ABOVE_0
     )
     cliprange: float = key(0.2, "Clip range of the probability ratio.", ABOVE_0)
     dual_clip: float | None = key(
@@ -93,11 +93,11 @@ class PPORecipe(StageRecipe):
     )
     cliprange_value: float = key(0.2, "Clip range of the value around its value at rollout.", ABOVE_0)
     gamma: float = key(1.0, "Discount.", FROM_0_TO_1)
-    lam: float = key(0.95, "Lambda of generalised advantage estimation.", FROM_0_TO_1)
+    lam: float = key(0.95, "Lambda of generalized advantage estimation.", FROM_0_TO_1)
     normalize_scores: bool = key(
         False, "Subtract the running mean of all scores and divide by their running standard deviation."
     )
-    score_clip: float | None = key(None, "Clip scores, after normalisation, to [-score_clip, score_clip].", ABOVE_0)
+    score_clip: float | None = key(None, "Clip scores, after normalization, to [-score_clip, score_clip].", ABOVE_0)
     whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")
     entropy_coef: float = key(0.0, "Weight of the entropy bonus, mean over tokens, in nats.", AT_LEAST_0)
     value_warmup_updates: int = key(0, "Number of first updates in which only the value model trains.", AT_LEAST_0)
@@ -108,12 +108,12 @@ class PPORecipe(StageRecipe):
     )
     ptx_dataset: list[DataSource] = key(
         [],
-        "Text or demonstrations whose likelihood is trained in the same optimiser steps (PPO-ptx, arXiv 2203.02155).",
+        "Text or demonstrations whose likelihood is trained in the same optimizer steps (PPO-ptx, arXiv 2203.02155).",
     )
     ptx_coef: float = key(
         1.0, "Weight of their negative log-likelihood, mean over tokens, beside the PPO objective.", AT_LEAST_0
     )
-    ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimiser step over all devices.", AT_LEAST_1)
+    ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimizer step over all devices.", AT_LEAST_1)
     value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")
     reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
     reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")

@@ -16,7 +16,7 @@ _SAMPLED = (
 )
 _GREEDY = "not supported: temperature 0 is greedy decoding, above 0 samples from the full distribution"
 _DERIVED_SIZES = (
-    "derived: set train_batch_size (rows per optimiser step over all devices) and per_device_train_batch_size"
+    "derived: set train_batch_size (rows per optimizer step over all devices) and per_device_train_batch_size"
 )
 _BY_STEPS = "not needed: set eval_steps, save_steps or logging_steps"
 _RESUMES = "not needed: the same command resumes; delete output_dir to start over"
@@ -31,7 +31,7 @@ ANY_STAGE = {
     "fp32": "not needed: float32 is the default",
     "torch_dtype": "derived from bf16; the weights that train are float32",
     "dtype": "derived from bf16; the weights that train are float32",
-    "optim": "not supported: the optimiser is AdamW",
+    "optim": "not supported: the optimizer is AdamW",
     "warmup_ratio": "called warmup_steps here; a number below 1 is a share of all steps",
     "lr_scheduler": "called lr_scheduler_type here",
     "eval_strategy": _BY_STEPS,
@@ -74,11 +74,11 @@ OF_STAGE = {
         "whole_word_mask": "not supported: tokens are masked one by one",
     },
     "ppo": {
-        "gradient_accumulation_steps": "derived: set minibatch_size (responses per optimiser step over all devices) "
+        "gradient_accumulation_steps": "derived: set minibatch_size (responses per optimizer step over all devices) "
         "and per_device_train_batch_size",
         "num_mini_batches": "derived: set minibatch_size; there are rollout_batch_size / minibatch_size of them",
         "mini_batch_size": "called minibatch_size here",
-        "train_batch_size": "called minibatch_size here (per optimiser step) and rollout_batch_size (per update)",
+        "train_batch_size": "called minibatch_size here (per optimizer step) and rollout_batch_size (per update)",
         "batch_size": "called rollout_batch_size here",
         "local_batch_size": "derived: set rollout_batch_size, which is over all devices",
         "local_rollout_forward_batch_size": "called per_device_eval_batch_size here",
@@ -105,7 +105,7 @@ OF_STAGE = {
         "loss_type": "derived from advantage_estimator: grpo is a mean over responses, dr_grpo over response_length, "
         "others over tokens",
         "n_samples_per_prompt": "called num_generations here",
-        "vf_coef": "not supported: policy and value model have optimisers of their own; set value_learning_rate",
+        "vf_coef": "not supported: policy and value model have optimizers of their own; set value_learning_rate",
         "stop_token": "derived: a response ends at the tokenizer's end-of-text token",
         "stop_token_id": "derived: a response ends at the tokenizer's end-of-text token",
         "whiten_advantages": "not needed: advantages are always whitened over all devices",

@@ -142,7 +142,7 @@ def _ngram_hashes(texts: Sequence[str], vocabulary: Mapping[str, int]) -> Iterat
 
 
 def _mixed(ids: Codes) -> Codes:
-    """Word ids hashed to 64 bits with the finaliser of SplitMix64."""
+    """Word ids hashed to 64 bits with the finalizer of SplitMix64."""
     ids = (ids ^ (ids >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     ids = (ids ^ (ids >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ids ^ (ids >> np.uint64(31))

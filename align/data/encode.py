@@ -1,6 +1,6 @@
 """Prompts and responses to token ids, identically in every stage.
 
-A prompt is tokenised on its own, exactly as generation starts from it, and so is its response: the prompt's ids are a
+A prompt is tokenized on its own, exactly as generation starts from it, and so is its response: the prompt's ids are a
 prefix of the sequence's ids. Every response ends in exactly one end-of-text id (EOS).
 """
 
@@ -58,7 +58,7 @@ def encode_pair(
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> str:
-    """The text to tokenise for a prompt. Raises as `encode_prompt`."""
+    """The text to tokenize for a prompt. Raises as `encode_prompt`."""
     if not isinstance(prompt, str):
         return _render(tokenizer, prompt, add_generation_prompt=True)
     bos = tokenizer.bos_token
@@ -68,7 +68,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> str:
 
 
 def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns, start: str, response: Turns) -> str:
-    """The text to tokenise for a response, without EOS; `start` is the prompt's text. Raises as `encode_response`."""
+    """The text to tokenize for a response, without EOS; `start` is the prompt's text. Raises as `encode_response`."""
     if isinstance(prompt, str):
         return _until_eos(tokenizer, render_text(response))
     turns = as_response(prompt, response) if isinstance(response, str) else response

@@ -1,4 +1,4 @@
-"""Labelled rows to instructions with Jinja templates and verbalised labels, and answers back to labels.
+"""Labeled rows to instructions with Jinja templates and verbalized labels, and answers back to labels.
 
 Templates are rendered like chat templates, sandboxed and without a loader: a recipe runs no code of its own, and the
 text of a row is never interpreted as a template. Jinja's sandbox limits `range` to 100,000 steps.

@@ -4,7 +4,7 @@
     deepspeed --num_gpus 8 --module align classify recipe.yaml
 
 Rows are {text, label} or {text, text_pair, label}. An encoder (BERT-like) or a decoder gets a classification head. The
-loss of an optimiser step is the mean over its rows, of all microbatches and ranks. A regression on prompts (`text`) and
+loss of an optimizer step is the mean over its rows, of all microbatches and ranks. A regression on prompts (`text`) and
 responses (`text_pair`) is a reward model that PPO can use.
 """
 

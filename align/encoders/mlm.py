@@ -1,11 +1,11 @@
-"""Continued pre-training of an encoder (BERT-like) on plain text, by masked language modelling.
+"""Continued pre-training of an encoder (BERT-like) on plain text, by masked language modeling.
 
     align mlm recipe.yaml
     deepspeed --num_gpus 8 --module align mlm recipe.yaml
 
 Rows are {text}. A text of more than `max_length` tokens is split into even pieces instead of being a bad row. The mask
 of a piece is a function of seed, epoch and piece, whatever its batch and rank; held-out pieces have one mask for all
-evaluations. The loss of an optimiser step is the sum over the masked tokens of all microbatches and ranks, divided by
+evaluations. The loss of an optimizer step is the sum over the masked tokens of all microbatches and ranks, divided by
 their number.
 """
 

@@ -1,4 +1,4 @@
-"""From plain and labelled texts to data sets of token ids."""
+"""From plain and labeled texts to data sets of token ids."""
 
 from __future__ import annotations
 

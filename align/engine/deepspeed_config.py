@@ -33,7 +33,7 @@ def deepspeed_config(
     """A DeepSpeed file with every "auto" filled in, for `DeepSpeedEngine`; without a file, ZeRO 0.
 
     Args:
-        accumulation: microbatches per optimiser step. Their size is set to 1: DeepSpeed only counts them.
+        accumulation: microbatches per optimizer step. Their size is set to 1: DeepSpeed only counts them.
     """
     config = read_deepspeed_file(path) if path else {}
     config["train_micro_batch_size_per_gpu"] = 1

@@ -30,7 +30,7 @@ class DeepSpeedEngine:
         recipe: gives precision, gradient checkpointing, AdamW's settings and the DeepSpeed file of `role`.
         learning_rate: None freezes the model.
         role: "policy", "value", "reference" or "reward".
-        accumulation: microbatches per optimiser step.
+        accumulation: microbatches per optimizer step.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class DeepSpeedEngine:
         )
         if learning_rate is None:
             model.requires_grad_(False)
-            if self.stage < 3:  # nothing to shard: gradients and optimiser states do not exist
+            if self.stage < 3:  # nothing to shard: gradients and optimizer states do not exist
                 config["zero_optimization"] = {"stage": 0}
         elif recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

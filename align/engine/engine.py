@@ -42,7 +42,7 @@ class TrainEngine(Engine, Protocol):
         """Add the gradient of this rank's share of the global loss."""
 
     def step(self, learning_rate: float) -> float:
-        """Take one optimiser step, after the last microbatch; returns the gradient norm before clipping."""
+        """Take one optimizer step, after the last microbatch; returns the gradient norm before clipping."""
 
     def discard(self) -> None:
         """Drop the gradients accumulated since the last step."""
@@ -54,7 +54,7 @@ class TrainEngine(Engine, Protocol):
         """Write a Hugging Face folder (safetensors) from rank 0, adapters merged. Every rank must call it."""
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write weights and optimiser state for an exact resume. Every rank must call it."""
+        """Write weights and optimizer state for an exact resume. Every rank must call it."""
 
     def load_checkpoint(self, folder: Path) -> None:
         """Restore what `save_checkpoint` wrote; training continues bit for bit. Every rank must call it."""

@@ -61,7 +61,7 @@ def compare(measure: Measure, baseline: Measure, iterations: int, seed: int) -> 
     """Paired comparison of `measure` with `baseline`, which has the same rows in the same order.
 
     The interval is the percentile interval of the paired bootstrap: both are scored on the same resamples. The
-    p-value is that of approximate randomisation (Noreen 1989), `scipy.stats.permutation_test` with
+    p-value is that of approximate randomization (Noreen 1989), `scipy.stats.permutation_test` with
     `permutation_type="samples"`: the share of random swaps of the two models' results, row by row, whose difference
     is at least as large, the observed assignment counted as one of them.
     """

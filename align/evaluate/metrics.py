@@ -66,7 +66,7 @@ def measure(
 def as_labels(
     rows: Sequence[Demonstration], predictions: Sequence[str], references: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """Predicted and true labels of rows that templates made from labelled ones; other rows keep their texts.
+    """Predicted and true labels of rows that templates made from labeled ones; other rows keep their texts.
 
     A prediction that names no label of its template becomes "".
     """

@@ -166,7 +166,7 @@ def load_policy(
 def new_reward_model(
     path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A sequence classifier with one label on the backbone in `path`; the caller has to initialise its head."""
+    """A sequence classifier with one label on the backbone in `path`; the caller has to initialize its head."""
     model: PreTrainedModel = load_pretrained(
         AutoModelForSequenceClassification,
         path,

@@ -45,7 +45,7 @@ class CollapseWatch:
         if ended < LEAST_EOS_RATE or (ended < 0.5 and length > AT_THE_LIMIT * self.response_length):
             signs["length"] = (
                 f"{ended:.1%} of the responses end by themselves, their mean length is {length:.4g} of {self.response_length} "
-                "tokens: the policy no longer stops. Set missing_eos_penalty, or see whether the reward favours length."
+                "tokens: the policy no longer stops. Set missing_eos_penalty, or see whether the reward favors length."
             )
         entropy = metrics.get("objective/entropy")  # absent while only the value model trains
         if entropy is not None and entropy < LEAST_ENTROPY:

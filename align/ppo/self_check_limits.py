@@ -19,7 +19,7 @@ LOW_ENTROPY = 0.05  # nats per token
 class Limits:
     """How far apart numbers may be that would be equal in exact arithmetic.
 
-    float32: two passes over a row differ by about 1e-6 nats when padding or neighbours differ. bfloat16 has 8 bits of
+    float32: two passes over a row differ by about 1e-6 nats when padding or neighbors differ. bfloat16 has 8 bits of
     precision: a logit of 10 is off by up to 0.03. Faults are larger: another checkpoint, dropout, or a temperature of 0.9
     instead of 1 change a log-probability by 0.1 nats and more.
     """

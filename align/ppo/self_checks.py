@@ -145,7 +145,7 @@ def check_policy(run: PPORun, rollout: Rollout, metrics: dict[str, float]) -> li
 def metrics_without_update(run: PPORun, rollout: Rollout) -> dict[str, float]:
     """The metrics of one epoch of PPO's own optimization over the rollout, in which no weight changes.
 
-    Rows are shuffled and cut into the microbatches of training, so that padding and neighbours differ from the rollout.
+    Rows are shuffled and cut into the microbatches of training, so that padding and neighbors differ from the rollout.
     Without gradients, because under ZeRO-3 a forward pass that no backward pass follows leaves its hooks waiting. The
     returns are the values, so that the value loss is half the mean square of the difference between the two passes.
     """

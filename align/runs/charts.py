@@ -16,7 +16,7 @@ COLOURS = (
     "#cc79a7",
     "#56b4e9",
     "#e69f00",
-)  # distinguishable with colour blindness (Okabe and Ito)
+)  # distinguishable with color blindness (Okabe and Ito)
 
 
 def draw(steps: Sequence[float], curves: Mapping[str, Sequence[float]], title: str) -> str:

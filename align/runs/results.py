@@ -39,7 +39,7 @@ class StageResult:
 class SFTResult(StageResult):
     """`metrics`: `eval_loss` (nats per token) and others, with the suffix `_before` those of the untrained model."""
 
-    steps: int  # optimiser steps
+    steps: int  # optimizer steps
     trained_parameters: int
 
 
@@ -47,7 +47,7 @@ class SFTResult(StageResult):
 class RewardResult(StageResult):
     """`metrics`: `eval_accuracy` on the held-out pairs, its 95% interval, `eval_loss` (nats per pair), and others."""
 
-    steps: int  # optimiser steps
+    steps: int  # optimizer steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class PPOResult(StageResult):
 class ClassifyResult(StageResult):
     """`metrics`: `eval_loss`, `eval_accuracy`, `eval_macro_f1` or `eval_mse`, and those `_before` training."""
 
-    steps: int  # optimiser steps
+    steps: int  # optimizer steps
     baseline: dict[str, float] | None = None  # measures of the constant answer: the commonest label, or the mean
 
 
@@ -71,7 +71,7 @@ class ClassifyResult(StageResult):
 class MLMResult(StageResult):
     """`metrics`: `eval_loss` (nats per masked token), `eval_accuracy`, and those `_before` training."""
 
-    steps: int  # optimiser steps
+    steps: int  # optimizer steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

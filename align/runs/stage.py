@@ -76,7 +76,7 @@ def layout(recipe: StageRecipe, processes: int) -> str:
 
 
 def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> None:
-    """Check that the checkpoint can be loaded: optimiser states are sharded, and fit one layout only.
+    """Check that the checkpoint can be loaded: optimizer states are sharded, and fit one layout only.
 
     Raises:
         UserError: it was written by another number of processes or ZeRO stage.
@@ -90,7 +90,7 @@ def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> 
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """Optimiser steps done at a checkpoint; 0 without one."""
+    """Optimizer steps done at a checkpoint; 0 without one."""
     return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
 

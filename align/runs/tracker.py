@@ -67,7 +67,7 @@ class Tracker:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write metrics after `step` optimiser steps (PPO: updates). NaN and infinity become null in the file."""
+        """Write metrics after `step` optimizer steps (PPO: updates). NaN and infinity become null in the file."""
         if not self.is_main:
             return
         numbers = {name: float(value) for name, value in metrics.items()}

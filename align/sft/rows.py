@@ -38,7 +38,7 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
 ) -> TokenizedRows:
-    """Tokenise training, replayed and evaluation rows, and pack the former if the recipe says so.
+    """Tokenize training, replayed and evaluation rows, and pack the former if the recipe says so.
 
     Raises:
         UserError: as `tokenize_demonstrations`, or a row exceeds the model's context.

@@ -3,7 +3,7 @@
     align sft recipes/quickstart/1_sft.yaml
     deepspeed --num_gpus 8 --module align.sft recipes/hh-rlhf/1_sft.yaml
 
-Rows are tokenised here rather than by TRL, so that EOS, chat template, labels and length limits are those of the other
+Rows are tokenized here rather than by TRL, so that EOS, chat template, labels and length limits are those of the other
 stages. The objective, and what keeps it exact, is in `align/sft/trainer.py`. With `model_config` the stage first trains a
 tokenizer on its rows and starts from a random model.
 """
@@ -89,7 +89,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
             **quantization_kwargs(recipe.method, recipe.bf16),
         )
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-        set_seed(recipe.seed)  # TRL 1.14 initialises adapters unseeded
+        set_seed(recipe.seed)  # TRL 1.14 initializes adapters unseeded
         trainer = DemonstrationTrainer(
             example_mean=recipe.loss_normalization == "example_mean",
             evaluation=data.evaluation,

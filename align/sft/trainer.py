@@ -3,7 +3,7 @@
 token_mean      sum over label tokens of -log p, divided by their number
 example_mean    mean over examples of the mean over each example's own label tokens
 
-Both are over the whole batch of an optimiser step: all microbatches of all ranks. A packed row holds several examples,
+Both are over the whole batch of an optimizer step: all microbatches of all ranks. A packed row holds several examples,
 whose position ids each start at 0.
 
 An evaluation covers the rows of `align/sft/evaluation.py` and the responses of `align/sft/responses.py`, and becomes one

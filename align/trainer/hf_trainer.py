@@ -24,11 +24,11 @@ from align.models.trainable import MERGEABLE
 from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback
 
-LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting")  # endings of the names of metrics to minimise
+LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting")  # endings of the names of metrics to minimize
 
 
 def total_steps(recipe: TrainerRecipe, rows: int, plan: BatchPlan) -> int:
-    """Optimiser steps of the run over `rows` training rows, including padding rows."""
+    """Optimizer steps of the run over `rows` training rows, including padding rows."""
     return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * (rows // plan.batch_size))
 
 
@@ -61,7 +61,7 @@ def training_arguments(
         "max_grad_norm": recipe.max_grad_norm,
         "lr_scheduler_type": recipe.lr_scheduler_type,
         "warmup_steps": recipe.warmup_steps,
-        "max_length": None,  # rows are already tokenised, and none is too long
+        "max_length": None,  # rows are already tokenized, and none is too long
         "bf16": recipe.bf16,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},

@@ -61,7 +61,7 @@ class RowTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The microbatches of an optimiser step, and the items in them over all ranks."""
+        """The microbatches of an optimizer step, and the items in them over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         items = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(items, "sum")

@@ -1,4 +1,4 @@
-"""Extract passages of textbooks, labelled by book, from a file of sections.
+"""Extract passages of textbooks, labeled by book, from a file of sections.
 
     python recipes/textbooks/passages.py CORPUS.jsonl[.gz] [--train 1200] [--test 600] [--unlabelled 2400]
 

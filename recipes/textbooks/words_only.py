@@ -3,7 +3,7 @@
     python recipes/textbooks/words_only.py recipes/textbooks/1_classify.yaml [--key value ...]
 
 Logistic regression on the TF-IDF of word 1-2-grams, on the same rows as the classify stage with the same recipe and
-overrides, and evaluated in the same way. Regularisation and class weights are chosen by five-fold cross-validation on
+overrides, and evaluated in the same way. Regularization and class weights are chosen by five-fold cross-validation on
 the training rows. Needs scikit-learn.
 """
 

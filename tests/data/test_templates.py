@@ -66,7 +66,7 @@ class TestRows:
         assert loaded.report["sources"][0]["task"] == "sentiment"
 
     @pytest.mark.parametrize("label", [1, "1", 1.0])
-    def test_labels_are_verbalised(self, load, label):
+    def test_labels_are_verbalized(self, load, label):
         labels = {"0": "negative", "1": "positive"}
         (row,) = load([{"text": "Good.", "label": label}], SENTIMENT, labels=labels).train
         assert row.completion == "\nThe sentiment is positive."

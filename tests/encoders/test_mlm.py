@@ -1,4 +1,4 @@
-"""Masked language modelling with tiny encoders: masks, loss and a step worked out with plain torch, pieces, and what follows."""
+"""Masked language modeling with tiny encoders: masks, loss and a step worked out with plain torch, pieces, and what follows."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def measure(world, folder: Path, stage: int, bad: list[float | None]) -> dict[st
     moved = 0.0
     for sees in (True, False):
         engine = train_engine(tiny_llama(), recipe, world, 1e-2, ACCUMULATION)
-        backward(engine, world, 0.5)  # optimiser states are there already
+        backward(engine, world, 0.5)  # optimizer states are there already
         engine.step(1e-2)
         for scale in bad if sees else []:
             before = engine.state_dict()

@@ -104,7 +104,7 @@ def score(model, prompt: str, response: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("centering", [None, 0.5])
 def test_one_step_is_adamw_on_bradley_terry(tmp_path, centering):
-    """Three pairs in a batch of four: the padding pair has no gradient, also where scores are centred."""
+    """Three pairs in a batch of four: the padding pair has no gradient, also where scores are centered."""
     settings = recipe(tmp_path, ROWS[:3], max_steps=1, center_rewards_coefficient=centering)
     run(settings)
     model = untrained()

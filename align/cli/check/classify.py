@@ -47,7 +47,7 @@ class ClassifyCheck(TrainingCheck[ClassifyRecipe]):
         ids = data[0]["input_ids"]
         read = 0 if start.encoder else len(ids) - 1
         note = f"marked: the token from which the label is read; {start.labels.problem_type}, {start.labels.describe()}"
-        shown = {f"row labelled {rows[0].label!r}": (ids, [index == read for index in range(len(ids))])}
+        shown = {f"row labeled {rows[0].label!r}": (ids, [index == read for index in range(len(ids))])}
         return Sample(shown, note, data["input_ids"][:], bad)
 
     def footprints(self, recipe: ClassifyRecipe, start: Start) -> list[Footprint]:

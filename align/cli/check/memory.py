@@ -2,10 +2,10 @@
 
 Bytes per parameter of a model that trains with AdamW, 16 in all:
 
-    float32    4 weight   4 gradient    8 optimiser (two moments)
-    bfloat16   2 weight   2 gradient   12 optimiser (float32 master weight and two moments)
+    float32    4 weight   4 gradient    8 optimizer (two moments)
+    bfloat16   2 weight   2 gradient   12 optimizer (float32 master weight and two moments)
 
-A frozen parameter has its weight only. ZeRO 1 divides the optimiser states by the number of processes N, ZeRO 2 the
+A frozen parameter has its weight only. ZeRO 1 divides the optimizer states by the number of processes N, ZeRO 2 the
 gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
 """
 
@@ -46,7 +46,7 @@ class Footprint:
 
 
 def state_bytes(model: Footprint, zero_stage: int, processes: int, bf16: bool) -> float:
-    """Bytes per GPU for a model's weights, gradients and optimiser states; formula above."""
+    """Bytes per GPU for a model's weights, gradients and optimizer states; formula above."""
     weight, gradient, optimiser = (2, 2, 12) if bf16 else (4, 4, 8)
     return (
         model.parameters * weight / (processes if zero_stage >= 3 else 1)

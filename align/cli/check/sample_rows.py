@@ -15,7 +15,7 @@ from align.data.templates import TASK, TEMPLATE
 from align.encoders.labels import LabelSet
 from align.models.context_length import check_rows_fit
 
-SAMPLED_ROWS = 512  # training rows that are tokenised
+SAMPLED_ROWS = 512  # training rows that are tokenized
 SHOWN_ROWS = 6  # sample rows, one of each template
 SHOWN = 400  # characters of each stretch of the sample row
 
@@ -33,7 +33,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Tokenised rows: the first one for display, and the lengths of all."""
+    """Tokenized rows: the first one for display, and the lengths of all."""
 
     shown: dict[str, tuple[list[int], list[bool]]]  # by name: token ids, and which of them are marked
     note: str  # what the marks mean
@@ -45,7 +45,7 @@ def sample_lines(rows: Sequence[Any], start: Start, tokenize: Callable[[Sequence
     """The first row (of each template) as the model will see it, the tokens that matter marked, and how long rows are.
 
     Raises:
-        UserError: rows that cannot be tokenised, or are longer than the model can read.
+        UserError: rows that cannot be tokenized, or are longer than the model can read.
     """
     kinds: dict[str, list[Any]] = {}
     for row in rows:

@@ -121,7 +121,7 @@ class TrainingCheck(Generic[R]):
         if isinstance(recipe, TrainerRecipe) and plan is not None:
             per_epoch = math.ceil(self.trained_rows(recipe, rows) / plan.batch_size)
             steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
-            text += f"; up to {steps} optimiser steps"
+            text += f"; up to {steps} optimizer steps"
         return text
 
     def _write_stand_in(self, recipe: R, start: Start, context: Context) -> None:
