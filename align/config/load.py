@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -22,6 +22,8 @@ from align.errors import UserError, nearest
 
 T = TypeVar("T", bound=Recipe)
 
+_recipe_folders: list[str] = []  # those that recipes added to `sys.path`, the newest first
+
 
 def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe for `stage` in the YAML file `path`, checked, with `stage` filled in.
@@ -31,7 +33,7 @@ def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> Recipe:
             `--mapping_key.name value`. Values are YAML.
 
     Relative paths in the recipe are looked up from the current directory and then from the recipe's folder,
-    which is also appended to `sys.path`, so that `module:function` can name a file beside the recipe.
+    which is also added to `sys.path`, so that `module:function` can name a file beside the recipe.
 
     Raises:
         UserError: an unreadable file, an unknown key, a value of another type or out of range, keys that
@@ -73,8 +75,20 @@ def as_recipe(cls: type[T], recipe: T | Mapping[str, Any] | str | os.PathLike[st
             f"recipe: expected a {cls.__name__}, a mapping of its keys or the path of a YAML file, got a "
             f"{type(recipe).__name__}"
         )
-    checked: T = _checked(stage, {**values, **keys}, where, folder, path)
+    plain: dict[str, Any] = _plain({**values, **keys})
+    checked: T = _checked(stage, plain, where, folder, path)
     return checked
+
+
+def _plain(value: Any) -> Any:
+    """A value from a Python program as YAML would give it: paths as text, tuples as lists, numbers of NumPy as numbers."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def _places(path: str, lines: Mapping[str, int], overridden: Mapping[str, str]) -> Where:
@@ -92,6 +106,8 @@ def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, p
     """The stage's recipe with these values. `path` is for the command that an error suggests."""
     cls = stage.recipe
     annotations = get_type_hints(cls)
+    if (other := values.get("stage")) in STAGES and other != stage.name:
+        raise UserError(f"{where('stage')}: expected {stage.name!r}, got {other!r}; run `align {other} {path}`.")
     for name in stage.input_models:
         if annotations[name] == dict[str, str] and name in values:
             values[name] = _named(values[name])
@@ -106,9 +122,35 @@ def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, p
         raise UserError(f"{where('stage')}: expected {stage.name!r}, got {recipe.stage!r}{instead}")
     recipe = _find_files(recipe, stage, folder)
     check_values(recipe, stage, where)
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    _make_importable(folder, _function_modules(recipe, stage))
     return recipe
+
+
+def _function_modules(recipe: Any, stage: Stage) -> set[str]:
+    """The top-level modules of the functions that a recipe names."""
+    sources = [source for name in dataset_keys(stage.recipe) for source in getattr(recipe, name)]
+    names = [*(source.generator for source in sources), getattr(recipe, "grader", None)]
+    names += [*getattr(recipe, "reward_funcs", []), *getattr(recipe, "eval_reward_funcs", [])]
+    return {name.partition(":")[0].partition(".")[0] for name in names if name}
+
+
+def _make_importable(folder: Path, modules: Iterable[str]) -> None:
+    """Let `module:function` name a file in a recipe's folder: the newest recipe's folder is searched before older ones'.
+
+    Python keeps what it has imported. A module that came from the folder of a recipe makes way for the file of its name
+    in this folder, so that each recipe of a program gets its own functions, as they are now.
+    """
+    if str(folder) in _recipe_folders or str(folder) not in sys.path:
+        older = [path for path in _recipe_folders if path in sys.path and path != str(folder)]
+        _recipe_folders[:] = [str(folder), *older]
+        sys.path[:] = [*(path for path in sys.path if path not in _recipe_folders), *_recipe_folders]
+    for name in modules:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        here = (folder / f"{name}.py").is_file() or (folder / name).is_dir()
+        if file and here and str(Path(file).resolve().parent) in (str(folder), *_recipe_folders):
+            for imported in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
+                del sys.modules[imported]
+            importlib.invalidate_caches()
 
 
 def _named(models: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.config.encoders import ClassifyRecipe, MLMRecipe
 from align.config.load import as_recipe
-from align.runs.launch import run_recipe
+from align.runs.launch import run_from_python
 from align.runs.results import ClassifyResult, MLMResult
 
 
@@ -29,11 +29,11 @@ def run_classify(recipe: ClassifyRecipe | Mapping[str, Any] | str | os.PathLike[
     Raises:
         UserError: a wrong key or value, or anything else that the user can fix.
     """
-    result: ClassifyResult = run_recipe(as_recipe(ClassifyRecipe, recipe, **keys))
+    result: ClassifyResult = run_from_python(as_recipe(ClassifyRecipe, recipe, **keys))
     return result
 
 
 def run_mlm(recipe: MLMRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: Any) -> MLMResult:
     """Train a masked language model in this process; arguments, result and errors as for `run_classify`."""
-    result: MLMResult = run_recipe(as_recipe(MLMRecipe, recipe, **keys))
+    result: MLMResult = run_from_python(as_recipe(MLMRecipe, recipe, **keys))
     return result

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.config.evaluate import EvaluateRecipe
 from align.config.load import as_recipe
-from align.runs.launch import run_recipe
+from align.runs.launch import run_from_python
 from align.runs.results import EvaluationResult
 
 
@@ -29,5 +29,5 @@ def run(recipe: EvaluateRecipe | Mapping[str, Any] | str | os.PathLike[str], **k
     Raises:
         UserError: a wrong key or value, or anything else that the user can fix.
     """
-    result: EvaluationResult | None = run_recipe(as_recipe(EvaluateRecipe, recipe, **keys))
+    result: EvaluationResult | None = run_from_python(as_recipe(EvaluateRecipe, recipe, **keys))
     return result

@@ -12,7 +12,7 @@ from typing import Any
 
 from align.config.load import as_recipe
 from align.config.ppo import PPORecipe
-from align.runs.launch import run_recipe
+from align.runs.launch import run_from_python
 from align.runs.results import PPOResult
 
 
@@ -29,5 +29,5 @@ def run(recipe: PPORecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: 
     Raises:
         UserError: a wrong key or value, or anything else that the user can fix.
     """
-    result: PPOResult = run_recipe(as_recipe(PPORecipe, recipe, **keys))
+    result: PPOResult = run_from_python(as_recipe(PPORecipe, recipe, **keys))
     return result

@@ -11,7 +11,7 @@ from typing import Any
 
 from align.config.load import as_recipe
 from align.config.reward import RewardRecipe
-from align.runs.launch import run_recipe
+from align.runs.launch import run_from_python
 from align.runs.results import RewardResult
 
 
@@ -28,5 +28,5 @@ def run(recipe: RewardRecipe | Mapping[str, Any] | str | os.PathLike[str], **key
     Raises:
         UserError: a wrong key or value, or anything else that the user can fix.
     """
-    result: RewardResult = run_recipe(as_recipe(RewardRecipe, recipe, **keys))
+    result: RewardResult = run_from_python(as_recipe(RewardRecipe, recipe, **keys))
     return result

@@ -30,6 +30,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words: Sequence[str] = sys.argv[1:] if args is None else args
+        if "--" in words:
+            self.error("--: expected `--key value`, got these two dashes alone; leave them out.")
         asks_for_help = "-h" in words or "--help" in words
         if self.no_path is not None and not asks_for_help and (not words or words[0].startswith("-")):
             self.error(self.no_path)

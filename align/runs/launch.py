@@ -9,11 +9,14 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from align.config.base import DEEPSPEED_KEYS
 from align.config.load import load_recipe
 from align.config.stages import STAGES, Recipe, stage_of
+from align.errors import UserError
 from align.runs.command_line import CommandParser, exit_code, stage_arguments
 from align.runs.quiet import quiet
 
@@ -48,6 +51,36 @@ def run_recipe(recipe: Recipe) -> Any:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     quiet()  # before torch and its company are imported: some read their settings only then
     return importlib.import_module(stage_of(recipe).module).run(recipe)
+
+
+def run_from_python(recipe: Recipe) -> Any:
+    """`run_recipe` for a program that goes on afterwards: its environment and warnings are restored.
+
+    Raises:
+        UserError: the recipe needs DeepSpeed, which cannot be started a second time in a process, or torch uses several
+            GPUs already, over which a Trainer would spread one batch.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        for key in DEEPSPEED_KEYS:
+            if getattr(recipe, key, None):
+                raise UserError(
+                    f"{key}: a stage that is called from Python runs without DeepSpeed; run `align {stage_of(recipe).name}`, "
+                    "or this program under the `deepspeed` launcher."
+                )
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized() and torch.cuda.device_count() > 1:
+            raise UserError(
+                f"a stage that is called from Python uses one GPU, and torch already sees {torch.cuda.device_count()} of them; "
+                "set CUDA_VISIBLE_DEVICES to one before torch is used."
+            )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with warnings.catch_warnings():
+        try:
+            return run_recipe(recipe)
+        finally:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            if visible is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def launched_words(argv: Sequence[str]) -> list[str]:

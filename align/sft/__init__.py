@@ -11,7 +11,7 @@ from typing import Any
 
 from align.config.load import as_recipe
 from align.config.sft import SFTRecipe
-from align.runs.launch import run_recipe
+from align.runs.launch import run_from_python
 from align.runs.results import SFTResult
 
 
@@ -28,5 +28,5 @@ def run(recipe: SFTRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: 
     Raises:
         UserError: a wrong key or value, or anything else that the user can fix.
     """
-    result: SFTResult = run_recipe(as_recipe(SFTRecipe, recipe, **keys))
+    result: SFTResult = run_from_python(as_recipe(SFTRecipe, recipe, **keys))
     return result

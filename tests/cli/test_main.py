@@ -266,3 +266,10 @@ def test_a_launched_stage_ends_with_its_launcher(tmp_path):
         for left in [process, *family]:
             if left.is_running() if isinstance(left, psutil.Process) else left.poll() is None:
                 left.kill()
+
+
+def test_two_dashes_alone_are_refused(stage, capsys):
+    for words in (["sft", "r.yaml", "--", "--seed", "1"], ["run", "r", "--"], ["merge", "--", "a", "b"]):
+        assert cli.main(words) == 2
+        assert "--: expected `--key value`, got these two dashes alone" in capsys.readouterr().err
+    assert not stage.recipes

@@ -307,10 +307,8 @@ def test_a_file_that_is_no_text(tmp_path):
 
 
 def test_the_stage_of_a_recipe(tmp_path, load):
-    assert (
-        refusal(load, "ppo", {"stage": "sft", "model_name_or_path": "x", "sft_model_path": "y"}).count("unknown key")
-        == 1
-    )
+    message = refusal(load, "ppo", {"stage": "sft", "model_name_or_path": "x", "sft_model_path": "y"})
+    assert "unknown key" not in message, "the keys of another stage follow from that"
     message = refusal(load, "ppo", {"stage": "sft"})
     assert message.endswith("stage: expected 'ppo', got 'sft'; run `align sft recipe.yaml`.")
     path = tmp_path / "r.yaml"
