@@ -208,9 +208,9 @@ def launched(*command: str, ranks: int = 2, module: bool = True) -> dict[str, An
 @functools.cache
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["libraries"])  # found beside this file, so that the package `tests` is not imported
+    context.set_forkserver_preload(["libraries"])  # in a folder of its own: the server may import nothing of ours
     path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent / "preload")
     try:
         multiprocessing.forkserver.ensure_running()
     finally:

@@ -178,6 +178,7 @@ def fail(test: str) -> int:
     errors = Errors()
     words = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--basetemp", "../temporary", test]
     code = pytest.main(words, plugins=[errors])
+    del sys.modules["libraries"]  # which the server of forks has imported
     imported = [str(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)]
     Path("found.json").write_text(json.dumps({"errors": errors.types, "imported": imported}))
     return code

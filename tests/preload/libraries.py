@@ -1,4 +1,4 @@
-"""What the server of tests/ranks.py imports: the libraries of every stage, and nothing of ours."""
+"""What the server of tests/ranks.py imports before it forks: the libraries of every stage, and nothing of ours."""
 
 # ruff: noqa: F401
 import gc
