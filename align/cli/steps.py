@@ -9,6 +9,7 @@ from pathlib import Path
 
 from align.config.base import StageRecipe
 from align.config.load import load_recipe
+from align.config.read import read_yaml
 from align.config.stages import STAGES, Recipe, read_stage
 from align.engine.batch_plan import batch_plan
 from align.errors import UserError, nearest
@@ -45,7 +46,7 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
         for other in steps:
             if Path(other.recipe.output_dir).resolve() == Path(recipe.output_dir).resolve():
                 raise UserError(
-                    f"{path}: output_dir: expected a folder of its own, got that of {other.path} ({recipe.output_dir})"
+                    f"{path}: output_dir: {recipe.output_dir} is also the output_dir of {other.path}; give each recipe its own"
                 )
         try:
             if isinstance(recipe, StageRecipe):
@@ -62,6 +63,11 @@ def numbered_recipes(directory: str) -> list[str]:
     Raises:
         UserError: no such folder, no such recipes, or two with one number.
     """
+    if Path(directory).is_file():
+        stage = read_yaml(directory)[0].get("stage", "STAGE")
+        raise UserError(
+            f"{directory}: expected a folder of recipes, got a file; run one recipe by `align {stage} {directory}`."
+        )
     if not Path(directory).is_dir():
         beside = Path(directory).parent
         known = [str(folder) for folder in beside.iterdir() if folder.is_dir()] if beside.is_dir() else []

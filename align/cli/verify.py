@@ -20,11 +20,11 @@ import yaml
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from align.cli import run as pipeline
+from align.cli.run import run as run_folder
 from align.cli.verify_languages import LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
 from align.config.load import load_recipe, resolve_function
 from align.config.ppo import PPORecipe
-from align.ppo import train as ppo
+from align.ppo.train import run as run_ppo
 from align.runs.files import write_json
 from align.runs.quiet import quiet
 from align.runs.tables import cell, make_console, make_table
@@ -178,11 +178,11 @@ def train(folder: str, cases: Sequence[Case], num_gpus: int | None = None, overr
         UserError: a stage failed.
     """
     if num_gpus is not None or any(case.recipe.deepspeed for case in cases):
-        pipeline.run(folder, num_gpus, overrides)
+        run_folder(folder, num_gpus, overrides)
         return
     for number, case in enumerate(cases, 1):
         print(f"{number}/{len(cases)}: {case.language.name} language, beta {case.beta}", file=sys.stderr)
-        ppo.run(case.recipe)
+        run_ppo(case.recipe)
 
 
 def measure(case: Case) -> ExactResult:

@@ -194,8 +194,7 @@ def check_trainer_rules(recipe: TrainerRecipe, where: Where) -> None:
     if recipe.load_best_model_at_end and recipe.save_steps not in (None, recipe.eval_steps):
         raise UserError(
             f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that "
-            "every evaluated "
-            f"model is saved, got {recipe.save_steps}"
+            f"every evaluated model is saved, got {recipe.save_steps}"
         )
 
 

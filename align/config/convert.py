@@ -19,6 +19,7 @@ from align.errors import UserError, nearest
 
 T = TypeVar("T")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def type_name(annotation: Any) -> str:
@@ -29,7 +30,9 @@ def type_name(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(map(str, args))
     if origin is list:
-        return "data source or list of them" if args[0] is DataSource else f"list of {type_name(args[0])}"
+        if args[0] is DataSource:
+            return "data source or list of them"
+        return f"list of {'mappings' if get_origin(args[0]) is dict else _PLURALS.get(args[0], type_name(args[0]))}"
     if origin is dict:
         return "mapping"
     return _NAMES.get(annotation, str(annotation))
@@ -149,7 +152,13 @@ def _shown(value: Any) -> str:
     """A value and its kind, as YAML would write it."""
     if value is None:
         return "nothing (null)"
+    return f"{json.dumps(value, default=str, ensure_ascii=False)} ({kind(value)})"
+
+
+def kind(value: Any) -> str:
+    """What a value from a YAML or JSON file is, in words with their article."""
     kinds = {
+        NoneType: "null",
         bool: "true or false",
         int: "a whole number",
         float: "a number",
@@ -157,4 +166,4 @@ def _shown(value: Any) -> str:
         list: "a list",
         dict: "a mapping",
     }
-    return f"{json.dumps(value, default=str, ensure_ascii=False)} ({kinds.get(type(value), type(value).__name__)})"
+    return kinds.get(type(value), type(value).__name__)

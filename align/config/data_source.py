@@ -46,9 +46,8 @@ class DataSource:
     templates: list[dict[str, str]] = key(
         [],
         "Jinja templates over the source's columns that make its rows: {prompt, completion} for plain text (the "
-        "completion "
-        "begins with the space or line break between them), {user, assistant} or {system, user, assistant} for "
-        "messages; of several, each row draws one by seed.",
+        "completion begins with the space or line break between them), {user, assistant} or {system, user, assistant} "
+        "for messages; of several, each row draws one by seed.",
     )
     label_column: str = key("label", "With `templates`: the column that holds the label, which they read as `label`.")
     labels: dict[Any, str] = key(

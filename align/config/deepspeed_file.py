@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from align.config.convert import kind
 from align.errors import UserError
 
 
@@ -27,7 +28,7 @@ def read_deepspeed_file(path: str, where: str = "deepspeed") -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{where}: {path} is not JSON: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{where}: expected a JSON object in {path}, got a {type(config).__name__}")
+        raise UserError(f"{where}: expected a JSON object in {path}, got {kind(config)}")
     if config.get("fp16", {}).get("enabled", False) not in (False, "auto"):
         raise UserError(f"{where}: {path} switches fp16 on, which is not supported; leave it out and use `bf16: true`.")
     return config

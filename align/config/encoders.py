@@ -17,8 +17,8 @@ class ClassifyRecipe(TrainerRecipe):
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = key(
         None,
         "Kind of `label`, by transformers' name: one label per row (text or ids from 0), a list of labels, or a "
-        "number. By "
-        "default text and integers are single labels, lists are multiple labels, and fractions are a regression.",
+        "number. By default text and integers are single labels, lists are multiple labels, and fractions are a "
+        "regression.",
     )
     max_length: int = key(512, "Maximum tokens of a row; longer rows are bad rows.", MAX_LENGTH)
 

@@ -33,7 +33,8 @@ class EvaluateRecipe:
     seed: int = key(42, "Seed of splits, of the examples in prompts, of sampling and of resampling.", AT_LEAST_0)
 
     models: dict[str, str] = required(
-        "Models to compare, the baseline first: a list of folders or hub ids, or a mapping of names to them."
+        "Models to compare, the baseline first: a list of folders or hub ids, or a mapping of names to them.",
+        "list of texts or mapping",
     )
 
     train_dataset: list[DataSource] = key(
@@ -56,10 +57,8 @@ class EvaluateRecipe:
     metrics: list[str] = key(
         ["perplexity", "token_accuracy"],
         "perplexity, token_accuracy (of the reference), exact_match, accuracy, f1, bleu, rouge, chrf (of the "
-        "prediction), "
-        "or anything that `evaluate.load` accepts, such as the path of a metric script. accuracy and f1 compare "
-        "labels, which "
-        "they recover from templates.",
+        "prediction), or anything that `evaluate.load` accepts, such as the path of a metric script. accuracy and f1 "
+        "compare labels, which they recover from templates.",
     )
     grader: str | None = key(
         None, "`module:function` with TRL's reward signature that gives each prediction a score from 0 to 1."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import shutil
 import textwrap
@@ -15,7 +16,7 @@ from align.config.data_source import DataSource
 def describe_keys(cls: type[Any]) -> str:
     """A recipe's docstring and every key with its type, default and meaning, wrapped to the terminal."""
     head = [
-        *_wrapped(cls.__doc__ or "", ""),
+        *_wrapped(inspect.cleandoc(cls.__doc__ or ""), ""),
         "",
         *_wrapped("Each key can be set in the YAML recipe or given as --key value (--mapping.name value).", ""),
         "",
@@ -34,9 +35,13 @@ def _keys(cls: type[Any], prefix: str) -> list[str]:
             default = f"default {json.dumps(field.default)}"
         else:
             default = "default empty"
-        lines += _wrapped(f"{prefix}{field.name}  <{type_name(annotations[field.name])}>  {default}", "  ")
+        lines += _wrapped(f"{prefix}{field.name}  <{_type(field, annotations[field.name])}>  {default}", "  ")
         lines += _wrapped(field.metadata["help"], "        ")
     return lines
+
+
+def _type(field: dataclasses.Field[Any], annotation: Any) -> str:
+    return field.metadata.get("type_name") or type_name(annotation)
 
 
 def _wrapped(text: str, indent: str) -> list[str]:

@@ -39,9 +39,9 @@ def key(default: Any, meaning: str, accepts: Range | None = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def required(meaning: str) -> Any:
-    """A recipe key without a default."""
-    return field(metadata={"help": meaning, "required": True})
+def required(meaning: str, type_name: str | None = None) -> Any:
+    """A recipe key without a default; `type_name` is what `--help` prints where a key takes more than its annotation."""
+    return field(metadata={"help": meaning, "required": True, "type_name": type_name})
 
 
 def check_ranges(values: Any, where: Where) -> None:

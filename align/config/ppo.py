@@ -199,6 +199,5 @@ def _check_objective(recipe: PPORecipe, where: Where) -> None:
     if recipe.method != "full" and recipe.reference_deepspeed:
         raise UserError(
             f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and "
-            "has no "
-            "engine of its own; leave it out."
+            "has no engine of its own; leave it out."
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
+from align.config.convert import kind
 from align.config.data_source import DataSource
 from align.errors import UserError, nearest
 
@@ -52,7 +53,7 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     if not isinstance(values, dict):
-        got = "an empty file" if values is None else f"a {type(values).__name__}"
+        got = "an empty file" if values is None else kind(values)
         raise UserError(f"{path}: expected lines of `key: value`, got {got}")
     assert isinstance(node, yaml.MappingNode)
     return values, {str(key.value): key.start_mark.line + 1 for key, _ in node.value}

@@ -45,6 +45,5 @@ def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
             if source.templates:
                 raise UserError(
                     f"{where(name)}[{index}].templates: they produce prompts and completions, and this stage reads "
-                    "pairs with "
-                    "`chosen` and `rejected`; leave them out."
+                    "pairs with `chosen` and `rejected`; leave them out."
                 )

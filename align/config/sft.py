@@ -48,8 +48,7 @@ class SFTRecipe(TrainerRecipe):
     retention: list[DataSource] = key(
         [],
         "Rows that the model already handles well, in any format of `train_dataset`: the loss on `eval_fraction` of "
-        "their "
-        "prompts (all if it is 0) is measured at each evaluation, which shows what is forgotten.",
+        "their prompts (all if it is 0) is measured at each evaluation, which shows what is forgotten.",
     )
     replay_fraction: float = key(
         0.0,
@@ -60,15 +59,13 @@ class SFTRecipe(TrainerRecipe):
     max_forgetting: float | None = key(
         None,
         "Maximum increase of the loss on `retention`, in percent of its value before training: the best model is "
-        "chosen "
-        "among the checkpoints within it, and for `early_stopping_patience` only these count as improvements.",
+        "chosen among the checkpoints within it, and for `early_stopping_patience` only these count as improvements.",
         AT_LEAST_0,
     )
     eval_metrics: list[str] = key(
         [],
         "Metrics of the greedy responses to evaluation prompts: exact_match, accuracy, f1, bleu, rouge, chrf, or any "
-        "name "
-        "that `evaluate.load` accepts; logged as `eval/<name>`.",
+        "name that `evaluate.load` accepts; logged as `eval/<name>`.",
     )
     max_eval_generations: int = key(64, "With `eval_metrics`: maximum prompts answered in an evaluation.", AT_LEAST_1)
     response_length: int = key(64, "With `eval_metrics`: maximum tokens of a response.", AT_LEAST_1)
@@ -126,8 +123,7 @@ def _check_retention(recipe: SFTRecipe, where: Where) -> None:
     if recipe.replay_fraction and not recipe.eval_fraction:
         raise UserError(
             f"{where('eval_fraction')}: expected a share above 0 of `retention` to measure, as replay_fraction trains "
-            "on "
-            "the rest, got 0"
+            "on the rest, got 0"
         )
     chosen = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
     if recipe.max_forgetting is not None and not chosen:
@@ -140,6 +136,5 @@ def _check_retention(recipe: SFTRecipe, where: Where) -> None:
     if recipe.eval_metrics and recipe.method in ("prompt", "prefix"):
         raise UserError(
             f"{where('eval_metrics')}: responses with method: {recipe.method} are not supported; leave it out, the "
-            "losses are "
-            "measured all the same"
+            "losses are measured all the same"
         )

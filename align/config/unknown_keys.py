@@ -127,8 +127,7 @@ OF_STAGE = {
 }
 _BOTTLENECK = (
     "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has them, needs transformers "
-    "4.57 where "
-    "this project needs 5; use lora, which trains as few parameters and can be merged"
+    "4.57 where this project needs 5; use lora, which trains as few parameters and can be merged"
 )
 
 # Values of `method` in other libraries that do not exist here.
@@ -144,5 +143,6 @@ def explain(stage: str, name: str) -> str | None:
     training = [each for each in STAGES.values() if each.methods]
     owners = [each.name for each in training if name in {field.name for field in dataclasses.fields(each.recipe)}]
     if owners:
-        return f"; it belongs to the {' and '.join(owners)} stage{'s' if len(owners) > 1 else ''}, and this is {stage}"
+        stages = f"stage{'s' if len(owners) > 1 else ''}"
+        return f"; it belongs to the {' and '.join(owners)} {stages}, but this recipe is for {stage}"
     return None

@@ -74,9 +74,9 @@ def describe_duplicates(report: Mapping[str, Any]) -> str | None:
         return None
     (mine, other, _) = (found["exact"]["first"] or found["near"]["first"])[0]
     return (
-        f"{total} of {found['evaluation_rows']} evaluation rows have duplicates in the training rows "
-        f"({found['exact']['count']} exact, {found['near']['count']} near duplicates; {mine} is like {other}): evaluating on "
-        "them measures memorisation; remove them from one of the two."
+        f"evaluation rows with duplicates in the training rows: {total} of {found['evaluation_rows']} "
+        f"({found['exact']['count']} exact, {found['near']['count']} near; {mine} is like {other}). Evaluating on them "
+        "measures memorization; remove them from one of the two."
     )
 
 

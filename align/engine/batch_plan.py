@@ -34,7 +34,10 @@ class BatchPlan:
         )
         line += " (processes x micro-batch x accumulation)"
         if self.updates is not None:
-            line += f", {self.updates} updates of {self.world_size} x {self.rollout_per_rank} responses"
+            line += (
+                f", {self.updates} update{'s' * (self.updates != 1)} of {self.world_size} x {self.rollout_per_rank} "
+            )
+            line += "responses (processes x responses)"
         return line
 
 

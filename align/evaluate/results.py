@@ -59,7 +59,7 @@ def finished(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     if differing := differing_keys(results, identity(recipe)):
         raise UserError(
             f"output_dir: {recipe.output_dir} holds results that differ in {', '.join(differing)}; delete the folder to "
-            "evaluate again, or choose another output_dir."
+            "evaluate again, or set another output_dir."
         )
     return results
 

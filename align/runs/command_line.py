@@ -49,10 +49,12 @@ class CommandParser(argparse.ArgumentParser):
 def stage_arguments(stage: Stage) -> dict[str, Any]:
     """The arguments of `CommandParser` for a stage: a recipe, then any of its keys."""
     name = stage.name
+    # Only a package with the stage's name is a module to launch: `align.ppo`, but `align mlm`.
+    module = f"align.{name}" if stage.module.startswith(f"align.{name}.") else f"align {name}"
     return {
         "prog": f"align {name}",
         "usage": f"align {name} RECIPE [--key value ...]\n"
-        f"       deepspeed --num_gpus N --module align {name} RECIPE [--key value ...]",
+        f"       deepspeed --num_gpus N --module {module} RECIPE [--key value ...]",
         "no_path": f"expected a recipe file first; `align {name} --help` lists the keys.",
         "recipe": stage.recipe,
     }

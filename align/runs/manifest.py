@@ -122,7 +122,7 @@ def is_finished(recipe: StageRecipe) -> bool:
     if differing := differing_keys(found, _identity(recipe)):
         raise UserError(
             f"output_dir: {folder} holds {'a finished' if finished else 'an unfinished'} run that differs in "
-            f"{', '.join(differing)}; delete the folder to start over, or choose another output_dir."
+            f"{', '.join(differing)}; delete the folder to start over, or set another output_dir."
         )
     return finished
 

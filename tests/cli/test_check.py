@@ -200,7 +200,7 @@ def test_a_folder_whose_models_are_not_made_yet(world, capsys):
     # 51 of the 64 prompts train; two processes of two micro-batches of 8 rows
     assert "32 sequences per step = 2 x 8 x 2 (processes x micro-batch x accumulation)" in said
     assert (
-        "64 sequences per step = 2 x 8 x 4 (processes x micro-batch x accumulation), 2 updates of 2 x 32 responses"
+        "64 sequences per step = 2 x 8 x 4 (processes x micro-batch x accumulation), 2 updates of 2 x 32 responses (processes x responses)"
         in said
     )
     assert "model_name_or_path: out/0 (made by 0_base.yaml)" in said
@@ -232,7 +232,7 @@ def test_the_sample_row_marks_what_is_trained(world, capsys, changes, shown):
     assert code == 0, said
     assert shown in said.replace(" ", "").replace("row:", "row: ")
     assert "at most 5 tokens in the first 1 rows" in said
-    assert "1 to train on, 0 to evaluate on; up to 1 optimizer steps" in said
+    assert "1 to train on, 0 to evaluate on; up to 1 optimizer step\n" in said
 
 
 def test_a_row_of_each_template_and_the_share_of_each_task(world, capsys):
@@ -255,14 +255,13 @@ def test_a_row_of_each_template_and_the_share_of_each_task(world, capsys):
     assert code == 0, said
     flat = said.replace(" ", "")
     # 80 rows in shares of 4 to 8
-    assert "tasks: b 66.2% (53 rows), a 33.8% (27 rows) ok " in " ".join(said.split())
+    assert "tasks: b 66.2% (53 rows), a 33.8% (27 rows) warning " in " ".join(said.split())
     assert "row:aa⟦x</s>⟧" in flat
     assert re.search(r"b,row:p[a-h]{2}⟦goodp</s>⟧", flat)
     assert re.search(r"b,row:q[a-h]{2}⟦q</s>⟧", flat)
     assert "at most 9 tokens in the first 80 rows)" in " ".join(said.split())
-    assert "1 of 1 evaluation rows have duplicates in the training rows (1 exact, 0 near duplicates" in " ".join(
-        said.split()
-    )
+    repeated = "warning evaluation rows with duplicates in the training rows: 1 of 1 (1 exact, 0 near; "
+    assert repeated in " ".join(said.split())
     code, said = outcome(capsys, "r.yaml", "--max_length", "8")
     assert code == 2
     assert "longer than 8 tokens" in said
@@ -433,7 +432,7 @@ def test_the_recipes_own_zero_stage_has_a_column(world, capsys):
     said = outcome(capsys, "r/1_sft.yaml", "--model_name_or_path", "model", "--deepspeed", "zero.json", num_gpus=8)[1]
     assert "(ZeRO 2)" in said
     assert "(ZeRO 0)" not in said
-    assert "Memory per GPU on 8, float32" in said
+    assert "Memory per GPU, 8 processes, float32" in said
 
 
 def test_no_recipes_at_all(world):

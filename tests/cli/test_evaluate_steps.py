@@ -105,7 +105,7 @@ class TestRun:
         with pytest.raises(UserError, match=r"r/2_evaluate.yaml:\d+: num_shots"):
             pipeline.run("r")
         evaluation("base", output_dir="out/1")
-        with pytest.raises(UserError, match=r"output_dir: expected a folder of its own, got that of r/1_sft.yaml"):
+        with pytest.raises(UserError, match=r"is also the output_dir of r/1_sft.yaml; give each recipe its own"):
             pipeline.run("r")
 
 

@@ -192,6 +192,19 @@ def test_help_lists_every_key_with_type_meaning_and_default(name, capsys, monkey
     assert "--train_dataset <data source or list of them> default empty" in flat
 
 
+def test_help_reads_as_prose(capsys):
+    """Docstrings without their indentation, plurals in lists, and the launcher's module where there is one."""
+    said = {name: (cli.main([name, "--help"]), capsys.readouterr().out)[1] for name in STAGES}
+    for name, text in said.items():
+        head = text[: text.index("keys:")]
+        assert not any(line.startswith(" ") or "  " in line for line in head.splitlines()[2:])
+        module = f"align {name}" if name in ("classify", "mlm") else f"align.{name}"
+        assert f"--module {module} RECIPE" in head
+    assert "--models  <list of texts or mapping>  required" in said["evaluate"]
+    assert "--num_shots  <list of whole numbers>" in said["evaluate"]
+    assert " templates  <list of mappings>" in said["sft"]
+
+
 def test_version_and_usage(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("align ")

@@ -95,9 +95,9 @@ def test_it_loads_and_runs(toy, tmp_path):
         ("toy", ["--letters", "0"], "--letters: expected a number at least 1, got 0"),
         ("toy", ["--letters", "2000"], "--letters: expected at most max_length, got 2000"),
         ("toy", ["--letter", "1"], "--letter: unknown key; did you mean 'letters'?"),
-        ("toy", ["--kl_coef", "1"], "--kl_coef: unknown key; it belongs to the ppo stage, and this is toy"),
+        ("toy", ["--kl_coef", "1"], "--kl_coef: unknown key; it belongs to the ppo stage, but this recipe is for toy"),
         ("toy", ["--method", "ia3"], "--method: expected one of full, lora in the toy stage, got ia3"),
-        ("sft", ["--letters", "1"], "--letters: unknown key; it belongs to the toy stage, and this is sft"),
+        ("sft", ["--letters", "1"], "--letters: unknown key; it belongs to the toy stage, but this recipe is for sft"),
     ],
 )
 def test_its_keys_are_as_strict_as_others(toy, stage, words, said):

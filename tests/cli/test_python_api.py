@@ -81,7 +81,7 @@ def test_a_run_from_a_dict_an_object_and_a_path(keys, tmp_path):
     ("changes", "said"),
     [
         ({"learning_rat": 1e-3}, "learning_rat: unknown key; did you mean 'learning_rate'?"),
-        ({"kl_coef": 1}, "kl_coef: unknown key; it belongs to the ppo stage, and this is sft"),
+        ({"kl_coef": 1}, "kl_coef: unknown key; it belongs to the ppo stage, but this recipe is for sft"),
         ({"seed": 1.5}, "seed: expected a whole number, got 1.5 (a number)"),
         ({"train_batch_size": 0}, "train_batch_size: expected a number at least 1, got 0"),
         ({"stage": "ppo"}, "stage: expected 'sft', got 'ppo'; run `align ppo RECIPE`."),

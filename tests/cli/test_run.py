@@ -184,7 +184,7 @@ def test_overrides_go_to_the_stages_that_know_them(scripted):
     ("change", "words", "said"),
     [
         (None, ["--kl_coeff", "1"], "--kl_coeff: no stage here has this key; did you mean 'kl_coef'?"),
-        (None, ["--output_dir", "same"], "r/2_reward.yaml: output_dir: expected a folder of its own, got that of r/1_sft.yaml (same)"),
+        (None, ["--output_dir", "same"], "r/2_reward.yaml: output_dir: same is also the output_dir of r/1_sft.yaml; give each recipe its own"),
         (("2_rm.yaml", "stage: sft"), [], "has the number 2 too"),
         (("3_x.yaml", "seed: 1"), [], "r/3_x.yaml: stage: expected one of sft, reward, ppo, classify, mlm, evaluate, got nothing"),
         (("11_x.yaml", "stage: sft\nlearning_rat: 1"), [], "r/11_x.yaml:2: learning_rat: unknown key; did you mean 'learning_rate'?"),
@@ -206,6 +206,12 @@ def test_a_folder_that_is_not_there(folder):
         pipeline.run("recipez")
     with pytest.raises(UserError, match=r"recipes: expected recipes named like 1_sft\.yaml, found none"):
         pipeline.run("recipes")
+
+
+def test_a_recipe_in_place_of_a_folder(folder):
+    Path("a.yaml").write_text("stage: ppo\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.yaml: expected a folder of recipes, got a file; .* `align ppo a\.yaml`"):
+        pipeline.run("a.yaml")
 
 
 # --- how a stage is started

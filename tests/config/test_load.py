@@ -172,7 +172,7 @@ def test_inputs_by_stage(load):
         ("sft", "learning_rat", "did you mean 'learning_rate'?"),
         ("sft", "Learning-Rate", "did you mean 'learning_rate'?"),
         ("ppo", "clip_range", "did you mean 'cliprange'?"),
-        ("sft", "kl_coef", "it belongs to the ppo stage, and this is sft"),
+        ("sft", "kl_coef", "it belongs to the ppo stage, but this recipe is for sft"),
         ("ppo", "train_batch_size", "called minibatch_size here"),
         ("sft", "gradient_accumulation_steps", "derived: set train_batch_size"),
         ("ppo", "gradient_accumulation_steps", "derived: set minibatch_size"),
@@ -462,7 +462,7 @@ def test_ppo_plan():
     )
     assert dataclasses.astuple(plan) == (4, 48, 6, 2, 24, 10, 0)  # 12 a process = 2 x 6; 1000 // 96 updates
     assert plan.describe() == (
-        "48 sequences per step = 4 x 6 x 2 (processes x micro-batch x accumulation), 10 updates of 4 x 24 responses"
+        "48 sequences per step = 4 x 6 x 2 (processes x micro-batch x accumulation), 10 updates of 4 x 24 responses (processes x responses)"
     )
 
 

@@ -104,7 +104,7 @@ def test_exact_and_near_are_told_apart():
     line = describe_duplicates({"duplicates": found})
     assert line is not None
     assert line.startswith(
-        "3 of 4 evaluation rows have duplicates in the training rows (2 exact, 1 near duplicates; e:1 is like t:3)"
+        "evaluation rows with duplicates in the training rows: 3 of 4 (2 exact, 1 near; e:1 is like t:3)"
     )
     assert "\n" not in line
 
@@ -122,7 +122,7 @@ def test_nothing_to_say():
     assert describe_duplicates({"duplicates": find_duplicates(rows("a", name="t"), [])}) is None
     assert describe_duplicates({}) is None
     near = find_duplicates(rows("Yes!", name="t"), rows("yes", name="e"))
-    assert "(0 exact, 1 near duplicates; e:1 is like t:1)" in str(describe_duplicates({"duplicates": near}))
+    assert "(0 exact, 1 near; e:1 is like t:1)" in str(describe_duplicates({"duplicates": near}))
 
 
 def test_text_of_a_row():

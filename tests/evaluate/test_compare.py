@@ -820,7 +820,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(EvaluateRecipe):
         assert f" --{field.name} <" in text
-    assert "deepspeed --num_gpus N --module align evaluate" in text
+    assert "deepspeed --num_gpus N --module align.evaluate RECIPE" in text
     assert cli.main(["--help"]) == 0
     assert "\n    evaluate  " in capsys.readouterr().out
     assert cli.main(["evaluat"]) == 2

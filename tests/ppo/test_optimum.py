@@ -163,7 +163,7 @@ class TestEnumeration:
 @pytest.fixture(autouse=True)
 def forked(monkeypatch) -> None:
     """Ranks in place of the launcher."""
-    monkeypatch.setattr(verify.pipeline, "run", run_recipes)
+    monkeypatch.setattr(verify, "run_folder", run_recipes)
 
 
 def reached(folder: Path, beta: float, num_gpus: int | None = None, **changes) -> ExactResult:
@@ -266,7 +266,7 @@ class TestVerdict:
             recipes.append(recipe)
             shutil.copytree(recipe.sft_model_path, recipe.output_dir)
 
-        monkeypatch.setattr(verify.ppo, "run", untrained)
+        monkeypatch.setattr(verify, "run_ppo", untrained)
         assert verify.run(json_path="-", overrides=["--seed", "7"]) == 1
         report = json.loads(capsys.readouterr().out)
         assert report["passed"] is False

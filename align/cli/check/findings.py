@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -23,11 +24,12 @@ class Report:
         self.mistakes = 0
         self.names: dict[str, str] = {}  # of stand-in folders, as the user knows them
 
-    def say(self, text: str, good: bool = True) -> None:
-        """Print one finding."""
+    def say(self, text: str, level: Literal["ok", "warning", "error"] = "ok") -> None:
+        """Print one finding. Only errors change the exit code."""
         for folder, name in self.names.items():
             text = text.replace(folder, name)
-        mark = Text("  ok     " if good else "  error  ", style="green" if good else "bold red")
+        style = {"ok": "green", "warning": "bold yellow", "error": "bold red"}[level]
+        mark = Text(f"  {level:<7}  ", style=style)
         self.console.print(mark + Text(text), soft_wrap=True)
 
     @contextlib.contextmanager
@@ -37,7 +39,7 @@ class Report:
             yield
         except UserError as error:
             self.mistakes += 1
-            self.say(str(error), good=False)
+            self.say(str(error), "error")
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,10 @@ def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPl
     columns = [*(f"ZeRO {stage}" for stage in range(4)), "this recipe"]
     dtype = "bfloat16" if recipe.bf16 else "float32"
     table = make_table(
-        f"Memory per GPU on {plan.world_size}, {dtype}, without activations", "model", "parameters", *columns
+        f"Memory per GPU, {plan.world_size} process{'es' * (plan.world_size > 1)}, {dtype}, without activations",
+        "model",
+        "parameters",
+        *columns,
     )
     for model, sizes, stage, size in zip(models, needs, stages, own, strict=True):
         mine = f"{_shown(size)} (ZeRO {stage})" if size else ""

@@ -93,14 +93,14 @@ class TrainingCheck(Generic[R]):
             if shares := describe_task_shares(rows.report):
                 report.say(f"tasks: {shares}")
             if repeated := describe_duplicates(rows.report):
-                report.say(repeated)
+                report.say(repeated, "warning")
         with report.part():
             recipe = _with_stand_ins(recipe, context.stand_ins, report)
             start = self.start(recipe, rows, context.folder)
             if start is not None:
                 report.say(f"model: {start.config.model_type}, {describe(start.tokenizer)}; all inputs fit together")
         if start is None:
-            report.say("not checked: tokens and memory, which need the above", good=False)
+            report.say("not checked: tokens and memory, which need the above", "error")
             return
         if rows is not None:
             with report.part():
@@ -121,7 +121,7 @@ class TrainingCheck(Generic[R]):
         if isinstance(recipe, TrainerRecipe) and plan is not None:
             per_epoch = math.ceil(self.trained_rows(recipe, rows) / plan.batch_size)
             steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
-            text += f"; up to {steps} optimizer steps"
+            text += f"; up to {steps} optimizer step{'s' * (steps != 1)}"
         return text
 
     def _write_stand_in(self, recipe: R, start: Start, context: Context) -> None:
