@@ -10,6 +10,10 @@ class UserError(Exception):
     """An error that the user can fix. Its message names the file, row, key or option, what was expected, and what to do."""
 
 
+class OtherRun(UserError):
+    """An output folder holds a run of another recipe, or of inputs that have changed since."""
+
+
 class BadRow(UserError):
     """A row that cannot be used. The message is the reason, without details of the row, so that equal reasons can be counted."""
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from align.cli.processes import describe_exit_code, free_port, launcher_environment, raise_exit, run_process
 from align.cli.steps import Step, read_steps
 from align.config.evaluate import EvaluateRecipe
-from align.errors import UserError
+from align.errors import OtherRun, UserError
 from align.evaluate.results import finished, tables
 from align.runs.manifest import is_finished, read_manifest
 from align.runs.tables import cell, make_console, make_table
@@ -30,8 +30,15 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
     steps = read_steps(directory, num_gpus, overrides)
     signal.signal(signal.SIGTERM, raise_exit)
     console = make_console()
-    for step in steps:
-        if (found := already_done(step)) is not None:
+    for index, step in enumerate(steps):
+        try:
+            found = already_done(step)
+        except OtherRun as error:
+            folders = [each.recipe.output_dir for each in steps[index:] if Path(each.recipe.output_dir).exists()]
+            raise UserError(
+                f"{step.path}: {error} To redo this step and those after it, delete {', '.join(folders)}."
+            ) from None
+        if found is not None:
             print(f"{step.name}: finished already, in {step.recipe.output_dir}", flush=True)
             for renderable in found:
                 console.print(renderable)

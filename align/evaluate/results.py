@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from align.config.evaluate import EvaluateRecipe
-from align.errors import UserError
+from align.errors import OtherRun
 from align.runs.files import digest
 from align.runs.manifest import differing_keys, read_manifest
 from align.runs.tables import make_table
@@ -57,7 +57,7 @@ def finished(recipe: EvaluateRecipe) -> dict[str, Any] | None:
         return None
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if differing := differing_keys(results, identity(recipe)):
-        raise UserError(
+        raise OtherRun(
             f"output_dir: {recipe.output_dir} holds results that differ in {', '.join(differing)}; delete the folder to "
             "evaluate again, or set another output_dir."
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.config.base import StageRecipe
 from align.config.stages import input_models, stage_of
-from align.errors import UserError
+from align.errors import OtherRun, UserError
 from align.runs.checkpoint import DAMAGED, complete_checkpoints
 from align.runs.files import digest, write_json
 
@@ -120,7 +120,7 @@ def is_finished(recipe: StageRecipe) -> bool:
         return False  # a run without a checkpoint loses nothing when it starts over
     found = json.loads((folder / (MANIFEST if finished else RUN)).read_text(encoding="utf-8"))
     if differing := differing_keys(found, _identity(recipe)):
-        raise UserError(
+        raise OtherRun(
             f"output_dir: {folder} holds {'a finished' if finished else 'an unfinished'} run that differs in "
             f"{', '.join(differing)}; delete the folder to start over, or set another output_dir."
         )
