@@ -164,7 +164,7 @@ def test_a_stage_is_not_passed_over_when_what_it_starts_from_was_made_anew(scrip
         UserError, match="out/2 holds a finished run that differs in the stage it starts from, which was run again"
     ) as error:
         pipeline.run("r")
-    assert str(error.value).endswith("To redo this step and those after it, delete out/2, out/3.")
+    assert str(error.value).endswith("To redo this step and those after it, delete out/2, out/10.")
     assert calls()[3:] == ["1_sft.yaml"]
 
 
