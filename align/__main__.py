@@ -9,7 +9,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from align.cli import run as pipeline
+from align.cli.run import run as run_folder
 from align.config.stages import STAGES
 from align.errors import UserError, nearest
 from align.runs.command_line import CommandParser, exit_code, stage_arguments
@@ -21,7 +21,9 @@ EPILOG = """\
 A stage also runs under the launcher: deepspeed --num_gpus N --module align.ppo RECIPE [--key value ...]
 The same command continues a run that was interrupted."""
 ALIASES = ("--num-gpus", "--num_accelerators", "--num-accelerators")  # of --num_gpus
-KEYS = "--key value sets a recipe key, here for each recipe that has it."
+KEYS = (
+    "--key value sets a recipe key, here for each recipe that has it; `align STAGE --help` lists the keys of a stage."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +104,7 @@ def _stage(stage: str, arguments: argparse.Namespace, overrides: list[str]) -> i
 
 
 def _run_folder(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    return pipeline.run(arguments.path, _num_gpus(arguments), overrides)
+    return run_folder(arguments.path, _num_gpus(arguments), overrides)
 
 
 def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:

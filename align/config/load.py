@@ -72,7 +72,7 @@ def as_recipe(cls: type[T], recipe: T | Mapping[str, Any] | str | os.PathLike[st
         values = dict(recipe)
     else:
         raise UserError(
-            f"recipe: expected a {cls.__name__}, a mapping of its keys or the path of a YAML file, got a "
+            f"recipe: expected {cls.__name__}, a mapping of its keys or the path of a YAML file, got "
             f"{type(recipe).__name__}"
         )
     plain: dict[str, Any] = _plain({**values, **keys})

@@ -141,7 +141,7 @@ def test_wrong_commands(tmp_path, monkeypatch, capsys, argv, said):
 
 def test_the_number_of_processes_may_stand_anywhere(monkeypatch):
     calls = []
-    monkeypatch.setattr(cli.pipeline, "run", lambda *args: calls.append(args) or 0)
+    monkeypatch.setattr(cli, "run_folder", lambda *args: calls.append(args) or 0)
     for words in (
         ["--num_gpus", "2", "--seed", "1"],
         ["--seed", "1", "--num_gpus=2"],

@@ -112,7 +112,7 @@ def test_each_function_takes_the_recipes_of_its_stage(keys, monkeypatch):
     assert [each.stage for each in given] == ["reward", "ppo", "classify", "mlm", "evaluate"]
     assert {each.seed for each in given} == {4}
     assert given[-1].models == {"x": "a/x", "y": "b/y"}
-    with pytest.raises(UserError, match="recipe: expected a PPORecipe, a mapping of its keys or the path of a YAML file, got a RewardRecipe"):  # fmt: skip
+    with pytest.raises(UserError, match="recipe: expected PPORecipe, a mapping of its keys or the path of a YAML file, got RewardRecipe"):  # fmt: skip
         ppo.run(given[0])
 
 
