@@ -14,6 +14,10 @@ class OtherRun(UserError):
     """An output folder holds a run of another recipe, or of inputs that have changed since."""
 
 
+class BadFile(UserError):
+    """A file that a program wrote and that cannot be read back as what it should be. The message begins with its path."""
+
+
 class BadRow(UserError):
     """A row that cannot be used. The message is the reason, without details of the row, so that equal reasons can be counted."""
 
