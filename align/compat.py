@@ -8,7 +8,7 @@ of them, so that an upgrade which removes one fails there first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -161,6 +161,67 @@ def local_shard(parameter: Any) -> Tensor:
     """This rank's part of a parameter: under ZeRO-3 a flat shard, padded to one size on all ranks; else all of it."""
     shard: Tensor = getattr(parameter, "ds_tensor", parameter).detach()
     return shard
+
+
+# DeepSpeed: where its optimizers keep what they step
+
+
+def stepped_parts(optimizer: Any, parameters: Iterable[Any]) -> dict[Any, tuple[Tensor, int, int, int]] | None:
+    """Where a DeepSpeed optimizer keeps the float32 weights that this rank steps.
+
+    Returns:
+        for each of the parameters of which this rank steps a part: the tensor that is a key of the inner optimizer's
+        state, the offset of the part there, its offset in the flattened parameter, and its elements. None for an
+        optimizer of torch's own, which steps the parameters themselves.
+    """
+    parts = {}
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3; the last part of a parameter may be padded
+        for parameter in parameters:
+            group, offset, count = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = count * parameter.ds_zero_partition_rank
+            held = max(0, min(count, parameter.ds_numel - start))
+            parts[parameter] = (optimizer.fp32_partitioned_groups_flat[group], offset, start, held)
+    elif hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
+        for parameter in parameters:
+            if (mapping := parameter._hp_mapping) is not None:
+                flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
+                there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+                parts[parameter] = (flat, there.start, here.start, here.numel)
+    elif hasattr(optimizer, "fp32_groups"):  # ZeRO 0 in bfloat16
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            parts |= {weight: (master, 0, 0, weight.numel()) for weight, master in zip(weights, masters, strict=True)}
+    elif hasattr(optimizer, "fp32_groups_flat"):  # the same by DeepSpeed's own Adam
+        for weights, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            offset = 0
+            for weight in weights:
+                parts[weight] = (flat, offset, 0, weight.numel())
+                offset += weight.numel()
+    else:
+        return None
+    return parts
+
+
+def splits_state(optimizer: Any) -> bool:
+    """Whether each rank steps a part of the weights only, as at ZeRO 1 to 3."""
+    return hasattr(optimizer, "fp32_partitioned_groups_flat") or hasattr(optimizer, "update_lp_params")
+
+
+def copy_stepped_weights(optimizer: Any) -> None:
+    """Copy the float32 weights of a DeepSpeed optimizer into those that the model computes with. For all ranks."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer.checkpoint_event_prologue()  # lets go of gathered copies
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()  # gathers again what stays gathered
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "fp32_groups"):
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for weight, master in zip(weights, masters, strict=True):
+                weight.data.copy_(master.data)
+    elif hasattr(optimizer, "fp32_groups_flat"):
+        for flat, master in zip(optimizer.fp16_groups_flat, optimizer.fp32_groups_flat, strict=True):
+            flat.data.copy_(master.data)
 
 
 def disable_deepspeed_shared_memory() -> None:

@@ -18,7 +18,7 @@ from align.engine.distributed import World
 from align.engine.mixed_precision import use_float32_attention
 from align.engine.optimizer import adamw, set_learning_rate
 from align.engine.sharding import evaluation_mode, gathered_parameters, gathered_state_dict, save_from_main
-from align.errors import UserError
+from align.engine.state import counters, load_state, restore_counters, save_state
 from align.models.save import meta_copy
 from reward_models.heads import hf_model
 
@@ -141,17 +141,8 @@ class DeepSpeedEngine:
     def save_pretrained(self, folder: Path) -> None:
         save_from_main(self.module, self.state_dict(), folder, self.world)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        self.engine.save_checkpoint(
-            str(folder.parent), tag=folder.name, save_latest=False, exclude_frozen_parameters=self._has_adapter()
-        )
+    def save_checkpoint(self, folder: Path) -> dict[str, list[int]]:
+        return save_state(folder, self.module, self.optimizer, self.world, counters(self.engine))
 
     def load_checkpoint(self, folder: Path) -> None:
-        loaded, _ = self.engine.load_checkpoint(
-            str(folder.parent), tag=folder.name, load_module_strict=not self._has_adapter()
-        )
-        if loaded is None:
-            raise UserError(f"{folder}: DeepSpeed cannot read this checkpoint; delete it to use the one before it.")
-
-    def _has_adapter(self) -> bool:
-        return isinstance(self.module, PeftModel)
+        restore_counters(self.engine, load_state(folder, self.module, self.optimizer))

@@ -60,6 +60,15 @@ class World:
             dist.all_gather(parts, carried)
         return torch.cat(parts).to(tensor.dtype)
 
+    def gather_text(self, text: str) -> list[str]:
+        """A text from each rank, in rank order, on every rank."""
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        lengths = self.gather(torch.tensor([len(content)], device=self.device)).tolist()
+        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        padded[: len(content)] = content
+        rows = self.gather(padded).view(self.size, -1).tolist()
+        return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
     def check_rows(self, count: int) -> None:
         """Check that there are at least as many training rows as processes.
 

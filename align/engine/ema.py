@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from align.compat import full_shape, is_sharded, local_shard
 from align.engine.engine import TrainEngine
 from align.engine.optimizer import trained_parameters
+from align.engine.parts import Part, SavedParts, write_parts
 from align.engine.sharding import save_from_main
+
+AVERAGE = "average"
 
 
 class EMA:
@@ -39,14 +42,30 @@ class EMA:
                 weights[name] = average.cpu().to(weights[name].dtype)
         save_from_main(self.engine.module, weights, folder, world)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write this rank's shard."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.averages, self._file(folder))
+    def save_checkpoint(self, folder: Path) -> dict[str, list[int]]:
+        """Write this rank's part; returns size and CRC-32 of each file that it wrote, by its name in `folder`."""
+        parts = {}
+        for name, (sharded, shape, start, held) in self._held().items():
+            parts[name] = Part(tuple(shape), start, {AVERAGE: held}, replicated=not sharded)
+        return write_parts(folder, parts, self.engine.world)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Restore what `save_checkpoint` wrote, bit for bit."""
-        self.averages = load_file(self._file(folder), device=str(self.engine.world.device))
+        """Restore what `save_checkpoint` wrote, bit for bit, in any layout.
 
-    def _file(self, folder: Path) -> Path:
-        return folder / f"rank-{self.engine.world.rank}.safetensors"
+        Raises:
+            UserError: the files are damaged or of another model.
+        """
+        saved = SavedParts(folder)
+        for name, (_, _, start, held) in self._held().items():
+            if len(held):
+                held.copy_(saved.read(name, AVERAGE, start, len(held)))
+
+    def _held(self) -> dict[str, tuple[bool, torch.Size, int, Tensor]]:
+        """By name: whether ranks hold parts, shape of the whole average, where the part begins, and the part."""
+        held = {}
+        for name, parameter in trained_parameters(self.engine.module):
+            average, shape = self.averages[name].view(-1), full_shape(parameter)
+            sharded = is_sharded(parameter)
+            start = len(average) * self.engine.world.rank if sharded else 0
+            held[name] = (sharded, shape, start, average[: max(0, shape.numel() - start)])  # without padding
+        return held

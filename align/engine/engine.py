@@ -53,11 +53,18 @@ class TrainEngine(Engine, Protocol):
     def save_pretrained(self, folder: Path) -> None:
         """Write a Hugging Face folder (safetensors) from rank 0, adapters merged. Every rank must call it."""
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write weights and optimizer state for an exact resume. Every rank must call it."""
+    def save_checkpoint(self, folder: Path) -> dict[str, list[int]]:
+        """Write weights and optimizer state for an exact resume. Every rank must call it.
+
+        Returns:
+            size and CRC-32 of each file that this rank wrote, by its name in `folder`.
+        """
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Restore what `save_checkpoint` wrote; training continues bit for bit. Every rank must call it."""
+        """Restore what `save_checkpoint` wrote, in any layout; in the same one training continues bit for bit.
+
+        Every rank must call it.
+        """
 
 
 class AdapterOff:

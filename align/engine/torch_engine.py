@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from align.engine.distributed import World
 from align.engine.mixed_precision import convert_to_bfloat16, copy_masters, use_float32_attention
 from align.engine.optimizer import adamw, set_learning_rate, trained_parameters
 from align.engine.sharding import evaluation_mode, gathered_state_dict, save_from_main
+from align.engine.state import load_state, save_state
 from align.models.in_place_gradients import accumulate_in_place
 from reward_models.heads import hf_model
 
@@ -90,27 +90,11 @@ class TorchEngine:
     def save_pretrained(self, folder: Path) -> None:
         save_from_main(self.module, self.state_dict(), folder, self.world)
 
-    def save_checkpoint(self, folder: Path) -> None:
-        assert self.optimizer is not None
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: self._master(p).detach().contiguous() for name, p in trained_parameters(self.module)}
-        save_file(weights, folder / "weights.safetensors")
-        state = self.optimizer.state_dict()["state"]
-        tensors = {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
-        save_file(tensors, folder / "optimizer.safetensors")
+    def save_checkpoint(self, folder: Path) -> dict[str, list[int]]:
+        return save_state(folder, self.module, self.optimizer, self.world, masters=self.masters)
 
     def load_checkpoint(self, folder: Path) -> None:
-        assert self.optimizer is not None
-        weights = load_file(folder / "weights.safetensors")
-        with torch.no_grad():
-            for name, parameter in trained_parameters(self.module):
-                self._master(parameter).copy_(weights[name])
-        copy_masters(self.masters.items())
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / "optimizer.safetensors").items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        load_state(folder, self.module, self.optimizer, masters=self.masters)
 
     def _trained_masters(self) -> list[nn.Parameter]:
         return [self._master(parameter) for _, parameter in trained_parameters(self.module)]

@@ -16,16 +16,13 @@ def save_checkpoint(run: PPORun, step: int) -> None:
     """Write all that a resume needs. Data order and sampling noise are functions of the step: no generator is saved."""
     recipe, world = run.recipe, run.world
     folder = Path(recipe.output_dir) / f"checkpoint-{step}"
-    run.models.policy.save_checkpoint(folder / "policy")
-    if run.models.value is not None:
-        run.models.value.save_checkpoint(folder / "value")
-    if run.ema is not None:
-        run.ema.save_checkpoint(folder / "ema")
-    world.barrier()
-    if world.is_main:
-        state = {"step": step, "progress": asdict(run.progress), "layout": layout(recipe, world.size)}
-        mark_complete(folder, state, recipe.save_total_limit)
-    world.barrier()
+    saved = {"policy": run.models.policy, "value": run.models.value, "ema": run.ema}
+    sums: dict[str, list[int]] = {}
+    for name, saveable in saved.items():
+        if saveable is not None:
+            sums |= {f"{name}/{file}": told for file, told in saveable.save_checkpoint(folder / name).items()}
+    state = {"step": step, "progress": asdict(run.progress), "layout": layout(recipe, world.size)}
+    mark_complete(folder, state, recipe.save_total_limit, world, sums)
 
 
 def load_checkpoint(run: PPORun, checkpoint: Path) -> None:

@@ -14,29 +14,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from align.engine.distributed import World
 from align.runs.files import difference, digest, fingerprints, sync, sync_tree, write_json
 
 COMPLETE = "complete.json"
+VERSION = 2  # of the files in a checkpoint; the first held DeepSpeed's pickles
 DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 
 
-def mark_complete(checkpoint: Path, state: Mapping[str, Any], save_total_limit: int) -> None:
-    """Declare a checkpoint complete, then delete the oldest beyond `save_total_limit`. For rank 0, after the others.
+def mark_complete(
+    checkpoint: Path, state: Mapping[str, Any], save_total_limit: int, world: World, sums: Mapping[str, list[int]]
+) -> None:
+    """Declare a checkpoint complete, then delete the oldest beyond `save_total_limit`. For all ranks.
 
-    `complete.json` appears once every file is on the disk. It holds `state`, the size and CRC-32 of each file, and how
-    long the run's records (`*.jsonl` in the output folder) were.
+    `complete.json` appears once every rank's files are on the disk. It holds `state`, the size and CRC-32 of each file,
+    and how long the run's records (`*.jsonl` in the output folder) were.
+
+    Args:
+        sums: size and CRC-32 of each file that this rank has written and synced, by its path in the checkpoint; no rank
+            reads the files of another.
     """
+    files: dict[str, list[int]] = {}
+    for theirs in world.gather_text(json.dumps(dict(sums))):  # also waits for them
+        files |= json.loads(theirs)
+    if not world.is_main:
+        return
     output = checkpoint.parent
     records = list(output.glob("*.jsonl"))
-    sync_tree(checkpoint)
-    for record in records:
-        sync(record)
+    for path in (*(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint, *records):
+        sync(path)
     lengths = {record.name: record.stat().st_size for record in records}
-    recorded = {**state, "records": lengths, "files": fingerprints(checkpoint)}
+    recorded = {**state, "version": VERSION, "records": lengths, "files": dict(sorted(files.items()))}
     recorded = json.loads(json.dumps(recorded, default=str))  # as it will be read back
     write_json(checkpoint / COMPLETE, {**recorded, "digest": digest(recorded)})
     sync(output)
     rotate(output, save_total_limit)
+
+
+def synced_sums(checkpoint: Path) -> dict[str, list[int]]:
+    """Sync all files of a checkpoint that this rank wrote alone; returns the size and CRC-32 of each, by its path."""
+    sync_tree(checkpoint)
+    return fingerprints(checkpoint)
 
 
 def rotate(output_dir: str | Path, save_total_limit: int) -> None:

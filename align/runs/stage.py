@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from align.config.base import StageRecipe
+from align.config.base import StageRecipe, TrainerRecipe
 from align.config.stages import stage_of
 from align.engine.deepspeed_config import uses_deepspeed, zero_stage
 from align.engine.distributed import World
 from align.errors import UserError
 from align.runs.checkpoint import (
+    VERSION,
     clear_partial,
     complete_checkpoints,
     cut_records,
@@ -40,7 +41,7 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
     the checkpoint.
 
     Raises:
-        UserError: the checkpoint was written in another layout than this run's.
+        UserError: the checkpoint was written by an earlier version.
     """
     step = torch.zeros(1, dtype=torch.int64, device=world.device)
     if world.is_main:
@@ -76,16 +77,29 @@ def layout(recipe: StageRecipe, processes: int) -> str:
 
 
 def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> None:
-    """Check that the checkpoint can be loaded: optimizer states are sharded, and fit one layout only.
+    """Check that the checkpoint can be loaded, and say on rank 0 if it was saved in another layout.
 
     Raises:
-        UserError: it was written by another number of processes or ZeRO stage.
+        UserError: it was written by an earlier version, whose checkpoints are pickles, which can run code.
     """
-    mine = layout(recipe, world.size)
-    if checkpoint is not None and (theirs := read_state(checkpoint)["layout"]) != mine:
+    if checkpoint is None:
+        return
+    state, mine = read_state(checkpoint), layout(recipe, world.size)
+    if state.get("version") != VERSION:
         raise UserError(
-            f"{checkpoint}: was saved by {theirs}, and this run has {mine}; "
-            f"start it with {theirs} to resume, or delete {checkpoint.parent} to start over."
+            f"{checkpoint}: was saved by another version of align, with files that this one does not load; finish the "
+            f"run with that version, or delete {checkpoint.parent} to start over."
+        )
+    if state["layout"] != mine and isinstance(recipe, TrainerRecipe):
+        raise UserError(
+            f"{checkpoint}: was saved by {state['layout']}, and this run has {mine}; "
+            f"start it with {state['layout']} to resume, or delete {checkpoint.parent} to start over."
+        )
+    if state["layout"] != mine and world.is_main:
+        print(
+            f"{checkpoint}: was saved by {state['layout']}, and this run has {mine}: it goes on, and is equal to a run "
+            "without the change up to rounding.",
+            file=sys.stderr,
         )
 
 

@@ -13,9 +13,10 @@ from transformers import TrainerCallback
 from align.config.base import TrainerRecipe
 from align.config.encoders import MLMRecipe
 from align.config.sft import SFTRecipe
+from align.engine.distributed import World
 from align.errors import UserError
 from align.maths.perplexity import perplexity
-from align.runs.checkpoint import mark_complete
+from align.runs.checkpoint import mark_complete, synced_sums
 from align.runs.stage import layout
 from align.runs.tracker import Tracker
 
@@ -66,12 +67,13 @@ class StageCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         processes = PartialState()
         processes.wait_for_everyone()  # each rank writes its own share of the checkpoint
-        if self.tracker.is_main:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            progress = {"step": state.global_step, "layout": layout(self.recipe, processes.num_processes)}
-            if self.recipe.load_best_model_at_end and state.best_model_checkpoint:
-                progress["best_checkpoint"] = Path(state.best_model_checkpoint).name
-            mark_complete(checkpoint, progress, self.recipe.save_total_limit)
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        progress = {"step": state.global_step, "layout": layout(self.recipe, processes.num_processes)}
+        if self.recipe.load_best_model_at_end and state.best_model_checkpoint:
+            progress["best_checkpoint"] = Path(state.best_model_checkpoint).name
+        world = World(processes.process_index, processes.num_processes, processes.device)
+        sums = synced_sums(checkpoint) if world.is_main else {}
+        mark_complete(checkpoint, progress, self.recipe.save_total_limit, world, sums)
 
 
 def trainer_metrics(logs: Mapping[str, float], with_perplexity: bool) -> dict[str, float]:

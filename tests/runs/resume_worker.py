@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-import align.engine.torch_engine
+import align.engine.parts
 from align.config.load import load_recipe
 from align.ppo import train as ppo
 from align.reward import train as reward
@@ -30,9 +30,7 @@ def work(stage: str, recipe: str, stall: str | None) -> None:
     if stall is not None:
         marker = Path(recipe).with_name("stalled")
         torch.save = stalling(torch.save, stall, rank + 1 == ranks, marker)
-        align.engine.torch_engine.save_file = stalling(
-            align.engine.torch_engine.save_file, stall, rank + 1 == ranks, marker
-        )
+        align.engine.parts.write_file = stalling(align.engine.parts.write_file, stall, rank + 1 == ranks, marker)
     STAGES[stage].run(load_recipe(stage, recipe))
 
 
@@ -48,18 +46,20 @@ def make_noisy(rank: int) -> None:
         trainer.compute_loss = noisy
 
 
-def stalling(write: Callable[..., None], checkpoint: str, last_rank: bool, marker: Path) -> Callable[..., None]:
+def stalling(write: Callable[..., Any], checkpoint: str, last_rank: bool, marker: Path) -> Callable[..., Any]:
     """`write`, but of the last file of the checkpoint only the first half, and then nothing any more.
 
     Of a checkpoint by TRL's trainer that is the last rank's generator; the other ranks are done with theirs.
     """
 
-    def save(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        write(content, path, *args, **kwargs)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        written = write(*args, **kwargs)
+        path = next(place for place in args if isinstance(place, str | Path))
         place = str(path)
         if f"/{checkpoint}/value/" in place or (last_rank and f"/{checkpoint}/rng_state" in place):
             os.truncate(path, os.path.getsize(path) // 2)
             marker.touch()
             time.sleep(600)
+        return written
 
     return save

@@ -29,7 +29,7 @@ from align.config.load import load_recipe
 from align.config.sft import SFTRecipe
 from align.engine.distributed import World
 from align.errors import UserError
-from align.runs.checkpoint import mark_complete
+from align.runs.checkpoint import mark_complete, synced_sums
 from align.runs.stage import last_checkpoint, layout
 from tests import ranks as ranks_of
 from tests.ranks import Ranks, launched
@@ -262,7 +262,7 @@ class Folder:
         (checkpoint / "policy" / "weights.bin").write_bytes(bytes(range(256)) * 40 * step)
         (checkpoint / "state.txt").write_text(f"step {step}")
         told = {"step": step, "best": 2, "layout": layout(self.recipe, 1), **state}
-        mark_complete(checkpoint, told, self.recipe.save_total_limit)
+        mark_complete(checkpoint, told, self.recipe.save_total_limit, ALONE, synced_sums(checkpoint))
         return checkpoint
 
     def last(self) -> Path | None:
