@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from align.config.json_file import parse_json
 from align.engine.distributed import World
 from align.errors import UserError
 
@@ -155,7 +156,7 @@ class SavedParts:
 
     def _open(self, rank: int) -> dict[str, Any]:
         file: Any = safe_open(self.folder / file_name(rank), framework="pt")
-        about: dict[str, Any] = json.loads(file.metadata()["align"])
+        about: dict[str, Any] = parse_json(file.metadata()["align"].encode(), self.folder / file_name(rank))
         for name, part in about["parts"].items():
             shape = tuple(int(size) for size in part["shape"])
             if self.shapes.setdefault(name, shape) != shape:

@@ -80,7 +80,7 @@ def save_each(folder: Path, names: list[str]) -> None:
 
 
 def go_on_each(folder: Path, pairs: list[tuple[str, str]]) -> None:
-    """Load what was saved in the first layout into an engine of the second, with other weights, and go on."""
+    """Load what was saved in the first layout into an engine of the second, with other weights; save again, and go on."""
     world = connect(deepspeed_files=not all(name.startswith("alone") for _, name in pairs))
     for source, name in pairs:
         place = folder / f"{source} to {name} of {world.size}"
@@ -89,6 +89,8 @@ def go_on_each(folder: Path, pairs: list[tuple[str, str]]) -> None:
         ema = EMA(engine, 0.5)
         engine.load_checkpoint(folder / source / "saved")
         ema.load_checkpoint(folder / source / "ema")
+        engine.save_checkpoint(place / "again")
+        ema.save_checkpoint(place / "ema again")
         train(engine, range(2, 4))
         ema.update()
         weights(engine, ema, place)
