@@ -12,10 +12,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from align.engine.distributed import World
 from align.runs.files import difference, digest, fingerprints, sync, sync_tree, write_json
+
+if TYPE_CHECKING:
+    from align.engine.distributed import World
 
 COMPLETE = "complete.json"
 VERSION = 2  # of the files in a checkpoint; the first held DeepSpeed's pickles
