@@ -19,9 +19,12 @@ from align.config.keys import (
     ABOVE_0,
     AT_LEAST_0,
     AT_LEAST_1,
+    BATCH,
     FROM_0_TO_BELOW_1,
     MAX_LENGTH,
     MINUS_1_OR_AT_LEAST_1,
+    SEED,
+    TOKENS,
     Where,
     check_function_name,
     check_ranges,
@@ -49,7 +52,7 @@ class StageRecipe:
 
     output_dir: str = required("Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints.")
     stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
-    seed: int = key(42, "Seed of data order, splits, initialization and sampling.", AT_LEAST_0)
+    seed: int = key(42, "Seed of data order, splits, initialization and sampling.", SEED)
 
     train_dataset: list[DataSource] = key(
         [], "Training rows: path, hub id, mapping with `path`/`generator`, or a list of these."
@@ -83,10 +86,10 @@ class StageRecipe:
     )
     warmup_steps: float = key(0, "Warm-up in optimizer steps; a number below 1 is a share of all steps.", AT_LEAST_0)
     per_device_train_batch_size: int = key(
-        8, "Maximum sequences in one forward-backward pass per device; affects memory only.", AT_LEAST_1
+        8, "Maximum sequences in one forward-backward pass per device; affects memory only.", BATCH
     )
     per_device_eval_batch_size: int = key(
-        16, "Maximum sequences in one forward pass without gradients per device.", AT_LEAST_1
+        16, "Maximum sequences in one forward pass without gradients per device.", BATCH
     )
 
     bf16: bool = key(False, "Train in bfloat16 mixed precision with float32 master weights.")
@@ -106,11 +109,11 @@ class StageRecipe:
         None,
         "With `method: freeze`: train only the parameters whose names this regular expression matches (`re.search`).",
     )
-    lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.", AT_LEAST_1)
+    lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.", BATCH)
     lora_alpha: int = key(32, "LoRA alpha.", AT_LEAST_1)
     lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
     num_virtual_tokens: int = key(
-        20, "Virtual tokens that `method: prompt` or `prefix` learns and prepends to each row.", AT_LEAST_1
+        20, "Virtual tokens that `method: prompt` or `prefix` learns and prepends to each row.", TOKENS
     )
     deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
     trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
@@ -132,7 +135,7 @@ class StageRecipe:
 class TrainerRecipe(StageRecipe):
     """Keys of the stages that a Trainer runs, TRL's or transformers'."""
 
-    train_batch_size: int = key(32, "Rows per optimizer step over all devices; accumulation is derived.", AT_LEAST_1)
+    train_batch_size: int = key(32, "Rows per optimizer step over all devices; accumulation is derived.", BATCH)
     num_train_epochs: float = key(1.0, "Passes over the training rows.", ABOVE_0)
     max_steps: int = key(-1, "Optimizer steps; overrides `num_train_epochs` when positive.", MINUS_1_OR_AT_LEAST_1)
     max_length: int = key(1024, "Maximum tokens of prompt plus response; longer rows are bad rows.", MAX_LENGTH)

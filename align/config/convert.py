@@ -7,6 +7,7 @@ does not parse as a number, is one where a number is expected. Nothing else is c
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from align.errors import UserError, nearest
 
 T = TypeVar("T")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
+LARGEST_INT = 2**63  # a whole number is below it; Python would not even print one of 4,301 digits
+SHOWN = 200  # characters of a value that an error shows
 _PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
@@ -57,7 +60,8 @@ def build(
     annotations = get_type_hints(cls)
     for name in given:
         if name not in annotations:
-            raise UserError(f"{where(str(name))}: unknown key{explain(str(name)) or nearest(str(name), annotations)}")
+            name = "null" if name is None else str(name)[:SHOWN]
+            raise UserError(f"{where(name)}: unknown key{explain(name) or nearest(name, annotations)}")
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass, which typing cannot express
         if field.name not in given and field.metadata.get("required"):
             raise UserError(f"{where(field.name)}: missing; it is required: {field.metadata['help']}")
@@ -77,7 +81,7 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     if origin is Literal:
         if value in args and not isinstance(value, bool):
             return value
-        raise UserError(f"{where}: expected one of {', '.join(args)}, got {_shown(value)}{nearest(str(value), args)}")
+        raise UserError(f"{where}: expected one of {', '.join(args)}, got {shown(value)}{nearest(str(value), args)}")
     if origin is list:
         if isinstance(value, list):
             return [convert(item, args[0], f"{where}[{index}]") for index, item in enumerate(value)]
@@ -88,44 +92,73 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
                 key_text(key) if args[0] is Any else _text(key, where): convert(item, args[1], f"{where}.{key}")
                 for key, item in (value or {}).items()
             }
-        raise UserError(f"{where}: expected a mapping of names to values, got {_shown(value)}")
+        raise UserError(f"{where}: expected a mapping of names to values, got {shown(value)}")
     if annotation is DataSource:
         return _data_source(value, where)
-    return value if annotation is Any else _scalar(value, annotation, where)
+    return _json_value(value, where) if annotation is Any else _scalar(value, annotation, where)
+
+
+def _json_value(value: Any, where: str) -> Any:
+    """A value of any kind that `run.json` can hold."""
+    if isinstance(value, list):
+        return [_json_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return {
+            _clean(key, where) if isinstance(key, str) else key: _json_value(item, f"{where}.{key}")
+            for key, item in value.items()
+        }
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float | str):
+        return _scalar(value, next(kind for kind in (int, float, str) if isinstance(value, kind)), where)
+    raise UserError(f"{where}: expected text, numbers, lists or mappings, got {shown(value)}; put it in quotes")
 
 
 def _data_source(value: Any, where: str) -> DataSource:
     if isinstance(value, DataSource):  # from Python
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, str | os.PathLike):
-        return DataSource(path=os.fspath(value))
+        return DataSource(path=_clean(os.fspath(value), where))
     if isinstance(value, dict):
         return build(DataSource, value, lambda name: f"{where}.{name}")
-    raise UserError(f"{where}: expected a path, a hub id or a mapping with `path` or `generator`, got {_shown(value)}")
+    raise UserError(f"{where}: expected a path, a hub id or a mapping with `path` or `generator`, got {shown(value)}")
 
 
 def _scalar(value: Any, annotation: Any, where: str) -> Any:
     if annotation is float and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number
-    elif type(value) is annotation:
+    elif annotation is str and isinstance(value, str | os.PathLike):  # a path from Python
+        return _clean(os.fspath(value), where)
+    elif type(value) is annotation and not (annotation is int and abs(value) >= LARGEST_INT):
         return value
-    elif annotation is str and isinstance(value, os.PathLike):  # from Python
-        return os.fspath(value)
     hint = ""
     if value is None:
         hint = "; leave the key out to use its default"
-    elif annotation is str and isinstance(value, bool | int | float):
+    elif annotation is str and isinstance(value, bool | int | float | datetime.date):
         hint = "; put it in quotes"
     elif annotation is bool and str(value).lower() in ("true", "false"):
         hint = f"; write {str(value).lower()} without quotes"
     elif annotation is int and (whole := _whole(value)) is not None:
         hint = f"; write {whole}"
-    raise UserError(f"{where}: expected {_NAMES[annotation]}, got {_shown(value)}{hint}")
+    raise UserError(f"{where}: expected {_NAMES[annotation]}, got {shown(value)}{hint}")
+
+
+def _clean(text: Any, where: str) -> str:
+    """Text that can be written to a file and, as a path, given to the system."""
+    if "\0" in text:
+        raise UserError(f"{where}: expected text, got a null character in {shown(text)}; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: expected text, got {text[error.start]!a}, which is no character of its own, in {text[:SHOWN]!a}; leave it out"
+        ) from None
+    return str(text)
 
 
 def _whole(value: Any) -> int | None:
@@ -144,15 +177,18 @@ def key_text(value: Any) -> str:
 
 def _text(key: Any, where: str) -> str:
     if not isinstance(key, str):
-        raise UserError(f"{where}: expected names as keys, got {_shown(key)}; put it in quotes")
-    return key
+        raise UserError(f"{where}: expected names as keys, got {shown(key)}; put it in quotes")
+    return _clean(key, where)
 
 
-def _shown(value: Any) -> str:
-    """A value and its kind, as YAML would write it."""
+def shown(value: Any) -> str:
+    """A value and its kind, as YAML would write it; a long one is cut."""
     if value is None:
         return "nothing (null)"
-    return f"{json.dumps(value, default=str, ensure_ascii=False)} ({kind(value)})"
+    if isinstance(value, int) and abs(value) >= LARGEST_INT:
+        return f"one of {value.bit_length()} bits ({kind(value)})"
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return f"{text if len(text) <= SHOWN else text[:SHOWN] + ' ...'} ({kind(value)})"
 
 
 def kind(value: Any) -> str:
@@ -165,5 +201,9 @@ def kind(value: Any) -> str:
         str: "text",
         list: "a list",
         dict: "a mapping",
+        datetime.date: "a date",
+        datetime.datetime: "a date",
+        bytes: "binary data",
+        set: "a set",
     }
     return kinds.get(type(value), type(value).__name__)

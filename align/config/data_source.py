@@ -13,7 +13,7 @@ from jinja2 import meta
 from jinja2.exceptions import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from align.config.keys import ABOVE_0, AT_LEAST_1, check_function_name, check_ranges, key
+from align.config.keys import AT_LEAST_1, TIMES, check_function_name, check_ranges, key
 from align.errors import BadRow, UserError, nearest
 
 ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
@@ -54,7 +54,7 @@ class DataSource:
         {},
         "With `templates`: what each class id or string of that column reads as, such as {0: negative, 1: positive}.",
     )
-    weight: float = key(1.0, "How often each row is used per epoch; 0.5 takes a seeded half of the rows.", ABOVE_0)
+    weight: float = key(1.0, "How often each row is used per epoch; 0.5 takes a seeded half of the rows.", TIMES)
     max_rows: int | None = key(
         None, "Use only this many rows (a seeded sample); `mixture_temperature` then counts only these.", AT_LEAST_1
     )

@@ -7,10 +7,13 @@ from typing import Literal
 
 from align.config.data_source import DataSource
 from align.config.keys import (
-    AT_LEAST_0,
     AT_LEAST_1,
+    BATCH,
     FROM_0_TO_BELOW_1,
     MAX_LENGTH,
+    RESAMPLES,
+    SEED,
+    TOKENS,
     Where,
     check_function_name,
     check_ranges,
@@ -30,7 +33,7 @@ class EvaluateRecipe:
 
     output_dir: str = required("Folder for `results.json`, `results.md` and `predictions.jsonl`.")
     stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
-    seed: int = key(42, "Seed of splits, of the examples in prompts, of sampling and of resampling.", AT_LEAST_0)
+    seed: int = key(42, "Seed of splits, of the examples in prompts, of sampling and of resampling.", SEED)
 
     models: dict[str, str] = required(
         "Models to compare, the baseline first: a list of folders or hub ids, or a mapping of names to them.",
@@ -71,12 +74,12 @@ class EvaluateRecipe:
         "Maximum tokens of examples, prompt and answer; longer rows are bad rows. By default the model's limit.",
         MAX_LENGTH,
     )
-    max_new_tokens: int = key(128, "Maximum tokens of a prediction.", AT_LEAST_1)
+    max_new_tokens: int = key(128, "Maximum tokens of a prediction.", TOKENS)
     temperature: float = key(0.0, "0 is greedy decoding; above 0, sampling at this temperature.")
     stop_strings: list[str] = key([], "A prediction also ends before the first of these strings.")
-    bootstrap_iters: int = key(1000, "Resamples of the rows for each interval and p-value.", AT_LEAST_1)
+    bootstrap_iters: int = key(1000, "Resamples of the rows for each interval and p-value.", RESAMPLES)
 
-    per_device_eval_batch_size: int = key(16, "Maximum rows in one forward pass per device.", AT_LEAST_1)
+    per_device_eval_batch_size: int = key(16, "Maximum rows in one forward pass per device.", BATCH)
     bf16: bool = key(False, "Run the models in bfloat16.")
     attn_implementation: str | None = key(
         None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."

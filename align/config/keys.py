@@ -11,12 +11,16 @@ from align.errors import UserError
 Where = Callable[[str], str]  # from the name of a key to its place in words, with which an error begins
 
 
+LARGEST = 10**9  # of a number without a lower limit of its own; larger ones take for ever or overflow a float32
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers that a key accepts: in words, as errors print them, and as a test."""
+    """The numbers that a key accepts: in words, as errors print them, and as a test; and the largest."""
 
     words: str
     holds: Callable[[float], bool]
+    largest: int = LARGEST
 
 
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
@@ -27,8 +31,13 @@ FROM_0_TO_1 = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 FROM_0_TO_BELOW_1 = Range("from 0 to below 1", lambda value: 0 <= value < 1)
 ABOVE_0_BELOW_1 = Range("above 0 and below 1", lambda value: 0 < value < 1)
 MINUS_1_OR_AT_LEAST_1 = Range("-1, or at least 1", lambda value: value == -1 or value >= 1)
-MAX_LENGTH = Range("at least 2, a prompt and a response token", lambda value: value >= 2)
-VOCABULARY = Range("at least 259, all bytes and three special tokens", lambda value: value >= 259)
+SEED = Range("at least 0", lambda value: value >= 0, 2**32 - 1)  # what numpy takes, and so `transformers.set_seed`
+BATCH = Range("at least 1", lambda value: value >= 1, 2**20)  # rows are repeated to fill the last batch
+TOKENS = Range("at least 1", lambda value: value >= 1, 2**24)  # some memory is as large as the longest sequence may be
+MAX_LENGTH = Range("at least 2, a prompt and a response token", lambda value: value >= 2, 2**24)
+VOCABULARY = Range("at least 259, all bytes and three special tokens", lambda value: value >= 259, 2**24)
+TIMES = Range("above 0", lambda value: value > 0, 1000)  # how often rows are held in memory
+RESAMPLES = Range("at least 1", lambda value: value >= 1, 10**6)
 
 
 def key(default: Any, meaning: str, accepts: Range | None = None) -> Any:
@@ -45,15 +54,21 @@ def required(meaning: str, type_name: str | None = None) -> Any:
 
 
 def check_ranges(values: Any, where: Where) -> None:
-    """Check the numbers of a dataclass made with `key`; None is always accepted.
+    """Check the numbers of a dataclass made with `key`, those in lists too; None is always accepted.
 
     Raises:
         UserError: a number out of its range.
     """
     for each in fields(values):
         accepts, value = each.metadata.get("range"), getattr(values, each.name)
-        if accepts is not None and value is not None and not accepts.holds(value):
-            raise UserError(f"{where(each.name)}: expected a number {accepts.words}, got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int | float):
+                continue
+            if accepts is not None and not accepts.holds(number):
+                raise UserError(f"{where(each.name)}: expected a number {accepts.words}, got {number}")
+            largest = accepts.largest if accepts is not None else LARGEST
+            if abs(number) > largest:
+                raise UserError(f"{where(each.name)}: expected a number of at most {largest:,}, got {number:,}")
 
 
 def check_function_name(spec: str, where: str) -> None:

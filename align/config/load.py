@@ -22,6 +22,7 @@ from align.errors import UserError, nearest
 
 T = TypeVar("T", bound=Recipe)
 
+MAX_PATH, MAX_NAME = 4095, 255  # bytes of a path and of a name in it, on Linux
 _recipe_folders: list[str] = []  # those that recipes added to `sys.path`, the newest first
 
 
@@ -120,6 +121,7 @@ def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, p
     if recipe.stage != stage.name:
         instead = f"; run `align {recipe.stage} {path}`." if recipe.stage in STAGES else nearest(recipe.stage, STAGES)
         raise UserError(f"{where('stage')}: expected {stage.name!r}, got {recipe.stage!r}{instead}")
+    _check_paths(recipe, stage, where)
     recipe = _find_files(recipe, stage, folder)
     check_values(recipe, stage, where)
     _make_importable(folder, _function_modules(recipe, stage))
@@ -161,6 +163,29 @@ def _named(models: Any) -> Any:
     short = [Path(path).name for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     return dict(zip(names, paths, strict=True))
+
+
+def _check_paths(recipe: Any, stage: Stage, where: Where) -> None:
+    """Refuse paths that no file can have, which the system would refuse in many places."""
+    for name in ("output_dir", *stage.input_models, "chat_template_path", *DEEPSPEED_KEYS):
+        value = getattr(recipe, name, None)
+        for path in value.values() if isinstance(value, dict) else [value]:
+            _check_path(path or "", where(name))
+    for name in dataset_keys(stage.recipe):
+        for index, source in enumerate(getattr(recipe, name)):
+            _check_path(source.path or "", f"{where(name)}[{index}]")
+
+
+def _check_path(path: str, where: str) -> None:
+    longest = max(path.split("/"), key=lambda part: len(part.encode()))
+    if len(path.encode()) > MAX_PATH:
+        raise UserError(
+            f"{where}: expected a path, got one of {len(path)} characters; the system takes {MAX_PATH} bytes."
+        )
+    if len(longest.encode()) > MAX_NAME:
+        raise UserError(
+            f"{where}: expected a path, got a name of {len(longest)} characters in it; {MAX_NAME} bytes fit."
+        )
 
 
 def _find_files(recipe: Any, stage: Stage, folder: Path) -> Any:

@@ -12,8 +12,10 @@ from align.config.keys import (
     ABOVE_1,
     AT_LEAST_0,
     AT_LEAST_1,
+    BATCH,
     FROM_0_TO_1,
     FROM_0_TO_BELOW_1,
+    TOKENS,
     Where,
     key,
     required,
@@ -50,14 +52,14 @@ class PPORecipe(StageRecipe):
     )
 
     total_episodes: int = key(10_000, "Responses sampled in the run.", AT_LEAST_1)
-    rollout_batch_size: int = key(64, "Responses per update over all devices.", AT_LEAST_1)
+    rollout_batch_size: int = key(64, "Responses per update over all devices.", BATCH)
     num_generations: int = key(
         1, "Responses to each prompt; an update takes rollout_batch_size / num_generations prompts.", AT_LEAST_1
     )
-    minibatch_size: int = key(64, "Responses per optimizer step over all devices.", AT_LEAST_1)
+    minibatch_size: int = key(64, "Responses per optimizer step over all devices.", BATCH)
     num_ppo_epochs: int = key(4, "Passes over each rollout batch.", AT_LEAST_1)
-    max_prompt_length: int = key(512, "Maximum tokens of a prompt; longer prompts are bad rows.", AT_LEAST_1)
-    response_length: int = key(53, "Maximum tokens of a response.", AT_LEAST_1)
+    max_prompt_length: int = key(512, "Maximum tokens of a prompt; longer prompts are bad rows.", TOKENS)
+    response_length: int = key(53, "Maximum tokens of a response.", TOKENS)
     temperature: float = key(
         1.0, "Sampling temperature; all log-probabilities are computed at this temperature too.", ABOVE_0
     )
@@ -113,7 +115,7 @@ class PPORecipe(StageRecipe):
     ptx_coef: float = key(
         1.0, "Weight of their negative log-likelihood, mean over tokens, beside the PPO objective.", AT_LEAST_0
     )
-    ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimizer step over all devices.", AT_LEAST_1)
+    ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimizer step over all devices.", BATCH)
     value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")
     reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
     reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from glob import glob
-from pathlib import Path
+from itertools import chain
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,7 +13,14 @@ import yaml
 
 from align.config.convert import kind
 from align.config.data_source import DataSource
+from align.config.text_file import read_text
 from align.errors import UserError, nearest
+
+MAX_BYTES = 2**20  # of a recipe
+MAX_VALUES = 20_000  # of a recipe, with every alias written out
+MAX_NUMBER = 100  # characters of a number
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value")}
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,28 +37,71 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
+    """The value that YAML text stands for, and its root node.
+
+    Args:
+        name: of the file, for errors.
+
+    Raises:
+        UserError: a key that is written twice, or anything besides text, numbers, lists and mappings; a number, or
+            aliases, of absurd size.
+        yaml.YAMLError: not YAML, or nested too deeply.
+    """
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        _count_values(node, name, {})
+        return loader.construct_document(node), node
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or an alias contains itself") from None
+    except (ValueError, LookupError) as error:  # a value that is not what its tag says, such as `!!int x`
+        raise yaml.YAMLError(f"it holds a value that cannot be read ({error})") from None
+
+
+def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
+    """The number of values below a node, with every alias written out; checks what each of them is."""
+    if id(node) in counts:
+        return counts[id(node)]
+    where = f"{name}:{node.start_mark.line + 1}"
+    if node.tag not in _PLAIN_TAGS:
+        what = {"timestamp": "a date", "binary": "binary data", "set": "a set"}.get(
+            node.tag.removeprefix(_TAG), node.tag
+        )
+        raise UserError(f"{where}: expected text, numbers, lists or mappings, got {what}; put text in quotes.")
+    total = 1
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in (f"{_TAG}int", f"{_TAG}float") and len(node.value) > MAX_NUMBER:
+            raise UserError(f"{where}: expected a number, got one of {len(node.value)} digits; put text in quotes.")
+    else:
+        children = node.value if isinstance(node, yaml.SequenceNode) else chain.from_iterable(node.value)
+        total += sum(_count_values(child, name, counts) for child in children)
+    if total > MAX_VALUES:
+        raise UserError(f"{where}: stands for more than {MAX_VALUES:,} values; a recipe is no data file, write less.")
+    counts[id(node)] = total
+    return total
+
+
 def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping in a YAML file, and the line (from 1) of each of its keys.
 
     Raises:
         UserError: no such file, it cannot be read, or it holds something other than a mapping.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path}: expected a recipe file, got a folder; `align run {path}` runs its numbered recipes.")
-    try:
-        loader = _Loader(Path(path).read_text(encoding="utf-8"))
-        loader.name = path
-        node = loader.get_single_node()
-        values = loader.construct_document(node) if node else None
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         there = sorted(glob(os.path.join(os.path.dirname(path) or ".", "*.y*ml")))
-        raise UserError(f"{path}: no such recipe{nearest(path, map(os.path.normpath, there))}") from None
+        raise UserError(f"{path}: no such recipe{nearest(path, map(os.path.normpath, there))}")
+    try:
+        values, node = parse_yaml(read_text(path, max_bytes=MAX_BYTES), path)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else path
         raise UserError(f"{place}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
     if not isinstance(values, dict):
         got = "an empty file" if values is None else kind(values)
         raise UserError(f"{path}: expected lines of `key: value`, got {got}")
@@ -113,9 +163,13 @@ def _parse(tokens: list[str], annotation: Any, name: str) -> Any:
         raise UserError(
             f"--{name}: expected one value, got {' '.join(tokens) or 'none'}; quote a value that has spaces"
         )
+    takes_text = any(kind in (str, list[str], DataSource) or get_origin(kind) is Literal for kind in kinds)
     try:
-        parsed = yaml.load(tokens[0], _Loader)
+        parsed, _ = parse_yaml(tokens[0], f"--{name}")
     except yaml.YAMLError:
         return tokens[0]
-    takes_text = any(kind in (str, list[str], DataSource) or get_origin(kind) is Literal for kind in kinds)
+    except UserError:
+        if takes_text and not tokens[0].startswith(("[", "{")):  # a date, for one
+            return tokens[0]
+        raise
     return tokens[0] if takes_text and not isinstance(parsed, str | list | dict | None) else parsed

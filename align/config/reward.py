@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from align.config.base import TrainerRecipe, check_trainer_rules
-from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Where, key, required
+from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, TOKENS, Where, key, required
 from align.errors import UserError
 
 
@@ -26,7 +26,7 @@ class RewardRecipe(TrainerRecipe):
     normalize_prompts: int = key(
         256, "Number of prompts whose SFT completions are sampled to set the zero of the score.", AT_LEAST_1
     )
-    response_length: int = key(64, "Maximum tokens of those completions.", AT_LEAST_1)
+    response_length: int = key(64, "Maximum tokens of those completions.", TOKENS)
     eval_reward_funcs: list[str] = key(
         [],
         "`module:function` rewards that are the ground truth; their accuracy on the evaluation pairs is the ceiling.",

@@ -302,7 +302,7 @@ def test_an_unreadable_file(load, text, said):
 
 def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read as text"):
+    with pytest.raises(UserError, match=r"r.yaml: is in UTF-16; save it in UTF-8"):
         load_recipe("sft", str(tmp_path / "r.yaml"))
 
 
@@ -363,7 +363,7 @@ def test_the_stage_of_a_recipe(tmp_path, load):
         ("ppo", {"reward_funcs": "m:f", "reward_weights": [1]}, "reward_weights: expected 2 weights, one each for rm, m:f, got 1"),
         ("ppo", {"missing_eos_penalty": 1, "missing_eos_score": -1}, "expected only one of missing_eos_penalty (subtracts) and missing_eos_score (replaces), got both"),
         ("sft", {"chat_template_path": "gone.jinja"}, "chat_template_path: no file gone.jinja"),
-        ("sft", {"deepspeed": "gone.json"}, "deepspeed: cannot read gone.json (No such file or directory); see recipes/deepspeed"),
+        ("sft", {"deepspeed": "gone.json"}, "deepspeed: gone.json: no such file; see recipes/deepspeed"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit(load, stage, changes, said):
@@ -399,8 +399,8 @@ def test_every_number_has_a_range():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "is not JSON: "),
-        ("[]", "expected a JSON object in d.json, got a list"),
+        ("{", "not valid JSON: "),
+        ("[]", "d.json: expected a JSON object, got a list"),
         ('{"fp16": {"enabled": true}}', "d.json switches fp16 on, which is not supported"),
     ],
 )
