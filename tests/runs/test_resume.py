@@ -400,6 +400,23 @@ class TestLayout:
     @pytest.mark.parametrize(
         ("stage", "loader"), [("sft", "load_policy"), ("reward", "new_reward_model"), ("ppo", "set_up")]
     )
+    def test_files_of_an_earlier_version_are_refused_before_a_model_is_loaded(
+        self, tmp_path, monkeypatch, stage, loader
+    ):
+        module = importlib.import_module(f"align.{stage}.train")
+        monkeypatch.setattr(module, loader, lambda *_, **__: pytest.fail("weights were loaded"))
+        monkeypatch.setattr("align.runs.checkpoint.VERSION", 1)
+        recipe = load_recipe(stage, str(write_recipe(stage, tmp_path)))
+        Folder(recipe).save(3, layout="1 process at ZeRO 0")
+        with pytest.raises(UserError) as error:
+            module.run(recipe)
+        assert str(error.value) == (
+            f"{tmp_path}/out/checkpoint-3: was saved by another version of align, with files that this one does not load; "
+            f"finish the run with that version, or delete {tmp_path}/out to start over."
+        )
+        assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
+
+    @pytest.mark.parametrize(("stage", "loader"), [("sft", "load_policy"), ("reward", "new_reward_model")])
     def test_another_is_refused_before_a_model_is_loaded(self, tmp_path, monkeypatch, stage, loader):
         module = importlib.import_module(f"align.{stage}.train")
         monkeypatch.setattr(module, loader, lambda *_, **__: pytest.fail("weights were loaded"))
@@ -413,7 +430,7 @@ class TestLayout:
         )
         assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
 
-    @pytest.mark.parametrize(("stage", "ranks", "zero"), [("sft", 2, None), ("reward", 2, 3), ("ppo", 2, 2)])
+    @pytest.mark.parametrize(("stage", "ranks", "zero"), [("sft", 2, None), ("reward", 2, 3)])
     def test_ranks_that_have_become_two_all_stop(self, whole, tmp_path, stage, ranks, zero):
         recipe = write_recipe(stage, tmp_path, zero)
         out = unfinished(whole(stage, "alone"), recipe)
@@ -421,3 +438,19 @@ class TestLayout:
         assert started.wait() == [1] * ranks
         assert f"was saved by 1 process at ZeRO 0, and this run has 2 processes at ZeRO {zero or 0}" in started.stderr
         assert checkpoints(out) == checkpoints(whole(stage, "alone"))
+
+    @pytest.mark.parametrize(("before", "after"), [("alone", "zero3"), ("zero2", "alone"), ("zero3", "zero0")])
+    def test_a_ppo_run_goes_on_in_another(self, whole, tmp_path, before, after):
+        """Weights, averages, every metric of every step and what adapts, as if it had been that of the start."""
+        ranks, zero = LAYOUTS[after]
+        recipe = write_recipe("ppo", tmp_path, zero)
+        out = unfinished(whole("ppo", before), recipe)
+        assert "it goes on, and is equal to a run without the change up to rounding" in complete(recipe, ranks).stderr
+        theirs = whole("ppo", before)
+        for model in ("model.safetensors", "ema/model.safetensors", "best/model.safetensors"):
+            a, b = load_file(out / model), load_file(theirs / model)
+            assert max(float((a[name] - b[name]).abs().max()) for name in b) < 2e-5, model
+        ours, expected = metrics(out), metrics(theirs)
+        assert [line.keys() for line in ours] == [line.keys() for line in expected]
+        for line, other in zip(ours, expected, strict=True):
+            assert line == pytest.approx(other, abs=1e-3, rel=1e-3), line["step"]
