@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import islice
 
 
 class UserError(Exception):
@@ -22,8 +23,18 @@ class BadRow(UserError):
     """A row that cannot be used. The message is the reason, without details of the row, so that equal reasons can be counted."""
 
 
+SHOWN = 50  # names that an error lists
+SEARCHED = 10_000  # names among which the nearest is looked for, which takes a tenth of a second
+
+
+def first_few(names: Collection[str]) -> str:
+    """The names, separated by commas; of many, the first ones and the number of the others."""
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(islice(names, SHOWN)) + more
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word nearest to `word`, or an empty string."""
-    by_lower = {name.lower(): name for name in known}
+    by_lower = {name.lower(): name for name in islice(known, SEARCHED)}
     found = difflib.get_close_matches(str(word).lower().replace("-", "_"), by_lower, n=1)
     return f"; did you mean {by_lower[found[0]]!r}?" if found else ""

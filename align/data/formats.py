@@ -23,7 +23,7 @@ from align.data.rows import (
     canonical,
     label_kind,
 )
-from align.errors import BadRow, UserError, nearest
+from align.errors import BadRow, UserError, first_few, nearest
 
 Format = tuple[str, ...]  # the columns a row is read from
 PAIR: Format = ("chosen", "rejected")  # with or without a `prompt` column
@@ -44,10 +44,11 @@ def choose_formats(source: str, columns: Sequence[str], row_type: type) -> list[
     Raises:
         UserError: there are none.
     """
-    formats = [names for names in FORMATS[row_type] if set(names) <= set(columns)]
+    known = set(columns)
+    formats = [names for names in FORMATS[row_type] if set(names) <= known]
     if not formats:
-        closest = min(FORMATS[row_type], key=lambda names: len(set(names) - set(columns)))
-        missing = next(name for name in closest if name not in columns)
+        closest = min(FORMATS[row_type], key=lambda names: len(set(names) - known))
+        missing = next(name for name in closest if name not in known)
         raise missing_column(
             source,
             missing,
@@ -60,7 +61,7 @@ def choose_formats(source: str, columns: Sequence[str], row_type: type) -> list[
 def missing_column(source: str, missing: str, columns: Sequence[str], more: str = "") -> UserError:
     """The error for a column that a source does not have."""
     return UserError(
-        f"{source}: no column `{missing}`; its columns are {', '.join(columns)}{nearest(missing, columns)}{more}. "
+        f"{source}: no column `{missing}`; its columns are {first_few(columns)}{nearest(missing, columns)}{more}. "
         "Name the right one under `columns:` (ours: theirs) in the recipe."
     )
 

@@ -15,7 +15,7 @@ from align.data.duplicates import find_duplicates
 from align.data.formats import choose_formats, missing_column, read_row
 from align.data.mixture import repeat_rows, seeded_sample, task_counts, times_used
 from align.data.rows import BadRows, Row
-from align.data.sources import read_source
+from align.data.sources import MAX_ROW, read_source
 from align.data.split import NoHeldOutRows, is_held_out, prompts_of, without_prompts
 from align.data.templates import TASK, TEMPLATE, SourceTemplates, task_name
 from align.errors import BadRow, UserError
@@ -145,28 +145,37 @@ def _load_source(source: DataSource, seed: int, row_type: type, bad: BadRows) ->
     raw = list(read_source(source))
     if not raw:
         raise UserError(f"{name}: expected rows, found none; name a source that holds data.")
-    columns = list(dict.fromkeys(key for _, values in raw if isinstance(values, Mapping) for key in values))
+    mappings = [values for _, values in raw if isinstance(values, Mapping)]
+    columns = list(dict.fromkeys(str(column) for values in mappings for column in values))
     for theirs in source.columns.values():
-        if theirs not in columns:
+        if mappings and theirs not in columns:
             raise missing_column(name, theirs, columns)
     renamed = set(source.columns.values())
-    templates = SourceTemplates(source, seed, columns) if source.templates else None
+    templates = SourceTemplates(source, seed, columns) if source.templates and mappings else None
     readable = ["prompt", "completion"] if templates else [*source.columns, *(c for c in columns if c not in renamed)]
-    formats = choose_formats(name, readable, row_type)
+    formats = choose_formats(name, readable, row_type) if mappings else []  # without, all rows are bad rows
     if source.max_rows is not None:
         raw = seeded_sample(raw, source.max_rows, f"{seed} rows of {name}")
     rows: list[Row] = []
     digest = hashlib.sha256()
     for where, values in raw:
         with bad.catch(where):
+            if isinstance(values, BadRow):
+                raise values
             if not isinstance(values, Mapping):
-                raise BadRow("not a mapping of columns" if values is not None else "not valid JSON")
+                raise BadRow("not a mapping of columns")
+            if not all(isinstance(column, str) for column in values):
+                raise BadRow("a column whose name is not text")
             ours = {column: value for column, value in values.items() if column not in renamed}
             ours |= {column: values.get(theirs) for column, theirs in source.columns.items()}
             try:
                 line = json.dumps(ours, sort_keys=True, ensure_ascii=False, default=str).encode()
             except UnicodeEncodeError:
                 raise BadRow("not valid Unicode (a lone surrogate)") from None
+            except (TypeError, ValueError, RecursionError):
+                raise BadRow("nested too deeply, or with keys that are not text") from None
+            if len(line) > MAX_ROW:
+                raise BadRow(f"more than {MAX_ROW:,} characters")
             if templates:
                 rendered, metadata = templates.apply(line, where)
                 row = read_row(rendered, where, row_type, formats)

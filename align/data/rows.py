@@ -131,6 +131,8 @@ def label_kind(label: Any) -> str:
     if isinstance(label, str | bool):
         return "text"
     if isinstance(label, int):
+        if abs(label) >= 2**63:
+            raise BadRow("`label` is too large a number")
         return "whole numbers"
     if isinstance(label, float):
         if not math.isfinite(label):

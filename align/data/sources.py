@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import csv
 import glob
 import gzip
 import json
-import os.path
-from collections.abc import Iterator, Mapping
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 
 from align.config.data_source import ROW_COLUMNS, DataSource
 from align.config.load import resolve_function
-from align.errors import UserError
+from align.config.text_file import check_regular
+from align.errors import BadRow, UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+MAX_ROW = 2**25  # characters of a row; a tokenizer needs a minute and gigabytes for so many
+MAX_GENERATED_ROWS = 10_000_000  # all rows are held in memory
+REPORT_SECONDS = 10.0
 
 
 def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
-    """Yield (where, row) for each raw row of a source; the row is None where a line is not valid JSON.
+    """Yield (where, row) for each raw row of a source; the row is a `BadRow` where it cannot be read.
 
     Raises:
         UserError: the file, data set or generator is missing or fails.
@@ -50,17 +60,47 @@ def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
 
 def _generated(spec: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     function = resolve_function(spec, "generator")
+    count = 0
+    with _reported_when_slow(lambda: f"generator: {spec}: {count:,} rows"):
+        try:
+            for count, row in enumerate(function(**arguments), 1):
+                if count > MAX_GENERATED_ROWS:
+                    break
+                # A copy: generators may change and yield one mapping again and again.
+                yield f"{spec}:{count}", dict(row) if isinstance(row, Mapping) else row
+        except (Exception, SystemExit) as error:  # the user's function may raise anything
+            after = f" after {count:,} rows" if count else ""
+            raise UserError(f"generator: {spec} failed{after} with {type(error).__name__}: {error}") from error
+    if count > MAX_GENERATED_ROWS:
+        raise UserError(
+            f"generator: {spec} yields more than {MAX_GENERATED_ROWS:,} rows, and may never end; make it end, or write so "
+            "many rows to files and name these."
+        )
+
+
+@contextlib.contextmanager
+def _reported_when_slow(describe: Callable[[], str]) -> Iterator[None]:
+    """Print what `describe` says, on rank 0, as long as the block has not ended after some seconds."""
+    ended = threading.Event()
+
+    def report() -> None:
+        began = time.monotonic()
+        while not ended.wait(REPORT_SECONDS):
+            print(f"{describe()} after {time.monotonic() - began:.0f} s; Ctrl-C ends it", file=sys.stderr, flush=True)
+
+    if os.environ.get("RANK", "0") == "0":
+        threading.Thread(target=report, daemon=True).start()
     try:
-        for number, row in enumerate(function(**arguments), 1):
-            yield f"{spec}:{number}", row
-    except Exception as error:  # the user's function may raise anything
-        raise UserError(f"generator: {spec} failed with {type(error).__name__}: {error}") from error
+        yield
+    finally:
+        ended.set()
 
 
 def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
     kind = Path(file.removesuffix(".gz")).suffix
     if kind not in SUFFIXES or os.path.isdir(file):
         raise UserError(f"{file}: expected a {', '.join(SUFFIXES)} file (.gz allowed); to read a folder, use a glob.")
+    check_regular(file)
     try:
         if kind in (".json", ".jsonl"):
             yield from _read_json(file)
@@ -70,8 +110,11 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
         if kind == ".csv":  # our columns are text, even if they read "42" or "None"
             label = source.columns.get("label", "label")  # may be a number
             ours = {*ROW_COLUMNS, *source.columns.values()} - {label}
+            _check_csv(file, {*ours, label})
             options = {"converters": dict.fromkeys(ours, str), "keep_default_na": False, "na_values": [""]}
-        rows = datasets.load_dataset(kind[1:], data_files=[file], split="train", streaming=True, **options)
+        rows = datasets.load_dataset(
+            kind[1:], data_files=[glob.escape(os.path.abspath(file))], split="train", streaming=True, **options
+        )
         for number, row in enumerate(rows, 1):
             yield f"{file}:{number}", row
     except UserError:
@@ -80,22 +123,95 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{file}: cannot be read as {kind[1:]}: {type(error).__name__}: {error}") from error
 
 
+def _open_text(file: str, newline: str | None = None) -> TextIO:
+    """A text file, gzipped or not, in which bytes that are not UTF-8 become lone surrogates: their rows are named later."""
+    opened: TextIO = (gzip.open if file.endswith(".gz") else open)(
+        file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline
+    )
+    head = opened.read(2).encode(errors="surrogateescape")[:2]
+    if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        opened.close()
+        raise UserError(f"{file}: is in UTF-16; save it in UTF-8.")
+    opened.seek(0)
+    return opened
+
+
+def is_utf8(text: str) -> bool:
+    """Whether text can be written as UTF-8; not if it holds lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_json(file: str) -> Iterator[tuple[str, Any]]:
     """JSON lines, or one JSON list.
 
     Not read with `datasets`: Arrow needs one type per column, so one odd row would make the file unreadable.
     """
-    open_text = gzip.open if file.endswith(".gz") else open
-    with open_text(file, "rt", encoding="utf-8-sig") as lines:
-        first = next((line for line in lines if line.strip()), "")
+    with _open_text(file) as lines:
+        blank = " "
+        while blank.isspace():
+            blank = lines.read(1 << 16)
         lines.seek(0)
-        if first.lstrip().startswith("["):
-            yield from ((f"{file}:{number}", row) for number, row in enumerate(json.load(lines), 1))
+        if blank.lstrip().startswith("["):
+            yield from ((f"{file}:{number}", row) for number, row in enumerate(_read_list(lines), 1))
             return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                yield f"{file}:{number}", row
+        number = 0
+        while line := lines.readline(MAX_ROW + 1):
+            number += 1
+            if len(line) > MAX_ROW:
+                while line and not line.endswith("\n"):
+                    line = lines.readline(MAX_ROW)
+                yield f"{file}:{number}", BadRow(f"more than {MAX_ROW:,} characters")
+            elif line.strip():
+                yield f"{file}:{number}", _parse_row(line)
+
+
+def _read_list(lines: TextIO) -> list[Any]:
+    text = lines.read()
+    if not is_utf8(text):
+        number = next(number for number, line in enumerate(text.splitlines(), 1) if not is_utf8(line))
+        raise ValueError(f"line {number} is not UTF-8; save the file in UTF-8")
+    rows: list[Any] = json.loads(text)
+    return rows
+
+
+def _parse_row(line: str) -> Any:
+    if not is_utf8(line):
+        return BadRow("not valid UTF-8")
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return BadRow("not valid JSON")
+
+
+def _check_csv(file: str, used: Collection[str]) -> None:
+    """Check what pandas would silently repair: it takes the first of too many cells for a name of the row, and shifts the rest.
+
+    Args:
+        used: names of columns that the row may be read from.
+
+    Raises:
+        UserError: a row with more cells than the header, one that is not UTF-8, or a column in `used` that occurs twice.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW))
+    with _open_text(file, newline="") as lines:
+        rows = (cells for cells in csv.reader(lines) if cells)
+        header = next(rows, [])
+        for name in header:
+            if name in used and header.count(name) > 1:
+                raise UserError(f"{file}: the header names the column `{name}` twice; rename one of them.")
+        number = 0
+        try:
+            for number, cells in enumerate(rows, 1):
+                if len(cells) > len(header):
+                    raise UserError(
+                        f"{file}:{number}: has {len(cells)} cells, and the header has {len(header)}; put cells that hold "
+                        "commas in double quotes."
+                    )
+                if not all(map(is_utf8, cells)):
+                    raise UserError(f"{file}:{number}: is not UTF-8; save the file in UTF-8.")
+        except csv.Error as error:
+            raise UserError(f"{file}:{number + 1}: cannot be read as csv: {error}") from error

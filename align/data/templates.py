@@ -27,7 +27,7 @@ from align.config.data_source import (
     read_columns,
     template_environment,
 )
-from align.errors import BadRow, UserError, nearest
+from align.errors import BadRow, UserError, first_few, nearest
 
 # Keys of a row's `extra` besides its columns. For `parse_label`: the template that rendered the row (a mapping of strings),
 # the source's `labels`, and the row's own key among them (without `labels`, its label as text).
@@ -66,7 +66,7 @@ class SourceTemplates:
         self.draw = f"{seed} template {os.path.basename(self.name)}\n".encode()
         if source.labels and source.label_column not in columns:
             raise UserError(
-                f"{self.name}: no column `{source.label_column}` for `labels`; its columns are {', '.join(columns)}"
+                f"{self.name}: no column `{source.label_column}` for `labels`; its columns are {first_few(columns)}"
                 f"{nearest(source.label_column, columns)}. Name the right one as `label_column` in the recipe."
             )
 
@@ -117,7 +117,7 @@ class SourceTemplates:
             if missing[0] == LABEL_VARIABLE and not hint:
                 hint = "; the column with the labels is named as `label_column`"
             raise UserError(
-                f"{where}: {place} reads `{missing[0]}`, which no row has; the columns are {', '.join(self.columns)}{hint}."
+                f"{where}: {place} reads `{missing[0]}`, which no row has; the columns are {first_few(self.columns)}{hint}."
             ) from None
         except SecurityError as error:
             raise UserError(f"{where}: {place}: {error}; a template only reads columns.") from None
