@@ -10,6 +10,8 @@ from itertools import islice
 class UserError(Exception):
     """An error that the user can fix. Its message names the file, row, key or option, what was expected, and what to do."""
 
+    reported = False  # to the other ranks of the run, by `align.engine.rank_errors`
+
 
 class OtherRun(UserError):
     """An output folder holds a run of another recipe, or of inputs that have changed since."""

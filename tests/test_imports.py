@@ -27,7 +27,7 @@ FOLDERS = [
 # `python -m align.STAGE` starts the launcher of all stages, which lies below them.
 OWNERS = {
     "deepspeed": {"align.compat", "align.engine.deepspeed_engine", "align.engine.distributed", "align.engine.sharding"},
-    "wandb": {"align.runs.tracker"},
+    "wandb": {"align.runs.wandb_run"},
     "evaluate": {"align.evaluate.metrics", "align.evaluate.text_metrics"},
     "sacrebleu": {"align.evaluate.text_metrics"},
     "rouge_score": {"align.evaluate.text_metrics"},

@@ -26,6 +26,7 @@ class Range:
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
 AT_LEAST_0 = Range("at least 0", lambda value: value >= 0)
 ABOVE_0 = Range("above 0", lambda value: value > 0)
+SECONDS = Range("of seconds above 0, at most a week (604800)", lambda value: 0 < value <= 604_800)
 ABOVE_1 = Range("above 1", lambda value: value > 1)
 FROM_0_TO_1 = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 FROM_0_TO_BELOW_1 = Range("from 0 to below 1", lambda value: 0 <= value < 1)
@@ -46,6 +47,12 @@ def key(default: Any, meaning: str, accepts: Range | None = None) -> Any:
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def function_timeout() -> Any:
+    """The key `function_timeout`, of the stages that call a user's functions."""
+    meaning = "Seconds that a reward function or grader may take for one batch; a run in which it takes longer ends."
+    return key(1800.0, meaning, SECONDS)
 
 
 def required(meaning: str, type_name: str | None = None) -> Any:

@@ -17,6 +17,7 @@ from align.config.keys import (
     FROM_0_TO_BELOW_1,
     TOKENS,
     Where,
+    function_timeout,
     key,
     required,
 )
@@ -50,6 +51,7 @@ class PPORecipe(StageRecipe):
         "`module:function` rewards that are only measured, on evaluation prompts: a known ground truth, a gold reward "
         "model.",
     )
+    function_timeout: float = function_timeout()
 
     total_episodes: int = key(10_000, "Responses sampled in the run.", AT_LEAST_1)
     rollout_batch_size: int = key(64, "Responses per update over all devices.", BATCH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,11 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align.compat import DEEPSPEED_SHARED_MEMORY_FILES, disable_deepspeed_shared_memory
+from align.engine import rank_errors
 from align.engine.cpu import configure_cpu
 from align.engine.timer import Clock
 from align.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
+MARGIN = 60.0  # seconds that a collective waits longer than a user's function may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +110,12 @@ def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
     return stale
 
 
-def connect(deepspeed_files: bool) -> World:
+def connect(deepspeed_files: bool, function_timeout: float = 0.0) -> World:
     """Join the process group of the `deepspeed` launcher if it started this process; remove stale shared memory.
 
     Args:
         deepspeed_files: whether a model has a DeepSpeed file, so that one process alone needs a group too.
+        function_timeout: seconds that a user's function may take on one rank while the others wait for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -124,12 +128,20 @@ def connect(deepspeed_files: bool) -> World:
         remove_stale_shared_memory()
     if size > 1 or deepspeed_files:
         import deepspeed
+        from deepspeed.constants import default_pg_timeout  # ten minutes, or DEEPSPEED_TIMEOUT
 
         disable_deepspeed_shared_memory()
+        if size > 1:
+            rank_errors.watch(int(os.environ["RANK"]), size)  # before the group, which a failed rank never joins
         if not dist.is_initialized():
             if "MASTER_ADDR" not in os.environ:  # one process without the launcher
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-            deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+            deepspeed.init_distributed(
+                dist_backend="nccl" if gpu else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=max(default_pg_timeout, timedelta(seconds=function_timeout + MARGIN)),
+            )
     return World(rank=int(os.environ.get("RANK", "0")), size=size, device=device, clock=Clock(device))
 
 
@@ -137,4 +149,5 @@ def disconnect() -> None:
     """Leave the process group once all ranks are done."""
     if dist.is_initialized():
         dist.barrier()
+        rank_errors.stop_watching()
         dist.destroy_process_group()

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
+from align.engine.faults import during
+
 
 class Clock:
     """Sums seconds by phase. Time in a nested phase counts for that phase only, so that phases sum to the total."""
@@ -20,11 +22,12 @@ class Clock:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside the block as `name`."""
+        """Count the time inside the block as `name`. When memory runs out there, the error names the phase."""
         self._charge()
         self.running.append(name)
         try:
-            yield
+            with during(name):
+                yield
         finally:
             self._charge()
             self.running.pop()

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from align.config.evaluate import EvaluateRecipe
-from align.config.load import resolve_function
 from align.data.rows import as_response
 from align.engine.distributed import World, connect, disconnect
+from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.evaluate.bootstrap import Floats, Measure
 from align.evaluate.inputs import EvalInputs, EvalSetting, prepare_inputs
@@ -57,7 +57,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
         return EvaluationResult.from_json(recipe.output_dir, earlier)
     evaluation = identity(recipe)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
-    grader = resolve_function(recipe.grader, "grader") if recipe.grader else None
+    grader = user_function(recipe.grader, "grader", recipe.function_timeout) if recipe.grader else None
     generates = bool(metrics) or grader is not None
     inputs = prepare_inputs(recipe, generates)
     try:
@@ -66,7 +66,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
         raise UserError(
             f"output_dir: cannot write to {recipe.output_dir} ({error.strerror}); choose another."
         ) from error
-    world = connect(deepspeed_files=False)
+    world = connect(deepspeed_files=False, function_timeout=recipe.function_timeout)
     outputs = _run_models(recipe, inputs, world, generates, _resume_key(evaluation, inputs))
     result = None
     if world.is_main:
@@ -154,7 +154,7 @@ def _measure_setting(
     setting: EvalSetting,
     outputs: ModelOutputs,
     metrics: Mapping[str, Any],
-    grader: Callable[..., Any] | None,
+    grader: FunctionReward | None,
 ) -> SettingResult:
     """Predictions and measures of a setting, in the order of the recipe's metrics, the grader's last.
 
@@ -173,11 +173,11 @@ def _measure_setting(
             result.measures.append(text_measure)
         else:
             result.foreign_scores |= foreign_scores(name, metrics[name], predictions, inputs.references)
-    if recipe.grader is not None and grader is not None:
-        scores = _grade(recipe.grader, grader, inputs, setting, outputs.response_ids, predictions)
+    if grader is not None:
+        scores = _grade(grader, inputs, setting, outputs.response_ids, predictions)
         applies = ~np.isnan(scores)
         statistics = np.stack([np.where(applies, scores, 0.0), applies.astype(np.float64)], axis=1)
-        result.measures.append(Measure(statistics, _mean(recipe.grader.partition(":")[2])))
+        result.measures.append(Measure(statistics, _mean(grader.name.partition(":")[2])))
     return result
 
 
@@ -190,8 +190,7 @@ def _mean(name: str) -> Callable[[Floats], dict[str, float]]:
 
 
 def _grade(
-    name: str,
-    grader: Callable[..., Any],
+    grader: FunctionReward,
     inputs: EvalInputs,
     setting: EvalSetting,
     response_ids: list[list[int]],
@@ -213,13 +212,13 @@ def _grade(
     prompt_ids = [row.prompt_ids for row in setting.rows]
     batch = Responses(prompts, predictions, completions, prompt_ids, response_ids, columns)
     try:
-        scores = FunctionReward(name, grader).score(batch).double().numpy()
+        scores = grader.score(batch).double().numpy()
     except ValueError as error:  # the message names the function and the row
         raise UserError(f"grader: {error}") from error
     if scores.ndim != 1:
-        raise UserError(f"grader: {name} scores single tokens; expected one number per response.")
+        raise UserError(f"grader: {grader.name} scores single tokens; expected one number per response.")
     if np.isnan(scores).all() or np.nanmin(scores) < 0 or np.nanmax(scores) > 1:
-        raise UserError(f"grader: {name} returned {_range(scores)}; expected numbers from 0 to 1, at least one.")
+        raise UserError(f"grader: {grader.name} returned {_range(scores)}; expected numbers from 0 to 1, at least one.")
     return np.asarray(scores, dtype=np.float64)
 
 

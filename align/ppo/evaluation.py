@@ -13,6 +13,7 @@ from torch import Tensor
 from align.data.rows import render_text
 from align.engine.distributed import rows_of_rank
 from align.engine.engine import Engine
+from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.evaluate.statistics import win_rate
 from align.generation.responses import decode_responses
@@ -21,7 +22,6 @@ from align.ppo.metrics import response_kl, response_metrics
 from align.ppo.outputs import save_model
 from align.ppo.ppo_run import PPORun, TokenizedPrompt
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
-from align.ppo.setup import function_rewards
 from align.runs.tracker import Tracker
 from reward_models.responses import Responses
 
@@ -42,7 +42,8 @@ class Evaluation:
         self.metrics: dict[str, float] = {}
         self.samples: list[list[Any]] = []
         if self.prompts:
-            self.true_rewards = function_rewards(run.recipe.eval_reward_funcs, "eval_reward_funcs")
+            names, timeout = run.recipe.eval_reward_funcs, run.recipe.function_timeout
+            self.true_rewards = [user_function(name, "eval_reward_funcs", timeout) for name in names]
             self.baseline, self.baseline_truth = self._respond(run.models.reference)
 
     def is_due(self, done: int) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align.config.load import resolve_function
 from align.config.ppo import PPORecipe
 from align.data.encode import encode_pair
 from align.data.rows import Turns, as_response
@@ -19,6 +18,7 @@ from align.engine.ema import EMA
 from align.engine.engine import AdapterOff, Engine
 from align.engine.optimizer import learning_rates
 from align.engine.sharding import gathered_parameters, sharded_load
+from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.generation.sampler import Sampler
 from align.maths.estimators import ESTIMATORS
@@ -156,14 +156,9 @@ def _sources(
                 max_length=max_positions(inputs.reward_config),
             )
         )
-    return sources + function_rewards(recipe.reward_funcs, "reward_funcs")
+    return sources + [user_function(name, "reward_funcs", recipe.function_timeout) for name in recipe.reward_funcs]
 
 
 def encode_for_reward(tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str) -> list[int]:
     """Ids of a prompt and a decoded response for a reward model with another tokenizer, as its stage encodes them."""
     return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder)
-
-
-def function_rewards(names: list[str], key: str) -> list[FunctionReward]:
-    """Reward functions named in the recipe."""
-    return [FunctionReward(name=name, function=resolve_function(name, key)) for name in names]

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from align.config.load import resolve_function
 from align.config.reward import RewardRecipe
+from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.manifest import check_tokenizer
 from reward_models.combine import RewardSum
-from reward_models.functions import FunctionReward
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,6 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         sft_tokenizer = load_tokenizer(sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
         check_tokenizer(sft_model_path, sft_tokenizer, "sft_model_path", may_add_template=False)
         sft = SFTInputs(sft_model_path, sft_config, sft_tokenizer)
-    true_rewards = [FunctionReward(f, resolve_function(f, "eval_reward_funcs")) for f in recipe.eval_reward_funcs]
+    true_rewards = [user_function(f, "eval_reward_funcs", recipe.function_timeout) for f in recipe.eval_reward_funcs]
     set_right_padding(tokenizer)
     return RewardInputs(config, is_encoder(config), tokenizer, sft, RewardSum(true_rewards) if true_rewards else None)

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 from align.config.help import describe_keys
 from align.config.stages import Stage
+from align.engine.faults import during
+from align.engine.rank_errors import OtherRankFailed
 from align.errors import UserError
 
 
@@ -63,17 +65,21 @@ def stage_arguments(stage: Stage) -> dict[str, Any]:
 def exit_code(command: Callable[[], int]) -> int:
     """What `command` returns; 0 after `--help`, 2 after a UserError, printed in one line, and 130 after Ctrl-C."""
     try:
-        return command()
+        with during("command"):
+            return command()
     except SystemExit as ended:  # argparse, after --help and --version
         if ended.code:
             raise
         return 0
+    except OtherRankFailed:
+        return 2  # that rank has printed its error
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            # As a rule all ranks fail alike: rank 0 prints the error, and the launcher ends this rank while it waits.
+        if os.environ.get("RANK", "0") != "0" and not error.reported:
+            # A wrong recipe. All ranks fail alike: rank 0 prints the error, and the launcher ends this rank while it waits.
             # An error on this rank alone is printed after the wait.
             time.sleep(5)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        rank = f"rank {os.environ['RANK']}: " if error.reported and os.environ["RANK"] != "0" else ""
+        print(f"error: {rank}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)

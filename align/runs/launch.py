@@ -16,6 +16,8 @@ from typing import Any
 from align.config.base import DEEPSPEED_KEYS
 from align.config.load import load_recipe
 from align.config.stages import STAGES, Recipe, stage_of
+from align.engine.faults import during
+from align.engine.rank_errors import reported
 from align.errors import UserError
 from align.runs.command_line import CommandParser, exit_code, stage_arguments
 from align.runs.quiet import quiet
@@ -50,7 +52,9 @@ def run_recipe(recipe: Recipe) -> Any:
         # Alone on a machine with several GPUs, Trainer would use them all by DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     quiet()  # before torch and its company are imported: some read their settings only then
-    return importlib.import_module(stage_of(recipe).module).run(recipe)
+    stage = importlib.import_module(stage_of(recipe).module)
+    with reported(), during("command"):
+        return stage.run(recipe)
 
 
 def run_from_python(recipe: Recipe) -> Any:

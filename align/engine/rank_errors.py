@@ -1,0 +1,175 @@
+"""An error on one rank ends all ranks: it is put into a store that every rank watches.
+
+Without this the other ranks would wait for the failed one in their next collective until that times out, after ten
+minutes or more, and end with errors that hide the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from align.errors import UserError
+
+FIRST, COUNT, SEEN = "first", "count", "seen"  # keys of the store: the first error, how many errors, who has read it
+POLL = 0.5  # seconds between two looks into the store
+CONNECT = 600.0  # seconds that a rank waits for rank 0 at the start, as `torch.distributed` does
+LET_RANK_0_SPEAK = 1.0  # seconds: most errors occur on all ranks alike, and rank 0 is to report those
+UNTIL_SEEN = 5.0  # seconds that the failed rank, which may host the store, waits for the others to read its error
+LOST = re.compile(r"Connection (closed|reset) by peer|\bgloo\b|\bNCCL\b|Socket closed|Broken pipe", re.I)
+OWN_END = 3.0  # seconds that a rank has to end by itself once another has failed
+
+
+class OtherRankFailed(UserError):
+    """Another rank failed first, and has reported the error that this one repeats."""
+
+
+class Watch:
+    """One rank's connection to the store of errors, and the thread that ends this rank after another one has failed.
+
+    Args:
+        rank, size: of this process among those of the run.
+        patience: seconds to wait for the store.
+    """
+
+    def __init__(self, rank: int, size: int, patience: float = CONNECT):
+        self.rank, self.size = rank, size
+        self.store = connect_store(rank, size, patience)
+        self.leaving = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="rank-errors")
+        self._thread.start()
+
+    def report(self, message: str, code: int) -> dict[str, Any] | None:
+        """Tell the other ranks why this one ends; returns the report of the rank that was first, None if this one is."""
+        self.leaving.set()
+        self._thread.join()  # one user of the connection at a time
+        until = time.monotonic() + (LET_RANK_0_SPEAK if self.rank else 0.0)
+        while time.monotonic() < until and not self.store.check([FIRST]):
+            time.sleep(0.05)
+        if self.store.add(COUNT, 1) > 1:
+            return self._first()
+        where = {"rank": self.rank, "host": socket.gethostname()}
+        self.store.set(FIRST, json.dumps({**where, "message": message, "code": code}))
+        until = time.monotonic() + UNTIL_SEEN
+        while time.monotonic() < until and self.store.add(SEEN, 0) < self.size - 1:
+            time.sleep(0.05)
+        return None
+
+    def _first(self) -> dict[str, Any]:
+        first: dict[str, Any] = json.loads(self.store.get(FIRST))
+        self.store.add(SEEN, 1)
+        return first
+
+    def _watch(self) -> None:
+        while not self.leaving.wait(POLL):
+            try:
+                if not self.store.check([FIRST]):
+                    continue
+                first = self._first()
+            except RuntimeError:  # its host, rank 0, is gone, and was not able to say why
+                first = {"rank": 0, "host": "", "message": "it was killed, or its machine failed", "code": 1}
+            if not self.leaving.wait(OWN_END):  # this rank may fail alike, or just have come to its end
+                end_process(first)
+
+
+def connect_store(rank: int, size: int, patience: float) -> Any:
+    """A connection to the store of the launch at MASTER_ADDR and MASTER_PORT, which rank 0 hosts unless its launcher does.
+
+    `torch.distributed` makes the same store, on the same port, for its process group.
+    """
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = timedelta(seconds=patience)
+    store = TCPStore(address, port, size, hosts, wait, wait_for_workers=False, multi_tenant=True)
+    store.set_timeout(timedelta(seconds=10))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store of a `torchrun` outlives its attempts
+    return PrefixStore(f"align/{attempt}/{_runs}", store)
+
+
+_watch: Watch | None = None
+_runs = 0  # of this process so far; one store may serve several
+
+
+def watch(rank: int, size: int, patience: float = CONNECT) -> None:
+    """From now on end this process when another rank has failed."""
+    global _watch, _runs
+    _runs += 1
+    _watch = Watch(rank, size, patience)
+
+
+def stop_watching() -> None:
+    """From now on other ranks may end as they like."""
+    global _watch
+    if _watch is not None:
+        _watch.leaving.set()
+    _watch = None
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Tell the other ranks, if there are any, of an error that ends the block, and thereby this rank.
+
+    Raises:
+        OtherRankFailed: another rank was first; what this one met may be a consequence.
+        UserError: another rank ended without a word.
+    """
+    try:
+        yield
+    except Exception as error:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            raise
+        told = error
+        if not isinstance(error, UserError) and LOST.search(str(error)):
+            told = UserError(
+                f"lost the connection to another process of this run, which was killed or whose machine failed ({error}). "
+                "The same command continues from the last checkpoint."
+            )
+        first = None
+        with contextlib.suppress(RuntimeError):  # the store cannot be reached
+            if _watch is None:  # this rank fails before it has met the others
+                watch(int(os.environ["RANK"]), size, patience=UNTIL_SEEN)
+            assert _watch is not None
+            user = isinstance(told, UserError)
+            first = _watch.report(str(told) if user else f"{type(told).__name__}: {told}", 2 if user else 1)
+            told.reported = True  # type: ignore[attr-defined]
+        stop_watching()
+        if first is not None:
+            raise OtherRankFailed(f"rank {first['rank']}: {first['message']}") from error
+        if told is error:
+            raise
+        raise told from error
+
+
+def give_up(message: str) -> NoReturn:
+    """End this process, from a thread, and the other ranks by an error: the main thread cannot be interrupted."""
+    try:
+        with reported():
+            raise UserError(message)
+    except OtherRankFailed:
+        pass  # that rank has printed its error
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+def end_process(first: dict[str, Any]) -> NoReturn:
+    """End this process, wherever its main thread is. Where nobody saw the report of the failed rank, repeat it."""
+    if first["host"] != socket.gethostname() and os.environ.get("LOCAL_RANK", "0") == "0":
+        told = " ".join(str(first["message"]).split())
+        print(f"error: rank {first['rank']} on {first['host']}: {told}", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar hides
+        sys.stderr.flush()
+    os._exit(int(first["code"]))
