@@ -26,7 +26,7 @@ class Range:
 AT_LEAST_1 = Range("at least 1", lambda value: value >= 1)
 AT_LEAST_0 = Range("at least 0", lambda value: value >= 0)
 ABOVE_0 = Range("above 0", lambda value: value > 0)
-SECONDS = Range("of seconds above 0, at most a week (604800)", lambda value: 0 < value <= 604_800)
+SECONDS = Range("above 0", lambda value: value > 0, 7 * 24 * 3600)
 ABOVE_1 = Range("above 1", lambda value: value > 1)
 FROM_0_TO_1 = Range("from 0 to 1", lambda value: 0 <= value <= 1)
 FROM_0_TO_BELOW_1 = Range("from 0 to below 1", lambda value: 0 <= value < 1)
