@@ -1,0 +1,105 @@
+"""Runs that cases are compared with and start from: undisturbed ones, and ones killed just before their last line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.campaign.cases import Place
+from tests.campaign.judge import changed, different, ended_badly, last_line
+from tests.campaign.process import Ended, Stop, writes
+
+OUT = "out"
+
+
+class Layout(NamedTuple):
+    """Processes, and the recipe keys that go with them."""
+
+    ranks: int = 1
+    keys: Mapping[str, Any] = {}
+
+
+LAYOUTS = {
+    "alone": Layout(),
+    "two": Layout(2),
+    "zero0": Layout(2, {"deepspeed": "zero0.json"}),
+    "zero2": Layout(2, {"deepspeed": "zero2.json"}),
+    "zero3": Layout(2, {"deepspeed": "zero3.json"}),
+}
+
+
+class Run(NamedTuple):
+    """A finished or killed run: its folder, and each rank's writes in order."""
+
+    folder: Path
+    writes: list[list[str]]
+
+    @property
+    def out(self) -> Path:
+        return self.folder / OUT
+
+
+def start(place: Place, stage: str, layout: str = "alone", **settings: Any) -> Ended:
+    """The stage in a layout, in the case's folder, whose recipe has the keys of the layout."""
+    return place.run(stage, f"{stage}.yaml", ranks=LAYOUTS[layout].ranks, **settings)
+
+
+def prepare(place: Place, stage: str, layout: str = "alone", keys: Mapping[str, Any] = {}) -> None:
+    place.recipe(stage, {**LAYOUTS[layout].keys, **keys})
+
+
+def whole(place: Place, stage: str, layout: str = "alone") -> Run:
+    """The undisturbed run, made once in a campaign."""
+    return _made_once(place, f"whole-{stage}-{layout}", stage, layout, None)
+
+
+def unfinished(place: Place, stage: str, layout: str = "alone") -> Run:
+    """The same run, killed before it wrote its manifest, with all its checkpoints."""
+    last = {"evaluate": "results.json"}.get(stage, "stage.json")
+    made = whole(place, stage, layout).writes[0]
+    number = 1 + next(index for index, line in enumerate(made) if last in line)
+    return _made_once(place, f"unfinished-{stage}-{layout}", stage, layout, Stop(number))
+
+
+def _made_once(place: Place, name: str, stage: str, layout: str, stop: Stop | None) -> Run:
+    root = place.template.parent / "runs" / name
+    ranks = LAYOUTS[layout].ranks
+    if not (root / "made").exists():
+        other = Place(root, place.template, name)
+        prepare(other, stage, layout)
+        ended = start(other, stage, layout, stop=stop)
+        assert ended.code == (0 if stop is None else -stop.signum), f"{name}: {ended}"
+        (root / "made").touch()
+    return Run(root / "work", [writes(root / "log", rank) for rank in range(ranks)])
+
+
+def resumes(
+    place: Place, stage: str, layout: str = "alone", says: Sequence[str] = (), may_refuse: bool = True
+) -> list[str]:
+    """Problems of the same command given again: it has to end as the undisturbed run, or to say what is wrong.
+
+    Args:
+        says: words of which an error has to have one.
+    """
+    before = place.snapshot()
+    ended = start(place, stage, layout)
+    problems = ended_badly(ended) + changed(before, place.snapshot(), [OUT])
+    if ended.code == 0:
+        return [*problems, *different(place.folder / OUT, whole(place, stage, layout).out)]
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    if ended.code != 2 or not errors:
+        return [*problems, f"exit code: {ended.code}, {last_line(ended.err)}"] if None not in ended.codes else problems
+    if not may_refuse:
+        problems.append(f"no resume: {errors[0][:300]}")
+    elif says and not any(word in errors[0] for word in says):
+        problems.append(f"unnamed: none of {', '.join(says)} in: {errors[0][:300]}")
+    return problems
+
+
+def take(place: Place, run: Run) -> Path:
+    """Put a run's output folder into the case's."""
+    shutil.rmtree(place.folder / OUT, ignore_errors=True)
+    shutil.copytree(run.out, place.folder / OUT, symlinks=True)
+    return place.folder / OUT
