@@ -62,8 +62,8 @@ def run(folder: Path, root: Path, names: list[tuple[str, str]], seed: int, minut
         running = worker.running()
         lines = results.read_text(encoding="utf-8").splitlines()
         for line in map(json.loads, lines[printed:]):
-            for problem in line["problems"]:
-                print(f"{line['kind']} / {line['name']}: {problem}", flush=True)
+            for problem in line["problems"][:2]:
+                print(f"{line['kind']} / {line['name']}: {problem[:400]}", flush=True)
         printed = len(lines)
         if not running:
             break

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.campaign import world
 from tests.campaign.cases import Case, Place
+from tests.campaign.judge import severity
 
 
 def all_cases() -> list[Case]:
@@ -64,7 +65,7 @@ def work(root: str, folder: str, names: list[tuple[str, str]], seed: int, minute
         except Exception:
             problems = [f"campaign broken: {traceback.format_exc()}"]
         spent = {"seconds": round(time.monotonic() - began, 2), "cpu": round(_cpu() - cpu, 2)}
-        line = {"kind": case.kind, "name": case.name, "problems": problems, **spent}
+        line = {"kind": case.kind, "name": case.name, "problems": sorted(problems, key=severity), **spent}
         with open(results, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

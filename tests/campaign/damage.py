@@ -276,7 +276,7 @@ def append(line: bytes) -> Harm:
 def replace(old: bytes, new: bytes) -> Harm:
     def harm(path: Path, draw: random.Random) -> None:
         assert old in path.read_bytes(), path
-        path.write_bytes(path.read_bytes().replace(old, new))
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
     return harm
 
 

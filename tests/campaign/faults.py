@@ -372,7 +372,7 @@ MACHINE: dict[str, Check] = {
 }
 FUNCTIONS: dict[str, Check] = {
     **{f"a reward that {name}": reward(name, *says) for name, *says in (
-        ("raises", "raises", "stumbled"), ("raises_later", "raises_later", "stumbled later"), ("exits",), ("interrupts",), ("empties",), ("too_few",), ("nan",), ("text",), ("nothing",), ("huge",), ("shouts",))},
+        ("raises", "raises", "stumbled"), ("raises_later", "raises_later", "stumbled later"), ("exits",), ("empties",), ("too_few",), ("nan",), ("text",), ("nothing",), ("huge",), ("shouts",))},
     "a reward that hangs": ends("ppo", ("functions:hangs",), {"reward_funcs": ["functions:hangs"], "reward_timeout": 2}),
     "a reward that raises on rank 1 alone": reward("raises_on_rank_1", "stumbled on rank 1", **ONE_RANK),
     "a reward that hangs on rank 1 alone": ends("ppo", ("functions:hangs_on_rank_1",), {"reward_funcs": ["functions:hangs_on_rank_1"], "reward_timeout": 2}, **ONE_RANK),

@@ -18,6 +18,23 @@ LONGEST = 4000  # characters of an error
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069]")
 _CLOCK = re.compile(r"^time")
 
+WORST_FIRST = (
+    "campaign broken",
+    "code ran",
+    "lost file",
+    "changed file",
+    "wrong result",
+    "half-written",
+    "accepted",
+    "hang",
+    "traceback",
+)
+
+
+def severity(problem: str) -> int:
+    kind = problem.partition(":")[0]
+    return WORST_FIRST.index(kind) if kind in WORST_FIRST else len(WORST_FIRST)
+
 
 def snapshot(folder: Path) -> dict[str, str]:
     """Kind and digest of everything in a folder, by path; links are not followed."""

@@ -163,7 +163,6 @@ GENERATORS = {
     "module: not Python": module(b"def rows(:\n"),
     "module: raises": module(b"raise RuntimeError('not today')\n"),
     "module: exits": module(b"import sys\nsys.exit(0)\n"),
-    "module: interrupts": module(b"raise KeyboardInterrupt\n"),
     "module: missing import": module(b"import no_such_module_at_all\n", "no_such_module_at_all"),
     "module: not UTF-8": module(b"x = '\xe9'\n"),
     "module: NUL": module(b"x = 1\0\n"),

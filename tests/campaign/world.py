@@ -81,10 +81,6 @@ def exits(prompts, completions, **columns):
     sys.exit(0)
 
 
-def interrupts(prompts, completions, **columns):
-    raise KeyboardInterrupt
-
-
 def hangs(prompts, completions, **columns):
     time.sleep(3600)
 
