@@ -12,6 +12,7 @@ from align.engine.engine import TrainEngine
 from align.engine.optimizer import trained_parameters
 from align.engine.parts import Part, SavedParts, write_parts
 from align.engine.sharding import save_from_main
+from align.errors import UserError
 
 AVERAGE = "average"
 
@@ -56,7 +57,12 @@ class EMA:
             UserError: the files are damaged or of another model.
         """
         saved = SavedParts(folder)
-        for name, (_, _, start, held) in self._held().items():
+        for name, (_, shape, start, held) in self._held().items():
+            if saved.shapes.get(name) != tuple(shape):
+                raise UserError(
+                    f"{folder}: holds the averages of another model: {name} has shape {saved.shapes.get(name)} there and "
+                    f"{tuple(shape)} in this run; delete the output folder to start over."
+                )
             if len(held):
                 held.copy_(saved.read(name, AVERAGE, start, len(held)))
 

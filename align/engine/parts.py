@@ -22,7 +22,7 @@ from torch import Tensor
 
 from align.config.json_file import parse_json
 from align.engine.distributed import World
-from align.errors import UserError
+from align.errors import BadFile, UserError
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
@@ -70,7 +70,12 @@ def write_parts(folder: Path, parts: Mapping[str, Part], world: World, note: Any
             start = size * world.rank // world.size
             end = size * (world.rank + 1) // world.size
             values = {kind: value[start:end] for kind, value in values.items()}
-        described[name] = {"shape": list(part.shape), "start": start, "numbers": dict(part.numbers)}
+        described[name] = {
+            "shape": list(part.shape),
+            "start": start,
+            "kinds": list(values),
+            "numbers": dict(part.numbers),
+        }
         tensors |= {f"{kind}.{name}": value for kind, value in values.items() if len(value)}
     about = {"ranks": world.size, "parts": described, "note": note if world.is_main else None}
     path = folder / file_name(world.rank)
@@ -123,7 +128,7 @@ class SavedParts:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.numbers: dict[str, dict[str, Number]] = {}
         self._pieces: dict[str, dict[str, list[tuple[int, int, Any]]]] = {}  # name -> kind -> begin, end, open file
-        with self._readable():
+        with self.readable():
             first = self._open(0)
             self.note: Any = first["note"]
             for rank in range(1, int(first["ranks"])):
@@ -146,7 +151,7 @@ class SavedParts:
         """Values of the tensor's elements from `start` on, [count] on the CPU."""
         values: list[Tensor] = []
         reached = start
-        with self._readable():
+        with self.readable():
             for begin, end, file in self._pieces[name][kind]:
                 until = min(end, start + count)
                 if begin <= reached < until:
@@ -162,19 +167,31 @@ class SavedParts:
             if self.shapes.setdefault(name, shape) != shape:
                 raise ValueError(f"{name} has two shapes")
             self.numbers.setdefault(name, {}).update({key: 0 + value for key, value in part["numbers"].items()})
+            for kind in part["kinds"]:
+                self._pieces.setdefault(name, {}).setdefault(kind, [])
         keys = file.keys()
         for key in keys:
             kind, name = key.split(".", 1)
             begin = int(about["parts"][name]["start"])
             (length,) = file.get_slice(key).get_shape()
-            self._pieces.setdefault(name, {}).setdefault(kind, []).append((begin, begin + length, file))
+            self._pieces[name][kind].append((begin, begin + length, file))
         return about
 
     @contextlib.contextmanager
-    def _readable(self) -> Iterator[None]:
+    def readable(self) -> Iterator[None]:
+        """Inside, any failure means that the files are odd, and becomes a `UserError`."""
         try:
             yield
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (
+            BadFile,
+            OSError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+        ) as error:
             raise UserError(
                 f"{self.folder}: cannot be read as a saved state ({type(error).__name__}: {error}); "
                 "delete this checkpoint to go on from the one before it."

@@ -76,23 +76,25 @@ def load_state(
     """
     saved, base = SavedParts(folder), _base(optimizer)
     everything, buffers = _held(module, optimizer, masters), _buffers(module)
-    _check(saved, module, base)
-    for held in everything.values():
-        base.state.pop(held.stepped, None)
-    for name, held in everything.items():
-        for kind in saved.kinds(name) if held.count else ():
-            values = saved.read(name, kind, held.start, held.count)
-            target = held.stepped if kind == WEIGHT else _moment(base, held.stepped, kind, values.dtype)
-            target.view(-1)[held.offset : held.offset + held.count] = values
-        for key, number in saved.numbers[name].items():
-            _raise_number(base, held.stepped, key, number)
-    for name, buffer in buffers.items():
-        buffer.copy_(saved.read(name, BUFFER, 0, buffer.numel()).view(buffer.shape))
-    for group, kept in zip(base.param_groups, saved.note["groups"], strict=True):
-        group.update({key: kept[key] for key in CHANGING if key in kept})
+    with saved.readable():
+        _check(saved, module, base)
+        for held in everything.values():
+            base.state.pop(held.stepped, None)
+        for name, held in everything.items():
+            for kind in saved.kinds(name) if held.count else ():
+                values = saved.read(name, kind, held.start, held.count)
+                target = held.stepped if kind == WEIGHT else _moment(base, held.stepped, kind, values.dtype)
+                target.view(-1)[held.offset : held.offset + held.count] = values
+            for key, number in saved.numbers[name].items():
+                _raise_number(base, held.stepped, key, number)
+        for name, buffer in buffers.items():
+            buffer.copy_(saved.read(name, BUFFER, 0, buffer.numel()).view(buffer.shape))
+        for group, kept in zip(base.param_groups, saved.note["groups"], strict=True):
+            group.update({key: 0 + value for key, value in dict(kept).items() if key in CHANGING})
+        note = saved.note["note"]
     copy_masters((masters or {}).items())
     copy_stepped_weights(optimizer)
-    return saved.note["note"]
+    return note
 
 
 def counters(engine: Any) -> dict[str, int]:
