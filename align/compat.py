@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -181,12 +182,19 @@ def stepped_parts(optimizer: Any, parameters: Iterable[Any]) -> dict[Any, tuple[
             start = count * parameter.ds_zero_partition_rank
             held = max(0, min(count, parameter.ds_numel - start))
             parts[parameter] = (optimizer.fp32_partitioned_groups_flat[group], offset, start, held)
-    elif hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2
-        for parameter in parameters:
-            if (mapping := parameter._hp_mapping) is not None:
-                flat = optimizer.optimizer.param_groups[mapping.param_group_index]["params"][0]
-                there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-                parts[parameter] = (flat, there.start, here.start, here.numel)
+    elif hasattr(optimizer, "update_lp_params"):  # ZeRO 1 and 2: each rank steps a range of all weights in a row
+        if hasattr(optimizer, "round_robin_bit16_groups"):
+            groups, flats = optimizer.round_robin_bit16_groups, optimizer.single_partition_of_fp32_groups
+            offsets = optimizer.round_robin_bit16_offsets
+        else:  # ZeRO 1 in bfloat16
+            groups, flats = optimizer.bf16_groups, optimizer.fp32_groups_flat_partition
+            offsets = [[0, *accumulate(weight.numel() for weight in group)][:-1] for group in groups]
+        for number, flat in enumerate(flats):
+            begin = flat.numel() * optimizer.real_dp_process_group[number].rank()
+            for weight, offset in zip(groups[number], offsets[number], strict=True):
+                start, end = max(0, begin - offset), min(weight.numel(), begin + flat.numel() - offset)
+                if start < end:
+                    parts[weight] = (flat, offset + start - begin, start, end - start)
     elif hasattr(optimizer, "fp32_groups"):  # ZeRO 0 in bfloat16
         for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             parts |= {weight: (master, 0, 0, weight.numel()) for weight, master in zip(weights, masters, strict=True)}

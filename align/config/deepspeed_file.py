@@ -76,6 +76,12 @@ def read_deepspeed_file(path: str, where: str = "deepspeed") -> dict[str, Any]:
                 f"{where}: {path}: zero_optimization.{name}: needs stage {lowest}{' or more' * (lowest < 3)}, got stage "
                 f"{stage}; raise it, or leave {name} out"
             )
+    optimizer = zero.get("offload_optimizer", {})
+    if optimizer.get("device") == "nvme" or optimizer.get("ratio", 1) != 1:
+        raise UserError(
+            f"{where}: {path}: zero_optimization.offload_optimizer: a state on NVMe, or offloaded in part, is not supported, "
+            'since checkpoints could not hold it; use {"device": "cpu"}.'
+        )
     for name in ("bf16", "fp16"):
         _check_types(config.get(name, {}), {"enabled": bool}, f"{where}: {path}: {name}")
     if config.get("fp16", {}).get("enabled", False) not in (False, "auto"):

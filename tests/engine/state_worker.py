@@ -27,10 +27,12 @@ def engine_of(folder: Path, world: World, name: str, seed: int = 0) -> TrainEngi
     keys: dict[str, Any] = {"bf16": "bf16" in more, "max_grad_norm": 0.5, "weight_decay": 0.1}
     if zero != "alone":
         path = Path(deepspeed_file(folder / f"{name}-{world.rank}.json", int(zero[-1])))
-        if "offload" in more:
-            config = json.loads(path.read_text())
-            config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu"}}
-            path.write_text(json.dumps(config))
+        config = json.loads(path.read_text())
+        config["zero_optimization"] |= {
+            **({"offload_optimizer": {"device": "cpu"}} if "offload" in more else {}),
+            **({"round_robin_gradients": True} if "robin" in more else {}),
+        }
+        path.write_text(json.dumps(config))
         keys["deepspeed"] = str(path)
     recipe = PPORecipe(output_dir="out", sft_model_path="sft", **keys)
     model: Any = tiny_llama(seed)

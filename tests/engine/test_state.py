@@ -25,9 +25,9 @@ from tests.engine.state_worker import engine_of, go_on_each, save_each, train
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 ONE = ["alone", "alone-bf16", "alone-lora"]
-TWO = ["zero0-bf16", "zero1-bf16", "zero2", "zero2-offload", "zero3", "zero3-bf16", "zero3-lora"]
+TWO = ["zero0-bf16", "zero1-bf16", "zero2-robin", "zero2-offload", "zero3", "zero3-bf16", "zero3-lora"]
 PAIRS = {  # by number of ranks, the layout that saved and the one that goes on
-    1: [("zero2", "alone"), ("zero3-bf16", "alone-bf16"), ("zero3-lora", "alone-lora")],
+    1: [("zero2-robin", "alone"), ("zero3-bf16", "alone-bf16"), ("zero3-lora", "alone-lora")],
     2: [(name, name) for name in TWO]
     + [("alone", "zero3"), ("zero3", "zero2"), ("alone-lora", "zero3-lora")]
     + [("alone-bf16", "zero1-bf16"), ("zero1-bf16", "zero0-bf16")],
