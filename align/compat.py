@@ -22,6 +22,7 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
         "_run_epoch": ("epoch",),
         "_get_train_sampler": ("train_dataset",),
         "_determine_best_metric": ("metrics", "trial"),
+        "_save_checkpoint": ("model", "trial"),
         "_get_num_items_in_batch": ("batch_samples", "device"),
         "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     },

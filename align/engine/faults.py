@@ -18,8 +18,6 @@ TRAINING = (
 SCORING = "per_device_eval_batch_size"
 # What a run may be doing -> in words, and what to lower when memory runs out.
 PHASES = {
-    "rows": ("reading the rows", "the number of rows, or max_length"),
-    "loading": ("loading the models", "the size of the models, set bf16: true, or shard them (deepspeed, ZeRO 3)"),
     "generate": ("generating responses", f"{SCORING} or response_length"),
     "score_policy": ("scoring responses by the policy", SCORING),
     "score_reference": ("scoring responses by the reference model", SCORING),
@@ -33,7 +31,10 @@ PHASES = {
     "checkpoint": ("writing a checkpoint", "the size of the model, or set a method with an adapter (lora)"),
     "model": ("writing the trained model", "the size of the model, or set a method with an adapter (lora)"),
     "records": ("writing the record of the run", "the number of rows that are evaluated (max_eval_rows)"),
-    "command": ("the command was running", f"{SCORING} or per_device_train_batch_size"),
+    "start": (
+        "preparing rows and models",
+        "the number of rows or the size of the models, set bf16: true, or shard models over more GPUs (deepspeed, ZeRO 3)",
+    ),
 }
 
 OUT_OF_MEMORY = re.compile(
@@ -78,7 +79,7 @@ def _memory(error: Exception, phase: str) -> str | None:
     found = next((each for each in _causes(error) if isinstance(each, MemoryError) or _is_memory(each)), None)
     if found is None:
         return None
-    doing, lower = PHASES.get(phase, PHASES["command"])
+    doing, lower = PHASES.get(phase, PHASES["start"])
     kind = "GPU memory" if re.search(r"CUDA|HIP|GPU", str(found)) else "memory"
     detail = " ".join(re.split(r"(?<=\w)\. |\n", str(error))[:2]).strip()
     return (
@@ -109,7 +110,7 @@ def _disk(error: Exception, phase: str, target: Path | None) -> str | None:
         remedy = (
             f"{DISK.get(number, 'make it writable again')}; the same command then continues from the last checkpoint"
         )
-    return f"{path}: error while {PHASES.get(phase, PHASES['command'])[0]}: {what}. {remedy[0].upper()}{remedy[1:]}."
+    return f"{path}: error while {PHASES.get(phase, PHASES['start'])[0]}: {what}. {remedy[0].upper()}{remedy[1:]}."
 
 
 def _error_number(error: Exception) -> tuple[int | None, str | None]:

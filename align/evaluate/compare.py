@@ -27,6 +27,7 @@ import torch
 from align.config.evaluate import EvaluateRecipe
 from align.data.rows import as_response
 from align.engine.distributed import World, connect, disconnect
+from align.engine.faults import during
 from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.evaluate.bootstrap import Floats, Measure
@@ -136,7 +137,8 @@ def _run_models(
                 if world.is_main:
                     parts[number] = outputs
                     part = {"name": resume_key, "tokens": outputs.token_statistics, "ids": outputs.response_ids}
-                    write_json(files[number], part)
+                    with during("records", files[number]):
+                        write_json(files[number], part)
             del model  # before the next one is loaded
     return [part for part in parts if part is not None]
 

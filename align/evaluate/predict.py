@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from align.data.collate import chunks, pad_left, pad_right
 from align.engine.distributed import World
+from align.engine.faults import during
 from align.evaluate.inputs import EncodedRow, EvalSetting
 from align.generation.responses import respond_to_batch
 from align.generation.sampling import uniforms
@@ -25,6 +26,7 @@ class ModelOutputs:
     response_ids: list[list[int]]  # generated; n empty lists when nothing is generated
 
 
+@during("evaluation")
 @torch.no_grad()
 def run_model(
     model: nn.Module,

@@ -12,6 +12,7 @@ from typing import Any
 from align.config.evaluate import EvaluateRecipe
 from align.data.rows import render_text
 from align.data.templates import TASK
+from align.engine.faults import during
 from align.evaluate.bootstrap import Measure, bootstrap_intervals, compare
 from align.evaluate.inputs import EvalInputs, EvalSetting
 from align.evaluate.results import REPORT, RESULTS, Table, tables
@@ -111,11 +112,12 @@ def write_report(
     """Write the three files; returns the tables. `results.json` is the last: it marks the evaluation as finished."""
     folder = Path(output_dir)
     report = tables(results)
-    write_text(folder / PREDICTIONS, "".join(_prediction_lines(inputs, setting_results)))
-    text = f"# Evaluation\n\n{results['rows']} rows. 95% confidence intervals, by bootstrap over the rows.\n"
-    text += "".join(f"\n## {table.title}\n\n{markdown_table(table.columns, table.rows)}" for table in report)
-    write_text(folder / REPORT, text)
-    write_json(folder / RESULTS, results)
+    with during("records", folder):
+        write_text(folder / PREDICTIONS, "".join(_prediction_lines(inputs, setting_results)))
+        text = f"# Evaluation\n\n{results['rows']} rows. 95% confidence intervals, by bootstrap over the rows.\n"
+        text += "".join(f"\n## {table.title}\n\n{markdown_table(table.columns, table.rows)}" for table in report)
+        write_text(folder / REPORT, text)
+        write_json(folder / RESULTS, results)
     return report
 
 

@@ -13,6 +13,7 @@ from align.data.collate import chunks, pad_left
 from align.data.rows import Prompt
 from align.engine.distributed import World
 from align.engine.engine import Engine
+from align.engine.faults import during
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 
@@ -60,6 +61,7 @@ class Sampler:
     def pad_token_id(self) -> int:
         return int(self.tokenizer.pad_token_id)
 
+    @during("generate")
     def sample(self, engine: Engine, world: World, batch: PromptBatch) -> Samples:
         """Responses of `engine`. With `gather` false all ranks must call this together, with as many prompts each."""
         pad, eos = self.pad_token_id, int(self.tokenizer.eos_token_id)

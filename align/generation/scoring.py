@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from align.engine.distributed import World, rows_of_rank
+from align.engine.faults import during
 from reward_models.responses import Responses
 from reward_models.trained import ModelReward
 
 
+@during("evaluation")
 def score_ids(reward: ModelReward, world: World, ids: Sequence[list[int]]) -> Tensor:
     """Scores of all sequences, [B] float32 on the CPU of every rank. Each rank scores its share.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from align.engine.faults import during
 from align.errors import UserError
 from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout
@@ -24,9 +25,10 @@ def skip_minibatch(run: PPORun, minibatch: Rollout, name: str, sums: dict[str, f
     run.skipped_in_a_row += 1
     file = Path(run.recipe.output_dir) / "bad_batches" / f"{name}.safetensors"
     if run.world.is_main:
-        file.parent.mkdir(parents=True, exist_ok=True)
         names = [*SAVED, "advantages", "returns"]
-        save_file({name: getattr(minibatch, name).contiguous() for name in names}, file)
+        with during("records", file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: getattr(minibatch, name).contiguous() for name in names}, file)
     if run.skipped_in_a_row >= MOST_SKIPPED:
         losses = ", ".join(f"{n} {sums[n]}" for n in ("policy/loss", "value/loss", "ptx/loss") if n in sums)
         raise UserError(

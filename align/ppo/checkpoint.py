@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from align.engine.faults import during
 from align.maths.running_moments import RunningMoments
 from align.ppo.ppo_run import PPORun, Progress
 from align.runs.checkpoint import mark_complete, read_state
@@ -18,11 +19,12 @@ def save_checkpoint(run: PPORun, step: int) -> None:
     folder = Path(recipe.output_dir) / f"checkpoint-{step}"
     saved = {"policy": run.models.policy, "value": run.models.value, "ema": run.ema}
     sums: dict[str, list[int]] = {}
-    for name, saveable in saved.items():
-        if saveable is not None:
-            sums |= {f"{name}/{file}": told for file, told in saveable.save_checkpoint(folder / name).items()}
-    state = {"step": step, "progress": asdict(run.progress), "layout": layout(recipe, world.size)}
-    mark_complete(folder, state, recipe.save_total_limit, world, sums)
+    with during("checkpoint", folder):
+        for name, saveable in saved.items():
+            if saveable is not None:
+                sums |= {f"{name}/{file}": told for file, told in saveable.save_checkpoint(folder / name).items()}
+        state = {"step": step, "progress": asdict(run.progress), "layout": layout(recipe, world.size)}
+        mark_complete(folder, state, recipe.save_total_limit, world, sums)
 
 
 def load_checkpoint(run: PPORun, checkpoint: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from align.data.rows import render_text
 from align.engine.distributed import rows_of_rank
 from align.engine.engine import Engine
+from align.engine.faults import during
 from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.evaluate.statistics import win_rate
@@ -62,6 +63,7 @@ class Evaluation:
             progress.best = {"update": step, **self.metrics}
             save_model(run, run.models.policy, Path(run.recipe.output_dir) / "best")
 
+    @during("evaluation")
     def measure(self) -> tuple[dict[str, float], list[list[Any]]]:
         """Metrics under their documented names, and a sample row per prompt (columns `SAMPLE_COLUMNS`)."""
         rollout, truth = self._respond(self.run.models.policy)

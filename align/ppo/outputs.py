@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from align.engine.ema import EMA
 from align.engine.engine import TrainEngine
+from align.engine.faults import during
 from align.ppo.ppo_run import PPORun
 from align.runs.files import new_folder
 from align.runs.stage import finish
@@ -29,7 +30,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 
 def save_model(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
     """Write a model and the tokenizer as a Hugging Face folder of their own, which appears at once or not at all."""
-    with new_folder(folder) if run.world.is_main else contextlib.nullcontext(folder) as target:
+    with during("model", folder), new_folder(folder) if run.world.is_main else nullcontext(folder) as target:
         _write(run, engine, target)
     run.world.barrier()
 
@@ -42,7 +43,8 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
         results: closing numbers.
     """
     recipe, folder = run.recipe, Path(run.recipe.output_dir)
-    _write(run, run.models.policy, folder)
+    with during("model", folder):
+        _write(run, run.models.policy, folder)
     run.world.barrier()
     if run.models.value is not None:
         save_model(run, run.models.value, folder / "value")

@@ -65,7 +65,7 @@ def stage_arguments(stage: Stage) -> dict[str, Any]:
 def exit_code(command: Callable[[], int]) -> int:
     """What `command` returns; 0 after `--help`, 2 after a UserError, printed in one line, and 130 after Ctrl-C."""
     try:
-        with during("command"):
+        with during("start"):
             return command()
     except SystemExit as ended:  # argparse, after --help and --version
         if ended.code:

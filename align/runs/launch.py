@@ -53,7 +53,7 @@ def run_recipe(recipe: Recipe) -> Any:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     quiet()  # before torch and its company are imported: some read their settings only then
     stage = importlib.import_module(stage_of(recipe).module)
-    with reported(), during("command"):
+    with reported(), during("start"):
         return stage.run(recipe)
 
 

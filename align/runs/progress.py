@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -77,7 +78,8 @@ class Display:
             self._printed = step, now
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a closed pipe, a log file on a full disk: no reason to stop a run
+            self._console.print(text, markup=False, soft_wrap=True)
 
     def time_left(self) -> str:
         """h:mm:ss at the mean pace of this process; steps before a resume do not count."""

@@ -16,6 +16,7 @@ from align.config.base import StageRecipe, TrainerRecipe
 from align.config.stages import stage_of
 from align.engine.deepspeed_config import uses_deepspeed, zero_stage
 from align.engine.distributed import World
+from align.engine.faults import during
 from align.errors import UserError
 from align.runs.checkpoint import (
     VERSION,
@@ -128,7 +129,7 @@ def write_untrained(output_dir: str, seed: int, world: World, resuming: bool, wr
     folder = Path(output_dir) / UNTRAINED
     if world.is_main and not (resuming and folder.is_dir()):
         torch.manual_seed(seed)
-        with new_folder(folder) as fresh:
+        with during("start", folder), new_folder(folder) as fresh:
             write(fresh)
     world.barrier()
     return str(folder)
@@ -157,6 +158,7 @@ def finish(
         "metrics of the run in `metrics.jsonl`.\n"
     )
     folder = Path(recipe.output_dir)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    shutil.rmtree(folder / UNTRAINED, ignore_errors=True)
-    write_manifest(recipe, tokenizer, data, results, **more)
+    with during("records", folder):
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        shutil.rmtree(folder / UNTRAINED, ignore_errors=True)
+        write_manifest(recipe, tokenizer, data, results, **more)

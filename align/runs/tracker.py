@@ -17,6 +17,7 @@ from typing import Any
 
 from align.config.base import StageRecipe
 from align.engine.faults import during
+from align.errors import UserError
 from align.runs.files import write_text
 from align.runs.progress import Display
 from align.runs.wandb_run import WandbRun
@@ -48,6 +49,7 @@ class Tracker:
         if self.is_main:
             with during("records", self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
+                self._identity = _identity(self._folder)
                 for name in (METRICS, SAMPLES):
                     _drop_after(self._folder / name, self.resume_step)
             if self.recipe.report_to == "wandb":
@@ -85,8 +87,13 @@ class Tracker:
             self._wandb.chart(step, name, steps, curves)
 
     def progress(self, step: int, **fields: float | str) -> None:
-        """Show that `step` of all steps are done, with a few key numbers."""
+        """Show that `step` of all steps are done, with a few key numbers.
+
+        Raises:
+            UserError: the output folder was removed.
+        """
         if self.is_main:
+            self._check_folder()
             self._display.update(step, fields)
 
     def say(self, text: str) -> None:
@@ -94,11 +101,27 @@ class Tracker:
         if self.is_main:
             self._display.say(text)
 
+    def _check_folder(self) -> None:
+        # A checkpoint would make the folder anew, without the records of the run.
+        if _identity(self._folder) != self._identity:
+            raise UserError(
+                f"{self._folder}: the output folder was removed or renamed while the stage ran. Delete what is left of it, "
+                "and start the stage again."
+            )
+
     def _append(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         path = self._folder / name
         with during("records", path), open(path, "a", encoding="utf-8") as file:
             file.write(lines)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import queue
 import threading
@@ -18,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import StageRecipe
+from align.engine.faults import during
 from align.errors import UserError
+from align.runs import records
 from align.runs.files import write_json
+from align.runs.records import read_record
 
 WANDB_RUN = "wandb_run.json"
 
@@ -114,13 +116,10 @@ class WandbRun:
 
 def _start(recipe: StageRecipe, stage: str, output_dir: Path) -> tuple[Any, int]:
     """The W&B run, and the number of its next row."""
-    os.environ.setdefault("WANDB_SILENT", "true")  # nor does it ask for a key then
-    import wandb
-
     remembered = output_dir / WANDB_RUN
     known: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "processes": 0}
-    if remembered.is_file():
-        known = json.loads(remembered.read_text(encoding="utf-8"))
+    if remembered.exists():
+        known = read_record(remembered, records.WANDB_RUN)
     folder = output_dir.resolve()
     files = Path(os.environ.get("WANDB_DIR") or folder)
     try:
@@ -130,6 +129,9 @@ def _start(recipe: StageRecipe, stage: str, output_dir: Path) -> tuple[Any, int]
             f"report_to: Weights & Biases cannot write to {files / 'wandb'} ({error.strerror}); make room for that folder, set "
             "WANDB_DIR to another one, or choose report_to: none."
         ) from error
+    os.environ.setdefault("WANDB_SILENT", "true")  # nor does it ask for a key then
+    import wandb
+
     try:
         run = wandb.init(
             id=known["id"],
@@ -152,7 +154,8 @@ def _start(recipe: StageRecipe, stage: str, output_dir: Path) -> tuple[Any, int]
         ) from error
     run.define_metric("step", hidden=True)
     run.define_metric("*", step_metric="step")
-    write_json(remembered, {**known, "processes": known["processes"] + 1})
+    with during("records", remembered):
+        write_json(remembered, {**known, "processes": known["processes"] + 1})
     return run, known["processes"] * ROWS_PER_PROCESS
 
 

@@ -14,6 +14,7 @@ from align.config.base import TrainerRecipe
 from align.config.encoders import MLMRecipe
 from align.config.sft import SFTRecipe
 from align.engine.distributed import World
+from align.engine.faults import during
 from align.errors import UserError
 from align.maths.perplexity import perplexity
 from align.runs.checkpoint import mark_complete, synced_sums
@@ -72,8 +73,9 @@ class StageCallback(TrainerCallback):
         if self.recipe.load_best_model_at_end and state.best_model_checkpoint:
             progress["best_checkpoint"] = Path(state.best_model_checkpoint).name
         world = World(processes.process_index, processes.num_processes, processes.device)
-        sums = synced_sums(checkpoint) if world.is_main else {}
-        mark_complete(checkpoint, progress, self.recipe.save_total_limit, world, sums)
+        with during("checkpoint", checkpoint):
+            sums = synced_sums(checkpoint) if world.is_main else {}
+            mark_complete(checkpoint, progress, self.recipe.save_total_limit, world, sums)
 
 
 def trainer_metrics(logs: Mapping[str, float], with_perplexity: bool) -> dict[str, float]:

@@ -19,6 +19,7 @@ from align.data.batches import ResumableLengthGroupedSampler
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
+from align.engine.faults import during
 from align.errors import UserError
 from align.models.trainable import MERGEABLE
 from align.runs.tracker import Tracker
@@ -105,8 +106,13 @@ class ExactEvaluation(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.sums = torch.zeros(self.sums_shape, dtype=torch.float64, device=self.args.device)
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        with during("evaluation"):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with during("checkpoint", Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "eval_loss" in logs:
@@ -159,7 +165,8 @@ def train(
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(trainer.early_stopping_callback(recipe.early_stopping_patience))
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with during("training"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyError as error:
         if recipe.metric_for_best_model not in str(error):
             raise
@@ -188,6 +195,12 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
     Args:
         load: loads the model that training started from, unsharded on the CPU, to merge adapters into; called on rank 0.
     """
+    with during("model", Path(recipe.output_dir)):
+        _save_trained(trainer, recipe, world, load)
+    world.barrier()
+
+
+def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
     output = Path(recipe.output_dir)
     adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     target = output / "adapter" if recipe.method in MERGEABLE else output
@@ -201,4 +214,3 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
             tokenizer: Any = trainer.processing_class
             tokenizer.save_pretrained(output)
             PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(output)
-    world.barrier()
