@@ -64,6 +64,19 @@ def reward(name: str, *says: str, **more: Any) -> Check:
     return ends("ppo", says or (name,), {"reward_funcs": [f"functions:{name}"]}, **more)
 
 
+def empties(place: Place) -> list[str]:
+    """A function that empties the lists it is given: an error, or the run of a function that does not."""
+    ends_of = []
+    for name in ("constant", "empties"):
+        shutil.rmtree(place.folder / OUT, ignore_errors=True)
+        prepare(place, "ppo", keys={"reward_funcs": [f"functions:{name}"]})
+        ended = start(place, "ppo")
+        if ended.code != 0:
+            return refused(ended, ("empties",))
+        ends_of.append((place.folder / OUT / "model.safetensors").read_bytes())
+    return ended_badly(ended) + ([] if ends_of[0] == ends_of[1] else ["wrong result: model.safetensors differs"])
+
+
 # The machine
 def failing(number: int, error: int) -> Callable[[], None]:
     """From the n-th write on, writes in the output folder fail."""
@@ -372,10 +385,11 @@ MACHINE: dict[str, Check] = {
 }
 FUNCTIONS: dict[str, Check] = {
     **{f"a reward that {name}": reward(name, *says) for name, *says in (
-        ("raises", "raises", "stumbled"), ("raises_later", "raises_later", "stumbled later"), ("exits",), ("empties",), ("too_few",), ("nan",), ("text",), ("nothing",), ("huge",), ("shouts",))},
-    "a reward that hangs": ends("ppo", ("functions:hangs",), {"reward_funcs": ["functions:hangs"], "reward_timeout": 2}),
+        ("raises", "raises", "stumbled"), ("raises_later", "raises_later", "stumbled later"), ("exits",), ("too_few",), ("nan",), ("text",), ("nothing",), ("huge",), ("shouts",))},
+    "a reward that empties its inputs": empties,
+    "a reward that hangs": ends("ppo", ("functions:hangs",), {"reward_funcs": ["functions:hangs"], "function_timeout": 2}),
     "a reward that raises on rank 1 alone": reward("raises_on_rank_1", "stumbled on rank 1", **ONE_RANK),
-    "a reward that hangs on rank 1 alone": ends("ppo", ("functions:hangs_on_rank_1",), {"reward_funcs": ["functions:hangs_on_rank_1"], "reward_timeout": 2}, **ONE_RANK),
+    "a reward that hangs on rank 1 alone": ends("ppo", ("functions:hangs_on_rank_1",), {"reward_funcs": ["functions:hangs_on_rank_1"], "function_timeout": 2}, **ONE_RANK),
     "a grader that exits": ends("evaluate", ("exits",), {"grader": "functions:exits"}),
     "a grader that raises": ends("evaluate", ("raises", "stumbled"), {"grader": "functions:raises"}),
     "a metric script that exits": ends("evaluate", ("mine.py",), {"metrics": ["mine.py"]}, files={"mine.py": "import sys\nsys.exit(0)\n"}),

@@ -32,7 +32,7 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
     ("sft", {"trainable_pattern": "nothing_has_this_name", "method": "freeze"}),
     ("sft", {"num_virtual_tokens": 10**12, "method": "prompt"}),
     *[("sft", {"output_dir": value}) for value in ("", " ", None, 5, ["out"], {"a": 1}, "notes.txt", "notes.txt/out", "n" * 300, "a\0b", "/proc/out", "/dev/null/out", ".", "..", "data", "base", "base/out", "./base/../base")],
-    *[("sft", {"model_name_or_path": value}) for value in ("", "no/such/model", "notes.txt", "data", 5, ["base"], "a\0b", "m" * 5000, "a//b", "-", "..", "../" * 50, "/", "/dev/null", "\x1b[31mbase", MISSING)],
+    *[("sft", {"model_name_or_path": value}) for value in ("", "no/such/model", "notes.txt", "data", 5, ["base"], "a\0b", "m" * 300, "a//b", "-", "..", "../" * 50, "/", "/dev/null", "\x1b[31mbase", MISSING)],
     *[("sft", {"train_dataset": value}) for value in ("", "no_such.jsonl", [], {}, [None], 5, {"path": ""}, {"path": "data/answers.jsonl", "generator": "functions:rows"}, {"generator": "nomodule:rows"},
       {"generator": "functions:nosuch"}, {"generator": "functions"}, {"generator": "functions:NUMBER"}, {"generator": "functions:"}, {"generator": ""}, "data", "data/*.nothing", "notes.txt", "a\0b.jsonl", "\x1b[31mx.jsonl",
       {"path": "data/answers.jsonl", "columns": {"prompt": "nosuch"}}, {"path": "data/answers.jsonl", "columns": {"promt": "prompt"}}, {"path": "data/answers.jsonl", "weight": 0}, {"path": "data/answers.jsonl", "weight": -1},

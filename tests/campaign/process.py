@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 CPU_SECONDS = 20  # that a process may use: on a busy machine the clock says little
 IDLE_SECONDS = 12  # in which no process of a command uses any
 MEMORY = 6 << 30  # bytes beyond what the fork begins with
@@ -95,16 +97,17 @@ def run(
     codes: dict[int, int | None] = {}
     deadline = began + seconds
     asked = False  # the other ranks to end
-    used, since = 0, began  # CPU time of all processes, and since when
+    used, since, looked = 0.0, began, began  # CPU time of all processes, since when, and when it was last looked at
     while len(codes) < len(pids):
         for pid in [each for each in pids if each not in codes]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
         left = [pid for pid in pids if pid not in codes]
-        if (now := _cpu_ticks(left)) != used:
-            used, since = now, time.monotonic()
-        if left and (time.monotonic() > deadline or time.monotonic() > since + IDLE_SECONDS):
+        if left and time.monotonic() > looked + 1:
+            looked, before_that, used = time.monotonic(), used, _cpu_seconds(left)
+            since = looked if used != before_that else since
+        if left and (time.monotonic() > deadline or looked > since + IDLE_SECONDS):
             _end(left, signal.SIGKILL)
             codes |= dict.fromkeys(left) if not asked else dict.fromkeys(left, -9)
         elif left and together and not asked and any(codes.values()):
@@ -139,13 +142,16 @@ def _end(pids: Sequence[int], signum: int) -> None:
             os.waitpid(pid, 0)
 
 
-def _cpu_ticks(pids: Sequence[int]) -> int:
-    """CPU time that processes have used, in ticks of the clock."""
-    ticks = 0
+def _cpu_seconds(pids: Sequence[int]) -> float:
+    """CPU time that processes and their children have used."""
+    used = 0.0
     for pid in pids:
-        with contextlib.suppress(OSError):
-            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return ticks
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(pid)
+            for each in [own, *own.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    used += sum(each.cpu_times()[:2])
+    return used
 
 
 def _free_port() -> int:
@@ -172,7 +178,7 @@ def _child(
         sys.dont_write_bytecode = True
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _count_writes(os.getcwd(), os.open(f"{log}.writes", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stop)
         if before is not None:

@@ -22,7 +22,7 @@ def text(content: bytes | str, *says: str) -> Refusal:
 
 def line(more: bytes | str, *says: str) -> Refusal:
     """A good recipe with one more line."""
-    return text(SFT + (more.encode() if isinstance(more, str) else more) + b"\n", *says)
+    return text(SFT + (more.encode() if isinstance(more, str) else more) + b"\n", "sft.yaml", *says)
 
 
 def file(make: Callable[[Path], None], *says: str) -> Refusal:
@@ -94,10 +94,10 @@ FILES = {
     "seed of 5000 digits": line("seed: " + "1" * 5000),
     "lone surrogate": line('run_name: "a\\ud800b"'),
     "lone surrogate as output_dir": text(SFT.replace(b"output_dir: out", b'output_dir: "o\\ud800"'), "output_dir", "sft.yaml"),
-    "other stage": Refusal(files={"sft.yaml": SFT.replace(b"stage: sft", b"stage: ppo")}, says=["stage"]),
-    "stage is a list": Refusal(files={"sft.yaml": SFT.replace(b"stage: sft", b"stage: [sft]")}, says=["stage"]),
-    "stage is a mapping": Refusal(files={"sft.yaml": SFT.replace(b"stage: sft", b"stage: {a: b}")}, says=["stage"]),
-    "stage is a date": Refusal(files={"sft.yaml": SFT.replace(b"stage: sft", b"stage: 2026-01-31")}, says=["stage"]),
+    "other stage": Refusal(files={"sft.yaml": SFT.replace(b"stage: sft", b"stage: ppo")}, says=["stage", "sft.yaml:1"]),
+    "stage is a list": Refusal(files={"sft.yaml": SFT.replace(b"stage: sft", b"stage: [sft]")}, says=["stage", "sft.yaml:1"]),
+    "stage is a mapping": Refusal(files={"sft.yaml": SFT.replace(b"stage: sft", b"stage: {a: b}")}, says=["stage", "sft.yaml:1"]),
+    "stage is a date": Refusal(files={"sft.yaml": SFT.replace(b"stage: sft", b"stage: 2026-01-31")}, says=["stage", "sft.yaml:1"]),
     "a folder": file(folder),
     "a pipe": file(fifo),
     "endless": file(link_to("/dev/zero")),
@@ -106,7 +106,7 @@ FILES = {
     "half of it": file(cut),
     "no such file": Refusal(words=["sft", "sfd.yaml"], says=["sfd.yaml"]),
     "no such folder": Refusal(words=["sft", "no/such/sft.yaml"], says=["no/such/sft.yaml"]),
-    "a name of 5000 letters": Refusal(words=["sft", "n" * 5000], says=["nnnn"]),
+    "a name of 300 letters": Refusal(words=["sft", "n" * 300], says=["nnnn"]),
     "an empty name": Refusal(words=["sft", ""], says=["recipe"]),
     "weights as recipe": Refusal(words=["sft", "base/model.safetensors"], says=["base/model.safetensors"]),
     "an escape in the name": Refusal(words=["sft", "\x1b[31m.yaml"], says=[".yaml"]),

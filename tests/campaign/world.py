@@ -25,6 +25,10 @@ def count_a(prompts, completions, **columns):
     return [text.count("a") / max(len(text), 4) for text in completions]
 
 
+def constant(prompts, completions, **columns):
+    return [0.5] * len(completions)
+
+
 def grade(prompts, completions, **columns):
     return [float("a" in text) for text in completions]
 
