@@ -233,6 +233,17 @@ def copy_stepped_weights(optimizer: Any) -> None:
             flat.data.copy_(master.data)
 
 
+def local_elements(parameter: Any) -> Tensor:
+    """The values of a parameter that this rank has; under ZeRO-3 those of its shard, without the padding at its end."""
+    shard = local_shard(parameter)
+    if not is_sharded(parameter):
+        return shard
+    import torch.distributed
+
+    begin = torch.distributed.get_rank() * shard.numel()
+    return shard.flatten()[: max(0, full_shape(parameter).numel() - begin)]
+
+
 def disable_deepspeed_shared_memory() -> None:
     """Have DeepSpeed use gloo on CPUs.
 

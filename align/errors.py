@@ -35,6 +35,12 @@ def first_few(names: Collection[str]) -> str:
     return ", ".join(islice(names, SHOWN)) + more
 
 
+def reason(error: BaseException) -> str:
+    """The kind of an error of another library, and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known word nearest to `word`, or an empty string."""
     by_lower = {name.lower(): name for name in islice(known, SEARCHED)}

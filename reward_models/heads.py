@@ -100,8 +100,8 @@ def load_reward_model(
     remedy = "expected a reward model: run the reward stage, and name its output_dir."
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except OSError as error:
-        raise ValueError(f"{path}: no model there; {remedy}") from error
+    except Exception as error:  # no such model, or a configuration that cannot be read
+        raise ValueError(f"{path}: no model there ({type(error).__name__}); {remedy}") from error
     architecture = (config.architectures or ["a model of unknown class"])[0]
     if not architecture.endswith("ForSequenceClassification"):
         raise ValueError(f"{path}: holds {architecture}, which has no sequence classification head; {remedy}")
@@ -118,6 +118,7 @@ def load_reward_model(
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        use_safetensors=True,  # never a pickle
         output_loading_info=True,
     )
     head = score_head(model)[0]

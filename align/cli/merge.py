@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,9 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
-from align.errors import UserError
+from align.errors import UserError, reason
+from align.models.check_weights import check_finite
+from align.models.inspect_folder import inspect_folder, read_object
 from align.models.load import adapter_base
 from align.runs.files import new_folder
 from align.runs.quiet import quiet
@@ -31,17 +32,20 @@ def run(adapter: str, output: str) -> str:
         raise UserError(f"{adapter}: no adapter (adapter_config.json is missing); name the folder of an adapter.")
     if Path(output).exists():
         raise UserError(f"{output}: exists already; name a new folder.")
+    inspect_folder(str(folder), "align merge")
     base = adapter_base(str(folder))
-    config = json.loads(file.read_text(encoding="utf-8"))
-    auto = AUTO.get(config["task_type"])
+    task = read_object(file, "align merge").get("task_type")
+    auto = AUTO.get(str(task))
     if auto is None:
-        raise UserError(f"{folder}: expected an adapter of {' or '.join(AUTO)}, got {config['task_type']}.")
+        raise UserError(f"{folder}: expected an adapter of {' or '.join(AUTO)}, got {task}.")
     labels: dict[str, Any] = {"num_labels": 1} if auto is AutoPeftModelForSequenceClassification else {}
     try:
-        model = auto.from_pretrained(str(folder), dtype=torch.float32, **labels)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be loaded on its base {base}: {str(error).splitlines()[0]}") from error
-    tokenizer = AutoTokenizer.from_pretrained(str(folder) if (folder / "tokenizer_config.json").is_file() else base)
+        model = auto.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True, **labels)
+        with_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if with_tokenizer else base)
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be loaded on its base {base}: {reason(error)}") from error
+    check_finite(model, str(folder))
     with new_folder(Path(output)) as fresh:
         model.merge_and_unload().save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)

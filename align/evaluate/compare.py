@@ -37,6 +37,7 @@ from align.evaluate.predict import ModelOutputs, decode_predictions, run_model
 from align.evaluate.report import SettingResult, summarize, write_report
 from align.evaluate.results import REPORT, finished, identity
 from align.maths.perplexity import perplexity
+from align.models.inspect_folder import inspect_inputs
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
 from align.runs.manifest import COSMETIC_KEYS
@@ -56,6 +57,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     if (earlier := finished(recipe)) is not None:
         print(f"{recipe.output_dir}: evaluated already; see {REPORT} there", file=sys.stderr)
         return EvaluationResult.from_json(recipe.output_dir, earlier)
+    inspect_inputs(recipe)
     evaluation = identity(recipe)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
     grader = user_function(recipe.grader, "grader", recipe.function_timeout) if recipe.grader else None

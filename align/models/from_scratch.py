@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
 
 from align.compat import has_causal_lm
+from align.config.text_file import read_text
 from align.data.rows import Demonstration, render_text
 from align.errors import UserError, nearest
 from align.models.context_length import max_positions
+from align.models.inspect_folder import check_sizes
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 
@@ -28,6 +29,7 @@ def scratch_config(model_config: Mapping[str, Any], tokenizer_vocab_size: int) -
     """
     given = dict(model_config)
     model_type = given.pop("model_type")
+    check_sizes(given, "model_config")
     try:
         known = AutoConfig.for_model(model_type)
         known_keys = {*known.to_dict(), *known.attribute_map} - {
@@ -42,11 +44,15 @@ def scratch_config(model_config: Mapping[str, Any], tokenizer_vocab_size: int) -
         config: PretrainedConfig = AutoConfig.for_model(model_type, **given)
         if not has_causal_lm(config):
             raise KeyError(model_type)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except UserError:
+        raise
     except KeyError as error:
         raise UserError(f"model_config: {model_type} is not a causal language model; use llama or gpt2.") from error
-    except (ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model_config: transformers cannot make this {model_type}: {reason}") from error
+    except Exception as error:  # of a model that cannot be built
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"model_config: transformers cannot make this {model_type}: {said}") from error
     if tokenizer_vocab_size < 256 + len(SPECIAL_TOKENS):
         raise UserError(
             f"tokenizer_vocab_size: expected at least {256 + len(SPECIAL_TOKENS)} (all bytes and "
@@ -70,7 +76,7 @@ def write_scratch_model(
     )
     tokenizer.model_max_length = max_positions(config) or tokenizer.model_max_length
     if chat_template_path is not None:
-        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(chat_template_path, "chat_template_path")
     config.vocab_size = len(tokenizer)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = range(len(SPECIAL_TOKENS))
     set_seed(seed)

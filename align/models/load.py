@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import (
 )
 
 from align.compat import causal_lm_types, loads_sharded, seq2seq_lm_types
-from align.errors import UserError
+from align.errors import UserError, reason
+from align.models.check_weights import check_complete, check_finite
+from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
 from align.models.trainable import disable_inference_kernels
 
 
@@ -34,13 +37,18 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
     """
     if (base := adapter_base(path)) is not None:
         return load_config(base, f"{key}: {path} is an adapter of {base}", trust_remote_code)
-    if _looks_local(path) and not (Path(path) / "config.json").is_file():
+    if looks_local(path) and not (Path(path) / CONFIG).is_file():
         raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}: no model at {path}; check the path or hub id. {reason}") from error
+    except Exception as error:  # the network, the hub and configurations fail in many ways
+        known = Path(path).is_dir()
+        problem = (
+            f"{path}: transformers cannot read its {CONFIG}"
+            if known
+            else f"no model at {path}; check the path or hub id"
+        )
+        raise UserError(f"{key}: {problem}. {reason(error)}") from error
     if is_sequence_to_sequence(config):
         raise UserError(
             f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; "
@@ -51,11 +59,12 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
 
 def adapter_settings(path: str) -> dict[str, Any] | None:
     """PEFT's configuration of the adapter in `path`; None unless `path` holds an adapter and no model."""
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file() or (Path(path) / "config.json").is_file():
+    file = Path(path) / ADAPTER_CONFIG
+    if not file.is_file() or (Path(path) / CONFIG).is_file():
         return None
-    settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return {"num_virtual_tokens": None, **settings}
+    settings = read_object(file, "adapter")
+    check_adapter(settings, path, "adapter")
+    return {"num_virtual_tokens": None, "task_type": None, **settings}
 
 
 def adapter_base(path: str) -> str | None:
@@ -73,12 +82,6 @@ def adapter_base(path: str) -> str | None:
             "`align evaluate` and PEFT's AutoPeftModelForCausalLM load them. Train with method: lora instead."
         )
     return str(settings["base_model_name_or_path"])
-
-
-def _looks_local(path: str) -> bool:
-    """Whether `path` names a folder rather than a hub id, which has the form `name` or `owner/name`."""
-    parts = Path(path).parts
-    return len(parts) > 2 or Path(parts[0]).is_dir() or path.startswith((".", "/", "~"))
 
 
 def is_sequence_to_sequence(config: PretrainedConfig) -> bool:
@@ -130,16 +133,36 @@ def load_pretrained(
             )
         loaded = load_pretrained(auto, base, **settings, **kwargs)  # type: ignore[arg-type]
         model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
-        config = PeftConfig.from_pretrained(path)
-        config.task_type = None  # a value model may start from a language model's adapter
-        merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().requires_grad_(True)
+        with _loading(path, "adapter"):
+            config = PeftConfig.from_pretrained(path)
+            config.task_type = None  # a value model may start from a language model's adapter
+            merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().requires_grad_(True)
+        check_finite(merged, path)
         return (merged, *report) if report else merged
+    report_asked = kwargs.pop("output_loading_info", False)
+    with _loading(path, "model"):
+        model, report = auto.from_pretrained(
+            path,
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
+            **kwargs,  # never a pickle
+        )
+    check_complete(model, report["missing_keys"], path, new_head=auto is not AutoModelForCausalLM)
+    check_finite(model, path)
+    disable_dropout(model)
+    return (model, report) if report_asked else model
+
+
+@contextlib.contextmanager
+def _loading(path: str, what: str) -> Iterator[None]:
+    """Loading a model's files, whatever fails in it is an error of the files, except for a lack of memory."""
     try:
-        loaded = auto.from_pretrained(path, **settings, **kwargs)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: the model cannot be loaded. {str(error).splitlines()[0]}") from error
-    disable_dropout(loaded[0] if isinstance(loaded, tuple) else loaded)
-    return loaded
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: the {what} cannot be loaded. {reason(error)}") from error
 
 
 def load_policy(

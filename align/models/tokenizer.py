@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from align.errors import UserError
+from align.config.text_file import read_text
+from align.errors import UserError, reason
 
 
 def load_tokenizer(
@@ -19,8 +18,8 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: the tokenizer cannot be loaded. {str(error).splitlines()[0]}") from error
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(f"{path}: the tokenizer cannot be loaded. {reason(error)}") from error
     end = tokenizer.eos_token or tokenizer.sep_token  # an encoder's rows end with the separator
     if end is None:
         raise UserError(
@@ -29,10 +28,7 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = end  # safe: masks say what is padding, never ids
     if chat_template_path is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"chat_template_path: cannot read {chat_template_path} ({error.strerror}).") from error
+        tokenizer.chat_template = read_text(chat_template_path, "chat_template_path")
     return tokenizer
 
 

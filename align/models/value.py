@@ -10,7 +10,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.errors import UserError
+from align.errors import UserError, reason
 from align.models.load import load_pretrained
 from reward_models.heads import score_head
 
@@ -28,10 +28,10 @@ def value_head_key_mapping(config: PretrainedConfig) -> dict[str, str] | None:
         with torch.device("meta"):
             source = score_head(AutoModelForSequenceClassification.from_config(config))[0]
             target = score_head(AutoModelForTokenClassification.from_config(config))[0]
-    except ValueError as error:
+    except Exception as error:  # no such class, or a configuration that no model can be built from
         raise UserError(
             f"value_model_path: transformers has no token classifier for {config.model_type}, which a value model "
-            "needs; name a model of another architecture."
+            f"needs, or cannot build it ({reason(error)}); name another model."
         ) from error
     return {f"^{source}": target} if source != target else None
 

@@ -22,6 +22,7 @@ from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.generation.sampler import Sampler
 from align.maths.estimators import ESTIMATORS
+from align.models.check_weights import check_finite
 from align.models.context_length import max_positions
 from align.models.load import is_encoder, load_policy
 from align.models.trainable import add_adapter
@@ -145,6 +146,7 @@ def _sources(
                 )
             except ValueError as error:
                 raise UserError(f"reward_model_path: {error}") from error
+            check_finite(model, recipe.reward_model_path)
         engine = frozen_engine(model, recipe, world, "reward")
         rendered = partial(encode_for_reward, inputs.reward_tokenizer, is_encoder(inputs.reward_config))
         sources.append(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from align.config.base import StageRecipe
 from align.config.stages import input_models, stage_of
 from align.errors import OtherRun, UserError
+from align.models.inspect_folder import inspect_inputs
 from align.runs.checkpoint import DAMAGED, complete_checkpoints
 from align.runs.files import digest, write_json
 
@@ -94,16 +95,19 @@ def open_stage(recipe: StageRecipe) -> bool:
     of them has been trained again.
 
     Raises:
-        UserError: the folder cannot be written, or holds a run of another recipe or of older inputs.
+        UserError: the folder cannot be written, or holds a run of another recipe or of older inputs; a model that the
+            stage starts from cannot be used.
     """
     folder = Path(recipe.output_dir)
+    finished = is_finished(recipe)
+    if not finished:
+        inspect_inputs(recipe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output_dir: cannot write to {folder} ({error.strerror}); choose another folder.") from error
-    finished = is_finished(recipe)
     if not finished and not complete_checkpoints(folder) and int(os.environ.get("RANK", "0")) == 0:
         write_json(folder / RUN, _identity(recipe))
     return finished

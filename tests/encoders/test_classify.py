@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -463,6 +464,7 @@ def test_models_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("weights were loaded"))
     T5Config(vocab_size=29, d_model=8, num_layers=1, num_heads=2, d_ff=8, d_kv=4).save_pretrained(tmp_path / "t5")
     letter_tokenizer().save_pretrained(tmp_path / "t5")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "t5" / "model.safetensors")
     rows = [DataSource(path=write_jsonl(tmp_path / "rows.jsonl", [{"text": "ab", "prompt": "a", "completion": "b", "chosen": "b", "rejected": "c", "label": "x"}]))]  # fmt: skip
     import align.encoders.mlm
     import align.reward.train

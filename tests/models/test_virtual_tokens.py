@@ -113,7 +113,7 @@ def test_other_kinds_are_refused(tmp_path):
             run(recipe(tmp_path, models={"m": str(folder)}))
         file.write_text(json.dumps(kept))
     file.write_text(json.dumps(kept | {"base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(UserError, match=r"models: .*prompt holds virtual tokens for .*gone: no model at"):
+    with pytest.raises(UserError, match=r"models.m: .*prompt is an adapter of .*gone: no model at"):
         run(recipe(tmp_path, models={"m": str(folder)}))
 
 

@@ -14,6 +14,7 @@ from align.config.load import resolve_function
 from align.evaluate.inputs import EvalInputs, prepare_inputs
 from align.evaluate.metrics import TOKEN_METRICS, load_metric
 from align.evaluate.results import finished
+from align.models.inspect_folder import inspect_inputs
 
 
 def check(recipe: EvaluateRecipe, context: Context) -> None:
@@ -31,6 +32,7 @@ def check(recipe: EvaluateRecipe, context: Context) -> None:
         graded = [f"the grader {recipe.grader}"] if recipe.grader else []
         report.say(f"measures: {', '.join([*recipe.metrics, *graded])}")
     with report.part():
+        inspect_inputs(recipe, context.stand_ins)
         models = {name: str(context.stand_ins.get(Path(path).resolve(), path)) for name, path in recipe.models.items()}
         generates = recipe.grader is not None or any(name not in TOKEN_METRICS for name in recipe.metrics)
         inputs = prepare_inputs(dataclasses.replace(recipe, models=models), generates)

@@ -28,7 +28,7 @@ from transformers import (
 from align.config.base import StageRecipe
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import zero_stage
-from align.errors import UserError
+from align.errors import UserError, reason
 from align.models.trainable import freeze, peft_config
 from align.runs.tables import make_table
 
@@ -77,12 +77,20 @@ def skeleton(auto: Any, config: PretrainedConfig, trust_remote_code: bool = Fals
     Args:
         auto: `AutoModelForCausalLM` or another auto class.
         changes: entries of the configuration to change, such as `num_labels`.
+
+    Raises:
+        UserError: no model can be built from it.
     """
     config = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(config, name, value)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever transformers raises for this configuration
+        raise UserError(
+            f"{config.name_or_path}: transformers cannot build this {config.model_type} model. {reason(error)}"
+        ) from error
     return model
 
 

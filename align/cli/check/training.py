@@ -22,6 +22,7 @@ from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import describe_task_shares
 from align.engine.batch_plan import BatchPlan, batch_plan
+from align.models.inspect_folder import inspect_inputs
 from align.runs.files import write_json
 from align.runs.manifest import MANIFEST, RUN, is_finished, tokenizer_digest
 
@@ -95,6 +96,7 @@ class TrainingCheck(Generic[R]):
             if repeated := describe_duplicates(rows.report):
                 report.say(repeated, "warning")
         with report.part():
+            inspect_inputs(recipe, context.stand_ins)
             recipe = _with_stand_ins(recipe, context.stand_ins, report)
             start = self.start(recipe, rows, context.folder)
             if start is not None:

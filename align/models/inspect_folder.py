@@ -1,0 +1,216 @@
+"""What a model folder holds, from its files alone: seconds, no weights, no torch.
+
+Every stage inspects the models that it starts from before it writes or loads anything, and `align check` does the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.config.convert import shown
+from align.config.stages import Recipe, stage_of
+from align.config.text_file import check_regular, read_text
+from align.errors import UserError
+from align.models.safetensors_header import StoredTensor, read_header
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
+OTHER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+# Largest values of sizes in a configuration. Beyond them, a model is built for ever or for no memory in the world.
+_LAYERS, _HEADS, _WIDTH, _LENGTH = 10_000, 2**16, 2**20, 2**28
+SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads"), _HEADS),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "head_dim", "embedding_size"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "n_inner", "hidden_dim"), _WIDTH),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), _LENGTH),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model, or an adapter with the model that it was trained on (`base`, None if that is on the hub).
+
+    Attributes:
+        config: content of `config.json`; of an adapter, of `adapter_config.json`.
+        tensors: by name.
+    """
+
+    path: str
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor] = field(repr=False)
+    is_adapter: bool = False
+    base: ModelFolder | None = None
+
+
+def looks_local(path: str) -> bool:
+    """Whether `path` names a folder rather than a hub id, which has the form `name` or `owner/name`."""
+    parts = Path(path).parts
+    return len(parts) > 2 or not parts or os.path.lexists(parts[0]) or path.startswith((".", "/", "~"))
+
+
+def inspect_inputs(recipe: Recipe, made: Collection[Path] = ()) -> None:
+    """Inspect every model folder that a recipe names.
+
+    Args:
+        made: resolved folders to leave out, because an earlier recipe has yet to make them.
+
+    Raises:
+        UserError: one cannot be used; begins with its key.
+    """
+    for key in stage_of(recipe).input_models:
+        value = getattr(recipe, key)
+        for name, path in value.items() if isinstance(value, dict) else [("", value)]:
+            if path and Path(path).resolve() not in made:
+                inspect_folder(path, f"{key}.{name}" if name else key)
+
+
+def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> ModelFolder | None:
+    """Inspect the model or adapter in `path`; None for a model on the hub.
+
+    Args:
+        key: the recipe key that names the model, for errors.
+
+    Raises:
+        UserError: no model there, or one that cannot be used; names the file, and says what to do.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if os.path.lexists(path):
+            raise UserError(f"{key}: {path}: expected the folder of a model, got a file; name its folder.")
+        if looks_local(path):
+            raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
+        return None
+    is_adapter = os.path.lexists(folder / ADAPTER_CONFIG) and not os.path.lexists(folder / CONFIG)
+    name = ADAPTER_CONFIG if is_adapter else CONFIG
+    if not os.path.lexists(folder / name):
+        raise UserError(
+            f"{key}: no model at {path} ({CONFIG} is missing); run the stage that makes it first, or correct it."
+        )
+    config = read_object(folder / name, key)
+    _check_files(folder, key)
+    if is_adapter:
+        base = check_adapter(config, path, key)
+        if base in _adapters:
+            raise UserError(f"{key}: {path}: the adapter's base model leads back to {base}; correct {ADAPTER_CONFIG}.")
+        tensors = _read_weights(folder, config, key, ADAPTER_WEIGHTS)
+        inner = inspect_folder(base, f"{key}: {path} is an adapter of {base}", (*_adapters, path, base))
+        return ModelFolder(path, config, tensors, True, inner)
+    check_sizes(config, f"{key}: {folder / name}")
+    return ModelFolder(path, config, _read_weights(folder, config, key, WEIGHTS))
+
+
+def read_object(path: Path, key: str) -> dict[str, Any]:
+    """The object in a JSON file that another program wrote, NaN and infinities included.
+
+    Raises:
+        UserError: it cannot be read; begins with `key` and the file.
+    """
+    text = read_text(path, key)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "it is empty" if not text.strip() else f"not valid JSON: {str(error).splitlines()[0]}"
+        raise UserError(f"{key}: {path}: {why}; copy or download the file again.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{key}: {path}: expected a JSON object, got {shown(value)}; copy or download the file again.")
+    return value
+
+
+def check_adapter(config: Mapping[str, Any], path: str, key: str) -> str:
+    """The base model that an adapter's configuration names.
+
+    Raises:
+        UserError: it names none, or no type of adapter.
+    """
+    for name in ("peft_type", "base_model_name_or_path"):
+        if not isinstance(config.get(name), str) or not config[name]:
+            raise UserError(
+                f"{key}: {Path(path) / ADAPTER_CONFIG}: {name}: expected text, got {shown(config.get(name))}; write the "
+                f"{'type of the adapter' if name == 'peft_type' else 'path or hub id of its base model'}."
+            )
+    return str(config["base_model_name_or_path"])
+
+
+def check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Check the sizes in a model's configuration, those of a text model inside it too.
+
+    Raises:
+        UserError: one is no whole number, below 1 or absurd.
+    """
+    for name, largest in SIZES.items():
+        value = config.get(name)
+        if value is None or isinstance(value, list):  # one for each layer
+            continue
+        if type(value) is not int or not 1 <= value <= largest:
+            raise UserError(f"{where}: {name}: expected a whole number from 1 to {largest:,}, got {shown(value)}")
+    if isinstance(config.get("text_config"), dict):
+        check_sizes(config["text_config"], f"{where}: text_config")
+
+
+def _check_files(folder: Path, key: str) -> None:
+    for name in JSON_FILES:
+        if os.path.lexists(folder / name):
+            read_object(folder / name, key)
+    for name in TEXT_FILES:
+        if os.path.lexists(folder / name):
+            read_text(folder / name, key)
+    for name in OTHER_FILES:
+        if os.path.lexists(folder / name):
+            check_regular(folder / name, key)
+
+
+def _read_weights(folder: Path, config: Mapping[str, Any], key: str, weights: str) -> dict[str, StoredTensor]:
+    """The tensors of a folder, from the headers of its safetensors files."""
+    if isinstance(named := config.get("transformers_weights"), str):  # transformers' key for another name
+        weights = named
+    if os.path.lexists(folder / weights) and not weights.endswith(".index.json"):
+        tensors = read_header(folder / weights, key)
+    elif weights == ADAPTER_WEIGHTS or not os.path.lexists(index := folder / INDEX):
+        raise _no_weights(folder, config, key, weights)
+    else:
+        tensors = _read_shards(index, key)
+    if not tensors:
+        raise UserError(f"{key}: {folder / weights}: holds no tensors; copy or download the model again.")
+    return tensors
+
+
+def _no_weights(folder: Path, config: Mapping[str, Any], key: str, weights: str) -> UserError:
+    pickle = next((name for name in PICKLES if os.path.lexists(folder / name)), None)
+    if pickle is None:
+        return UserError(f"{key}: no weights at {folder} ({weights} is missing); copy or download the model again.")
+    architecture = next(iter(config.get("architectures") or ["AutoModelForCausalLM"]))
+    how = f'{architecture}.from_pretrained("{folder}").save_pretrained("NEW")'
+    if weights == ADAPTER_WEIGHTS:
+        how = f'AutoPeftModelForCausalLM.from_pretrained("{folder}").save_pretrained("NEW")'
+    return UserError(
+        f"{key}: {folder / pickle}: a pickle, which could run any program, and no {weights}; if you trust it, convert it "
+        f"once in Python, by `from {'peft' if weights == ADAPTER_WEIGHTS else 'transformers'} import "
+        f"{how.partition('.')[0]}` and `{how}`, and copy the tokenizer's files there."
+    )
+
+
+def _read_shards(index: Path, key: str) -> dict[str, StoredTensor]:
+    shards = read_object(index, key).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{key}: {index}: weight_map: expected names of tensors and their files; copy the file again.")
+    for shard in set(shards.values()):
+        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise UserError(
+                f"{key}: {index}: {shown(shard)} is not the name of a safetensors file in this folder; correct the index."
+            )
+        if not os.path.lexists(index.with_name(shard)):
+            raise UserError(f"{key}: {index.with_name(shard)}: missing, although {INDEX} names it; copy it too.")
+    headers = {shard: read_header(index.with_name(shard), key) for shard in sorted(set(shards.values()))}
+    for name, shard in shards.items():
+        if name not in headers[shard]:
+            raise UserError(f"{key}: {index}: {name} is not in {shard}; copy or download the model again.")
+    return {name: headers[shard][name] for name, shard in shards.items()}
