@@ -25,6 +25,15 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
         "_save_checkpoint": ("model", "trial"),
         "_get_num_items_in_batch": ("batch_samples", "device"),
         "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+        # Everything that writes or reads a file of a checkpoint.
+        "_save": ("output_dir", "state_dict"),
+        "_save_optimizer_and_scheduler": ("output_dir",),
+        "_save_rng_state": ("output_dir",),
+        "_init_training_state": ("max_steps",),
+        "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+        "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+        "_load_rng_state": ("checkpoint",),
+        "_load_best_model": (),
     },
     "trl.trainer.base_trainer._BaseTrainer": {"_send_telemetry": (), "create_model_card": ()},
     "transformers.cache_utils.DynamicLayer": {

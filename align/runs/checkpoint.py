@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,14 @@ def mark_complete(
     rotate(output, save_total_limit)
 
 
-def synced_sums(checkpoint: Path) -> dict[str, list[int]]:
-    """Sync all files of a checkpoint that this rank wrote alone; returns the size and CRC-32 of each, by its path."""
+def synced_sums(checkpoint: Path, apart: Collection[str] = ()) -> dict[str, list[int]]:
+    """Sync all files of a checkpoint; returns the size and CRC-32 of each, by its path.
+
+    Args:
+        apart: folders in it that other ranks write to, and are left out.
+    """
     sync_tree(checkpoint)
-    return fingerprints(checkpoint)
+    return fingerprints(checkpoint, apart)
 
 
 def rotate(output_dir: str | Path, save_total_limit: int) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ def sync_tree(folder: Path) -> None:
             pass
 
 
-def fingerprints(folder: Path) -> dict[str, list[int]]:
-    """Size and CRC-32 of every file in a folder, by its path there."""
-    paths = _files(folder)
+def fingerprints(folder: Path, apart: Collection[str] = ()) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file in a folder, but those in its folders `apart`, by its path there."""
+    paths = {name: path for name, path in _files(folder).items() if name.split("/")[0] not in apart}
     with ThreadPoolExecutor() as pool:  # reading and CRC-32 release the GIL
         return dict(zip(paths, pool.map(fingerprint, paths.values()), strict=True))
 

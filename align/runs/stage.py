@@ -91,15 +91,12 @@ def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> 
             f"{checkpoint}: was saved by another version of align, with files that this one does not load; finish the "
             f"run with that version, or delete {checkpoint.parent} to start over."
         )
-    if state["layout"] != mine and isinstance(recipe, TrainerRecipe):
-        raise UserError(
-            f"{checkpoint}: was saved by {state['layout']}, and this run has {mine}; "
-            f"start it with {state['layout']} to resume, or delete {checkpoint.parent} to start over."
-        )
     if state["layout"] != mine and world.is_main:
+        other_ranks = state["layout"].split(" at ")[0] != mine.split(" at ")[0]
+        noise = isinstance(recipe, TrainerRecipe) and other_ranks  # PPO draws by response, not by rank
         print(
             f"{checkpoint}: was saved by {state['layout']}, and this run has {mine}: it goes on, and is equal to a run "
-            "without the change up to rounding.",
+            f"without the change up to rounding{' and the noise of dropout and NEFTune' * noise}.",
             file=sys.stderr,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from align.engine.distributed import World
 from align.engine.faults import during
 from align.errors import UserError
 from align.maths.perplexity import perplexity
-from align.runs.checkpoint import mark_complete, synced_sums
+from align.runs.checkpoint import mark_complete
 from align.runs.stage import layout
 from align.runs.tracker import Tracker
 
@@ -30,12 +30,17 @@ class StageCallback(TrainerCallback):
     The trainer must not delete checkpoints (`save_total_limit=None`) or print (`disable_tqdm=True`, and
     `trainer.remove_callback(PrinterCallback)`).
 
+    Args:
+        own_sums: given a checkpoint, size and CRC-32 of each file that this rank wrote, by its path, once on the disk.
+
     Raises:
         UserError: in the training loop, if the loss or gradient norm is NaN or infinite, before a checkpoint is saved.
     """
 
-    def __init__(self, tracker: Tracker, recipe: TrainerRecipe) -> None:
-        self.tracker, self.recipe = tracker, recipe
+    def __init__(
+        self, tracker: Tracker, recipe: TrainerRecipe, own_sums: Callable[[Path], dict[str, list[int]]]
+    ) -> None:
+        self.tracker, self.recipe, self.own_sums = tracker, recipe, own_sums
         self.shown: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -67,15 +72,13 @@ class StageCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         processes = PartialState()
-        processes.wait_for_everyone()  # each rank writes its own share of the checkpoint
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         progress = {"step": state.global_step, "layout": layout(self.recipe, processes.num_processes)}
         if self.recipe.load_best_model_at_end and state.best_model_checkpoint:
             progress["best_checkpoint"] = Path(state.best_model_checkpoint).name
         world = World(processes.process_index, processes.num_processes, processes.device)
         with during("checkpoint", checkpoint):
-            sums = synced_sums(checkpoint) if world.is_main else {}
-            mark_complete(checkpoint, progress, self.recipe.save_total_limit, world, sums)
+            mark_complete(checkpoint, progress, self.recipe.save_total_limit, world, self.own_sums(checkpoint))
 
 
 def trainer_metrics(logs: Mapping[str, float], with_perplexity: bool) -> dict[str, float]:

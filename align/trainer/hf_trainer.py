@@ -24,6 +24,7 @@ from align.errors import UserError
 from align.models.trainable import MERGEABLE
 from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback
+from align.trainer.checkpoint import SafeCheckpoints, check_trainer_state
 
 LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting")  # endings of the names of metrics to minimize
 
@@ -92,7 +93,7 @@ def training_arguments(
     }
 
 
-class ExactEvaluation(Trainer):
+class ExactEvaluation(SafeCheckpoints):
     """A mixin that evaluates exactly: sums over all rows and ranks, divided by their count.
 
     TRL averages the means of batches, which depends on how rows are batched. A trainer that mixes this in adds
@@ -161,9 +162,11 @@ def train(
         TRL's evaluation logs before the first step and after the last; both empty without evaluation rows.
     """
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(StageCallback(tracker, recipe))
+    trainer.add_callback(StageCallback(tracker, recipe, trainer.own_sums))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(trainer.early_stopping_callback(recipe.early_stopping_patience))
+    if checkpoint is not None:
+        check_trainer_state(checkpoint)
     try:
         with during("training"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -202,15 +205,10 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
 
 def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
     output = Path(recipe.output_dir)
-    adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     target = output / "adapter" if recipe.method in MERGEABLE else output
     trainer.save_model(str(target))
     stop_sharded_loading()  # otherwise rank 0 would load the next model sharded, alone
-    if world.is_main:
-        (target / "training_args.bin").unlink()  # a pickle; the manifest holds the same
-        if adapted:
-            (target / "README.md").unlink(missing_ok=True)  # PEFT's card; the stage writes its own
-        if recipe.method in MERGEABLE:
-            tokenizer: Any = trainer.processing_class
-            tokenizer.save_pretrained(output)
-            PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(output)
+    if world.is_main and recipe.method in MERGEABLE:
+        tokenizer: Any = trainer.processing_class
+        tokenizer.save_pretrained(output)
+        PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(output)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import align.engine.parts
+import align.trainer.checkpoint
 from align.config.load import load_recipe
 from align.ppo import train as ppo
 from align.reward import train as reward
@@ -29,8 +30,8 @@ def work(stage: str, recipe: str, stall: str | None) -> None:
     make_noisy(rank)
     if stall is not None:
         marker = Path(recipe).with_name("stalled")
-        torch.save = stalling(torch.save, stall, rank + 1 == ranks, marker)
-        align.engine.parts.write_file = stalling(align.engine.parts.write_file, stall, rank + 1 == ranks, marker)
+        for module, function in ((align.engine.parts, "write_file"), (align.trainer.checkpoint, "write_generators")):
+            setattr(module, function, stalling(getattr(module, function), stall, rank + 1 == ranks, marker))
     STAGES[stage].run(load_recipe(stage, recipe))
 
 
@@ -56,7 +57,7 @@ def stalling(write: Callable[..., Any], checkpoint: str, last_rank: bool, marker
         written = write(*args, **kwargs)
         path = next(place for place in args if isinstance(place, str | Path))
         place = str(path)
-        if f"/{checkpoint}/value/" in place or (last_rank and f"/{checkpoint}/rng_state" in place):
+        if f"/{checkpoint}/value/" in place or (last_rank and f"/{checkpoint}/random/" in place):
             os.truncate(path, os.path.getsize(path) // 2)
             marker.touch()
             time.sleep(600)

@@ -416,29 +416,6 @@ class TestLayout:
         )
         assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
 
-    @pytest.mark.parametrize(("stage", "loader"), [("sft", "load_policy"), ("reward", "new_reward_model")])
-    def test_another_is_refused_before_a_model_is_loaded(self, tmp_path, monkeypatch, stage, loader):
-        module = importlib.import_module(f"align.{stage}.train")
-        monkeypatch.setattr(module, loader, lambda *_, **__: pytest.fail("weights were loaded"))
-        recipe = load_recipe(stage, str(write_recipe(stage, tmp_path)))
-        Folder(recipe).save(3, layout="2 processes at ZeRO 3")
-        with pytest.raises(UserError) as error:
-            module.run(recipe)
-        assert str(error.value) == (
-            f"{tmp_path}/out/checkpoint-3: was saved by 2 processes at ZeRO 3, and this run has 1 process at ZeRO 0; "
-            f"start it with 2 processes at ZeRO 3 to resume, or delete {tmp_path}/out to start over."
-        )
-        assert checkpoints(tmp_path / "out") == ["checkpoint-3"]
-
-    @pytest.mark.parametrize(("stage", "ranks", "zero"), [("sft", 2, None), ("reward", 2, 3)])
-    def test_ranks_that_have_become_two_all_stop(self, whole, tmp_path, stage, ranks, zero):
-        recipe = write_recipe(stage, tmp_path, zero)
-        out = unfinished(whole(stage, "alone"), recipe)
-        started = start(recipe, ranks)
-        assert started.wait() == [1] * ranks
-        assert f"was saved by 1 process at ZeRO 0, and this run has 2 processes at ZeRO {zero or 0}" in started.stderr
-        assert checkpoints(out) == checkpoints(whole(stage, "alone"))
-
     @pytest.mark.parametrize(("before", "after"), [("alone", "zero3"), ("zero2", "alone"), ("zero3", "zero0")])
     def test_a_ppo_run_goes_on_in_another(self, whole, tmp_path, before, after):
         """Weights, averages, every metric of every step and what adapts, as if it had been that of the start."""

@@ -22,7 +22,7 @@ from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.errors import UserError
-from align.runs.checkpoint import complete_checkpoints
+from align.runs.checkpoint import complete_checkpoints, synced_sums
 from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback, trainer_metrics
 from tests.documented_metrics import METRICS, documented_metrics, undocumented
@@ -400,7 +400,7 @@ def sft_trainer(tracker: Tracker, recipe: SFTRecipe, **arguments: Any) -> Any:
         LlamaForCausalLM(tiny_config()),
         args=SFTConfig(recipe.output_dir, **ARGUMENTS, **arguments),
         train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
-        callbacks=[StageCallback(tracker, recipe)],
+        callbacks=[StageCallback(tracker, recipe, synced_sums)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -473,7 +473,7 @@ def test_reward_trainer(tmp_path: Path) -> None:
                 eval_steps=3, save_strategy="no",
             ),
             train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
-            callbacks=[StageCallback(tracker, recipe)],
+            callbacks=[StageCallback(tracker, recipe, synced_sums)],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
