@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ from align.errors import UserError, reason
 from align.models.check_weights import check_finite
 from align.models.inspect_folder import inspect_folder, read_object
 from align.models.load import adapter_base
-from align.runs.files import new_folder
+from align.runs.own_files import remove_empty
 from align.runs.quiet import quiet
 
 AUTO = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_CLS": AutoPeftModelForSequenceClassification}
@@ -30,7 +34,7 @@ def run(adapter: str, output: str) -> str:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{adapter}: no adapter (adapter_config.json is missing); name the folder of an adapter.")
-    if Path(output).exists():
+    if os.path.lexists(output):
         raise UserError(f"{output}: exists already; name a new folder.")
     inspect_folder(str(folder), "align merge")
     base = adapter_base(str(folder))
@@ -46,7 +50,30 @@ def run(adapter: str, output: str) -> str:
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded on its base {base}: {reason(error)}") from error
     check_finite(model, str(folder))
-    with new_folder(Path(output)) as fresh:
+    with _new_folder(Path(output)) as fresh:
         model.merge_and_unload().save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
     return f"{folder} merged into {base}: {output}"
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the name `path` after the block without an error; otherwise nothing is left.
+
+    Raises:
+        UserError: it cannot be made there, or another process has made one in the meantime.
+    """
+    parent = path.absolute().parent
+    missing = [each for each in (parent, *parent.parents) if not each.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent) as temporary:
+            fresh = Path(temporary) / path.name
+            fresh.mkdir()
+            yield fresh
+            fresh.rename(path)  # fails if there is something by now, an empty folder excepted
+    except BaseException as error:
+        remove_empty(missing)
+        if isinstance(error, OSError):
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder.") from error
+        raise

@@ -38,6 +38,7 @@ from align.models.load import head_modules, is_encoder, load_config, new_classif
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze, peft_config
 from align.runs.manifest import check_tokenizer, open_stage
+from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import ClassifyResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
@@ -54,6 +55,7 @@ from align.trainer.hf_trainer import (
 from align.trainer.row_trainer import RowCollator, RowTrainer, row_training_arguments
 
 
+@one_run_per_folder
 def run(recipe: ClassifyRecipe) -> ClassifyResult:
     """Train a classifier; returns the results, which are also in `stage.json`."""
     quiet()

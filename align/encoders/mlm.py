@@ -36,6 +36,7 @@ from align.models.load import is_encoder, load_config, load_masked_lm
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
 from align.runs.manifest import check_tokenizer, open_stage
+from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import MLMResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
@@ -52,6 +53,7 @@ from align.trainer.hf_trainer import (
 from align.trainer.row_trainer import RowTrainer, row_training_arguments
 
 
+@one_run_per_folder
 def run(recipe: MLMRecipe) -> MLMResult:
     """Continue the pre-training of an encoder; returns the results, which are also in `stage.json`."""
     quiet()

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import json
 import math
-import shutil
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,8 +39,11 @@ from align.evaluate.results import REPORT, finished, identity
 from align.maths.perplexity import perplexity
 from align.models.inspect_folder import inspect_inputs
 from align.models.virtual_tokens import load_language_model
+from align.runs import lock
 from align.runs.files import digest, write_json
 from align.runs.manifest import COSMETIC_KEYS
+from align.runs.output_folder import claim, one_run_per_folder
+from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
 from align.runs.quiet import quiet
 from align.runs.results import EvaluationResult
@@ -51,6 +54,7 @@ from reward_models.responses import Responses
 PARTS = "parts"  # in output_dir while the command runs: outputs of each finished setting
 
 
+@one_run_per_folder
 def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     """Evaluate; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
@@ -59,17 +63,18 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
         return EvaluationResult.from_json(recipe.output_dir, earlier)
     inspect_inputs(recipe)
     evaluation = identity(recipe)
+    if int(os.environ.get("RANK", "0")) == 0:
+        claim(recipe.output_dir, evaluation, resuming=False)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
     grader = user_function(recipe.grader, "grader", recipe.function_timeout) if recipe.grader else None
     generates = bool(metrics) or grader is not None
     inputs = prepare_inputs(recipe, generates)
-    try:
-        (Path(recipe.output_dir) / PARTS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output_dir: cannot write to {recipe.output_dir} ({error.strerror}); choose another."
-        ) from error
     world = connect(deepspeed_files=False, function_timeout=recipe.function_timeout)
+    folder = Path(recipe.output_dir)
+    if world.is_main:
+        own(folder / PARTS).mkdir(exist_ok=True)
+    else:
+        lock.share(folder)
     outputs = _run_models(recipe, inputs, world, generates, _resume_key(evaluation, inputs))
     result = None
     if world.is_main:
@@ -80,7 +85,8 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
         results = {**evaluation, **summarize(recipe, inputs, setting_results)}
         tables = write_report(recipe.output_dir, inputs, setting_results, results)
         result = EvaluationResult.from_json(recipe.output_dir, results)
-        shutil.rmtree(Path(recipe.output_dir) / PARTS)
+        delete(folder / PARTS)
+        (folder / RUN).unlink()
         console = make_console()
         for table in tables:
             console.print(table.to_rich())

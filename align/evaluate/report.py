@@ -15,9 +15,11 @@ from align.data.templates import TASK
 from align.engine.faults import during
 from align.evaluate.bootstrap import Measure, bootstrap_intervals, compare
 from align.evaluate.inputs import EvalInputs, EvalSetting
-from align.evaluate.results import REPORT, RESULTS, Table, tables
+from align.evaluate.results import REPORT, Table, tables
 from align.runs.files import write_json, write_text
 from align.runs.manifest import tokenizer_digest
+from align.runs.output_folder import RESULTS
+from align.runs.own_files import own
 from align.runs.tables import markdown_table
 
 PREDICTIONS = "predictions.jsonl"
@@ -113,6 +115,7 @@ def write_report(
     folder = Path(output_dir)
     report = tables(results)
     with during("records", folder):
+        own(folder / PREDICTIONS, folder / REPORT, folder / RESULTS)
         write_text(folder / PREDICTIONS, "".join(_prediction_lines(inputs, setting_results)))
         text = f"# Evaluation\n\n{results['rows']} rows. 95% confidence intervals, by bootstrap over the rows.\n"
         text += "".join(f"\n## {table.title}\n\n{markdown_table(table.columns, table.rows)}" for table in report)

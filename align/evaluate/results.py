@@ -13,9 +13,9 @@ from align.config.evaluate import EvaluateRecipe
 from align.errors import OtherRun
 from align.runs.files import digest
 from align.runs.manifest import differing_keys, read_manifest
+from align.runs.output_folder import RESULTS
 from align.runs.tables import make_table
 
-RESULTS = "results.json"
 REPORT = "results.md"
 
 

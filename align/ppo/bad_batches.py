@@ -10,6 +10,7 @@ from align.engine.faults import during
 from align.errors import UserError
 from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout
+from align.runs.own_files import own
 
 MOST_SKIPPED = 3  # in a row, before the run stops
 SAVED = ("prompt_ids", "prompt_mask", "response_ids", "mask", "old_logprobs", "ref_logprobs", "values", "scores")
@@ -27,7 +28,7 @@ def skip_minibatch(run: PPORun, minibatch: Rollout, name: str, sums: dict[str, f
     if run.world.is_main:
         names = [*SAVED, "advantages", "returns"]
         with during("records", file):
-            file.parent.mkdir(parents=True, exist_ok=True)
+            own(file.parent).mkdir(exist_ok=True)
             save_file({name: getattr(minibatch, name).contiguous() for name in names}, file)
     if run.skipped_in_a_row >= MOST_SKIPPED:
         losses = ", ".join(f"{n} {sums[n]}" for n in ("policy/loss", "value/loss", "ptx/loss") if n in sums)

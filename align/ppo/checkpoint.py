@@ -10,6 +10,7 @@ from align.engine.faults import during
 from align.maths.running_moments import RunningMoments
 from align.ppo.ppo_run import PPORun, Progress
 from align.runs.checkpoint import mark_complete, read_state
+from align.runs.own_files import own
 from align.runs.stage import layout
 
 
@@ -17,6 +18,9 @@ def save_checkpoint(run: PPORun, step: int) -> None:
     """Write all that a resume needs. Data order and sampling noise are functions of the step: no generator is saved."""
     recipe, world = run.recipe, run.world
     folder = Path(recipe.output_dir) / f"checkpoint-{step}"
+    if world.is_main:
+        own(folder)
+    world.barrier()
     saved = {"policy": run.models.policy, "value": run.models.value, "ema": run.ema}
     sums: dict[str, list[int]] = {}
     with during("checkpoint", folder):

@@ -11,7 +11,7 @@ from align.engine.ema import EMA
 from align.engine.engine import TrainEngine
 from align.engine.faults import during
 from align.ppo.ppo_run import PPORun
-from align.runs.files import new_folder
+from align.runs.own_files import new_files, new_folder
 from align.runs.stage import finish
 
 CARD = """# Language model, trained by PPO
@@ -43,8 +43,11 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
         results: closing numbers.
     """
     recipe, folder = run.recipe, Path(run.recipe.output_dir)
-    with during("model", folder):
-        _write(run, run.models.policy, folder)
+    with (
+        during("model", folder),
+        new_files(folder) if run.world.is_main else contextlib.nullcontext(folder) as target,
+    ):
+        _write(run, run.models.policy, target)
     run.world.barrier()
     if run.models.value is not None:
         save_model(run, run.models.value, folder / "value")

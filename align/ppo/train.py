@@ -22,12 +22,14 @@ from align.ppo.self_checks import check_start
 from align.ppo.setup import set_up
 from align.ppo.tracking import timed_step, track
 from align.runs.manifest import open_stage
+from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import PPOResult
 from align.runs.stage import finished_results, last_checkpoint, step_of
 from align.runs.tracker import Tracker
 
 
+@one_run_per_folder
 def run(recipe: PPORecipe) -> PPOResult:
     """Train a policy by PPO; returns the results, which are also in `stage.json`."""
     quiet()

@@ -47,6 +47,7 @@ from align.reward.normalization import chosen_responses, normalization_prompts, 
 from align.reward.trainer import PairTrainer
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
+from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import RewardResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
@@ -55,6 +56,7 @@ from align.trainer.hf_trainer import eval_batch_size, save_trained, total_steps,
 from reward_models.heads import init_head, keep_head_float32, score_head
 
 
+@one_run_per_folder
 def run(recipe: RewardRecipe) -> RewardResult:
     """Train a reward model; returns the results, which are also in `stage.json`."""
     quiet()

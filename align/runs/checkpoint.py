@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import sys
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.runs.files import difference, digest, fingerprints, sync, sync_tree, write_json
+from align.runs.files import difference, digest, fingerprints, sync, sync_tree, write_bytes, write_json
+from align.runs.own_files import delete, own, owned
+from align.runs.records import CHECKPOINT_NAME
 
 if TYPE_CHECKING:
     from align.engine.distributed import World
@@ -42,7 +45,7 @@ def mark_complete(
     if not world.is_main:
         return
     output = checkpoint.parent
-    records = list(output.glob("*.jsonl"))
+    records = [output / name for name in sorted(owned(output)) if name.endswith(".jsonl") and (output / name).is_file()]
     for path in (*(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint, *records):
         sync(path)
     lengths = {record.name: record.stat().st_size for record in records}
@@ -68,8 +71,26 @@ def rotate(output_dir: str | Path, save_total_limit: int) -> None:
     found = complete_checkpoints(output_dir)
     best = read_state(found[-1]).get("best_checkpoint") if found else None
     for old in [checkpoint for checkpoint in found[:-save_total_limit] if checkpoint.name != best]:
+        _keep_others(old)
         (old / COMPLETE).unlink()  # first, so that a half-deleted folder is never taken for a checkpoint
-        shutil.rmtree(old, ignore_errors=True)
+        delete(old)
+
+
+def _keep_others(checkpoint: Path) -> None:
+    """Move files that others have put into a checkpoint out of it, before it is deleted."""
+    try:
+        mine = {COMPLETE, *read_state(checkpoint)["files"]}
+    except (OSError, ValueError, KeyError):  # damaged, so that it cannot say
+        return
+    kept = checkpoint.with_name(f"kept-{checkpoint.name}")
+    while os.path.lexists(kept):
+        kept = kept.with_name(f"{kept.name}-too")
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint)
+        if name.as_posix() not in mine and (path.is_symlink() or not path.is_dir()):
+            (kept / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, kept / name)
+            print(f"{path}: was not written by this run; moved to {kept / name}", file=sys.stderr)
 
 
 def find_corruption(checkpoint: Path) -> str | None:
@@ -86,33 +107,38 @@ def find_corruption(checkpoint: Path) -> str | None:
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints in `output_dir`, oldest first."""
-    found = [folder for folder in Path(output_dir).glob("checkpoint-*") if (folder / COMPLETE).is_file()]
+    """The complete checkpoints of the run in `output_dir`, oldest first."""
+    mine = [Path(output_dir) / name for name in owned(output_dir) if CHECKPOINT_NAME.fullmatch(name)]
+    found = [folder for folder in mine if (folder / COMPLETE).is_file()]
     return sorted(found, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
 
 
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, which is kept until the stage has finished; returns its new path."""
     aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return checkpoint.rename(aside)
+    delete(aside)
+    checkpoint.rename(own(aside))
+    delete(checkpoint)  # from the record
+    return aside
 
 
 def clear_partial(output_dir: str | Path) -> None:
     """Delete what a killed run wrote in part."""
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        if not (folder / COMPLETE).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-    for folder in Path(output_dir).glob(".*.partial"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for name in owned(output_dir):
+        path = Path(output_dir) / name
+        partial_checkpoint = CHECKPOINT_NAME.fullmatch(name) and not (path / COMPLETE).is_file()
+        if partial_checkpoint or fnmatch(name, ".*.partial"):
+            delete(path)
 
 
 def cut_records(checkpoint: Path) -> None:
-    """Truncate the run's records (`*.jsonl`) to their length at a checkpoint: later steps are done again."""
+    """Cut the run's records (`*.jsonl`) to their length at a checkpoint: later steps are done again."""
     for name, size in read_state(checkpoint)["records"].items():
         path = checkpoint.parent / name
-        if path.is_file() and path.stat().st_size > size:
-            os.truncate(path, size)
+        if name in owned(path.parent) and path.is_file() and path.stat().st_size > size:
+            with open(path, "rb") as file:
+                kept = file.read(size)
+            write_bytes(path, kept)  # rather than in place: the file may have a second name elsewhere
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +16,12 @@ from align.errors import OtherRun, UserError
 from align.models.inspect_folder import inspect_inputs
 from align.runs.checkpoint import DAMAGED, complete_checkpoints
 from align.runs.files import digest, write_json
+from align.runs.output_folder import claim
+from align.runs.own_files import MANIFEST, RUN, delete, own, owned
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MANIFEST = "stage.json"
-RUN = "run.json"
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "datasets", "peft", "accelerate")
 
 # Keys that do not change the result: a run may be resumed, and a finished stage reused, with other values.
@@ -95,21 +94,14 @@ def open_stage(recipe: StageRecipe) -> bool:
     of them has been trained again.
 
     Raises:
-        UserError: the folder cannot be written, or holds a run of another recipe or of older inputs; a model that the
-            stage starts from cannot be used.
+        UserError: the folder cannot be written, is in use, or holds something else, a run of another recipe or of older
+            inputs; a model that the stage starts from cannot be used.
     """
-    folder = Path(recipe.output_dir)
     finished = is_finished(recipe)
     if not finished:
         inspect_inputs(recipe)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: cannot write to {folder} ({error.strerror}); choose another folder.") from error
-    if not finished and not complete_checkpoints(folder) and int(os.environ.get("RANK", "0")) == 0:
-        write_json(folder / RUN, _identity(recipe))
+        if int(os.environ.get("RANK", "0")) == 0:
+            claim(recipe.output_dir, _identity(recipe), resuming=bool(complete_checkpoints(recipe.output_dir)))
     return finished
 
 
@@ -165,6 +157,9 @@ def write_manifest(
         more: further entries for the next stage, such as the reward model's score mean and spread.
     """
     folder = Path(recipe.output_dir)
+    for aside in folder.glob(f"{DAMAGED}checkpoint-*"):
+        delete(aside)
+    own(folder / MANIFEST)
     write_json(
         folder / MANIFEST,
         {
@@ -175,11 +170,10 @@ def write_manifest(
             "data": dict(data),
             "results": dict(results),
             **more,
+            "files": sorted(owned(folder)),
         },
     )
     (folder / RUN).unlink(missing_ok=True)
-    for aside in folder.glob(f"{DAMAGED}checkpoint-*"):
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _version(package: str) -> str:

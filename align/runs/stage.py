@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from align.engine.deepspeed_config import uses_deepspeed, zero_stage
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.errors import UserError
+from align.runs import lock
 from align.runs.checkpoint import (
     VERSION,
     clear_partial,
@@ -28,8 +28,9 @@ from align.runs.checkpoint import (
     rotate,
     set_aside,
 )
-from align.runs.files import new_folder
+from align.runs.files import write_text
 from align.runs.manifest import read_manifest, write_manifest
+from align.runs.own_files import delete, new_folder, own
 from align.runs.tables import markdown_table
 
 UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
@@ -48,6 +49,8 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
     if world.is_main:
         step += step_of(_newest_intact(recipe.output_dir))
     step = world.sum(step)  # one decision for all ranks
+    if not world.is_main:
+        lock.share(Path(recipe.output_dir))
     checkpoint = Path(recipe.output_dir) / f"checkpoint-{int(step)}" if step else None
     check_layout(recipe, world, checkpoint)
     if checkpoint is not None and world.is_main:
@@ -156,6 +159,6 @@ def finish(
     )
     folder = Path(recipe.output_dir)
     with during("records", folder):
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        shutil.rmtree(folder / UNTRAINED, ignore_errors=True)
+        write_text(own(folder / "README.md"), text)
+        delete(folder / UNTRAINED)
         write_manifest(recipe, tokenizer, data, results, **more)

@@ -19,6 +19,7 @@ from align.config.base import StageRecipe
 from align.engine.faults import during
 from align.errors import UserError
 from align.runs.files import write_text
+from align.runs.own_files import own
 from align.runs.progress import Display
 from align.runs.wandb_run import WandbRun
 
@@ -48,7 +49,7 @@ class Tracker:
         """
         if self.is_main:
             with during("records", self._folder):
-                self._folder.mkdir(parents=True, exist_ok=True)
+                own(self._folder / METRICS, self._folder / SAMPLES)
                 self._identity = _identity(self._folder)
                 for name in (METRICS, SAMPLES):
                     _drop_after(self._folder / name, self.resume_step)

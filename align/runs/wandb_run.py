@@ -21,6 +21,7 @@ from align.engine.faults import during
 from align.errors import UserError
 from align.runs import records
 from align.runs.files import write_json
+from align.runs.own_files import own
 from align.runs.records import read_record
 
 WANDB_RUN = "wandb_run.json"
@@ -116,7 +117,9 @@ class WandbRun:
 
 def _start(recipe: StageRecipe, stage: str, output_dir: Path) -> tuple[Any, int]:
     """The W&B run, and the number of its next row."""
-    remembered = output_dir / WANDB_RUN
+    remembered = own(output_dir / WANDB_RUN)
+    if "WANDB_DIR" not in os.environ:
+        own(output_dir / "wandb")
     known: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "processes": 0}
     if remembered.exists():
         known = read_record(remembered, records.WANDB_RUN)

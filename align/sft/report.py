@@ -9,6 +9,8 @@ from typing import Any
 from align.data.duplicates import describe_duplicates
 from align.maths.perplexity import perplexity
 from align.runs.charts import draw
+from align.runs.files import write_text
+from align.runs.own_files import own
 from align.runs.tables import markdown_table
 from align.sft.best_checkpoint import FORGETTING, within_bound
 
@@ -109,7 +111,7 @@ def history_section(history: Sequence[Log]) -> str:
 def write_loss_chart(folder: str, history: Sequence[Log]) -> None:
     """Draw the losses of the evaluations as an SVG."""
     steps = [entry["step"] for entry in history]
-    (Path(folder) / LOSS_CHART).write_text(draw(steps, loss_curves(history), "nats per token"), encoding="utf-8")
+    write_text(own(Path(folder) / LOSS_CHART), draw(steps, loss_curves(history), "nats per token"))
 
 
 def loss_curves(history: Sequence[Log]) -> dict[str, list[float]]:

@@ -24,6 +24,7 @@ from align.models.from_scratch import scratch_config, write_scratch_model
 from align.models.load import load_policy
 from align.models.trainable import cast_trained_to_float32, freeze, parameter_counts, peft_config, quantization_kwargs
 from align.runs.manifest import open_stage
+from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import SFTResult
 from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
@@ -51,6 +52,7 @@ from align.trainer.hf_trainer import (
 )
 
 
+@one_run_per_folder
 def run(recipe: SFTRecipe) -> SFTResult:
     """Fine-tune a language model; returns the results, which are also in `stage.json`."""
     quiet()

@@ -18,6 +18,7 @@ from align.engine.faults import during
 from align.errors import UserError
 from align.maths.perplexity import perplexity
 from align.runs.checkpoint import mark_complete
+from align.runs.own_files import own
 from align.runs.stage import layout
 from align.runs.tracker import Tracker
 
@@ -55,6 +56,10 @@ class StageCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # Logging comes before saving, so no checkpoint is saved before its loss has been checked.
         control.should_log |= control.should_save or control.should_training_stop
+        if control.should_save:
+            if self.tracker.is_main:
+                own(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            PartialState().wait_for_everyone()  # before another rank makes the folder
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs: dict[str, float] = kwargs["logs"]

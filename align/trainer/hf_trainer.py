@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from align.engine.distributed import World
 from align.engine.faults import during
 from align.errors import UserError
 from align.models.trainable import MERGEABLE
+from align.runs.own_files import new_files, new_files_in
 from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback
 from align.trainer.checkpoint import SafeCheckpoints, check_trainer_state
@@ -205,10 +207,11 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
 
 def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
     output = Path(recipe.output_dir)
-    target = output / "adapter" if recipe.method in MERGEABLE else output
-    trainer.save_model(str(target))
-    stop_sharded_loading()  # otherwise rank 0 would load the next model sharded, alone
-    if world.is_main and recipe.method in MERGEABLE:
-        tokenizer: Any = trainer.processing_class
-        tokenizer.save_pretrained(output)
-        PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(output)
+    with new_files(output) if world.is_main else contextlib.nullcontext(new_files_in(output)) as fresh:
+        target = fresh / "adapter" if recipe.method in MERGEABLE else fresh
+        trainer.save_model(str(target))
+        stop_sharded_loading()  # otherwise rank 0 would load the next model sharded, alone
+        if world.is_main and recipe.method in MERGEABLE:
+            tokenizer: Any = trainer.processing_class
+            tokenizer.save_pretrained(fresh)
+            PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(fresh)

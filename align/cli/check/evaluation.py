@@ -15,14 +15,16 @@ from align.evaluate.inputs import EvalInputs, prepare_inputs
 from align.evaluate.metrics import TOKEN_METRICS, load_metric
 from align.evaluate.results import finished
 from align.models.inspect_folder import inspect_inputs
+from align.runs.output_folder import find_mark
 
 
 def check(recipe: EvaluateRecipe, context: Context) -> None:
     """Report what can be found out about a recipe without loading weights."""
     report = context.report
     with report.part():
-        done = "is finished; the step would be skipped" if finished(recipe) else "new"
-        report.say(f"output_dir: {writable(Path(recipe.output_dir))}, {done}")
+        mark = None if (done := finished(recipe)) else find_mark(recipe.output_dir)
+        state = "is finished; the step would be skipped" if done else "which would be resumed" if mark else "new"
+        report.say(f"output_dir: {writable(Path(recipe.output_dir))}, {state}")
     with report.part():
         for name in recipe.metrics:
             if name not in TOKEN_METRICS:

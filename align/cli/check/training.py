@@ -24,7 +24,9 @@ from align.data.mixture import describe_task_shares
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.models.inspect_folder import inspect_inputs
 from align.runs.files import write_json
-from align.runs.manifest import MANIFEST, RUN, is_finished, tokenizer_digest
+from align.runs.manifest import is_finished, tokenizer_digest
+from align.runs.output_folder import find_mark
+from align.runs.own_files import MANIFEST
 
 R = TypeVar("R", bound=StageRecipe)
 
@@ -149,7 +151,8 @@ def _output_state(recipe: StageRecipe) -> str:
     folder = Path(recipe.output_dir)
     if is_finished(recipe):
         return f"{folder} is finished; the stage would be skipped"
-    return f"{writable(folder)}, {'which would be resumed' if (folder / RUN).is_file() else 'new'}"
+    mark = find_mark(folder)
+    return f"{writable(folder)}, {'which would be resumed' if mark else 'new'}"
 
 
 def _with_stand_ins(recipe: R, stand_ins: dict[Path, Path], report: Report) -> R:

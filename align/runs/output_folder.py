@@ -1,0 +1,188 @@
+"""The output folder of a run: which folders it may take, and how it takes one and gives it up.
+
+A run takes a folder that does not exist, is empty, or bears the mark of `align`: `run.json`, `stage.json`, or `results.json`
+of an evaluation. It holds the folder's lock (`align/runs/lock.py`) until it ends. What in the folder is the run's own is the
+matter of `align/runs/own_files.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from align.errors import OtherRun, UserError
+from align.runs import lock
+from align.runs.files import write_json
+from align.runs.own_files import MANIFEST, RUN, delete, in_the_way, owned, read_mark, remove_empty
+
+RESULTS = "results.json"
+MARKS = (MANIFEST, RESULTS, RUN)  # the first that is there counts: a run's record may outlive its end by a moment
+IN_THE_WAY = (  # names that runs write, which are free or the run's own before one starts
+    *("run.json", "stage.json", "metrics.jsonl", "samples.jsonl", "wandb_run.json", "wandb", "README.md", "losses.svg"),
+    *(
+        "untrained",
+        "checkpoint-*",
+        "damaged-checkpoint-*",
+        "best",
+        "value",
+        "ema",
+        "adapter",
+        "bad_batches",
+        ".*.partial",
+    ),
+    *(
+        "model*.safetensors*",
+        "adapter_*",
+        "config.json",
+        "generation_config.json",
+        "tokenizer*.json",
+        "chat_template.jinja",
+    ),
+    *("parts", "predictions.jsonl", "results.md", "results.json"),
+)
+BEFORE_TRAINING = {"untrained", ".untrained.partial", "wandb", "wandb_run.json"}  # made before the first step
+
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class _Claim:
+    made: list[Path]  # the folder and its parents, as far as this process made them, innermost first
+    is_new: bool  # no earlier run has left anything in the folder
+
+
+_claims: dict[str, _Claim] = {}
+
+
+def find_mark(output_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
+    """The name and content of the record that marks a folder as one of `align`; None for an empty or absent folder.
+
+    Raises:
+        UserError: the folder holds something else, or is none.
+    """
+    folder = Path(output_dir)
+    if not os.path.lexists(folder):
+        return None
+    if not folder.is_dir():
+        what = "a link to nothing" if folder.is_symlink() else "a file"
+        raise UserError(f"output_dir: cannot write to {folder}, which is {what}; choose another folder.")
+    for name in MARKS:
+        content = read_mark(folder / name)
+        if isinstance(content.get("stage"), str) and isinstance(content.get("recipe"), dict):
+            return name, content
+    lock.read(folder)
+    others = sorted(each.name for each in folder.iterdir() if not _is_start(each.name))
+    if not others:
+        return None
+    more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+    raise UserError(
+        f"output_dir: {folder} holds {', '.join(others[:3])}{more}, and no stage.json or run.json that says it is the output "
+        "of a run; choose an empty or a new folder, or move these elsewhere."
+    )
+
+
+def _is_start(name: str) -> bool:
+    """Whether it may be all that a run left that was killed while it claimed the folder."""
+    return name == lock.LOCK or fnmatch.fnmatch(name, f".{RUN}.*")
+
+
+def claim(output_dir: str | Path, identity: Mapping[str, Any], resuming: bool) -> None:
+    """Take the output folder for this run, for rank 0: lock it, and write `run.json` unless the run there is resumed.
+
+    Args:
+        identity: stage, recipe and inputs.
+        resuming: whether the folder is known to hold an unfinished run of this identity.
+
+    Raises:
+        UserError: the folder cannot be written, holds something else, is in use, or a file that is not the run's own has a
+            name that it needs. Nothing has been written then.
+    """
+    folder = Path(output_dir)
+    _check_unfinished(folder, identity["stage"])
+    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        lock.acquire(folder)
+        found = _check_unfinished(folder, identity["stage"])  # again: from here on nobody else writes there
+        files = owned(folder)
+        _check_way(folder, files)
+        if not (found and resuming):
+            write_json(folder / RUN, {**identity, "files": sorted(files)})
+    except BaseException as error:
+        lock.release(folder, delete=True)
+        remove_empty(made)
+        if isinstance(error, OSError):
+            raise UserError(
+                f"output_dir: cannot write to {folder} ({error.strerror}); choose another folder."
+            ) from error
+        raise
+    _claims[os.path.abspath(folder)] = _Claim(made, is_new=not found)
+
+
+def _check_unfinished(folder: Path, stage: str) -> dict[str, Any]:
+    """The record of the unfinished run in the folder; empty if there is none."""
+    if (mark := find_mark(folder)) is None:
+        return {}
+    name, content = mark
+    if name != RUN or content["stage"] != stage:
+        kind = "an unfinished" if name == RUN else "a finished"
+        raise OtherRun(
+            f"output_dir: {folder} holds {kind} run of the {content['stage']} stage; choose another folder, or delete this one."
+        )
+    return content
+
+
+def _check_way(folder: Path, files: set[str]) -> None:
+    mine = {name.partition("/")[0] for name in files} | ({RUN} if read_mark(folder / RUN) else set())
+    for entry in sorted(folder.iterdir()):
+        if entry.name in mine and entry.is_symlink():
+            raise in_the_way(entry)
+        if entry.name not in mine and any(fnmatch.fnmatch(entry.name, pattern) for pattern in IN_THE_WAY):
+            raise in_the_way(entry)
+
+
+def one_run_per_folder(run: R) -> R:
+    """Decorate a stage's `run(recipe)`: it gives up what it has claimed at its end.
+
+    A run that ends with an error before its first step leaves no trace in a folder that was new to it.
+    """
+
+    @functools.wraps(run)
+    def releasing(recipe: Any) -> Any:
+        folder = Path(recipe.output_dir)
+        try:
+            return run(recipe)
+        except BaseException:
+            with contextlib.suppress(OSError, UserError):
+                _withdraw(folder)
+            raise
+        finally:
+            claimed = _claims.pop(os.path.abspath(folder), None)
+            lock.release(folder, delete=claimed is not None)
+
+    return cast(R, releasing)
+
+
+def _withdraw(folder: Path) -> None:
+    claimed = _claims.get(os.path.abspath(folder))
+    if claimed is None or not claimed.is_new:
+        return
+    names = {name.partition("/")[0] for name in owned(folder)}
+    if any(name not in BEFORE_TRAINING and not _is_empty(folder / name) for name in names):
+        return
+    for name in names:
+        delete(folder / name)
+    (folder / RUN).unlink(missing_ok=True)
+    lock.release(folder, delete=True)
+    remove_empty(claimed.made)
+
+
+def _is_empty(path: Path) -> bool:
+    if path.is_dir():
+        return next(path.iterdir(), None) is None
+    return not path.exists() or path.stat().st_size == 0

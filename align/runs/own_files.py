@@ -1,0 +1,197 @@
+"""What in an output folder is the run's own: nothing else there is overwritten or deleted, or written to through a link.
+
+`run.json` lists it under `files`, and so does `stage.json` once the run has finished. An entry `best/config.json` is one file,
+and `checkpoint-4` a file or folder with everything in it. All functions are for rank 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from align.config.json_file import read_json
+from align.errors import BadFile, UserError
+from align.runs.files import write_json
+from align.runs.records import is_inner_path
+
+MANIFEST = "stage.json"
+RUN = "run.json"
+
+
+def read_mark(path: Path) -> dict[str, Any]:
+    """The mapping in a record of a run; empty where there is none, it is damaged, or a link is in its place."""
+    try:
+        found = read_json(path, follow_links=False)
+    except BadFile:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def in_the_way(path: Path) -> UserError:
+    """The error for a file or folder that has a name that the run needs."""
+    what = (
+        "is a symbolic link, through which nothing is written" if path.is_symlink() else "was not written by this run"
+    )
+    return UserError(
+        f"output_dir: {path} {what}, and has a name that the run needs; move it elsewhere and start again."
+    )
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Delete those of `folders` that are empty, one after the other."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def owned(folder: str | Path) -> set[str]:
+    """What the record of the run in an output folder lists as its own, by path there.
+
+    Raises:
+        UserError: it lists something outside the folder.
+    """
+    record = read_mark(Path(folder) / RUN) or read_mark(Path(folder) / MANIFEST)
+    files = record.get("files", [])
+    if not isinstance(files, list) or not all(map(is_inner_path, files)):
+        raise UserError(f"{folder}: `files` in its {RUN} or {MANIFEST} is damaged; restore it, or delete the folder.")
+    return set(files)
+
+
+def own(*paths: Path) -> Path:
+    """Record entries of one output folder as the run's own, which it is about to write; returns the first.
+
+    Raises:
+        UserError: one is there already and is not the run's own, or is a symbolic link.
+    """
+    folder = paths[0].parent
+    files = owned(folder)
+    new = {path.name for path in paths if not _names(files, path.name)}
+    for path in paths:
+        if path.is_symlink() or (path.name in new and os.path.lexists(path)):
+            raise in_the_way(path)
+    if new:
+        _record(folder, files | new)
+    return paths[0]
+
+
+def _names(files: set[str], name: str) -> set[str]:
+    """The entries of the record for a file or folder and what is in it."""
+    return {file for file in files if file == name or file.startswith(f"{name}/")}
+
+
+def _record(folder: Path, files: set[str]) -> None:
+    if not (record := read_mark(folder / RUN)):
+        raise UserError(
+            f"{folder / RUN}: was removed or damaged while the stage ran, so that it does not know its own files any more; start "
+            "the stage again."
+        )
+    write_json(folder / RUN, {**record, "files": sorted(files)})
+
+
+def delete(path: Path) -> None:
+    """Delete a file or folder of an output folder, as far as the run's record lists it; files of others stay."""
+    folder, files = path.parent, owned(path.parent)
+    mine = _names(files, path.name)
+    if not mine:
+        return
+    if not path.is_symlink():
+        if path.name in mine and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            for name in mine:
+                (folder / name).unlink(missing_ok=True)
+            remove_empty(sorted((each for each in path.rglob("*") if each.is_dir()), reverse=True))
+            remove_empty([path])
+    _record(folder, files - mine)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the name `path` in an output folder after the block without an error.
+
+    It replaces what the run has written there before; files that others have put into it stay.
+
+    Raises:
+        UserError: a file or folder of that name is not the run's own.
+    """
+    temporary = _start_partial(path)
+    yield temporary
+    _put_folder(temporary, path)
+
+
+@contextlib.contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder whose files and folders move into the output folder `folder` after the block without an error.
+
+    Raises:
+        UserError: a file or folder of one of these names is not the run's own.
+    """
+    temporary = _start_partial(folder / "model")
+    yield temporary
+    entries = sorted(temporary.iterdir())
+    own(*(folder / entry.name for entry in entries if not entry.is_dir()))
+    for entry in entries:
+        if entry.is_dir():
+            _put_folder(entry, folder / entry.name)
+        else:
+            os.replace(entry, folder / entry.name)
+    delete(temporary)
+
+
+def new_files_in(folder: Path) -> Path:
+    """The folder that `new_files(folder)` yields, for ranks other than 0."""
+    return _partial(folder / "model")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _start_partial(path: Path) -> Path:
+    if path.is_symlink() or (os.path.lexists(path) and not _names(owned(path.parent), path.name)):
+        raise in_the_way(path)
+    temporary = _partial(path)
+    delete(temporary)
+    own(temporary).mkdir()
+    return temporary
+
+
+def _put_folder(source: Path, path: Path) -> None:
+    """Move a folder that the run has written to `path` in the output folder, in place of what it has written there before."""
+    folder, files = path.parent, owned(path.parent)
+    retired = path.with_name(f".{path.name}.retired")
+    fresh = {f"{path.name}/{name}" for name in _files_in(source)}
+    old = _names(files, path.name)
+    others: set[str] = set()
+    if os.path.lexists(path):
+        if path.is_symlink() or not old:
+            raise in_the_way(path)
+        inside = {f"{path.name}/{name}" for name in _files_in(path)}
+        others = set() if path.name in old else inside - old
+        if both := sorted(others & fresh):
+            raise in_the_way(folder / both[0])
+        delete(retired)
+        if retired.exists():  # with files of others, from a run that was killed at this point
+            raise in_the_way(retired)
+        old = inside - others
+        _record(folder, owned(folder) | fresh | {f"{retired.name}{name.removeprefix(path.name)}" for name in old})
+        os.replace(path, retired)
+    else:
+        _record(folder, files | fresh)
+    os.replace(source, path)
+    for name in others:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(retired / Path(name).relative_to(path.name), target)
+    delete(retired)
+    kept = owned(folder) - _names(owned(folder), path.name) - _names(owned(folder), source.name)
+    _record(folder, kept | fresh)
+
+
+def _files_in(folder: Path) -> set[str]:
+    return {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_symlink() or not each.is_dir()}
