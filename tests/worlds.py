@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -15,7 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
+from align.runs.manifest import open_stage
+from align.runs.output_folder import release
+from align.runs.own_files import MANIFEST, RUN
 
+R = TypeVar("R", bound=StageRecipe)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -83,6 +87,19 @@ def training_keys(stage: str, folder: Path, rows: list[dict], eval_rows: list[di
         "max_grad_norm": 0.0,
         "logging_steps": 1,
     }
+
+
+def claimed(recipe: R) -> R:
+    """The recipe, after its output folder has been claimed, and its lock given back for the test to run something there."""
+    open_stage(recipe)
+    release(Path(recipe.output_dir))
+    return recipe
+
+
+def unfinished(output_dir: str | Path) -> Path:
+    """The output folder of a finished run as a SIGKILL just before its last line leaves it."""
+    (Path(output_dir) / MANIFEST).rename(Path(output_dir) / RUN)
+    return Path(output_dir)
 
 
 def metrics(recipe: StageRecipe) -> list[dict]:

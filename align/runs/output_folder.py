@@ -162,10 +162,15 @@ def one_run_per_folder(run: R) -> R:
                 _withdraw(folder)
             raise
         finally:
-            claimed = _claims.pop(os.path.abspath(folder), None)
-            lock.release(folder, delete=claimed is not None)
+            release(folder)
 
     return cast(R, releasing)
+
+
+def release(folder: Path) -> None:
+    """Give up what this process has claimed or shares, if anything."""
+    claimed = _claims.pop(os.path.abspath(folder), None)
+    lock.release(folder, delete=claimed is not None)
 
 
 def _withdraw(folder: Path) -> None:

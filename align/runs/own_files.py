@@ -7,7 +7,6 @@ and `checkpoint-4` a file or folder with everything in it. All functions are for
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator

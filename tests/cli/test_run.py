@@ -33,6 +33,8 @@ recipe = load_recipe(stage, path, words)
 assert not open_stage(recipe)
 with open("calls.txt", "a") as calls:
     calls.write(f"{Path(path).name} {recipe.seed} {os.getpid()}\\n")
+if Path("log").exists():
+    Path(recipe.output_dir, "metrics.jsonl").touch()
 if Path(f"fail_{stage}").exists():
     sys.exit(int(Path(f"fail_{stage}").read_text()))
 if Path(f"kill_{stage}").exists():
@@ -126,8 +128,7 @@ def test_what_fails_is_said_and_the_same_command_goes_on(scripted, capfd):
 
 def test_a_killed_stage_is_named_so(scripted):
     Path("kill_sft").touch()
-    Path("out/1").mkdir(parents=True)
-    Path("out/1/metrics.jsonl").touch()
+    Path("log").touch()
     with pytest.raises(
         UserError, match=r"the sft stage was killed by SIGKILL after \d s; its metrics are in out/1/metrics\.jsonl"
     ):

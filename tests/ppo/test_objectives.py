@@ -399,10 +399,11 @@ class TestTogether:
         make, whole_run = finished
         recipe = load_recipe("ppo", make(tmp_path))
         out = shutil.copytree(whole_run, tmp_path / "out")
-        (out / "stage.json").unlink()
         shutil.rmtree(out / "checkpoint-4")
-        run_json = {"stage": "ppo", "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "inputs": {}}
-        (out / "run.json").write_text(json.dumps(run_json))
+        record = json.loads((out / "stage.json").read_text())
+        (out / "stage.json").unlink()
+        told = {**record, "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "inputs": {}}
+        (out / "run.json").write_text(json.dumps(told))
         assert [path.name for path in complete_checkpoints(out)] == ["checkpoint-2"]
         run(recipe)
         same_weights(whole_run, out, 0.0)

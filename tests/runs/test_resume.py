@@ -30,11 +30,13 @@ from align.config.sft import SFTRecipe
 from align.engine.distributed import World
 from align.errors import UserError
 from align.runs.checkpoint import mark_complete, synced_sums
+from align.runs.manifest import recipe_dict
+from align.runs.own_files import own
 from align.runs.stage import last_checkpoint, layout
 from tests import ranks as ranks_of
 from tests.ranks import Ranks, launched
 from tests.runs.resume_worker import work
-from tests.worlds import LETTERS, deepspeed_file, save_tiny_policy, write_jsonl
+from tests.worlds import LETTERS, claimed, deepspeed_file, save_tiny_policy, write_jsonl
 
 RULES = '''
 def count_a(prompts, completions, **columns):
@@ -133,7 +135,10 @@ def unfinished(out: Path, recipe: Path) -> Path:
     """The folder of a finished run as a SIGKILL just before its last line leaves it, for `recipe` to go on from."""
     copy = recipe.with_name("out")
     shutil.copytree(out, copy)
+    record = json.loads((copy / "stage.json").read_text())
     (copy / "stage.json").unlink()
+    mine = recipe_dict(load_recipe(record["stage"], str(recipe)))
+    (copy / "run.json").write_text(json.dumps({**record, "recipe": mine}))
     return copy
 
 
@@ -257,7 +262,7 @@ class Folder:
         return Path(self.recipe.output_dir)
 
     def save(self, step: int, **state: Any) -> Path:
-        checkpoint = self.path / f"checkpoint-{step}"
+        checkpoint = own(self.path / f"checkpoint-{step}")
         (checkpoint / "policy").mkdir(parents=True)
         (checkpoint / "policy" / "weights.bin").write_bytes(bytes(range(256)) * 40 * step)
         (checkpoint / "state.txt").write_text(f"step {step}")
@@ -274,7 +279,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture
 def folder(tmp_path) -> Folder:
-    made = Folder(SFTRecipe(output_dir=str(tmp_path), save_total_limit=3))
+    made = Folder(claimed(SFTRecipe(output_dir=str(tmp_path), save_total_limit=3)))
     for step in (2, 4, 6):
         made.save(step)
     return made
@@ -357,14 +362,14 @@ class TestDamage:
             events.append("declared")
             plain(source, target)
 
-        (folder.path / "metrics.jsonl").write_text("{}\n")
+        own(folder.path / "metrics.jsonl", folder.path / "checkpoint-8").write_text("{}\n")
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(os, "replace", replace)
         folder.save(8)
         before, after = events[: events.index("declared")], events[events.index("declared") + 1 :]
         inside = ["checkpoint-8", *(f"checkpoint-8/{name}" for name in ("policy", "policy/weights.bin", "state.txt"))]
         assert {*inside, "metrics.jsonl"} <= set(before)
-        assert after == ["checkpoint-8", "."]
+        assert after[:2] == ["checkpoint-8", "."]
 
 
 class TestLimit:
@@ -407,7 +412,7 @@ class TestLayout:
         monkeypatch.setattr(module, loader, lambda *_, **__: pytest.fail("weights were loaded"))
         monkeypatch.setattr("align.runs.checkpoint.VERSION", 1)
         recipe = load_recipe(stage, str(write_recipe(stage, tmp_path)))
-        Folder(recipe).save(3, layout="1 process at ZeRO 0")
+        Folder(claimed(recipe)).save(3, layout="1 process at ZeRO 0")
         with pytest.raises(UserError) as error:
             module.run(recipe)
         assert str(error.value) == (

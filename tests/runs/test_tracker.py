@@ -26,10 +26,11 @@ from align.runs.checkpoint import complete_checkpoints, synced_sums
 from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback, trainer_metrics
 from tests.documented_metrics import METRICS, documented_metrics, undocumented
+from tests.worlds import claimed
 
 
 def ppo_recipe(folder: Path, **keys: Any) -> PPORecipe:
-    return PPORecipe(output_dir=str(folder), sft_model_path="sft", **keys)
+    return claimed(PPORecipe(output_dir=str(folder), sft_model_path="sft", **keys))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -150,9 +151,11 @@ def history(records: list[Any]) -> list[dict[str, Any]]:
 WANDB_RUN = """
 import contextlib, sys
 from align.config.ppo import PPORecipe; from align.errors import UserError
-from align.runs.tracker import Tracker
+from align.runs.tracker import Tracker; from tests.worlds import claimed
 folder, resume_step = sys.argv[1], int(sys.argv[2])
 recipe = PPORecipe(output_dir=folder, sft_model_path="sft", report_to="wandb", project="stories", seed=resume_step)
+if resume_step == 0:
+    claimed(recipe)
 tracker = Tracker(recipe, "ppo", 4, resume_step)
 with contextlib.suppress(ZeroDivisionError), tracker:
     for step in range(resume_step + 1, resume_step + 4):
@@ -322,7 +325,8 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
 import time
 from align.config.ppo import PPORecipe
 from align.runs.tracker import Tracker
-with Tracker(PPORecipe(output_dir={str(tmp_path)!r}, sft_model_path="sft"), "ppo", 4) as tracker:
+from tests.worlds import claimed
+with Tracker(claimed(PPORecipe(output_dir={str(tmp_path)!r}, sft_model_path="sft")), "ppo", 4) as tracker:
     tracker.progress(1, score=1.25)
     time.sleep(0.2)
     tracker.say("[a]word")
@@ -407,7 +411,7 @@ def sft_trainer(tracker: Tracker, recipe: SFTRecipe, **arguments: Any) -> Any:
 
 
 def test_sft_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = SFTRecipe(output_dir=str(tmp_path), save_total_limit=1)
+    recipe = claimed(SFTRecipe(output_dir=str(tmp_path), save_total_limit=1))
     with Tracker(recipe, "sft", 5) as tracker:
         trainer = sft_trainer(
             tracker, recipe, max_steps=5, logging_steps=3, save_steps=2, eval_strategy="steps", eval_steps=4
@@ -449,7 +453,7 @@ def test_nan_stops_the_run_before_it_is_saved(tmp_path: Path) -> None:
             if state.global_step == 2:
                 torch.nn.init.constant_(model.lm_head.weight, float("nan"))
 
-    recipe = SFTRecipe(output_dir=str(tmp_path), learning_rate=0.25)
+    recipe = claimed(SFTRecipe(output_dir=str(tmp_path), learning_rate=0.25))
     with Tracker(recipe, "sft", 6) as tracker:
         trainer = sft_trainer(tracker, recipe, max_steps=6, logging_steps=100, save_strategy="steps", save_steps=2)
         trainer.add_callback(BreakInStepThree())
@@ -463,7 +467,7 @@ def test_reward_trainer(tmp_path: Path) -> None:
     from transformers import LlamaForSequenceClassification, PrinterCallback
     from trl import RewardConfig, RewardTrainer
 
-    recipe = RewardRecipe(output_dir=str(tmp_path), model_name_or_path="sft")
+    recipe = claimed(RewardRecipe(output_dir=str(tmp_path), model_name_or_path="sft"))
     rows = Dataset.from_list([{"chosen_ids": [3, 4, 1], "rejected_ids": [3, 5, 1]}] * 4)
     with Tracker(recipe, "reward", 3) as tracker:
         trainer = RewardTrainer(

@@ -15,7 +15,7 @@ from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.sft.train import run
 from tests.sft.letter_rows import ROWS, nll, recipe
-from tests.worlds import metrics, trained
+from tests.worlds import metrics, trained, unfinished
 
 HELD_OUT = [("ab", "d"), ("k", "m"), ("q", "zs"), ("b", "c")]
 # Four rows have prompts of their own: 12 steps, in which the held-out loss falls at first and then rises.
@@ -72,7 +72,7 @@ def test_how_patient_it_still_is_survives_a_kill(tmp_path):
     run(whole)
     steps = [step for step, _ in evaluations(whole)]
     out = shutil.copytree(whole.output_dir, tmp_path / "cut")
-    (out / "stage.json").rename(out / "run.json")
+    unfinished(out)
     for folder in complete_checkpoints(out):
         if int(folder.name.rsplit("-", 1)[1]) > steps[-2]:
             shutil.rmtree(folder)

@@ -49,6 +49,7 @@ from tests.worlds import (
     save_recipe,
     tiny_llama,
     trained,
+    unfinished,
     write_jsonl,
 )
 
@@ -480,7 +481,7 @@ class TestBound:
         results = run(whole)
         steps = [line["step"] for line in evaluations(whole)]
         out = shutil.copytree(whole.output_dir, tmp_path / "cut")
-        (out / "stage.json").rename(out / "run.json")
+        unfinished(out)
         for folder in complete_checkpoints(out):
             if int(folder.name[11:]) > 6:
                 shutil.rmtree(folder)

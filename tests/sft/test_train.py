@@ -29,6 +29,7 @@ from tests.worlds import (
     save_tiny_policy,
     tiny_llama,
     trained,
+    unfinished,
     write_jsonl,
 )
 
@@ -273,7 +274,7 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(tmp_path):
     """Three steps of an epoch of two end in the middle of the second epoch."""
     settings = recipe(tmp_path, eval_rows=[("ee", "f")], max_steps=3, save_steps=1)
     results, weights = run(settings), trained(settings)
-    (Path(settings.output_dir) / MANIFEST).unlink()
+    unfinished(settings.output_dir)
     (Path(settings.output_dir) / "model.safetensors").unlink()
     assert complete_checkpoints(settings.output_dir)[-1].name == "checkpoint-3"
     assert run(settings) == results
