@@ -43,10 +43,7 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
         results: closing numbers.
     """
     recipe, folder = run.recipe, Path(run.recipe.output_dir)
-    with (
-        during("model", folder),
-        new_files(folder) if run.world.is_main else contextlib.nullcontext(folder) as target,
-    ):
+    with during("model", folder), new_files(folder) if run.world.is_main else nullcontext(folder) as target:
         _write(run, run.models.policy, target)
     run.world.barrier()
     if run.models.value is not None:
