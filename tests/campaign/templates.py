@@ -10,9 +10,9 @@ from tests.campaign.cases import Case, Refusal, refusals
 CHAT = [{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]}] * 4
 
 
-def template(prompt: str, completion: str = "{{ completion }}", **more: object) -> Refusal:
+def template(prompt: str) -> Refusal:
     """The training rows of sft through this template."""
-    source = {"path": "data/answers.jsonl", "templates": [{"prompt": prompt, "completion": completion}], **more}
+    source = {"path": "data/answers.jsonl", "templates": [{"prompt": prompt, "completion": "{{ completion }}"}]}
     return Refusal(keys={"train_dataset": source}, says=["templates[0]"])
 
 
@@ -40,7 +40,6 @@ HOSTILE = {
     "a range of 10**9": "{% for i in range(10**9) %}x{% endfor %}",
     "a power of a power": "{{ 10**(10**10) }}",
     "a power in a condition": "{% if 7**(9**9) > 1 %}x{% endif %}",
-    "a shift by product": "{{ 2 ** 2 ** 2 ** 2 ** 2 ** 2 }}",
     "a text of 10**10": "{{ 'a' * 10**10 }}",
     "a list of 10**10": "{{ [1] * 10**10 }}",
     "text doubled 60 times": "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
@@ -69,11 +68,11 @@ ROW_TEMPLATES = {
     "row: unknown part": Refusal(keys={"train_dataset": {"path": "data/answers.jsonl", "templates": [{"prompt": "a", "completion": "b", "promt": "c"}]}}, says=["templates[0]"]),
     "row: part is a number": Refusal(keys={"train_dataset": {"path": "data/answers.jsonl", "templates": [{"prompt": 5, "completion": "b"}]}}, says=["templates[0]"]),
     "row: not a list of mappings": Refusal(keys={"train_dataset": {"path": "data/answers.jsonl", "templates": ["{{ prompt }}"]}}, says=["templates"]),
-    "row: nothing comes out": template("{{ prompt }}", "{# nothing #}", task="t"),
+    "row: nothing comes out": Refusal(keys={"train_dataset": {"path": "data/answers.jsonl", "templates": [{"prompt": "{{ prompt }}", "completion": "{# nothing #}"}]}}, says=["templates[0]", "answers.jsonl:1"]),
     "row: an escape comes out": Refusal(keys={"train_dataset": {"path": "data/answers.jsonl", "templates": [{"prompt": "a", "completion": "{{ nosuch['\x1b[31m'] }}"}]}}, says=["templates[0]"]),
 }  # fmt: skip
 CHAT_TEMPLATES = {
-    **{f"chat: {name}": chat(f"{BODY}{text.replace('prompt', 'messages[0].content')}") for name, text in HOSTILE.items() if name != "unknown name"},
+    **{f"chat: {name}": chat(f"{BODY}{text.replace('prompt', 'messages[0].content')}") for name, text in HOSTILE.items() if name not in ("unknown name", "attr filter")},
     "chat: empty": chat(""),
     "chat: prints nothing": chat("{# nothing #}"),
     "chat: refuses": chat("{{ raise_exception('no chats today') }}", "no chats today"),
