@@ -374,14 +374,16 @@ MACHINE: dict[str, Check] = {
     "the output is removed: ppo": removed("ppo"),
     "the output is removed: evaluate": removed("evaluate"),
     "out of memory": out_of_memory,
+    "Slurm": tasks(rank="SLURM_PROCID", local="SLURM_LOCALID", size="SLURM_NTASKS"),
+    "Open MPI": tasks(rank="OMPI_COMM_WORLD_RANK", local="OMPI_COMM_WORLD_LOCAL_RANK", size="OMPI_COMM_WORLD_SIZE"),
+    "PMI": tasks(rank="PMI_RANK", local="MPI_LOCALRANKID", size="PMI_SIZE"),
+}
+PROGRAMS: dict[str, Check] = {
     "W&B's process dies": weights_and_biases,
     "wandb is a file": wandb_is_a_file,
     "queue.py, align run": hiding("queue.py", "run", "r"),
     "queue.py, a stage": hiding("queue.py", "sft", "sft.yaml"),
     "numpy.py, align run": hiding("numpy.py", "run", "r"),
-    "Slurm": tasks(rank="SLURM_PROCID", local="SLURM_LOCALID", size="SLURM_NTASKS"),
-    "Open MPI": tasks(rank="OMPI_COMM_WORLD_RANK", local="OMPI_COMM_WORLD_LOCAL_RANK", size="OMPI_COMM_WORLD_SIZE"),
-    "PMI": tasks(rank="PMI_RANK", local="MPI_LOCALRANKID", size="PMI_SIZE"),
 }
 FUNCTIONS: dict[str, Check] = {
     **{f"a reward that {name}": reward(name, *says) for name, *says in (
@@ -404,4 +406,5 @@ FUNCTIONS: dict[str, Check] = {
 def cases() -> Iterator[Case]:
     yield from (Case("folders", name, check) for name, check in FOLDERS.items())
     yield from (Case("machine", name, check) for name, check in MACHINE.items())
+    yield from (Case("programs", name, check) for name, check in PROGRAMS.items())
     yield from (Case("functions", name, check) for name, check in FUNCTIONS.items())
