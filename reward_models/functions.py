@@ -56,7 +56,7 @@ class FunctionReward:
             ValueError: the function raised, took too long, or did not return a finite number, one per token, or None for
                 each row.
         """
-        late = f"reward {self.name!r}: no scores of {len(batch)} responses after {self.timeout:g} s (function_timeout)"
+        late = f"reward {self.name!r}: no scores of {len(batch)} responses after {self.timeout:g} s (reward_timeout)"
         try:
             with time_limit(self.timeout, late, self.give_up):
                 values = self._call(batch)

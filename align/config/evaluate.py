@@ -17,9 +17,9 @@ from align.config.keys import (
     Where,
     check_function_name,
     check_ranges,
-    function_timeout,
     key,
     required,
+    reward_timeout,
 )
 from align.errors import UserError
 
@@ -67,7 +67,7 @@ class EvaluateRecipe:
     grader: str | None = key(
         None, "`module:function` with TRL's reward signature that gives each prediction a score from 0 to 1."
     )
-    function_timeout: float = function_timeout()
+    reward_timeout: float = reward_timeout()
     num_shots: list[int] = key(
         [0], "Numbers of worked examples in the prompt; each model is evaluated with each of them."
     )

@@ -49,8 +49,8 @@ def key(default: Any, meaning: str, accepts: Range | None = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def function_timeout() -> Any:
-    """The key `function_timeout`, of the stages that call a user's functions."""
+def reward_timeout() -> Any:
+    """The key `reward_timeout`, of the stages that call a user's functions."""
     meaning = "Seconds that a reward function or grader may take for one batch; a run in which it takes longer ends."
     return key(1800.0, meaning, SECONDS)
 

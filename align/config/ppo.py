@@ -17,9 +17,9 @@ from align.config.keys import (
     FROM_0_TO_BELOW_1,
     TOKENS,
     Where,
-    function_timeout,
     key,
     required,
+    reward_timeout,
 )
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
@@ -51,7 +51,7 @@ class PPORecipe(StageRecipe):
         "`module:function` rewards that are only measured, on evaluation prompts: a known ground truth, a gold reward "
         "model.",
     )
-    function_timeout: float = function_timeout()
+    reward_timeout: float = reward_timeout()
 
     total_episodes: int = key(10_000, "Responses sampled in the run.", AT_LEAST_1)
     rollout_batch_size: int = key(64, "Responses per update over all devices.", BATCH)

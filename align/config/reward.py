@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from align.config.base import TrainerRecipe, check_trainer_rules
-from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, TOKENS, Where, function_timeout, key, required
+from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, TOKENS, Where, key, required, reward_timeout
 from align.errors import UserError
 
 
@@ -31,7 +31,7 @@ class RewardRecipe(TrainerRecipe):
         [],
         "`module:function` rewards that are the ground truth; their accuracy on the evaluation pairs is the ceiling.",
     )
-    function_timeout: float = function_timeout()
+    reward_timeout: float = reward_timeout()
 
 
 def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:

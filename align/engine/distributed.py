@@ -110,12 +110,12 @@ def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
     return stale
 
 
-def connect(deepspeed_files: bool, function_timeout: float = 0.0) -> World:
+def connect(deepspeed_files: bool, reward_timeout: float = 0.0) -> World:
     """Join the process group of the `deepspeed` launcher if it started this process; remove stale shared memory.
 
     Args:
         deepspeed_files: whether a model has a DeepSpeed file, so that one process alone needs a group too.
-        function_timeout: seconds that a user's function may take on one rank while the others wait for it.
+        reward_timeout: seconds that a user's function may take on one rank while the others wait for it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -140,7 +140,7 @@ def connect(deepspeed_files: bool, function_timeout: float = 0.0) -> World:
                 dist_backend="nccl" if gpu else "gloo",
                 auto_mpi_discovery=False,
                 verbose=False,
-                timeout=max(default_pg_timeout, timedelta(seconds=function_timeout + MARGIN)),
+                timeout=max(default_pg_timeout, timedelta(seconds=reward_timeout + MARGIN)),
             )
     return World(rank=int(os.environ.get("RANK", "0")), size=size, device=device, clock=Clock(device))
 

@@ -30,7 +30,11 @@ OWN_END = 3.0  # seconds that a rank has to end by itself once another has faile
 
 
 class OtherRankFailed(UserError):
-    """Another rank failed first, and has reported the error that this one repeats."""
+    """Another rank failed first, has printed its error, which this one repeats, and ends with the exit code `code`."""
+
+    def __init__(self, first: dict[str, Any]):
+        super().__init__(f"rank {first['rank']}: {first['message']}")
+        self.code = int(first["code"])
 
 
 class Watch:
@@ -44,6 +48,7 @@ class Watch:
     def __init__(self, rank: int, size: int, patience: float = CONNECT):
         self.rank, self.size = rank, size
         self.store = connect_store(rank, size, patience)
+        self.first: dict[str, Any] | None = None  # the report of another rank, once it is read
         self.leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="rank-errors")
         self._thread.start()
@@ -52,6 +57,8 @@ class Watch:
         """Tell the other ranks why this one ends; returns the report of the rank that was first, None if this one is."""
         self.leaving.set()
         self._thread.join()  # one user of the connection at a time
+        if self.first is not None:
+            return self.first
         until = time.monotonic() + (LET_RANK_0_SPEAK if self.rank else 0.0)
         while time.monotonic() < until and not self.store.check([FIRST]):
             time.sleep(0.05)
@@ -66,6 +73,7 @@ class Watch:
 
     def _first(self) -> dict[str, Any]:
         first: dict[str, Any] = json.loads(self.store.get(FIRST))
+        self.first = first
         self.store.add(SEEN, 1)
         return first
 
@@ -77,7 +85,8 @@ class Watch:
                 first = self._first()
             except RuntimeError:  # its host, rank 0, is gone, and was not able to say why
                 first = {"rank": 0, "host": "", "message": "it was killed, or its machine failed", "code": 1}
-            if not self.leaving.wait(OWN_END):  # this rank may fail alike, or just have come to its end
+            # This rank may fail alike, or just have come to its end. Rank 0 ends last: it may host the store.
+            if not self.leaving.wait(OWN_END + (self.rank == 0)):
                 end_process(first)
 
 
@@ -146,7 +155,7 @@ def reported() -> Iterator[None]:
             told.reported = True  # type: ignore[attr-defined]
         stop_watching()
         if first is not None:
-            raise OtherRankFailed(f"rank {first['rank']}: {first['message']}") from error
+            raise OtherRankFailed(first) from error
         if told is error:
             raise
         raise told from error

@@ -66,10 +66,10 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     if int(os.environ.get("RANK", "0")) == 0:
         claim(recipe.output_dir, evaluation, resuming=False)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
-    grader = user_function(recipe.grader, "grader", recipe.function_timeout) if recipe.grader else None
+    grader = user_function(recipe.grader, "grader", recipe.reward_timeout) if recipe.grader else None
     generates = bool(metrics) or grader is not None
     inputs = prepare_inputs(recipe, generates)
-    world = connect(deepspeed_files=False, function_timeout=recipe.function_timeout)
+    world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout)
     folder = Path(recipe.output_dir)
     if world.is_main:
         own(folder / PARTS).mkdir(exist_ok=True)

@@ -43,7 +43,7 @@ class Evaluation:
         self.metrics: dict[str, float] = {}
         self.samples: list[list[Any]] = []
         if self.prompts:
-            names, timeout = run.recipe.eval_reward_funcs, run.recipe.function_timeout
+            names, timeout = run.recipe.eval_reward_funcs, run.recipe.reward_timeout
             self.true_rewards = [user_function(name, "eval_reward_funcs", timeout) for name in names]
             self.baseline, self.baseline_truth = self._respond(run.models.reference)
 

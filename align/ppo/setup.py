@@ -158,7 +158,7 @@ def _sources(
                 max_length=max_positions(inputs.reward_config),
             )
         )
-    return sources + [user_function(name, "reward_funcs", recipe.function_timeout) for name in recipe.reward_funcs]
+    return sources + [user_function(name, "reward_funcs", recipe.reward_timeout) for name in recipe.reward_funcs]
 
 
 def encode_for_reward(tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str) -> list[int]:

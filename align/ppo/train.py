@@ -35,7 +35,7 @@ def run(recipe: PPORecipe) -> PPOResult:
     quiet()
     if open_stage(recipe):
         return PPOResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe), recipe.function_timeout)
+    world = connect(uses_deepspeed(recipe), recipe.reward_timeout)
     plan = batch_plan(recipe, world.size)
     inputs = check_ppo_inputs(recipe)
     data = load_data(recipe, inputs, world)

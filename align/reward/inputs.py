@@ -63,6 +63,6 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         sft_tokenizer = load_tokenizer(sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
         check_tokenizer(sft_model_path, sft_tokenizer, "sft_model_path", may_add_template=False)
         sft = SFTInputs(sft_model_path, sft_config, sft_tokenizer)
-    true_rewards = [user_function(f, "eval_reward_funcs", recipe.function_timeout) for f in recipe.eval_reward_funcs]
+    true_rewards = [user_function(f, "eval_reward_funcs", recipe.reward_timeout) for f in recipe.eval_reward_funcs]
     set_right_padding(tokenizer)
     return RewardInputs(config, is_encoder(config), tokenizer, sft, RewardSum(true_rewards) if true_rewards else None)

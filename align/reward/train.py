@@ -62,7 +62,7 @@ def run(recipe: RewardRecipe) -> RewardResult:
     quiet()
     if open_stage(recipe):
         return RewardResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe), recipe.function_timeout)
+    world = connect(uses_deepspeed(recipe), recipe.reward_timeout)
     plan = batch_plan(recipe, world.size)
     inputs = check_reward_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Preference)

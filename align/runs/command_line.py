@@ -71,8 +71,8 @@ def exit_code(command: Callable[[], int]) -> int:
         if ended.code:
             raise
         return 0
-    except OtherRankFailed:
-        return 2  # that rank has printed its error
+    except OtherRankFailed as error:
+        return error.code
     except UserError as error:
         if os.environ.get("RANK", "0") != "0" and not error.reported:
             # A wrong recipe. All ranks fail alike: rank 0 prints the error, and the launcher ends this rank while it waits.

@@ -44,7 +44,7 @@ COSMETIC_KEYS = {
     "reward_deepspeed",
     "num_sample_rows",
     "skip_self_checks",
-    "function_timeout",
+    "reward_timeout",
 }
 
 

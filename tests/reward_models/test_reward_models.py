@@ -1,7 +1,10 @@
 """Scores: the trained head, the position it reads, Python functions, and sums. Models are tiny and built from configs."""
 
+import asyncio
+import copy
 import functools
 import math
+import threading
 
 import numpy
 import peft
@@ -391,10 +394,57 @@ async def slow(completions, **kwargs):
         lambda **kwargs: numpy.full(4, 4.0, dtype=numpy.float32),
         lambda **kwargs: [torch.tensor(4.0), numpy.float64(4), 4, 4.0],
         lambda **kwargs: (4 for _ in range(4)),
+        lambda **kwargs: torch.full((4, 1), 4.0, requires_grad=True),
+        lambda **kwargs: numpy.full((4, 1), 4),
     ],
 )
 def test_forms_in_which_scores_may_be_returned(function):
     assert FunctionReward("four", function).score(responses(4)).tolist() == [4.0] * 4
+
+
+def test_yes_and_no_are_one_and_zero():
+    for returned in ([True, False], numpy.array([True, False]), torch.tensor([True, False])):
+        assert FunctionReward("right", lambda returned=returned, **kwargs: returned).score(responses(2)).tolist() == [
+            1,
+            0,
+        ]
+
+
+def test_a_function_may_change_what_it_is_given():
+    messages = [[{"role": "user", "content": f"question {row}"}] for row in range(3)]
+    batch = responses(3, prompts=messages, columns={"answer": [[1], [2], [3]], "key": [{"a": [1]}] * 3})
+    before = copy.deepcopy(batch)
+
+    def greedy(prompts, completions, completion_ids, answer, key, **kwargs):
+        scores = [float(len(ids)) for ids in completion_ids]
+        prompts[0][0]["content"] = answer[0][0] = key[0]["a"][0] = "mine"
+        for given in (prompts, completions, completion_ids[1], completion_ids, answer):
+            given.clear()
+        return scores
+
+    sources = [FunctionReward(name, greedy) for name in ("one", "two")]
+    scores = RewardSum(sources).score(batch)[1]
+    assert scores["one"].tolist() == scores["two"].tolist() == [len(ids) for ids in batch.response_ids]
+    assert batch == before
+
+
+def test_what_cannot_be_copied_is_given_as_it_is():
+    thread_lock = threading.Lock()
+    batch = responses(1, columns={"audio": [thread_lock]})
+    assert FunctionReward("same", lambda audio, **kwargs: [audio[0] is thread_lock]).score(batch).tolist() == [1]
+
+
+def test_no_way_of_ending_goes_without_a_word():
+    def leaves(**kwargs):
+        raise SystemExit(0)
+
+    async def cancelled(**kwargs):
+        raise asyncio.CancelledError
+
+    with pytest.raises(ValueError, match="reward 'judge', row 0 of 4: SystemExit: 0"):
+        FunctionReward("judge", leaves).score(responses(4))
+    with pytest.raises(ValueError, match="reward 'judge', row 0 of 4: CancelledError"):
+        FunctionReward("judge", cancelled).score(responses(4))
 
 
 @pytest.mark.parametrize(
@@ -405,6 +455,8 @@ def test_forms_in_which_scores_may_be_returned(function):
         (-float("inf"), "returned -inf; expected a finite number"),
         (1e39, r"returned 1e\+39; expected a finite number"),  # infinite in float32
         ([1.0], r"returned \[1.0\]; expected a finite number"),
+        (10**400, r"returned 10+ \.\.\.; expected a finite number"),
+        (1j, "returned 1j; expected a finite number"),
         (torch.tensor([1.0, 2.0]), r"returned tensor\(\[1., 2.\]\); expected"),
     ],
 )
@@ -467,7 +519,7 @@ def test_exception_of_the_whole_batch_is_not_pinned_on_a_row():
 def test_wrong_number_of_scores_and_no_list():
     with pytest.raises(ValueError, match="reward 'rule': returned 3 scores for 4 responses"):
         FunctionReward("rule", lambda **kwargs: [1.0] * 3).score(responses(4))
-    for returned in (1.0, "1234", {"a": 1}):
+    for returned in (1.0, None, "1234", b"1234", {"a": 1}, {1.0, 2.0, 3.0, 4.0}):
         with pytest.raises(ValueError, match=r"reward 'rule', row 0 of 4: TypeError: it returned .* expected a list"):
             FunctionReward("rule", lambda returned=returned, **kwargs: returned).score(responses(4))
 
