@@ -389,9 +389,9 @@ FUNCTIONS: dict[str, Check] = {
     **{f"a reward that {name}": reward(name, *says) for name, *says in (
         ("raises", "raises", "stumbled"), ("raises_later", "raises_later", "stumbled later"), ("exits",), ("too_few",), ("nan",), ("text",), ("nothing",), ("huge",), ("shouts",))},
     "a reward that empties its inputs": empties,
-    "a reward that hangs": ends("ppo", ("functions:hangs",), {"reward_funcs": ["functions:hangs"], "function_timeout": 2}),
+    "a reward that hangs": ends("ppo", ("functions:hangs",), {"reward_funcs": ["functions:hangs"], "reward_timeout": 2}),
     "a reward that raises on rank 1 alone": reward("raises_on_rank_1", "stumbled on rank 1", **ONE_RANK),
-    "a reward that hangs on rank 1 alone": ends("ppo", ("functions:hangs_on_rank_1",), {"reward_funcs": ["functions:hangs_on_rank_1"], "function_timeout": 2}, **ONE_RANK),
+    "a reward that hangs on rank 1 alone": ends("ppo", ("functions:hangs_on_rank_1",), {"reward_funcs": ["functions:hangs_on_rank_1"], "reward_timeout": 2}, **ONE_RANK),
     "a grader that exits": ends("evaluate", ("exits",), {"grader": "functions:exits"}),
     "a grader that raises": ends("evaluate", ("raises", "stumbled"), {"grader": "functions:raises"}),
     "a metric script that exits": ends("evaluate", ("mine.py",), {"metrics": ["mine.py"]}, files={"mine.py": "import sys\nsys.exit(0)\n"}),
