@@ -13,6 +13,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer
 
+from align.config.paths import expand, overlap
 from align.errors import UserError, reason
 from align.models.check_weights import check_finite
 from align.models.inspect_folder import inspect_folder, read_object
@@ -30,14 +31,21 @@ def run(adapter: str, output: str) -> str:
         UserError: no adapter, one that cannot be merged, a missing base model, or an output folder that exists.
     """
     quiet()
+    adapter, output = (expand(path, "align merge") for path in (adapter, output))
     folder = Path(adapter) / "adapter" if (Path(adapter) / "adapter").is_dir() else Path(adapter)
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{adapter}: no adapter (adapter_config.json is missing); name the folder of an adapter.")
     if os.path.lexists(output):
         raise UserError(f"{output}: exists already; name a new folder.")
+    if overlap(output, str(folder)):
+        raise UserError(f"{output}: lies in the folder of the adapter; name a new folder elsewhere.")
     inspect_folder(str(folder), "align merge")
     base = adapter_base(str(folder))
+    if base is not None and overlap(output, base):
+        raise UserError(
+            f"{output}: lies in the folder of the adapter's base model {base}; name a new folder elsewhere."
+        )
     task = read_object(file, "align merge").get("task_type")
     auto = AUTO.get(str(task))
     if auto is None:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from align.config.base import StageRecipe
 from align.config.load import load_recipe
+from align.config.paths import expand, overlap
 from align.config.read import read_yaml
 from align.config.stages import STAGES, Recipe, read_stage
 from align.engine.batch_plan import batch_plan
 from align.errors import UserError, nearest
+from align.runs.output_folder import find_mark
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,8 +36,10 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
     """The folder's recipes `N_name.yaml` by number, checked, each with those overrides whose key its stage has.
 
     Raises:
-        UserError: no such folder or recipes, a wrong recipe or override, two recipes with one `output_dir`.
+        UserError: no such folder or recipes, a wrong recipe or override, two recipes with one `output_dir`, an `output_dir`
+            that holds something else.
     """
+    directory = expand(directory, "align run")
     paths = numbered_recipes(directory)
     stages = {path: read_stage(path) for path in paths}
     shared = {stage: known_overrides(stage, overrides, set(stages.values())) for stage in set(stages.values())}
@@ -44,11 +48,13 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
         recipe = load_recipe(stage, path, shared[stage])
         count = processes(recipe, num_gpus)
         for other in steps:
-            if Path(other.recipe.output_dir).resolve() == Path(recipe.output_dir).resolve():
+            if problem := overlap(recipe.output_dir, other.recipe.output_dir):
+                also = "is also" if problem == "is" else problem
                 raise UserError(
-                    f"{path}: output_dir: {recipe.output_dir} is also the output_dir of {other.path}; give each recipe its own"
+                    f"{path}: output_dir: {recipe.output_dir} {also} the output_dir of {other.path}; give each recipe its own"
                 )
         try:
+            find_mark(recipe.output_dir)
             if isinstance(recipe, StageRecipe):
                 batch_plan(recipe, count)
         except UserError as error:

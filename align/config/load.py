@@ -7,14 +7,14 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from glob import glob
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from align.config.base import DEEPSPEED_KEYS, StageRecipe, check_method, check_training_rules
+from align.config.base import StageRecipe, check_method, check_training_rules
 from align.config.convert import build
-from align.config.data_source import DataSource, check_source
+from align.config.data_source import check_source
 from align.config.keys import Where
+from align.config.paths import check_overlap, dataset_keys, expand, resolve_paths
 from align.config.read import apply_overrides, read_yaml
 from align.config.stages import STAGES, Recipe, Stage
 from align.config.unknown_keys import METHODS_ELSEWHERE, explain
@@ -22,7 +22,6 @@ from align.errors import UserError, nearest
 
 T = TypeVar("T", bound=Recipe)
 
-MAX_PATH, MAX_NAME = 4095, 255  # bytes of a path and of a name in it, on Linux
 _recipe_folders: list[str] = []  # those that recipes added to `sys.path`, the newest first
 
 
@@ -33,13 +32,14 @@ def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> Recipe:
         overrides: command-line words: `--key value`, `--key=value`, `--flag`, `--list_key a b`,
             `--mapping_key.name value`. Values are YAML.
 
-    Relative paths in the recipe are looked up from the current directory and then from the recipe's folder,
-    which is also added to `sys.path`, so that `module:function` can name a file beside the recipe.
+    `~` and `$VARIABLE` are replaced in paths. Relative ones are looked up from the current directory and then from the
+    recipe's folder, which is also added to `sys.path`, so that `module:function` can name a file beside the recipe.
 
     Raises:
         UserError: an unreadable file, an unknown key, a value of another type or out of range, keys that
-            exclude one another, a DeepSpeed JSON or chat template that does not exist.
+            exclude one another, a DeepSpeed JSON or chat template that does not exist, an input in the output folder.
     """
+    path = expand(path, "recipe")
     values, lines = read_yaml(path)
     changed = apply_overrides(values, overrides, get_type_hints(STAGES[stage].recipe))
     where = _places(path, lines, {name: f"--{name}" for name in changed})
@@ -63,7 +63,7 @@ def as_recipe(cls: type[T], recipe: T | Mapping[str, Any] | str | os.PathLike[st
     path, folder = "RECIPE", Path.cwd()
     where: Where = str  # a key by its name alone
     if isinstance(recipe, str | os.PathLike):
-        path = os.fspath(recipe)
+        path = expand(os.fspath(recipe), "recipe")
         folder = Path(path).resolve().parent
         values, lines = read_yaml(path)
         where = _places(path, lines, {name: name for name in keys})
@@ -104,7 +104,7 @@ def _places(path: str, lines: Mapping[str, int], overridden: Mapping[str, str]) 
 
 
 def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, path: str) -> Any:
-    """The stage's recipe with these values. `path` is for the command that an error suggests."""
+    """The stage's recipe with these values. `path` is that of the recipe, also for the command that an error suggests."""
     cls = stage.recipe
     annotations = get_type_hints(cls)
     if (other := values.get("stage")) in STAGES and other != stage.name:
@@ -121,9 +121,9 @@ def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, p
     if recipe.stage != stage.name:
         instead = f"; run `align {recipe.stage} {path}`." if recipe.stage in STAGES else nearest(recipe.stage, STAGES)
         raise UserError(f"{where('stage')}: expected {stage.name!r}, got {recipe.stage!r}{instead}")
-    _check_paths(recipe, stage, where)
-    recipe = _find_files(recipe, stage, folder)
+    recipe = resolve_paths(recipe, stage, folder, where)
     check_values(recipe, stage, where)
+    check_overlap(recipe, stage, where, path)
     _make_importable(folder, _function_modules(recipe, stage))
     return recipe
 
@@ -163,56 +163,6 @@ def _named(models: Any) -> Any:
     short = [Path(path).name for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     return dict(zip(names, paths, strict=True))
-
-
-def _check_paths(recipe: Any, stage: Stage, where: Where) -> None:
-    """Refuse paths that no file can have, which the system would refuse in many places."""
-    for name in ("output_dir", *stage.input_models, "chat_template_path", *DEEPSPEED_KEYS):
-        value = getattr(recipe, name, None)
-        for path in value.values() if isinstance(value, dict) else [value]:
-            _check_path(path or "", where(name))
-    for name in dataset_keys(stage.recipe):
-        for index, source in enumerate(getattr(recipe, name)):
-            _check_path(source.path or "", f"{where(name)}[{index}]")
-
-
-def _check_path(path: str, where: str) -> None:
-    longest = max(path.split("/"), key=lambda part: len(part.encode()))
-    if len(path.encode()) > MAX_PATH:
-        raise UserError(
-            f"{where}: expected a path, got one of {len(path)} characters; the system takes {MAX_PATH} bytes."
-        )
-    if len(longest.encode()) > MAX_NAME:
-        raise UserError(
-            f"{where}: expected a path, got a name of {len(longest)} characters in it; {MAX_NAME} bytes fit."
-        )
-
-
-def _find_files(recipe: Any, stage: Stage, folder: Path) -> Any:
-    """The recipe with its relative paths resolved: from here, else from `folder`, else as they are (hub ids)."""
-
-    def find(path: str) -> str:
-        path = os.path.expanduser(path)
-        return str(folder / path) if not glob(path) and glob(str(folder / path)) else path
-
-    changes: dict[str, Any] = {}
-    for name in (*stage.input_models, "chat_template_path", *DEEPSPEED_KEYS):
-        if value := getattr(recipe, name, None):
-            changes[name] = {key: find(path) for key, path in value.items()} if isinstance(value, dict) else find(value)
-    for name in ("metrics", "eval_metrics"):
-        if metrics := getattr(recipe, name, None):
-            changes[name] = [find(metric) if metric.endswith(".py") else metric for metric in metrics]
-    for name in dataset_keys(stage.recipe):
-        changes[name] = [
-            dataclasses.replace(source, path=find(source.path)) if source.path else source
-            for source in getattr(recipe, name)
-        ]
-    return dataclasses.replace(recipe, **changes)
-
-
-def dataset_keys(cls: type[Any]) -> list[str]:
-    """The keys of a recipe class that hold data sources."""
-    return [name for name, annotation in get_type_hints(cls).items() if annotation == list[DataSource]]
 
 
 def resolve_function(spec: str, key: str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from rich.text import Text
 from align.cli.check.findings import Context, Report
 from align.cli.steps import known_overrides, numbered_recipes
 from align.config.load import load_recipe
+from align.config.paths import expand
 from align.config.stages import STAGES, read_stage
 from align.runs.quiet import quiet
 from align.runs.tables import make_console
@@ -28,6 +29,7 @@ def run(path: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -
         UserError: there is no recipe to check, or an override that no stage has.
     """
     quiet()
+    path = expand(path, "align check")
     report = Report(make_console())
     paths = numbered_recipes(path) if Path(path).is_dir() else [path]
     stages = {each: read_stage(each) for each in paths}
