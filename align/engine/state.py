@@ -84,7 +84,10 @@ def load_state(
             for kind in saved.kinds(name) if held.count else ():
                 values = saved.read(name, kind, held.start, held.count)
                 target = held.stepped if kind == WEIGHT else _moment(base, held.stepped, kind, values.dtype)
-                target.view(-1)[held.offset : held.offset + held.count] = values
+                if held.count == target.numel():
+                    target.copy_(values.view(target.shape))
+                else:  # of a flat tensor
+                    target[held.offset : held.offset + held.count] = values
             for key, number in saved.numbers[name].items():
                 _raise_number(base, held.stepped, key, number)
         for name, buffer in buffers.items():
