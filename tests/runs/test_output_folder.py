@@ -1,0 +1,433 @@
+"""Which folders a run takes, what in them it overwrites and deletes, and that two runs never share one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import OtherRun, UserError
+from align.runs import lock
+from align.runs.checkpoint import complete_checkpoints, cut_records, rotate, set_aside
+from align.runs.files import digest
+from align.runs.output_folder import claim, find_mark, one_run_per_folder, release
+from align.runs.own_files import delete, new_files, new_folder, own, owned
+from tests.worlds import save_tiny_policy, write_jsonl
+
+IDENTITY: dict[str, Any] = {"stage": "sft", "recipe": {"seed": 1}, "inputs": {}}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(lock, "PATIENCE", 0.2)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder that this process has claimed."""
+    folder = tmp_path / "out"
+    claim(folder, IDENTITY, resuming=False)
+    yield folder
+    release(folder)
+
+
+def snapshot(folder: Path) -> dict[str, Any]:
+    """All below a folder, by path: bytes, where a link points, or None for a folder."""
+    return {
+        path.relative_to(folder).as_posix(): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in folder.rglob("*")
+    }
+
+
+def write(folder: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+FOREIGN = {
+    "one note": {"notes.txt": "mine"},
+    "a hidden file": {".gitkeep": ""},
+    "a checkpoint": {"checkpoint-500/model.safetensors": "mine"},
+    "a model": {"config.json": "{}", "model.safetensors": "mine"},
+    "names of ours": {"metrics.jsonl": "mine", "README.md": "mine"},
+    "a manifest of another program": {"stage.json": '{"stage": 1}', "run.json": "[]"},
+    "a record that is damaged": {"run.json": '{"stage": "sft", "rec'},
+    "a lock of another program": {"run.lock": "mine"},
+    "a deeper folder": {"wandb/run/log": "mine"},
+}
+
+
+@pytest.mark.parametrize("files", FOREIGN.values(), ids=FOREIGN)
+def test_a_folder_that_is_not_ours_is_refused_and_left_alone(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(text)
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError) as error:
+        claim(tmp_path / "out", IDENTITY, resuming=False)
+    assert str(error.value).startswith("output_dir: ")
+    assert sorted(name.split("/")[0] for name in files)[0] in str(error.value)
+    assert snapshot(tmp_path) == before
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loose").symlink_to("nowhere")
+    (tmp_path / "shut").mkdir(mode=0o500)
+    before = snapshot(tmp_path)
+    for name in ("file", "loose", "file/below"):
+        with pytest.raises(UserError, match="output_dir: cannot write to"):
+            claim(tmp_path / name, IDENTITY, resuming=False)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["absent", "deep", "empty", "link to an empty one", "of a run killed at once"])
+def test_a_folder_that_is_free_is_taken(tmp_path, kind):
+    folder = tmp_path / ("a/b/out" if kind == "deep" else "out")
+    if kind in ("empty", "of a run killed at once"):
+        folder.mkdir()
+    if kind == "link to an empty one":
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to("elsewhere")
+    if kind == "of a run killed at once":
+        write(folder, run_DOT_lock="")
+        (folder / ".run.json.1234").write_text('{"sta')
+    claim(folder, IDENTITY, resuming=False)
+    release(folder)
+    name, content = find_mark(folder) or ("", {})
+    assert (name, content["stage"], content["files"]) == ("run.json", "sft", [])
+    assert not (folder / "run.lock").exists()
+    claim(folder, IDENTITY, resuming=True)
+    release(folder)
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        ({"run.json": {"stage": "ppo", "recipe": {}}}, "an unfinished run of the ppo stage"),
+        ({"stage.json": {"stage": "sft", "recipe": {}}}, "a finished run of the sft stage"),
+        ({"results.json": {"stage": "evaluate", "recipe": {}}}, "a finished run of the evaluate stage"),
+    ],
+)
+def test_the_output_of_another_run_is_refused(tmp_path, record, what):
+    ((name, content),) = record.items()
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(OtherRun, match=f"holds {what}"):
+        claim(tmp_path, IDENTITY, resuming=False)
+    assert set(snapshot(tmp_path)) == {name}
+
+
+class TestOwnFiles:
+    def test_foreign_files_of_names_that_the_run_needs_stop_it_before_it_writes(self, out):
+        release(out)
+        for name in (
+            "metrics.jsonl",
+            "checkpoint-500",
+            "best",
+            "model-00001-of-00002.safetensors",
+            "damaged-checkpoint-2",
+        ):
+            (out / name).write_text("mine")
+            before = snapshot(out)
+            with pytest.raises(UserError, match=rf"{name} was not written by this run"):
+                claim(out, IDENTITY, resuming=True)
+            assert snapshot(out) == before
+            (out / name).unlink()
+        (out / "notes.md").write_text("mine")  # no such name
+        claim(out, IDENTITY, resuming=True)
+
+    def test_no_link_is_written_through(self, out, tmp_path):
+        (tmp_path / "mine").write_text("mine")
+        own(out / "metrics.jsonl").symlink_to("../mine")
+        with pytest.raises(UserError, match=r"metrics\.jsonl is a symbolic link"):
+            own(out / "metrics.jsonl")
+        release(out)
+        with pytest.raises(UserError, match=r"metrics\.jsonl is a symbolic link"):
+            claim(out, IDENTITY, resuming=True)
+        delete(out / "metrics.jsonl")
+        assert (out / "metrics.jsonl").is_symlink()
+        assert (tmp_path / "mine").read_text() == "mine"
+
+    def test_the_record_survives_and_is_believed_only_about_the_folder(self, out):
+        own(out / "metrics.jsonl", out / "samples.jsonl")
+        assert owned(out) == {"metrics.jsonl", "samples.jsonl"}
+        record = json.loads((out / "run.json").read_text())
+        for name in ("../mine", "/etc/passwd", "a/../../b", "", "."):
+            (out / "run.json").write_text(json.dumps({**record, "files": [name]}))
+            with pytest.raises(UserError, match=r"`files` in its .* is damaged"):
+                delete(out / "mine")
+
+    def test_only_what_it_lists_is_deleted(self, out):
+        own(out / "untrained").mkdir()
+        write(out, untrained__weights="ours", best__weights="mine", notes="mine")
+        for name in ("untrained", "best", "notes", "nothing"):
+            delete(out / name)
+        assert snapshot(out).keys() - {"run.json", "run.lock"} == {"best", "best/weights", "notes"}
+
+    def test_a_new_folder_replaces_what_was_its_own_there(self, out):
+        for text in ("first", "second"):
+            with new_folder(out / "best") as folder:
+                write(folder, weights=text, inner__part=text)
+            assert {name: text for name, text in snapshot(out / "best").items() if text} == {
+                "weights": text.encode(),
+                "inner/part": text.encode(),
+            }
+        write(out, best__mine="mine", best__inner__mine="mine")
+        with new_folder(out / "best") as folder:
+            write(folder, weights="third")
+        assert snapshot(out / "best") == {
+            "weights": b"third", "mine": b"mine", "inner": None, "inner/mine": b"mine"
+        }  # fmt: skip
+        assert owned(out) == {"best/weights"}
+        write(out, best__readme="mine")
+        with (
+            pytest.raises(UserError, match="best/readme was not written by this run"),
+            new_folder(out / "best") as folder,
+        ):
+            write(folder, readme="ours")
+        assert (out / "best" / "readme").read_text() == "mine"
+
+    def test_a_folder_of_somebody_else_is_not_replaced(self, out):
+        write(out, best__weights="mine")
+        with pytest.raises(UserError, match="best was not written"), new_folder(out / "best"):
+            pass
+        assert (out / "best" / "weights").read_text() == "mine"
+
+    def test_new_files_come_all_or_none(self, out, tmp_path):
+        (tmp_path / "mine").write_text("mine")
+        for text in ("first", "second"):
+            with new_files(out) as folder:
+                write(folder, weights=text, adapter__weights=text)
+            assert (out / "weights").read_text() == (out / "adapter" / "weights").read_text() == text
+        os.link(out / "weights", tmp_path / "copy")  # a second name, as `cp -l` makes
+        with new_files(out) as folder:
+            write(folder, weights="third")
+        assert (tmp_path / "copy").read_text() == "second"
+        (out / "config").symlink_to("../mine")
+        with pytest.raises(UserError, match="config is a symbolic link"), new_files(out) as folder:
+            write(folder, config="ours", weights="fourth")
+        assert (tmp_path / "mine").read_text() == "mine"
+        assert (out / "weights").read_text() == "third"
+
+
+class TestCheckpoints:
+    def save(self, out: Path, step: int, **told: Any) -> Path:
+        checkpoint = own(out / f"checkpoint-{step}")
+        write(checkpoint, weights="ours")
+        files = {"files": {"weights": [4, 0]}, "records": {"metrics.jsonl": 4}, **told}
+        (checkpoint / "complete.json").write_text(json.dumps({**files, "digest": digest(files)}))
+        return checkpoint
+
+    def test_those_of_others_do_not_count_and_stay(self, out):
+        for step in (1, 2, 3):
+            self.save(out, step)
+        write(out, **{"checkpoint-9__complete_DOT_json": "{}", "checkpoint-mine__complete_DOT_json": "{}"})
+        assert [path.name for path in complete_checkpoints(out)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+        rotate(out, 1)
+        assert sorted(path.name for path in out.glob("checkpoint-*")) == [
+            "checkpoint-3",
+            "checkpoint-9",
+            "checkpoint-mine",
+        ]
+        assert owned(out) == {"checkpoint-3"}
+
+    def test_what_others_put_into_one_is_kept(self, out, capsys):
+        write(self.save(out, 1), inner__model_DOT_gguf="mine")
+        self.save(out, 2)
+        rotate(out, 1)
+        assert snapshot(out).keys() >= {"checkpoint-2/weights", "kept-checkpoint-1/inner/model.gguf"}
+        assert not (out / "checkpoint-1").exists()
+        assert "moved to" in capsys.readouterr().err
+
+    def test_one_is_set_aside_only_under_a_free_name(self, out):
+        checkpoint = self.save(out, 1)
+        write(out, **{"damaged-checkpoint-1": "mine"})
+        with pytest.raises(UserError, match="damaged-checkpoint-1 was not written by this run"):
+            set_aside(checkpoint)
+        assert (out / "damaged-checkpoint-1").read_text() == "mine"
+        (out / "damaged-checkpoint-1").unlink()
+        assert set_aside(checkpoint).name == "damaged-checkpoint-1"
+        assert owned(out) == {"damaged-checkpoint-1"}
+
+    def test_records_are_cut_only_if_they_are_its_own_and_by_no_second_name(self, out, tmp_path):
+        checkpoint = self.save(out, 1, records={"metrics.jsonl": 4, "mine.jsonl": 0})
+        own(out / "metrics.jsonl").write_text("one\ntwo\n")
+        write(out, mine_DOT_jsonl="mine")
+        os.link(out / "metrics.jsonl", tmp_path / "copy")
+        cut_records(checkpoint)
+        assert (out / "metrics.jsonl").read_text() == "one\n"
+        assert (out / "mine.jsonl").read_text() == "mine"
+        assert (tmp_path / "copy").read_text() == "one\ntwo\n"
+
+
+class TestNoTrace:
+    @pytest.mark.parametrize("before", ["absent", "deep", "empty"])
+    def test_of_a_run_that_is_refused_after_it_has_claimed(self, tmp_path, before):
+        folder = tmp_path / ("a/b/out" if before == "deep" else "out")
+        if before == "empty":
+            folder.mkdir()
+        was = snapshot(tmp_path)
+        with pytest.raises(UserError, match="bad row"):
+            Stage(folder, untrained=True).run()
+        assert snapshot(tmp_path) == was
+        Stage(folder, fails=False).run()
+
+    def test_but_what_has_begun_stays(self, tmp_path):
+        with pytest.raises(UserError, match="bad row"):
+            Stage(tmp_path / "out", metrics="line\n").run()
+        assert snapshot(tmp_path / "out").keys() == {"run.json", "metrics.jsonl"}
+
+    def test_nor_is_what_an_earlier_run_left_deleted(self, tmp_path):
+        Stage(tmp_path / "out", fails=False).run()
+        with pytest.raises(UserError, match="bad row"):
+            Stage(tmp_path / "out", untrained=True).run()
+        assert snapshot(tmp_path / "out").keys() == {"run.json", "untrained", "untrained/weights", "metrics.jsonl"}
+
+
+def test_a_stage_is_left_without_trace_by_a_bad_row_and_with_all_its_files_on_record_by_a_run(tmp_path):
+    from align.config.load import as_recipe
+    from align.config.sft import SFTRecipe
+    from align.sft.train import run as sft
+
+    keys = {"output_dir": tmp_path / "new" / "out", "model_name_or_path": save_tiny_policy(tmp_path / "base")}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 4)
+    keys |= {"train_dataset": rows, "eval_fraction": 0, "train_batch_size": 4, "save_steps": 1}
+    was = snapshot(tmp_path)
+    with pytest.raises(UserError, match="longer than 2 tokens"):
+        sft(as_recipe(SFTRecipe, keys, max_length=2))
+    assert snapshot(tmp_path) == was
+    sft(as_recipe(SFTRecipe, keys))
+    found = {name for name in snapshot(tmp_path / "new" / "out") if not name.startswith("checkpoint-1/")}
+    assert {"README.md", "metrics.jsonl", "model.safetensors", "checkpoint-1"} < found
+    assert found - owned(tmp_path / "new" / "out") == set()
+
+
+class Stage:
+    """A stage that claims its folder, writes what stages write before the first step, and fails."""
+
+    def __init__(self, folder: Path, untrained: bool = False, metrics: str = "", fails: bool = True):
+        self.output_dir, self.untrained, self.metrics, self.fails = str(folder), untrained, metrics, fails
+
+    def run(self) -> None:
+        run(self)
+
+
+@one_run_per_folder
+def run(stage: Stage) -> None:
+    folder = Path(stage.output_dir)
+    claim(folder, IDENTITY, resuming=False)
+    own(folder / "metrics.jsonl").write_text(stage.metrics)
+    if stage.untrained:
+        with new_folder(folder / "untrained") as fresh:
+            write(fresh, weights="random")
+    if stage.fails:
+        raise UserError("bad row")
+
+
+# --- one run at a time
+
+
+def hold(folder: str, ready: Any, go: Any) -> None:
+    lock.PATIENCE = 0.2
+    try:
+        claim(folder, IDENTITY, resuming=True)
+    except UserError as error:
+        ready.put(str(error))
+        return
+    ready.put("")
+    go.wait(30)
+    release(Path(folder))
+
+
+class TestLock:
+    def test_two_starts_at_the_same_moment(self, tmp_path):
+        """Exactly one wins, and the others say who did."""
+        context = multiprocessing.get_context("fork")
+        ready, go = context.Queue(), context.Event()
+        starts = [context.Process(target=hold, args=(str(tmp_path / "out"), ready, go)) for _ in range(4)]
+        for each in starts:
+            each.start()
+        told = [ready.get(timeout=30) for _ in starts]
+        assert told.count("") == 1, told
+        assert all(f"{tmp_path}/out is in use by process " in text for text in told if text)
+        go.set()
+        for each in starts:
+            each.join(30)
+        assert not (tmp_path / "out" / "run.lock").exists()
+
+    @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+    def test_that_of_a_dead_run_is_taken_over(self, tmp_path, signum):
+        context = multiprocessing.get_context("fork")
+        ready, go = context.Queue(), context.Event()
+        holder = context.Process(target=hold, args=(str(tmp_path), ready, go))
+        holder.start()
+        assert ready.get(timeout=30) == ""
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on .* since .*; wait until all its ranks"):
+            claim(tmp_path, IDENTITY, resuming=True)
+        os.kill(int(holder.pid or 0), signum)
+        claim(tmp_path, IDENTITY, resuming=True)  # though nobody has waited for the dead process yet
+        release(tmp_path)
+        holder.join()
+
+    def test_it_lasts_as_long_as_any_rank(self, out):
+        code = "import sys; from pathlib import Path; from align.runs import lock; lock.share(Path(sys.argv[1])); print(); sys.stdin.read()"
+        rank = subprocess.Popen([sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert rank.stdout and rank.stdin  # noqa: PT018
+        rank.stdout.readline()
+        os.close(lock._held.pop(str(out)))  # as if rank 0 had been killed
+        with pytest.raises(UserError, match="is in use"):
+            claim(out, IDENTITY, resuming=True)
+        rank.communicate()
+        claim(out, IDENTITY, resuming=True)
+
+    def test_that_of_another_machine_says_how_to_remove_it(self, out):
+        release(out)
+        told = {
+            "host": "elsewhere",
+            "boot": "x",
+            "pid": 1,
+            "started": 0.0,
+            "since": "then",
+            "command": "align sft r.yaml",
+        }
+        (out / "run.lock").write_text(json.dumps(told))
+        with pytest.raises(UserError) as error:
+            claim(out, IDENTITY, resuming=True)
+        assert str(error.value) == (
+            f"output_dir: {out} is in use by process 1 on elsewhere since then (align sft r.yaml), another machine than this "
+            f"one; if that run is gone, delete {out}/run.lock and start again."
+        )
+        assert json.loads((out / "run.lock").read_text()) == told
+        (out / "run.lock").write_text(json.dumps({**told, "boot": lock._boot()}))  # another container of this machine
+        claim(out, IDENTITY, resuming=True)
+
+    def test_where_there_is_no_flock_the_record_counts(self, out, monkeypatch):
+        monkeypatch.setattr(lock, "_flock", lambda *_: False)
+        mine = json.loads((out / "run.lock").read_text())
+        release(out)
+        (out / "run.lock").write_text(json.dumps({**mine, "pid": os.getppid(), "started": started(os.getppid())}))
+        with pytest.raises(UserError, match="is in use"):
+            claim(out, IDENTITY, resuming=True)
+        (out / "run.lock").write_text(
+            json.dumps({**mine, "pid": os.getppid(), "started": 1.0})
+        )  # started at another time: not it
+        claim(out, IDENTITY, resuming=True)
+
+
+def started(pid: int) -> float:
+    import psutil
+
+    return psutil.Process(pid).create_time()
