@@ -51,6 +51,15 @@ FUSED_HEAD_ARGUMENT = "fused_lm_head"
 DEEPSPEED_SHARED_MEMORY_FILES = "deepspeed_allreduce_buffer_*"
 
 
+# Jinja
+
+
+def namespace_values(namespace: Any) -> dict[str, Any]:
+    """What a template has put into a `namespace()`."""
+    values: dict[str, Any] = namespace._Namespace__attrs
+    return values
+
+
 # transformers
 
 
@@ -75,6 +84,25 @@ def register_sdpa_variant(name: str, attention: Callable[..., Any]) -> None:
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def chat_template_environment() -> Any:
+    """A Jinja environment such as transformers renders chat templates in."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template("{# limited #}").environment  # one that no other has
+
+
+def apply_chat_template(tokenizer: Any, messages: Any, compile_template: Callable[[str], Any], **kwargs: Any) -> str:
+    """`tokenizer.apply_chat_template` as text, with the template compiled by `compile_template`, once for each render."""
+    from transformers.utils import chat_template_utils as utils
+
+    before = utils._compile_jinja_template
+    utils._compile_jinja_template = compile_template  # type: ignore[assignment]  # a plain function
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    finally:
+        utils._compile_jinja_template = before
 
 
 def has_causal_lm(config: Any) -> bool:

@@ -25,6 +25,10 @@ class BadRow(UserError):
     """A row that cannot be used. The message is the reason, without details of the row, so that equal reasons can be counted."""
 
 
+class TemplateFailure(UserError):
+    """A template that no row can be rendered with, or that takes too long; begins with the template."""
+
+
 SHOWN = 50  # names that an error lists
 SEARCHED = 10_000  # names among which the nearest is looked for, which takes a tenth of a second
 

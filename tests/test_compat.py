@@ -13,15 +13,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 import torch
 import transformers
 import trl
 import trl.trainer.utils
 from peft import PromptTuningConfig, get_peft_model
+from tokenizers import Tokenizer, models
 from torch import nn
 
 from align import compat
+from align.config.template_limits import begin_render
 from tests.worlds import tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +171,7 @@ os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE
 import deepspeed
 from torch import nn
 from align import compat
+from align.config.template_limits import begin_render
 compat.disable_deepspeed_shared_memory()
 deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 with deepspeed.zero.Init(config_dict_or_path={"zero_optimization": {"stage": 3}, "train_batch_size": 1}):
@@ -265,6 +269,37 @@ def overrides(tree: ast.Module) -> set[str]:
         and node.attr.startswith("_")
         and not node.attr.endswith("__")
     }
+
+
+def test_chat_template_environment():
+    environment = compat.chat_template_environment()
+    begin_render()  # it has limits if another test has rendered
+    assert {"raise_exception", "strftime_now", "namespace"} <= environment.globals.keys()
+    assert environment.trim_blocks
+    template = environment.from_string("{% set ns = namespace(a=1) %}{% generation %}{{ ns.a }}{% endgeneration %}")
+    assert template.render() == "1"
+
+
+def test_namespace_values():
+    assert compat.namespace_values(jinja2.utils.Namespace(a=1)) == {"a": 1}
+
+
+def test_apply_chat_template():
+    from transformers.utils import chat_template_utils
+
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template="own")
+    before = chat_template_utils._compile_jinja_template
+    asked = []
+
+    def compiled(text):
+        asked.append(text)
+        return jinja2.Template("{{ messages[0].content }}{{ add_generation_prompt }}")
+
+    messages = [{"role": "user", "content": "hello"}]
+    for _ in range(2):  # once for each render, or a clock that starts there would not start
+        assert compat.apply_chat_template(tokenizer, messages, compiled, add_generation_prompt=True) == "helloTrue"
+    assert asked == ["own", "own"]
+    assert chat_template_utils._compile_jinja_template is before
 
 
 OVERRIDDEN = {method for methods in compat.OVERRIDDEN.values() for method in methods}

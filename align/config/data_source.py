@@ -11,9 +11,10 @@ from typing import Any
 import jinja2
 from jinja2 import meta
 from jinja2.exceptions import TemplateSyntaxError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from align.config.keys import AT_LEAST_1, TIMES, check_function_name, check_ranges, key
+from align.config.sandbox import LimitedEnvironment
+from align.config.template_limits import TemplateLimit, begin_render
 from align.errors import BadRow, UserError, nearest
 
 ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
@@ -112,6 +113,7 @@ def check_template(template: Mapping[str, str], where: str) -> None:
         if part not in template:
             raise UserError(f"{where}: no `{part}`; a template has the parts {', '.join(known)}.")
     for part, text in template.items():
+        begin_render()
         try:
             named = list(meta.find_referenced_templates(template_environment().parse(text)))
             compile_template(text)
@@ -120,6 +122,10 @@ def check_template(template: Mapping[str, str], where: str) -> None:
             raise UserError(
                 f"{where}.{part}: not a Jinja template: {error.message}, in its line {error.lineno}: {line}"
             ) from None
+        except TemplateLimit as error:
+            raise UserError(f"{where}.{part}: {error}") from None
+        except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler
+            raise UserError(f"{where}.{part}: nested too deeply for a template ({type(error).__name__}).") from None
         if named:
             raise UserError(f"{where}.{part}: a template cannot include another one ({named[0]}); write it out.")
 
@@ -133,8 +139,8 @@ def read_columns(text: str) -> frozenset[str]:
 
 
 @functools.cache
-def template_environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def template_environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -142,8 +148,9 @@ def template_environment() -> ImmutableSandboxedEnvironment:
         extensions=["jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's escapes for HTML
-    # Every process renders the rows for itself, and they must come out alike.
-    del environment.filters["random"], environment.globals["lipsum"]
+    # Every process renders the rows for itself, and they must come out alike; `limit` takes `lipsum` away.
+    del environment.filters["random"]
+    environment.limit()
     return environment
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from align.data.chat_template import render_chat
 from align.data.rows import Demonstration, Turns, as_response, render_text
 from align.errors import BadRow, UserError
 
@@ -132,11 +132,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     for token in (tokenizer.bos_token, tokenizer.eos_token):
         if token and any(token in message["content"] for message in messages):
             raise BadRow(f"the text of the special token {token} in a message")
-    try:
-        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise BadRow(f"the chat template rejects it: {error}") from error
-    return str(rendered)
+    return render_chat(tokenizer, messages, add_generation_prompt)
 
 
 def _suffix(start: str, text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from align.errors import BadRow, UserError
+from align.errors import BadRow, TemplateFailure, UserError
 
 Turns = str | list[dict[str, str]]
 """Plain text, or messages with the keys `role` (system, user, assistant) and `content`."""
@@ -93,11 +93,17 @@ class BadRows:
 
     @contextlib.contextmanager
     def catch(self, where: str) -> Iterator[None]:
-        """Record a `BadRow` raised in the block instead of letting it propagate."""
+        """Record a `BadRow` raised in the block instead of letting it propagate.
+
+        Raises:
+            UserError: a template fails for good in the block; begins with `where`.
+        """
         try:
             yield
         except BadRow as bad:
             self.by_reason.setdefault(str(bad), []).append(where)
+        except TemplateFailure as failure:
+            raise UserError(f"{where}: {failure}") from failure
 
     def __len__(self) -> int:
         return sum(map(len, self.by_reason.values()))

@@ -1,7 +1,7 @@
 """Labeled rows to instructions with Jinja templates and verbalized labels, and answers back to labels.
 
 Templates are rendered like chat templates, sandboxed and without a loader: a recipe runs no code of its own, and the
-text of a row is never interpreted as a template. Jinja's sandbox limits `range` to 100,000 steps.
+text of a row is never interpreted as a template. `align.config.template_limits` limits time and size.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from align.config.data_source import (
     read_columns,
     template_environment,
 )
+from align.config.template_limits import TemplateLimit, begin_render
 from align.errors import BadRow, UserError, first_few, nearest
 
 # Keys of a row's `extra` besides its columns. For `parse_label`: the template that rendered the row (a mapping of strings),
@@ -103,6 +104,7 @@ class SourceTemplates:
     def _render(self, index: int, part: str, variables: Mapping[str, Any], where: str) -> str:
         place = f"templates[{index}].{part}"
         text = self.source.templates[index][part]
+        begin_render()
         try:
             return compile_template(text).render(variables)
         except BadRow as bad:
@@ -121,6 +123,8 @@ class SourceTemplates:
             ) from None
         except SecurityError as error:
             raise UserError(f"{where}: {place}: {error}; a template only reads columns.") from None
+        except TemplateLimit as error:
+            raise UserError(f"{where}: {place} {error}; fix the template or the row.") from None
         except Exception as error:  # a template may fail in any way on the row's values
             raise BadRow(f"{place} fails with {type(error).__name__}: {error}") from None
 

@@ -12,11 +12,11 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
 
 from align.compat import has_causal_lm
-from align.config.text_file import read_text
 from align.data.rows import Demonstration, render_text
 from align.errors import UserError, nearest
 from align.models.context_length import max_positions
 from align.models.inspect_folder import check_sizes
+from align.models.tokenizer import read_chat_template
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 
@@ -76,7 +76,7 @@ def write_scratch_model(
     )
     tokenizer.model_max_length = max_positions(config) or tokenizer.model_max_length
     if chat_template_path is not None:
-        tokenizer.chat_template = read_text(chat_template_path, "chat_template_path")
+        tokenizer.chat_template = read_chat_template(chat_template_path)
     config.vocab_size = len(tokenizer)
     config.pad_token_id, config.bos_token_id, config.eos_token_id = range(len(SPECIAL_TOKENS))
     set_seed(seed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.config.text_file import read_text
-from align.errors import UserError, reason
+from align.data.chat_template import check_chat_template
+from align.errors import TemplateFailure, UserError, reason
 
 
 def load_tokenizer(
@@ -28,8 +29,22 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = end  # safe: masks say what is padding, never ids
     if chat_template_path is not None:
-        tokenizer.chat_template = read_text(chat_template_path, "chat_template_path")
+        tokenizer.chat_template = read_chat_template(chat_template_path)
     return tokenizer
+
+
+def read_chat_template(path: str) -> str:
+    """The chat template in a file.
+
+    Raises:
+        UserError: it cannot be read, or is no Jinja template.
+    """
+    text = read_text(path, "chat_template_path")
+    try:
+        check_chat_template(text)
+    except TemplateFailure as error:
+        raise UserError(f"chat_template_path: {path} {error}") from error
+    return text
 
 
 def set_right_padding(tokenizer: PreTrainedTokenizerBase) -> None:
