@@ -50,7 +50,9 @@ DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward
 class StageRecipe:
     """Keys that all stages share."""
 
-    output_dir: str = required("Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints.")
+    output_dir: str = required(
+        "Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints: a new or empty one, or that of the same run."
+    )
     stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
     seed: int = key(42, "Seed of data order, splits, initialization and sampling.", SEED)
 
