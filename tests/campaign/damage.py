@@ -265,7 +265,7 @@ def altered(stage: str, path: str, harm: Harm, *says: str) -> Callable[[Place], 
         take(place, unfinished(place, stage))
         harm(place.folder / path, place.random)
         before = place.snapshot()
-        return refused(start(place, stage), says or [path, Path(path).name]) + changed(before, place.snapshot())
+        return refused(start(place, stage), says or [path, Path(path).name]) + changed(before, place.snapshot(), [f"{OUT}/run.lock"])
     return check
 
 
