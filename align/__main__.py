@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from align.config.stages import STAGES
 from align.errors import UserError, nearest
 from align.runs.command_line import CommandParser, exit_code, stage_arguments
 from align.runs.launch import launched_words, run_stage
+from align.runs.launchers import adopt_ranks
 from align.runs.quiet import quiet
 
 EPILOG = """\
@@ -42,6 +44,12 @@ def _run(words: list[str]) -> int:
         print(f"error: {problem}\n{parser.format_help()}", end="", file=sys.stderr)
         return 2
     arguments, overrides = parser.parse_known_args(words)
+    if words[0] not in STAGES:
+        adopt_ranks()
+        if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise UserError(
+                f"align {words[0]}: was started as {ranks} ranks; start it once, or start a stage as ranks."
+            )
     return int(arguments.run(arguments, overrides))
 
 
@@ -61,9 +69,12 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     run = commands.add_parser(
         "run",
         help="run a folder's numbered recipes in order",
-        usage="align run DIR [--num_gpus N] [--key value ...]",
+        usage="align run DIR [--num_gpus N | --hostfile FILE] [--key value ...]",
         description=f"Run a folder's numbered recipes in order; skip finished ones, resume interrupted ones. {KEYS}",
         no_path="expected a folder of numbered recipes first, as in `align run recipes/quickstart`.",
+    )
+    run.add_argument(
+        "--hostfile", metavar="FILE", help="nodes for each stage, in lines of `HOST slots=GPUS`, reached by pdsh"
     )
     run.set_defaults(run=_run_folder)
     check = commands.add_parser(
@@ -104,7 +115,7 @@ def _stage(stage: str, arguments: argparse.Namespace, overrides: list[str]) -> i
 
 
 def _run_folder(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    return run_folder(arguments.path, _num_gpus(arguments), overrides)
+    return run_folder(arguments.path, _num_gpus(arguments), overrides, arguments.hostfile)
 
 
 def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:

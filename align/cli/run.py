@@ -21,13 +21,17 @@ from align.runs.manifest import is_finished, read_manifest
 from align.runs.tables import cell, make_console, make_table
 
 
-def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -> int:
+def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = (), hostfile: str | None = None) -> int:
     """Run what is not finished, in order, and close with the table of before and after; returns 0.
+
+    Args:
+        num_gpus: processes of each stage, on this machine.
+        hostfile: instead of `num_gpus`, the nodes of each stage and their GPUs, as for the `deepspeed` launcher.
 
     Raises:
         UserError: no recipes, a wrong recipe (all are checked before the first one runs), or a stage that failed.
     """
-    steps = read_steps(directory, num_gpus, overrides)
+    steps = read_steps(directory, num_gpus, overrides, hostfile)
     signal.signal(signal.SIGTERM, raise_exit)
     console = make_console()
     for index, step in enumerate(steps):
@@ -81,12 +85,12 @@ def command(step: Step) -> list[str]:
     if not getattr(step.recipe, "deepspeed", None) and step.processes == 1:
         return [sys.executable, "-m", *stage]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # With a number alone the launcher ignores CUDA_VISIBLE_DEVICES and takes the machine's first GPUs.
-    where = (
-        ["--include", f"localhost:{','.join(visible.split(',')[: step.processes])}"]
-        if visible
-        else ["--num_accelerators", str(step.processes)]
-    )
+    if step.hostfile is not None:
+        where = ["--hostfile", step.hostfile]
+    elif visible:  # with a number alone the launcher ignores it, and takes the machine's first GPUs
+        where = ["--include", f"localhost:{','.join(visible.split(',')[: step.processes])}"]
+    else:
+        where = ["--num_accelerators", str(step.processes)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical", *where]
     return [*launcher, "--master_port", str(free_port()), "--module", *stage]
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from align.cli.hostfile import read_hostfile
 from align.config.base import StageRecipe
 from align.config.load import load_recipe
 from align.config.paths import expand, overlap
@@ -19,20 +20,23 @@ from align.runs.output_folder import find_mark
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """One numbered recipe: its path, stage, checked recipe, overrides and number of processes."""
+    """One numbered recipe: its path, stage, checked recipe, overrides, number of processes, and the nodes if not this one."""
 
     path: str
     stage: str
     recipe: Recipe
     overrides: list[str]
     processes: int
+    hostfile: str | None = None
 
     @property
     def name(self) -> str:
         return Path(self.path).name
 
 
-def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -> list[Step]:
+def read_steps(
+    directory: str, num_gpus: int | None, overrides: Sequence[str], hostfile: str | None = None
+) -> list[Step]:
     """The folder's recipes `N_name.yaml` by number, checked, each with those overrides whose key its stage has.
 
     Raises:
@@ -41,12 +45,15 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
     """
     directory = expand(directory, "align run")
     paths = numbered_recipes(directory)
+    if hostfile is not None and num_gpus is not None:
+        raise UserError("--hostfile: expected this or --num_gpus, got both; the hostfile has the GPUs of each node.")
+    slots = sum(read_hostfile(hostfile).values()) if hostfile is not None else None
     stages = {path: read_stage(path) for path in paths}
     shared = {stage: known_overrides(stage, overrides, set(stages.values())) for stage in set(stages.values())}
     steps: list[Step] = []
     for path, stage in stages.items():
         recipe = load_recipe(stage, path, shared[stage])
-        count = processes(recipe, num_gpus)
+        count = slots or processes(recipe, num_gpus)
         for other in steps:
             if problem := overlap(recipe.output_dir, other.recipe.output_dir):
                 also = "is also" if problem == "is" else problem
@@ -59,7 +66,7 @@ def read_steps(directory: str, num_gpus: int | None, overrides: Sequence[str]) -
                 batch_plan(recipe, count)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        steps.append(Step(path, stage, recipe, shared[stage], count))
+        steps.append(Step(path, stage, recipe, shared[stage], count, hostfile))
     return steps
 
 

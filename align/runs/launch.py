@@ -20,6 +20,7 @@ from align.engine.faults import during
 from align.engine.rank_errors import reported
 from align.errors import UserError
 from align.runs.command_line import CommandParser, exit_code, stage_arguments
+from align.runs.launchers import adopt_ranks
 from align.runs.quiet import quiet
 
 PIPELINE = "ALIGN_PIPELINE"  # set in the stages that `align run` starts, which end when it is gone
@@ -37,11 +38,12 @@ def run_stage_cli(stage: str, argv: Sequence[str] | None = None) -> None:
 
 
 def run_stage(stage: str, path: str, overrides: Sequence[str]) -> int:
-    """Load the recipe in `path` and run its stage; returns 0.
+    """Load the recipe in `path` and run its stage, as one of several ranks if it was started so; returns 0.
 
     Raises:
         UserError: a wrong recipe, or whatever stops the stage.
     """
+    adopt_ranks()
     run_recipe(load_recipe(stage, path, overrides))
     return 0
 
@@ -64,6 +66,7 @@ def run_from_python(recipe: Recipe) -> Any:
         UserError: the recipe needs DeepSpeed, which cannot be started a second time in a process, or torch uses several
             GPUs already, over which a Trainer would spread one batch.
     """
+    adopt_ranks()
     if "WORLD_SIZE" not in os.environ:
         for key in DEEPSPEED_KEYS:
             if getattr(recipe, key, None):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from align.runs.manifest import read_manifest, write_manifest
 from align.runs.own_files import delete, new_folder, own
 from align.runs.tables import markdown_table
 
+SEEN_WITHIN = 10.0  # seconds until a file is seen on all nodes; network file systems cache names
 UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
 
 
@@ -43,8 +47,9 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
     the checkpoint.
 
     Raises:
-        UserError: the checkpoint was written by an earlier version.
+        UserError: the checkpoint was written by an earlier version, or a rank does not see the folder of rank 0.
     """
+    check_shared_folder(recipe.output_dir, world)
     step = torch.zeros(1, dtype=torch.int64, device=world.device)
     if world.is_main:
         step += step_of(_newest_intact(recipe.output_dir))
@@ -57,6 +62,27 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
         cut_records(checkpoint)
         rotate(recipe.output_dir, recipe.save_total_limit)
     return checkpoint
+
+
+def check_shared_folder(output_dir: str, world: World) -> None:
+    """Check that the ranks on all nodes see the folder that rank 0 writes to, by the lock that rank 0 has put there.
+
+    Raises:
+        UserError: on every rank, if one does not see it.
+    """
+    folder, host = Path(output_dir), socket.gethostname()
+    if world.size == 1:
+        return
+    # Host, process, its start and the boot of its machine: no other lock is the same.
+    expected = json.loads(world.gather_text(json.dumps(lock.read(folder)) if world.is_main else "")[0])
+    deadline = time.monotonic() + SEEN_WITHIN
+    while not (seen := lock.read(folder) == expected) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if blind := sorted({name for name in world.gather_text("" if seen else host) if name}):
+        raise UserError(
+            f"output_dir: {output_dir} on {expected['host']}, where rank 0 writes it, is not the folder of this name on "
+            f"{', '.join(blind)}; give a path on a file system that all nodes share."
+        )
 
 
 def _newest_intact(output_dir: str) -> Path | None:
