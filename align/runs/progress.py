@@ -27,12 +27,18 @@ class _TimeLeft(ProgressColumn):
         return Text(f"{self._display.time_left()} left", style="progress.remaining")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Says nothing more, as in `align ppo ... 2>&1 | head`; rich would end the run."""
+        self.quiet = True
+
+
 class Display:
     """A live bar on a terminal; elsewhere a plain line at the first step, the last, and every ten seconds or so."""
 
     def __init__(self, stage: str, total: int):
         self._stage, self._total = stage, total
-        self._console = Console(stderr=True, highlight=False)
+        self._console = _Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
         self._step = self._first_step = 0
         self._began = self._updated = time.monotonic()

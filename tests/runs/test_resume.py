@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from align.config.load import load_recipe
 from align.config.sft import SFTRecipe
 from align.engine.distributed import World
 from align.errors import UserError
-from align.runs.checkpoint import mark_complete, synced_sums
+from align.runs.checkpoint import complete_checkpoints, mark_complete, synced_sums
 from align.runs.manifest import recipe_dict
 from align.runs.own_files import own
 from align.runs.stage import last_checkpoint, layout
@@ -168,6 +168,47 @@ def test_stopped_by_sigterm_between_checkpoints(whole, tmp_path, stage):
     started.stop(signal.SIGTERM)
     complete(recipe, 2)
     assert_same(tmp_path / "out", whole(stage, "zero0"))
+
+
+def size_of(folder: Path) -> int:
+    """Bytes that a folder takes on a file system with pages of 4096."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """A disk of a given size at `tmp_path / "out"`; asked again, it has another size."""
+    place = tmp_path / "out"
+
+    def mount(size: int) -> Path:
+        again = "remount," if place.is_mount() else ""
+        place.mkdir(exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", f"{again}size={size}", "tmpfs", str(place)]
+        if (done := subprocess.run(words, capture_output=True, text=True, check=False)).returncode:
+            pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
+        return place
+
+    yield mount
+    subprocess.run(["umount", "-l", str(place)], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_on_a_full_disk_it_ends_with_one_error_and_goes_on_when_there_is_room(whole, tmp_path, disk, stage):
+    done = whole(stage, "alone")
+    rest = sum(size_of(done / name) for name in ("best",)) + 64 * 1024
+    out = disk(
+        rest + int(1.5 * size_of(done / "checkpoint-4"))
+    )  # for the first of its checkpoints and half of the next
+    recipe = write_recipe(stage, tmp_path)
+    started = start(recipe, 1)
+    assert started.wait() == [1]
+    error = started.stderr.splitlines()[-1]
+    assert error.startswith(f"align.errors.UserError: {out}/checkpoint-4"), error
+    assert "error while writing a checkpoint: No space left on device, " in error
+    assert [path.name for path in complete_checkpoints(out)] == ["checkpoint-2"]
+    disk(2**30)
+    complete(recipe, 1)
+    assert_same(out, done)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

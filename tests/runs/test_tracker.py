@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -105,6 +106,28 @@ def test_other_ranks_are_silent(
         tracker.say("hello")
     assert not (tmp_path / "ppo").exists()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_folder_that_is_removed_ends_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "ppo"
+    with Tracker(ppo_recipe(folder), "ppo", 2) as tracker:
+        tracker.log(1, {"episode": 64})
+        tracker.progress(1)
+        folder.rename(tmp_path / "elsewhere")
+        with pytest.raises(UserError, match=r"metrics\.jsonl: error .*: its folder was removed while the stage ran"):
+            tracker.log(2, {"episode": 128})
+        (folder / "checkpoint-2").mkdir(parents=True)  # as a checkpoint does
+        with pytest.raises(UserError, match="ppo: the output folder was removed or renamed while the stage ran"):
+            tracker.progress(2)
+
+
+def test_a_terminal_that_is_gone_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    align.runs.progress.Display("ppo", 2).say("hello")
 
 
 # --- Weights & Biases
@@ -255,6 +278,49 @@ def test_wandb_without_an_account_is_the_users_to_mend(tmp_path: Path) -> None:
     assert message.startswith("align.errors.UserError: report_to: ")
     assert "WANDB_MODE=offline" in message
     assert "wandb login" in message
+
+
+WANDB_LOST = """
+import os, signal, sys, time
+import align.runs.wandb_run; import psutil
+from align.config.ppo import PPORecipe
+from align.runs.tracker import Tracker
+from tests.worlds import claimed
+align.runs.wandb_run.FINISH = 1.0
+for folder, how in (("dies", signal.SIGKILL), ("hangs", signal.SIGSTOP)):
+    recipe = claimed(PPORecipe(output_dir=f"{sys.argv[1]}/{folder}", sft_model_path="sft", report_to="wandb"))
+    with Tracker(recipe, "ppo", 100) as tracker:
+        for step in range(1, 101):
+            tracker.log(step, {"objective/score": 1.0 * step})
+            if step == 10:
+                for child in psutil.Process().children(recursive=True):
+                    os.kill(child.pid, how)
+                time.sleep(0.2)
+        tracker.table(100, "samples", ["prompt"], [["a"]])
+"""
+
+
+def test_wandb_may_die_or_hang(tmp_path: Path) -> None:
+    done = run_python(WANDB_LOST, str(tmp_path), env=environment(tmp_path, WANDB_MODE="offline"))
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stderr.splitlines() if not line.startswith(("W&B offline", "ppo "))]
+    assert len(told) == 2, done.stderr
+    assert re.fullmatch(r"W&B has stopped \(.*\)\. Training goes on; all numbers are in metrics\.jsonl\.", told[0])
+    assert re.fullmatch(
+        r"W&B is not done after 1 s and was stopped; later: wandb sync .*/hangs/wandb/offline-run-.*", told[1]
+    )
+    for folder in ("dies", "hangs"):
+        assert [line["step"] for line in lines(tmp_path / folder / "metrics.jsonl")] == [*range(1, 101)]
+        assert len(lines(tmp_path / folder / "samples.jsonl")) == 1
+
+
+def test_a_file_in_the_place_of_wandbs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ppo_recipe(tmp_path / "out", report_to="wandb")
+    (tmp_path / "wandb").write_text("mine")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    with pytest.raises(UserError, match=r"report_to: .* cannot write to .*/wandb \(File exists\).*set WANDB_DIR"):
+        Tracker(recipe, "ppo", 1).__enter__()
+    assert (tmp_path / "wandb").read_text() == "mine"
 
 
 # --- progress
