@@ -142,7 +142,7 @@ def _num_gpus(arguments: argparse.Namespace) -> int | None:
     found: str | None = arguments.num_gpus
     if found is None:
         return None
-    if not found.isdigit() or int(found) < 1:
+    if not (found.isascii() and found.isdigit()) or not 1 <= int(found[:9]) < 10**6:
         raise UserError(f"--num_gpus: expected a number of processes from 1, got {found or 'nothing'}")
     return int(found)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Collection, Iterable
 from itertools import islice
 
@@ -29,6 +31,9 @@ class TemplateFailure(UserError):
     """A template that no row can be rendered with, or that takes too long; begins with the template."""
 
 
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|cannot allocate memory|std::bad_alloc|_ALLOC_FAILED", re.I
+)
 SHOWN = 50  # names that an error lists
 SEARCHED = 10_000  # names among which the nearest is looked for, which takes a tenth of a second
 
@@ -37,6 +42,13 @@ def first_few(names: Collection[str]) -> str:
     """The names, separated by commas; of many, the first ones and the number of the others."""
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(islice(names, SHOWN)) + more
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, torch or a library says that memory, of the machine or of a GPU, has run out."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def reason(error: BaseException) -> str:

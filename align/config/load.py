@@ -107,7 +107,8 @@ def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, p
     """The stage's recipe with these values. `path` is that of the recipe, also for the command that an error suggests."""
     cls = stage.recipe
     annotations = get_type_hints(cls)
-    if (other := values.get("stage")) in STAGES and other != stage.name:
+    other = values.get("stage")
+    if isinstance(other, str) and other in STAGES and other != stage.name:
         raise UserError(f"{where('stage')}: expected {stage.name!r}, got {other!r}; run `align {other} {path}`.")
     for name in stage.input_models:
         if annotations[name] == dict[str, str] and name in values:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from align.errors import UserError
+from align.errors import UserError, is_out_of_memory
 
 TRAINING = (
     "per_device_train_batch_size, set gradient_checkpointing: true or bf16: true, or shard over more GPUs (deepspeed)"
@@ -37,9 +37,6 @@ PHASES = {
     ),
 }
 
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|cannot allocate memory|std::bad_alloc|_ALLOC_FAILED", re.I
-)
 ERROR_NUMBER = re.compile(r"os error (\d+)|\[Errno (\d+)\]")  # in messages of Rust and of Arrow
 TORCH_WRITES = re.compile(r"PytorchStreamWriter|iostream error|inline_container")
 # Errors of writing that can only come from the file system, and what to do about each.
@@ -76,7 +73,7 @@ def during(phase: str, target: Path | None = None) -> Iterator[None]:
 
 
 def _memory(error: Exception, phase: str) -> str | None:
-    found = next((each for each in _causes(error) if isinstance(each, MemoryError) or _is_memory(each)), None)
+    found = next((each for each in _causes(error) if is_out_of_memory(each)), None)
     if found is None:
         return None
     doing, lower = PHASES.get(phase, PHASES["start"])
@@ -86,10 +83,6 @@ def _memory(error: Exception, phase: str) -> str | None:
         f"out of {kind} while {doing}{f' ({detail})' if detail else ''}. Lower {lower}. The last checkpoint is continued if "
         "only per_device sizes or gradient_checkpointing change."
     )
-
-
-def _is_memory(error: BaseException) -> bool:
-    return getattr(error, "errno", None) == errno.ENOMEM or OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _disk(error: Exception, phase: str, target: Path | None) -> str | None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from align.compat import causal_lm_types, loads_sharded, seq2seq_lm_types
-from align.errors import UserError, reason
+from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_complete, check_finite
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
 from align.models.trainable import disable_inference_kernels
@@ -159,9 +159,9 @@ def _loading(path: str, what: str) -> Iterator[None]:
     """Loading a model's files, whatever fails in it is an error of the files, except for a lack of memory."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise  # the stage says what to lower
         raise UserError(f"{path}: the {what} cannot be loaded. {reason(error)}") from error
 
 

@@ -19,6 +19,9 @@ ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2,
               "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}  # fmt: skip
 
 
+TYPES = {*ITEM_BYTES, "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a safetensors file, as the file's header describes it."""
@@ -57,6 +60,8 @@ def read_header(path: Path, key: str) -> dict[str, StoredTensor]:
     for begin, stop, name in spans:
         item, shape = ITEM_BYTES.get(tensors[name].dtype), tensors[name].shape
         fits = item is None or stop - begin == item * math.prod(shape)
+        if tensors[name].dtype not in TYPES:
+            raise UserError(f"{key}: {path}: {name} has a type that the format does not know; {again}")
         if begin != end or stop < begin or not fits or min(shape, default=0) < 0:
             raise UserError(f"{key}: {path}: its header describes {name} wrongly; {again}")
         end = stop

@@ -79,6 +79,7 @@ RECIPES: dict[str, tuple[bytes, str]] = {
     "a rank without end": (b"lora_r: 1000000000000\n", "lora_r: expected a number of at most 1,048,576"),
     "a vocabulary without end": (b"tokenizer_vocab_size: 1000000000000\n", "tokenizer_vocab_size: expected a number of at"),
     "a weight without end": (b"retention: {path: a, weight: 1.0e9}\n", "retention[0].weight: expected a number of at most"),
+    "a stage that is a list": (b"stage: [sft]\n", "r.yaml:4: stage: expected text, got [\"sft\"] (a list)"),
     "a path of 5000 characters": (b"deepspeed: " + b"x" * 5000, "deepspeed: expected a path, got one of 5000 characters"),
     "a long name in a path": (b"deepspeed: a/" + b"x" * 300, "deepspeed: expected a path, got a name of 300 characters"),
 }  # fmt: skip

@@ -160,6 +160,7 @@ FOLDERS: dict[str, tuple[Change, str]] = {
     "tensor of another size": (header(tensor(shape=[3]), 8), HEADER_WRONG),
     "tensor of a negative size": (header(tensor(shape=[-1, -2]), 8), HEADER_WRONG),
     "tensor that ends before it begins": (header(tensor(begin=8, end=0), 8), HEADER_WRONG),
+    "tensor of an unknown type": (header(tensor(dtype="X9"), 8), "w has a type that the format does not know"),
     "a gap between tensors": (header(tensor(begin=8, end=16), 16), HEADER_WRONG),
     "tensor beyond the end": (header(tensor(shape=[200], end=800), 8), "model.safetensors: is cut: "),
     "index is cut": (lambda folder: (gone(WEIGHTS)(folder), put(INDEX, "{")(folder)), f"{INDEX}: not valid JSON"),
