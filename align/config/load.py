@@ -112,7 +112,7 @@ def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, p
         raise UserError(f"{where('stage')}: expected {stage.name!r}, got {other!r}; run `align {other} {path}`.")
     for name in stage.input_models:
         if annotations[name] == dict[str, str] and name in values:
-            values[name] = _named(values[name])
+            values[name] = _named(values[name], where(name))
     if values.get("stage") is None:
         values["stage"] = stage.name
     method = values.get("method")
@@ -156,11 +156,15 @@ def _make_importable(folder: Path, modules: Iterable[str]) -> None:
             importlib.invalidate_caches()
 
 
-def _named(models: Any) -> Any:
+def _named(models: Any, where: str) -> Any:
     """One model, or a list, as a mapping of names to paths; a name is the last part of its path if that is unique."""
     paths = [models] if isinstance(models, str) else models
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return models
+    if repeated := next((path for path in paths if paths.count(path) > 1), None):
+        raise UserError(
+            f"{where}: {repeated!r} is written twice; keep one, or give both names, as in {{a: ..., b: ...}}."
+        )
     short = [Path(path).name for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     return dict(zip(names, paths, strict=True))
@@ -177,7 +181,7 @@ def resolve_function(spec: str, key: str) -> Callable[..., Any]:
         raise UserError(f"{key}: expected `module:function`, got {spec!r}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises, it is theirs to fix
+    except (Exception, SystemExit) as error:  # whatever the user's module raises, it is theirs to fix
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             raise UserError(f"{key}: no module {module_name!r}; put {module_name}.py beside the recipe.") from error
         raise UserError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error

@@ -158,7 +158,7 @@ def _map_inputs(recipe: Any, stage: Stage, where: Where, change: Callable[[str, 
             value = getattr(recipe, name, None)
             if isinstance(value, dict):
                 yield name, {each: change(path, where(name)) for each, path in value.items()}
-            elif value:
+            elif value is not None:
                 yield name, change(value, where(name))
         for name in ("metrics", "eval_metrics"):
             if metrics := getattr(recipe, name, None):
@@ -168,7 +168,7 @@ def _map_inputs(recipe: Any, stage: Stage, where: Where, change: Callable[[str, 
                 name,
                 [
                     dataclasses.replace(source, path=change(source.path, f"{where(name)}[{index}]"))
-                    if source.path
+                    if source.path is not None
                     else source
                     for index, source in enumerate(getattr(recipe, name))
                 ],

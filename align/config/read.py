@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from glob import glob
-from itertools import chain
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -54,7 +53,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
         node = loader.get_single_node()
         if node is None:
             return None, None
-        _count_values(node, name, {})
+        _count_values(node, name, "", {})
         return loader.construct_document(node), node
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply, or an alias contains itself") from None
@@ -62,11 +61,15 @@ def parse_yaml(text: str, name: str) -> tuple[Any, yaml.Node | None]:
         raise yaml.YAMLError(f"it holds a value that cannot be read ({error})") from None
 
 
-def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
-    """The number of values below a node, with every alias written out; checks what each of them is."""
+def _count_values(node: yaml.Node, name: str, key: str, counts: dict[int, int]) -> int:
+    """The number of values below a node, with every alias written out; checks what each of them is.
+
+    Args:
+        key: in which the node lies, for errors.
+    """
     if id(node) in counts:
         return counts[id(node)]
-    where = f"{name}:{node.start_mark.line + 1}"
+    where = f"{name}:{node.start_mark.line + 1}" + f": {key[:MAX_NUMBER]}" * bool(key)
     if node.tag not in _PLAIN_TAGS:
         what = {"timestamp": "a date", "binary": "binary data", "set": "a set"}.get(
             node.tag.removeprefix(_TAG), node.tag
@@ -76,9 +79,12 @@ def _count_values(node: yaml.Node, name: str, counts: dict[int, int]) -> int:
     if isinstance(node, yaml.ScalarNode):
         if node.tag in (f"{_TAG}int", f"{_TAG}float") and len(node.value) > MAX_NUMBER:
             raise UserError(f"{where}: expected a number, got one of {len(node.value)} digits; put text in quotes.")
+    elif isinstance(node, yaml.SequenceNode):
+        total += sum(_count_values(child, name, key, counts) for child in node.value)
     else:
-        children = node.value if isinstance(node, yaml.SequenceNode) else chain.from_iterable(node.value)
-        total += sum(_count_values(child, name, counts) for child in children)
+        for child, value in node.value:
+            inner = ".".join(filter(None, (key, str(child.value)))) if isinstance(child, yaml.ScalarNode) else key
+            total += _count_values(child, name, key, counts) + _count_values(value, name, inner, counts)
     if total > MAX_VALUES:
         raise UserError(f"{where}: stands for more than {MAX_VALUES:,} values; a recipe is no data file, write less.")
     counts[id(node)] = total

@@ -25,7 +25,7 @@ from align.errors import BadRow, UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 MAX_ROW = 2**25  # characters of a row; a tokenizer needs a minute and gigabytes for so many
-MAX_GENERATED_ROWS = 10_000_000  # all rows are held in memory
+MAX_GENERATED_ROWS = 2_000_000  # without a larger `max_rows`; all rows are held in memory
 REPORT_SECONDS = 10.0
 
 
@@ -36,7 +36,7 @@ def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
         UserError: the file, data set or generator is missing or fails.
     """
     if source.generator is not None:
-        yield from _generated(source.generator, source.generator_kwargs)
+        yield from _generated(source.generator, source.generator_kwargs, max(MAX_GENERATED_ROWS, source.max_rows or 0))
         return
     path = str(source.path)
     files = sorted(glob.glob(path, recursive=True)) or ([path] if os.path.exists(path) else [])
@@ -58,23 +58,23 @@ def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{source.split}:{number}", row
 
 
-def _generated(spec: str, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _generated(spec: str, arguments: Mapping[str, Any], most: int) -> Iterator[tuple[str, Any]]:
     function = resolve_function(spec, "generator")
     count = 0
     with _reported_when_slow(lambda: f"generator: {spec}: {count:,} rows"):
         try:
             for count, row in enumerate(function(**arguments), 1):
-                if count > MAX_GENERATED_ROWS:
+                if count > most:
                     break
                 # A copy: generators may change and yield one mapping again and again.
                 yield f"{spec}:{count}", dict(row) if isinstance(row, Mapping) else row
         except (Exception, SystemExit) as error:  # the user's function may raise anything
             after = f" after {count:,} rows" if count else ""
             raise UserError(f"generator: {spec} failed{after} with {type(error).__name__}: {error}") from error
-    if count > MAX_GENERATED_ROWS:
+    if count > most:
         raise UserError(
-            f"generator: {spec} yields more than {MAX_GENERATED_ROWS:,} rows, and may never end; make it end, or write so "
-            "many rows to files and name these."
+            f"generator: {spec} yields more than {most:,} rows, and may never end; make it end, or set `max_rows` to more "
+            "than it yields."
         )
 
 

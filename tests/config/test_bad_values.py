@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from align.config.deepspeed_file import TOP_TYPES, ZERO_TYPES, read_deepspeed_file
-from align.config.load import as_recipe, load_recipe
+from align.config.evaluate import EvaluateRecipe
+from align.config.load import as_recipe, load_recipe, resolve_function
 from align.config.sft import SFTRecipe
 from align.config.text_file import read_text
 from align.errors import UserError
@@ -36,13 +37,13 @@ RECIPES: dict[str, tuple[bytes, str]] = {
     "deep nesting by lines": (b"model_config: " + b"{a: " * 5000, "not readable as YAML: it is nested too deeply"),
     "a long list": (b"model_config: {a: [" + b"1, " * 30000 + b"]}\n", "stands for more than 20,000 values"),
     "a file of data": (b"# rows\n" + b"#" * 2**20, "r.yaml: has more than 1,048,576 bytes"),
-    "a date": (b"run_name: 2024-01-01\n", "r.yaml:4: expected text, numbers, lists or mappings, got a date; put text in"),
-    "a date inside": (b"model_config: {a: [2024-01-01 10:00:00]}\n", "r.yaml:4: expected text, numbers, lists or map"),
-    "a date that does not exist": (b"run_name: 2024-13-45\n", "r.yaml:4: expected text, numbers, lists or mappings"),
-    "a set": (b"model_config: !!set {a, b}\n", "r.yaml:4: expected text, numbers, lists or mappings, got a set"),
-    "binary data": (b"run_name: !!binary aGk=\n", "r.yaml:4: expected text, numbers, lists or mappings, got binary data"),
+    "a date": (b"run_name: 2024-01-01\n", "r.yaml:4: run_name: expected text, numbers, lists or mappings, got a date; put text in"),
+    "a date inside": (b"model_config: {a: [2024-01-01 10:00:00]}\n", "r.yaml:4: model_config.a: expected text, numbers, lists or map"),
+    "a date that does not exist": (b"run_name: 2024-13-45\n", "r.yaml:4: run_name: expected text, numbers, lists or mappings"),
+    "a set": (b"model_config: !!set {a, b}\n", "r.yaml:4: model_config: expected text, numbers, lists or mappings, got a set"),
+    "binary data": (b"run_name: !!binary aGk=\n", "r.yaml:4: run_name: expected text, numbers, lists or mappings, got binary data"),
     "a tag of Python": (b"run_name: !!python/object/apply:os.getcwd []\n", "got tag:yaml.org,2002:python/object"),
-    "an unknown tag": (b"run_name: !x y\n", "r.yaml:4: expected text, numbers, lists or mappings, got !x"),
+    "an unknown tag": (b"run_name: !x y\n", "r.yaml:4: run_name: expected text, numbers, lists or mappings, got !x"),
     "a tag that does not fit": (b"seed: !!int x\n", "not readable as YAML: it holds a value that cannot be read"),
     "an empty tagged number": (b"seed: !!int\n", "not readable as YAML: it holds a value that cannot be read"),
     "a truth value that is none": (b"bf16: !!bool x\n", "not readable as YAML: it holds a value that cannot be read"),
@@ -54,7 +55,7 @@ RECIPES: dict[str, tuple[bytes, str]] = {
     "a key that is a number": (b"7: 1\n", "r.yaml:4: 7: unknown key"),
     "a column that is a number": (b"retention: {path: a, columns: {1: a}}\n", "columns: expected names as keys, got 1"),
     "a long key": (b"x" * 100 + b": 1\n", "unknown key"),
-    "a number of thousands of digits": (b"seed: " + b"9" * 5000, "r.yaml:4: expected a number, got one of 5000 digits"),
+    "a number of thousands of digits": (b"seed: " + b"9" * 5000, "r.yaml:4: seed: expected a number, got one of 5000 digits"),
     "a hexadecimal number of thousands of digits": (b"seed: 0x" + b"f" * 5000, "got one of 5002 digits"),
     "a large hexadecimal number": (b"seed: 0x" + b"f" * 50, "seed: expected a whole number, got one of 200 bits"),
     "a large fraction": (b"learning_rate: " + b"9" * 90, "learning_rate: expected a number of at most 1,000,000,000"),
@@ -81,7 +82,7 @@ RECIPES: dict[str, tuple[bytes, str]] = {
     "a weight without end": (b"retention: {path: a, weight: 1.0e9}\n", "retention[0].weight: expected a number of at most"),
     "a stage that is a list": (b"stage: [sft]\n", "r.yaml:4: stage: expected text, got [\"sft\"] (a list)"),
     "a path of 5000 characters": (b"deepspeed: " + b"x" * 5000, "deepspeed: expected a path, got one of 5000 characters"),
-    "a long name in a path": (b"deepspeed: a/" + b"x" * 300, "deepspeed: expected a path, got a name of 300 characters"),
+    "a long name in a path": (b"deepspeed: a/" + b"x" * 300, "deepspeed: expected a path, got a name of 300 bytes"),
 }  # fmt: skip
 
 
@@ -106,7 +107,7 @@ def test_a_recipe(folder, more, said):
 @pytest.mark.parametrize(
     "key", ["output_dir", "model_name_or_path", "train_dataset", "chat_template_path", "deepspeed"]
 )
-@pytest.mark.parametrize("value", ["a\0b", "\ud800", "x" * 5000, "a/" + "ä" * 200])
+@pytest.mark.parametrize("value", ["", "a\0b", "\ud800", "x" * 5000, "a/" + "ä" * 200])
 def test_a_path_that_no_file_can_have(folder, key, value):
     keys = {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base", key: value}
     with pytest.raises(UserError, match=rf"^{key}(\[0\])?: expected (text|a path), got"):
@@ -203,6 +204,20 @@ def test_words_after_the_recipe(folder, words, said):
     with pytest.raises(UserError) as error:
         load_recipe("sft", "r.yaml", words.split(" "))
     assert said in str(error.value)
+
+
+def test_models_that_are_named_twice(folder):
+    keys: Any = {"output_dir": "out", "eval_dataset": "rows.jsonl"}
+    with pytest.raises(UserError, match=r"^models: 'base' is written twice; keep one, or give both names"):
+        as_recipe(EvaluateRecipe, keys | {"models": ["base", "base"]})
+    assert as_recipe(EvaluateRecipe, keys | {"models": {"a": "base", "b": "base"}}).models == {"a": "base", "b": "base"}
+
+
+def test_a_module_that_exits(folder):
+    (folder / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    sys.path.insert(0, str(folder))
+    with pytest.raises(UserError, match=r"grader: importing 'exits' failed: SystemExit: 0"):
+        resolve_function("exits:f", "grader")
 
 
 def test_a_date_after_the_recipe_is_text_where_text_is_expected(folder):

@@ -84,7 +84,9 @@ def test_a_run_goes_on(saved, count, source, name):
     found = difference(after, saved / source / "whole")
     if source == name:
         assert found == 0
-        assert SavedParts(after / "again").note == SavedParts(saved / source / "saved").note  # with DeepSpeed's counters
+        assert (
+            SavedParts(after / "again").note == SavedParts(saved / source / "saved").note
+        )  # with DeepSpeed's counters
     else:  # sums in another order
         assert found < (0.02 if "bf16" in name else 1e-5)
 
