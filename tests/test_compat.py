@@ -58,6 +58,37 @@ def test_attributes_of_trl_trainers(trainer, name):
     assert f"self.{name} = " in inspect.getsource(trainer.__init__)
 
 
+def callers(source: str, *names: str) -> set[str]:
+    """The methods of a class that call one of these functions or methods."""
+    methods = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.FunctionDef)]
+    return {
+        method.name
+        for method in methods
+        for node in ast.walk(method)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(names)
+    }
+
+
+class TestPickles:
+    """All places at which a Trainer reads or writes them; `SafeCheckpoints` overrides each that is reached."""
+
+    source = inspect.getsource(transformers.Trainer)
+
+    def test_reading(self):
+        found = callers(
+            self.source, "torch.load", "deepspeed_load_checkpoint", "load_sharded_checkpoint", "load_adapter"
+        )
+        unreached = {"_load_optimizer_and_scheduler", "_load_scaler"}  # from `_prepare_for_training`, with a checkpoint
+        assert found - unreached <= OVERRIDDEN
+        assert callers(self.source, *unreached) == {"_prepare_for_training"}
+
+    def test_writing(self):
+        found = callers(self.source, "torch.save", ".save_checkpoint")
+        # The first needs float16, the second stage3_gather_16bit_weights_on_model_save: false, the others a hub.
+        unreached = {"_save_scaler", "save_model", "_push_from_checkpoint", "_tune_save_checkpoint"}
+        assert found - unreached <= OVERRIDDEN
+
+
 class TestTransformers:
     def test_attention_implementation(self):
         model = tiny_llama()

@@ -47,6 +47,28 @@ def test_the_best_model_is_saved_instead_of_the_last(tmp_path):
     ]
 
 
+def test_a_run_that_goes_on_elsewhere_still_has_the_best(tmp_path):
+    """Its folder was renamed after a kill in the closing evaluation; then the best checkpoint is damaged."""
+    whole = recipe(tmp_path, **SETTINGS, load_best_model_at_end=True, save_total_limit=1)
+    run(whole)
+    expected = trained(whole)
+    out = Path(whole.output_dir).rename(tmp_path / "renamed")
+    (out / "stage.json").rename(out / "run.json")
+    renamed = dataclasses.replace(whole, output_dir=str(out))
+    run(renamed)
+    assert all(torch.equal(weight, expected[name]) for name, weight in trained(renamed).items())
+
+    (out / "stage.json").rename(out / "run.json")
+    best = complete_checkpoints(out)[0]
+    content = bytearray((best / "state" / "rank-00000.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (best / "state" / "rank-00000.safetensors").write_bytes(content)
+    with pytest.raises(
+        UserError, match=f"{best.name}: damaged, state/rank-00000.safetensors has other bytes.* the best"
+    ):
+        run(renamed)
+
+
 def test_another_metric_may_choose(tmp_path):
     settings = recipe(
         tmp_path, **SETTINGS, load_best_model_at_end=True, metric_for_best_model="eval_mean_token_accuracy"

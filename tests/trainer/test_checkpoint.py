@@ -17,8 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from align.engine.distributed import World
+from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints, mark_complete, read_state, synced_sums
-from align.trainer.checkpoint import SafeCheckpoints, read_generators, write_generators
+from align.trainer.checkpoint import SafeCheckpoints, check_trainer_state, read_generators, write_generators
 from tests import ranks as ranks_of
 from tests.encoders.test_classify import save_tiny_bert
 from tests.runs.test_resume import WORDS
@@ -130,6 +131,41 @@ class TestLayouts:
         assert values == [drawn(*place) for place in seeds]
         assert values[0] == values[1], "one rank's place says it all"
         assert len({expected, *values[1:]}) == len(seeds)
+
+
+def test_intervals_are_those_of_the_recipe_that_goes_on(tmp_path):
+    run(write_recipe("sft", tmp_path), last=4)
+    run(write_recipe("sft", tmp_path, save_steps=5, logging_steps=3))
+    assert [path.name for path in complete_checkpoints(tmp_path / "out")] == ["checkpoint-5", "checkpoint-10"]
+    logged = [line["step"] for line in metrics(tmp_path) if "train/loss" in line]
+    assert logged == [1, 2, 3, 4, 5, 6, 9, 10]  # what is saved is logged, too
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file or directory"),
+        ("[]", r"expected a mapping, got \[\]"),
+        ("{}", "`global_step` is missing"),
+        ('{"global_step": 3}', "`log_history` is missing"),
+        ('{"global_step": 3, "log_history": [], "best_global_step": null, "stateful_callbacks": {}}', "checkpoint-4, got 3"),
+        ('{"global_step": 4, "log_history": [], "best_global_step": "4/..", "stateful_callbacks": {}}', "a whole number"),
+    ],
+)  # fmt: skip
+def test_an_odd_trainer_state_is_one_error(tmp_path, text, said):
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    if text is not None:
+        (checkpoint / "trainer_state.json").write_text(text)
+    with pytest.raises(UserError, match=f"checkpoint-4/trainer_state.json: .*{said}"):
+        check_trainer_state(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"python": [3, [1], null]}', '{"python": 0}'])
+def test_odd_random_generators_are_one_error(tmp_path, text):
+    (tmp_path / "0-of-1.json").write_text(text)
+    with pytest.raises(UserError, match=r"0-of-1\.json: expected the state of random generators"):
+        read_generators(tmp_path / "0-of-1.json")
 
 
 def test_random_generators_go_on_where_they_were(tmp_path):
