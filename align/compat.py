@@ -25,6 +25,7 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
         "_save_checkpoint": ("model", "trial"),
         "_get_num_items_in_batch": ("batch_samples", "device"),
         "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+        "create_optimizer": (),
         # Everything that writes or reads a file of a checkpoint.
         "_save": ("output_dir", "state_dict"),
         "_save_optimizer_and_scheduler": ("output_dir",),

@@ -50,6 +50,12 @@ class SafeCheckpoints(Trainer):
         rest = synced_sums(checkpoint, apart=(STATE, RANDOM)) if self.args.should_save else {}
         return {**rest, **self._sums}
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        # DeepSpeed drops a group without parameters, such as the biases of an adapter; layouts must have the same groups.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
