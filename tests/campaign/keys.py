@@ -114,7 +114,7 @@ def cases() -> Iterator[Case]:
         # What a key holds may be named instead of the key: a path, a function.
         inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         held = [each for each in inner if isinstance(each, str) and each.strip()]
-        says = [first, *(each[:40] for each in held), *(os.path.normpath(each)[:40] for each in held if "/" in each)]
+        says = [first, f"{stage}.yaml:", *(each[:40] for each in held), *(os.path.normpath(each)[:40] for each in held if "/" in each)]
         if first == "num_shots":
             says.append("examples")
         yield Case("keys", f"{stage} {first}: {shown}", Refusal(stage, keys=keys, says=says))
