@@ -33,7 +33,7 @@ def skip_minibatch(run: PPORun, minibatch: Rollout, name: str, sums: dict[str, f
     if run.skipped_in_a_row >= MOST_SKIPPED:
         losses = ", ".join(f"{n} {sums[n]}" for n in ("policy/loss", "value/loss", "ptx/loss") if n in sums)
         raise UserError(
-            f"{name.replace('-', ' ')}: the loss is not finite ({losses}), and was not in {run.skipped_in_a_row} minibatches "
+            f"minibatch {name.rpartition('-')[2]}: the loss is not finite ({losses}), and was not in {run.skipped_in_a_row} minibatches "
             f"in a row; they are in {file.parent}. Lower learning_rate, check that scores are of order 1, and run again to "
             "continue from the last checkpoint."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from align.errors import UserError
 from align.ppo.collapse import CollapseWatch
 from align.ppo.ppo_run import PPORun
 from align.ppo.step import step
@@ -11,10 +12,17 @@ from align.runs.tracker import Tracker
 
 
 def timed_step(run: PPORun, update: int) -> dict[str, float]:
-    """`step`, with where its time went (seconds by phase) and how far the run is added to its metrics."""
+    """`step`, with where its time went (seconds by phase) and how far the run is added to its metrics.
+
+    Raises:
+        UserError: the update failed; names it.
+    """
     run.world.clock.take()
     began = time.perf_counter()
-    metrics = step(run, update)
+    try:
+        metrics = step(run, update)
+    except UserError as error:
+        raise UserError(f"update {update + 1}: {error}") from error
     elapsed = time.perf_counter() - began
     phases = run.world.clock.take()
     episodes = (update + 1) * run.recipe.rollout_batch_size

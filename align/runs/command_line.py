@@ -15,6 +15,8 @@ from align.engine.faults import during
 from align.engine.rank_errors import OtherRankFailed
 from align.errors import UserError
 
+INTERRUPTED = "interrupted; the same command continues"
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors. `parse_known_args` leaves the words that it does not know, `--key value`.
@@ -82,5 +84,5 @@ def exit_code(command: Callable[[], int]) -> int:
         print(f"error: {rank}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print(INTERRUPTED, file=sys.stderr)
         return 130

@@ -19,7 +19,7 @@ from align.config.stages import STAGES, Recipe, stage_of
 from align.engine.faults import during
 from align.engine.rank_errors import reported
 from align.errors import UserError
-from align.runs.command_line import CommandParser, exit_code, stage_arguments
+from align.runs.command_line import INTERRUPTED, CommandParser, exit_code, stage_arguments
 from align.runs.launchers import adopt_ranks
 from align.runs.quiet import quiet
 
@@ -40,10 +40,13 @@ def run_stage_cli(stage: str, argv: Sequence[str] | None = None) -> None:
 def run_stage(stage: str, path: str, overrides: Sequence[str]) -> int:
     """Load the recipe in `path` and run its stage, as one of several ranks if it was started so; returns 0.
 
+    A second Ctrl-C ends the process wherever it is.
+
     Raises:
         UserError: a wrong recipe, or whatever stops the stage.
     """
     adopt_ranks()
+    end_at_second_interrupt()
     run_recipe(load_recipe(stage, path, overrides))
     return 0
 
@@ -67,6 +70,7 @@ def run_from_python(recipe: Recipe) -> Any:
             GPUs already, over which a Trainer would spread one batch.
     """
     adopt_ranks()
+    end_at_second_interrupt()
     if "WORLD_SIZE" not in os.environ:
         for key in DEEPSPEED_KEYS:
             if getattr(recipe, key, None):
@@ -98,6 +102,25 @@ def launched_words(argv: Sequence[str]) -> list[str]:
         words = words[1:]  # the launcher sets LOCAL_RANK too
     end_with_parents((2 if launched else 0) + (PIPELINE in os.environ))
     return words
+
+
+def end_at_second_interrupt() -> None:
+    """End this process at the second SIGINT, should the first not have done so.
+
+    A Python handler never runs while the main thread waits in C, for a collective or in a user's function.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets the number of each signal at once
+
+    def watch() -> None:
+        interrupts = 0
+        while interrupts < 2:
+            interrupts += os.read(reader, 64).count(signal.SIGINT)
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True, name="interrupts").start()
 
 
 def end_with_parents(depth: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from align.engine.distributed import connect
 from align.engine.rank_errors import reported
 from align.errors import UserError
 from align.runs.command_line import exit_code
+from align.runs.launch import end_at_second_interrupt
 from tests.ranks import Ranks, start
 
 
@@ -75,3 +77,22 @@ def test_a_rank_that_was_killed(tmp_path: Path) -> None:
     assert ranks.wait(60) == [2, -signal.SIGKILL], ranks.stderr
     (error,) = errors(ranks)
     assert error.startswith("error: lost the connection to another process of this run")
+
+
+def hang(folder: str) -> None:
+    """A stage whose main thread is in C and heeds no signal."""
+    end_at_second_interrupt()
+    mutex = ctypes.create_string_buffer(128)
+    Path(folder, "ready").touch()
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def test_the_second_interrupt_ends_what_the_first_does_not(tmp_path: Path) -> None:
+    process = start(hang, str(tmp_path), log=tmp_path / "log")
+    process.wait_for(lambda: (tmp_path / "ready").exists())
+    for _ in range(2):
+        time.sleep(0.2)
+        os.kill(process.processes[0].pid or 0, signal.SIGINT)
+    assert process.wait(10) == [130]
+    assert process.stderr == "interrupted; the same command continues\n"

@@ -36,6 +36,15 @@ def broken(prompts, completions, **columns):
 def too_few(prompts, completions, **columns):
     return [0.0]
 
+def later(prompts, completions, **columns):
+    """Fails in the second update: the self-checks and the evaluation of the SFT model call it before."""
+    later.calls += 1
+    if later.calls > 3:
+        raise RuntimeError("the reward is on strike")
+    return [0.0] * len(prompts)
+
+later.calls = 0
+
 def not_a_number(prompts, completions, **columns):
     return [float("nan")] * len(prompts)
 '''
@@ -211,6 +220,7 @@ class TestBadInput:
         ("function", "words"),
         [
             ("broken", ["broken", "on strike"]),
+            ("later", ["update 2: reward", "later", "on strike"]),
             ("too_few", ["too_few", "1 scores for"]),
             ("not_a_number", ["not_a_number", "nan"]),
         ],
@@ -247,8 +257,8 @@ class TestBadInput:
             run(load_recipe("ppo", recipe))
 
     def test_a_loss_that_is_not_finite_stops_the_run(self, tmp_path):
-        with pytest.raises(UserError, match=r"update \d+ minibatch \d+: the loss is not finite.*Lower learning_rate"):
-            run(load_recipe("ppo", make_recipe(tmp_path, learning_rate=1e30, max_grad_norm=0)))
+        with pytest.raises(UserError, match=r"update \d+: minibatch \d+: the loss is not finite.*Lower learning_rate"):
+            run(load_recipe("ppo", make_recipe(tmp_path, learning_rate=1e9, max_grad_norm=0)))
 
 
 def test_a_changed_recipe_does_not_resume(tmp_path):
