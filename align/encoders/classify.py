@@ -36,7 +36,7 @@ from align.engine.distributed import connect, disconnect
 from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, is_encoder, load_config, new_classifier
 from align.models.tokenizer import load_tokenizer, set_right_padding
-from align.models.trainable import freeze, peft_config
+from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
@@ -109,6 +109,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         )
         model: Any = load_untrained()
         heads = head_modules(model)
+        check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_submodule(heads[-1]), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         if adapter := peft_config(recipe, "SEQ_CLS", heads):
             torch.manual_seed(recipe.seed)

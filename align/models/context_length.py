@@ -1,4 +1,4 @@
-"""The positions that a model has, and whether rows, or prompts with their responses, fit them."""
+"""The positions and the vocabulary that a model has, and whether rows, or prompts with their responses, fit them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,33 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def check_rows_fit(ids: Iterable[Sequence[int]], config: PretrainedConfig) -> None:
-    """Check that the model has a position for every token of the rows.
+    """Check that the model has a position and an embedding for every token of the rows.
 
     Raises:
-        UserError: a row is longer than the model reads.
+        UserError: a row is longer than the model reads, or has a token that it does not know.
     """
-    limit, longest = max_positions(config), max(map(len, ids))
+    sizes = [(len(row), max(row, default=0)) for row in ids]
+    limit, longest = max_positions(config), max(length for length, _ in sizes)
+    check_vocabulary((largest for _, largest in sizes), config)
     if limit is not None and longest > limit:
         raise UserError(
             f"max_length: the longest row has {longest} tokens, and the model reads at most {limit}; "
             f"set max_length: {limit}, and on_bad_row: skip to leave longer rows out."
+        )
+
+
+def check_vocabulary(ids: Iterable[int | None], config: PretrainedConfig) -> None:
+    """Check that the model has an embedding for every token.
+
+    Raises:
+        UserError: it has not.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    largest = max((each for each in ids if each is not None), default=0)
+    if size is not None and largest >= size:
+        raise UserError(
+            f"{config.name_or_path}: the tokenizer gives token {largest}, and the model knows those below {size}, its "
+            "vocab_size; the tokenizer is that of another model, or a token was added to it. Copy the model's own."
         )
 
 
@@ -45,6 +62,7 @@ def check_responses_fit(
         UserError: it has not.
     """
     limit, longest = max_positions(config), max(map(len, prompts))
+    check_vocabulary((max(ids, default=0) for ids in prompts), config)
     if limit is not None and longest + response_length > limit:
         raise UserError(
             f"response_length: the longest prompt has {longest} tokens, which leaves {max(0, limit - longest)} "

@@ -140,7 +140,8 @@ def load_pretrained(
         check_finite(merged, path)
         return (merged, *report) if report else merged
     report_asked = kwargs.pop("output_loading_info", False)
-    with _loading(path, "model"):
+    kernel = f" with attn_implementation: {attn_implementation}" * (attn_implementation is not None)
+    with _loading(path, f"model{kernel}"):
         model, report = auto.from_pretrained(
             path,
             use_safetensors=True,
@@ -162,7 +163,7 @@ def _loading(path: str, what: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise  # the stage says what to lower
-        raise UserError(f"{path}: the {what} cannot be loaded. {reason(error)}") from error
+        raise UserError(f"{path}: cannot load the {what}. {reason(error)}") from error
 
 
 def load_policy(

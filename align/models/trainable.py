@@ -20,11 +20,13 @@ from peft import (
 )
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from align.compat import full_shape, keep_differentiable_kernel
 from align.config.base import StageRecipe
-from align.errors import UserError
+from align.errors import UserError, first_few, nearest
 
+ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, Conv1D)
 MERGEABLE = ("lora", "dora", "qlora", "ia3")  # methods whose adapter can be merged into the weights
 
 
@@ -104,6 +106,24 @@ def freeze(
         head.requires_grad_(True)
 
 
+def check_target_modules(model: nn.Module, targets: Sequence[str]) -> None:
+    """Check that adapters can be put on each of `lora_target_modules`; PEFT ignores some that it cannot find.
+
+    Raises:
+        UserError: the model has no such module, or one that takes no adapter.
+    """
+    modules = dict(model.named_modules())
+    for target in targets:
+        found = [name for name in modules if name == target or name.endswith(f".{target}")]
+        adaptable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, ADAPTABLE)}
+        if not found or not any(isinstance(modules[name], ADAPTABLE) for name in found):
+            problem = "takes no adapter" if found else "is not in this model"
+            raise UserError(
+                f"lora_target_modules: {target!r} {problem}{nearest(target, adaptable)}; name some of "
+                f"{first_few(sorted(adaptable))}, or leave the key out for all linear layers."
+            )
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Number of trained parameters and of all parameters, an adapter's included; under ZeRO-3 over all shards."""
     if isinstance(model, PeftModel):  # unpacks 4-bit weights, stored two to a byte
@@ -164,6 +184,7 @@ def cast_trained_to_float32(model: nn.Module) -> None:
 
 def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
     """Add the adapter of the recipe's `method`, the only part that trains. It starts as the identity, from the seed."""
+    check_target_modules(model, recipe.lora_target_modules)
     torch.manual_seed(recipe.seed)
     config = peft_config(recipe, "CAUSAL_LM")
     assert config is not None, recipe.method

@@ -10,6 +10,7 @@ from align.config.ppo import PPORecipe
 from align.config.stages import STAGES
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
+from align.models.context_length import check_vocabulary
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.value import value_head_key_mapping
@@ -47,6 +48,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             "that of the sft stage."
         )
     tokenizer = load_tokenizer(recipe.sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
+    check_vocabulary([tokenizer.eos_token_id], config)
     mine = tokenizer_digest(tokenizer)
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
 

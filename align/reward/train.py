@@ -33,7 +33,7 @@ from align.engine.distributed import World, connect, disconnect
 from align.errors import UserError
 from align.models.context_length import check_rows_fit
 from align.models.load import new_reward_model
-from align.models.trainable import freeze, peft_config
+from align.models.trainable import check_target_modules, freeze, peft_config
 from align.reward.evaluation import (
     before_after_table,
     evaluate_pairs,
@@ -187,6 +187,7 @@ def fit(
         start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
     )
     keep_head_float32(model)
+    check_target_modules(model, recipe.lora_target_modules)
     freeze(model, score_head(model)[1], recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
     trainer = PairTrainer(
         model=model,

@@ -22,7 +22,14 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.models.from_scratch import scratch_config, write_scratch_model
 from align.models.load import load_policy
-from align.models.trainable import cast_trained_to_float32, freeze, parameter_counts, peft_config, quantization_kwargs
+from align.models.trainable import (
+    cast_trained_to_float32,
+    check_target_modules,
+    freeze,
+    parameter_counts,
+    peft_config,
+    quantization_kwargs,
+)
 from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
@@ -90,6 +97,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
             trust_remote_code=recipe.trust_remote_code,
             **quantization_kwargs(recipe.method, recipe.bf16),
         )
+        check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         set_seed(recipe.seed)  # TRL 1.14 initializes adapters unseeded
         trainer = DemonstrationTrainer(

@@ -26,10 +26,12 @@ from align.config.sft import SFTRecipe
 from align.errors import UserError
 from align.evaluate import compare
 from align.models.check_weights import check_complete
+from align.models.context_length import check_rows_fit
 from align.models.from_scratch import scratch_config
 from align.models.inspect_folder import StoredTensor, inspect_folder, inspect_inputs
 from align.models.load import load_config, load_policy, load_pretrained
 from align.models.tokenizer import load_tokenizer
+from align.models.trainable import check_target_modules
 from align.runs.manifest import open_stage
 from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama
 
@@ -274,20 +276,21 @@ LOADS: dict[str, Callable[[str], Any]] = {
     "config": lambda path: load_config(path, KEY),
     "tokenizer": load_tokenizer,
     "weights": load_policy,
+    "rows": lambda path: check_rows_fit([[3], [load_tokenizer(path).eos_token_id]], load_config(path, KEY)),
 }
 LOADED: dict[str, tuple[str, Change, str]] = {
     "unknown type": ("config", config(model_type="nosuch"), "transformers cannot read its config.json. ValueError: The"),
     "type is a list": ("config", config(model_type=["llama"]), "transformers cannot read its config.json"),
     "no type": ("config", put("config.json", "{}"), "transformers cannot read its config.json"),
-    "sizes that do not fit": ("weights", config(num_attention_heads=5), "model: the model cannot be loaded"),
-    "unknown activation": ("weights", config(hidden_act="nosuch"), "model: the model cannot be loaded. KeyError"),
-    "too many words": ("weights", config(vocab_size=1000), "model: the model cannot be loaded. RuntimeError"),
+    "sizes that do not fit": ("weights", config(num_attention_heads=5), "model: cannot load the model"),
+    "unknown activation": ("weights", config(hidden_act="nosuch"), "model: cannot load the model. KeyError"),
+    "too many words": ("weights", config(vocab_size=1000), "model: cannot load the model. RuntimeError"),
     "more layers": ("weights", config(num_hidden_layers=2), "LlamaForCausalLM lack model.layers.1."),
     "a tensor is missing": ("weights", weights(lambda found: found.pop("lm_head.weight")), "lack lm_head.weight"),
     "a tensor of another shape": (
         "weights",
         weights(lambda found: found.update({"lm_head.weight": torch.zeros(5, 32)})),
-        "model: the model cannot be loaded. RuntimeError",
+        "model: cannot load the model. RuntimeError",
     ),
     "NaN": ("weights", lambda folder: rewrite(folder, "model.norm.weight", math.nan), "NaN or infinity, in model.norm.weight"),
     "infinity": ("weights", lambda folder: rewrite(folder, "lm_head.weight", -math.inf), "NaN or infinity, in lm_head.weight"),
@@ -296,6 +299,7 @@ LOADED: dict[str, tuple[str, Change, str]] = {
     "tokenizer is empty": ("tokenizer", put("tokenizer.json", ""), "model: the tokenizer cannot be loaded"),
     "tokenizer is a list": ("tokenizer", put("tokenizer.json", "[]"), "model: the tokenizer cannot be loaded"),
     "no end of text": ("tokenizer", tokenizer(eos_token=None), "model: the tokenizer has no end-of-text token"),
+    "end of text is new": ("rows", tokenizer(eos_token="<new>"), "model: the tokenizer gives token 29, and the model knows"),
     "end of text is a number": ("tokenizer", tokenizer(eos_token=5), "model: the tokenizer cannot be loaded"),
 }  # fmt: skip
 
@@ -317,8 +321,28 @@ def test_adapters_are_checked_too(models):
     with pytest.raises(UserError, match=r"adapter: the weights hold NaN or infinity, in .*q_proj"):
         load_policy("adapter")
     change("adapter_config.json", r="two")(models / "adapter")
-    with pytest.raises(UserError, match=r"adapter: the adapter cannot be loaded"):
+    with pytest.raises(UserError, match=r"adapter: cannot load the adapter"):
         load_policy("adapter")
+
+
+def test_adapters_on_modules_that_are_not_there():
+    model = tiny_llama(layers=1)
+    check_target_modules(model, ["q_proj", "layers.0.mlp.up_proj", "lm_head"])
+    for targets, said in [
+        (
+            ["q_proj", "qproj"],
+            r"lora_target_modules: 'qproj' is not in this model; did you mean '\w_proj'\?; name some of down_proj,",
+        ),
+        (["("], r"lora_target_modules: '\(' is not in this model; name some of"),
+        (["input_layernorm"], r"lora_target_modules: 'input_layernorm' takes no adapter"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            check_target_modules(model, targets)
+
+
+def test_a_kernel_that_is_not_there(models):
+    with pytest.raises(UserError, match=r"^model: cannot load the model with attn_implementation: nosuch"):
+        load_policy("model", attn_implementation="nosuch")
 
 
 def test_a_new_head_is_no_missing_weight():
@@ -332,7 +356,7 @@ def test_a_pickle_is_never_loaded(models):
     """A file that would run a program, where a folder or transformers would take it: beside nothing, and by name."""
     pickled(models / "model")
     (models / "model/pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot load the model"):
         load_pretrained(AutoModelForCausalLM, "model")
     assert not (models / "ran").exists()
 
