@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import functools
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +24,10 @@ from align.runs.own_files import MANIFEST, RUN, delete, in_the_way, owned, read_
 
 RESULTS = "results.json"
 MARKS = (MANIFEST, RESULTS, RUN)  # the first that is there counts: a run's record may outlive its end by a moment
-IN_THE_WAY = (  # names that runs write, which are free or the run's own before one starts
-    *("run.json", "stage.json", "metrics.jsonl", "samples.jsonl", "wandb_run.json", "wandb", "README.md", "losses.svg"),
-    *(
-        "untrained",
-        "checkpoint-*",
-        "damaged-checkpoint-*",
-        "best",
-        "value",
-        "ema",
-        "adapter",
-        "bad_batches",
-        ".*.partial",
-    ),
-    *(
-        "model*.safetensors*",
-        "adapter_*",
-        "config.json",
-        "generation_config.json",
-        "tokenizer*.json",
-        "chat_template.jinja",
-    ),
-    *("parts", "predictions.jsonl", "results.md", "results.json"),
-)
+IN_THE_WAY = ["run.json", "stage.json", "metrics.jsonl", "samples.jsonl", "wandb_run.json", "wandb", "README.md", "losses.svg", "checkpoint-*", "damaged-checkpoint-*", "untrained", "best", "value", "ema", "adapter", "bad_batches", ".untrained.partial", ".model.partial", ".best.partial", ".value.partial", ".ema.partial", "model*.safetensors*", "adapter_*", "config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "parts", "predictions.jsonl", "results.md", "results.json"]  # names that runs write, which are free or the run's own before one starts
 BEFORE_TRAINING = {"untrained", ".untrained.partial", "wandb", "wandb_run.json"}  # made before the first step
+
+TEMPORARY = re.compile(r"\.(.+)\.\d+", re.ASCII)  # of `write_bytes`, with the number of its process
 
 R = TypeVar("R", bound=Callable[..., Any])
 
@@ -77,7 +58,10 @@ def find_mark(output_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
         if isinstance(content.get("stage"), str) and isinstance(content.get("recipe"), dict):
             return name, content
     lock.read(folder)
-    others = sorted(each.name for each in folder.iterdir() if not _is_start(each.name))
+    try:
+        others = sorted(each.name for each in folder.iterdir() if not _is_start(each.name))
+    except OSError as error:
+        raise UserError(f"output_dir: cannot read {folder} ({error.strerror}); choose another folder.") from error
     if not others:
         return None
     more = f" and {len(others) - 3} more" if len(others) > 3 else ""
@@ -111,6 +95,7 @@ def claim(output_dir: str | Path, identity: Mapping[str, Any], resuming: bool) -
         found = _check_unfinished(folder, identity["stage"])  # again: from here on nobody else writes there
         files = owned(folder)
         _check_way(folder, files)
+        _clear_temporary(folder, files)
         if not (found and resuming):
             write_json(folder / RUN, {**identity, "files": sorted(files)})
     except BaseException as error:
@@ -144,6 +129,14 @@ def _check_way(folder: Path, files: set[str]) -> None:
             raise in_the_way(entry)
         if entry.name not in mine and any(fnmatch.fnmatch(entry.name, pattern) for pattern in IN_THE_WAY):
             raise in_the_way(entry)
+
+
+def _clear_temporary(folder: Path, files: set[str]) -> None:
+    """Delete what a run that was killed within `write_bytes` left beside its files."""
+    for path in folder.iterdir():
+        match = TEMPORARY.fullmatch(path.name)
+        if match and match[1] in {RUN, MANIFEST, *files} and path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def one_run_per_folder(run: R) -> R:

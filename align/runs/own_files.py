@@ -7,13 +7,14 @@ and `checkpoint-4` a file or folder with everything in it. All functions are for
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from align.config.json_file import read_json
+from align.config.json_file import parse_json, read_file
 from align.errors import BadFile, UserError
 from align.runs.files import write_json
 from align.runs.records import is_inner_path
@@ -25,9 +26,11 @@ RUN = "run.json"
 def read_mark(path: Path) -> dict[str, Any]:
     """The mapping in a record of a run; empty where there is none, it is damaged, or a link is in its place."""
     try:
-        found = read_json(path, follow_links=False)
+        raw = read_file(path, follow_links=False)
+        parse_json(raw, path, nan_as_null=True)
     except BadFile:
         return {}
+    found = json.loads(raw)  # as it was written, NaN included
     return found if isinstance(found, dict) else {}
 
 
