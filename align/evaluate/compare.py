@@ -39,10 +39,9 @@ from align.evaluate.results import REPORT, finished, identity
 from align.maths.perplexity import perplexity
 from align.models.inspect_folder import inspect_inputs
 from align.models.virtual_tokens import load_language_model
-from align.runs import lock
 from align.runs.files import digest, write_json
 from align.runs.manifest import COSMETIC_KEYS
-from align.runs.output_folder import claim, one_run_per_folder
+from align.runs.output_folder import claim, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
 from align.runs.quiet import quiet
@@ -74,7 +73,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     if world.is_main:
         own(folder / PARTS).mkdir(exist_ok=True)
     else:
-        lock.share(folder)
+        share(folder)
     outputs = _run_models(recipe, inputs, world, generates, _resume_key(evaluation, inputs))
     result = None
     if world.is_main:

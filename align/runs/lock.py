@@ -22,11 +22,10 @@ from align.errors import UserError
 LOCK = "run.lock"
 PATIENCE = 3.0  # seconds: the ranks of a killed launcher end within one
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart that have one name
-_held: dict[str, int] = {}  # open descriptors by folder
 
 
-def acquire(folder: Path) -> None:
-    """Make `folder`, and hold its lock for this process until `release`; a lock that a dead run left behind is taken over.
+def acquire(folder: Path) -> int:
+    """Make `folder`, and hold its lock until `release` of what this returns; one that a dead run left behind is taken over.
 
     Raises:
         UserError: another run has it, or may have it on another machine.
@@ -38,8 +37,7 @@ def acquire(folder: Path) -> None:
         descriptor = _open(folder)
         try:
             if descriptor is not None and _take(folder, descriptor, last_try=time.monotonic() > deadline):
-                _held[_key(folder)] = descriptor
-                return
+                return descriptor
         except BaseException:
             if descriptor is not None:
                 os.close(descriptor)
@@ -49,8 +47,8 @@ def acquire(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def share(folder: Path) -> None:
-    """Hold the lock that rank 0 has acquired, on another rank: the folder is free once no rank lives.
+def share(folder: Path) -> int | None:
+    """Hold the lock that rank 0 has acquired, on another rank: the folder is free once no rank lives. None without a lock.
 
     Raises:
         UserError: another run has it.
@@ -58,25 +56,22 @@ def share(folder: Path) -> None:
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
-        return  # another node that sees the file later, or does not share the folder, which is checked elsewhere
+        return None  # another node that sees the file later, or does not share the folder, which is checked elsewhere
     try:
         _flock(descriptor, fcntl.LOCK_SH)
     except BlockingIOError:
         owner = read(folder)
         os.close(descriptor)
         raise _in_use(folder, owner) from None
-    _held[_key(folder)] = descriptor
+    return descriptor
 
 
-def release(folder: Path, delete: bool) -> None:
-    """Give the lock up, if this process holds it.
+def release(folder: Path, descriptor: int, delete: bool) -> None:
+    """Give the lock up.
 
     Args:
         delete: also the file, as rank 0 does.
     """
-    descriptor = _held.pop(_key(folder), None)
-    if descriptor is None:
-        return
     if delete and _is_current(folder, descriptor):
         (folder / LOCK).unlink()
     os.close(descriptor)
@@ -103,10 +98,6 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not isinstance(found, dict) or (found and not {"host", "pid", "since", "command"} <= found.keys()):
         raise UserError(f"output_dir: {path} is no lock of a run; move it elsewhere, or choose another folder.")
     return found
-
-
-def _key(folder: Path) -> str:
-    return os.path.abspath(folder)
 
 
 def _open(folder: Path) -> int | None:

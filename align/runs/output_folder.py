@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,39 @@ from align.runs.own_files import MANIFEST, RUN, delete, in_the_way, owned, read_
 
 RESULTS = "results.json"
 MARKS = (MANIFEST, RESULTS, RUN)  # the first that is there counts: a run's record may outlive its end by a moment
-IN_THE_WAY = ["run.json", "stage.json", "metrics.jsonl", "samples.jsonl", "wandb_run.json", "wandb", "README.md", "losses.svg", "checkpoint-*", "damaged-checkpoint-*", "untrained", "best", "value", "ema", "adapter", "bad_batches", ".untrained.partial", ".model.partial", ".best.partial", ".value.partial", ".ema.partial", "model*.safetensors*", "adapter_*", "config.json", "generation_config.json", "tokenizer*.json", "chat_template.jinja", "parts", "predictions.jsonl", "results.md", "results.json"]  # names that runs write, which are free or the run's own before one starts
+IN_THE_WAY = [
+    "run.json",
+    "stage.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "wandb_run.json",
+    "wandb",
+    "README.md",
+    "losses.svg",
+    "checkpoint-*",
+    "damaged-checkpoint-*",
+    "untrained",
+    "best",
+    "value",
+    "ema",
+    "adapter",
+    "bad_batches",
+    ".untrained.partial",
+    ".model.partial",
+    ".best.partial",
+    ".value.partial",
+    ".ema.partial",
+    "model*.safetensors*",
+    "adapter_*",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "chat_template.jinja",
+    "parts",
+    "predictions.jsonl",
+    "results.md",
+    "results.json",
+]  # names that runs write, which are free or the run's own before one starts
 BEFORE_TRAINING = {"untrained", ".untrained.partial", "wandb", "wandb_run.json"}  # made before the first step
 
 TEMPORARY = re.compile(r"\.(.+)\.\d+", re.ASCII)  # of `write_bytes`, with the number of its process
@@ -34,11 +67,19 @@ R = TypeVar("R", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class _Claim:
-    made: list[Path]  # the folder and its parents, as far as this process made them, innermost first
-    is_new: bool  # no earlier run has left anything in the folder
+    """What a run holds: one of rank 0, or the share in it of another rank."""
+
+    lock: int
+    is_main: bool
+    is_new: bool = False  # no earlier run has left anything in the folder
+    made: tuple[Path, ...] = ()  # the folder and its parents, as far as this process made them, innermost first
 
 
-_claims: dict[str, _Claim] = {}
+_claims: dict[tuple[str, int], _Claim] = {}  # by folder and thread
+
+
+def _key(folder: Path) -> tuple[str, int]:
+    return os.path.abspath(folder), threading.get_ident()
 
 
 def find_mark(output_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
@@ -89,9 +130,10 @@ def claim(output_dir: str | Path, identity: Mapping[str, Any], resuming: bool) -
     """
     folder = Path(output_dir)
     _check_unfinished(folder, identity["stage"])
-    made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    made = tuple(each for each in (folder, *folder.parents) if not os.path.lexists(each))
+    held = None
     try:
-        lock.acquire(folder)
+        held = lock.acquire(folder)
         found = _check_unfinished(folder, identity["stage"])  # again: from here on nobody else writes there
         files = owned(folder)
         _check_way(folder, files)
@@ -99,14 +141,25 @@ def claim(output_dir: str | Path, identity: Mapping[str, Any], resuming: bool) -
         if not (found and resuming):
             write_json(folder / RUN, {**identity, "files": sorted(files)})
     except BaseException as error:
-        lock.release(folder, delete=True)
+        if held is not None:
+            lock.release(folder, held, delete=True)
         remove_empty(made)
         if isinstance(error, OSError):
             raise UserError(
                 f"output_dir: cannot write to {folder} ({error.strerror}); choose another folder."
             ) from error
         raise
-    _claims[os.path.abspath(folder)] = _Claim(made, is_new=not found)
+    _claims[_key(folder)] = _Claim(held, is_main=True, is_new=not found, made=made)
+
+
+def share(output_dir: str | Path) -> None:
+    """Hold the folder that rank 0 has claimed, on another rank.
+
+    Raises:
+        UserError: another run has taken it.
+    """
+    if (held := lock.share(Path(output_dir))) is not None:
+        _claims[_key(Path(output_dir))] = _Claim(held, is_main=False)
 
 
 def _check_unfinished(folder: Path, stage: str) -> dict[str, Any]:
@@ -148,6 +201,8 @@ def one_run_per_folder(run: R) -> R:
     @functools.wraps(run)
     def releasing(recipe: Any) -> Any:
         folder = Path(recipe.output_dir)
+        if _key(folder) in _claims:  # a run within a run, which will be refused
+            return run(recipe)
         try:
             return run(recipe)
         except BaseException:
@@ -162,12 +217,12 @@ def one_run_per_folder(run: R) -> R:
 
 def release(folder: Path) -> None:
     """Give up what this process has claimed or shares, if anything."""
-    claimed = _claims.pop(os.path.abspath(folder), None)
-    lock.release(folder, delete=claimed is not None)
+    if (claimed := _claims.pop(_key(folder), None)) is not None:
+        lock.release(folder, claimed.lock, delete=claimed.is_main)
 
 
 def _withdraw(folder: Path) -> None:
-    claimed = _claims.get(os.path.abspath(folder))
+    claimed = _claims.get(_key(folder))
     if claimed is None or not claimed.is_new:
         return
     names = {name.partition("/")[0] for name in owned(folder)}
@@ -176,7 +231,7 @@ def _withdraw(folder: Path) -> None:
     for name in names:
         delete(folder / name)
     (folder / RUN).unlink(missing_ok=True)
-    lock.release(folder, delete=True)
+    release(folder)
     remove_empty(claimed.made)
 
 

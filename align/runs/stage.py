@@ -20,7 +20,6 @@ from align.engine.deepspeed_config import uses_deepspeed, zero_stage
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.errors import UserError
-from align.runs import lock
 from align.runs.checkpoint import (
     VERSION,
     clear_partial,
@@ -33,6 +32,7 @@ from align.runs.checkpoint import (
 )
 from align.runs.files import write_text
 from align.runs.manifest import read_manifest, write_manifest
+from align.runs.output_folder import share
 from align.runs.own_files import delete, new_folder, own
 from align.runs.tables import markdown_table
 
@@ -55,7 +55,7 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
         step += step_of(_newest_intact(recipe.output_dir))
     step = world.sum(step)  # one decision for all ranks
     if not world.is_main:
-        lock.share(Path(recipe.output_dir))
+        share(recipe.output_dir)
     checkpoint = Path(recipe.output_dir) / f"checkpoint-{int(step)}" if step else None
     check_layout(recipe, world, checkpoint)
     if checkpoint is not None and world.is_main:

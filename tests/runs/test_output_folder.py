@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.errors import OtherRun, UserError
-from align.runs import lock
+from align.runs import lock, output_folder
 from align.runs.checkpoint import complete_checkpoints, cut_records, rotate, set_aside
 from align.runs.files import digest
 from align.runs.output_folder import claim, find_mark, one_run_per_folder, release
@@ -369,7 +370,7 @@ class TestLock:
         assert not (tmp_path / "out" / "run.lock").exists()
 
     @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
-    def test_that_of_a_dead_run_is_taken_over(self, tmp_path, signum):
+    def test_that_of_a_dead_run_is_taken_over(self, tmp_path, signum, monkeypatch):
         context = multiprocessing.get_context("fork")
         ready, go = context.Queue(), context.Event()
         holder = context.Process(target=hold, args=(str(tmp_path), ready, go))
@@ -378,20 +379,42 @@ class TestLock:
         with pytest.raises(UserError, match=f"in use by process {holder.pid} on .* since .*; wait until all its ranks"):
             claim(tmp_path, IDENTITY, resuming=True)
         os.kill(int(holder.pid or 0), signum)
+        monkeypatch.setattr(lock, "PATIENCE", 20.0)
         claim(tmp_path, IDENTITY, resuming=True)  # though nobody has waited for the dead process yet
         release(tmp_path)
         holder.join()
 
-    def test_it_lasts_as_long_as_any_rank(self, out):
+    def test_it_lasts_as_long_as_any_rank(self, out, monkeypatch):
         code = "import sys; from pathlib import Path; from align.runs import lock; lock.share(Path(sys.argv[1])); print(); sys.stdin.read()"
         rank = subprocess.Popen([sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert rank.stdout and rank.stdin  # noqa: PT018
         rank.stdout.readline()
-        os.close(lock._held.pop(str(out)))  # as if rank 0 had been killed
+        os.close(output_folder._claims.pop(output_folder._key(out)).lock)  # as if rank 0 had been killed
         with pytest.raises(UserError, match="is in use"):
             claim(out, IDENTITY, resuming=True)
         rank.communicate()
+        monkeypatch.setattr(lock, "PATIENCE", 20.0)
         claim(out, IDENTITY, resuming=True)
+
+    def test_a_run_within_a_run_and_one_beside_it_leave_the_first_its_lock(self, out):
+        stage = Stage(out)
+        refused: list[str] = []
+
+        def beside() -> None:
+            try:
+                stage.run()
+            except UserError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+        beside()
+        assert len(refused) == 2
+        assert all("is in use by process" in text for text in refused)
+        assert (out / "run.lock").exists()
+        with pytest.raises(UserError, match="is in use by process"):
+            claim(out, IDENTITY, resuming=True)
 
     def test_that_of_another_machine_says_how_to_remove_it(self, out):
         release(out)
