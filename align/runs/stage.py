@@ -20,6 +20,7 @@ from align.engine.deepspeed_config import uses_deepspeed, zero_stage
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.errors import UserError
+from align.runs import lock
 from align.runs.checkpoint import (
     VERSION,
     clear_partial,
