@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.runs.files import difference, digest, fingerprints, sync, sync_tree, write_bytes, write_json
+from align.runs.files import difference, digest, fingerprints, sync, sync_all, write_bytes, write_json
 from align.runs.own_files import delete, own, owned
 from align.runs.records import CHECKPOINT_NAME
 
@@ -62,8 +62,9 @@ def synced_sums(checkpoint: Path, apart: Collection[str] = ()) -> dict[str, list
     Args:
         apart: folders in it that other ranks write to, and are left out.
     """
-    sync_tree(checkpoint)
-    return fingerprints(checkpoint, apart)
+    sums = fingerprints(checkpoint, apart)
+    sync_all(checkpoint / name for name in sums)  # not of other ranks, which may not be done yet
+    return sums
 
 
 def rotate(output_dir: str | Path, save_total_limit: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """`sync` everything in a folder, and the folder."""
+def sync_all(paths: Iterable[Path]) -> None:
+    """`sync` each of these."""
     with ThreadPoolExecutor() as pool:
-        for _ in pool.map(sync, [*folder.rglob("*"), folder]):
+        for _ in pool.map(sync, paths):
             pass
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +140,17 @@ def test_intervals_are_those_of_the_recipe_that_goes_on(tmp_path):
     assert [path.name for path in complete_checkpoints(tmp_path / "out")] == ["checkpoint-5", "checkpoint-10"]
     logged = [line["step"] for line in metrics(tmp_path) if "train/loss" in line]
     assert logged == [1, 2, 3, 4, 5, 6, 9, 10]  # what is saved is logged, too
+
+
+def test_a_rank_sums_and_syncs_its_own_files_alone(tmp_path, monkeypatch):
+    """The others may still be writing: their files come and go meanwhile."""
+    for name in ("config.json", "state/rank-00000.safetensors", "random/.1-of-2.json.77"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    synced = []
+    monkeypatch.setattr("align.runs.files.sync", synced.append)
+    assert synced_sums(tmp_path, apart=("state", "random")) == {"config.json": [11, zlib.crc32(b"config.json")]}
+    assert synced == [tmp_path / "config.json"]
 
 
 @pytest.mark.parametrize(
