@@ -172,6 +172,11 @@ def _check_unfinished(folder: Path, stage: str) -> dict[str, Any]:
         raise OtherRun(
             f"output_dir: {folder} holds {kind} run of the {content['stage']} stage; choose another folder, or delete this one."
         )
+    if "files" not in content and any(folder.glob("checkpoint-*/complete.json")):
+        raise UserError(
+            f"output_dir: {folder} holds a run that an earlier version of align began, whose checkpoints are pickles, which this "
+            "one does not load; finish it with that version, or delete the folder to start over."
+        )
     return content
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from align.engine.distributed import World
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints, mark_complete, synced_sums
 from align.runs.manifest import recipe_dict
+from align.runs.output_folder import claim
 from align.runs.own_files import own
 from align.runs.stage import last_checkpoint, layout
 from tests import ranks as ranks_of
@@ -434,6 +436,22 @@ class TestLimit:
 
 
 class TestLayout:
+    def test_a_run_that_an_earlier_version_began_is_refused(self, tmp_path):
+        """Its record lists no files, and its checkpoints are DeepSpeed's pickles."""
+        (tmp_path / "run.json").write_text('{"stage": "ppo", "recipe": {}, "inputs": {}}')
+        checkpoint = tmp_path / "checkpoint-4"
+        (checkpoint / "policy").mkdir(parents=True)
+        (checkpoint / "policy" / "mp_rank_00_model_states.pt").write_bytes(pickle.dumps(0))
+        (checkpoint / "complete.json").write_text('{"step": 4, "layout": "1 process at ZeRO 0"}')
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(UserError) as error:
+            claim(tmp_path, {"stage": "ppo", "recipe": {}}, resuming=True)
+        assert str(error.value) == (
+            f"output_dir: {tmp_path} holds a run that an earlier version of align began, whose checkpoints are pickles, which "
+            "this one does not load; finish it with that version, or delete the folder to start over."
+        )
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
     def test_in_words(self, tmp_path):
         def words(processes: int, zero: int | None) -> str:
             file = None if zero is None else deepspeed_file(tmp_path / "ds.json", zero)
