@@ -65,6 +65,12 @@ def save_tiny_policy(folder: Path, seed: int = 0, **kwargs) -> str:
     return str(folder)
 
 
+def manifest(stage: str, **keys: Any) -> dict[str, Any]:
+    """What `stage.json` must hold of a finished stage, by the version that had no `schema_version`."""
+    tokenizer = {"vocabulary": "0", "bos_token_id": 1, "eos_token_id": 2, "chat_template": None}
+    return {"stage": stage, "recipe": {}, "inputs": {}, "tokenizer": tokenizer, "results": {}, **keys}
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

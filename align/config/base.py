@@ -54,6 +54,12 @@ class StageRecipe:
         "Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints: a new or empty one, or that of the same run."
     )
     stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
+    accept_changes: list[str] = key(
+        [],
+        "Keys such as train_dataset, reward_funcs or model_name_or_path: what they name may have changed since the run in "
+        "`output_dir` began. Also run.json, metrics.jsonl, samples.jsonl: resume though this file is lost or damaged. "
+        "`stage.json` records what was accepted.",
+    )
     seed: int = key(42, "Seed of data order, splits, initialization and sampling.", SEED)
 
     train_dataset: list[DataSource] = key(

@@ -34,6 +34,10 @@ class EvaluateRecipe:
 
     output_dir: str = required("Folder for `results.json`, `results.md` and `predictions.jsonl`.")
     stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
+    accept_changes: list[str] = key(
+        [],
+        "Keys such as eval_dataset, models or grader: what they name may have changed since the results in `output_dir`.",
+    )
     seed: int = key(42, "Seed of splits, of the examples in prompts, of sampling and of resampling.", SEED)
 
     models: dict[str, str] = required(

@@ -1,4 +1,4 @@
-"""The one reader of JSON files: bounded, strict, and with errors in one line."""
+"""JSON: bounded, strict, and with errors in one line."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ MAX_DEPTH = 64  # of lists and mappings
 def read_json(path: str | Path, *, follow_links: bool, max_bytes: int = MAX_BYTES) -> Any:
     """The value in a JSON file.
 
-    Args:
-        follow_links: whether `path` itself may be a symbolic link, as the files of the hub's cache are.
-
     Raises:
-        BadFile: the file is missing, empty, no regular file or too large, not UTF-8, not JSON (NaN, infinities, lone surrogates
-            and a key that is written twice are not), or nested too deeply.
+        BadFile: as `read_file` and `parse_json`.
     """
     return parse_json(read_file(path, follow_links=follow_links, max_bytes=max_bytes), path)
 
 
 def read_file(path: str | Path, *, follow_links: bool, max_bytes: int = MAX_BYTES) -> bytes:
     """The bytes of a regular file of at most `max_bytes`.
+
+    Args:
+        follow_links: whether `path` itself may be a symbolic link.
 
     Raises:
         BadFile: there is none, or it cannot be read.
@@ -64,7 +63,8 @@ def parse_json(raw: bytes, path: str | Path, *, nan_as_null: bool = False) -> An
         nan_as_null: whether NaN and infinities, which are not JSON, are read as null rather than refused.
 
     Raises:
-        BadFile: as `read_json`.
+        BadFile: it is empty, not UTF-8 or not JSON (NaN, infinities, lone surrogates and a key that is written twice are
+            not), or nested too deeply.
     """
 
     def constant(name: str) -> None:

@@ -41,9 +41,16 @@ TIMES = Range("above 0", lambda value: value > 0, 1000)  # how often rows are he
 RESAMPLES = Range("at least 1", lambda value: value >= 1, 10**6)
 
 
-def key(default: Any, meaning: str, accepts: Range | None = None) -> Any:
-    """A recipe key: its default, the sentence that `--help` prints, and for a number its range."""
-    metadata = {"help": meaning, "range": accepts}
+SAME = object()
+
+
+def key(default: Any, meaning: str, accepts: Range | None = None, *, before: Any = SAME) -> Any:
+    """A recipe key: its default, the sentence that `--help` prints, and for a number its range.
+
+    Args:
+        before: the value that describes runs from before the key existed, whose records lack it, if not `default`.
+    """
+    metadata = {"help": meaning, "range": accepts, "before": default if before is SAME else before}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from align.config.base import StageRecipe, check_method, check_training_rules
+from align.config.base import DEEPSPEED_KEYS, StageRecipe, check_method, check_training_rules
 from align.config.convert import build
 from align.config.data_source import check_source
 from align.config.keys import Where
@@ -21,6 +21,17 @@ from align.config.unknown_keys import METHODS_ELSEWHERE, explain
 from align.errors import UserError, nearest
 
 T = TypeVar("T", bound=Recipe)
+
+FILE_KEYS = (
+    "chat_template_path",
+    "reward_funcs",
+    "eval_reward_funcs",
+    "grader",
+    "metrics",
+    "eval_metrics",
+    *DEEPSPEED_KEYS,
+)
+ACCEPTABLE_RECORDS = ("run.json", "metrics.jsonl", "samples.jsonl")
 
 _recipe_folders: list[str] = []  # those that recipes added to `sys.path`, the newest first
 
@@ -170,6 +181,12 @@ def _named(models: Any, where: str) -> Any:
     return dict(zip(names, paths, strict=True))
 
 
+def acceptable_keys(stage: Stage) -> list[str]:
+    """What `accept_changes` may name: keys whose files or rows a run starts from, and records of the run itself."""
+    keys = {*stage.input_models, *dataset_keys(stage.recipe), *FILE_KEYS}
+    return [*(each.name for each in dataclasses.fields(stage.recipe) if each.name in keys), *ACCEPTABLE_RECORDS]
+
+
 def resolve_function(spec: str, key: str) -> Callable[..., Any]:
     """The function that `module:function` names; the module is installed or is a file beside the recipe.
 
@@ -202,6 +219,11 @@ def check_values(recipe: Recipe, stage: Stage, where: Where) -> None:
     Raises:
         UserError: the first that is found.
     """
+    for name in recipe.accept_changes:
+        if name not in (known := acceptable_keys(stage)):
+            raise UserError(
+                f"{where('accept_changes')}: expected some of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+            )
     for name in dataset_keys(stage.recipe):
         for index, source in enumerate(getattr(recipe, name)):
             check_source(source, f"{where(name)}[{index}]")

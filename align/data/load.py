@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -91,8 +92,23 @@ def load_rows(settings: DataSettings, row_type: type) -> Rows:
         "train_rows_dropped_as_evaluated": dropped,
         "bad_rows": bad_rows,
         "duplicates": find_duplicates(train, evaluation),
+        "fingerprints": {"train": _fingerprint(train), "evaluation": _fingerprint(evaluation)},
     }
     return Rows(train, evaluation, report)
+
+
+def _fingerprint(rows: Sequence[Row]) -> str:
+    """SHA-256 of rows in their order, but for the names that they have from their files."""
+    digest = hashlib.sha256()
+    for row in rows:
+        content = replace(row, where="", extra={name: value for name, value in row.extra.items() if name != TASK})
+        digest.update(_without_addresses(content).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def _without_addresses(value: Any) -> str:
+    """`repr`, but for the place in memory that objects of other kinds (images, ...) print, which no two runs share."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _split(
@@ -169,7 +185,7 @@ def _load_source(source: DataSource, seed: int, row_type: type, bad: BadRows) ->
             ours = {column: value for column, value in values.items() if column not in renamed}
             ours |= {column: values.get(theirs) for column, theirs in source.columns.items()}
             try:
-                line = json.dumps(ours, sort_keys=True, ensure_ascii=False, default=str).encode()
+                line = json.dumps(ours, sort_keys=True, ensure_ascii=False, default=_without_addresses).encode()
             except UnicodeEncodeError:
                 raise BadRow("not valid Unicode (a lone surrogate)") from None
             except (TypeError, ValueError, RecursionError):

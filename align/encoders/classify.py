@@ -37,11 +37,12 @@ from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, is_encoder, load_config, new_classifier
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import check_target_modules, freeze, peft_config
+from align.runs.checkpoint import step_of
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import ClassifyResult
-from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
+from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
 from align.trainer.hf_trainer import (
@@ -87,7 +88,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
     steps = total_steps(recipe, len(padded), plan)
 
-    checkpoint = last_checkpoint(recipe, world)
+    checkpoint = last_checkpoint(recipe, world, rows.report)
     start = write_untrained(
         recipe.output_dir,
         recipe.seed,

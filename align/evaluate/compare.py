@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import sys
@@ -29,28 +28,38 @@ from align.data.rows import as_response
 from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during
 from align.engine.user_functions import user_function
-from align.errors import UserError
+from align.errors import BadFile, UserError
 from align.evaluate.bootstrap import Floats, Measure
 from align.evaluate.inputs import EvalInputs, EvalSetting, prepare_inputs
 from align.evaluate.metrics import TOKEN_METRICS, foreign_scores, load_metric, measure
 from align.evaluate.predict import ModelOutputs, decode_predictions, run_model
 from align.evaluate.report import SettingResult, summarize, write_report
-from align.evaluate.results import REPORT, finished, identity
+from align.evaluate.results import REPORT, finished
 from align.maths.perplexity import perplexity
 from align.models.inspect_folder import inspect_inputs
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
-from align.runs.manifest import COSMETIC_KEYS
 from align.runs.output_folder import claim, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
 from align.runs.quiet import quiet
+from align.runs.records import TEXT, Record, is_count, is_number, list_of_lists, read_record
 from align.runs.results import EvaluationResult
+from align.runs.run_record import identity
+from align.runs.same_run import COSMETIC_KEYS
 from align.runs.tables import make_console
 from reward_models.functions import FunctionReward
 from reward_models.responses import Responses
 
 PARTS = "parts"  # in output_dir while the command runs: outputs of each finished setting
+PART_RECORD = Record(
+    {
+        "name": TEXT,
+        "tokens": list_of_lists("a list of three numbers per row", is_number),
+        "ids": list_of_lists("a list of token ids per row", is_count),
+    },
+    max_bytes=1 << 32,
+)
 
 
 @one_run_per_folder
@@ -151,9 +160,13 @@ def _run_models(
 
 
 def _read_part(file: Path, resume_key: str) -> ModelOutputs | None:
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    part = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        part = read_record(file, PART_RECORD)
+    except BadFile as error:
+        print(f"{error}; its setting is evaluated again", file=sys.stderr)
+        return None
     return ModelOutputs(part["tokens"], part["ids"]) if part["name"] == resume_key else None
 
 

@@ -3,20 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from rich.table import Table as RichTable
 
 from align.config.evaluate import EvaluateRecipe
-from align.errors import OtherRun
-from align.runs.files import digest
-from align.runs.manifest import differing_keys, read_manifest
 from align.runs.output_folder import RESULTS
+from align.runs.records import COUNT, MAPPING, TEXT, Kind, Record, is_count, is_number, read_record
+from align.runs.run_record import identity
+from align.runs.same_run import changes, check_same
+from align.runs.schemas import IDENTITY, OF_IDENTITY
 from align.runs.tables import make_table
 
 REPORT = "results.md"
+
+
+def _is_entry(value: Any, *numbers: str) -> bool:
+    """A measurement or a difference of a model: where it was measured, and numbers or null under these names."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), str) for name in ("model", "metric"))
+        and is_count(value.get("num_shots"))
+        and all(name in value and (value[name] is None or is_number(value[name])) for name in (*numbers, "low", "high"))
+    )
+
+
+def _are_values(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        _is_entry(each, "value") and is_count(each.get("n")) and isinstance(each.get("task"), str | NoneType)
+        for each in value
+    )
+
+
+def _are_comparisons(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        _is_entry(each, "difference")
+        and is_number(each.get("p_value"))
+        and isinstance(against := each.get("against"), dict)
+        and isinstance(against.get("model"), str)
+        and is_count(against.get("num_shots"))
+        for each in value
+    )
+
+
+RESULTS_RECORD = Record(
+    {
+        **IDENTITY,
+        "baseline": TEXT,
+        "rows": COUNT,
+        "results": Kind("a list of measurements", _are_values),
+        "comparisons": Kind("a list of differences", _are_comparisons),
+        "data": MAPPING,
+    },
+    OF_IDENTITY,
+    "restore the file from a copy, or delete it to evaluate again",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,32 +79,21 @@ class Table:
         return table
 
 
-def identity(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """Stage, recipe, and digests of the models' manifests: two evaluations that agree in these are the same."""
-    manifests = {name: read_manifest(path) for name, path in recipe.models.items()}
-    values = {**dataclasses.asdict(recipe), "models": list(recipe.models.items())}  # a list, since the order counts
-    return {
-        "stage": "evaluate",
-        "recipe": json.loads(json.dumps(values)),
-        "inputs": {name: digest(manifest) for name, manifest in manifests.items() if manifest},
-    }
-
-
 def finished(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     """The content of `results.json` in `output_dir`; None when there is none.
 
     Raises:
-        UserError: it is from another evaluation, or a model has been trained again since.
+        UserError: it is damaged, from another evaluation, or a model, the data or a function has changed since.
     """
     file = Path(recipe.output_dir) / RESULTS
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if differing := differing_keys(results, identity(recipe)):
-        raise OtherRun(
-            f"output_dir: {recipe.output_dir} holds results that differ in {', '.join(differing)}; delete the folder to "
-            "evaluate again, or set another output_dir."
-        )
+    results = read_record(file, RESULTS_RECORD)
+    found = results
+    if "schema_version" not in results:
+        found = {**results, "inputs": {f"models.{name}": each for name, each in results["inputs"].items()}}
+    different = changes(found, identity(recipe, results.get("sums")), recipe)
+    check_same(different, recipe, "results that differ", "evaluate again")
     return results
 
 

@@ -152,14 +152,14 @@ def matches_manifest(path: str, scores: Tensor, manifest: dict[str, Any], bf16: 
     """The reward model is the one that was evaluated. `scores`: its scores now, [B], of the sequences in its manifest."""
     recorded = scores.new_tensor(manifest["score_check"]["scores"])
     gap = float((scores - recorded).abs().max())
-    limits = BFLOAT16 if bf16 or manifest["recipe"]["bf16"] else FLOAT32
+    limits = BFLOAT16 if bf16 or manifest["recipe"].get("bf16", False) else FLOAT32
     allowed = limits.score * max(1.0, float(recorded.std()))
     return Check(
         gap <= allowed,
         f"reward model {gap:.1g} off its record",
         f"the scores in {path}/stage.json, to {allowed:.2g}",
         "Likely cause: the folder has other weights than those that were evaluated, or they are loaded in another precision or by "
-        f"another version of transformers (then {manifest['versions']['transformers']}); go back to the reward stage.",
+        f"another version of transformers (then {manifest.get('versions', {}).get('transformers', 'another')}); go back to the reward stage.",
     )
 
 

@@ -38,6 +38,8 @@ from align.ppo.self_check_limits import (
 )
 from align.ppo.update import optimize
 from align.runs.manifest import read_manifest
+from align.runs.own_files import MANIFEST
+from align.runs.records import NUMBER, Record, check_record
 from align.runs.tracker import Tracker
 from reward_models.trained import ModelReward
 
@@ -168,7 +170,18 @@ def check_reward_model(path: str, models: Models, world: World, bf16: bool, metr
     manifest = read_manifest(path) or {}
     if "score_check" not in manifest:
         return [Check(True, "reward model not checked (no record in its folder)")]
+    if "eval_accuracy" in manifest["results"]:
+        names = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high")
+        check_record(manifest["results"], Record(dict.fromkeys(names, NUMBER)), f"{path}/{MANIFEST}: results")
     source = next(source for source in models.rewards.sources if isinstance(source, ModelReward))
+    largest, vocabulary = (
+        max(map(max, manifest["score_check"]["ids"])),
+        source.model.get_input_embeddings().num_embeddings,
+    )
+    if largest >= vocabulary:
+        raise UserError(
+            f"{path}/{MANIFEST}: score_check: expected token ids below {vocabulary}, got {largest}; go back to the reward stage."
+        )
     plain = ModelReward(source.name, source.model, batch_size=source.batch_size, max_length=source.max_length)
     scores = score_ids(plain, world, manifest["score_check"]["ids"])
     recorded = torch.tensor(manifest["score_check"]["scores"])

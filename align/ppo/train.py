@@ -21,11 +21,12 @@ from align.ppo.outputs import save_outputs
 from align.ppo.self_checks import check_start
 from align.ppo.setup import set_up
 from align.ppo.tracking import timed_step, track
+from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import PPOResult
-from align.runs.stage import finished_results, last_checkpoint, step_of
+from align.runs.stage import finished_results, last_checkpoint
 from align.runs.tracker import Tracker
 
 
@@ -39,7 +40,7 @@ def run(recipe: PPORecipe) -> PPOResult:
     plan = batch_plan(recipe, world.size)
     inputs = check_ppo_inputs(recipe)
     data = load_data(recipe, inputs, world)
-    checkpoint = last_checkpoint(recipe, world)
+    checkpoint = last_checkpoint(recipe, world, data.report)
     start = step_of(checkpoint)
     with Tracker(recipe, "ppo", recipe.num_updates, resume_step=start) as tracker:
         tracker.say(plan.describe())

@@ -45,12 +45,13 @@ from align.reward.evaluation import (
 from align.reward.inputs import RewardInputs, check_reward_inputs
 from align.reward.normalization import chosen_responses, normalization_prompts, normalize_scores, sft_responses
 from align.reward.trainer import PairTrainer
+from align.runs.checkpoint import step_of
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import RewardResult
-from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
+from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tracker import Tracker
 from align.trainer.hf_trainer import eval_batch_size, save_trained, total_steps, train, training_arguments
 from reward_models.heads import init_head, keep_head_float32, score_head
@@ -92,7 +93,7 @@ def run(recipe: RewardRecipe) -> RewardResult:
     padded = pad_to_batches(train_rows, plan.batch_size)
     steps = total_steps(recipe, len(padded), plan)
 
-    checkpoint = last_checkpoint(recipe, world)
+    checkpoint = last_checkpoint(recipe, world, rows.report)
     start = write_untrained(
         recipe.output_dir,
         recipe.seed,

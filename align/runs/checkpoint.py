@@ -15,14 +15,25 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.runs.files import difference, digest, fingerprints, sync, sync_all, write_bytes, write_json
+from align.errors import BadFile
+from align.runs.files import (
+    difference,
+    digest,
+    fingerprint,
+    fingerprints,
+    finite,
+    sync,
+    sync_all,
+    write_bytes,
+    write_json,
+)
 from align.runs.own_files import delete, own, owned
-from align.runs.records import CHECKPOINT_NAME
+from align.runs.records import CHECKPOINT_NAME, read_record
+from align.runs.schemas import COMPLETE, COMPLETE_RECORD, METRICS, SAMPLES
 
 if TYPE_CHECKING:
     from align.engine.distributed import World
 
-COMPLETE = "complete.json"
 VERSION = 2  # of the files in a checkpoint; the first held DeepSpeed's pickles
 DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 
@@ -33,7 +44,7 @@ def mark_complete(
     """Declare a checkpoint complete, then delete the oldest beyond `save_total_limit`. For all ranks.
 
     `complete.json` appears once every rank's files are on the disk. It holds `state`, the size and CRC-32 of each file,
-    and how long the run's records (`*.jsonl` in the output folder) were.
+    and size and CRC-32 of the run's records, `metrics.jsonl` and `samples.jsonl`.
 
     Args:
         sums: size and CRC-32 of each file that this rank has written and synced, by its path in the checkpoint; no rank
@@ -45,12 +56,11 @@ def mark_complete(
     if not world.is_main:
         return
     output = checkpoint.parent
-    records = [output / name for name in sorted(owned(output)) if name.endswith(".jsonl") and (output / name).is_file()]
+    records = [path for name in sorted({METRICS, SAMPLES} & owned(output)) if (path := output / name).is_file()]
     for path in (*(path for path in checkpoint.rglob("*") if path.is_dir()), checkpoint, *records):
         sync(path)
-    lengths = {record.name: record.stat().st_size for record in records}
-    recorded = {**state, "version": VERSION, "records": lengths, "files": dict(sorted(files.items()))}
-    recorded = json.loads(json.dumps(recorded, default=str))  # as it will be read back
+    sums_of_records = {record.name: fingerprint(record) for record in records}
+    recorded = finite({**state, "version": VERSION, "records": sums_of_records, "files": dict(sorted(files.items()))})
     write_json(checkpoint / COMPLETE, {**recorded, "digest": digest(recorded)})
     sync(output)
     rotate(output, save_total_limit)
@@ -81,7 +91,7 @@ def _keep_others(checkpoint: Path) -> None:
     """Move files that others have put into a checkpoint out of it, before it is deleted."""
     try:
         mine = {COMPLETE, *read_state(checkpoint)["files"]}
-    except (OSError, ValueError, KeyError):  # damaged, so that it cannot say
+    except BadFile:  # so that it cannot say
         return
     kept = checkpoint.with_name(f"kept-{checkpoint.name}")
     while os.path.lexists(kept):
@@ -98,20 +108,26 @@ def find_corruption(checkpoint: Path) -> str | None:
     """What is corrupt in a complete checkpoint; None when every file has the bytes that were written."""
     try:
         state = read_state(checkpoint)
-        if state.pop("digest", None) != digest(state):
+        if state.pop("digest") != digest(state):
             return f"{COMPLETE} does not match its checksum"
+        if state["step"] != step_of(checkpoint):
+            return f"{COMPLETE} is of step {state['step']}"
         return difference(checkpoint, state["files"])
-    except ValueError:  # neither JSON nor UTF-8
-        return f"{COMPLETE} cannot be read"
+    except BadFile as error:
+        return str(error).removeprefix(f"{checkpoint}{os.sep}")
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
 
 
 def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete checkpoints of the run in `output_dir`, oldest first."""
+    """The complete checkpoints of the run in `output_dir`, oldest first; links are none."""
     mine = [Path(output_dir) / name for name in owned(output_dir) if CHECKPOINT_NAME.fullmatch(name)]
-    found = [folder for folder in mine if (folder / COMPLETE).is_file()]
-    return sorted(found, key=lambda folder: int(folder.name.rsplit("-", 1)[1]))
+    return sorted((each for each in mine if not each.is_symlink() and os.path.lexists(each / COMPLETE)), key=step_of)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Optimizer steps done at a checkpoint, by its name; 0 without one."""
+    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -132,9 +148,23 @@ def clear_partial(output_dir: str | Path) -> None:
             delete(path)
 
 
+def lost_records(checkpoint: Path) -> dict[str, str]:
+    """What is wrong with the run's records up to a checkpoint, by name; what was written later does not count."""
+    lost = {}
+    for name, (size, crc) in _records(checkpoint).items():
+        path = checkpoint.parent / name
+        if path.is_symlink() or not path.is_file():
+            lost[name] = "is missing"
+        elif (actual := path.stat().st_size) < size:
+            lost[name] = f"has {actual} bytes, fewer than the {size} that it had at {checkpoint.name}"
+        elif fingerprint(path, size) != [size, crc]:
+            lost[name] = f"has other lines than it had at {checkpoint.name}"
+    return lost
+
+
 def cut_records(checkpoint: Path) -> None:
-    """Cut the run's records (`*.jsonl`) to their length at a checkpoint: later steps are done again."""
-    for name, size in read_state(checkpoint)["records"].items():
+    """Cut the run's records to their length at a checkpoint: later steps are done again."""
+    for name, (size, _) in _records(checkpoint).items():
         path = checkpoint.parent / name
         if name in owned(path.parent) and path.is_file() and path.stat().st_size > size:
             with open(path, "rb") as file:
@@ -142,7 +172,16 @@ def cut_records(checkpoint: Path) -> None:
             write_bytes(path, kept)  # rather than in place: the file may have a second name elsewhere
 
 
+def _records(checkpoint: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of the records at a checkpoint, whatever else its `complete.json` names."""
+    told = read_state(checkpoint)["records"]
+    return {name: told[name] for name in (METRICS, SAMPLES) if isinstance(told.get(name), list)}
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state that `mark_complete` was given, with the records and files that it added."""
-    state: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-    return state
+    """The state that `mark_complete` was given, with the records and files that it added.
+
+    Raises:
+        BadFile: `complete.json` is damaged.
+    """
+    return read_record(checkpoint / COMPLETE, COMPLETE_RECORD)

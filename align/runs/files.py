@@ -44,7 +44,7 @@ def difference(folder: Path, expected: dict[str, list[int]]) -> str | None:
     found = _files(folder)
     for name, (size, _) in expected.items():  # first what needs no reading
         if name not in found:
-            return f"{name} is missing"
+            return f"{name} is {'a symbolic link' if (folder / name).is_symlink() else 'missing'}"
         if (actual := found[name].stat().st_size) != size:
             return f"{name} has {actual} bytes, not {size}"
     actual_sums = fingerprints(folder)
@@ -53,15 +53,16 @@ def difference(folder: Path, expected: dict[str, list[int]]) -> str | None:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
-def fingerprint(path: Path) -> list[int]:
+def fingerprint(path: Path, length: int | None = None) -> list[int]:
+    """Size and CRC-32 of a file, or of its first `length` bytes."""
     # CRC-32 finds accidents as well as SHA-256 does, which guards against forgery at 2.6 times the time.
     size = crc = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(1 << 20 if length is None else min(1 << 20, length - size)):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return [size, crc]
 
@@ -82,8 +83,17 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """Write `value` as JSON, atomically; NaN and infinities, which JSON does not have, as null."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(finite(value), indent=2, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` as JSON gives it back, with null for NaN and infinities."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
 
 
 def digest(value: Any) -> str:

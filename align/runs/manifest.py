@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.base import StageRecipe
-from align.config.stages import input_models, stage_of
-from align.errors import OtherRun, UserError
+from align.config.paths import dataset_keys
+from align.errors import UserError
 from align.models.inspect_folder import inspect_inputs
 from align.runs.checkpoint import DAMAGED, complete_checkpoints
 from align.runs.files import digest, write_json
 from align.runs.output_folder import claim
 from align.runs.own_files import MANIFEST, RUN, delete, own, owned
+from align.runs.records import package_version, read_record
+from align.runs.run_record import identity, read_run, required_run
+from align.runs.run_record import read_manifest as read_manifest
+from align.runs.same_run import changes, check_same
+from align.runs.schemas import MANIFEST_RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PACKAGES = ("torch", "transformers", "trl", "deepspeed", "datasets", "peft", "accelerate")
-
-# Keys that do not change the result: a run may be resumed, and a finished stage reused, with other values.
-COSMETIC_KEYS = {
-    "output_dir",
-    "stage",
-    "report_to",
-    "project",
-    "run_name",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_checkpointing",
-    "attn_implementation",
-    "deepspeed",
-    "value_deepspeed",
-    "reference_deepspeed",
-    "reward_deepspeed",
-    "num_sample_rows",
-    "skip_self_checks",
-    "reward_timeout",
-}
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -61,37 +40,10 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest of a finished stage in `folder`, or None for a model that `align` did not make.
-
-    Raises:
-        UserError: the folder holds a stage that was started and not finished.
-    """
-    manifest = Path(folder) / MANIFEST
-    if manifest.is_file():
-        loaded: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-        return loaded
-    if (Path(folder) / RUN).is_file():
-        raise UserError(f"{folder}: the stage that writes this folder has not finished; run it again to resume it.")
-    return None
-
-
-def recipe_dict(recipe: StageRecipe) -> dict[str, Any]:
-    """The recipe as plain JSON values."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    return plain
-
-
-def _input_digests(recipe: StageRecipe) -> dict[str, str]:
-    manifests = {name: read_manifest(path) for name, path in input_models(recipe).items()}
-    return {name: digest(manifest) for name, manifest in manifests.items() if manifest}
-
-
 def open_stage(recipe: StageRecipe) -> bool:
     """Claim `recipe.output_dir` for this run. True when the same stage is already finished there.
 
-    The manifests of the models that the stage starts from are recorded: a stage does not count as finished once one
-    of them has been trained again.
+    Fingerprints of what the stage starts from are recorded: it does not count as finished once that has changed.
 
     Raises:
         UserError: the folder cannot be written, is in use, or holds something else, a run of another recipe or of older
@@ -101,45 +53,31 @@ def open_stage(recipe: StageRecipe) -> bool:
     if not finished:
         inspect_inputs(recipe)
         if int(os.environ.get("RANK", "0")) == 0:
-            claim(recipe.output_dir, _identity(recipe), resuming=bool(complete_checkpoints(recipe.output_dir)))
+            claim(recipe.output_dir, identity(recipe), resuming=bool(complete_checkpoints(recipe.output_dir)))
     return finished
 
 
 def is_finished(recipe: StageRecipe) -> bool:
     """Whether `recipe.output_dir` holds the finished run of this recipe. Writes nothing.
 
+    Of a run that goes on, rows are compared once they are loaded, by `align.runs.run_record.check_rows`.
+
     Raises:
-        UserError: the folder holds a run of another recipe or of older inputs, or an input is not finished.
+        UserError: the folder holds a run of another recipe or of inputs that have changed, its record is lost or damaged, or
+            an input is not finished.
     """
     folder = Path(recipe.output_dir)
-    finished = (folder / MANIFEST).is_file()
-    if not finished and not (complete_checkpoints(folder) and (folder / RUN).is_file()):
+    finished = os.path.lexists(folder / MANIFEST)
+    found = read_record(folder / MANIFEST, MANIFEST_RECORD) if finished else required_run(recipe)
+    if found is None or not (finished or complete_checkpoints(folder)):
         return False  # a run without a checkpoint loses nothing when it starts over
-    found = json.loads((folder / (MANIFEST if finished else RUN)).read_text(encoding="utf-8"))
-    if differing := differing_keys(found, _identity(recipe)):
-        raise OtherRun(
-            f"output_dir: {folder} holds {'a finished' if finished else 'an unfinished'} run that differs in "
-            f"{', '.join(differing)}; delete the folder to start over, or set another output_dir."
-        )
+    mine = identity(recipe, found.get("sums"))
+    if not finished:
+        data = dataset_keys(type(recipe))
+        mine["inputs"] = {place: kinds for place, kinds in mine["inputs"].items() if place.split("[")[0] not in data}
+    which = "a finished" if finished else "an unfinished"
+    check_same(changes(found, mine, recipe), recipe, f"{which} run that differs", "start over")
     return finished
-
-
-def _identity(recipe: StageRecipe) -> dict[str, Any]:
-    return {"stage": stage_of(recipe).name, "recipe": recipe_dict(recipe), "inputs": _input_digests(recipe)}
-
-
-def differing_keys(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """Names of recipe keys and inputs in which two runs differ, cosmetic keys apart."""
-    if found.get("stage") != mine["stage"]:
-        return ["stage"]
-    keys = sorted(
-        key
-        for key in {*found["recipe"], *mine["recipe"]} - COSMETIC_KEYS
-        if found["recipe"].get(key) != mine["recipe"].get(key)
-    )
-    if found["inputs"] != mine["inputs"]:
-        keys.append("the stage it starts from, which was run again since")
-    return keys
 
 
 def write_manifest(
@@ -163,9 +101,9 @@ def write_manifest(
     write_json(
         folder / MANIFEST,
         {
-            **_identity(recipe),
+            **(read_run(recipe) or identity(recipe)),  # inputs as they were when the run began
             "seed": recipe.seed,
-            "versions": {"align": _version("align"), **{package: _version(package) for package in PACKAGES}},
+            "versions": {package: package_version(package) for package in ("align", *PACKAGES)},
             "tokenizer": tokenizer_digest(tokenizer),
             "data": dict(data),
             "results": dict(results),
@@ -174,13 +112,6 @@ def write_manifest(
         },
     )
     (folder / RUN).unlink(missing_ok=True)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def check_same_tokenizer(theirs: Mapping[str, Any], mine: Mapping[str, Any], key: str, path: str) -> None:

@@ -1,21 +1,23 @@
-"""The records of a run, and the one reader of them: what each must hold, by key.
+"""The one reader of a run's records, JSON files in its folder. What each must hold is in `align.runs.schemas`.
 
-A record is only ever believed after `read_record`: keys have the right kind, and names in it are bare, so that no path
-made of them leads out of the run's folder.
+Nothing in a record is believed before `read_record` has checked it: keys have the right kind, and names are bare, so that
+no path made of them leads out of the run's folder.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.config.json_file import parse_json, read_file
-from align.errors import BadFile
+from align.config.json_file import MAX_BYTES, parse_json, read_file
+from align.errors import BadFile, UserError
+from align.runs.files import digest
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})", re.ASCII)
 SCHEMA_VERSION = 1  # of stage.json, run.json and results.json; those of before had no version, which is 0
@@ -48,12 +50,12 @@ def is_inner_path(path: Any) -> bool:
 
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number of 0 or more."""
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def mapping_of(words: str, names: Callable[[Any], bool], values: Callable[[Any], bool]) -> Kind:
@@ -64,14 +66,19 @@ def mapping_of(words: str, names: Callable[[Any], bool], values: Callable[[Any],
     )
 
 
-def list_of(words: str, items: Callable[[Any], bool]) -> Kind:
-    """Lists whose items pass this test."""
-    return Kind(words, lambda value: isinstance(value, list) and all(map(items, value)))
-
-
 def or_null(kind: Kind) -> Kind:
     """The same kind, or null."""
     return Kind(f"{kind.words} or null", lambda value: value is None or kind.holds(value))
+
+
+def list_of_lists(words: str, items: Callable[[Any], bool]) -> Kind:
+    """Lists of lists whose items pass this test."""
+    return Kind(
+        words,
+        lambda value: (
+            isinstance(value, list) and all(isinstance(each, list) and all(map(items, each)) for each in value)
+        ),
+    )
 
 
 TEXT = Kind("text", lambda value: isinstance(value, str))
@@ -85,14 +92,6 @@ CHECKPOINT = Kind(
 )
 
 
-def _is_sum(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_count, value))
-
-
-def _is_record_name(name: Any) -> bool:
-    return is_bare_name(name) and name.endswith(".jsonl")
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
     """One kind of record: the keys that it must and may have (others are let be), and what to do about a damaged one."""
@@ -100,42 +99,55 @@ class Record:
     required: Mapping[str, Kind]
     optional: Mapping[str, Kind] = field(default_factory=dict)
     remedy: str = ""
+    max_bytes: int = MAX_BYTES
 
 
-COMPLETE = Record(
-    {
-        "step": COUNT,
-        "layout": TEXT,
-        "records": mapping_of("a mapping of names of .jsonl files to sizes", _is_record_name, is_count),
-        "files": mapping_of("a mapping of paths inside the checkpoint to size and CRC-32", is_inner_path, _is_sum),
-        "digest": TEXT,
-    },
-    {"best_checkpoint": CHECKPOINT, "progress": MAPPING},
-)
-WANDB_RUN = Record(
-    {
-        "id": Kind(
-            "the id of a W&B run", lambda value: isinstance(value, str) and bool(re.fullmatch(r"[\w-]{1,64}", value))
-        ),
-        "processes": COUNT,
-    },
-    remedy="delete the file, and a new W&B run begins",
-)
-
-
-def read_record(path: Path, record: Record, *, nan_as_null: bool = False) -> dict[str, Any]:
+def read_record(path: Path, record: Record, *, follow_links: bool = False) -> dict[str, Any]:
     """A record, checked.
+
+    Args:
+        follow_links: as for `align.config.json_file.read_json`.
 
     Raises:
         BadFile: it is missing, a symbolic link, no JSON, or lacks a key or has one of another kind; says what to do.
+        UserError: a newer version of this program wrote it.
     """
     try:
-        value = parse_json(read_file(path, follow_links=False), path, nan_as_null=nan_as_null)
+        raw = read_file(path, follow_links=follow_links, max_bytes=record.max_bytes)
+        # Before there were versions, results that were not finite were written as NaN.
+        value = parse_json(raw, path, nan_as_null=b'"schema_version"' not in raw)
+        if isinstance(value, dict) and is_count(value.get("schema_version")):
+            _check_version(value, path)
         check_record(value, record, path)
+        if "fingerprint" in value and value["fingerprint"] != fingerprint_of(value):
+            raise BadFile(f"{path}: was changed since it was written: its fingerprint does not match")
     except BadFile as error:
-        raise BadFile(f"{error}{f'; {record.remedy}' * bool(record.remedy)}") from None
+        raise BadFile(f"{error}{f'; {record.remedy}.' * bool(record.remedy)}") from None
     found: dict[str, Any] = value
     return found
+
+
+def fingerprint_of(record: Mapping[str, Any]) -> str:
+    """A digest of a run's stage, recipe and inputs."""
+    return digest([record["stage"], record["recipe"], record["inputs"]])
+
+
+def package_version(package: str) -> str:
+    """The installed version of a package, or `not installed`."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _check_version(value: Mapping[str, Any], path: Path) -> None:
+    if value["schema_version"] > SCHEMA_VERSION:
+        writer = value["versions"].get("align") if isinstance(value.get("versions"), dict) else None
+        raise UserError(
+            f"{path}: has schema_version {value['schema_version']}{f', of align {writer}' * bool(writer)}, and this is align "
+            f"{package_version('align')}, which reads up to {SCHEMA_VERSION}; use the version that wrote it, or "
+            "a newer one."
+        )
 
 
 def check_record(value: Any, record: Record, where: str | Path) -> None:

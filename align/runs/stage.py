@@ -27,30 +27,38 @@ from align.runs.checkpoint import (
     complete_checkpoints,
     cut_records,
     find_corruption,
+    lost_records,
     read_state,
     rotate,
     set_aside,
+    step_of,
 )
 from align.runs.files import write_text
 from align.runs.manifest import read_manifest, write_manifest
 from align.runs.output_folder import share
 from align.runs.own_files import delete, new_folder, own
+from align.runs.run_record import check_rows, record_run
 from align.runs.tables import markdown_table
 
 SEEN_WITHIN = 10.0  # seconds until a file is seen on all nodes; network file systems cache names
 UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
 
 
-def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
+def last_checkpoint(recipe: StageRecipe, world: World, report: Mapping[str, Any]) -> Path | None:
     """The newest complete and intact checkpoint, the same on every rank; None to start from the beginning.
 
-    Rank 0 deletes partial checkpoints, renames damaged ones and prints a message, and truncates the run's records to
-    the checkpoint.
+    Rank 0 deletes partial checkpoints, renames damaged ones and prints a message, truncates the run's records to the
+    checkpoint, and records what the run starts from.
+
+    Args:
+        report: of the rows, from `align.data.load`.
 
     Raises:
-        UserError: the checkpoint was written by an earlier version, or a rank does not see the folder of rank 0.
+        UserError: the checkpoint was written by an earlier version, a rank does not see the folder of rank 0, or rows or
+            records are other than they were.
     """
     check_shared_folder(recipe.output_dir, world)
+    check_rows(recipe, report)
     step = torch.zeros(1, dtype=torch.int64, device=world.device)
     if world.is_main:
         step += step_of(_newest_intact(recipe.output_dir))
@@ -59,9 +67,13 @@ def last_checkpoint(recipe: StageRecipe, world: World) -> Path | None:
         share(recipe.output_dir)
     checkpoint = Path(recipe.output_dir) / f"checkpoint-{int(step)}" if step else None
     check_layout(recipe, world, checkpoint)
-    if checkpoint is not None and world.is_main:
-        cut_records(checkpoint)
-        rotate(recipe.output_dir, recipe.save_total_limit)
+    if checkpoint is not None:
+        _check_records(recipe, checkpoint)
+    if world.is_main:
+        if checkpoint is not None:
+            cut_records(checkpoint)
+            rotate(recipe.output_dir, recipe.save_total_limit)
+        record_run(recipe, report, checkpoint)
     return checkpoint
 
 
@@ -84,6 +96,15 @@ def check_shared_folder(output_dir: str, world: World) -> None:
             f"output_dir: {output_dir} on {expected['host']}, where rank 0 writes it, is not the folder of this name on "
             f"{', '.join(blind)}; give a path on a file system that all nodes share."
         )
+
+
+def _check_records(recipe: StageRecipe, checkpoint: Path) -> None:
+    for name, what in lost_records(checkpoint).items():
+        if name not in recipe.accept_changes:
+            raise UserError(
+                f"{checkpoint.parent / name}: {what}; put it back, or add `accept_changes: [{name}]` to resume without its "
+                f"earlier lines, or delete {checkpoint.parent} to start over."
+            )
 
 
 def _newest_intact(output_dir: str) -> Path | None:
@@ -129,11 +150,6 @@ def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> 
             f"without the change up to rounding{' and the noise of dropout and NEFTune' * noise}.",
             file=sys.stderr,
         )
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """Optimizer steps done at a checkpoint; 0 without one."""
-    return int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
 
 
 def finished_results(output_dir: str) -> dict[str, Any]:

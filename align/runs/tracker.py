@@ -21,10 +21,8 @@ from align.errors import UserError
 from align.runs.files import write_text
 from align.runs.own_files import own
 from align.runs.progress import Display
+from align.runs.schemas import METRICS, SAMPLES
 from align.runs.wandb_run import WandbRun
-
-METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"
 
 
 class Tracker:
@@ -132,7 +130,7 @@ def _drop_after(path: Path, step: int) -> None:
     kept = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            with contextlib.suppress(json.JSONDecodeError):
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that was cut off, or is not ours
                 if step > 0 and json.loads(line)["step"] <= step:
                     kept.append(line)
     write_text(path, "".join(kept))

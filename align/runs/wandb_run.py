@@ -19,12 +19,10 @@ from typing import Any
 from align.config.base import StageRecipe
 from align.engine.faults import during
 from align.errors import UserError
-from align.runs import records
 from align.runs.files import write_json
 from align.runs.own_files import own
 from align.runs.records import read_record
-
-WANDB_RUN = "wandb_run.json"
+from align.runs.schemas import WANDB_RUN, WANDB_RUN_RECORD
 
 # W&B drops or overwrites rows whose row number it has seen. Each process that works on a run numbers its rows
 # from its own million on, so that a resumed run never collides, nor do its offline pieces when they are synced.
@@ -121,8 +119,8 @@ def _start(recipe: StageRecipe, stage: str, output_dir: Path) -> tuple[Any, int]
     if "WANDB_DIR" not in os.environ:
         own(output_dir / "wandb")
     known: dict[str, Any] = {"id": uuid.uuid4().hex[:8], "processes": 0}
-    if remembered.exists():
-        known = read_record(remembered, records.WANDB_RUN)
+    if os.path.lexists(remembered):
+        known = read_record(remembered, WANDB_RUN_RECORD)
     folder = output_dir.resolve()
     files = Path(os.environ.get("WANDB_DIR") or folder)
     try:

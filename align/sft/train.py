@@ -30,11 +30,12 @@ from align.models.trainable import (
     peft_config,
     quantization_kwargs,
 )
+from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import SFTResult
-from align.runs.stage import finish, finished_results, last_checkpoint, step_of, write_untrained
+from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tracker import Tracker
 from align.sft.inputs import load_config_and_tokenizer
 from align.sft.report import (
@@ -70,7 +71,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
 
     # Rows, and the model to start from
     rows, retention = load_with_retention(recipe)
-    checkpoint = last_checkpoint(recipe, world)
+    checkpoint = last_checkpoint(recipe, world, rows.report)
     resuming = checkpoint is not None
     start = recipe.model_name_or_path or _random_model(recipe, world, rows, resuming)
     config, tokenizer = load_config_and_tokenizer(start, recipe)

@@ -149,7 +149,7 @@ def check_trainer_state(checkpoint: Path) -> None:
         UserError: it is not one of this step.
     """
     path = checkpoint / "trainer_state.json"
-    step = read_record(path, TRAINER_STATE, nan_as_null=True)["global_step"]
+    step = read_record(path, TRAINER_STATE)["global_step"]
     if checkpoint.name != f"checkpoint-{step}":
         raise BadFile(f"{path}: global_step: expected that of {checkpoint.name}, got {step}")
 

@@ -386,7 +386,8 @@ def test_output_folders(world, capsys):
         model_name_or_path="model",
     )
     from align.config.load import load_recipe
-    from align.runs.manifest import RUN, open_stage, write_manifest
+    from align.runs.manifest import open_stage, write_manifest
+    from align.runs.own_files import RUN
 
     assert "output_dir: out/x, new" in outcome(capsys, "r.yaml")[1]
     recipe = load_recipe("sft", "r.yaml")

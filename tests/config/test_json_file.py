@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from align.config.json_file import parse_json, read_json
+from align.config.json_file import parse_json, read_file
 from align.errors import BadFile
 
 NO_JSON = {
@@ -52,8 +52,8 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "large").write_text("[%s1]" % (" " * 2000))
     os.mkfifo(tmp_path / "pipe")
-    assert read_json(tmp_path / "file", follow_links=False) == [1]
-    assert read_json(tmp_path / "link", follow_links=True) == [1]
+    assert read_file(tmp_path / "file", follow_links=False) == b"[1]"
+    assert read_file(tmp_path / "link", follow_links=True) == b"[1]"
     for name, why in {
         "none": "cannot be read: No such file or directory",
         "link": "is a symbolic link, expected a file",
@@ -62,8 +62,8 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
         "large": "has 2003 bytes, expected at most 1000",
     }.items():
         with pytest.raises(BadFile) as error:
-            read_json(tmp_path / name, follow_links=False, max_bytes=1000)
+            read_file(tmp_path / name, follow_links=False, max_bytes=1000)
         assert str(error.value) == f"{tmp_path / name}: {why}"
     for path in (tmp_path / "loop", "/dev/zero"):
         with pytest.raises(BadFile):
-            read_json(path, follow_links=True)
+            read_file(path, follow_links=True)

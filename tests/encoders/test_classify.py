@@ -38,7 +38,8 @@ from align.encoders.labels import LabelSet, find_labels
 from align.errors import UserError
 from align.evaluate.statistics import wilson_interval
 from align.runs.checkpoint import complete_checkpoints
-from align.runs.manifest import MANIFEST, read_manifest
+from align.runs.manifest import read_manifest
+from align.runs.own_files import MANIFEST
 from align.runs.results import ClassifyResult
 from reward_models.heads import load_reward_model, score_sequences
 from tests.documented_metrics import undocumented

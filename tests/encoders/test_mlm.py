@@ -30,7 +30,8 @@ from align.encoders.mlm import mlm_results, run
 from align.encoders.tokenize import tokenize_passages
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
-from align.runs.manifest import MANIFEST, read_manifest
+from align.runs.manifest import read_manifest
+from align.runs.own_files import MANIFEST
 from align.runs.results import MLMResult
 from tests.documented_metrics import undocumented
 from tests.ranks import run_stage

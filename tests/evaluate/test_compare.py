@@ -30,10 +30,10 @@ from align.evaluate.inputs import EncodedRow, prepare_inputs
 from align.evaluate.predict import decode_predictions
 from align.generation.generate import generate
 from align.runs.files import write_json
-from align.runs.manifest import MANIFEST, RUN
+from align.runs.own_files import MANIFEST, RUN
 from align.runs.results import EvaluationResult
 from tests.ranks import launch
-from tests.worlds import LETTERS, letter_ids, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from tests.worlds import LETTERS, letter_ids, letter_tokenizer, manifest, save_tiny_policy, tiny_llama, write_jsonl
 
 TRAIN = [(first + "b", "c" + first) for first in LETTERS[:12]]
 ROWS = [("xyz", "zy"), ("k", "lmnop"), ("mn", "opq"), ("q", "r"), ("cc", "d"), ("zzzz", "abcabc"), ("yx", "ab")]
@@ -598,7 +598,7 @@ def test_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
         run(dataclasses.replace(settings, max_new_tokens=3))
     with pytest.raises(UserError, match="differ in models"):  # another baseline
         run(dataclasses.replace(settings, models=dict(reversed(settings.models.items()))))
-    write_json(tmp_path / "tuned" / MANIFEST, {"stage": "sft"})  # made anew since
+    write_json(tmp_path / "tuned" / MANIFEST, manifest("sft"))  # made anew since
     with pytest.raises(UserError, match="holds results that differ in the stage it starts from"):
         run(settings)
 

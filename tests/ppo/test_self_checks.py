@@ -47,7 +47,7 @@ from tests.engine.discard_worker import discard_at_each_stage
 from tests.ppo.runs import ppo_run
 from tests.ppo.test_rewards import SCORE_MEAN, save_decoder_reward, save_encoder_reward
 from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
-from tests.worlds import deepspeed_file, letter_tokenizer, tiny_llama
+from tests.worlds import deepspeed_file, letter_tokenizer, manifest, tiny_llama
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -84,14 +84,14 @@ def record(folder: Path, ids: list[list[int]], accuracy: float = 0.7, low: float
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     with torch.no_grad():
         scores = [float(model(input_ids=torch.tensor([row])).logits) - SCORE_MEAN for row in ids]
-    manifest = {
-        "stage": "reward",
-        "recipe": {"bf16": False},
-        "versions": {"transformers": "5.0"},
-        "results": {"eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": 2 * accuracy - low},
-        "score_check": {"ids": ids, "scores": scores},
-    }
-    (folder / "stage.json").write_text(json.dumps(manifest))
+    told = manifest(
+        "reward",
+        recipe={"bf16": False},
+        versions={"transformers": "5.0"},
+        results={"eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": 2 * accuracy - low},
+        score_check={"ids": ids, "scores": scores},
+    )
+    (folder / "stage.json").write_text(json.dumps(told))
 
 
 def rewarded(path: str) -> dict:

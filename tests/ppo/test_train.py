@@ -23,7 +23,7 @@ from align.runs.stage import check_layout
 from tests.documented_metrics import undocumented
 from tests.ppo.runs import ppo_run, rollout_of
 from tests.ranks import run_stage, stop_after_checkpoint
-from tests.worlds import LETTERS, deepspeed_file, letter_tokenizer, save_tiny_policy, write_jsonl
+from tests.worlds import LETTERS, deepspeed_file, letter_tokenizer, manifest, save_tiny_policy, write_jsonl
 
 RULES = '''
 def count_a(prompts, completions, **columns):
@@ -242,7 +242,7 @@ class TestBadInput:
         from align.runs.manifest import tokenizer_digest
 
         digest = tokenizer_digest(tokenizer) | {"chat_template": "another"}
-        write_json(tmp_path / "policy" / "stage.json", {"stage": "sft", "tokenizer": digest})
+        write_json(tmp_path / "policy" / "stage.json", manifest("sft", tokenizer=digest))
         with pytest.raises(UserError, match=r"sft_model_path.*another chat template"):
             run(load_recipe("ppo", recipe))
 

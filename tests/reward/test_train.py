@@ -32,7 +32,8 @@ from align.reward.evaluation import evaluate_pairs
 from align.reward.inputs import check_reward_inputs
 from align.reward.normalization import PURPOSE, normalization_prompts
 from align.reward.train import run
-from align.runs.manifest import MANIFEST, read_manifest
+from align.runs.manifest import read_manifest
+from align.runs.own_files import MANIFEST
 from align.runs.results import RewardResult
 from reward_models.heads import init_head, load_reward_model, score_sequences
 from tests.ranks import run_stage, stop_after_checkpoint
@@ -40,6 +41,7 @@ from tests.worlds import (
     deepspeed_file,
     letter_ids,
     letter_tokenizer,
+    manifest,
     metrics,
     save_recipe,
     save_tiny_policy,
@@ -361,11 +363,7 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
     refused(
         "eval_reward_funcs: .* on odd", eval_rows=HELD_OUT, eval_reward_funcs=["tests.reward.test_train:broken_score"]
     )
-    manifest = {
-        "stage": "sft",
-        "tokenizer": {"vocabulary": "0", "bos_token_id": 1, "eos_token_id": 2, "chat_template": None},
-    }
-    (tmp_path / "base" / MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / "base" / MANIFEST).write_text(json.dumps(manifest("sft")))
     refused("model_name_or_path: .* trained with another vocabulary than")
     (tmp_path / "base" / MANIFEST).unlink()
     (tmp_path / "base" / "run.json").write_text("{}")

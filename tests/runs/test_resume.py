@@ -31,9 +31,10 @@ from align.config.sft import SFTRecipe
 from align.engine.distributed import World
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints, mark_complete, synced_sums
-from align.runs.manifest import recipe_dict
+from align.runs.files import digest
 from align.runs.output_folder import claim
 from align.runs.own_files import own
+from align.runs.run_record import recipe_dict
 from align.runs.stage import last_checkpoint, layout
 from tests import ranks as ranks_of
 from tests.ranks import Ranks, launched
@@ -140,7 +141,9 @@ def unfinished(out: Path, recipe: Path) -> Path:
     record = json.loads((copy / "stage.json").read_text())
     (copy / "stage.json").unlink()
     mine = recipe_dict(load_recipe(record["stage"], str(recipe)))
-    (copy / "run.json").write_text(json.dumps({**record, "recipe": mine}))
+    (copy / "run.json").write_text(
+        json.dumps({**record, "recipe": mine, "fingerprint": digest([record["stage"], mine, record["inputs"]])})
+    )
     return copy
 
 
@@ -314,7 +317,7 @@ class Folder:
         return checkpoint
 
     def last(self) -> Path | None:
-        return last_checkpoint(self.recipe, ALONE)
+        return last_checkpoint(self.recipe, ALONE, {})
 
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -339,7 +342,7 @@ class TestDamage:
             (truncate, "policy/weights.bin has 30720 bytes, not 61440"),
             (flip, "policy/weights.bin has other bytes than were written"),
             (lose, "policy/weights.bin is missing"),
-            (garble, "complete.json cannot be read"),
+            (garble, "complete.json: not valid JSON: byte 1 is not UTF-8"),
             (reword, "complete.json does not match its checksum"),
         ],
     )

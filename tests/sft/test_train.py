@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertMo
 from align.config.data_source import DataSource
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
-from align.runs.manifest import MANIFEST, read_manifest
+from align.runs.manifest import read_manifest
+from align.runs.own_files import MANIFEST
 from align.runs.results import SFTResult
 from align.sft.train import run
 from tests.ranks import run_stage, stop_after_checkpoint
@@ -24,6 +25,7 @@ from tests.worlds import (
     deepspeed_file,
     letter_ids,
     letter_tokenizer,
+    manifest,
     metrics,
     save_recipe,
     save_tiny_policy,
@@ -190,12 +192,8 @@ def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, 
     with pytest.raises(UserError, match=r"model_name_or_path: .* is an encoder"):
         run(recipe(tmp_path, model_name_or_path=str(tmp_path / "bert"), output_dir=str(tmp_path / "b")))
 
-    manifest = {
-        "stage": "sft",
-        "tokenizer": {"vocabulary": "0", "bos_token_id": 1, "eos_token_id": 2, "chat_template": None},
-    }
     save_tiny_policy(tmp_path / "base")
-    (tmp_path / "base" / MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / "base" / MANIFEST).write_text(json.dumps(manifest("sft")))
     with pytest.raises(UserError, match=r"model_name_or_path: .* trained with another vocabulary than"):
         run(recipe(tmp_path, output_dir=str(tmp_path / "c")))
 

@@ -135,7 +135,8 @@ class TrainingCheck(Generic[R]):
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(context.folder)
         start.tokenizer.save_pretrained(context.folder)
-        manifest = {"stage": recipe.stage, "tokenizer": tokenizer_digest(start.tokenizer)}
+        tokenizer = tokenizer_digest(start.tokenizer)
+        manifest = {"stage": recipe.stage, "recipe": {}, "inputs": {}, "tokenizer": tokenizer, "results": {}}
         write_json(context.folder / MANIFEST, manifest)
         context.stand_ins[Path(recipe.output_dir).resolve()] = context.folder
         context.report.names[str(context.folder)] = f"{recipe.output_dir} (made by {context.name})"
