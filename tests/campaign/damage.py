@@ -143,7 +143,7 @@ class Damage:
         self.harm(path, place.random)
         if self.forged:
             forge(out / path.relative_to(out).parts[0])
-        says = self.says or [path.name, path.relative_to(out).parts[0]]
+        says = self.says or [path.name, path.relative_to(out).parts[0], "differs in"]
         if self.must == "refuse":
             return refused(start(place, self.stage, self.layout), says)
         return [f"{problem} ({path.relative_to(out)})" for problem in resumes(place, self.stage, self.layout, says, may_refuse=self.must != "resume")]
