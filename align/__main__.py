@@ -17,6 +17,7 @@ from align.runs.command_line import CommandParser, exit_code, stage_arguments
 from align.runs.launch import launched_words, run_stage
 from align.runs.launchers import adopt_ranks
 from align.runs.quiet import quiet
+from align.terminal import printable, say
 
 EPILOG = """\
 `align COMMAND --help` explains a command, and lists the keys of a stage.
@@ -41,7 +42,7 @@ def _run(words: list[str]) -> int:
     known = [*commands, "--version", "--help"]
     if not words or words[0] not in [*known, "-h"]:
         problem = f"unknown command {words[0]!r}{nearest(words[0], known)}" if words else "no command given"
-        print(f"error: {problem}\n{parser.format_help()}", end="", file=sys.stderr)
+        print(f"error: {printable(problem, one_line=True)}\n{parser.format_help()}", end="", file=sys.stderr)
         return 2
     arguments, overrides = parser.parse_known_args(words)
     if words[0] not in STAGES:
@@ -128,7 +129,7 @@ def _merge(arguments: argparse.Namespace, others: list[str]) -> int:
         raise UserError(
             "align merge: expected an adapter's folder and a new folder, as in `align merge out/adapter merged`."
         )
-    print(importlib.import_module("align.cli.merge").run(*arguments.folders))
+    say(str(importlib.import_module("align.cli.merge").run(*arguments.folders)), sys.stdout)
     return 0
 
 

@@ -22,7 +22,7 @@ FOLDERS = [
     {"align.models"},
     {"align.data"},
     {"align.config"},
-    {"align.maths", "align.errors", "align.compat", "reward_models"},
+    {"align.maths", "align.errors", "align.compat", "align.terminal", "reward_models"},
 ]
 # `python -m align.STAGE` starts the launcher of all stages, which lies below them.
 OWNERS = {

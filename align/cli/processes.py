@@ -7,13 +7,34 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
+import align
 from align.runs.launch import PIPELINE
 
 GRACE = 10.0  # seconds that a process has after SIGTERM
+
+
+# Python searches the folder in which it is started with `-m` before its own modules, in the launcher too. So that is this
+# one, and not the user's, whose files may have any name; the stage goes from there to the user's (align/__init__.py).
+EMPTY = Path(__file__).parent / "empty"
+
+
+def python_path() -> str:
+    """PYTHONPATH for a process in another folder: absolute, with this package's folder if it was found in the current one."""
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    searched = list(sys.path)
+    if align.CURRENT_FOLDER in searched:
+        searched.remove(align.CURRENT_FOLDER)
+    others = [finder for finder in sys.meta_path if finder is not PathFinder]  # of packages in development, for one
+    if PathFinder.find_spec("align", searched) is None and not any(each.find_spec("align", None) for each in others):
+        paths.append(str(Path(__file__).parents[2]))
+    return os.pathsep.join(paths)
 
 
 def free_port() -> int:
@@ -38,7 +59,11 @@ def launcher_environment() -> dict[str, str]:
 def run_process(words: list[str], environment: Mapping[str, str]) -> int:
     """Run a command in a process group of its own, no process of which outlives this call; returns its exit code."""
     environment = {**os.environ, PIPELINE: str(os.getpid()), **environment}
-    process = subprocess.Popen(words, env=environment, start_new_session=True)
+    folder = None
+    if words[1:2] == ["-m"]:
+        folder = EMPTY
+        environment |= {align.FOLDER: os.getcwd(), "PYTHONPATH": python_path()}
+    process = subprocess.Popen(words, env=environment, start_new_session=True, cwd=folder)
     ended = False
     try:
         code = process.wait()

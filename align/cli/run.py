@@ -19,6 +19,7 @@ from align.errors import OtherRun, UserError
 from align.evaluate.results import finished, tables
 from align.runs.manifest import is_finished, read_manifest
 from align.runs.tables import cell, make_console, make_table
+from align.terminal import say
 
 
 def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = (), hostfile: str | None = None) -> int:
@@ -43,14 +44,14 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
                 f"{step.path}: {error} To redo this step and those after it, delete {', '.join(folders)}."
             ) from None
         if found is not None:
-            print(f"{step.name}: finished already, in {step.recipe.output_dir}", flush=True)
+            say(f"{step.name}: finished already, in {step.recipe.output_dir}", sys.stdout)
             for renderable in found:
                 console.print(renderable)
             continue
         words = command(step)
         launched = "--module" in words
         how = f"deepspeed with {step.processes} process{'es' * (step.processes > 1)}" if launched else "one process"
-        print(f"{step.name}: {step.stage}, {how}, into {step.recipe.output_dir}", flush=True)
+        say(f"{step.name}: {step.stage}, {how}, into {step.recipe.output_dir}", sys.stdout)
         began = time.monotonic()
         code = run_process(words, launcher_environment() if launched else {})
         if code:
@@ -60,7 +61,12 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
                 f"{f'; its metrics are in {metrics}' if metrics.exists() else ''}. The same command continues from "
                 "there."
             )
-        print(f"{step.name}: finished in {time.monotonic() - began:.0f} s", flush=True)
+        if already_done(step) is None:  # a function of the user may have called `os._exit`
+            raise UserError(
+                f"{step.path}: the {step.stage} stage ended without an error, but left no finished run in "
+                f"{step.recipe.output_dir}; something in it ended the process. The same command continues from there."
+            )
+        say(f"{step.name}: finished in {time.monotonic() - began:.0f} s", sys.stdout)
     manifests = [(step.name, read_manifest(step.recipe.output_dir) or {}) for step in steps]
     for renderable in closing_tables(manifests):
         console.print(renderable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -196,9 +197,12 @@ def resolve_function(spec: str, key: str) -> Callable[..., Any]:
     module_name, _, function_name = spec.partition(":")
     if not module_name or not function_name:
         raise UserError(f"{key}: expected `module:function`, got {spec!r}")
+    _check_not_hidden(module_name.partition(".")[0], key)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises, it is theirs to fix
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's module raises, `sys.exit` too, is theirs to fix
         if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
             raise UserError(f"{key}: no module {module_name!r}; put {module_name}.py beside the recipe.") from error
         raise UserError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
@@ -208,6 +212,28 @@ def resolve_function(spec: str, key: str) -> Callable[..., Any]:
         problem = "no function" if function is None else "not a function:"
         raise UserError(f"{key}: {problem} {function_name!r} in {module.__file__}{nearest(function_name, callables)}")
     return function  # type: ignore[no-any-return]  # callable() has just checked it
+
+
+def _check_not_hidden(name: str, key: str) -> None:
+    """Refuse a module beside the newest recipe that Python would not import, because it finds another one of this name."""
+    files = [
+        file
+        for folder in _recipe_folders[:1]
+        for file in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py"))
+    ]
+    beside = [file for file in files if file.is_file()]
+    if not beside:
+        return
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # a module that was made by hand
+        return
+    found = Path(spec.origin) if spec is not None and spec.origin else None
+    if found is not None and not any(found.exists() and found.samefile(file) for file in beside):
+        raise UserError(
+            f"{key}: {name} is also the name of a module that Python finds before {beside[0]}: {found}. Rename the file "
+            "beside the recipe."
+        )
 
 
 def check_values(recipe: Recipe, stage: Stage, where: Where) -> None:

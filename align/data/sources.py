@@ -9,7 +9,6 @@ import glob
 import gzip
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +21,7 @@ from align.config.data_source import ROW_COLUMNS, DataSource
 from align.config.load import resolve_function
 from align.config.text_file import check_regular
 from align.errors import BadRow, UserError
+from align.terminal import say
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 MAX_ROW = 2**25  # characters of a row; a tokenizer needs a minute and gigabytes for so many
@@ -86,7 +86,7 @@ def _reported_when_slow(describe: Callable[[], str]) -> Iterator[None]:
     def report() -> None:
         began = time.monotonic()
         while not ended.wait(REPORT_SECONDS):
-            print(f"{describe()} after {time.monotonic() - began:.0f} s; Ctrl-C ends it", file=sys.stderr, flush=True)
+            say(f"{describe()} after {time.monotonic() - began:.0f} s; Ctrl-C ends it")
 
     if os.environ.get("RANK", "0") == "0":
         threading.Thread(target=report, daemon=True).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.encoders.labels import MULTI, REGRESSION, LabelSet
+from align.runs.markdown import code_span, markdown_text, python_text
 
 METRIC_NAMES = {
     "accuracy": "accuracy",
@@ -58,12 +59,12 @@ def model_card(base: str, folder: str, label_set: LabelSet, *, is_encoder: bool,
         REGRESSION: "value = float(logits)",
         MULTI: "labels = [model.config.id2label[i] for i, logit in enumerate(logits) if logit > 0]",
     }.get(label_set.problem_type, "label = model.config.id2label[int(logits.argmax())]")
-    names = ", ".join(f"`{name}`" for name in label_set.names)
+    names = ", ".join(code_span(str(name)) for name in label_set.names)
     return CARD.format(
-        base=base,
+        base=markdown_text(base),
         problem=label_set.problem_type.replace("_", " "),
         names="" if label_set.problem_type == REGRESSION else f" of {names}",
-        folder=folder,
+        folder=python_text(folder),
         ids=ids,
         prediction=prediction,
     )
@@ -77,8 +78,8 @@ Trained from {base} by the `classify` stage of align: {problem}{names}.
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForSequenceClassification.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
 ids = {ids}
 logits = model(torch.tensor([ids])).logits[0]
 {prediction}

@@ -37,6 +37,7 @@ from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
 from align.runs.checkpoint import step_of
 from align.runs.manifest import check_tokenizer, open_stage
+from align.runs.markdown import code_span, markdown_text, python_text
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import MLMResult
@@ -108,7 +109,11 @@ def run(recipe: MLMRecipe) -> MLMResult:
             tracker.say("\n" + markdown_table(["measure", "before", "after"], results["table"]))
         if world.is_main:
             data = {**rows.report, "pieces": len(pieces)}
-            card = CARD.format(folder=recipe.output_dir, base=recipe.model_name_or_path, mask=tokenizer.mask_token)
+            card = CARD.format(
+                folder=python_text(recipe.output_dir),
+                base=markdown_text(recipe.model_name_or_path),
+                mask=code_span(str(tokenizer.mask_token)),
+            )
             finish(recipe, tokenizer, data, results, card)
     world.barrier()
     disconnect()
@@ -179,13 +184,13 @@ def mlm_results(before: dict[str, float], after: dict[str, float], steps: int) -
 
 CARD = """# A masked language model
 
-Trained from {base} by the `mlm` stage of align: it fills in `{mask}`. The stages `classify` and `reward` can start from it.
+Trained from {base} by the `mlm` stage of align: it fills in {mask}. The stages `classify` and `reward` can start from it.
 
 ```python
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-model = AutoModelForMaskedLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForMaskedLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
 ```
 """

@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from align.errors import UserError
+from align.terminal import say
 
 FIRST, COUNT, SEEN = "first", "count", "seen"  # keys of the store: the first error, how many errors, who has read it
 POLL = 0.5  # seconds between two looks into the store
@@ -169,7 +170,7 @@ def give_up(message: str) -> NoReturn:
     except OtherRankFailed:
         pass  # that rank has printed its error
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}")
     os._exit(2)
 
 
@@ -177,7 +178,7 @@ def end_process(first: dict[str, Any]) -> NoReturn:
     """End this process, wherever its main thread is. Where nobody saw the report of the failed rank, repeat it."""
     if first["host"] != socket.gethostname() and os.environ.get("LOCAL_RANK", "0") == "0":
         told = " ".join(str(first["message"]).split())
-        print(f"error: rank {first['rank']} on {first['host']}: {told}", file=sys.stderr, flush=True)
+        say(f"error: rank {first['rank']} on {first['host']}: {told}")
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar hides
         sys.stderr.flush()

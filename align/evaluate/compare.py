@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from align.runs.results import EvaluationResult
 from align.runs.run_record import identity
 from align.runs.same_run import COSMETIC_KEYS
 from align.runs.tables import make_console
+from align.terminal import say
 from reward_models.functions import FunctionReward
 from reward_models.responses import Responses
 
@@ -67,7 +67,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     """Evaluate; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
     if (earlier := finished(recipe)) is not None:
-        print(f"{recipe.output_dir}: evaluated already; see {REPORT} there", file=sys.stderr)
+        say(f"{recipe.output_dir}: evaluated already; see {REPORT} there")
         return EvaluationResult.from_json(recipe.output_dir, earlier)
     inspect_inputs(recipe)
     evaluation = identity(recipe)
@@ -165,7 +165,7 @@ def _read_part(file: Path, resume_key: str) -> ModelOutputs | None:
     try:
         part = read_record(file, PART_RECORD)
     except BadFile as error:
-        print(f"{error}; its setting is evaluated again", file=sys.stderr)
+        say(f"{error}; its setting is evaluated again")
         return None
     return ModelOutputs(part["tokens"], part["ids"]) if part["name"] == resume_key else None
 

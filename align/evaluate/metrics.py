@@ -40,7 +40,7 @@ def load_metric(name: str, known: Sequence[str] = (), key: str = "metrics") -> A
             metric: Any = METRICS[name](keep_in_memory=True, cache_dir=folder.name)
         else:
             metric = evaluate.load(name, keep_in_memory=True, cache_dir=folder.name)
-    except Exception as error:  # the script's own imports, the network, the hub
+    except (Exception, SystemExit) as error:  # the script's own imports, the network, the hub
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{key}: no metric {name!r}{nearest(name, [*METRICS, *known])}; built in are "
@@ -90,7 +90,7 @@ def foreign_scores(
     """
     try:
         found = metric.compute(predictions=predictions, references=references)
-    except Exception as error:  # whatever it expects instead of texts
+    except (Exception, SystemExit) as error:  # whatever it expects instead of texts
         raise UserError(
             f"{key}: {name} fails on texts as predictions and references: {type(error).__name__}: {error}"
         ) from error

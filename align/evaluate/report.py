@@ -18,6 +18,7 @@ from align.evaluate.inputs import EvalInputs, EvalSetting
 from align.evaluate.results import REPORT, Table, tables
 from align.runs.files import write_json, write_text
 from align.runs.manifest import tokenizer_digest
+from align.runs.markdown import markdown_text
 from align.runs.output_folder import RESULTS
 from align.runs.own_files import own
 from align.runs.tables import markdown_table
@@ -118,7 +119,9 @@ def write_report(
         own(folder / PREDICTIONS, folder / REPORT, folder / RESULTS)
         write_text(folder / PREDICTIONS, "".join(_prediction_lines(inputs, setting_results)))
         text = f"# Evaluation\n\n{results['rows']} rows. 95% confidence intervals, by bootstrap over the rows.\n"
-        text += "".join(f"\n## {table.title}\n\n{markdown_table(table.columns, table.rows)}" for table in report)
+        text += "".join(
+            f"\n## {markdown_text(table.title)}\n\n{markdown_table(table.columns, table.rows)}" for table in report
+        )
         write_text(folder / REPORT, text)
         write_json(folder / RESULTS, results)
     return report

@@ -11,6 +11,7 @@ from align.engine.ema import EMA
 from align.engine.engine import TrainEngine
 from align.engine.faults import during
 from align.ppo.ppo_run import PPORun
+from align.runs.markdown import markdown_text, python_text
 from align.runs.own_files import new_files, new_folder
 from align.runs.stage import finish
 
@@ -22,8 +23,8 @@ the one with the highest evaluation score, `value/` the value model.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
 ```
 """
 
@@ -51,7 +52,9 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
     if run.ema is not None:
         save_model(run, run.ema, folder / "ema")
     if run.world.is_main:
-        card = CARD.format(folder=recipe.output_dir, base=recipe.sft_model_path, kl_coef=recipe.kl_coef)
+        card = CARD.format(
+            folder=python_text(recipe.output_dir), base=markdown_text(recipe.sft_model_path), kl_coef=recipe.kl_coef
+        )
         finish(recipe, run.sampler.tokenizer, data, results, card)
     run.world.barrier()
 

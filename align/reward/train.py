@@ -48,6 +48,7 @@ from align.reward.trainer import PairTrainer
 from align.runs.checkpoint import step_of
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
+from align.runs.markdown import code_span, markdown_text, python_text
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import RewardResult
@@ -124,11 +125,13 @@ def run(recipe: RewardRecipe) -> RewardResult:
             write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **scale})
             data = {**rows.report, "skipped": skipped}
             card = CARD.format(
-                folder=recipe.output_dir,
-                base=recipe.model_name_or_path,
+                folder=python_text(recipe.output_dir),
+                base=markdown_text(recipe.model_name_or_path),
                 ids=ENCODER_IDS if inputs.is_encoder else DECODER_IDS,
-                pad=inputs.tokenizer.pad_token,
-                centred_on=f"responses of {inputs.sft.path}" if inputs.sft else "chosen responses of the training rows",
+                pad=code_span(str(inputs.tokenizer.pad_token)),
+                centred_on=f"responses of {markdown_text(inputs.sft.path)}"
+                if inputs.sft
+                else "chosen responses of the training rows",
             )
             finish(recipe, inputs.tokenizer, data, results, card, **scale, score_check=check)
     world.barrier()
@@ -218,14 +221,14 @@ Trained from {base} by the `reward` stage of align: it scores a response to a pr
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-model = AutoModelForSequenceClassification.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForSequenceClassification.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
 ids = {ids}
 score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
 ```
 
 `config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Pad batches on the right, with an
-attention mask and the tokenizer's own padding token, `{pad}`: not end-of-text, the position at which the score is read.
+attention mask and the tokenizer's own padding token, {pad}: not end-of-text, the position at which the score is read.
 """
 ENCODER_IDS = 'tokenizer(prompt, response)["input_ids"]'
 DECODER_IDS = """tokenizer(prompt)["input_ids"]

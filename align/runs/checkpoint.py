@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,6 +29,7 @@ from align.runs.files import (
 from align.runs.own_files import delete, own, owned
 from align.runs.records import CHECKPOINT_NAME, read_record
 from align.runs.schemas import COMPLETE, COMPLETE_RECORD, METRICS, SAMPLES
+from align.terminal import say
 
 if TYPE_CHECKING:
     from align.engine.distributed import World
@@ -101,7 +101,7 @@ def _keep_others(checkpoint: Path) -> None:
         if name.as_posix() not in mine and (path.is_symlink() or not path.is_dir()):
             (kept / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, kept / name)
-            print(f"{path}: was not written by this run; moved to {kept / name}", file=sys.stderr)
+            say(f"{path}: was not written by this run; moved to {kept / name}")
 
 
 def find_corruption(checkpoint: Path) -> str | None:

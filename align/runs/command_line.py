@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +15,12 @@ from align.config.stages import Stage
 from align.engine.faults import during
 from align.engine.rank_errors import OtherRankFailed
 from align.errors import UserError
+from align.terminal import say
+
+
+class Printed(SystemExit):
+    """`--help` or `--version` has been printed."""
+
 
 INTERRUPTED = "interrupted; the same command continues"
 
@@ -44,6 +51,9 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise Printed(status)
+
     def format_help(self) -> str:
         if self.recipe is None:
             return super().format_help()
@@ -65,14 +75,23 @@ def stage_arguments(stage: Stage) -> dict[str, Any]:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """What `command` returns; 0 after `--help`, 2 after a UserError, printed in one line, and 130 after Ctrl-C."""
+    """What `command` returns; 0 after `--help`, 2 after a UserError, printed in one line, and 130 after Ctrl-C.
+
+    2 also if anything calls `sys.exit`: its code would be taken for that of the command.
+    """
     try:
         with during("start"):
             return command()
-    except SystemExit as ended:  # argparse, after --help and --version
-        if ended.code:
-            raise
+    except Printed:
         return 0
+    except SystemExit as ended:
+        if isinstance(ended.code, int) and ended.code > 128:  # a signal's handler
+            raise
+        place = traceback.extract_tb(ended.__traceback__)[-1]
+        say(
+            f"error: sys.exit({ended.code!r}) in {place.filename}, line {place.lineno}, ended the command; raise an error there."
+        )
+        return 2
     except OtherRankFailed as error:
         return error.code
     except UserError as error:
@@ -81,7 +100,7 @@ def exit_code(command: Callable[[], int]) -> int:
             # An error on this rank alone is printed after the wait.
             time.sleep(5)
         rank = f"rank {os.environ['RANK']}: " if error.reported and os.environ["RANK"] != "0" else ""
-        print(f"error: {rank}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        say(f"error: {rank}{' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from align.terminal import printable
+
 SECONDS_PER_LINE = 10.0
 
 
@@ -38,7 +40,7 @@ class Display:
 
     def __init__(self, stage: str, total: int):
         self._stage, self._total = stage, total
-        self._console = _Console(stderr=True, highlight=False)
+        self._console = _Console(stderr=True, highlight=False, emoji=False)
         self._bar: Progress | None = None
         self._step = self._first_step = 0
         self._began = self._updated = time.monotonic()
@@ -74,7 +76,7 @@ class Display:
             f"{name} {value if isinstance(value, str) else format(value, '.4g')}" for name, value in fields.items()
         )
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, numbers=numbers)
+            self._bar.update(self._bar.task_ids[0], completed=step, numbers=printable(numbers, one_line=True))
             return
         last_step, last_time = self._printed or (-1, -math.inf)
         if now - last_time >= SECONDS_PER_LINE or (step >= self._total and step != last_step):
@@ -85,7 +87,7 @@ class Display:
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a closed pipe, a log file on a full disk: no reason to stop a run
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(printable(text), markup=False, soft_wrap=True)
 
     def time_left(self) -> str:
         """h:mm:ss at the mean pace of this process; steps before a resume do not count."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,6 +38,7 @@ from align.runs.output_folder import share
 from align.runs.own_files import delete, new_folder, own
 from align.runs.run_record import check_rows, record_run
 from align.runs.tables import markdown_table
+from align.terminal import say
 
 SEEN_WITHIN = 10.0  # seconds until a file is seen on all nodes; network file systems cache names
 UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
@@ -116,7 +116,7 @@ def _newest_intact(output_dir: str) -> Path | None:
         damaged.append(f"{found[-1]}: damaged, {wrong}; set aside as {set_aside(found[-1]).name}")
     instead = f"going on from {found[-1].name}" if found else "starting from the beginning"
     for message in damaged:
-        print(f"{message}, {instead}", file=sys.stderr)
+        say(f"{message}, {instead}")
     return found[-1] if found else None
 
 
@@ -145,17 +145,16 @@ def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> 
     if state["layout"] != mine and world.is_main:
         other_ranks = state["layout"].split(" at ")[0] != mine.split(" at ")[0]
         noise = isinstance(recipe, TrainerRecipe) and other_ranks  # PPO draws by response, not by rank
-        print(
+        say(
             f"{checkpoint}: was saved by {state['layout']}, and this run has {mine}: it goes on, and is equal to a run "
-            f"without the change up to rounding{' and the noise of dropout and NEFTune' * noise}.",
-            file=sys.stderr,
+            f"without the change up to rounding{' and the noise of dropout and NEFTune' * noise}."
         )
 
 
 def finished_results(output_dir: str) -> dict[str, Any]:
     """Print that nothing is left to do; returns the results that the manifest holds."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{output_dir}: this stage is finished already", file=sys.stderr)
+        say(f"{output_dir}: this stage is finished already")
     return dict((read_manifest(output_dir) or {})["results"])
 
 

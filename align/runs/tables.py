@@ -10,18 +10,46 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from align.runs.markdown import markdown_text
+from align.terminal import printable
+
+
+class _Console(Console):
+    """A console that shows control characters as escapes, and interprets no markup."""
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        super().print(*map(_shown, objects), **kwargs)
+
+
+class _Table(Table):
+    def add_row(self, *cells: Any, **kwargs: Any) -> None:
+        super().add_row(*map(_shown, cells), **kwargs)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Text) and (plain := printable(value.plain)) != value.plain:
+        return Text(plain, value.style)  # without the styles of its parts, whose places have moved
+    return value
 
 
 def make_console() -> Console:
     """Standard output: rich on a terminal, plain text of fixed width otherwise; markup in text is not interpreted."""
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False)
+    return _Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False, emoji=False)
 
 
 def make_table(title: str, *columns: str) -> Table:
     """An empty table in the style of this package."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2)
+    table = _Table(
+        title=printable(title, one_line=True),
+        title_justify="left",
+        box=box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2,
+    )
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(printable(column), overflow="fold")
     return table
 
 
@@ -45,5 +73,4 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(value).replace("\\", "\\\\").replace("|", "\\|").replace("<", "\\<")
-    return "<br>".join(text.strip().splitlines())
+    return markdown_text(str(value))

@@ -32,6 +32,7 @@ from align.models.trainable import (
 )
 from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
+from align.runs.markdown import code_span, markdown_text, python_text
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import SFTResult
@@ -176,21 +177,21 @@ def _random_model(recipe: SFTRecipe, world: World, rows: Rows, resuming: bool) -
 
 def _model_card(recipe: SFTRecipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     return CARD.format(
-        folder=recipe.output_dir,
-        base=recipe.model_name_or_path or f"a random {config.model_type} model",
+        folder=python_text(recipe.output_dir),
+        base=markdown_text(recipe.model_name_or_path or f"a random {config.model_type} model"),
         prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
-        eos=tokenizer.eos_token,
+        eos=code_span(str(tokenizer.eos_token)),
     )
 
 
 CARD = """# A fine-tuned language model
 
-Trained from {base} by the `sft` stage of align: it continues {prompts} as the demonstrations do, and ends with `{eos}`.
+Trained from {base} by the `sft` stage of align: it continues {prompts} as the demonstrations do, and ends with {eos}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
 ```
 """

@@ -21,6 +21,7 @@ from align.errors import UserError
 STAGE = """
 import os, sys, time
 from pathlib import Path
+from align.runs import manifest
 from align.runs.manifest import write_manifest, open_stage
 from align.config.load import load_recipe
 
@@ -28,6 +29,7 @@ class Tokenizer:
     bos_token_id, eos_token_id, chat_template = 1, 2, None
     def get_vocab(self): return {"a": 0}
 
+manifest.inspect_inputs = lambda recipe: None  # no stage here leaves a model
 stage, path, *words = sys.argv[1:]
 recipe = load_recipe(stage, path, words)
 assert not open_stage(recipe)
@@ -37,6 +39,8 @@ if Path("log").exists():
     Path(recipe.output_dir, "metrics.jsonl").touch()
 if Path(f"fail_{stage}").exists():
     sys.exit(int(Path(f"fail_{stage}").read_text()))
+if Path(f"end_{stage}").exists():
+    os._exit(0)
 if Path(f"kill_{stage}").exists():
     os.kill(os.getpid(), 9)
 if Path(f"hang_{stage}").exists():
@@ -124,6 +128,15 @@ def test_what_fails_is_said_and_the_same_command_goes_on(scripted, capfd):
     Path("fail_reward").unlink()
     assert pipeline.run("r") == 0
     assert calls() == ["1_sft.yaml", "2_reward.yaml", "2_reward.yaml", "10_ppo.yaml"]
+
+
+def test_a_stage_is_finished_by_its_manifest_alone(scripted):
+    Path("end_reward").touch()
+    with pytest.raises(
+        UserError, match=r"r/2_reward.yaml: the reward stage ended without an error, but left no finished run in"
+    ):
+        pipeline.run("r")
+    assert calls() == ["1_sft.yaml", "2_reward.yaml"]
 
 
 def test_a_killed_stage_is_named_so(scripted):

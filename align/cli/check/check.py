@@ -20,6 +20,7 @@ from align.config.paths import expand
 from align.config.stages import STAGES, read_stage
 from align.runs.quiet import quiet
 from align.runs.tables import make_console
+from align.terminal import printable
 
 
 def run(path: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -> int:
@@ -36,7 +37,7 @@ def run(path: str, num_gpus: int | None = None, overrides: Sequence[str] = ()) -
     stand_ins: dict[Path, Path] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for number, (each, stage) in enumerate(stages.items()):
-            report.console.print(Text(f"{each} ({stage})", style="bold"))
+            report.console.print(Text(printable(f"{each} ({stage})", one_line=True), style="bold"))
             with report.part():
                 words = known_overrides(stage, overrides, set(stages.values())) if Path(path).is_dir() else overrides
                 recipe = load_recipe(stage, each, words)

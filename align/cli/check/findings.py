@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from align.errors import UserError
+from align.terminal import printable
 
 
 class Report:
@@ -30,7 +31,7 @@ class Report:
             text = text.replace(folder, name)
         style = {"ok": "green", "warning": "bold yellow", "error": "bold red"}[level]
         mark = Text(f"  {level:<7}  ", style=style)
-        self.console.print(mark + Text(text), soft_wrap=True)
+        self.console.print(mark + Text(printable(text)), soft_wrap=True)
 
     @contextlib.contextmanager
     def part(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from align.data.templates import TASK, TEMPLATE
 from align.encoders.labels import LabelSet
 from align.models.context_length import check_rows_fit
+from align.terminal import printable
 
 SAMPLED_ROWS = 512  # training rows that are tokenized
 SHOWN_ROWS = 6  # sample rows, one of each template
@@ -83,6 +84,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequen
         piece = str(tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False))[len(before) :]
         if len(piece) > SHOWN:
             piece = f"{piece[: SHOWN // 2]} [...] {piece[-SHOWN // 2 :]}"
+        piece = printable(piece)
         text.append(f"⟦{piece}⟧" if marks[begin] else piece, style="green" if marks[begin] else "")
         begin = end
     return text
