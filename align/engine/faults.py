@@ -72,6 +72,30 @@ def during(phase: str, target: Path | None = None) -> Iterator[None]:
         raise UserError(explained) from error
 
 
+@contextlib.contextmanager
+def unless_removed(folder: Path) -> Iterator[None]:
+    """Turn errors of files that are missing because the output folder is gone into one that says so.
+
+    Raises:
+        UserError: it was removed during the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = Path(error.filename or "").absolute()
+        if error.errno == errno.ENOENT and folder.absolute() in (path, *path.parents) and not folder.is_dir():
+            raise removed(folder) from error
+        raise
+
+
+def removed(folder: Path) -> UserError:
+    """The error of a run whose output folder is not the one that it began in."""
+    return UserError(
+        f"{folder}: the output folder was removed or renamed while the stage ran. Delete what is left of it, and start the "
+        "stage again."
+    )
+
+
 def _memory(error: Exception, phase: str) -> str | None:
     found = next((each for each in _causes(error) if is_out_of_memory(each)), None)
     if found is None:

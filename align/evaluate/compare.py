@@ -25,7 +25,7 @@ import torch
 from align.config.evaluate import EvaluateRecipe
 from align.data.rows import as_response
 from align.engine.distributed import World, connect, disconnect
-from align.engine.faults import during
+from align.engine.faults import during, removed
 from align.engine.user_functions import user_function
 from align.errors import BadFile, UserError
 from align.evaluate.bootstrap import Floats, Measure
@@ -153,6 +153,8 @@ def _run_models(
                 if world.is_main:
                     parts[number] = outputs
                     part = {"name": resume_key, "tokens": outputs.token_statistics, "ids": outputs.response_ids}
+                    if not files[number].parent.is_dir():
+                        raise removed(Path(recipe.output_dir))
                     with during("records", files[number]):
                         write_json(files[number], part)
             del model  # before the next one is loaded

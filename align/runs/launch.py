@@ -11,12 +11,13 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from align.config.base import DEEPSPEED_KEYS
 from align.config.load import load_recipe
 from align.config.stages import STAGES, Recipe, stage_of
-from align.engine.faults import during
+from align.engine.faults import during, unless_removed
 from align.engine.rank_errors import reported
 from align.errors import UserError
 from align.runs.command_line import INTERRUPTED, CommandParser, exit_code, stage_arguments
@@ -58,7 +59,7 @@ def run_recipe(recipe: Recipe) -> Any:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     quiet()  # before torch and its company are imported: some read their settings only then
     stage = importlib.import_module(stage_of(recipe).module)
-    with reported(), during("start"):
+    with reported(), unless_removed(Path(recipe.output_dir)), during("start"):
         return stage.run(recipe)
 
 

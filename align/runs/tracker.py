@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import StageRecipe
-from align.engine.faults import during
-from align.errors import UserError
+from align.engine.faults import during, removed
 from align.runs.files import write_text
 from align.runs.own_files import own
 from align.runs.progress import Display
@@ -103,10 +102,7 @@ class Tracker:
     def _check_folder(self) -> None:
         # A checkpoint would make the folder anew, without the records of the run.
         if _identity(self._folder) != self._identity:
-            raise UserError(
-                f"{self._folder}: the output folder was removed or renamed while the stage ran. Delete what is left of it, "
-                "and start the stage again."
-            )
+            raise removed(self._folder)
 
     def _append(self, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)

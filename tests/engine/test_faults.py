@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align.engine.faults import during
+from align.engine.faults import during, unless_removed
 from align.engine.timer import Clock
 from align.errors import UserError
+from align.runs.files import write_text
 from tests.worlds import letter_tokenizer
 
 
@@ -75,6 +76,26 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     words = r"its folder was removed while the stage ran\. Start the stage again"
     with pytest.raises(UserError, match=words), during("records", file):
         write(file)
+
+
+def test_the_output_folder_is_gone_whatever_misses_it_first(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for missing in (out, out / "untrained" / "config.json"):
+        with pytest.raises(UserError, match="out: the output folder was removed or renamed while"), unless_removed(out):
+            missing.stat()
+    with pytest.raises(FileNotFoundError), unless_removed(out):
+        (tmp_path / "rows.jsonl").read_text()
+    out.mkdir()
+    with pytest.raises(FileNotFoundError), unless_removed(out):
+        (out / "config.json").read_text()
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("before")
+    with pytest.raises(OSError, match="File too large"), largest_file(500):
+        write_text(tmp_path / "run.json", "x" * 5000)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").read_text() == "before"
 
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB")
