@@ -64,7 +64,7 @@ def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: A
         "adam_epsilon": 1e-3,
         "warmup_steps": 2,
         **({} if zero is None else {"deepspeed": deepspeed_file(folder / f"ds{zero}.json", zero)}),
-        **({"normalize_prompts": 4, "response_length": 4} if stage == "reward" else {}),
+        **({"normalize_prompts": 4, "response_length": 4, "method": "lora", "lora_r": 2} if stage == "reward" else {}),
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**keys, **changes}))
