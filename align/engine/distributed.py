@@ -67,9 +67,9 @@ class World:
         """A text from each rank, in rank order, on every rank."""
         content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         lengths = self.gather(torch.tensor([len(content)], device=self.device)).tolist()
-        padded = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8, device=self.device)
         padded[: len(content)] = content
-        rows = self.gather(padded).view(self.size, -1).tolist()
+        rows = self.gather(padded).view(self.size, len(padded)).tolist()
         return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
     def check_rows(self, count: int) -> None:

@@ -104,15 +104,20 @@ def _keep_others(checkpoint: Path) -> None:
             say(f"{path}: was not written by this run; moved to {kept / name}")
 
 
-def find_corruption(checkpoint: Path) -> str | None:
-    """What is corrupt in a complete checkpoint; None when every file has the bytes that were written."""
+def find_corruption(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is corrupt in a complete checkpoint; None when every file has the bytes that were written.
+
+    Args:
+        rank, ranks: each rank reads its share of the files.
+    """
     try:
         state = read_state(checkpoint)
         if state.pop("digest") != digest(state):
             return f"{COMPLETE} does not match its checksum"
         if state["step"] != step_of(checkpoint):
             return f"{COMPLETE} is of step {state['step']}"
-        return difference(checkpoint, state["files"])
+        largest_first = sorted(state["files"].items(), key=lambda file: -file[1][0])
+        return difference(checkpoint, dict(largest_first[rank::ranks]))
     except BadFile as error:
         return str(error).removeprefix(f"{checkpoint}{os.sep}")
     except OSError as error:

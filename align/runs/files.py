@@ -46,10 +46,11 @@ def difference(folder: Path, expected: dict[str, list[int]]) -> str | None:
     for name, (size, _) in expected.items():  # first what needs no reading
         if name not in found:
             return f"{name} is {'a symbolic link' if (folder / name).is_symlink() else 'missing'}"
-        if (actual := found[name].stat().st_size) != size:
-            return f"{name} has {actual} bytes, not {size}"
-    actual_sums = fingerprints(folder)
-    changed = [name for name in expected if actual_sums[name] != expected[name]]
+        if (length := found[name].stat().st_size) != size:
+            return f"{name} has {length} bytes, not {size}"
+    with ThreadPoolExecutor() as pool:
+        actual = dict(zip(expected, pool.map(fingerprint, (found[name] for name in expected)), strict=True))
+    changed = [name for name in expected if actual[name] != expected[name]]
     return f"{changed[0]} has other bytes than were written" if changed else None
 
 

@@ -30,7 +30,6 @@ from align.runs.checkpoint import (
     read_state,
     rotate,
     set_aside,
-    step_of,
 )
 from align.runs.files import write_text
 from align.runs.manifest import read_manifest, write_manifest
@@ -47,8 +46,8 @@ UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it star
 def last_checkpoint(recipe: StageRecipe, world: World, report: Mapping[str, Any]) -> Path | None:
     """The newest complete and intact checkpoint, the same on every rank; None to start from the beginning.
 
-    Rank 0 deletes partial checkpoints, renames damaged ones and prints a message, truncates the run's records to the
-    checkpoint, and records what the run starts from.
+    Each rank reads a share of the files. Rank 0 deletes partial checkpoints, renames damaged ones and prints a message,
+    truncates the run's records to the checkpoint, and records what the run starts from.
 
     Args:
         report: of the rows, from `align.data.load`.
@@ -59,13 +58,9 @@ def last_checkpoint(recipe: StageRecipe, world: World, report: Mapping[str, Any]
     """
     check_shared_folder(recipe.output_dir, world)
     check_rows(recipe, report)
-    step = torch.zeros(1, dtype=torch.int64, device=world.device)
-    if world.is_main:
-        step += step_of(_newest_intact(recipe.output_dir))
-    step = world.sum(step)  # one decision for all ranks
+    checkpoint = _newest_intact(recipe.output_dir, world)
     if not world.is_main:
         share(recipe.output_dir)
-    checkpoint = Path(recipe.output_dir) / f"checkpoint-{int(step)}" if step else None
     check_layout(recipe, world, checkpoint)
     if checkpoint is not None:
         _check_records(recipe, checkpoint)
@@ -107,17 +102,26 @@ def _check_records(recipe: StageRecipe, checkpoint: Path) -> None:
             )
 
 
-def _newest_intact(output_dir: str) -> Path | None:
-    clear_partial(output_dir)
+def _newest_intact(output_dir: str, world: World) -> Path | None:
+    if world.is_main:
+        clear_partial(output_dir)
     damaged = []
-    while found := complete_checkpoints(output_dir):
-        if (wrong := find_corruption(found[-1])) is None:
+    while name := world.gather_text(_newest(output_dir) if world.is_main else "")[0]:  # one decision for all ranks
+        checkpoint = Path(output_dir) / name
+        found = world.gather_text(find_corruption(checkpoint, world.rank, world.size) or "")
+        if not any(found):
             break
-        damaged.append(f"{found[-1]}: damaged, {wrong}; set aside as {set_aside(found[-1]).name}")
-    instead = f"going on from {found[-1].name}" if found else "starting from the beginning"
+        if world.is_main:
+            wrong = next(filter(None, found))
+            damaged.append(f"{checkpoint}: damaged, {wrong}; set aside as {set_aside(checkpoint).name}")
     for message in damaged:
-        say(f"{message}, {instead}")
-    return found[-1] if found else None
+        say(f"{message}, {f'going on from {name}' if name else 'starting from the beginning'}")
+    return Path(output_dir) / name if name else None
+
+
+def _newest(output_dir: str) -> str:
+    found = complete_checkpoints(output_dir)
+    return found[-1].name if found else ""
 
 
 def layout(recipe: StageRecipe, processes: int) -> str:

@@ -30,7 +30,7 @@ from align.config.load import load_recipe
 from align.config.sft import SFTRecipe
 from align.engine.distributed import World
 from align.errors import UserError
-from align.runs.checkpoint import complete_checkpoints, mark_complete, synced_sums
+from align.runs.checkpoint import complete_checkpoints, find_corruption, mark_complete, synced_sums
 from align.runs.files import digest
 from align.runs.output_folder import claim
 from align.runs.own_files import own
@@ -364,6 +364,16 @@ class TestDamage:
         monkeypatch.setattr("align.runs.files.fingerprint", broken)
         assert folder.last() == folder.path / "checkpoint-4"
         assert "checkpoint-6/state.txt: Input/output error;" in capsys.readouterr().err
+
+    def test_ranks_read_each_file_once(self, folder, monkeypatch):
+        checkpoint = folder.path / "checkpoint-6"
+        read: list[Path] = []
+        plain = align.runs.files.fingerprint
+        monkeypatch.setattr("align.runs.files.fingerprint", lambda path, *_: read.append(path) or plain(path))
+        flip(checkpoint)
+        found = [find_corruption(checkpoint, rank, 3) for rank in range(3)]
+        assert found == ["policy/weights.bin has other bytes than were written", None, None]
+        assert sorted(read) == files(checkpoint)
 
     def test_a_half_written_one_goes_without_a_word(self, folder, capsys):
         (folder.path / "checkpoint-6" / "complete.json").unlink()
