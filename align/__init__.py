@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import sys
 
-# Started by `python -m`, also under the `deepspeed` launcher, Python searches the current folder before its own modules: a
-# `queue.py` there would be imported instead of Python's. From here on that folder is the last.
-FOLDER = "ALIGN_FOLDER"  # the current folder of an `align run`, which starts its stages in an empty one
+# The current folder of an `align run`, which starts its stages in an empty one. The `deepspeed` launcher passes on to other
+# nodes what begins with PYTHON.
+FOLDER = "PYTHON_ALIGN_FOLDER"
+# Started by `python -m`, also under the launcher, Python searches the current folder before its own modules: a `queue.py`
+# there would be imported instead of Python's. From here on that folder is the last.
 CURRENT_FOLDER: str | None = None  # in sys.path only as the current folder
 if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module to run
     if sys.path[:1] == [os.getcwd()]:

@@ -92,7 +92,7 @@ def command(step: Step) -> list[str]:
         return [sys.executable, "-m", *stage]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if step.hostfile is not None:
-        where = ["--hostfile", step.hostfile]
+        where = ["--hostfile", os.path.abspath(step.hostfile)]
     elif visible:  # with a number alone the launcher ignores it, and takes the machine's first GPUs
         where = ["--include", f"localhost:{','.join(visible.split(',')[: step.processes])}"]
     else:
