@@ -136,11 +136,11 @@ def reported() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             raise
-        told = error
+        told: BaseException = error
         if not isinstance(error, UserError) and LOST.search(str(error)):
             told = UserError(
                 f"lost the connection to another process of this run, which was killed or whose machine failed ({error}). "

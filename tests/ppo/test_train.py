@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,12 @@ from align.runs.manifest import open_stage
 from align.runs.stage import check_layout
 from tests.documented_metrics import undocumented
 from tests.ppo.runs import ppo_run, rollout_of
-from tests.ranks import run_stage, stop_after_checkpoint
+from tests.ranks import launch, run_stage, start_stage, stop_after_checkpoint
 from tests.worlds import LETTERS, deepspeed_file, letter_tokenizer, manifest, save_tiny_policy, write_jsonl
 
 RULES = '''
+import os
+
 def count_a(prompts, completions, **columns):
     """The share of a's, for a response of any length."""
     return [text.count("a") / max(len(text), 4) for text in completions]
@@ -44,6 +48,11 @@ def later(prompts, completions, **columns):
     return [0.0] * len(prompts)
 
 later.calls = 0
+
+def fails_on_rank_1(prompts, completions, **columns):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("the judge is down")
+    return [0.0] * len(prompts)
 
 def not_a_number(prompts, completions, **columns):
     return [float("nan")] * len(prompts)
@@ -201,6 +210,25 @@ class TestTwoRanks:
         assert metrics(tmp_path / "out")[0]["objective/score"] == pytest.approx(
             metrics(finished)[0]["objective/score"], abs=1e-5
         )
+
+
+class TestFailedRank:
+    WORDS = r"error: rank 1: reward 'rules_for_test:fails_on_rank_1', row 0 of 8: RuntimeError: the judge is down prompt: .*"
+
+    def test_all_ranks_end_with_its_error_by_themselves(self, tmp_path):
+        recipe = make_recipe(tmp_path, reward_funcs=["rules_for_test:fails_on_rank_1"])
+        ranks = start_stage("ppo", recipe, ranks=2)
+        assert ranks.wait(90) == [2, 2]
+        assert [bool(re.fullmatch(self.WORDS, line)) for line in ranks.stderr.splitlines() if "error" in line] == [True]
+
+    def test_under_the_launcher(self, tmp_path):
+        began = time.monotonic()
+        done = launch("align.ppo", make_recipe(tmp_path, reward_funcs=["rules_for_test:fails_on_rank_1"]))
+        assert done.returncode != 0
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+        assert [bool(re.fullmatch(self.WORDS, line)) for line in errors] == [True], done.stderr[-3000:]
+        assert "Traceback" not in done.stderr
+        assert time.monotonic() - began < 300  # not the ten minutes of a collective
 
 
 class TestKilled:
