@@ -18,6 +18,7 @@ from align.config.evaluate import EvaluateRecipe
 from align.errors import OtherRun, UserError
 from align.evaluate.results import finished, tables
 from align.runs.manifest import is_finished, read_manifest
+from align.runs.output_folder import clear_finished
 from align.runs.tables import cell, make_console, make_table
 from align.terminal import say
 
@@ -44,6 +45,7 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
                 f"{step.path}: {error} To redo this step and those after it, delete {', '.join(folders)}."
             ) from None
         if found is not None:
+            clear_finished(step.recipe.output_dir)
             say(f"{step.name}: finished already, in {step.recipe.output_dir}", sys.stdout)
             for renderable in found:
                 console.print(renderable)

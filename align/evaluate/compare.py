@@ -38,7 +38,7 @@ from align.maths.perplexity import perplexity
 from align.models.inspect_folder import inspect_inputs
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
-from align.runs.output_folder import claim, one_run_per_folder, share
+from align.runs.output_folder import PARTS, claim, clear_finished, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
 from align.runs.quiet import quiet
@@ -51,7 +51,6 @@ from align.terminal import say
 from reward_models.functions import FunctionReward
 from reward_models.responses import Responses
 
-PARTS = "parts"  # in output_dir while the command runs: outputs of each finished setting
 PART_RECORD = Record(
     {
         "name": TEXT,
@@ -66,12 +65,15 @@ PART_RECORD = Record(
 def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     """Evaluate; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
+    is_main = int(os.environ.get("RANK", "0")) == 0
     if (earlier := finished(recipe)) is not None:
+        if is_main:
+            clear_finished(recipe.output_dir)
         say(f"{recipe.output_dir}: evaluated already; see {REPORT} there")
         return EvaluationResult.from_json(recipe.output_dir, earlier)
     inspect_inputs(recipe)
     evaluation = identity(recipe)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main:
         claim(recipe.output_dir, evaluation, resuming=False)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
     grader = user_function(recipe.grader, "grader", recipe.reward_timeout) if recipe.grader else None

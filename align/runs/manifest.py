@@ -13,7 +13,7 @@ from align.errors import UserError
 from align.models.inspect_folder import inspect_inputs
 from align.runs.checkpoint import DAMAGED, complete_checkpoints
 from align.runs.files import digest, write_json
-from align.runs.output_folder import claim
+from align.runs.output_folder import claim, clear_finished
 from align.runs.own_files import MANIFEST, RUN, delete, own, owned
 from align.runs.records import package_version, read_record
 from align.runs.run_record import identity, read_run, required_run
@@ -49,10 +49,12 @@ def open_stage(recipe: StageRecipe) -> bool:
         UserError: the folder cannot be written, is in use, or holds something else, a run of another recipe or of older
             inputs; a model that the stage starts from cannot be used.
     """
-    finished = is_finished(recipe)
+    finished, is_main = is_finished(recipe), int(os.environ.get("RANK", "0")) == 0
+    if finished and is_main:
+        clear_finished(recipe.output_dir)
     if not finished:
         inspect_inputs(recipe)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main:
             claim(recipe.output_dir, identity(recipe), resuming=bool(complete_checkpoints(recipe.output_dir)))
     return finished
 

@@ -21,43 +21,11 @@ from typing import Any, TypeVar, cast
 from align.errors import OtherRun, UserError
 from align.runs import lock
 from align.runs.files import write_json
-from align.runs.own_files import MANIFEST, RUN, delete, in_the_way, owned, read_mark, remove_empty
+from align.runs.own_files import MANIFEST, RUN, check_way, delete, owned, read_mark, remove_empty
 
 RESULTS = "results.json"
+PARTS = "parts"  # of an unfinished evaluation: outputs of each finished setting
 MARKS = (MANIFEST, RESULTS, RUN)  # the first that is there counts: a run's record may outlive its end by a moment
-IN_THE_WAY = [
-    "run.json",
-    "stage.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "wandb_run.json",
-    "wandb",
-    "README.md",
-    "losses.svg",
-    "checkpoint-*",
-    "damaged-checkpoint-*",
-    "untrained",
-    "best",
-    "value",
-    "ema",
-    "adapter",
-    "bad_batches",
-    ".untrained.partial",
-    ".model.partial",
-    ".best.partial",
-    ".value.partial",
-    ".ema.partial",
-    "model*.safetensors*",
-    "adapter_*",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "chat_template.jinja",
-    "parts",
-    "predictions.jsonl",
-    "results.md",
-    "results.json",
-]  # names that runs write, which are free or the run's own before one starts
 BEFORE_TRAINING = {"untrained", ".untrained.partial", "wandb", "wandb_run.json"}  # made before the first step
 
 TEMPORARY = re.compile(r"\.(.+)\.\d+", re.ASCII)  # of `write_bytes`, with the number of its process
@@ -136,7 +104,7 @@ def claim(output_dir: str | Path, identity: Mapping[str, Any], resuming: bool) -
         held = lock.acquire(folder)
         found = _check_unfinished(folder, identity["stage"])  # again: from here on nobody else writes there
         files = owned(folder)
-        _check_way(folder, files)
+        check_way(folder, files)
         _clear_temporary(folder, files)
         if not (found and resuming):
             write_json(folder / RUN, {**identity, "files": sorted(files)})
@@ -180,21 +148,28 @@ def _check_unfinished(folder: Path, stage: str) -> dict[str, Any]:
     return content
 
 
-def _check_way(folder: Path, files: set[str]) -> None:
-    mine = {name.partition("/")[0] for name in files} | ({RUN} if read_mark(folder / RUN) else set())
-    for entry in sorted(folder.iterdir()):
-        if entry.name in mine and entry.is_symlink():
-            raise in_the_way(entry)
-        if entry.name not in mine and any(fnmatch.fnmatch(entry.name, pattern) for pattern in IN_THE_WAY):
-            raise in_the_way(entry)
-
-
 def _clear_temporary(folder: Path, files: set[str]) -> None:
     """Delete what a run that was killed within `write_bytes` left beside its files."""
     for path in folder.iterdir():
         match = TEMPORARY.fullmatch(path.name)
         if match and match[1] in {RUN, MANIFEST, *files} and path.is_file() and not path.is_symlink():
             path.unlink()
+
+
+def clear_finished(output_dir: str | Path) -> None:
+    """Delete what a run has left that was killed after it had finished, and before it gave up its folder. For rank 0."""
+    folder = Path(output_dir)
+    if not any(os.path.lexists(folder / name) for name in (RUN, lock.LOCK)):
+        return
+    with contextlib.suppress(OSError, UserError):  # in use, or to be read only
+        held = lock.acquire(folder)
+        try:
+            _clear_temporary(folder, owned(folder))
+            if "stage" in read_mark(folder / RUN):
+                delete(folder / PARTS)
+                (folder / RUN).unlink()
+        finally:
+            lock.release(folder, held, delete=True)
 
 
 def one_run_per_folder(run: R) -> R:

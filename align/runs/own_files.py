@@ -7,6 +7,7 @@ and `checkpoint-4` a file or folder with everything in it. All functions are for
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import json
 import os
 import shutil
@@ -21,6 +22,12 @@ from align.runs.records import is_inner_path
 
 MANIFEST = "stage.json"
 RUN = "run.json"
+IN_THE_WAY = """
+run.json stage.json metrics.jsonl samples.jsonl wandb_run.json wandb README.md losses.svg checkpoint-* damaged-checkpoint-*
+untrained best value ema adapter bad_batches .untrained.partial .model.partial .best.partial .value.partial .ema.partial
+model*.safetensors* adapter_* config.json generation_config.json tokenizer*.json chat_template.jinja
+parts predictions.jsonl results.md results.json
+"""  # names that runs write
 
 
 def read_mark(path: Path) -> dict[str, Any]:
@@ -42,6 +49,23 @@ def in_the_way(path: Path) -> UserError:
     return UserError(
         f"output_dir: {path} {what}, and has a name that the run needs; move it elsewhere and start again."
     )
+
+
+def check_way(folder: Path, files: set[str]) -> None:
+    """Check that names which a run writes are free, or that of a file of its own.
+
+    Args:
+        files: what is the run's own.
+
+    Raises:
+        UserError: a file of others has one, or there is a link in place of a file of the run.
+    """
+    mine = {name.partition("/")[0] for name in files} | ({RUN} if read_mark(folder / RUN) else set())
+    for entry in sorted(folder.iterdir()):
+        if entry.name in mine and entry.is_symlink():
+            raise in_the_way(entry)
+        if entry.name not in mine and any(fnmatch.fnmatch(entry.name, pattern) for pattern in IN_THE_WAY.split()):
+            raise in_the_way(entry)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

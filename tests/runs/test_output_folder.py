@@ -18,7 +18,7 @@ from align.errors import OtherRun, UserError
 from align.runs import lock, output_folder
 from align.runs.checkpoint import complete_checkpoints, cut_records, rotate, set_aside
 from align.runs.files import digest
-from align.runs.output_folder import claim, find_mark, one_run_per_folder, release
+from align.runs.output_folder import claim, clear_finished, find_mark, one_run_per_folder, release
 from align.runs.own_files import delete, new_files, new_folder, own, owned
 from tests.worlds import save_tiny_policy, write_jsonl
 
@@ -228,8 +228,9 @@ class TestCheckpoints:
     def save(self, out: Path, step: int, **told: Any) -> Path:
         checkpoint = own(out / f"checkpoint-{step}")
         write(checkpoint, weights="ours")
-        files = {"files": {"weights": [4, 0]}, "records": {"metrics.jsonl": 4}, **told}
-        (checkpoint / "complete.json").write_text(json.dumps({**files, "digest": digest(files)}))
+        sums = {"files": {"weights": [4, 0]}, "records": {"metrics.jsonl": [4, 0]}, **told}
+        state = {"step": step, "layout": "1 process at ZeRO 0", **sums}
+        (checkpoint / "complete.json").write_text(json.dumps({**state, "digest": digest(state)}))
         return checkpoint
 
     def test_those_of_others_do_not_count_and_stay(self, out):
@@ -264,7 +265,7 @@ class TestCheckpoints:
         assert owned(out) == {"damaged-checkpoint-1"}
 
     def test_records_are_cut_only_if_they_are_its_own_and_by_no_second_name(self, out, tmp_path):
-        checkpoint = self.save(out, 1, records={"metrics.jsonl": 4, "mine.jsonl": 0})
+        checkpoint = self.save(out, 1, records={"metrics.jsonl": [4, 0], "mine.jsonl": [0, 0]})
         own(out / "metrics.jsonl").write_text("one\ntwo\n")
         write(out, mine_DOT_jsonl="mine")
         os.link(out / "metrics.jsonl", tmp_path / "copy")
@@ -363,7 +364,8 @@ class TestLock:
             each.start()
         told = [ready.get(timeout=30) for _ in starts]
         assert told.count("") == 1, told
-        assert all(f"{tmp_path}/out is in use by process " in text for text in told if text)
+        said = (f"{tmp_path}/out is in use by process ", f"another run has just started in {tmp_path}/out")
+        assert all(any(words in text for words in said) for text in told if text)
         go.set()
         for each in starts:
             each.join(30)
@@ -454,3 +456,18 @@ def started(pid: int) -> float:
     import psutil
 
     return psutil.Process(pid).create_time()
+
+
+def test_what_a_run_left_that_was_killed_after_it_had_finished(tmp_path):
+    for name, stage in (("stage.json", "sft"), ("results.json", "evaluate")):
+        folder = tmp_path / stage
+        claim(folder, {**IDENTITY, "stage": stage}, resuming=False)
+        own(folder / "parts", folder / "README.md").mkdir()
+        write(folder, README_DOT_md="ours", mine_DOT_json="mine")
+        (folder / name).write_text(json.dumps({**IDENTITY, "stage": stage}))
+        (folder / ".run.json.77").write_text("{")
+        clear_finished(folder)  # refused: the run may not have ended yet
+        assert (folder / "run.json").exists()
+        os.close(output_folder._claims.pop(output_folder._key(folder)).lock)  # killed
+        clear_finished(folder)
+        assert snapshot(folder).keys() == {name, "README.md", "mine.json"}
