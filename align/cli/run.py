@@ -58,10 +58,12 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
         code = run_process(words, launcher_environment() if launched else {})
         if code:
             metrics = Path(step.recipe.output_dir) / "metrics.jsonl"
+            how = describe_exit_code(code)
+            memory = " Unless you killed it, the machine's memory ran out: lower per_device sizes." * ("SIGKILL" in how)
             raise UserError(
-                f"{step.path}: the {step.stage} stage {describe_exit_code(code)} after {time.monotonic() - began:.0f} s"
+                f"{step.path}: the {step.stage} stage {how} after {time.monotonic() - began:.0f} s"
                 f"{f'; its metrics are in {metrics}' if metrics.exists() else ''}. The same command continues from "
-                "there."
+                f"there.{memory}"
             )
         if already_done(step) is None:  # a function of the user may have called `os._exit`
             raise UserError(

@@ -31,7 +31,7 @@ def fail(error: str, failing: list[int], before: bool = False) -> int:
             if rank in failing:
                 if error == "killed":
                     os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(0.2 * rank)  # where all fail alike, not all at once
+                time.sleep(0.2 * (2 - rank))  # where all fail alike, rank 0 is the last
                 raise (
                     UserError(f"{error}\n of {'all' if len(failing) > 1 else rank}")
                     if error != "bug"
