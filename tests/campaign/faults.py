@@ -376,7 +376,7 @@ MACHINE: dict[str, Check] = {
     "the output is removed: ppo": removed("ppo"),
     "the output is removed: evaluate": removed("evaluate"),
     "out of memory": out_of_memory,
-    "Slurm": tasks(rank="SLURM_PROCID", local="SLURM_LOCALID", size="SLURM_NTASKS"),
+    "Slurm": tasks(rank="SLURM_PROCID", local="SLURM_LOCALID", size="SLURM_STEP_NUM_TASKS"),
     "Open MPI": tasks(rank="OMPI_COMM_WORLD_RANK", local="OMPI_COMM_WORLD_LOCAL_RANK", size="OMPI_COMM_WORLD_SIZE"),
     "PMI": tasks(rank="PMI_RANK", local="MPI_LOCALRANKID", size="PMI_SIZE"),
 }

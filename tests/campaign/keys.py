@@ -115,6 +115,7 @@ def cases() -> Iterator[Case]:
         inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
         held = [each for each in inner if isinstance(each, str) and each.strip()]
         says = [first, f"{stage}.yaml:", *(each[:40] for each in held), *(os.path.normpath(each)[:40] for each in held if "/" in each)]
+        says += [ascii(each)[1:-1][:40] for each in held]  # control characters come escaped
         if first == "num_shots":
             says.append("examples")
         yield Case("keys", f"{stage} {first}: {shown}", Refusal(stage, keys=keys, says=says))

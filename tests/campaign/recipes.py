@@ -106,7 +106,7 @@ FILES = {
     "half of it": file(cut),
     "no such file": Refusal(words=["sft", "sfd.yaml"], says=["sfd.yaml"]),
     "no such folder": Refusal(words=["sft", "no/such/sft.yaml"], says=["no/such/sft.yaml"]),
-    "a name of 300 letters": Refusal(words=["sft", "n" * 300], says=["nnnn"]),
+    "a name of 300 letters": Refusal(words=["sft", "n" * 300], says=["nnnn", "recipe"]),
     "an empty name": Refusal(words=["sft", ""], says=["recipe"]),
     "weights as recipe": Refusal(words=["sft", "base/model.safetensors"], says=["base/model.safetensors"]),
     "an escape in the name": Refusal(words=["sft", "\x1b[31m.yaml"], says=[".yaml"]),
