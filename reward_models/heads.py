@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -107,6 +108,9 @@ def load_reward_model(
         raise ValueError(f"{path}: holds {architecture}, which has no sequence classification head; {remedy}")
     if config.num_labels != 1:
         raise ValueError(f"{path}: a classifier with {config.num_labels} labels instead of one; {remedy}")
+    mean = getattr(config, "score_mean", 0.0)
+    if isinstance(mean, bool) or not isinstance(mean, int | float) or not math.isfinite(mean):
+        raise ValueError(f"{path}: config.json: score_mean: expected a finite number, got {mean!r}; {remedy}")
 
     text_config = config.get_text_config()
     text_config.use_cache = False

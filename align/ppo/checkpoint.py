@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from align.engine.faults import during
 from align.maths.running_moments import RunningMoments
 from align.ppo.ppo_run import PPORun, Progress
 from align.runs.checkpoint import mark_complete, read_state
 from align.runs.own_files import own
+from align.runs.records import MAPPING, NUMBER, Record, check_record, or_null
+from align.runs.schemas import COMPLETE
 from align.runs.stage import layout
+
+MOMENTS = Record(dict.fromkeys(("count", "mean", "squares"), NUMBER))
+PROGRESS = Record(
+    {"kl_coef": NUMBER, "score_moments": MAPPING, "best": or_null(MAPPING)}, {"sampler_gap": or_null(NUMBER)}
+)
 
 
 def save_checkpoint(run: PPORun, step: int) -> None:
@@ -38,7 +46,14 @@ def load_checkpoint(run: PPORun, checkpoint: Path) -> None:
         run.models.value.load_checkpoint(checkpoint / "value")
     if run.ema is not None:
         run.ema.load_checkpoint(checkpoint / "ema")
-    state = read_state(checkpoint)["progress"]
+    state: Any = read_state(checkpoint).get("progress")
+    check_record(state, PROGRESS, f"{checkpoint / COMPLETE}: progress")
+    moments = state["score_moments"]
+    check_record(moments, MOMENTS, f"{checkpoint / COMPLETE}: progress.score_moments")
+    gap = state.get("sampler_gap")
     run.progress = Progress(
-        state["kl_coef"], RunningMoments(**state["score_moments"]), state["best"], state.get("sampler_gap", math.inf)
+        state["kl_coef"],
+        RunningMoments(**{name: moments[name] for name in MOMENTS.required}),
+        state["best"],
+        math.inf if gap is None else gap,  # infinite before the first comparison, which JSON cannot hold
     )

@@ -123,8 +123,8 @@ def input_fingerprints(recipe: Recipe, models: Mapping[str, str], sums: FileSums
                 inputs[place] = {"files": sums.of({name: Path(name)})}
     if isinstance(recipe, StageRecipe):
         for key in DEEPSPEED_KEYS:
-            if hasattr(recipe, key):
-                inputs[key] = {"settings": _deepspeed_settings(getattr(recipe, key) or recipe.deepspeed)}
+            if key == "deepspeed" or getattr(recipe, key, None):
+                inputs[key] = {"settings": _deepspeed_settings(getattr(recipe, key))}
     return {place: kinds for place, kinds in inputs.items() if any(kinds.values())}
 
 

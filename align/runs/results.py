@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from align.errors import UserError
+
 T = TypeVar("T", bound="StageResult")
 
 
@@ -27,7 +29,17 @@ class StageResult:
 
     @classmethod
     def from_json(cls: type[T], output_dir: str, results: Mapping[str, Any]) -> T:
-        """The result of a stage from `results` in its manifest."""
+        """The result of a stage from `results` in its manifest.
+
+        Raises:
+            UserError: one of the numbers is missing.
+        """
+        needed = [each.name for each in dataclasses.fields(cls) if each.default is each.default_factory]
+        if missing := [name for name in needed if name not in results and name not in ("output_dir", "metrics")]:
+            raise UserError(
+                f"{output_dir}/stage.json: results: `{missing[0]}` is missing; restore the file from a copy, or delete the "
+                "folder to run the stage again."
+            )
         names = {field.name for field in dataclasses.fields(cls)}
         own = {name: value for name, value in results.items() if name in names}
         metrics = {name: value for name, value in results.items() if name not in names}
