@@ -13,7 +13,7 @@ from jinja2 import meta
 from jinja2.exceptions import TemplateSyntaxError
 
 from align.config.keys import AT_LEAST_1, TIMES, check_function_name, check_ranges, key
-from align.config.sandbox import LimitedEnvironment
+from align.config.sandbox import LimitedEnvironment, compile_problem
 from align.config.template_limits import TemplateLimit, begin_render
 from align.errors import BadRow, UserError, nearest
 
@@ -124,8 +124,8 @@ def check_template(template: Mapping[str, str], where: str) -> None:
             ) from None
         except TemplateLimit as error:
             raise UserError(f"{where}.{part}: {error}") from None
-        except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's own compiler
-            raise UserError(f"{where}.{part}: nested too deeply for a template ({type(error).__name__}).") from None
+        except Exception as error:  # of Jinja's parser, such as a number of 5000 digits, and of Python's compiler
+            raise UserError(f"{where}.{part}: {compile_problem(error)}.") from None
         if named:
             raise UserError(f"{where}.{part}: a template cannot include another one ({named[0]}); write it out.")
 

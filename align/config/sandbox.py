@@ -41,6 +41,13 @@ _SLOW_TESTS |= {">=", "ge", "lower", "upper"}
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 
 
+def compile_problem(error: Exception) -> str:
+    """Why Jinja's parser or Python's compiler failed on a template, other than by its syntax."""
+    if isinstance(error, RecursionError | MemoryError | SyntaxError):
+        return f"nested too deeply for a template ({type(error).__name__})"
+    return f"not a Jinja template: {type(error).__name__}: {str(error)[:200]}"
+
+
 def limited(environment: ImmutableSandboxedEnvironment) -> LimitedEnvironment:
     """An environment with its filters, tests and globals, from then on within the limits."""
     environment.__class__ = LimitedEnvironment

@@ -9,7 +9,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from align.compat import apply_chat_template, chat_template_environment
-from align.config.sandbox import LimitedEnvironment, limited
+from align.config.sandbox import LimitedEnvironment, compile_problem, limited
 from align.config.template_limits import TemplateLimit, begin_render
 from align.errors import BadRow, TemplateFailure
 
@@ -48,8 +48,8 @@ def check_chat_template(text: str) -> None:
         raise TemplateFailure(f"{error}.") from error
     except jinja2.TemplateSyntaxError as error:
         raise TemplateFailure(_wrong_syntax(error)) from error
-    except Exception as error:  # of Python's compiler: RecursionError, MemoryError
-        raise TemplateFailure(f"is nested too deeply for a template ({type(error).__name__}).") from error
+    except Exception as error:  # of Jinja's parser and of Python's compiler
+        raise TemplateFailure(f"is {compile_problem(error)}.") from error
 
 
 def _wrong_syntax(error: jinja2.TemplateSyntaxError) -> str:

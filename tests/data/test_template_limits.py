@@ -161,6 +161,7 @@ def test_a_chat_template_that_cannot_work_stops_at_its_row(tokenizer, text, reas
         (b"{% for %}", "t.jinja is not a Jinja template: .*, in its line 1"),
         (b"\xff\xfe", "t.jinja: .*UTF-8"),
         (b"{{ " + b"(" * 5000 + b")" * 5000 + b" }}", "t.jinja is nested too deeply"),
+        (b"{{ " + b"9" * 5000 + b" }}", "t.jinja is not a Jinja template: ValueError: Exceeds the limit"),
         (b"x" * (2**20 + 1), "t.jinja has more than 1,048,576 characters"),
     ],
 )
@@ -180,6 +181,11 @@ def test_a_recipe_template_over_a_limit_names_row_and_template(tmp_path):
 def test_a_recipe_template_nested_too_deeply():
     with pytest.raises(UserError, match=r"^here.prompt: nested too deeply"):
         check_template({"prompt": "{{ " + "(" * 5000 + ")" * 5000 + " }}", "completion": "c"}, "here")
+
+
+def test_a_number_that_python_does_not_read():
+    with pytest.raises(UserError, match=r"^here.completion: not a Jinja template: ValueError: Exceeds the limit"):
+        check_template({"prompt": "p", "completion": "{{ " + "9" * 5000 + " }}"}, "here")
 
 
 def test_a_failure_is_no_bad_row():  # `on_bad_row: skip` would try the template on every row
