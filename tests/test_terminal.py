@@ -72,13 +72,14 @@ def fail(error: BaseException) -> int:
 
 def test_markdown():
     assert markdown_text("[a](javascript:x) ![b][c] <script>|`&amp;\\\nnext") == (
-        r"[a]\(javascript:x) ![b]\[c] \<script>\|\`\&amp;\\<br>next"
+        r"[a]\(javascript:x) ![b]\[c] &lt;script>\|\`&amp;amp;\\<br>next"
     )
     assert markdown_text("é 你好 👩‍👩‍👧 out/a_b*.jsonl 0.5 [0.4, 0.6]") == "é 你好 👩‍👩‍👧 out/a_b*.jsonl 0.5 [0.4, 0.6]"
     assert markdown_table(["`a|b"], [["\x1b"]]).splitlines()[0::2] == [r"| \`a\|b |", r"| \\x1b |"]
     assert (code_span("</s>"), code_span("a`b``\n")) == ("`</s>`", "``` a`b``\\n ```")
     assert python_text('out/a"b\n```\u202e') == r'"out/a\"b\n```\u202e"'
     assert eval(python_text('out/a"b\n```\u202e')) == 'out/a"b\n```\u202e'
+    assert python_text("<img>") == r'"\x3cimg>"'
     assert python_text("out/ü") == '"out/ü"'
     assert r"\x1b&lt;script&gt;" in draw([0, 1], {"\x1b<script>": [1.0, 2.0]}, "title")
 

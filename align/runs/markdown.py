@@ -7,12 +7,12 @@ import re
 
 from align.terminal import printable
 
-_MARKUP = re.compile(r"[\\|<&`]|(?<=\])[(\[]")  # a link is `](` or `][`
+_MARKUP = re.compile(r"[\\|`]|(?<=\])[(\[]")  # a link is `](` or `][`
 
 
 def markdown_text(text: str) -> str:
     """Text in a line or in the cell of a table."""
-    return "<br>".join(_MARKUP.sub(r"\\\g<0>", line) for line in printable(text.strip()).splitlines())
+    return "<br>".join(_MARKUP.sub(r"\\\g<0>", line) for line in _html(printable(text.strip())).splitlines())
 
 
 def code_span(text: str) -> str:
@@ -24,4 +24,8 @@ def code_span(text: str) -> str:
 
 def python_text(text: str) -> str:
     """Text as a literal in a block of Python code."""
-    return printable(json.dumps(text, ensure_ascii=False))
+    return printable(json.dumps(text, ensure_ascii=False)).replace("<", r"\x3c")
+
+
+def _html(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
