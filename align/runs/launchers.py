@@ -19,7 +19,6 @@ STARTERS = {
     "the launcher": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),  # LOCAL_SIZE by `deepspeed`
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     "MPI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH and Intel MPI
-    # Of a step that `srun` started; a batch script has SLURM_PROCID and SLURM_NTASKS too, and is one process.
     "Slurm": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }  # fmt: skip
 JOB = {  # variables that name a job
@@ -77,6 +76,9 @@ def adopt_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
 def _place(starter: str, environment: MutableMapping[str, str]) -> Place | None:
     """What a starter set for this process; None if it started no more than one."""
     names = STARTERS[starter]
+    # A batch script is one process, though it has SLURM_PROCID and SLURM_NTASKS of its job; a step has both kinds.
+    if starter == "Slurm" and names[1] not in environment and environment.get("ENVIRONMENT") != "BATCH":
+        names = (names[0], "SLURM_NTASKS", *names[2:])
     rank, size, local_rank = (_number(name, environment) for name in names[:3])
     if size is None or (size == 1 and not rank):
         return None

@@ -54,8 +54,9 @@ def adopted(**variables: str) -> tuple[str | None, ...]:
         (SLURM | OPEN_MPI | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "OMPI_COMM_WORLD_SIZE": "4", "MASTER_ADDR": "a"}, ("1", "4", "1", "a")),
         # Variables that the user passed on by hand.
         (SLURM | TORCHRUN, ("5", "8", "1", "node03")),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_NODELIST": "a,b"}, ("1", "2", "1", "a")),
         # One process: a batch script of a job with eight tasks, a step of one task, mpirun -n 1, nothing.
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}, (None, None, None, None)),
+        ({"ENVIRONMENT": "BATCH", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}, (None, None, None, None)),
         (SLURM | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, (None, None, None, None)),
         (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, (None, None, None, None)),
         (ONE, ("0", "1", None, None)),
