@@ -234,9 +234,14 @@ def test_a_checkpoint_is_data_and_pickles_in_it_are_never_opened(whole, tmp_path
         (checkpoint / "global_step4").mkdir()
         plant_pickles(checkpoint / "global_step4", tmp_path / "ran")
         state = {name: value for name, value in read_state(checkpoint).items() if name not in ("files", "digest")}
+        (checkpoint / "complete.json").unlink()
         mark_complete(checkpoint, state, 9, ONE, synced_sums(checkpoint))  # whoever writes files writes their sums
-    run(recipe, ranks)
+    records = (tmp_path / "out" / "metrics.jsonl").read_text()
+    finished = run(recipe, ranks)
     assert not (tmp_path / "ran").exists()
+    assert (tmp_path / "out" / "metrics.jsonl").read_text().startswith(records), (
+        finished.stderr
+    )  # it went on from there
     if not changes:
         assert_close(tmp_path, whole(stage), tolerance=2e-5 if ranks > 1 else 0)
 
