@@ -95,6 +95,7 @@ OVERLAPS = [
     ("org/name", "org/name", "is"),  # a hub id: the folder would be taken for it
     ("data", "data/*.jsonl", "holds files of"),
     ("data/out", "data/**/*.jsonl", "holds files of"),
+    ("data/a/b/out", "data/**/*.jsonl", "holds files of"),
     ("data/out", "data/*/*.json*", "holds files of"),
     ("data/out", "d*/out/metrics.jsonl", "holds files of"),
     ("out", "model", None),
