@@ -45,6 +45,7 @@ from align.runs.results import ClassifyResult
 from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
+from align.trainer.callback import StageCallback
 from align.trainer.hf_trainer import (
     ExactEvaluation,
     eval_batch_size,
@@ -229,7 +230,9 @@ class LabelTrainer(ExactEvaluation, RowTrainer):
 
 def last_label_table(trainer: LabelTrainer) -> list[list[Any]]:
     """`per_label_table` of the last evaluation. For all ranks."""
-    if trainer.eval_counts is None:  # resumed after it
+    if trainer.eval_counts is None:  # resumed after it, and what it measured is in metrics.jsonl already
+        logging: Any = trainer.pop_callback(StageCallback)
         trainer.evaluate()
+        trainer.add_callback(logging)
     assert trainer.eval_counts is not None
     return label_metrics.per_label_table(trainer.label_set, trainer.eval_counts)

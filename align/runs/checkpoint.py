@@ -169,7 +169,9 @@ def lost_records(checkpoint: Path) -> dict[str, str]:
 
 def cut_records(checkpoint: Path) -> None:
     """Cut the run's records to their length at a checkpoint: later steps are done again."""
-    for name, (size, _) in _records(checkpoint).items():
+    recorded = _records(checkpoint)
+    for name in (METRICS, SAMPLES):
+        size = recorded[name][0] if name in recorded else 0  # begun after the checkpoint
         path = checkpoint.parent / name
         if name in owned(path.parent) and path.is_file() and path.stat().st_size > size:
             with open(path, "rb") as file:
