@@ -23,6 +23,7 @@ def render_chat(
         BadRow: the template raises an error on them.
         TemplateFailure: it is no template, or goes over a limit.
     """
+    _environment()  # made with transformers' own compiler, which is replaced while it renders
     name = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
     try:
         return apply_chat_template(tokenizer, messages, _compile, add_generation_prompt=add_generation_prompt)

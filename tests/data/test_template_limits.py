@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from align.config import template_limits
 from align.config.data_source import DataSource, check_template
 from align.config.template_limits import TemplateLimit, begin_render
+from align.data import chat_template
 from align.data.chat_template import _environment, render_chat
 from align.data.load import DataSettings, load_rows
 from align.data.rows import BadRows, Demonstration
@@ -117,6 +118,7 @@ def tokenizer():
 
 
 def test_the_text_is_that_of_transformers(tokenizer):
+    chat_template._environment.cache_clear()  # as in a new process
     for prompt in (True, False):
         expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=prompt)
         assert render_chat(tokenizer, MESSAGES, prompt) == expected
