@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PATHS = [path for path in sys.path if path not in ("", str(ROOT))]  # without the folders of recipes that a test adds
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -117,7 +118,7 @@ def start(
     """
     given = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     places = [{}] if ranks == 1 else [_launched(rank, ranks, port) for port in [free_port()] for rank in range(ranks)]
-    paths, sys.path = sys.path, [str(root), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    paths, sys.path = sys.path, [str(root), *PATHS]
     try:
         processes = []
         for rank, place in enumerate(places):

@@ -34,7 +34,7 @@ FILE_KEYS = (
 )
 ACCEPTABLE_RECORDS = ("run.json", "metrics.jsonl", "samples.jsonl")
 
-_recipe_folders: list[str] = []  # those that recipes added to `sys.path`, the newest first
+_recipe_folders: list[str] = []  # those that recipes have added to `sys.path` so far, the newest first
 
 
 def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -156,9 +156,9 @@ def _make_importable(folder: Path, modules: Iterable[str]) -> None:
     in this folder, so that each recipe of a program gets its own functions, as they are now.
     """
     if str(folder) in _recipe_folders or str(folder) not in sys.path:
-        older = [path for path in _recipe_folders if path in sys.path and path != str(folder)]
-        _recipe_folders[:] = [str(folder), *older]
-        sys.path[:] = [*(path for path in sys.path if path not in _recipe_folders), *_recipe_folders]
+        _recipe_folders[:] = [str(folder), *(path for path in _recipe_folders if path != str(folder))]
+        searched = [str(folder), *(path for path in _recipe_folders[1:] if path in sys.path)]
+        sys.path[:] = [*(path for path in sys.path if path not in _recipe_folders), *searched]
     for name in modules:
         file = getattr(sys.modules.get(name), "__file__", None)
         here = (folder / f"{name}.py").is_file() or (folder / name).is_dir()
