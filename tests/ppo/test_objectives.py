@@ -27,7 +27,7 @@ from align.ppo.rollout import Rollout
 from align.ppo.step import shape_scores
 from align.ppo.train import run
 from align.ppo.update import optimize
-from align.runs.checkpoint import complete_checkpoints
+from align.runs.own_files import read_mark
 from tests.ppo.runs import advantages_of, ppo_run, rollout_of
 from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
 from tests.ranks import run_stage
@@ -397,15 +397,13 @@ class TestTogether:
     def test_resumed_to_the_bit(self, finished, tmp_path):
         """What a SIGKILL right after the checkpoint of update 2 leaves behind; KL coefficient, moments and EMA go on."""
         make, whole_run = finished
-        recipe = load_recipe("ppo", make(tmp_path))
-        out = shutil.copytree(whole_run, tmp_path / "out")
-        shutil.rmtree(out / "checkpoint-4")
-        record = json.loads((out / "stage.json").read_text())
-        (out / "stage.json").unlink()
-        told = {**record, "recipe": json.loads(json.dumps(dataclasses.asdict(recipe))), "inputs": {}}
-        (out / "run.json").write_text(json.dumps(told))
-        assert [path.name for path in complete_checkpoints(out)] == ["checkpoint-2"]
+        recipe = load_recipe("ppo", make(tmp_path), ["--accept_changes", "run.json"])  # it names the other folder
+        out = tmp_path / "out"
+        shutil.copytree(whole_run / "checkpoint-2", out / "checkpoint-2")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            shutil.copy(whole_run / name, out)
         run(recipe)
+        assert read_mark(out / "stage.json")["accepted"][0]["at"] == "checkpoint-2"
         same_weights(whole_run, out, 0.0)
         assert_same_curve(metrics(whole_run), metrics(out), 0.0)
 
