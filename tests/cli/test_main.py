@@ -109,7 +109,9 @@ def test_one_process_uses_one_gpu(stage, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     cli.main(["sft", "r.yaml"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
     cli.main(["sft", "r.yaml"])
     assert seen == ["0", "3", "3,5"]
 
@@ -151,7 +153,12 @@ def test_the_number_of_processes_may_stand_anywhere(monkeypatch):
     ):
         assert cli.main(["run", "folder", *words]) == 0
     assert cli.main(["run", "folder"]) == 0
-    assert calls == [("folder", 2, ["--seed", "1"])] * 5 + [("folder", None, [])]
+    assert cli.main(["run", "folder", "--seed", "1", "--hostfile", "nodes"]) == 0
+    assert calls == [
+        *[("folder", 2, ["--seed", "1"], None)] * 5,
+        ("folder", None, [], None),
+        ("folder", None, ["--seed", "1"], "nodes"),
+    ]
 
 
 def test_verify_takes_a_number_of_processes_a_file_and_keys(monkeypatch, capsys):
@@ -217,7 +224,7 @@ def test_version_and_usage(capsys):
 @pytest.mark.parametrize(
     ("command", "usage"),
     [
-        ("run", "usage: align run DIR [--num_gpus N] [--key value ...]"),
+        ("run", "usage: align run DIR [--num_gpus N | --hostfile FILE] [--key value ...]"),
         ("check", "usage: align check RECIPE|DIR [--num_gpus N] [--key value ...]"),
         ("merge", "usage: align merge ADAPTER OUTPUT"),
         ("verify", "usage: align verify [--num_gpus N] [--json [FILE]] [--key value ...]"),

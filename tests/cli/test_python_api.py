@@ -175,10 +175,10 @@ class TestOneProcess:
 def test_values_of_a_program_are_taken_as_yaml_would_give_them(tmp_path):
     recipe = as_recipe(
         EvaluateRecipe,
-        {"output_dir": tmp_path, "models": [tmp_path / "a", "b"], "eval_dataset": tmp_path / "rows.jsonl"},
+        {"output_dir": tmp_path / "out", "models": [tmp_path / "a", "b"], "eval_dataset": tmp_path / "rows.jsonl"},
         num_shots=(0,), max_new_tokens=np.int64(7),
     )  # fmt: skip
-    assert recipe.output_dir == str(tmp_path)
+    assert recipe.output_dir == str(tmp_path / "out")
     assert recipe.models == {"a": str(tmp_path / "a"), "b": "b"}
     assert recipe.num_shots == [0]
     assert type(recipe.max_new_tokens) is int
