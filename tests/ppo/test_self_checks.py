@@ -41,6 +41,8 @@ from align.ppo.self_check_limits import (
 )
 from align.ppo.train import run
 from align.ppo.update import optimize
+from align.runs.manifest import open_stage
+from align.runs.output_folder import release
 from reward_models.trained import ModelReward
 from tests import ranks
 from tests.engine.discard_worker import discard_at_each_stage
@@ -295,8 +297,10 @@ class TestFaults:
         assert "go back to the sft stage" in line
 
     def test_a_policy_that_gives_nan(self, tmp_path):
+        """Its weights are finite, else they would not be loaded, but one of the two logits overflows everywhere."""
         make_recipe(tmp_path)
-        change_weights(tmp_path / "policy", lambda weights: weights["lm_head.weight"][5].fill_(float("nan")))
+        large = torch.tensor([[3e38], [-3e38]])
+        change_weights(tmp_path / "policy", lambda weights: weights["lm_head.weight"][5:7].copy_(large))
         lines = failures(refused(tmp_path))
         assert "NaN or infinity in sampled_logprobs, old_logprobs, ref_logprobs" in lines[0]
         assert ["EOS rate" in line for line in lines] == [False, True], "what is compared with NaN is left out"
@@ -471,6 +475,7 @@ class TestBadMinibatches:
         order = torch.randperm(16, generator=generator(recipe.seed, "minibatches", 0, 0))
         bad = order[4:8]  # the second of four minibatches
         weights = []
+        assert not open_stage(recipe)
         for seen in (True, False):
             ppo = ppo_run(recipe)
             models = ppo.models
@@ -493,6 +498,7 @@ class TestBadMinibatches:
         assert (
             load_file(tmp_path / "out" / "bad_batches" / "update-1-minibatch-2.safetensors")["advantages"].isnan().all()
         )
+        release(tmp_path / "out")
 
     def test_a_discard_leaves_nothing_at_any_zero_stage(self, tmp_path):
         done = ranks.run(discard_at_each_stage, tmp_path, log=tmp_path / "rank")
