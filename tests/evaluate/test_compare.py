@@ -652,7 +652,10 @@ def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
             {"metrics": ["blue"]},
             r"metrics: no metric 'blue'; did you mean 'bleu'\?; built in are perplexity, token_accuracy,",
         ),
-        ({"models": {"base": "gone/model/there"}}, r"models\.base: no model at gone/model/there; run the stage that makes it first"),
+        (
+            {"models": {"base": "gone/model/there"}},
+            r"models\.base: no model at gone/model/there; run the stage that makes it first",
+        ),
         ({"grader": "no_such_module:f"}, "grader: no module 'no_such_module'"),
         (
             {"num_shots": [0, 13]},

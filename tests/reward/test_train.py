@@ -286,7 +286,8 @@ def test_an_encoder_is_centred_on_demonstrations_or_on_the_answers_of_a_model_wi
     other = read_manifest(beside.output_dir)
     assert all(torch.equal(weight, trained(alone)[name]) for name, weight in trained(beside).items())
     assert other["score_mean"] != manifest["score_mean"]
-    assert other["inputs"] == {}
+    assert other["inputs"].keys() - manifest["inputs"].keys() == {"sft_model_path"}
+    assert "model.safetensors" in other["inputs"]["sft_model_path"]["files"]
 
 
 def test_a_pretrained_encoder_learns_politeness(tmp_path):

@@ -27,10 +27,12 @@ from align.config.sft import SFTRecipe
 from align.data.rows import Demonstration
 from align.data.tokenize import Report, tokenize_demonstrations
 from align.errors import UserError
+from align.runs import wandb_run
 from align.runs.charts import draw, ticks
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import read_manifest
 from align.runs.tracker import Tracker
+from align.runs.wandb_run import WandbRun
 from align.sft.best_checkpoint import BoundedEarlyStopping, rank_key
 from align.sft.evaluation import HELD_OUT, OTHER, RETENTION, TRAINING, build_eval_rows, group_sums, metrics_from_sums
 from align.sft.report import history_section
@@ -697,11 +699,16 @@ def test_steps_are_whole():
     assert ticks(0, 153, whole=True) == [0, 50, 100, 150]
 
 
-def test_a_chart_in_wandb_has_the_losses_beside_each_other(tmp_path):
+def test_a_chart_in_wandb_has_the_losses_beside_each_other(tmp_path, monkeypatch):
     tracker, logged = Tracker(recipe(tmp_path), "sft", 4), []
     tracker.chart(4, "losses", [0, 4], {"eval/loss": [3.0, 1.0]})  # nothing without W&B
-    tracker._wandb = SimpleNamespace(log=lambda values, **_: logged.append(values))
+    run = SimpleNamespace(
+        log=lambda values, **_: logged.append(values), finish=lambda **_: None, offline=False, url=None
+    )
+    monkeypatch.setattr(wandb_run, "_start", lambda *_: (run, 0))
+    tracker._wandb = WandbRun(tracker.recipe, "sft", tmp_path, print)
     tracker.chart(4, "losses", [0, 4], {"eval/loss": [3.0, 1.0], "eval/retention_loss": [1.0, 2.0]})
+    tracker._wandb.finish(0)  # calls are made in a thread
     (values,) = logged
     assert values["step"] == 4
     table = values["losses (chart)"].table
