@@ -233,6 +233,7 @@ def _rank(
     function: Callable[..., Any], args: Sequence[Any], environment: dict[str, str], cwd: str, log: str, rank: int
 ) -> None:
     """One forked process."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring it
     for descriptor, kind in ((1, "out"), (2, "err")):
         file = os.open(_output(Path(log), rank, kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)

@@ -81,7 +81,6 @@ def test_a_rank_that_was_killed(tmp_path: Path) -> None:
 
 def hang(folder: str) -> None:
     """A stage whose main thread is in C and heeds no signal."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring it
     end_at_second_interrupt()
     mutex = ctypes.create_string_buffer(128)
     Path(folder, "ready").touch()
