@@ -66,12 +66,12 @@ def row_error(name: str, batch: Responses, row: int, problem: str) -> ValueError
     )
 
 
-def passes(lengths: Sequence[int], most: int) -> list[list[int]]:
+def passes(lengths: Sequence[int], most: int, least: int = 4) -> list[list[int]]:
     """Row indices of each forward pass without gradients, longest rows first, so that passes have little padding.
 
-    There are at least four passes if there are enough rows, with at most `most` rows each. The sizes of the passes
+    There are at least `least` passes if there are enough rows, with at most `most` rows each. The sizes of the passes
     depend on the number of rows alone, so that ranks with equally many rows stay in step under ZeRO-3.
     """
-    size = min(most, max(8, -(-len(lengths) // 4)))
+    size = min(most, max(8, -(-len(lengths) // least)))
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [order[start : start + size] for start in range(0, len(order), size)]

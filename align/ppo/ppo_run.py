@@ -75,6 +75,7 @@ class PPORun:
 
     Attributes:
         prompts: training prompts with their token ids.
+        scoring_passes: least number of forward passes, of rows of similar length, in which a rollout is scored.
         learning_rates: of policy and value model, for each update.
         ptx: tokenized rows of `ptx_dataset`.
         skipped_in_a_row: minibatches skipped since the last one with a finite loss.
@@ -86,6 +87,7 @@ class PPORun:
     models: Models
     sampler: Sampler
     prompts: Sequence[TokenizedPrompt]
+    scoring_passes: int
     learning_rates: Sequence[tuple[float, float]]
     progress: Progress
     ema: EMA | None = None

@@ -36,6 +36,8 @@ from reward_models.functions import FunctionReward
 from reward_models.heads import keep_head_float32, load_reward_model, score_head
 from reward_models.trained import ModelReward
 
+SHORT = 32  # tokens of prompt and response up to which padding costs less than one more forward pass
+
 
 def set_up(
     recipe: PPORecipe, inputs: PPOInputs, data: PPOData, plan: BatchPlan, world: World, checkpoint: Path | None
@@ -49,6 +51,7 @@ def set_up(
         updates=recipe.num_updates,
     )
     peaks = (recipe.learning_rate, recipe.value_learning_rate or recipe.learning_rate)
+    longest = max(len(ids) for _, ids in data.prompts) + recipe.response_length
     run = PPORun(
         recipe=recipe,
         plan=plan,
@@ -63,6 +66,7 @@ def set_up(
             gather=recipe.ds3_gather_for_generation,
         ),
         prompts=data.prompts,
+        scoring_passes=1 if longest <= SHORT else 4,
         learning_rates=list(zip(*map(schedule, peaks), strict=True)),
         progress=Progress(recipe.kl_coef),
         ema=EMA(models.policy, recipe.ema_decay) if recipe.ema_decay is not None else None,

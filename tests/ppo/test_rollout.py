@@ -111,7 +111,7 @@ class TestANewEstimator:
         recipe = PPORecipe(
             output_dir="out", sft_model_path="sft", advantage_estimator="halves", num_generations=3, gamma=0.5
         )
-        run = PPORun(recipe, *[None] * 5, learning_rates=[], progress=Progress(0.0))
+        run = PPORun(recipe, *[None] * 6, learning_rates=[], progress=Progress(0.0))
         advantages, returns = estimate_advantages(run, rollout([1], [2]), torch.tensor([[2.0, 4.0]]))
         assert advantages.tolist() == [[3.0, 6.0]]
         assert returns.tolist() == [[0.0, 0.0]]
