@@ -1,7 +1,6 @@
 """The benchmarks: work that is what it is said to be, counted right, and commands that run."""
 
 import json
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -74,9 +73,10 @@ def test_operations_by_hand():
 
 @pytest.mark.parametrize("size", ["1M"])
 def test_the_command_reports_every_phase(tmp_path, size):
-    words = [sys.executable, "benchmarks/ppo.py", "--sizes", size, "--rounds", "1", "--updates", "2", "--batch", "8",
+    words = ["benchmarks/ppo.py", "--sizes", size, "--rounds", "1", "--updates", "2", "--batch", "8",
              "--epochs", "1", "--response_lengths", "2", "8", "--threads", "1", "--json", str(tmp_path / "found.json")]  # fmt: skip
-    subprocess.run(words, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    done = ranks.run(ranks.python, *words, ranks=1, cwd=ROOT, log=tmp_path / "command")
+    assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert found["rates"]["float32_gflops"] > 0
     mine = found[size]["align"]
