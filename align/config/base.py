@@ -26,6 +26,7 @@ from align.config.keys import (
     SEED,
     TOKENS,
     Where,
+    check_best_metric,
     check_function_name,
     check_ranges,
     key,
@@ -189,8 +190,11 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
             check_function_name(spec, f"{where(name)}[{index}]")
 
 
-def check_trainer_rules(recipe: TrainerRecipe, where: Where) -> None:
+def check_trainer_rules(recipe: TrainerRecipe, where: Where, metrics: Sequence[str] = ()) -> None:
     """The rules between the keys of `TrainerRecipe`.
+
+    Args:
+        metrics: names of the metrics of an evaluation, without `eval_`; empty if they are not known yet.
 
     Raises:
         UserError: the first that is broken.
@@ -207,6 +211,8 @@ def check_trainer_rules(recipe: TrainerRecipe, where: Where) -> None:
             f"{where('save_steps')}: expected eval_steps ({recipe.eval_steps}) with load_best_model_at_end, so that "
             f"every evaluated model is saved, got {recipe.save_steps}"
         )
+    if metrics:
+        check_best_metric(recipe.metric_for_best_model, metrics, where("metric_for_best_model"))
 
 
 def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) -> None:

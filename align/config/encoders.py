@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from align.config.base import TrainerRecipe
-from align.config.keys import ABOVE_0, ABOVE_0_BELOW_1, MAX_LENGTH, key, required
+from align.config.base import TrainerRecipe, check_trainer_rules
+from align.config.keys import ABOVE_0, ABOVE_0_BELOW_1, MAX_LENGTH, Where, key, required
+
+ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+MACRO_F1 = ("macro_f1", "macro_f1_low", "macro_f1_high")
+CLASSIFY_METRICS = {  # of an evaluation, beside the loss
+    "single_label_classification": (*ACCURACY, *MACRO_F1),
+    "multi_label_classification": (*ACCURACY, "micro_f1", "macro_f1"),
+    "regression": ("mse", "pearson"),
+}
+MLM_METRICS = ("loss", "accuracy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +51,23 @@ class MLMRecipe(TrainerRecipe):
         "dropped.",
         MAX_LENGTH,
     )
+
+
+def check_classify_rules(recipe: ClassifyRecipe, where: Where) -> None:
+    """The rules between the keys of `align classify`.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    kinds = [recipe.problem_type] if recipe.problem_type else list(CLASSIFY_METRICS)
+    names = dict.fromkeys(name for kind in kinds for name in CLASSIFY_METRICS[kind])
+    check_trainer_rules(recipe, where, ("loss", *names))
+
+
+def check_mlm_rules(recipe: MLMRecipe, where: Where) -> None:
+    """The rules between the keys of `align mlm`.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    check_trainer_rules(recipe, where, MLM_METRICS)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from align.errors import UserError
+from align.errors import UserError, nearest
 
 Where = Callable[[str], str]  # from the name of a key to its place in words, with which an error begins
 
@@ -94,3 +94,14 @@ def check_function_name(spec: str, where: str) -> None:
     module, _, function = spec.partition(":")
     if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise UserError(f"{where}: expected `module:function`, got {spec!r}")
+
+
+def check_best_metric(name: str, metrics: Iterable[str], place: str) -> None:
+    """Check that evaluations have the metric `name` among `metrics`; `eval_` before it may be left out.
+
+    Raises:
+        UserError: they do not; begins with `place`.
+    """
+    known = [f"eval_{each.removeprefix('eval_')}" for each in metrics]
+    if f"eval_{name.removeprefix('eval_')}" not in known:
+        raise UserError(f"{place}: no metric {name}{nearest(name, known)}; this stage evaluates {', '.join(known)}.")

@@ -8,6 +8,8 @@ from align.config.base import TrainerRecipe, check_trainer_rules
 from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, TOKENS, Where, key, required, reward_timeout
 from align.errors import UserError
 
+METRICS = ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward")  # of an evaluation
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardRecipe(TrainerRecipe):
@@ -40,7 +42,7 @@ def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
     Raises:
         UserError: the first that is broken.
     """
-    check_trainer_rules(recipe, where)
+    check_trainer_rules(recipe, where, METRICS)
     for name in ("train_dataset", "eval_dataset"):
         for index, source in enumerate(getattr(recipe, name)):
             if source.templates:

@@ -11,6 +11,10 @@ from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FROM_0_TO_BELOW_1
 from align.errors import UserError
 
 OF_RETENTION = ("retention", "forgetting")  # how the names of metrics begin that need `retention`
+METRICS = (  # of an evaluation
+    "loss", "mean_token_accuracy", "entropy", "train_loss", "gap", "retention_loss", "retention_perplexity",
+    "retention_token_accuracy", "forgetting",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +81,9 @@ def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:
     Raises:
         UserError: the first that is broken.
     """
-    check_trainer_rules(recipe, where)
+    # Those of tasks and of metrics outside `align` show in the evaluation before the first step.
+    known = not recipe.eval_metrics and "/" not in recipe.metric_for_best_model
+    check_trainer_rules(recipe, where, METRICS if known else ())
     if (recipe.model_name_or_path is None) == (not recipe.model_config):
         got = "both; empty one with null" if recipe.model_config else "neither"
         raise UserError(

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from align.config.base import StageRecipe, check_trainer_rules
-from align.config.encoders import ClassifyRecipe, MLMRecipe
+from align.config.base import StageRecipe
+from align.config.encoders import ClassifyRecipe, MLMRecipe, check_classify_rules, check_mlm_rules
 from align.config.evaluate import EvaluateRecipe, check_evaluate_rules
 from align.config.keys import Where
 from align.config.ppo import PPORecipe, check_ppo_rules
@@ -68,7 +68,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="classify",
             recipe=ClassifyRecipe,
-            check_rules=check_trainer_rules,
+            check_rules=check_classify_rules,
             module="align.encoders.classify",
             check_module="align.cli.check.classify",
             input_models=("model_name_or_path",),
@@ -77,7 +77,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="mlm",
             recipe=MLMRecipe,
-            check_rules=check_trainer_rules,
+            check_rules=check_mlm_rules,
             module="align.encoders.mlm",
             check_module="align.cli.check.mlm",
             input_models=("model_name_or_path",),

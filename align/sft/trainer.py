@@ -34,6 +34,7 @@ from align.sft.best_checkpoint import BoundedEarlyStopping, rank_key, within_bou
 from align.sft.evaluation import GROUP, EvalRows, GroupCollator, group_sums, metrics_from_sums
 from align.sft.fused_head import HAS_FUSED_HEAD, token_scores
 from align.sft.responses import RESPONSE_COLUMNS, ResponseEvaluation
+from align.trainer.callback import check_best
 from align.trainer.hf_trainer import ExactEvaluation, evaluation_logs
 
 
@@ -137,6 +138,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
             with self.compute_loss_context_manager():
                 texts = self.responses.generate(self.model)
             logs |= {f"eval_{name}": value for name, value in self.responses.score(texts).items()}
+            check_best(self.args, logs)  # before anything is recorded
             self.tracker.table(self.state.global_step, "samples", RESPONSE_COLUMNS, self.responses.table(texts))
 
     def early_stopping_callback(self, patience: int) -> TrainerCallback:

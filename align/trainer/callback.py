@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from align.config.base import TrainerRecipe
 from align.config.encoders import MLMRecipe
+from align.config.keys import check_best_metric
 from align.config.sft import SFTRecipe
 from align.engine.distributed import World
 from align.engine.faults import during
@@ -22,6 +23,7 @@ from align.runs.own_files import own
 from align.runs.stage import layout
 from align.runs.tracker import Tracker
 
+TIMINGS = ("_runtime", "_per_second")  # endings of names that Trainer adds
 SHOWN = ("train/loss", "train/accuracy", "eval/loss", "eval/accuracy", "eval/forgetting")  # beside the progress bar
 
 
@@ -70,6 +72,7 @@ class StageCallback(TrainerCallback):
                     f"number. Lower learning_rate (now {self.recipe.learning_rate:g}), lengthen warmup_steps, look for "
                     "odd rows with `align check`, or compare bf16 true and false; then delete the folder and start again."
                 )
+        check_best(args, logs)
         metrics = trainer_metrics(logs, with_perplexity=isinstance(self.recipe, SFTRecipe | MLMRecipe))
         if metrics:
             self.tracker.log(state.global_step, metrics)
@@ -86,13 +89,24 @@ class StageCallback(TrainerCallback):
             mark_complete(checkpoint, progress, self.recipe.save_total_limit, world, self.own_sums(checkpoint))
 
 
+def check_best(args: TrainingArguments, logs: Mapping[str, float]) -> None:
+    """Check, if `logs` are those of an evaluation, that the metric which chooses the best model is among them.
+
+    Raises:
+        UserError: it is not.
+    """
+    if args.metric_for_best_model is not None and "eval_loss" in logs:
+        measured = [name for name in logs if name.startswith("eval_") and not name.endswith(TIMINGS)]
+        check_best_metric(args.metric_for_best_model, measured, "metric_for_best_model")
+
+
 def trainer_metrics(logs: Mapping[str, float], with_perplexity: bool) -> dict[str, float]:
     """A Trainer's logs under the names of `metrics.md`, without timings and the final summary."""
     if "train_runtime" in logs:
         return {}
     metrics = {}
     for name, value in logs.items():
-        if name == "total_flos" or name == "eval_num_tokens" or name.endswith(("_runtime", "_per_second")):
+        if name == "total_flos" or name == "eval_num_tokens" or name.endswith(TIMINGS):
             continue
         metrics[f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"] = float(value)
     if with_perplexity and "eval/loss" in metrics:

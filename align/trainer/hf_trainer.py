@@ -21,7 +21,6 @@ from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
 from align.engine.faults import during
-from align.errors import UserError
 from align.models.trainable import MERGEABLE
 from align.runs.own_files import new_files, new_files_in
 from align.runs.tracker import Tracker
@@ -169,16 +168,8 @@ def train(
         trainer.add_callback(trainer.early_stopping_callback(recipe.early_stopping_patience))
     if checkpoint is not None:
         check_trainer_state(checkpoint)
-    try:
-        with during("training"):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyError as error:
-        if recipe.metric_for_best_model not in str(error):
-            raise
-        known = ", ".join(name for name in evaluation_logs(trainer)[0] if name.startswith("eval_"))
-        raise UserError(
-            f"metric_for_best_model: no metric {recipe.metric_for_best_model}; this stage evaluates {known}."
-        ) from error
+    with during("training"):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is None:
         return {}, {}
     if recipe.load_best_model_at_end or evaluation_logs(trainer)[-1]["step"] != trainer.state.global_step:

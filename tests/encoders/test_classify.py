@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from align.config.data_source import DataSource
-from align.config.encoders import ClassifyRecipe, MLMRecipe
+from align.config.encoders import CLASSIFY_METRICS, ClassifyRecipe, MLMRecipe
 from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
@@ -232,6 +232,8 @@ def test_evaluation_is_exact_and_has_a_baseline(tmp_path, batch, capsys):
     assert "3 labels by training rows: yes (3), maybe (2), no (2)" in shown
     logged = metrics(settings)
     assert [line["step"] for line in logged if "eval/loss" in line] == [0, 2, 4, 6, 8]
+    first = {name for name in logged[0] if name.startswith("eval/")}
+    assert first == {f"eval/{name}" for name in ("loss", *CLASSIFY_METRICS["single_label_classification"])}
     assert undocumented(name for line in logged for name in line if name not in ("step", "time")) == []
 
 
@@ -244,6 +246,7 @@ def test_measures_of_several_labels_by_hand_and_by_scikit_learn():
     assert counts.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1]]  # found, missed, wrong
     correct = float((label_metrics.correct(labels, said - 0.5, true) * weight).sum())
     measures = label_metrics.summarize(labels, counts, correct, 4)
+    assert measures.keys() == set(CLASSIFY_METRICS["multi_label_classification"])
     assert measures["accuracy"] == 0.5  # rows that are wholly right
     assert measures["micro_f1"] == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
     assert measures["macro_f1"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
@@ -324,6 +327,7 @@ def test_measures_of_a_regression(shift):
     weight[:5] = 0
     errors = float((label_metrics.correct(labels, said[:, None], true) * weight).sum())
     measured = label_metrics.summarize(labels, label_metrics.counts(labels, said[:, None], true, weight), errors, 45)
+    assert measured.keys() == set(CLASSIFY_METRICS["regression"])
     assert measured["mse"] == pytest.approx(float(((said - true)[5:] ** 2).mean()))
     assert measured["pearson"] == pytest.approx(float(torch.corrcoef(torch.stack([said, true])[:, 5:])[0, 1]), abs=1e-6)
     constant = torch.full((50, 1), shift + 0.3, dtype=torch.float64)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from align.config.data_source import DataSource
-from align.config.encoders import ClassifyRecipe, MLMRecipe
+from align.config.encoders import MLM_METRICS, ClassifyRecipe, MLMRecipe
 from align.config.reward import RewardRecipe
 from align.data.rows import Passage
 from align.encoders.masking import Masking
@@ -249,6 +249,8 @@ def test_evaluation_is_exact_and_its_masks_are_fixed(tmp_path, batch, capsys):
     )
     logged = metrics(settings)
     assert [line["step"] for line in logged if "eval/perplexity" in line] == list(range(0, 41, 2))
+    first = {name for name in logged[0] if name.startswith("eval/")}
+    assert first == {f"eval/{name}" for name in (*MLM_METRICS, "perplexity")}
     assert undocumented(name for line in logged for name in line if name not in ("step", "time")) == []
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from align.config.data_source import DataSource
-from align.config.reward import RewardRecipe
+from align.config.reward import METRICS, RewardRecipe
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference
 from align.engine.distributed import World
@@ -224,6 +224,8 @@ def test_held_out_accuracy_beside_the_ceiling_of_a_known_truth(tmp_path):
     assert lines[-1]["eval/loss"] == pytest.approx(lines[-2]["eval/loss"], abs=1e-5)  # which agrees with training's
     assert lines[-1]["eval/accuracy"] == lines[-2]["eval/accuracy"]
     assert lines[-1]["eval/ceiling"] == 0.75
+    first = {name for name in lines[0] if name.startswith("eval/")}
+    assert first == {f"eval/{name}" for name in METRICS}
     assert results.metrics["agreement"] == 1.0  # it has learnt what z is worth
 
 

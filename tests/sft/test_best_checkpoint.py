@@ -14,7 +14,7 @@ from align.config.load import load_recipe
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.sft.train import run
-from tests.sft.letter_rows import ROWS, nll, recipe
+from tests.sft.letter_rows import nll, recipe
 from tests.worlds import metrics, trained, unfinished
 
 HELD_OUT = [("ab", "d"), ("k", "m"), ("q", "zs"), ("b", "c")]
@@ -111,6 +111,10 @@ def test_how_patient_it_still_is_survives_a_kill(tmp_path):
         ("early_stopping_patience: 2", "early_stopping_patience: needs evaluations"),
         ("early_stopping_patience: 2\neval_steps: 2\neval_fraction: 0", "needs held-out rows"),
         ("load_best_model_at_end: true\neval_steps: 4\nsave_steps: 6", r"save_steps: expected eval_steps \(4\)"),
+        (
+            "early_stopping_patience: 2\neval_steps: 2\nmetric_for_best_model: eval_los",
+            r"sft.yaml:6: metric_for_best_model: no metric eval_los; did you mean 'eval_loss'\?; this stage evaluates .*eval_gap",
+        ),
     ],
 )
 def test_refused(tmp_path, changes, words):
@@ -119,7 +123,16 @@ def test_refused(tmp_path, changes, words):
         load_recipe("sft", str(tmp_path / "sft.yaml"))
 
 
-def test_a_metric_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"metric_for_best_model: no metric eval_bleu.*eval_loss"):
-        run(recipe(tmp_path, ROWS, **SETTINGS, load_best_model_at_end=True, metric_for_best_model="eval_bleu"))
-    assert Path(tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("name", "changes", "last"),
+    [
+        ("eval_spell/loss", {"early_stopping_patience": 2}, "eval_gap"),
+        ("eval_bleu", {"load_best_model_at_end": True, "eval_metrics": ["exact_match"]}, "eval_exact_match"),
+    ],
+)
+def test_a_metric_that_the_evaluation_before_the_first_step_does_not_have(tmp_path, name, changes, last):
+    """A task's name is known from the rows, and some metrics name their numbers as they compute them."""
+    settings = recipe(tmp_path, **SETTINGS, **changes, metric_for_best_model=name)
+    with pytest.raises(UserError, match=rf"metric_for_best_model: no metric {name}.*eval_loss, .*{last}\.$"):
+        run(settings)
+    assert not (tmp_path / "out").exists()

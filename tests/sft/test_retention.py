@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerControl,
 from align.cli.check import check
 from align.config.data_source import DataSource
 from align.config.load import load_recipe
-from align.config.sft import SFTRecipe
+from align.config.sft import METRICS, SFTRecipe
 from align.data.rows import Demonstration
 from align.data.tokenize import Report, tokenize_demonstrations
 from align.errors import UserError
@@ -194,6 +194,8 @@ class TestMeasured:
     def test_every_metric_is_documented(self, finished):
         names = {name for line in metrics(finished[0]) for name in line} - {"step", "time"}
         assert undocumented(names) == []
+        first = {name for name in evaluations(finished[0])[0] if name.startswith("eval/")}
+        assert first == {f"eval/{name}" for name in (*METRICS, "perplexity")}
 
     def test_the_card_tells_the_course(self, finished):
         card = (Path(finished[0].output_dir) / "README.md").read_text()
