@@ -27,7 +27,7 @@ from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback
 from align.trainer.checkpoint import SafeCheckpoints, check_trainer_state
 
-LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting")  # endings of the names of metrics to minimize
+LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting", "mse")  # endings of the names of metrics to minimize
 
 
 def total_steps(recipe: TrainerRecipe, rows: int, plan: BatchPlan) -> int:

@@ -337,6 +337,17 @@ def test_measures_of_a_regression(shift):
     )
 
 
+def test_the_best_regression_has_the_smallest_error(tmp_path):
+    settings = recipe(
+        tmp_path, NUMBERS, NUMBERS[:4], max_steps=4, learning_rate=0.05, eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_mse",
+    )  # fmt: skip
+    run(settings)
+    errors = [row["eval/mse"] for row in metrics(settings) if "eval/mse" in row]
+    assert max(errors[1:-1]) > 2 * min(errors[1:-1])
+    assert errors[-1] == pytest.approx(min(errors[1:-1]), rel=1e-5)
+
+
 def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
     """Prompts and responses with a number each; the base was a reward model itself, whose zero is forgotten."""
     base = save_tiny_bert(tmp_path / "base", score_mean=3.0)
