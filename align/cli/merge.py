@@ -52,9 +52,11 @@ def run(adapter: str, output: str) -> str:
         raise UserError(f"{folder}: expected an adapter of {' or '.join(AUTO)}, got {task}.")
     labels: dict[str, Any] = {"num_labels": 1} if auto is AutoPeftModelForSequenceClassification else {}
     try:
-        model = auto.from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True, **labels)
+        model = auto.from_pretrained(
+            str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **labels
+        )
         with_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if with_tokenizer else base)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if with_tokenizer else base, trust_remote_code=False)
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded on its base {base}: {reason(error)}") from error
     check_finite(model, str(folder))

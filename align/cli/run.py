@@ -17,6 +17,8 @@ from align.cli.steps import Step, read_steps
 from align.config.evaluate import EvaluateRecipe
 from align.errors import OtherRun, UserError
 from align.evaluate.results import finished, tables
+from align.runs import lock
+from align.runs.command_line import USER_ERROR
 from align.runs.manifest import is_finished, read_manifest
 from align.runs.output_folder import clear_finished
 from align.runs.tables import cell, make_console, make_table
@@ -55,15 +57,20 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
         how = f"deepspeed with {step.processes} process{'es' * (step.processes > 1)}" if launched else "one process"
         say(f"{step.name}: {step.stage}, {how}, into {step.recipe.output_dir}", sys.stdout)
         began = time.monotonic()
-        code = run_process(words, launcher_environment() if launched else {})
+        try:
+            code = run_process(words, launcher_environment() if launched else {})
+        finally:
+            lock.remove_stale(Path(step.recipe.output_dir))  # of a stage that was ended by force
         if code:
             metrics = Path(step.recipe.output_dir) / "metrics.jsonl"
             how = describe_exit_code(code)
             memory = " Unless you killed it, the machine's memory ran out: lower per_device sizes." * ("SIGKILL" in how)
+            goes_on = "The same command continues from there."
+            if code == USER_ERROR:  # the stage has said what is wrong
+                goes_on = "Once its error above is fixed, the same command continues."
             raise UserError(
                 f"{step.path}: the {step.stage} stage {how} after {time.monotonic() - began:.0f} s"
-                f"{f'; its metrics are in {metrics}' if metrics.exists() else ''}. The same command continues from "
-                f"there.{memory}"
+                f"{f'; its metrics are in {metrics}' if metrics.exists() else ''}. {goes_on}{memory}"
             )
         if already_done(step) is None:  # a function of the user may have called `os._exit`
             raise UserError(

@@ -14,7 +14,7 @@ from align.errors import UserError
 # DeepSpeed checks its file only after the models are loaded, and parts of it not at all. Any value may be "auto" too.
 _TOP_KEYS: dict[type, str] = {
     dict: "zero_optimization bf16 fp16 amp optimizer scheduler activation_checkpointing aio autotuning checkpoint "
-    "comms_logger compression_training csv_monitor data_efficiency data_types elasticity eigenvalue flops_profiler "
+    "comms_logger compression_training comet csv_monitor data_efficiency data_types elasticity eigenvalue flops_profiler "
     "hybrid_engine pipeline progressive_layer_drop tensorboard tensor_parallel timers torch_autocast wandb compile",
     int: "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print vocabulary_size",
     float: "gradient_clipping gradient_predivide_factor",
@@ -37,6 +37,7 @@ _ZERO_KEYS: dict[type, str] = {
 TOP_TYPES = {name: expected for expected, names in _TOP_KEYS.items() for name in names.split()}
 ZERO_TYPES = {name: expected for expected, names in _ZERO_KEYS.items() for name in names.split()}
 _NAMES = {dict: "an object", int: "a whole number from 0", float: "a number from 0", bool: "true or false", str: "text"}
+_WRITERS = ("tensorboard", "csv_monitor", "wandb", "comet", "autotuning")  # sections that write where they say
 _OFFLOAD_DEVICES = ("none", "cpu", "nvme")
 
 
@@ -81,6 +82,13 @@ def read_deepspeed_file(path: str, where: str = "deepspeed") -> dict[str, Any]:
         raise UserError(
             f"{where}: {path}: zero_optimization.offload_optimizer: a state on NVMe, or offloaded in part, is not supported, "
             'since checkpoints could not hold it; use {"device": "cpu"}.'
+        )
+    for name in _WRITERS:
+        if config.get(name, {}).get("enabled", False):
+            raise UserError(f"{where}: {path}: {name} writes files of its own; leave it out, and use report_to.")
+    if config.get("flops_profiler", {}).get("output_file"):
+        raise UserError(
+            f"{where}: {path}: flops_profiler.output_file would be overwritten; leave it out, and the profile is printed."
         )
     for name in ("bf16", "fp16"):
         _check_types(config.get(name, {}), {"enabled": bool}, f"{where}: {path}: {name}")

@@ -31,6 +31,7 @@ SIZES = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads"), _HEADS),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "head_dim", "embedding_size"), _WIDTH),
     **dict.fromkeys(("intermediate_size", "n_inner", "hidden_dim"), _WIDTH),
+    "num_labels": 1_000_000,
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), _LENGTH),
 }
 
@@ -101,7 +102,7 @@ def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> Mode
         base = check_adapter(config, path, key)
         if base in _adapters:
             raise UserError(f"{key}: {path}: the adapter's base model leads back to {base}; correct {ADAPTER_CONFIG}.")
-        tensors = _read_weights(folder, config, key, ADAPTER_WEIGHTS)
+        tensors = _read_weights(folder, {}, key, ADAPTER_WEIGHTS)
         inner = inspect_folder(base, f"{key}: {path} is an adapter of {base}", (*_adapters, path, base))
         return ModelFolder(path, config, tensors, True, inner)
     check_sizes(config, f"{key}: {folder / name}")
@@ -171,6 +172,11 @@ def _check_files(folder: Path, key: str) -> None:
 def _read_weights(folder: Path, config: Mapping[str, Any], key: str, weights: str) -> dict[str, StoredTensor]:
     """The tensors of a folder, from the headers of its safetensors files."""
     if isinstance(named := config.get("transformers_weights"), str):  # transformers' key for another name
+        if Path(named).name != named or not named.endswith(".safetensors"):
+            raise UserError(
+                f"{key}: {folder / CONFIG}: transformers_weights: expected the name of a .safetensors file in this folder, got "
+                f"{shown(named)}"
+            )
         weights = named
     if os.path.lexists(folder / weights) and not weights.endswith(".index.json"):
         tensors = read_header(folder / weights, key)

@@ -24,6 +24,8 @@ class Printed(SystemExit):
 
 INTERRUPTED = "interrupted; the same command continues"
 
+USER_ERROR = 2  # the exit code after a UserError
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are UserErrors. `parse_known_args` leaves the words that it does not know, `--key value`.
@@ -91,7 +93,7 @@ def exit_code(command: Callable[[], int]) -> int:
         say(
             f"error: sys.exit({ended.code!r}) in {place.filename}, line {place.lineno}, ended the command; raise an error there."
         )
-        return 2
+        return USER_ERROR
     except OtherRankFailed as error:
         return error.code
     except UserError as error:
@@ -101,7 +103,7 @@ def exit_code(command: Callable[[], int]) -> int:
             time.sleep(5)
         rank = f"rank {os.environ['RANK']}: " if error.reported and os.environ["RANK"] != "0" else ""
         say(f"error: {rank}{' '.join(str(error).split())}")
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130

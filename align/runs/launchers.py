@@ -80,6 +80,10 @@ def _place(starter: str, environment: MutableMapping[str, str]) -> Place | None:
     if starter == "Slurm" and names[1] not in environment and environment.get("ENVIRONMENT") != "BATCH":
         names = (names[0], "SLURM_NTASKS", *names[2:])
     rank, size, local_rank = (_number(name, environment) for name in names[:3])
+    if size is None and rank and starter == "the launcher":
+        raise UserError(
+            f"{names[1]}: {names[0]} is {rank}, and this is not set; set both, or neither to run one process."
+        )
     if size is None or (size == 1 and not rank):
         return None
     if rank is None:
@@ -129,8 +133,10 @@ def _set_master(place: Place, environment: MutableMapping[str, str]) -> None:
                 "a free port there for all of them, as in `mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500`."
             )
     if not environment.get("MASTER_PORT"):
-        # Two jobs on one node differ in it, and the tasks of one do not.
-        job = [environment[name] for name in JOB[place.starter] if name in environment] or [str(os.getppid())]
+        # Two jobs on one node differ in it, and the ranks of one do not: those of one node have one parent under MPI.
+        job = [environment[name] for name in JOB[place.starter] if name in environment]
+        if not job and place.starter != "Slurm" and place.local_size == place.size:
+            job = [str(os.getppid())]
         environment["MASTER_PORT"] = str(FIRST_PORT + zlib.crc32(" ".join(job).encode()) % PORTS)
 
 

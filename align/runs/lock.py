@@ -6,6 +6,7 @@ it is for people, and for file systems and machines that flock does not reach ac
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -75,6 +76,13 @@ def release(folder: Path, descriptor: int, delete: bool) -> None:
     if delete and _is_current(folder, descriptor):
         (folder / LOCK).unlink()
     os.close(descriptor)
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete the lock of a run whose processes have all been killed, if there is one."""
+    if (folder / LOCK).is_file():
+        with contextlib.suppress(UserError, OSError):
+            release(folder, acquire(folder), delete=True)
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -130,7 +130,8 @@ def delete(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             for name in mine:
-                (folder / name).unlink(missing_ok=True)
+                if not any(parent.is_symlink() for parent in (folder / name).parents if folder in parent.parents):
+                    (folder / name).unlink(missing_ok=True)
             remove_empty(sorted((each for each in path.rglob("*") if each.is_dir()), reverse=True))
             remove_empty([path])
     _record(folder, files - mine)

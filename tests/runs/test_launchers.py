@@ -84,6 +84,7 @@ def test_each_starter(variables, found):
         (SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID: expected a number in this environment variable, got 'x'"),
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "MASTER_ADDR: Open MPI started 2 processes, .* several nodes"),
         ({"WORLD_SIZE": "2"}, "RANK: WORLD_SIZE is 2, and this is not set"),
+        ({"RANK": "1"}, "WORLD_SIZE: RANK is 1, and this is not set"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "MASTER_ADDR: RANK and WORLD_SIZE are set for 2 processes"),
         ({"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}, "LOCAL_RANK: RANK and WORLD_SIZE"),
         # srun -n 8 torchrun --nproc_per_node 4, srun -n 8 deepspeed --num_gpus 2, srun -n 2 mpirun -n 2, mpirun -n 2 srun -n 8
@@ -108,6 +109,19 @@ def test_ranks_of_a_job_have_one_port_and_jobs_differ():
     assert port() == port(SLURM_PROCID="2", SLURM_LOCALID="2")
     assert 20_000 <= port() < 30_000
     assert len({port(), port(SLURM_JOB_ID="78"), port(SLURM_STEP_ID="1")}) == 3
+
+
+def test_ranks_without_a_job_have_one_port_whatever_started_them():
+    tasks = {name: value for name, value in SLURM.items() if name not in ("SLURM_JOB_ID", "SLURM_STEP_ID")}
+    code = "from align.runs.launchers import adopt_ranks; import os; adopt_ranks(); print(os.environ['MASTER_PORT'])"
+    ports = set()
+    for shell in ("", "true; "):  # the second is a child of a shell that stays
+        done = subprocess.run(
+            ["sh", "-c", f"{shell}{sys.executable} -c \"{code}\"; true"], env={**os.environ, **tasks, "PYTHONPATH": str(ranks.ROOT)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        ports.add(done.stdout)
+    assert len(ports) == 1
 
 
 @pytest.mark.parametrize(

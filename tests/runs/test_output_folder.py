@@ -171,6 +171,15 @@ class TestOwnFiles:
             with pytest.raises(UserError, match=r"`files` in its .* is damaged"):
                 delete(out / "mine")
 
+    def test_a_link_within_a_folder_that_it_lists_is_not_followed(self, out, tmp_path):
+        write(tmp_path, theirs__notes="mine")
+        own(out / "untrained").mkdir()
+        record = json.loads((out / "run.json").read_text())
+        (out / "run.json").write_text(json.dumps({**record, "files": ["untrained/inner/notes"]}))
+        (out / "untrained" / "inner").symlink_to(tmp_path / "theirs")
+        delete(out / "untrained")
+        assert (tmp_path / "theirs" / "notes").read_text() == "mine"
+
     def test_only_what_it_lists_is_deleted(self, out):
         own(out / "untrained").mkdir()
         write(out, untrained__weights="ours", best__weights="mine", notes="mine")
