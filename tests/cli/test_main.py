@@ -93,7 +93,9 @@ def test_interrupted(stage, capsys):
 def test_other_ranks_tell_only_what_rank_0_did_not(stage, capsys, monkeypatch):
     waits = []
     monkeypatch.setattr(command_line.time, "sleep", waits.append)
-    monkeypatch.setenv("RANK", "1")
+    launched = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert cli.main(["sft", "r.yaml", "--seed", "x"]) == 2
     assert waits == [5]  # in which the launcher, told by rank 0, ends this rank
     assert "--seed" in capsys.readouterr().err
