@@ -24,11 +24,16 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 from align import compat
+from align.compat import deepspeed as of_deepspeed
+from align.compat import others as of_others
+from align.compat import peft as of_peft
+from align.compat import transformers as of_transformers
+from align.compat import trl as of_trl
 from align.config.template_limits import begin_render
 from tests.worlds import tiny_llama
 
 ROOT = Path(__file__).parents[1]
-FUSED = compat.has_fused_head()
+FUSED = of_trl.has_fused_head()
 
 
 def load(path: str):
@@ -53,7 +58,7 @@ def test_trainers_have_the_base_classes_whose_methods_are_overridden():
 
 
 @pytest.mark.parametrize("trainer", [trl.SFTTrainer, trl.RewardTrainer])
-@pytest.mark.parametrize("name", [compat.TRAINER_METRICS, compat.TRAINER_TOKENS])
+@pytest.mark.parametrize("name", [of_trl.TRAINER_METRICS, of_trl.TRAINER_TOKENS])
 def test_attributes_of_trl_trainers(trainer, name):
     assert f"self.{name} = " in inspect.getsource(trainer.__init__)
 
@@ -92,14 +97,14 @@ class TestPickles:
 class TestTransformers:
     def test_attention_implementation(self):
         model = tiny_llama()
-        assert compat.attention_implementation(model.config) == "sdpa"
+        assert of_transformers.attention_implementation(model.config) == "sdpa"
         model.set_attn_implementation("eager")
-        assert compat.attention_implementation(model.config) == "eager"
+        assert of_transformers.attention_implementation(model.config) == "eager"
 
     def test_sdpa_attention(self):
         query, key, value = torch.randn(3, 2, 4, 5, 8)
         module = SimpleNamespace(is_causal=False, training=False)
-        output, weights = compat.sdpa_attention(module, query, key, value, None)
+        output, weights = of_transformers.sdpa_attention(module, query, key, value, None)
         scores = (query @ key.transpose(2, 3) / 8**0.5).softmax(dim=-1) @ value
         torch.testing.assert_close(output, scores.transpose(1, 2))
         assert weights is None
@@ -109,9 +114,9 @@ class TestTransformers:
 
         def counted(*arguments, **settings):
             calls.append(arguments[4])
-            return compat.sdpa_attention(*arguments, **settings)
+            return of_transformers.sdpa_attention(*arguments, **settings)
 
-        compat.register_sdpa_variant("counted_sdpa", counted)
+        of_transformers.register_sdpa_variant("counted_sdpa", counted)
         ids, mask = torch.tensor([[0, 3, 4], [5, 6, 7]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
         plain, variant = tiny_llama(), tiny_llama()
         variant.set_attn_implementation("counted_sdpa")
@@ -121,20 +126,20 @@ class TestTransformers:
         assert calls[0].shape == (2, 1, 3, 3)
 
     def test_model_types(self):
-        assert compat.has_causal_lm(transformers.LlamaConfig())
-        assert not compat.has_causal_lm(transformers.CLIPTextConfig())
-        assert {"llama", "gpt2"} <= set(compat.causal_lm_types())
-        assert "t5" in compat.seq2seq_lm_types()
-        assert "bert" in compat.masked_lm_types()
-        assert "llama" not in [*compat.seq2seq_lm_types(), *compat.masked_lm_types()]
+        assert of_transformers.has_causal_lm(transformers.LlamaConfig())
+        assert not of_transformers.has_causal_lm(transformers.CLIPTextConfig())
+        assert {"llama", "gpt2"} <= set(of_transformers.causal_lm_types())
+        assert "t5" in of_transformers.seq2seq_lm_types()
+        assert "bert" in of_transformers.masked_lm_types()
+        assert "llama" not in [*of_transformers.seq2seq_lm_types(), *of_transformers.masked_lm_types()]
 
     def test_sharded_loading(self):
-        assert not compat.loads_sharded()
+        assert not of_transformers.loads_sharded()
         config = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
         alive = transformers.integrations.HfDeepSpeedConfig(config)
-        assert compat.loads_sharded()
-        compat.stop_sharded_loading()
-        assert not compat.loads_sharded()
+        assert of_transformers.loads_sharded()
+        of_transformers.stop_sharded_loading()
+        assert not of_transformers.loads_sharded()
         del alive
 
     def test_the_layers_of_a_cache(self):
@@ -170,9 +175,9 @@ class TestTRL:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trl.trainer.utils._ChunkedLogProbFunction, "apply", watched)
             ids = torch.tensor([[5, 6, 3, 4, 7, 8]])
-            arguments = {"input_ids": ids, "labels": labels, compat.FUSED_HEAD_ARGUMENT: True}
+            arguments = {"input_ids": ids, "labels": labels, of_trl.FUSED_HEAD_ARGUMENT: True}
             everywhere = model(**arguments)
-            with compat.fused_head_on_label_tokens():
+            with of_trl.fused_head_on_label_tokens():
                 alone = model(**arguments)
             model(**arguments)
         assert sizes == [5, 2, 5]
@@ -183,15 +188,15 @@ class TestTRL:
 
     @pytest.mark.skipif(not FUSED, reason="TRL 1.14, the last for Python 3.10, has no fused head")
     def test_the_sft_trainer_asks_for_it(self):
-        assert compat.FUSED_HEAD_ARGUMENT in inspect.getsource(trl.SFTTrainer.compute_loss)
+        assert of_trl.FUSED_HEAD_ARGUMENT in inspect.getsource(trl.SFTTrainer.compute_loss)
 
     def test_metrics_and_tokens(self):
-        trainer = SimpleNamespace(**{compat.TRAINER_METRICS: {"eval": {}}, compat.TRAINER_TOKENS: 5})
-        compat.pending_metrics(trainer, "eval")["accuracy"] = [1.0]
+        trainer = SimpleNamespace(**{of_trl.TRAINER_METRICS: {"eval": {}}, of_trl.TRAINER_TOKENS: 5})
+        of_trl.pending_metrics(trainer, "eval")["accuracy"] = [1.0]
         assert trainer._metrics == {"eval": {"accuracy": [1.0]}}
-        compat.raise_token_count(trainer, 3)
+        of_trl.raise_token_count(trainer, 3)
         assert trainer._total_train_tokens == 5
-        compat.raise_token_count(trainer, 8)
+        of_trl.raise_token_count(trainer, 8)
         assert trainer._total_train_tokens == 8
 
 
@@ -201,13 +206,12 @@ import os
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", DS_ACCELERATOR="cpu")
 import deepspeed
 from torch import nn
-from align import compat
-from align.config.template_limits import begin_render
-compat.disable_deepspeed_shared_memory()
+from align.compat import deepspeed as of_deepspeed
+of_deepspeed.disable_deepspeed_shared_memory()
 deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 with deepspeed.zero.Init(config_dict_or_path={"zero_optimization": {"stage": 3}, "train_batch_size": 1}):
     weight = nn.Linear(3, 5).weight
-found = [compat.is_sharded(weight), list(compat.full_shape(weight)), compat.local_shard(weight).numel(), weight.numel()]
+found = [of_deepspeed.is_sharded(weight), list(of_deepspeed.full_shape(weight)), of_deepspeed.local_shard(weight).numel(), weight.numel()]
 found.append(deepspeed.comm.comm.cdb.shm_comm_op is None)
 print(json.dumps(found))
 """
@@ -227,19 +231,19 @@ class TestDeepSpeed:
 
     def test_a_plain_parameter(self):
         weight = nn.Linear(3, 5).weight
-        assert not compat.is_sharded(weight)
-        assert compat.full_shape(weight) == (5, 3)
-        assert torch.equal(compat.local_shard(weight), weight)
+        assert not of_deepspeed.is_sharded(weight)
+        assert of_deepspeed.full_shape(weight) == (5, 3)
+        assert torch.equal(of_deepspeed.local_shard(weight), weight)
 
     def test_the_names_of_its_shared_memory(self):
-        prefix = compat.DEEPSPEED_SHARED_MEMORY_FILES.removesuffix("_*")
+        prefix = of_deepspeed.DEEPSPEED_SHARED_MEMORY_FILES.removesuffix("_*")
         package = Path(importlib.util.find_spec("deepspeed").origin).parent
         assert prefix in (package / "ops" / "csrc" / "cpu" / "comm" / "shm.cpp").read_text(encoding="utf-8")
 
 
 def test_the_active_adapter():
     model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    settings = compat.active_adapter_config(model)
+    settings = of_peft.active_adapter_config(model)
     assert settings.is_prompt_learning
     assert settings.num_virtual_tokens == 3
 
@@ -248,10 +252,10 @@ def test_bitsandbytes_layers():
     layers = pytest.importorskip("bitsandbytes").nn
     layer = layers.Linear4bit(4, 4)
     assert hasattr(layer, "support_avx512bf16_for_cpu")
-    compat.keep_differentiable_kernel(layer)
+    of_others.keep_differentiable_kernel(layer)
     assert layer.support_avx512bf16_for_cpu is False
     plain = nn.Linear(4, 4)
-    compat.keep_differentiable_kernel(plain)
+    of_others.keep_differentiable_kernel(plain)
     assert not hasattr(plain, "support_avx512bf16_for_cpu")
 
 
@@ -259,8 +263,8 @@ def test_sacrebleu_statistics():
     metrics = pytest.importorskip("sacrebleu.metrics")
     predictions, references = ["a b c d e", "a b c d f g"], ["a b c d e", "a b c x f g"]
     for metric in (metrics.BLEU(force=True), metrics.CHRF()):
-        rows = torch.tensor(compat.bleu_statistics(metric, predictions, references))
-        score = compat.bleu_score(metric, rows.sum(dim=0).int().tolist())
+        rows = torch.tensor(of_others.bleu_statistics(metric, predictions, references))
+        score = of_others.bleu_score(metric, rows.sum(dim=0).int().tolist())
         assert score == pytest.approx(metric.corpus_score(predictions, [references]).score)
 
 
@@ -303,7 +307,7 @@ def overrides(tree: ast.Module) -> set[str]:
 
 
 def test_chat_template_environment():
-    environment = compat.chat_template_environment()
+    environment = of_transformers.chat_template_environment()
     begin_render()  # it has limits if another test has rendered
     assert {"raise_exception", "strftime_now", "namespace"} <= environment.globals.keys()
     assert environment.trim_blocks
@@ -312,7 +316,7 @@ def test_chat_template_environment():
 
 
 def test_namespace_values():
-    assert compat.namespace_values(jinja2.utils.Namespace(a=1)) == {"a": 1}
+    assert of_others.namespace_values(jinja2.utils.Namespace(a=1)) == {"a": 1}
 
 
 def test_apply_chat_template():
@@ -328,7 +332,10 @@ def test_apply_chat_template():
 
     messages = [{"role": "user", "content": "hello"}]
     for _ in range(2):  # once for each render, or a clock that starts there would not start
-        assert compat.apply_chat_template(tokenizer, messages, compiled, add_generation_prompt=True) == "helloTrue"
+        assert (
+            of_transformers.apply_chat_template(tokenizer, messages, compiled, add_generation_prompt=True)
+            == "helloTrue"
+        )
     assert asked == ["own", "own"]
     assert chat_template_utils._compile_jinja_template is before
 
@@ -354,7 +361,7 @@ def test_the_walk_sees_private_names():
 def test_private_names_of_others_are_reached_through_compat():
     wrong = {}
     for path in sorted([*ROOT.glob("align/**/*.py"), *ROOT.glob("reward_models/*.py")]):
-        if path == ROOT / "align" / "compat.py":
+        if path.parent == ROOT / "align" / "compat":
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         allowed = {*OVERRIDDEN, "_exit"}  # the latter of the standard library's os

@@ -26,7 +26,12 @@ FOLDERS = [
 ]
 # `python -m align.STAGE` starts the launcher of all stages, which lies below them.
 OWNERS = {
-    "deepspeed": {"align.compat", "align.engine.deepspeed_engine", "align.engine.distributed", "align.engine.sharding"},
+    "deepspeed": {
+        "align.compat.deepspeed",
+        "align.engine.deepspeed_engine",
+        "align.engine.distributed",
+        "align.engine.sharding",
+    },
     "wandb": {"align.runs.wandb_run"},
     "evaluate": {"align.evaluate.metrics", "align.evaluate.text_metrics"},
     "sacrebleu": {"align.evaluate.text_metrics"},

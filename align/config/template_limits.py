@@ -14,7 +14,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from jinja2.utils import Namespace
 
-from align.compat import namespace_values
+from align.compat.others import namespace_values
 
 MAX_SECONDS = 5.0  # of a render; an ordinary one takes less than a millisecond
 MAX_SIZE = 2**26  # characters of a value; a long book has 2**21

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from align.compat import apply_chat_template, chat_template_environment
+from align.compat.transformers import apply_chat_template, chat_template_environment
 from align.config.sandbox import LimitedEnvironment, compile_problem, limited
 from align.config.template_limits import TemplateLimit, begin_render
 from align.errors import BadRow, TemplateFailure

@@ -20,7 +20,7 @@ from peft import get_peft_model
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from align.compat import pending_metrics
+from align.compat.trl import pending_metrics
 from align.config.encoders import ClassifyRecipe
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows

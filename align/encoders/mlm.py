@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from align.compat import masked_lm_types
+from align.compat.transformers import masked_lm_types
 from align.config.encoders import MLMRecipe
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from align.compat import DEEPSPEED_SHARED_MEMORY_FILES, disable_deepspeed_shared_memory
+from align.compat.deepspeed import DEEPSPEED_SHARED_MEMORY_FILES, disable_deepspeed_shared_memory
 from align.engine import rank_errors
 from align.engine.cpu import configure_cpu
 from align.engine.timer import Clock

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from align.compat import full_shape, is_sharded, local_shard
+from align.compat.deepspeed import full_shape, is_sharded, local_shard
 from align.engine.engine import TrainEngine
 from align.engine.optimizer import trained_parameters
 from align.engine.parts import Part, SavedParts, write_parts

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.compat import attention_implementation, register_sdpa_variant, sdpa_attention
+from align.compat.transformers import attention_implementation, register_sdpa_variant, sdpa_attention
 from align.models.in_place_gradients import add_in_pieces
 from reward_models.heads import hf_model
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from align.compat import full_shape
+from align.compat.deepspeed import full_shape
 
 
 def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from align.compat import is_sharded
+from align.compat.deepspeed import is_sharded
 from align.config.base import StageRecipe
 from align.engine.deepspeed_config import deepspeed_config, deepspeed_file, zero_stage
 from align.engine.distributed import World

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.compat import copy_stepped_weights, full_shape, splits_state, stepped_parts
+from align.compat.deepspeed import copy_stepped_weights, full_shape, splits_state, stepped_parts
 from align.engine.distributed import World
 from align.engine.mixed_precision import copy_masters
 from align.engine.optimizer import trained_parameters

@@ -17,7 +17,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from align.compat import bleu_score, bleu_statistics
+from align.compat.others import bleu_score, bleu_statistics
 from align.evaluate.bootstrap import Floats
 
 Scores = dict[str, float]

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
-from align.compat import loads_sharded, local_elements
+from align.compat.deepspeed import local_elements
+from align.compat.transformers import loads_sharded
 from align.errors import UserError
 
 POOLER = "pooler"  # layer of encoders between backbone and head, which only some checkpoints have

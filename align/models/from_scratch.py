@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast, set_seed
 
-from align.compat import has_causal_lm
+from align.compat.transformers import has_causal_lm
 from align.data.rows import Demonstration, render_text
 from align.errors import UserError, nearest
 from align.models.context_length import max_positions

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.compat import causal_lm_types, loads_sharded, seq2seq_lm_types
+from align.compat.transformers import causal_lm_types, loads_sharded, seq2seq_lm_types
 from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_complete, check_finite
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object

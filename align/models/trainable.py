@@ -22,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.compat import full_shape, keep_differentiable_kernel
+from align.compat.deepspeed import full_shape
+from align.compat.others import keep_differentiable_kernel
 from align.config.base import StageRecipe
 from align.errors import UserError, first_few, nearest
 

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from align.compat import active_adapter_config
+from align.compat.peft import active_adapter_config
 from align.errors import UserError
 from align.models.load import adapter_settings, load_policy
 

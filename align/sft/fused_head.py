@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from align.compat import has_fused_head
+from align.compat.trl import has_fused_head
 from align.data.tokenize import IGNORE_INDEX
 
 HAS_FUSED_HEAD = has_fused_head()

@@ -22,12 +22,8 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from align.compat import (
-    FUSED_HEAD_ARGUMENT,
-    active_adapter_config,
-    fused_head_on_label_tokens,
-    pending_metrics,
-)
+from align.compat.peft import active_adapter_config
+from align.compat.trl import FUSED_HEAD_ARGUMENT, fused_head_on_label_tokens, pending_metrics
 from align.data.tokenize import IGNORE_INDEX
 from align.runs.tracker import Tracker
 from align.sft.best_checkpoint import BoundedEarlyStopping, rank_key, within_bound

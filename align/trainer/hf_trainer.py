@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
-from align.compat import pending_metrics, raise_token_count, stop_sharded_loading
+from align.compat.transformers import stop_sharded_loading
+from align.compat.trl import pending_metrics, raise_token_count
 from align.config.base import TrainerRecipe
 from align.data.batches import ResumableLengthGroupedSampler
 from align.engine.batch_plan import BatchPlan

@@ -1,0 +1,40 @@
+"""What the package relies on in smaller libraries; see `align/compat/__init__.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Jinja
+
+
+def namespace_values(namespace: Any) -> dict[str, Any]:
+    """What a template has put into a `namespace()`."""
+    values: dict[str, Any] = namespace._Namespace__attrs
+    return values
+
+
+# bitsandbytes
+
+
+def keep_differentiable_kernel(module: Any) -> None:
+    """Keep a 4-bit layer on a CPU to the one kernel that has a gradient; other modules are left unchanged.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer in its first evaluation for a bfloat16 kernel without a
+    gradient, and training would silently go on with it: the layers below would learn nothing.
+    """
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
+
+
+# sacrebleu
+
+
+def bleu_statistics(metric: Any, predictions: list[str], references: list[str]) -> list[list[float]]:
+    """The statistics of each row from which a sacrebleu metric computes its score of a corpus."""
+    rows: list[list[float]] = metric._extract_corpus_statistics(predictions, [references])
+    return rows
+
+
+def bleu_score(metric: Any, statistics: list[int]) -> float:
+    """A sacrebleu metric's score of a corpus, from the sums of its rows' statistics."""
+    return float(metric._compute_score_from_stats(statistics).score)

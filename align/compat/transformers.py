@@ -1,0 +1,93 @@
+"""What the package relies on in transformers; see `align/compat/__init__.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def attention_implementation(config: Any) -> str:
+    """The attention kernel that a loaded model uses, such as "sdpa"."""
+    return str(config._attn_implementation)
+
+
+def sdpa_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' "sdpa" attention: query, key, value [B, heads, S, D] -> [B, S, heads, D]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def register_sdpa_variant(name: str, attention: Callable[..., Any]) -> None:
+    """Offer `attention` as an attention implementation that gets the masks of "sdpa"."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def chat_template_environment() -> Any:
+    """A Jinja environment such as transformers renders chat templates in."""
+    from transformers.utils import chat_template_utils
+
+    return chat_template_utils._compile_jinja_template("{# limited #}").environment  # one that no other has
+
+
+def apply_chat_template(tokenizer: Any, messages: Any, compile_template: Callable[[str], Any], **kwargs: Any) -> str:
+    """`tokenizer.apply_chat_template` as text, with the template compiled by `compile_template`, once for each render."""
+    from transformers.utils import chat_template_utils as utils
+
+    before = utils._compile_jinja_template
+    utils._compile_jinja_template = compile_template  # type: ignore[assignment]  # a plain function
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    finally:
+        utils._compile_jinja_template = before
+
+
+def has_causal_lm(config: Any) -> bool:
+    """Whether transformers has a causal language model for this configuration class."""
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping
+
+
+def causal_lm_types() -> Collection[str]:
+    """Values of `config.model_type` that have a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def seq2seq_lm_types() -> Collection[str]:
+    """Values of `config.model_type` that have a sequence-to-sequence language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+
+def masked_lm_types() -> Collection[str]:
+    """Values of `config.model_type` that have a masked language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def loads_sharded() -> bool:
+    """Whether `from_pretrained` shards the weights that it loads now, as under `HfDeepSpeedConfig` with ZeRO-3."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+def stop_sharded_loading() -> None:
+    """Have `from_pretrained` load whole models again after a Trainer has trained under ZeRO-3."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
