@@ -1,7 +1,8 @@
 """Prompts and responses to token ids, identically in every stage.
 
 A prompt is tokenized on its own, exactly as generation starts from it, and so is its response: the prompt's ids are a
-prefix of the sequence's ids. Every response ends in exactly one end-of-text id (EOS).
+prefix of the sequence's ids. Every response ends in exactly one end-of-text id: the one that the chat template writes
+after it if it ends responses of the model (`align.data.end_tokens`), otherwise the tokenizer's EOS.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from align.data.chat_template import render_chat
+from align.data.end_tokens import end_texts, split_at_end
 from align.data.rows import Demonstration, Turns, as_response, render_text
 from align.errors import BadRow, UserError
 
@@ -67,13 +69,17 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> str:
     return prompt
 
 
-def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns, start: str, response: Turns) -> str:
-    """The text to tokenize for a response, without EOS; `start` is the prompt's text. Raises as `encode_response`."""
+def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns, start: str, response: Turns) -> tuple[str, int]:
+    """The text to tokenize for a response, and the id of the token that ends it. Raises as `encode_response`.
+
+    Args:
+        start: the prompt's text.
+    """
     if isinstance(prompt, str):
-        return _until_eos(tokenizer, render_text(response))
+        return _text_until_end(tokenizer, render_text(response))
     turns = as_response(prompt, response) if isinstance(response, str) else response
     dialogue = _render(tokenizer, [*prompt, *turns], add_generation_prompt=False)
-    return _until_eos(tokenizer, _suffix(start, dialogue))
+    return _turn_until_end(tokenizer, _suffix(start, dialogue))
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Turns], texts: Sequence[str]) -> list[list[int]]:
@@ -84,9 +90,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Turns], tex
     return [_with_single_bos(tokenizer, next(plain)) if is_text else next(chat) for is_text in are_text]
 
 
-def response_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of responses from `response_text`, with EOS at the end."""
-    return [[*ids, tokenizer.eos_token_id] for ids in _ids(tokenizer, texts, False)]
+def response_ids(tokenizer: PreTrainedTokenizerBase, responses: Sequence[tuple[str, int]]) -> list[list[int]]:
+    """Ids of responses from `response_text`, with the token that ends each."""
+    encoded = _ids(tokenizer, [text for text, _ in responses], False)
+    return [[*ids, end] for ids, (_, end) in zip(encoded, responses, strict=True)]
 
 
 def pair_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
@@ -114,8 +121,9 @@ def prompt_labels(tokenizer: PreTrainedTokenizerBase, row: Demonstration, text: 
         opened = _render(tokenizer, row.prompt[:index], add_generation_prompt=True)
         closed = _render(tokenizer, row.prompt[: index + 1], add_generation_prompt=False)
         _suffix(closed, text)
-        turn, eos, _ = _suffix(opened, closed).partition(tokenizer.eos_token)
-        spans.append((len(opened), len(opened) + len(turn) + len(eos)))
+        turn = _suffix(opened, closed)
+        _, _, after = split_at_end(tokenizer, turn)
+        spans.append((len(opened), len(opened) + len(turn) - len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
         token if any(start <= first < last <= end for start, end in spans) else ignored
@@ -129,7 +137,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
             f"{tokenizer.name_or_path or 'tokenizer'}: the rows are messages, and the tokenizer has no chat template to render "
             "them with; name a Jinja file as `chat_template_path`."
         )
-    for token in (tokenizer.bos_token, tokenizer.eos_token):
+    for token in (tokenizer.bos_token, *end_texts(tokenizer)):
         if token and any(token in message["content"] for message in messages):
             raise BadRow(f"the text of the special token {token} in a message")
     return render_chat(tokenizer, messages, add_generation_prompt)
@@ -141,20 +149,37 @@ def _suffix(start: str, text: str) -> str:
     return text[len(start) :]
 
 
-def _until_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    text, _, rest = text.partition(tokenizer.eos_token)
+def _turn_until_end(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int]:
+    """A rendered turn before the token that the chat template ends it with, and that token's id: EOS if it writes none."""
+    text, end, rest = split_at_end(tokenizer, text)
+    for token, id in end_texts(tokenizer).items():  # some templates write EOS after the token that ends the turn
+        rest = rest if id == end else rest.replace(token, "")
+    return _checked(tokenizer, text, int(tokenizer.eos_token_id) if end is None else end, rest)
+
+
+def _text_until_end(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int]:
+    """Plain text before the token that it ends with, and that token's id: EOS if it has none."""
+    ends = end_texts(tokenizer)
+    end = next((token for token in ends if text.rstrip().endswith(token)), str(tokenizer.eos_token))
+    before, found, rest = text.rpartition(end)
+    if not found:
+        before, rest = text, ""
+    return _checked(tokenizer, before, ends[end], tokenizer.eos_token if tokenizer.eos_token in before else rest)
+
+
+def _checked(tokenizer: PreTrainedTokenizerBase, text: str, end: int, rest: str) -> tuple[str, int]:
     if rest.strip():
-        raise BadRow(f"the text of the end-of-text token {tokenizer.eos_token} inside the response")
+        raise BadRow(f"the text of the end-of-text token {tokenizer.convert_ids_to_tokens(end)} inside the response")
     if tokenizer.bos_token and tokenizer.bos_token in text:
         raise BadRow(f"the text of the begin-of-text token {tokenizer.bos_token} in the response")
-    return text
+    return text, end
 
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> Turns:
-    """The turns with the text of BOS and EOS removed."""
+    """The turns with the text of BOS and of the tokens that end a response removed."""
     if not isinstance(turns, str):
         return [{**turn, "content": str(_without_special_tokens(tokenizer, turn["content"]))} for turn in turns]
-    for token in (tokenizer.bos_token, tokenizer.eos_token):
+    for token in (tokenizer.bos_token, *end_texts(tokenizer)):
         turns = turns.replace(token, "") if token else turns
     return turns
 

@@ -122,12 +122,12 @@ def _encoded(
 ) -> Iterator[tuple[Any, str, list[int], list[list[int]]]]:
     """Yield (row, prompt text, prompt ids, ids of each response)."""
     for start in range(0, len(rows), BATCH):
-        rendered: list[tuple[Any, str, list[str]]] = []
+        rendered: list[tuple[Any, str, list[tuple[str, int]]]] = []
         for row in rows[start : start + BATCH]:
             with bad.catch(row.where):
                 text = prompt_text(tokenizer, row.prompt)
                 answers = [response_text(tokenizer, row.prompt, text, response) for response in _responses(row)]
-                if not all(answer.strip() for answer in answers):  # only the text of EOS
+                if not all(answer.strip() for answer, _ in answers):  # only the text of EOS
                     raise BadRow("empty response")
                 rendered.append((row, text, answers))
         prompts = prompt_ids(tokenizer, [row.prompt for row, *_ in rendered], [text for _, text, _ in rendered])

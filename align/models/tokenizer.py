@@ -1,21 +1,24 @@
-"""Tokenizers: loading, the chat template, the padding token."""
+"""Tokenizers: loading, the chat template, the padding token, and the tokens that end a response of the model."""
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from align.config.text_file import read_text
 from align.data.chat_template import check_chat_template
+from align.data.end_tokens import set_model_ends
 from align.errors import TemplateFailure, UserError, reason
+from align.models.load import adapter_settings
 
 
 def load_tokenizer(
     path: str, chat_template_path: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `path`, with left padding, a padding token, and the given chat template.
+    """The tokenizer in `path`, with left padding, a padding token, the given chat template, and the model's end tokens.
 
     Raises:
-        UserError: no tokenizer in `path`, no end-of-text token, or an unreadable chat template.
+        UserError: no tokenizer in `path`, no end-of-text token, `eos_token_id` of the model that is no token id, or an
+            unreadable chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
@@ -30,7 +33,33 @@ def load_tokenizer(
         tokenizer.pad_token = end  # safe: masks say what is padding, never ids
     if chat_template_path is not None:
         tokenizer.chat_template = read_chat_template(chat_template_path)
+    if tokenizer.eos_token is not None:
+        set_model_ends(tokenizer, model_end_ids(path, trust_remote_code))
     return tokenizer
+
+
+def model_end_ids(path: str, trust_remote_code: bool = False) -> list[int]:
+    """`eos_token_id` of the model's generation config, or of its config when it has none, as transformers reads them.
+
+    Raises:
+        UserError: it is no token id, nor a list of them.
+    """
+    settings = adapter_settings(path)
+    folder = path if settings is None else str(settings["base_model_name_or_path"])
+    file = "generation_config.json"
+    try:
+        found = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:  # it has none
+        file = "config.json"
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception:  # a tokenizer alone; what loads the model says what is wrong with its configuration
+            return []
+        found = GenerationConfig.from_model_config(config).eos_token_id
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(token) is not int for token in ids):
+        raise UserError(f"{folder}/{file}: eos_token_id: expected a token id or a list of token ids, got {found!r}.")
+    return ids
 
 
 def read_chat_template(path: str) -> str:

@@ -1,0 +1,101 @@
+"""Every token that the model names ends a response: read, trained, and no part of the text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.data.encode import encode_response
+from align.data.end_tokens import decode_responses, end_ids
+from align.errors import BadRow, UserError
+from align.models.tokenizer import load_tokenizer
+from tests.data.messages import assistant, user
+from tests.data.test_tokenize import make_tokenizer
+from tests.worlds import letter_tokenizer
+
+# As of Phi-3.5: the turn ends by one token, and the dialogue by the tokenizer's EOS.
+PHI = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+SPECIAL = ["<pad>", "</s>", "<|end|>", "<|user|>", "<|assistant|>"]
+
+
+def phi(folder: Path, eos: object = (2, 4, 1), template: str = PHI):
+    tokenizer = make_tokenizer(SPECIAL, template, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ids"),
+    [
+        ([5, 2, 7], None, (2, 5, 7)),  # Llama-3.1, Gemma-3, Qwen3: a list; the tokenizer's EOS is 2
+        (7, None, (2, 7)),
+        (None, None, (2,)),  # a generation config without one
+        ("absent", [6, 2], (2, 6)),  # no generation config
+        (7, [6, 2], (2, 7)),  # the generation config counts, as for transformers
+        ([9999], None, (2, 9999)),  # no such token: nothing samples it
+    ],
+)
+def test_the_ids_that_end_a_response(tmp_path, generation, config, ids):
+    letter_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": config}))
+    if generation != "absent":
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert end_ids(load_tokenizer(str(tmp_path))) == ids
+
+
+def test_an_adapter_ends_as_its_base_does(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    phi(base)
+    letter_tokenizer().save_pretrained(adapter)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert end_ids(load_tokenizer(str(adapter))) == (2, 4, 1)
+
+
+@pytest.mark.parametrize("bad", ["</s>", [2, None], [[2]], 2.0, True])
+def test_an_eos_that_is_no_id_is_refused(tmp_path, bad):
+    with pytest.raises(UserError, match=r"eos_token_id: expected a token id or a list of token ids"):
+        phi(tmp_path, bad)
+
+
+class TestTrainedEnd:
+    def test_the_template_writes_one_of_the_set(self, tmp_path):
+        tokenizer = phi(tmp_path)
+        ids = encode_response(tokenizer, [user("the cat")], [assistant("sat")])
+        assert tokenizer.decode(ids) == "sat<|end|>"
+
+    def test_the_model_does_not_end_by_what_the_template_writes(self, tmp_path):
+        tokenizer = phi(tmp_path, eos=1)
+        ids = encode_response(tokenizer, [user("the cat")], [assistant("sat")])
+        assert tokenizer.decode(ids) == "sat<|end|>\n</s>"
+
+    def test_the_template_writes_none(self, tmp_path):
+        tokenizer = phi(tmp_path, template=PHI.replace("<|end|>", "").replace("{{ eos_token }}", ""))
+        assert tokenizer.decode(encode_response(tokenizer, [user("the cat")], [assistant("sat")])) == "sat\n</s>"
+
+    def test_plain_text_ends_by_what_it_ends_with(self, tmp_path):
+        tokenizer = phi(tmp_path)
+        for text, trained in (("sat", "sat</s>"), ("sat<|end|>\n", "sat<|end|>"), ("a<|end|>b", "a<|end|>b</s>")):
+            assert tokenizer.decode(encode_response(tokenizer, "the cat", text)) == trained
+
+    @pytest.mark.parametrize("end", ["</s>", "<|end|>"])
+    def test_an_end_inside_a_message_is_a_bad_row(self, tmp_path, end):
+        with pytest.raises(BadRow, match="special token"):
+            encode_response(phi(tmp_path), [user("the cat")], [assistant(f"sat {end} on")])
+
+
+def test_the_token_that_ended_is_no_text(tmp_path):
+    """Whether it is special or not: here <|end|> is ordinary."""
+    tokenizer = make_tokenizer(SPECIAL[:2], pad_token="<pad>", eos_token="</s>")
+    (end,) = tokenizer("!", add_special_tokens=False)["input_ids"]
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    loaded = load_tokenizer(str(tmp_path))
+    cat = loaded("the!cat", add_special_tokens=False)["input_ids"]
+    assert decode_responses(loaded, [[*cat, end], [*cat, 1], cat, [end], []]) == ["the!cat"] * 3 + [""] * 2
