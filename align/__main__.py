@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import importlib.metadata
 import os
 import sys
@@ -14,7 +13,7 @@ from align.cli.run import run as run_folder
 from align.config.stages import STAGES
 from align.errors import UserError, nearest
 from align.runs.command_line import CommandParser, exit_code, stage_arguments
-from align.runs.launch import launched_words, run_stage
+from align.runs.launch import import_frozen, launched_words, run_stage
 from align.runs.launchers import adopt_ranks
 from align.runs.quiet import quiet
 from align.terminal import printable, say
@@ -120,7 +119,7 @@ def _run_folder(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    check = importlib.import_module("align.cli.check.check")
+    check = import_frozen("align.cli.check.check")
     return int(check.run(arguments.path, _num_gpus(arguments), overrides))
 
 
@@ -129,14 +128,14 @@ def _merge(arguments: argparse.Namespace, others: list[str]) -> int:
         raise UserError(
             "align merge: expected an adapter's folder and a new folder, as in `align merge out/adapter merged`."
         )
-    say(str(importlib.import_module("align.cli.merge").run(*arguments.folders)), sys.stdout)
+    say(str(import_frozen("align.cli.merge").run(*arguments.folders)), sys.stdout)
     return 0
 
 
 def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
     num_gpus = _num_gpus(arguments)
     quiet()
-    return int(importlib.import_module("align.cli.verify").run(num_gpus, arguments.json, overrides))
+    return int(import_frozen("align.cli.verify").run(num_gpus, arguments.json, overrides))
 
 
 def _num_gpus(arguments: argparse.Namespace) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,33 @@ def run_stage(stage: str, path: str, overrides: Sequence[str]) -> int:
     """
     adopt_ranks()
     end_at_second_interrupt()
-    run_recipe(load_recipe(stage, path, overrides))
+    run_recipe(load_recipe(stage, path, overrides), import_frozen)
     return 0
 
 
-def run_recipe(recipe: Recipe) -> Any:
+def run_recipe(recipe: Recipe, import_module: Callable[[str], Any] = importlib.import_module) -> Any:
     """Run a checked recipe in this process; returns what the stage's own `run` does. Only now is torch imported."""
     if "WORLD_SIZE" not in os.environ:
         # Alone on a machine with several GPUs, Trainer would use them all by DataParallel.
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     quiet()  # before torch and its company are imported: some read their settings only then
-    stage = importlib.import_module(stage_of(recipe).module)
+    stage = import_module(stage_of(recipe).module)
     with reported(), unless_removed(Path(recipe.output_dir)), during("start"):
         return stage.run(recipe)
+
+
+def import_frozen(name: str) -> Any:
+    """Import a module with its libraries, and leave all that is there by then out of every garbage collection.
+
+    For a process of our own. Collections would walk through a million objects again and again: a quarter of the time of
+    a short stage.
+    """
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def run_from_python(recipe: Recipe) -> Any:
