@@ -88,7 +88,7 @@ def _end_group(process: subprocess.Popen[bytes], patience: float) -> None:
 
 
 def describe_exit_code(code: int) -> str:
-    """An exit code in words; the launcher reports death by signal n as 256 - n."""
-    number = -code if code < 0 else 256 - code if code > 192 else 0
+    """An exit code in words; the launcher reports death by signal n as 256 - n, and shells and stages as 128 + n."""
+    number = -code if code < 0 else 256 - code if code > 192 else code - 128
     name = signal.Signals(number).name if number in {*signal.Signals} else ""
     return f"was killed by {name}" if name else f"failed with exit code {code}"

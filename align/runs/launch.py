@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -21,6 +22,7 @@ from align.config.stages import STAGES, Recipe, stage_of
 from align.engine.faults import during, unless_removed
 from align.engine.rank_errors import reported
 from align.errors import UserError
+from align.runs import lock
 from align.runs.command_line import INTERRUPTED, CommandParser, exit_code, stage_arguments
 from align.runs.launchers import adopt_ranks
 from align.runs.quiet import quiet
@@ -48,7 +50,7 @@ def run_stage(stage: str, path: str, overrides: Sequence[str]) -> int:
         UserError: a wrong recipe, or whatever stops the stage.
     """
     adopt_ranks()
-    end_at_second_interrupt()
+    end_on_signals()
     run_recipe(load_recipe(stage, path, overrides), import_frozen)
     return 0
 
@@ -86,7 +88,7 @@ def run_from_python(recipe: Recipe) -> Any:
             GPUs already, over which a Trainer would spread one batch.
     """
     adopt_ranks()
-    end_at_second_interrupt()
+    end_on_signals()
     if "WORLD_SIZE" not in os.environ:
         for key in DEEPSPEED_KEYS:
             if getattr(recipe, key, None):
@@ -120,23 +122,57 @@ def launched_words(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def end_at_second_interrupt() -> None:
-    """End this process at the second SIGINT, should the first not have done so.
+def end_on_signals() -> None:
+    """End this process at the second SIGINT, should the first not have done so, and at SIGTERM once it has given up its locks.
 
-    A Python handler never runs while the main thread waits in C, for a collective or in a user's function.
+    A Python handler never runs while the main thread waits in C, for a collective or in a user's function. In another
+    thread than the main one, signals are left to the program.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # gets the number of each signal at once
+    signal.set_wakeup_fd(
+        writer, warn_on_full_buffer=False
+    )  # gets the number of each signal that has a handler, at once
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _noticed)
 
     def watch() -> None:
         interrupts = 0
         while interrupts < 2:
-            interrupts += os.read(reader, 64).count(signal.SIGINT)
+            signals = os.read(reader, 64)
+            if signal.SIGTERM in signals and signal.getsignal(signal.SIGTERM) is _noticed:
+                lock.release_all()
+                os._exit(128 + signal.SIGTERM)
+            interrupts += signals.count(signal.SIGINT)
         print(INTERRUPTED, file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
 
-    threading.Thread(target=watch, daemon=True, name="interrupts").start()
+    threading.Thread(target=watch, daemon=True, name="signals").start()
+    _watch_forks()
+
+
+def _noticed(signum: int, frame: Any) -> None:
+    """Have SIGTERM be told to the thread that watches signals."""
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """Have the signals of a forked worker end it, and not be told to its parent, from its first moment on."""
+
+    def leave() -> None:
+        signal.set_wakeup_fd(-1)
+        if signal.getsignal(signal.SIGTERM) is _noticed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        mask(signal.SIG_UNBLOCK)
+
+    def mask(how: int) -> None:
+        signal.pthread_sigmask(how, {signal.SIGTERM})
+
+    os.register_at_fork(
+        before=lambda: mask(signal.SIG_BLOCK), after_in_parent=lambda: mask(signal.SIG_UNBLOCK), after_in_child=leave
+    )
 
 
 def end_with_parents(depth: int) -> None:

@@ -1,7 +1,8 @@
 """One run at a time in a folder: the lock file `run.lock`, which says who runs there.
 
 Every process of a run holds an flock on it, so that the lock ends with the last of them, however it ends. What is written in
-it is for people, and for file systems and machines that flock does not reach across.
+it is for people, and for file systems and machines that flock does not reach across; there a heartbeat says that the run
+lives (`align/runs/heartbeat.py`).
 """
 
 from __future__ import annotations
@@ -10,45 +11,60 @@ import contextlib
 import fcntl
 import json
 import os
-import shlex
 import socket
-import sys
 import time
-from datetime import datetime, timezone
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from align.errors import UserError
+from align.runs import heartbeat
+from align.runs.lock_record import LOCK, heartbeat_period, in_use, in_words, is_alive, myself, read
+from align.terminal import say
 
-LOCK = "run.lock"
 PATIENCE = 3.0  # seconds: the ranks of a killed launcher end within one
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart that have one name
 
 
-def acquire(folder: Path) -> int:
-    """Make `folder`, and hold its lock until `release` of what this returns; one that a dead run left behind is taken over.
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A lock that this process holds, alone or with the other ranks."""
+
+    folder: Path
+    descriptor: int
+    stop_heartbeat: Callable[[], None]
+
+
+_held: set[Held] = set()
+
+
+def acquire(folder: Path, wait: bool = True) -> Held:
+    """Make `folder`, and hold its lock until `release`; one that a dead run left behind is taken over.
+
+    Args:
+        wait: for a heartbeat of a run on another machine, a minute if there is none; otherwise it counts as alive.
 
     Raises:
         UserError: another run has it, or may have it on another machine.
         OSError: the folder cannot be made or written to.
     """
     deadline = time.monotonic() + PATIENCE
+    pulse = heartbeat.Pulse() if wait else None
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _open(folder)
         try:
-            if descriptor is not None and _take(folder, descriptor, last_try=time.monotonic() > deadline):
-                return descriptor
+            if descriptor is not None and _take(folder, descriptor, time.monotonic() > deadline, pulse):
+                return _hold(folder, descriptor)
         except BaseException:
             if descriptor is not None:
                 os.close(descriptor)
             raise
         if descriptor is not None:
             os.close(descriptor)
-        time.sleep(0.05)
+        time.sleep(0.05 if time.monotonic() < deadline else 0.5)
 
 
-def share(folder: Path) -> int | None:
+def share(folder: Path) -> Held | None:
     """Hold the lock that rank 0 has acquired, on another rank: the folder is free once no rank lives. None without a lock.
 
     Raises:
@@ -58,54 +74,50 @@ def share(folder: Path) -> int | None:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         return None  # another node that sees the file later, or does not share the folder, which is checked elsewhere
-    try:
-        _flock(descriptor, fcntl.LOCK_SH)
-    except BlockingIOError:
-        owner = read(folder)
-        os.close(descriptor)
-        raise _in_use(folder, owner) from None
-    return descriptor
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            _flock(descriptor, fcntl.LOCK_SH)
+        except BlockingIOError:
+            if time.monotonic() < deadline:  # another start has it for a moment, to see whether this run is alive
+                time.sleep(0.05)
+                continue
+            owner = read(folder)
+            os.close(descriptor)
+            raise in_use(folder, owner) from None
+        return _hold(folder, descriptor)
 
 
-def release(folder: Path, descriptor: int, delete: bool) -> None:
+def release(held: Held, delete: bool) -> None:
     """Give the lock up.
 
     Args:
         delete: also the file, as rank 0 does.
     """
-    if delete and _is_current(folder, descriptor):
-        (folder / LOCK).unlink()
-    os.close(descriptor)
+    held.stop_heartbeat()
+    _held.discard(held)
+    if delete and _is_current(held.folder, held.descriptor):
+        (held.folder / LOCK).unlink()
+    os.close(held.descriptor)
+
+
+def release_all() -> None:
+    """Give up what this process holds, since it is about to end; the last rank on the machine of rank 0 deletes the file."""
+    for held in [*_held]:
+        with contextlib.suppress(UserError, OSError):
+            mine = read(held.folder) or {}
+            if mine.get("host") == socket.gethostname():
+                # Of two ranks that try at once, the second gets the lock: trying has taken it from the first.
+                alone = _flock(held.descriptor, fcntl.LOCK_EX) or mine["pid"] == os.getpid()
+                if alone and _is_current(held.folder, held.descriptor):
+                    (held.folder / LOCK).unlink()
 
 
 def remove_stale(folder: Path) -> None:
     """Delete the lock of a run whose processes have all been killed, if there is one."""
     if (folder / LOCK).is_file():
         with contextlib.suppress(UserError, OSError):
-            release(folder, acquire(folder), delete=True)
-
-
-def read(folder: Path) -> dict[str, Any] | None:
-    """What the lock file says: `host`, `boot`, `pid`, `started`, `since` and `command`; {} for an empty one, None for none.
-
-    Raises:
-        UserError: there is a file of that name that is no lock.
-    """
-    path = folder / LOCK
-    if not os.path.lexists(path):
-        return None
-    found: Any = None
-    try:
-        if path.is_file() and not path.is_symlink():
-            text = path.read_text(encoding="utf-8")
-            found = json.loads(text) if text else {}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict) or (found and not {"host", "pid", "since", "command"} <= found.keys()):
-        raise UserError(f"output_dir: {path} is no lock of a run; move it elsewhere, or choose another folder.")
-    return found
+            release(acquire(folder, wait=False), delete=True)
 
 
 def _open(folder: Path) -> int | None:
@@ -115,23 +127,53 @@ def _open(folder: Path) -> int | None:
         return None
 
 
-def _take(folder: Path, descriptor: int, last_try: bool) -> bool:
+def _hold(folder: Path, descriptor: int) -> Held:
+    owner = read(folder)
+
+    def check() -> None:
+        """End this process if another run has taken over the folder, as when this one was suspended for minutes."""
+        with contextlib.suppress(UserError, OSError):
+            if owner and (now := read(folder)) and now != owner:
+                say(
+                    f"error: output_dir: {folder} was taken over by {in_words(now)}, since this run had shown no sign of life; it ends."
+                )
+                os._exit(2)
+
+    held = Held(folder, descriptor, heartbeat.beat(folder / LOCK, check))
+    _held.add(held)
+    return held
+
+
+def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse | None) -> bool:
     """Try once; False to try again."""
     try:
         reliable = _flock(descriptor, fcntl.LOCK_EX)
     except BlockingIOError:
         if last_try:
-            raise _in_use(folder, read(folder)) from None
+            raise in_use(folder, read(folder)) from None
         return False
     if not _is_current(folder, descriptor):  # deleted by its owner between opening and locking
         return False
     owner = read(folder)
-    if owner and _is_alive(owner, reliable):
-        if last_try:
-            raise _in_use(folder, owner)
-        return False
+    if owner and is_alive(owner, reliable):
+        if pulse is None or not (period := heartbeat_period(owner)):
+            if last_try:
+                raise in_use(folder, owner)
+            return False
+        seconds = heartbeat.SILENCE * period
+        if pulse.is_first_look():
+            say(
+                f"{folder}: is in use by {in_words(owner)}; waiting up to {seconds:.0f} s for a sign of life of that run"
+            )
+        # This opening of the file has asked a network file system for its time, which might be cached otherwise.
+        alive = pulse.look((owner, os.fstat(descriptor).st_mtime_ns), period)
+        if alive:
+            raise in_use(folder, owner, alive=True)
+        if alive is None:
+            return False
+        say(f"{folder}: that run has shown no sign of life for {seconds:.0f} s; its lock is taken over")
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, (json.dumps(_myself()) + "\n").encode(), 0)
+    os.pwrite(descriptor, (json.dumps(myself()) + "\n").encode(), 0)
     os.fsync(descriptor)
     try:
         _flock(descriptor, fcntl.LOCK_SH)  # for the other ranks
@@ -160,60 +202,3 @@ def _is_current(folder: Path, descriptor: int) -> bool:
         return os.path.samestat(os.lstat(folder / LOCK), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _myself() -> dict[str, Any]:
-    import psutil  # comes with deepspeed and accelerate
-
-    return {
-        "host": socket.gethostname(),
-        "boot": _boot(),
-        "pid": os.getpid(),
-        "started": psutil.Process().create_time(),
-        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
-    }
-
-
-def _boot() -> str:
-    try:
-        return BOOT_ID.read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-def _is_alive(owner: dict[str, Any], reliable: bool) -> bool:
-    """Whether the owner of a lock may still run, given that no process of this machine holds it by flock.
-
-    Args:
-        reliable: whether the file system has flock at all.
-    """
-    import psutil
-
-    if owner["host"] != socket.gethostname():
-        # Containers of one machine have names of their own, and process numbers too.
-        return not (reliable and owner.get("boot") and owner["boot"] == _boot())
-    if owner["pid"] == os.getpid():
-        return False  # from an attempt just before this one
-    try:
-        process = psutil.Process(int(owner["pid"]))
-        alive = process.status() != psutil.STATUS_ZOMBIE
-        return alive and abs(process.create_time() - float(owner.get("started", 0.0))) < 1.0
-    except (psutil.Error, ValueError, TypeError):
-        return False
-
-
-def _in_use(folder: Path, owner: dict[str, Any] | None) -> UserError:
-    if not owner:
-        return UserError(
-            f"output_dir: another run has just started in {folder}; wait for it, or choose another folder."
-        )
-    who = f"process {owner['pid']} on {owner['host']} since {owner['since']} ({owner['command']})"
-    if owner["host"] == socket.gethostname():
-        return UserError(
-            f"output_dir: {folder} is in use by {who}; wait until all its ranks have ended, or choose another folder."
-        )
-    return UserError(
-        f"output_dir: {folder} is in use by {who}, another machine than this one; if that run is gone, delete "
-        f"{folder / LOCK} and start again."
-    )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from align.errors import OtherRun, UserError
-from align.runs import lock
+from align.runs import lock, lock_record
 from align.runs.files import write_json
 from align.runs.own_files import MANIFEST, RUN, check_way, delete, owned, read_mark, remove_empty
 
@@ -37,7 +37,7 @@ R = TypeVar("R", bound=Callable[..., Any])
 class _Claim:
     """What a run holds: one of rank 0, or the share in it of another rank."""
 
-    lock: int
+    lock: lock.Held
     is_main: bool
     is_new: bool = False  # no earlier run has left anything in the folder
     made: tuple[Path, ...] = ()  # the folder and its parents, as far as this process made them, innermost first
@@ -66,7 +66,7 @@ def find_mark(output_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
         content = read_mark(folder / name)
         if isinstance(content.get("stage"), str) and isinstance(content.get("recipe"), dict):
             return name, content
-    lock.read(folder)
+    lock_record.read(folder)
     try:
         others = sorted(each.name for each in folder.iterdir() if not _is_start(each.name))
     except OSError as error:
@@ -82,7 +82,7 @@ def find_mark(output_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
 
 def _is_start(name: str) -> bool:
     """Whether it may be all that a run left that was killed while it claimed the folder."""
-    return name == lock.LOCK or fnmatch.fnmatch(name, f".{RUN}.*")
+    return name == lock_record.LOCK or fnmatch.fnmatch(name, f".{RUN}.*")
 
 
 def claim(output_dir: str | Path, identity: Mapping[str, Any], resuming: bool) -> None:
@@ -110,7 +110,7 @@ def claim(output_dir: str | Path, identity: Mapping[str, Any], resuming: bool) -
             write_json(folder / RUN, {**identity, "files": sorted(files)})
     except BaseException as error:
         if held is not None:
-            lock.release(folder, held, delete=True)
+            lock.release(held, delete=True)
         remove_empty(made)
         if isinstance(error, OSError):
             raise UserError(
@@ -159,17 +159,17 @@ def _clear_temporary(folder: Path, files: set[str]) -> None:
 def clear_finished(output_dir: str | Path) -> None:
     """Delete what a run has left that was killed after it had finished, and before it gave up its folder. For rank 0."""
     folder = Path(output_dir)
-    if not any(os.path.lexists(folder / name) for name in (RUN, lock.LOCK)):
+    if not any(os.path.lexists(folder / name) for name in (RUN, lock_record.LOCK)):
         return
     with contextlib.suppress(OSError, UserError):  # in use, or to be read only
-        held = lock.acquire(folder)
+        held = lock.acquire(folder, wait=False)
         try:
             _clear_temporary(folder, owned(folder))
             if "stage" in read_mark(folder / RUN):
                 delete(folder / PARTS)
                 (folder / RUN).unlink()
         finally:
-            lock.release(folder, held, delete=True)
+            lock.release(held, delete=True)
 
 
 def one_run_per_folder(run: R) -> R:
@@ -198,7 +198,7 @@ def one_run_per_folder(run: R) -> R:
 def release(folder: Path) -> None:
     """Give up what this process has claimed or shares, if anything."""
     if (claimed := _claims.pop(_key(folder), None)) is not None:
-        lock.release(folder, claimed.lock, delete=claimed.is_main)
+        lock.release(claimed.lock, delete=claimed.is_main)
 
 
 def _withdraw(folder: Path) -> None:

@@ -19,7 +19,7 @@ from align.engine.deepspeed_config import uses_deepspeed, zero_stage
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.errors import UserError
-from align.runs import lock
+from align.runs import lock_record
 from align.runs.checkpoint import (
     VERSION,
     clear_partial,
@@ -82,9 +82,9 @@ def check_shared_folder(output_dir: str, world: World) -> None:
     if world.size == 1:
         return
     # Host, process, its start and the boot of its machine: no other lock is the same.
-    expected = json.loads(world.gather_text(json.dumps(lock.read(folder)) if world.is_main else "")[0])
+    expected = json.loads(world.gather_text(json.dumps(lock_record.read(folder)) if world.is_main else "")[0])
     deadline = time.monotonic() + SEEN_WITHIN
-    while not (seen := lock.read(folder) == expected) and time.monotonic() < deadline:
+    while not (seen := lock_record.read(folder) == expected) and time.monotonic() < deadline:
         time.sleep(0.2)
     if blind := sorted({name for name in world.gather_text("" if seen else host) if name}):
         raise UserError(

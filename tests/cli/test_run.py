@@ -156,6 +156,7 @@ def test_a_killed_stage_is_named_so(scripted):
         (-9, "was killed by SIGKILL"),
         (247, "was killed by SIGKILL"),
         (241, "was killed by SIGTERM"),
+        (143, "was killed by SIGTERM"),
         (255, "was killed by SIGHUP"),
     ],
 )

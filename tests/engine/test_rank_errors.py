@@ -14,7 +14,7 @@ from align.engine.distributed import connect
 from align.engine.rank_errors import reported
 from align.errors import UserError
 from align.runs.command_line import exit_code
-from align.runs.launch import end_at_second_interrupt
+from align.runs.launch import end_on_signals
 from tests.ranks import Ranks, start
 
 
@@ -81,7 +81,7 @@ def test_a_rank_that_was_killed(tmp_path: Path) -> None:
 
 def hang(folder: str) -> None:
     """A stage whose main thread is in C and heeds no signal."""
-    end_at_second_interrupt()
+    end_on_signals()
     mutex = ctypes.create_string_buffer(128)
     Path(folder, "ready").touch()
     for _ in range(2):

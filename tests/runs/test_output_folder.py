@@ -6,18 +6,21 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from align.errors import OtherRun, UserError
-from align.runs import lock, output_folder
+from align.runs import heartbeat, lock, lock_record, output_folder
 from align.runs.checkpoint import complete_checkpoints, cut_records, rotate, set_aside
 from align.runs.files import digest
+from align.runs.launch import end_on_signals
 from align.runs.output_folder import claim, clear_finished, find_mark, one_run_per_folder, release
 from align.runs.own_files import delete, new_files, new_folder, own, owned
 from tests.worlds import save_tiny_policy, write_jsonl
@@ -351,8 +354,12 @@ def run(stage: Stage) -> None:
 # --- one run at a time
 
 
-def hold(folder: str, ready: Any, go: Any) -> None:
+def hold(folder: str, ready: Any, go: Any, host: str | None = None) -> None:
     lock.PATIENCE = 0.2
+    end_on_signals()
+    if host is not None:
+        socket.gethostname = lambda: host
+        lock_record.BOOT_ID = Path("/dev/null")
     try:
         claim(folder, IDENTITY, resuming=True)
     except UserError as error:
@@ -361,6 +368,25 @@ def hold(folder: str, ready: Any, go: Any) -> None:
     ready.put("")
     go.wait(30)
     release(Path(folder))
+
+
+def hold_a_share(folder: str, ready: Any, go: Any) -> None:
+    """Another rank, with a worker process that is ended by SIGTERM."""
+    end_on_signals()
+    output_folder.share(folder)
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    worker.start()
+    worker.terminate()
+    worker.join()
+    ready.put(worker.exitcode)
+    go.wait(30)
+
+
+def kill(folder: Path) -> None:
+    """Let go of a folder as a process does that is killed."""
+    held = output_folder._claims.pop(output_folder._key(folder)).lock
+    held.stop_heartbeat()
+    os.close(held.descriptor)
 
 
 class TestLock:
@@ -400,7 +426,7 @@ class TestLock:
         rank = subprocess.Popen([sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert rank.stdout and rank.stdin  # noqa: PT018
         rank.stdout.readline()
-        os.close(output_folder._claims.pop(output_folder._key(out)).lock)  # as if rank 0 had been killed
+        kill(out)
         with pytest.raises(UserError, match="is in use"):
             claim(out, IDENTITY, resuming=True)
         rank.communicate()
@@ -445,8 +471,71 @@ class TestLock:
             f"one; if that run is gone, delete {out}/run.lock and start again."
         )
         assert json.loads((out / "run.lock").read_text()) == told
-        (out / "run.lock").write_text(json.dumps({**told, "boot": lock._boot()}))  # another container of this machine
+        (out / "run.lock").write_text(
+            json.dumps({**told, "boot": lock_record._boot()})
+        )  # another container of this machine
         claim(out, IDENTITY, resuming=True)
+
+    def test_that_of_another_machine_that_flock_does_not_reach_lasts_as_long_as_its_heartbeat(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(heartbeat, "PERIOD", 0.3)
+        context = multiprocessing.get_context("fork")
+        ready, go = context.Queue(), context.Event()
+        holder = context.Process(target=hold, args=(str(tmp_path), ready, go, "elsewhere"))
+        holder.start()
+        assert ready.get(timeout=30) == ""
+        monkeypatch.setattr(lock, "_flock", lambda *_: True)  # as that of a machine of its own
+        with pytest.raises(
+            UserError,
+            match=f"in use by process {holder.pid} on elsewhere since .*, another machine than this one; wait",
+        ):
+            claim(tmp_path, IDENTITY, resuming=True)
+        os.kill(int(holder.pid or 0), signal.SIGKILL)
+        holder.join()
+        lock.remove_stale(tmp_path)  # waits for nothing, and cannot know
+        owner = json.loads((tmp_path / "run.lock").read_text())
+        capsys.readouterr()
+        began = time.monotonic()
+        claim(tmp_path, IDENTITY, resuming=True)
+        assert time.monotonic() - began >= 6 * 0.3
+        release(tmp_path)
+        assert capsys.readouterr().err.splitlines() == [
+            f"{tmp_path}: is in use by process {holder.pid} on elsewhere since {owner['since']} ({owner['command']}); waiting up to 2 s for a sign of life of that run",
+            f"{tmp_path}: that run has shown no sign of life for 2 s; its lock is taken over",
+        ]
+
+    def test_a_run_whose_lock_was_taken_over_ends(self, tmp_path, monkeypatch, capfd):
+        monkeypatch.setattr(heartbeat, "PERIOD", 0.05)
+        context = multiprocessing.get_context("fork")
+        ready, go = context.Queue(), context.Event()
+        holder = context.Process(target=hold, args=(str(tmp_path), ready, go))
+        holder.start()
+        assert ready.get(timeout=30) == ""
+        owner = json.loads((tmp_path / "run.lock").read_text())
+        (tmp_path / "run.lock").write_text(json.dumps({**owner, "host": "elsewhere"}))
+        holder.join(30)
+        assert holder.exitcode == 2
+        assert (
+            f"error: output_dir: {tmp_path} was taken over by process {holder.pid} on elsewhere"
+            in capfd.readouterr().err
+        )
+
+    def test_sigterm_deletes_it_with_the_last_rank_and_ends_a_worker_alone(self, tmp_path):
+        context = multiprocessing.get_context("fork")
+        ready, go = context.Queue(), context.Event()
+        main = context.Process(target=hold, args=(str(tmp_path), ready, go))
+        main.start()
+        assert ready.get(timeout=30) == ""
+        rank = context.Process(target=hold_a_share, args=(str(tmp_path), ready, go))
+        rank.start()
+        assert ready.get(timeout=30) == -signal.SIGTERM  # how its worker ended, and it did not
+        for process in (main, rank):
+            assert (tmp_path / "run.lock").exists()
+            os.kill(int(process.pid or 0), signal.SIGTERM)
+            process.join(30)
+            assert process.exitcode == 128 + signal.SIGTERM
+        assert not (tmp_path / "run.lock").exists()
 
     def test_where_there_is_no_flock_the_record_counts(self, out, monkeypatch):
         monkeypatch.setattr(lock, "_flock", lambda *_: False)
@@ -477,6 +566,6 @@ def test_what_a_run_left_that_was_killed_after_it_had_finished(tmp_path):
         (folder / ".run.json.77").write_text("{")
         clear_finished(folder)  # refused: the run may not have ended yet
         assert (folder / "run.json").exists()
-        os.close(output_folder._claims.pop(output_folder._key(folder)).lock)  # killed
+        kill(folder)
         clear_finished(folder)
         assert snapshot(folder).keys() == {name, "README.md", "mine.json"}
