@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-Turns: TypeAlias = str | list[dict[str, str]]
+Turns: TypeAlias = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -15,9 +16,15 @@ from align.errors import BadRow, TemplateFailure
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    add_generation_prompt: bool,
+    tools: Sequence[dict[str, Any]] | None = None,
 ) -> str:
     """The text of messages, by the tokenizer's chat template.
+
+    Args:
+        tools: functions that the template lists for the model.
 
     Raises:
         BadRow: the template raises an error on them.
@@ -26,7 +33,9 @@ def render_chat(
     _environment()  # made with transformers' own compiler, which is replaced while it renders
     name = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
     try:
-        return apply_chat_template(tokenizer, messages, _compile, add_generation_prompt=add_generation_prompt)
+        return apply_chat_template(
+            tokenizer, messages, _compile, add_generation_prompt=add_generation_prompt, tools=tools
+        )
     except TemplateLimit as error:
         raise TemplateFailure(f"{name} {error}; fix the template or the row.") from error
     except jinja2.TemplateSyntaxError as error:

@@ -8,38 +8,48 @@ after it if it ends responses of the model (`align.data.end_tokens`), otherwise 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.chat_template import render_chat
+from align.data.dialogues import DialogueText, Tools, dialogue_texts, generation_text
 from align.data.end_tokens import end_texts, split_at_end
-from align.data.rows import Demonstration, Turns, as_response, render_text
+from align.data.rows import Turns, as_response, render_text
 from align.errors import BadRow, UserError
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns, tools: Tools = None) -> list[int]:
     """Ids of a prompt: text with the tokenizer's BOS, messages by the chat template with its generation prompt.
 
     Raises:
         BadRow: the chat template rejects the messages, or the text contains a BOS or EOS token of its own.
         UserError: the prompt is messages and the tokenizer has no chat template.
     """
-    return prompt_ids(tokenizer, [prompt], [prompt_text(tokenizer, prompt)])[0]
+    return prompt_ids(tokenizer, [prompt], [prompt_text(tokenizer, prompt, tools)])[0]
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns) -> list[int]:
-    """Ids of a response, without BOS and with EOS at its end.
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns, tools: Tools = None
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt, and of its response without BOS and with EOS at its end.
 
     Raises:
-        BadRow: as `encode_prompt`, or the chat template renders the prompt differently if a response follows.
+        BadRow: as `encode_prompt`, or the template ignores a part of the messages.
         UserError: as `encode_prompt`.
     """
-    text = response_text(tokenizer, prompt, prompt_text(tokenizer, prompt), response)
-    return response_ids(tokenizer, [text])[0]
+    (text,) = example_texts(tokenizer, prompt, response, tools)
+    return prompt_ids(tokenizer, [prompt], [text.prompt])[0], response_ids(tokenizer, [(text.response, text.end)])[0]
+
+
+def encode_response(
+    tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns, tools: Tools = None
+) -> list[int]:
+    """Ids of a response, without BOS and with EOS at its end. Raises as `encode_example`."""
+    return encode_example(tokenizer, prompt, response, tools)[1]
 
 
 def encode_pair(
-    tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns, is_encoder: bool = False
+    tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns, is_encoder: bool = False, tools: Tools = None
 ) -> list[int]:
     """Ids of prompt and response as one sequence, the same in reward training and in PPO.
 
@@ -51,35 +61,61 @@ def encode_pair(
         UserError: the prompt is messages and the tokenizer has no chat template.
     """
     if is_encoder:
+        check_plain(prompt, response, tools)
         return pair_ids(tokenizer, [render_text(prompt)], [render_text(response)])[0]
     try:
-        return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
+        first, second = encode_example(tokenizer, prompt, response, tools)
     except BadRow:
         prompt, response = _without_special_tokens(tokenizer, prompt), _without_special_tokens(tokenizer, response)
-        return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, prompt, response)
+        first, second = encode_example(tokenizer, prompt, response, tools)
+    return first + second
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns) -> str:
+def check_plain(prompt: Turns, response: Turns, tools: Tools) -> None:
+    """Check that messages hold nothing that plain text, which encoders read, would not hold.
+
+    Raises:
+        BadRow: names what it is.
+    """
+    messages = [message for turns in (prompt, response) if not isinstance(turns, str) for message in turns]
+    more = [key for message in messages for key in message if key not in ("role", "content")]
+    if tools or more:
+        raise BadRow(f"`{more[0] if more else 'tools'}` in a row for an encoder, which reads plain text")
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns, tools: Tools = None) -> str:
     """The text to tokenize for a prompt. Raises as `encode_prompt`."""
     if not isinstance(prompt, str):
-        return _render(tokenizer, prompt, add_generation_prompt=True)
+        return generation_text(tokenizer, prompt, tools)
     bos = tokenizer.bos_token
     if bos and bos != tokenizer.eos_token and bos in prompt.removeprefix(bos):
         raise BadRow(f"the text of the begin-of-text token {bos} in the prompt")
     return prompt
 
 
-def response_text(tokenizer: PreTrainedTokenizerBase, prompt: Turns, start: str, response: Turns) -> tuple[str, int]:
-    """The text to tokenize for a response, and the id of the token that ends it. Raises as `encode_response`.
+def example_texts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Turns,
+    response: Turns,
+    tools: Tools = None,
+    trained: Sequence[int] = (),
+) -> list[DialogueText]:
+    """The texts to tokenize for a prompt and its response, with the id that ends it: one, or one for each trained turn.
 
     Args:
-        start: the prompt's text.
+        trained: places of assistant turns in the prompt that are trained too.
+
+    Raises:
+        BadRow: as `encode_prompt`, or the template ignores a part of the messages.
     """
     if isinstance(prompt, str):
-        return _text_until_end(tokenizer, render_text(response))
+        text, end = _text_until_end(tokenizer, render_text(response))
+        return [DialogueText(prompt_text(tokenizer, prompt), text, end)]
     turns = as_response(prompt, response) if isinstance(response, str) else response
-    dialogue = _render(tokenizer, [*prompt, *turns], add_generation_prompt=False)
-    return _turn_until_end(tokenizer, _suffix(start, dialogue))
+    assert not isinstance(turns, str)  # the response is in the prompt's format
+    texts = dialogue_texts(tokenizer, [*prompt, *turns], trained, tools)
+    ended = [(text, *_turn_until_end(tokenizer, text.response)) for text in texts]
+    return [replace(text, response=response, end=end) for text, response, end in ended]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Turns], texts: Sequence[str]) -> list[list[int]]:
@@ -102,51 +138,25 @@ def pair_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], respons
     return ids
 
 
-def prompt_labels(tokenizer: PreTrainedTokenizerBase, row: Demonstration, text: str, ignored: int) -> list[int]:
-    """Labels of a prompt: ids in the assistant turns that the row trains (with their EOS), `ignored` elsewhere.
+def labels_of_turns(
+    tokenizer: PreTrainedTokenizerBase, text: str, turns: Sequence[tuple[int, int]], ignored: int
+) -> list[int]:
+    """Labels of a prompt: ids in the assistant turns that are trained (with their EOS), `ignored` elsewhere.
 
     Args:
-        text: the prompt as the chat template renders it.
+        text: the prompt.
+        turns: (start, end) of each turn in it.
 
     Raises:
-        BadRow: the chat template renders a turn differently if others follow.
         UserError: the tokenizer has no offset mapping.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: training on several turns needs a fast tokenizer (tokenizer.json).")
-    assert not isinstance(row.prompt, str)  # only dialogues train more than one turn
-    turns = [index for index, message in enumerate(row.prompt) if message["role"] == "assistant"]
-    spans = []
-    for index in turns[len(turns) - row.trained_turns + 1 :]:
-        opened = _render(tokenizer, row.prompt[:index], add_generation_prompt=True)
-        closed = _render(tokenizer, row.prompt[: index + 1], add_generation_prompt=False)
-        _suffix(closed, text)
-        turn = _suffix(opened, closed)
-        _, _, after = split_at_end(tokenizer, turn)
-        spans.append((len(opened), len(opened) + len(turn) - len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
-        token if any(start <= first < last <= end for start, end in spans) else ignored
+        token if any(start <= first < last <= end for start, end in turns) else ignored
         for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{tokenizer.name_or_path or 'tokenizer'}: the rows are messages, and the tokenizer has no chat template to render "
-            "them with; name a Jinja file as `chat_template_path`."
-        )
-    for token in (tokenizer.bos_token, *end_texts(tokenizer)):
-        if token and any(token in message["content"] for message in messages):
-            raise BadRow(f"the text of the special token {token} in a message")
-    return render_chat(tokenizer, messages, add_generation_prompt)
-
-
-def _suffix(start: str, text: str) -> str:
-    if not text.startswith(start):
-        raise BadRow("the chat template renders the prompt differently if a response follows")
-    return text[len(start) :]
 
 
 def _turn_until_end(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int]:

@@ -7,13 +7,16 @@ rows hold their text unchanged.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.data.messages import check_order, read_messages, read_tools, without_flags
 from align.data.rows import (
     Demonstration,
     Labelled,
+    Message,
     Passage,
     Preference,
     Prompt,
@@ -81,21 +84,63 @@ def read_row(values: Mapping[str, Any], where: str, row_type: type, formats: Seq
         return _text_row(values, where, columns, row_type)
     read = {"prompt"} if row_type is Prompt and values.get("prompt") is not None else {"prompt", *columns}
     extra = {name: value for name, value in values.items() if name not in read}
+    _check_columns(extra, row_type)
     if columns == PAIR:
         prompt, chosen, rejected = _pair(values)
+        _read_tools(extra, prompt)
         if row_type is Preference:
             return Preference(prompt, chosen, rejected, where, extra)
         return Prompt(prompt, where, extra) if row_type is Prompt else Demonstration(prompt, chosen, where, extra)
     context, target = _context_and_target(values, columns)
+    _read_tools(extra, [*context, *target] if isinstance(context, list) and isinstance(target, list) else "")
     if row_type is Prompt:
         return Prompt(_prompt(context, target), where, extra)
     _check(context, target)
     if isinstance(context, str) or isinstance(target, str):
         return Demonstration(context, target, where, extra)
+    return _demonstration(context, target, where, extra)
+
+
+def _check_columns(extra: Mapping[str, Any], row_type: type) -> None:
+    """Refuse columns that would change what is trained, and that are not used.
+
+    Raises:
+        BadRow: a `weight` other than 1, a `margin` that is none, settings of the template.
+    """
+    if row_type is not Prompt and extra.get("weight") not in (None, 1):
+        raise BadRow("a row's `weight` other than 1; give the whole source a `weight`, or each turn one of 0 or 1")
+    if extra.get("chat_template_kwargs"):
+        raise BadRow("`chat_template_kwargs` in a row; set the key of that name in the recipe, for all rows")
+    margin = extra.get("margin") if row_type is Preference else None
+    if margin is not None and (
+        isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf
+    ):
+        raise BadRow("`margin` is not a number of at least 0")
+
+
+def _read_tools(extra: dict[str, Any], turns: Turns) -> None:
+    """Put the column `tools` in the form that templates take."""
+    if extra.get("tools") in (None, "", []):
+        return
+    if isinstance(turns, str):
+        raise BadRow("`tools` beside plain text; they need a prompt of messages, for a chat template that lists them")
+    extra["tools"] = read_tools(extra["tools"])
+
+
+def _demonstration(context: list[Message], target: list[Message], where: str, extra: dict[str, Any]) -> Demonstration:
+    """The dialogue up to its last trained turn: those of `target`, or the ones that flags name."""
     dialogue = [*context, *target]
     first = [message["role"] for message in dialogue].index("user")  # an opening assistant turn answers nothing
-    trained = sum(message["role"] == "assistant" for message in dialogue[max(first, len(context)) :])
-    return Demonstration(dialogue[:-1], dialogue[-1:], where, extra, trained)
+    assistant = [index for index, message in enumerate(dialogue) if message["role"] == "assistant"]
+    trained = [index for index in assistant if dialogue[index].get("train", index >= len(context) and index > first)]
+    if not trained:
+        raise BadRow("`train` or `weight` leaves no assistant turn to train")
+    if trained[0] < first:
+        raise BadRow("`train` of an assistant turn before the first user turn, which answers nothing")
+    dialogue = without_flags(dialogue[: trained[-1] + 1])
+    span = [index for index in assistant if trained[0] <= index <= trained[-1]]
+    untrained = tuple(index for index in span if index not in trained)
+    return Demonstration(dialogue[:-1], dialogue[-1:], where, extra, len(span), untrained)
 
 
 def _text_row(values: Mapping[str, Any], where: str, columns: Format, row_type: type) -> Row:
@@ -128,10 +173,10 @@ def _context_and_target(values: Mapping[str, Any], columns: Format) -> tuple[Tur
 
 def _pair(values: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
     prompt: Turns
-    chosen, rejected = _turns(values, "chosen"), _turns(values, "rejected")
+    chosen, rejected = _response_turns(values, "chosen"), _response_turns(values, "rejected")
     explicit = values.get("prompt") is not None
     if explicit:
-        prompt, chosen, rejected = _same_format(_turns(values, "prompt"), chosen, rejected)
+        prompt, chosen, rejected = _same_format(_without_flags(_turns(values, "prompt")), chosen, rejected)
         chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
     elif type(chosen) is not type(rejected):
         raise BadRow("one of `chosen` and `rejected` is text, the other messages")
@@ -145,6 +190,17 @@ def _pair(values: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
         if isinstance(answer, list) and len(answer) > 1:  # a policy answers in one turn
             raise BadRow("`chosen` or `rejected` has more than one turn after the prompt")
     return prompt, chosen, rejected
+
+
+def _response_turns(values: Mapping[str, Any], name: str) -> Turns:
+    turns = _turns(values, name)
+    if turns and not isinstance(turns, str) and not turns[-1].get("train", True):
+        raise BadRow(f"`train` or `weight` leaves out the response of `{name}`; leave the row out")
+    return _without_flags(turns)
+
+
+def _without_flags(turns: Turns) -> Turns:
+    return turns if isinstance(turns, str) else without_flags(turns)
 
 
 def _common_size(chosen: Turns, rejected: Turns) -> int:
@@ -169,10 +225,10 @@ def _prompt(context: Turns, target: Turns) -> Turns:
     dialogue = [*context, *target]
     if target and target[-1]["role"] == "assistant":
         dialogue.pop()
-    _check_order(dialogue)
-    if not dialogue or dialogue[-1]["role"] != "user":
+    check_order(dialogue)
+    if not dialogue or dialogue[-1]["role"] not in ("user", "tool"):
         raise BadRow("the prompt does not end in a user turn")
-    return dialogue
+    return without_flags(dialogue)
 
 
 def _check(prompt: Turns, response: Turns) -> None:
@@ -181,22 +237,11 @@ def _check(prompt: Turns, response: Turns) -> None:
     if isinstance(prompt, str) or isinstance(response, str):
         return
     dialogue = [*prompt, *response]
-    _check_order(dialogue)
+    check_order(dialogue)
     if response[-1]["role"] != "assistant":
         raise BadRow("does not end in an assistant turn")
     if all(message["role"] != "user" for message in dialogue):
         raise BadRow("no user turn before the response")
-
-
-def _check_order(messages: Sequence[Mapping[str, str]]) -> None:
-    """At most one system message, then user and assistant alternate, and no turn is empty."""
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    for index, message in enumerate(turns):
-        if message["role"] == "system" or (index and message["role"] == turns[index - 1]["role"]):
-            raise BadRow("messages do not alternate between user and assistant")
-        if not message["content"].strip():
-            last = index == len(turns) - 1 and message["role"] == "assistant"
-            raise BadRow("empty response" if last else "empty turn")
 
 
 def _same_format(prompt: Turns, *answers: Turns) -> Sequence[Any]:
@@ -221,7 +266,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def _turns(values: Mapping[str, Any], name: str) -> Turns:
-    """A field as text, or as messages with only `role` and `content`; a transcript becomes messages."""
+    """A field as text, or as messages; a transcript becomes messages."""
     value = values[name]
     if isinstance(value, str):
         if name == "prompt" and not value.strip():
@@ -238,9 +283,4 @@ def _turns(values: Mapping[str, Any], name: str) -> Turns:
         return messages
     if not isinstance(value, list):
         raise BadRow(f"`{name}` is neither text nor a list of messages")
-    if not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and "role" in m for m in value):
-        raise BadRow(f"`{name}` holds entries other than messages with `role` and `content`")
-    for message in value:
-        if message["role"] not in ("system", "user", "assistant"):
-            raise BadRow(f"role {message['role']!r} is not system, user or assistant")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return read_messages(value, name)

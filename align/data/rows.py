@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import Any
 
 from align.errors import BadRow, TemplateFailure, UserError
 
-Turns = str | list[dict[str, str]]
-"""Plain text, or messages with the keys `role` (system, user, assistant) and `content`."""
+Message = dict[str, Any]
+"""`role` (system, user, assistant, tool) and `content`, both text, and keys that only some messages have, as `tool_calls`."""
+Turns = str | list[Message]
+"""Plain text, or messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,8 @@ class Demonstration:
     """A prompt and the completion to imitate. Plain text has the prompt `""`.
 
     `trained_turns` is the number of assistant turns, counted from the end, that the loss covers: 1 is the completion
-    alone; rows that came as complete dialogues have more, which lie in the prompt.
+    alone; rows that came as complete dialogues have more, which lie in the prompt. `untrained` are the places in the
+    prompt of those among them that the row leaves out.
     """
 
     prompt: Turns
@@ -39,6 +43,15 @@ class Demonstration:
     where: str
     extra: dict[str, Any] = field(default_factory=dict)
     trained_turns: int = 1
+    untrained: tuple[int, ...] = field(default=(), repr=False)  # `repr` names a row's content in fingerprints of old
+
+    @property
+    def trained(self) -> list[int]:
+        """Places in the prompt of the assistant turns that are trained besides the completion."""
+        if isinstance(self.prompt, str):
+            return []
+        turns = [index for index, message in enumerate(self.prompt) if message["role"] == "assistant"]
+        return [index for index in turns[len(turns) - self.trained_turns + 1 :] if index not in self.untrained]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +174,13 @@ def render_text(turns: Turns) -> str:
     if isinstance(turns, str):
         return turns
     if len(turns) == 1:
-        return turns[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in turns)
+        return _message_text(turns[0])
+    return "\n\n".join(f"{message['role'].capitalize()}: {_message_text(message)}" for message in turns)
+
+
+def _message_text(message: Message) -> str:
+    calls = [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
+    return "\n".join([message["content"], *calls] if message["content"] else calls)
 
 
 def as_response(prompt: Turns, text: str) -> Turns:
@@ -174,4 +192,10 @@ def canonical(turns: Turns) -> list[tuple[str, str]]:
     """(role, content) pairs; text counts as one user message. Surrounding whitespace is stripped."""
     if isinstance(turns, str):
         return [("user", turns.strip())]
-    return [(message["role"], message["content"].strip()) for message in turns]
+    return [(message["role"], message["content"].strip() + _more(message)) for message in turns]
+
+
+def _more(message: Message) -> str:
+    """What a message holds besides role, content and flags, as text; empty for most."""
+    more = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
+    return json.dumps(more, sort_keys=True, default=str) if more else ""

@@ -43,6 +43,5 @@ def _prompt_turns(row: Row) -> list[tuple[str, str]]:
 def _prompts(row: Row) -> list[str]:
     """The prompt of each assistant turn that the row trains."""
     turns = _prompt_turns(row)
-    earlier = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
-    trained = row.trained_turns - 1 if isinstance(row, Demonstration) else 0
-    return [json.dumps(turns[:end]) for end in (*earlier[len(earlier) - trained :], len(turns))]
+    earlier = row.trained if isinstance(row, Demonstration) else []
+    return [json.dumps(turns[:end]) for end in (*earlier, len(turns))]

@@ -6,15 +6,24 @@ bad row; nothing is truncated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from align.data.encode import pair_ids, prompt_ids, prompt_labels, prompt_text, response_ids, response_text
-from align.data.rows import BadRows, Demonstration, Preference, Prompt, Turns, render_text
+from align.data.dialogues import DialogueText, Tools
+from align.data.encode import (
+    check_plain,
+    example_texts,
+    labels_of_turns,
+    pair_ids,
+    prompt_ids,
+    prompt_text,
+    response_ids,
+)
+from align.data.rows import BadRows, Demonstration, Preference, Prompt, Row, render_text
 from align.errors import BadRow, UserError
 
 IGNORE_INDEX = -100  # label of a token that the loss ignores
@@ -47,21 +56,29 @@ def tokenize_demonstrations(
     """
     bad = BadRows()
 
+    def texts(row: Demonstration) -> list[DialogueText]:
+        trained = row.trained if completion_only_loss else ()  # without it, the last text trains all turns
+        return example_texts(tokenizer, row.prompt, row.completion, tools_of(row), trained)
+
     def records() -> Iterator[tuple[list[int], list[int]]]:
-        for row, text, prompt, (response,) in _encoded(tokenizer, rows, bad):
+        for row, examples in _encoded(tokenizer, rows, bad, texts):
+            made = []
             with bad.catch(row.where):
-                ids = prompt + response
-                if row.prompt or not packing:
-                    _check_length(len(ids), max_length, "max_length", tokenizer)
-                labels = ids
-                if completion_only_loss:
-                    labels = [IGNORE_INDEX] * len(prompt)
-                    if row.trained_turns > 1:
-                        labels = prompt_labels(tokenizer, row, text, IGNORE_INDEX)
-                    labels = labels + response
+                for text, prompt, response in examples:
+                    ids = prompt + response
+                    if row.prompt or not packing:
+                        _check_length(len(ids), max_length, "max_length", tokenizer)
+                    labels = ids
+                    if completion_only_loss:
+                        labels = [IGNORE_INDEX] * len(prompt)
+                        if text.turns:
+                            labels = labels_of_turns(tokenizer, text.prompt, text.turns, IGNORE_INDEX)
+                        labels = labels + response
+                    made.append((ids, labels))
+            if len(made) == len(examples):
                 if kept is not None:
-                    kept.append(row)
-                yield ids, labels
+                    kept.extend([row] * len(made))
+                yield from made
 
     dataset = _dataset(("input_ids", "labels"), records())
     return dataset, _report(bad, on_bad_row, len(rows), len(dataset))
@@ -110,7 +127,11 @@ def tokenize_prompts(
     """
     bad = BadRows()
     prompts: list[tuple[Prompt, list[int]]] = []
-    for row, _, ids, _ in _encoded(tokenizer, rows, bad):
+
+    def texts(row: Prompt) -> list[DialogueText]:
+        return [DialogueText(prompt_text(tokenizer, row.prompt, tools_of(row)), "")]
+
+    for row, [(_, ids, _)] in _encoded(tokenizer, rows, bad, texts):
         with bad.catch(row.where):
             _check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
             prompts.append((row, ids))
@@ -118,28 +139,27 @@ def tokenize_prompts(
 
 
 def _encoded(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], bad: BadRows
-) -> Iterator[tuple[Any, str, list[int], list[list[int]]]]:
-    """Yield (row, prompt text, prompt ids, ids of each response)."""
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], bad: BadRows, texts_of: Callable[[Any], list[DialogueText]]
+) -> Iterator[tuple[Any, list[tuple[DialogueText, list[int], list[int]]]]]:
+    """Yield each row with its texts: (text, prompt ids, response ids)."""
     for start in range(0, len(rows), BATCH):
-        rendered: list[tuple[Any, str, list[tuple[str, int]]]] = []
+        rendered: list[tuple[Any, list[DialogueText]]] = []
         for row in rows[start : start + BATCH]:
             with bad.catch(row.where):
-                text = prompt_text(tokenizer, row.prompt)
-                answers = [response_text(tokenizer, row.prompt, text, response) for response in _responses(row)]
-                if not all(answer.strip() for answer, _ in answers):  # only the text of EOS
+                texts = texts_of(row)
+                if not isinstance(row, Prompt) and not all(text.response.strip() for text in texts):  # only EOS
                     raise BadRow("empty response")
-                rendered.append((row, text, answers))
-        prompts = prompt_ids(tokenizer, [row.prompt for row, *_ in rendered], [text for _, text, _ in rendered])
-        responses = iter(response_ids(tokenizer, [answer for *_, answers in rendered for answer in answers]))
-        for (row, text, answers), ids in zip(rendered, prompts, strict=True):
-            yield row, text, ids, list(islice(responses, len(answers)))
+                rendered.append((row, texts))
+        flat = [(row.prompt, text) for row, texts in rendered for text in texts]
+        prompts = iter(prompt_ids(tokenizer, [prompt for prompt, _ in flat], [text.prompt for _, text in flat]))
+        responses = iter(response_ids(tokenizer, [(text.response, text.end) for _, text in flat]))
+        for row, texts in rendered:
+            yield row, [(text, next(prompts), next(responses)) for text in texts]
 
 
-def _responses(row: Prompt | Demonstration | Preference) -> tuple[Turns, ...]:
-    if isinstance(row, Preference):
-        return row.chosen, row.rejected
-    return (row.completion,) if isinstance(row, Demonstration) else ()
+def tools_of(row: Row) -> Tools:
+    """The functions that the row lists for the model."""
+    return row.extra.get("tools") if isinstance(row.prompt, list) else None
 
 
 def _encoded_pairs(
@@ -147,11 +167,21 @@ def _encoded_pairs(
 ) -> Iterator[tuple[Preference, list[list[int]]]]:
     """Yield (row, [ids of prompt + chosen, ids of prompt + rejected])."""
     if not is_encoder:
-        for row, _, prompt, responses in _encoded(tokenizer, rows, bad):
-            yield row, [prompt + response for response in responses]
+
+        def texts(row: Preference) -> list[DialogueText]:
+            pair = (row.chosen, row.rejected)
+            return [text for each in pair for text in example_texts(tokenizer, row.prompt, each, tools_of(row))]
+
+        for row, examples in _encoded(tokenizer, rows, bad, texts):
+            yield row, [prompt + response for _, prompt, response in examples]
         return
     for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
+        batch = []
+        for row in rows[start : start + BATCH]:
+            with bad.catch(row.where):
+                for answer in (row.chosen, row.rejected):
+                    check_plain(row.prompt, answer, tools_of(row))
+                batch.append(row)
         prompts = [render_text(row.prompt) for row in batch]
         chosen = pair_ids(tokenizer, prompts, [render_text(row.chosen) for row in batch])
         rejected = pair_ids(tokenizer, prompts, [render_text(row.rejected) for row in batch])

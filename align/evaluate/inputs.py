@@ -14,6 +14,7 @@ from align.config.stages import STAGES
 from align.data.encode import encode_prompt, encode_response
 from align.data.load import DataSettings, load_rows
 from align.data.rows import BadRows, Demonstration, Turns, render_text
+from align.data.tokenize import tools_of
 from align.errors import BadRow, UserError
 from align.evaluate.few_shot import (
     SEPARATOR,
@@ -194,8 +195,8 @@ def _encode(
         BadRow: no response, or more than `limit` tokens.
     """
     prompt = few_shot_prompt(row, examples)
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    reference_ids = encode_response(tokenizer, prompt, row.completion)
+    prompt_ids = encode_prompt(tokenizer, prompt, tools_of(row))
+    reference_ids = encode_response(tokenizer, prompt, row.completion, tools_of(row))
     if len(reference_ids) < 2:  # end-of-text alone
         raise BadRow("empty response")
     if not prompt_ids:  # text without a prompt or a BOS token: nothing predicts the first token

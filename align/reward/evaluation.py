@@ -14,6 +14,7 @@ from torch.nn.functional import logsigmoid
 from align.config.reward import RewardRecipe
 from align.data.encode import encode_pair
 from align.data.rows import Preference, Turns, render_text
+from align.data.tokenize import tools_of
 from align.engine.build import frozen_engine
 from align.engine.distributed import World
 from align.engine.engine import Engine
@@ -133,8 +134,8 @@ def _rows_of_pairs(rows: Sequence[Preference], pairs: Dataset, inputs: RewardInp
         next(
             row
             for row in remaining
-            if encode(row.prompt, row.chosen) == pair["chosen_ids"]
-            and encode(row.prompt, row.rejected) == pair["rejected_ids"]
+            if encode(row.prompt, row.chosen, tools=tools_of(row)) == pair["chosen_ids"]
+            and encode(row.prompt, row.rejected, tools=tools_of(row)) == pair["rejected_ids"]
         )
         for pair in pairs
     ]

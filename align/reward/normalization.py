@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from align.data.encode import encode_pair
 from align.data.rows import Preference, Prompt, render_text
-from align.data.tokenize import tokenize_prompts
+from align.data.tokenize import tokenize_prompts, tools_of
 from align.engine.distributed import World, rows_of_rank
 from align.engine.engine import Engine
 from align.generation.responses import gather_responses, unpadded
@@ -33,10 +33,15 @@ def normalization_prompts(
     """
     if inputs.sft is None:
         return []
-    distinct = list({render_text(row.prompt): Prompt(row.prompt, row.where) for row in rows}.values())
+    distinct = list({render_text(row.prompt): _prompt_of(row) for row in rows}.values())
     prompts = random.Random(seed).sample(distinct, min(count, len(distinct)))
     limit = (max_positions(inputs.sft.config) or sys.maxsize) - response_length
     return tokenize_prompts(prompts, inputs.sft.tokenizer, limit, "skip")[0]
+
+
+def _prompt_of(row: Preference) -> Prompt:
+    tools = tools_of(row)
+    return Prompt(row.prompt, row.where, {"tools": tools} if tools else {})
 
 
 def sft_responses(
@@ -62,7 +67,7 @@ def sft_responses(
         return [prompt_ids + ids for (_, prompt_ids), ids in zip(prompts, responses, strict=True)]
     texts = inputs.sft.tokenizer.batch_decode(responses, skip_special_tokens=True)
     return [
-        encode_pair(inputs.tokenizer, prompt.prompt, text, inputs.is_encoder)
+        encode_pair(inputs.tokenizer, prompt.prompt, text, inputs.is_encoder, tools_of(prompt))
         for (prompt, _), text in zip(prompts, texts, strict=True)
     ]
 

@@ -15,6 +15,7 @@ from align.data.collate import chunks
 from align.data.encode import encode_prompt
 from align.data.mixture import seeded_sample
 from align.data.rows import Demonstration, render_text
+from align.data.tokenize import tools_of
 from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
 from align.evaluate.metrics import foreign_scores, load_metric, measure
@@ -105,7 +106,7 @@ def response_evaluation(
     sampled = seeded_sample(prompted, recipe.max_eval_generations, f"{recipe.seed} responses")
     if not sampled:
         raise UserError(f"{KEY}: no evaluation row has a prompt to answer; leave it out, or evaluate on other rows.")
-    ids = [encode_prompt(tokenizer, row.prompt) for row in sampled]
+    ids = [encode_prompt(tokenizer, row.prompt, tools_of(row)) for row in sampled]
     check_responses_fit(ids, recipe.response_length, config, remedy=f"leave {KEY} out")
     return ResponseEvaluation(
         rows=sampled,

@@ -160,7 +160,7 @@ NO_COMMON = "`chosen` and `rejected` have no common prompt"
         (
             Demonstration,
             {"messages": [user("a"), {"role": "bot", "content": "b"}]},
-            "role 'bot' is not system, user or assistant",
+            "role 'bot' is not system, user, assistant or tool",
         ),
         (Demonstration, {"prompt": "", "completion": "b"}, "empty prompt"),
         (Prompt, {"prompt": " \n"}, "empty prompt"),
@@ -229,9 +229,9 @@ def test_extra_holds_what_the_form_does_not() -> None:
     assert read({"messages": [user("a"), assistant("b")], "id": 7}, Prompt).extra == {"id": 7}
 
 
-def test_messages_keep_only_role_and_content() -> None:
+def test_messages_keep_what_has_a_value() -> None:
     row = read({"messages": [{**user("a"), "name": None}, {**assistant("b"), "score": 3}]}, Demonstration)
-    assert (row.prompt, row.completion) == ([user("a")], [assistant("b")])
+    assert (row.prompt, row.completion) == ([user("a")], [{**assistant("b"), "score": 3}])
 
 
 def test_turns_as_text() -> None:

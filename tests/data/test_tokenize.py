@@ -365,20 +365,6 @@ class TestBadRows:
         assert [row.where for row, _ in prompts] == ["f:2"]
         assert report == {"the chat template rejects it: no system": {"count": 1, "first": ["f:1"]}}
 
-    def test_template_that_writes_the_prompt_otherwise_later(self):
-        reason = "the chat template renders the prompt differently if a response follows"
-        numbered = chatml("{{ messages | length }}" + CHATML)
-        with pytest.raises(UserError, match=reason):
-            tokenize_demonstrations([Demonstration([user("p")], [assistant("c")], "f:1")], numbered, max_length=1024)
-        dialogue = [user("two"), assistant("cat"), user("mat")]
-        tokenizer = chatml(UNSTABLE)
-        row = Demonstration(dialogue, [assistant("sat")], "f:1")
-        assert learnt(tokenizer, row) == ["<think></think>sat<|im_end|>"]
-        with pytest.raises(UserError, match=reason):
-            tokenize_demonstrations(
-                [Demonstration(dialogue, [assistant("sat")], "f:1", {}, 2)], tokenizer, max_length=1024
-            )
-
     def test_a_template_may_write_nothing_after_eos(self):
         tokenizer = chatml(CHATML.replace("<|im_end|>\n", "<|im_end|>\nnext"))
         with pytest.raises(BadRow, match=r"end-of-text token <\|im_end\|> inside the response"):

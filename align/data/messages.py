@@ -1,0 +1,140 @@
+"""Messages of a row as templates read them: checked, in one form, with nothing left out in silence.
+
+A message has `role` and `content`. Any further key (`reasoning_content`, `tool_calls`, `name`, ...) is kept for the chat
+template; `align.data.dialogues` refuses the ones that it ignores. `train` and `weight` select the turns that are trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from align.data.rows import Message
+from align.errors import BadRow
+
+ROLES = ("system", "user", "assistant", "tool")
+FLAGS = ("train", "weight")  # whether an assistant turn is trained
+_EMPTY: tuple[Any, ...] = (None, "", [], {})  # what columns of one type hold where a message lacks the key
+
+
+def read_messages(value: Sequence[Any], name: str) -> list[Message]:
+    """The messages of the field `name`; a flag is left in them as `train`, until `without_flags`.
+
+    Raises:
+        BadRow: something else than messages, or a message with a key that has a value of the wrong kind.
+    """
+    wrong = BadRow(f"`{name}` holds entries other than messages with `role` and `content`")
+    if not all(isinstance(message, Mapping) and "role" in message for message in value):
+        raise wrong
+    for message in value:
+        if message["role"] not in ROLES:
+            raise BadRow(f"role {message['role']!r} is not system, user, assistant or tool")
+    messages = [_read_message(message) for message in value]
+    if any(not isinstance(message["content"], str) for message in messages):
+        raise wrong
+    return messages
+
+
+def _read_message(message: Mapping[str, Any]) -> Message:
+    role = message["role"]
+    more = {str(key): value for key, value in message.items() if value not in _EMPTY}
+    content = _text(more.pop("content", message.get("content")))
+    flags = [_flag(key, more.pop(key), role) for key in FLAGS if key in more]
+    if len(set(flags)) > 1:
+        raise BadRow("`train` and `weight` of a message disagree")
+    more.pop("role")
+    for key in ("tool_calls", "reasoning_content"):
+        if key in more and role != "assistant":
+            raise BadRow(f"`{key}` in a message of role {role}")
+    if not isinstance(more.get("reasoning_content", ""), str):
+        raise BadRow("`reasoning_content` is not text")
+    if "tool_calls" in more:
+        more["tool_calls"] = _calls(more["tool_calls"])
+        content = "" if content is None else content
+    return {"role": role, "content": content, **more, **({"train": flags[0]} if flags else {})}
+
+
+def _text(content: Any) -> Any:
+    """Content given in parts as one text, a line for each; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            found = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise BadRow(f"a message with a part of type {found!r}; this reads text alone")
+    return "\n".join(part["text"] for part in content)
+
+
+def _flag(key: str, value: Any, role: str) -> bool:
+    allowed = (True, False) if key == "train" else (0, 1)
+    if value not in allowed or (key == "train" and not isinstance(value, bool)):
+        expected = "true nor false" if key == "train" else "0 nor 1"
+        raise BadRow(f"`{key}` of a message is neither {expected}")
+    if value and role != "assistant":
+        raise BadRow(f"`{key}` of a message of role {role}; only assistant turns are trained")
+    return bool(value)
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls, with arguments that are JSON text read: templates write them as JSON, which would quote a text again."""
+    wrong = BadRow("`tool_calls` is not a list of calls with `name` and `arguments`")
+    calls = _json(value)
+    if not isinstance(calls, list):
+        raise wrong
+    read = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise wrong
+        arguments = _json(function.get("arguments", {}))
+        if not isinstance(arguments, Mapping):
+            raise wrong
+        function = {**function, "arguments": arguments}
+        read.append({**call, "function": function} if "function" in call else function)
+    return read
+
+
+def read_tools(value: Any) -> list[dict[str, Any]]:
+    """The column `tools`: JSON text, or a list of functions' schemas.
+
+    Raises:
+        BadRow: it is neither.
+    """
+    tools = _json(value)
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("`tools` is neither a list of functions nor the JSON text of one")
+    return [dict(tool) for tool in tools]
+
+
+def _json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def without_flags(messages: Sequence[Message]) -> list[Message]:
+    """The messages without what selects the turns to train."""
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+
+
+def check_order(messages: Sequence[Message]) -> None:
+    """At most one system message, then user and assistant alternate, with results of tools after the calls, and no turn is empty.
+
+    Raises:
+        BadRow: the first rule that is broken.
+    """
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    for index, message in enumerate(turns):
+        role, before = message["role"], turns[index - 1]["role"] if index else None
+        if role == "tool":
+            if before not in ("assistant", "tool"):
+                raise BadRow("a message of role tool that answers no assistant turn")
+        elif role == "system" or role == before or (before == "tool" and role == "user"):
+            raise BadRow("messages do not alternate between user and assistant")
+        if role != "tool" and not message["content"].strip() and not message.get("tool_calls"):
+            last = index == len(turns) - 1 and role == "assistant"
+            raise BadRow("empty response" if last else "empty turn")

@@ -1,0 +1,251 @@
+"""Chat templates that render a turn by what follows it, and all that a message may hold: texts written by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from align.data.encode import encode_pair, encode_prompt
+from align.data.formats import choose_formats, read_row
+from align.data.rows import Demonstration, Preference, Prompt
+from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
+from align.errors import UserError
+from tests.data.messages import assistant, user
+from tests.data.test_tokenize import CHATML, chatml, make_tokenizer
+
+# As Qwen3's: turns after the last user turn have a thought, perhaps an empty one; earlier ones have none.
+QWEN3 = """{%- set ns = namespace(last=-1) -%}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor -%}
+{%- if tools %}<|im_start|>system
+{{ tools | tojson }}<|im_end|>
+{% endif -%}
+{%- for m in messages -%}
+{%- set content = m.content if m.content is string else '' -%}
+{%- set thought = m.reasoning_content if m.reasoning_content is string else '' -%}
+{%- if '</think>' in content -%}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip() -%}
+{%- set content = content.split('</think>')[-1].lstrip() -%}
+{%- endif -%}
+<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' and loop.index0 > ns.last %}<think>
+{{ thought }}
+</think>
+
+{% endif %}{{ content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{%- endif -%}"""
+# As Phi-3's: only a complete dialogue ends in EOS.
+PHI3 = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)
+# As gpt-oss's: <|return|> ends the last turn, <|end|> the earlier ones.
+GPT_OSS = (
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "{% if loop.last and m.role == 'assistant' and not add_generation_prompt %}<|return|>{% else %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# As the DeepSeek-R1 distills': what is before </think> is left out of every turn, and generation begins in a thought.
+R1 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|A|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
+    "{% else %}<|U|>{{ m.content }}{% endif %}{% endfor %}"
+)
+R1_OPENS = R1 + "{% if add_generation_prompt %}<|A|><think>\n{% endif %}"
+R1_PLAIN = R1 + "{% if add_generation_prompt %}<|A|>{% endif %}"
+
+DIALOGUE = [user("one"), assistant("I"), user("two"), assistant("II")]
+
+
+def tokenizer_for(template: str, eos: str) -> Any:
+    return make_tokenizer([eos, "<|im_start|>"], template, eos_token=eos, pad_token=eos)
+
+
+def row_of(messages: list[dict[str, Any]], **columns: Any) -> Demonstration:
+    values = {"messages": messages, **columns}
+    row = read_row(values, "f:1", Demonstration, choose_formats("f", list(values), Demonstration))
+    assert isinstance(row, Demonstration)
+    return row
+
+
+def trained(tokenizer: Any, row: Demonstration) -> list[tuple[str, str]]:
+    """Of each example: its text before the first trained token, and the trained tokens."""
+    dataset, _ = tokenize_demonstrations([row], tokenizer, max_length=4096)
+    found = []
+    for example in dataset:
+        first = next(index for index, label in enumerate(example["labels"]) if label != -100)
+        learnt = [label for label in example["labels"] if label != -100]
+        found.append((tokenizer.decode(example["input_ids"][:first]), tokenizer.decode(learnt)))
+    return found
+
+
+ONE, TWO = "<|im_start|>user\none<|im_end|>\n", "<|im_start|>user\ntwo<|im_end|>\n"
+SAID = "<|im_start|>assistant\n"
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "expected"),
+    [
+        (
+            QWEN3,
+            "<|im_end|>",
+            [(ONE + SAID, EMPTY + "I<|im_end|>"), (f"{ONE}{SAID}I<|im_end|>\n{TWO}{SAID}", EMPTY + "II<|im_end|>")],
+        ),
+        (
+            PHI3,
+            "</s>",
+            [
+                ("<|user|>one<|end|><|assistant|>", "I<|end|></s>"),
+                ("<|user|>one<|end|><|assistant|>I<|end|><|user|>two<|end|><|assistant|>", "II<|end|></s>"),
+            ],
+        ),
+        (
+            GPT_OSS,
+            "<|return|>",
+            [
+                ("<|start|>user<|message|>one<|end|><|start|>assistant", "<|message|>I<|return|>"),
+                (
+                    "<|start|>user<|message|>one<|end|><|start|>assistant<|message|>I<|end|>"
+                    "<|start|>user<|message|>two<|end|><|start|>assistant",
+                    "<|message|>II<|return|>",
+                ),
+            ],
+        ),
+        (R1_OPENS, "</s>", [("<|U|>one<|A|>", "I</s>II</s>")]),  # one rendering serves
+        (R1_PLAIN, "</s>", [("<|U|>one<|A|>", "I</s>II</s>")]),
+        # The number of messages stands in front: the prompt is what generation sees.
+        (
+            "{{ messages | length }}" + CHATML,
+            "<|im_end|>",
+            [("1" + ONE + SAID, "I<|im_end|>"), (f"3{ONE}{SAID}I<|im_end|>\n{TWO}{SAID}", "II<|im_end|>")],
+        ),
+    ],
+)
+def test_each_turn_is_trained_as_generation_would_render_it(
+    template: str, eos: str, expected: list[tuple[str, str]]
+) -> None:
+    assert trained(tokenizer_for(template, eos), row_of(DIALOGUE)) == expected
+
+
+@pytest.mark.parametrize("thought", ["<think>\nhm\n</think>\n\n", "hm\n</think>\n\n"])
+def test_reasoning_that_the_template_leaves_out_is_trained(thought: str) -> None:
+    dialogue = [user("one"), assistant(thought + "I"), user("two"), assistant(thought + "II")]
+    before = "<|U|>one<|A|>\n\nI</s><|U|>two"
+    assert trained(tokenizer_for(R1_OPENS, "</s>"), row_of(dialogue)) == [
+        ("<|U|>one<|A|><think>\n", "hm\n</think>\n\nI</s>"),
+        (before + "<|A|><think>\n", "hm\n</think>\n\nII</s>"),
+    ]
+    assert trained(tokenizer_for(R1_PLAIN, "</s>"), row_of(dialogue)) == [
+        ("<|U|>one<|A|>", thought + "I</s>"),
+        (before + "<|A|>", thought + "II</s>"),
+    ]
+
+
+def test_reasoning_content_is_given_to_the_template_or_refused() -> None:
+    dialogue = [user("one"), {**assistant("I"), "reasoning_content": "hm"}, user("two"), assistant("II")]
+    tokenizer = tokenizer_for(QWEN3, "<|im_end|>")
+    assert trained(tokenizer, row_of(dialogue)) == [
+        (ONE + SAID, "<think>\nhm\n</think>\n\nI<|im_end|>"),
+        (f"{ONE}{SAID}I<|im_end|>\n{TWO}{SAID}", EMPTY + "II<|im_end|>"),
+    ]
+    with pytest.raises(UserError, match="the chat template ignores `reasoning_content` in a message; write it into"):
+        trained(chatml(), row_of(dialogue))
+
+
+CALL = {"type": "function", "function": {"name": "sum", "arguments": {"of": [1, 2]}}}
+TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
+AGENT = [
+    user("one"),
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "name": "sum", "content": "3"},
+    assistant("III"),
+]
+LISTED = '<|im_start|>system\n[{"type": "function", "function": {"name": "sum", "parameters": {}}}]<|im_end|>\n'
+CALLED = '<tool_call>{"name": "sum", "arguments": {"of": [1, 2]}}</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+@pytest.mark.parametrize("arguments", [{"of": [1, 2]}, '{"of":[1,2]}'])
+def test_tool_use_is_trained(tools: Any, arguments: Any) -> None:
+    call = {**CALL, "function": {"name": "sum", "arguments": arguments}}
+    messages = [AGENT[0], {**AGENT[1], "tool_calls": [call]}, *AGENT[2:]]
+    tokenizer = tokenizer_for(QWEN3, "<|im_end|>")
+    assert trained(tokenizer, row_of(messages, tools=tools)) == [
+        (LISTED + ONE + SAID, f"{EMPTY}{CALLED}{EMPTY}III<|im_end|>")
+    ]
+    row = read_row({"prompt": messages[:3], "tools": tools}, "f:1", Prompt, [("prompt",)])
+    assert row.extra["tools"] == TOOLS
+    assert tokenizer.decode(encode_prompt(tokenizer, row.prompt, TOOLS)).endswith(
+        f"{SAID}{EMPTY}{CALLED}\n<|im_start|>tool\n3<|im_end|>\n{SAID}"
+    )
+
+
+def test_a_template_may_take_the_arguments_of_calls_as_text() -> None:
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls %}"
+        "{{ 'CALL ' + call.function.arguments }}{% endfor %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    ((_, learnt),) = trained(tokenizer_for(template, "<|end|>"), row_of(AGENT))
+    assert learnt == 'CALL {"of": [1, 2]}<|end|>III<|end|>'
+
+
+@pytest.mark.parametrize(
+    ("messages", "columns", "reason"),
+    [
+        (AGENT[:2], {}, "the chat template ignores `tool_calls` in a message"),
+        (DIALOGUE, {"tools": TOOLS}, "the chat template ignores `tools`"),
+        ([*DIALOGUE[:3], {**assistant("II"), "score": 3}], {}, "the chat template ignores `score` in a message"),
+    ],
+)
+def test_what_a_template_ignores_is_refused(messages: Any, columns: Any, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        trained(chatml(), row_of(messages, **columns))
+
+
+def test_results_of_tools_that_a_template_ignores_are_refused() -> None:
+    template = CHATML.replace("messages %}", "messages if message.role != 'tool' %}")
+    with pytest.raises(UserError, match="the chat template ignores messages of role tool"):
+        trained(chatml(template), row_of([user("a"), assistant("b"), {"role": "tool", "content": "3"}, assistant("c")]))
+
+
+def test_pairs_whose_prompt_changes_once_a_response_follows() -> None:
+    tokenizer = tokenizer_for(R1_OPENS, "</s>")
+    prompt = DIALOGUE[:3]
+    row = Preference(prompt, [assistant("hm</think>II")], [assistant("2")], "f:1")
+    dataset, _ = tokenize_preferences([row], tokenizer, max_length=4096)
+    before = "<|U|>one<|A|>I</s><|U|>two<|A|>"
+    assert tokenizer.decode(dataset[0]["chosen_ids"]) == before + "<think>\nhm</think>II</s>"
+    assert tokenizer.decode(dataset[0]["rejected_ids"]) == before + "2</s>"
+    assert encode_pair(tokenizer, prompt, "2") == dataset[0]["rejected_ids"]
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == before + "<think>\n"
+
+
+class TestFlags:
+    @pytest.mark.parametrize(
+        ("flags", "learnt"),
+        [
+            ([{}, {}, {}], "I<|im_end|>II<|im_end|>III<|im_end|>"),
+            ([{"train": False}, {}, {}], "II<|im_end|>III<|im_end|>"),
+            ([{}, {"weight": 0}, {"weight": 1}], "I<|im_end|>III<|im_end|>"),
+            ([{}, {"train": True}, {"train": False}], "I<|im_end|>II<|im_end|>"),
+            ([{"weight": 0.0}, {"weight": 1.0}, {"weight": 0, "train": False}], "II<|im_end|>"),
+        ],
+    )
+    def test_turns_are_selected(self, flags: list[dict[str, Any]], learnt: str) -> None:
+        said = [{**assistant(text), **flag} for text, flag in zip(("I", "II", "III"), flags, strict=True)]
+        asked = [{**user(text), "train": False} for text in ("one", "two", "three")]
+        row = row_of([message for pair in zip(asked, said, strict=True) for message in pair])
+        ((_, found),) = trained(chatml(), row)
+        assert found == learnt
+        assert all("train" not in message and "weight" not in message for message in row.prompt)
