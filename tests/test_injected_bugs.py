@@ -75,8 +75,8 @@ BUGS = {
     ),
     "end-of-text outside the mask": (
         "align/generation/generate.py",
-        "            ids, alive = tokens[:, None], tokens != eos_token_id",
-        "            mask[rows[tokens == eos_token_id], step] = False\n            ids, alive = tokens[:, None], tokens != eos_token_id",
+        "            done = not alive.any()\n",
+        "            mask[rows[~alive], step] = False\n            done = not alive.any()\n",
         "tests/generation/test_generate.py::test_responses_are_what_the_training_forward_would_sample",
     ),
     "whitening over the padding": (

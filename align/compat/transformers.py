@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -91,3 +92,31 @@ def stop_sharded_loading() -> None:
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()
+
+
+# Types of models (of the text part) whose recurrent states, decoded with left padding and with rows dropped, give what a
+# forward pass over the whole row gives. Others do not: they ignore padding (RWKV, RecurrentGemma), or clamp time steps in
+# the whole pass only (Zamba-2, Nemotron-H).
+EXACT_RECURRENT = {"mamba", "falcon_mamba", "mamba2", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe",
+                   "jamba", "bamba", "granitemoehybrid", "falcon_h1", "olmo_hybrid"}  # fmt: skip
+
+
+def is_linear_attention(layer: Any) -> bool:
+    """Whether a cache's layer holds a recurrent state (with keys and values beside it, or without)."""
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def keeps_exact_cache(config: Any) -> bool:
+    """Whether decoding with transformers' `DynamicCache` is exact with left padding and when rows are dropped."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    text = config.get_text_config(decoder=True)
+    if text.model_type in EXACT_RECURRENT:  # the step of Mamba-2 does not clamp
+        return tuple(getattr(text, "time_step_limit", (0.0, math.inf))) == (0.0, math.inf)
+    if has_causal_lm(config):
+        model: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        if model._is_stateful or not model._supports_default_dynamic_cache():
+            return False
+    return not any(map(is_linear_attention, DynamicCache(config=config).layers))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from align.data.collate import chunks, pad_left, pad_right
+from align.data.end_tokens import decode_responses
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.evaluate.inputs import EncodedRow, EvalSetting
@@ -89,7 +90,7 @@ def _reference_statistics(model: nn.Module, rows: Sequence[EncodedRow], pad: int
 
 def decode_predictions(setting: EvalSetting, response_ids: Sequence[Sequence[int]]) -> list[str]:
     """Text of each response, cut before its row's first stop string and stripped of surrounding white space."""
-    texts = setting.tokenizer.batch_decode([list(ids) for ids in response_ids], skip_special_tokens=True)
+    texts = decode_responses(setting.tokenizer, response_ids)
     return [
         text[: min([text.index(stop) for stop in row.stop_strings if stop in text], default=len(text))].strip()
         for text, row in zip(texts, setting.rows, strict=True)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.data.collate import pad_left, pad_right
+from align.data.end_tokens import decode_responses as response_texts
 from align.data.rows import Prompt, as_response
 from align.engine.distributed import World
 from align.engine.engine import Engine
+from align.generation.ending import Ending
 from align.generation.generate import generate
 from reward_models.responses import Responses
 
@@ -39,9 +41,9 @@ def respond_to_batch(
         noise: [B, T] on the model's device; unused at temperature 0, except for its shape.
         model, temperature, any_rank_unfinished: as for `generate`.
     """
-    eos, pad = int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)
-    prompt_ids, prompt_mask = (tensor.to(noise.device) for tensor in pad_left(prompts, pad))
-    ids, mask, _ = generate(model, prompt_ids, prompt_mask, noise, temperature, eos, pad, any_rank_unfinished)
+    padded = pad_left(prompts, int(tokenizer.pad_token_id))
+    prompt_ids, prompt_mask = (tensor.to(noise.device) for tensor in padded)
+    ids, mask, _ = generate(model, prompt_ids, prompt_mask, noise, temperature, Ending(tokenizer), any_rank_unfinished)
     return unpadded(ids, mask)
 
 
@@ -63,7 +65,7 @@ def gather_responses(world: World, responses: Sequence[Sequence[int]], max_lengt
 def decode_responses(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], batch: Sampled) -> Responses:
     """The batch as reward models and reward functions take it: ids without padding, and decoded text."""
     response_ids = unpadded(batch.response_ids, batch.mask)
-    texts = tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+    texts = response_texts(tokenizer, response_ids)
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
     return Responses(
         prompts=[prompt.prompt for prompt in prompts],

@@ -14,6 +14,7 @@ from align.data.rows import Prompt
 from align.engine.distributed import World
 from align.engine.engine import Engine
 from align.engine.faults import during
+from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 
@@ -37,6 +38,7 @@ class Samples:
     prompt_mask: Tensor  # [b, Q] bool
     response_ids: Tensor  # [b, T] int64, up to and including end-of-text
     mask: Tensor  # [b, T] bool
+    ended: Tensor  # [b] bool, whether the response ends by itself: with end-of-text, or with a stop string
     logprobs: Tensor  # [b, T] float32, nats, as the decoding loop computed them
 
 
@@ -48,6 +50,7 @@ class Sampler:
         response_length: tokens of a response at most.
         batch_size: rows of one decoding batch per device.
         gather: under ZeRO-3, decode with a gathered copy of the model instead of the sharded one.
+        stop_strings: end a response too, see `Ending`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -56,6 +59,7 @@ class Sampler:
     batch_size: int
     seed: int
     gather: bool = True
+    stop_strings: Sequence[str] = ()
 
     @property
     def pad_token_id(self) -> int:
@@ -64,7 +68,7 @@ class Sampler:
     @during("generate")
     def sample(self, engine: Engine, world: World, batch: PromptBatch) -> Samples:
         """Responses of `engine`. With `gather` false all ranks must call this together, with as many prompts each."""
-        pad, eos = self.pad_token_id, int(self.tokenizer.eos_token_id)
+        pad, ending = self.pad_token_id, Ending(self.tokenizer, self.stop_strings)
         prompt_ids, prompt_mask = (tensor.to(world.device) for tensor in pad_left(batch.ids, pad))
         noise = uniforms(self.seed, batch.purpose, batch.indexes, self.response_length).to(world.device)
         response_ids = torch.full(noise.shape, pad, device=world.device)
@@ -74,9 +78,14 @@ class Sampler:
         def decode(model: nn.Module | Engine, any_rank_unfinished: Callable[[bool], bool]) -> None:
             for part in chunks(len(noise), self.batch_size):
                 decoded = generate(
-                    model, prompt_ids[part], prompt_mask[part], noise[part], self.temperature, eos, pad,
+                    model,
+                    prompt_ids[part],
+                    prompt_mask[part],
+                    noise[part],
+                    self.temperature,
+                    ending,
                     any_rank_unfinished,
-                )  # fmt: skip
+                )
                 for tensor, piece in zip((response_ids, mask, logprobs), decoded, strict=True):
                     tensor[part, : piece.shape[1]] = piece
 
@@ -85,12 +94,14 @@ class Sampler:
                 decode(model, bool)
         else:
             decode(engine, world.any_rank)
-        length = int(mask.sum(dim=1).max())
+        lengths = mask.sum(dim=1)
+        length = int(lengths.max())
         return Samples(
             prompts=batch.prompts,
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             response_ids=response_ids[:, :length],
             mask=mask[:, :length],
+            ended=ending.ended(response_ids, lengths),
             logprobs=logprobs[:, :length],
         )

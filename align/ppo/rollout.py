@@ -46,7 +46,7 @@ class Rollout:
     prompt_mask: Tensor = per(PROMPT_TOKEN)  # [B, Q] bool
     response_ids: Tensor = per(RESPONSE_TOKEN, ids=True)  # [B, T] int64, end-of-text included
     mask: Tensor = per(RESPONSE_TOKEN)  # [B, T] bool
-    ended: Tensor = per(ROW)  # [B] bool, whether the response ends with end-of-text
+    ended: Tensor = per(ROW)  # [B] bool, whether the response ends by itself: with end-of-text, or with a stop string
     sampled_logprobs: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, from the decoding loop
     old_logprobs: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, from the forward pass that training uses
     ref_logprobs: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32
@@ -115,7 +115,6 @@ def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Ro
     ids = torch.cat([samples.prompt_ids, samples.response_ids], dim=1)  # [b, S]
     real = torch.cat([samples.prompt_mask, samples.mask], dim=1)  # [b, S]
     mask, length = samples.mask, samples.mask.shape[1]
-    ended = ((samples.response_ids == sampler.tokenizer.eos_token_id) & mask).any(dim=1)
 
     def in_passes(phase: str, forward: Callable[..., Tensor], engine: Engine) -> Tensor:
         measured = torch.zeros(mask.shape, device=world.device)
@@ -139,14 +138,16 @@ def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Ro
         prompt_mask=samples.prompt_mask,
         response_ids=samples.response_ids,
         mask=mask,
-        ended=ended,
+        ended=samples.ended,
         sampled_logprobs=samples.logprobs,
         old_logprobs=in_passes("score_policy", logprobs, models.policy) if recompute else samples.logprobs,
         ref_logprobs=in_passes("score_reference", logprobs, models.reference),
         values=torch.zeros_like(samples.logprobs)
         if models.value is None
         else in_passes("score_value", response_values, models.value),
-        scores=missing_eos_scores(scores.to(world.device), ended, recipe.missing_eos_penalty, recipe.missing_eos_score),
+        scores=missing_eos_scores(
+            scores.to(world.device), samples.ended, recipe.missing_eos_penalty, recipe.missing_eos_score
+        ),
         token_scores=F.pad(token_scores, (0, length - token_scores.shape[1])).to(world.device),
         source_scores=torch.stack([score.to(world.device) for score in sources.values()], dim=1),
         repetition=torch.tensor([repetition(text) for text in responses.texts], device=world.device),

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from align.config.sft import SFTRecipe
 from align.data.collate import chunks
 from align.data.encode import encode_prompt
+from align.data.end_tokens import decode_responses
 from align.data.mixture import seeded_sample
 from align.data.rows import Demonstration, render_text
 from align.data.tokenize import tools_of
@@ -57,7 +58,7 @@ class ResponseEvaluation:
             noise = torch.zeros(len(prompts), length, device=world.device)
             responses += respond_to_batch(model, self.tokenizer, prompts, noise, 0.0, world.any_rank)
         ids = gather_responses(world, responses, length)[: len(self.rows)]  # the last rank may repeat a row
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return [text.strip() for text in decode_responses(self.tokenizer, ids)]
 
     def score(self, responses: Sequence[str]) -> dict[str, float]:
         """The values of all metrics, under the names of `align evaluate`.

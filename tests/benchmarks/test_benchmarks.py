@@ -21,6 +21,7 @@ from countdown import COUNTS, EOS, make_models, make_untrained, write_prompts, w
 from machine import decode_bytes, step_flops  # noqa: E402
 
 from align.data.collate import pad_left  # noqa: E402
+from align.generation.ending import Ending  # noqa: E402
 from align.generation.generate import generate  # noqa: E402
 from align.generation.sampling import uniforms  # noqa: E402
 from tests import ranks  # noqa: E402
@@ -49,7 +50,7 @@ def test_responses_are_as_long_as_their_prompts_say(tmp_path):
     assert len({len(row) for row in rows}) > 5
     model = AutoModelForCausalLM.from_pretrained(paths["policy"])
     ids, mask = pad_left(rows, 0)
-    responses, real, _ = generate(model, ids, mask, uniforms(0, "test", range(24), 64), 1.0, EOS, 0)
+    responses, real, _ = generate(model, ids, mask, uniforms(0, "test", range(24), 64), 1.0, Ending(tokenizer))
     lengths = real.sum(1).tolist()
     assert lengths == [row[-1] % COUNTS + 1 for row in rows]
     assert sorted(lengths) == [round(1 + (i + 0.5) / 24 * 63) for i in range(24)]

@@ -14,11 +14,13 @@ from align.data.collate import pad_left
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
+from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.forward import response_logprobs
 from align.ppo.inputs import check_ppo_inputs
 from align.ppo.setup import load_models
+from tests.worlds import letter_tokenizer
 
 
 def hold_models(path: str) -> None:
@@ -43,7 +45,8 @@ def hold_models(path: str) -> None:
     noise = uniforms(0, "test", range(4), 12)
     with models.policy.unsharded() as copy:
         held["policy"]["copy"] = sum(parameter.numel() for parameter in copy.parameters())
-        written = [generate(model, prompts, mask, noise, 0.7, 2, 0) for model in (plain, copy, models.policy)]
+        ending = Ending(letter_tokenizer())
+        written = [generate(model, prompts, mask, noise, 0.7, ending) for model in (plain, copy, models.policy)]
     ids, mask = torch.cat([prompts, written[0][0]], 1), torch.cat([mask, written[0][1]], 1)
     length = written[0][0].shape[1]
     scored = [response_logprobs(model, ids, mask, length, 0.7) for model in (plain, models.policy)]

@@ -28,6 +28,7 @@ from align.evaluate.compare import run
 from align.evaluate.few_shot import draw_examples, example_pools, few_shot_prompt, pool_for
 from align.evaluate.inputs import EncodedRow, prepare_inputs
 from align.evaluate.predict import decode_predictions
+from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.runs.files import write_json
 from align.runs.own_files import MANIFEST, RUN
@@ -133,7 +134,9 @@ def test_the_likeliest_tokens_as_transformers_finds_them(tmp_path):
 def test_greedy_log_probabilities_are_those_of_temperature_1():
     prompt = torch.tensor([letter_ids("xyz")])
     for temperature in (0.0, 1.0):
-        ids, mask, logprobs = generate(tiny_llama(), prompt, prompt > 0, torch.zeros(1, 4), temperature, 2, 0)
+        ids, mask, logprobs = generate(
+            tiny_llama(), prompt, prompt > 0, torch.zeros(1, 4), temperature, Ending(letter_tokenizer())
+        )
         logits = tiny_llama()(input_ids=torch.cat([prompt, ids], dim=1)).logits[:, 2:-1]
         expected = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
         torch.testing.assert_close(logprobs, expected * mask, atol=1e-5, rtol=0)
@@ -158,7 +161,7 @@ def test_a_prediction_ends_before_the_first_stop_string(tmp_path):
 
 
 def test_a_blank_line_ends_an_answer_to_text_examples_that_have_none():
-    decoded = SimpleNamespace(batch_decode=lambda ids, skip_special_tokens: [" one\ntwo \n\nQ: three"])
+    decoded = SimpleNamespace(eos_token_id=2, batch_decode=lambda ids, skip_special_tokens: [" one\ntwo \n\nQ: three"])
 
     def cut(stops):
         rows = [EncodedRow("", [], [], stops)]

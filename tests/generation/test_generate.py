@@ -5,14 +5,16 @@ import torch
 from transformers import DynamicCache
 
 from align.data.collate import chunks, pad_left
+from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.kv_cache import compaction_order, preallocated_cache
 from align.generation.sampling import sample_token, uniforms
 from align.models.forward import position_ids, response_logits, response_logprobs, response_values
 from align.models.load import disable_dropout
-from tests.worlds import tiny_llama
+from tests.worlds import letter_tokenizer, tiny_llama
 
 EOS, PAD = 2, 0
+ENDING = Ending(letter_tokenizer())
 PROMPTS = [[1, 5, 6, 7], [1, 9], [1, 3, 4, 5, 6, 7, 8, 9], [1, 28, 27, 26], [1], [1, 20, 21]]
 LENGTH = 12
 
@@ -27,7 +29,7 @@ def model():
 
 def respond(model, prompts, noise, temperature=0.7):
     ids, mask = pad_left(prompts, PAD)
-    return ids, mask, *generate(model, ids, mask, noise, temperature, EOS, PAD)[:2]
+    return ids, mask, *generate(model, ids, mask, noise, temperature, ENDING)[:2]
 
 
 def test_responses_are_what_the_training_forward_would_sample(model):
@@ -54,7 +56,7 @@ def test_responses_are_what_the_training_forward_would_sample(model):
 def test_generation_knows_the_log_probability_of_what_it_sampled(model):
     prompts = (PROMPTS * 10)[:60]
     ids, prompt_mask = pad_left(prompts, PAD)
-    responses, mask, logprobs = generate(model, ids, prompt_mask, uniforms(0, "test", range(60), LENGTH), 0.7, EOS, PAD)
+    responses, mask, logprobs = generate(model, ids, prompt_mask, uniforms(0, "test", range(60), LENGTH), 0.7, ENDING)
     with torch.no_grad():
         expected = response_logprobs(
             model, torch.cat([ids, responses], 1), torch.cat([prompt_mask, mask], 1), responses.shape[1], 0.7

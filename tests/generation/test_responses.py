@@ -6,6 +6,7 @@ import torch
 
 from align.data.collate import pad_left
 from align.engine.distributed import World
+from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.responses import gather_responses, respond_to_batch, unpadded
 from align.generation.sampling import uniforms
@@ -25,7 +26,7 @@ class TwoRanks(World):
 def test_a_batch_is_what_generate_samples_without_padding():
     model, tokenizer, noise = tiny_llama(spread=0.3), letter_tokenizer(), uniforms(0, "test", range(3), 20)
     ids, prompt_mask = pad_left(PROMPTS, tokenizer.pad_token_id)
-    padded, mask, _ = generate(model, ids, prompt_mask, noise, 0.7, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    padded, mask, _ = generate(model, ids, prompt_mask, noise, 0.7, Ending(tokenizer))
     responses = respond_to_batch(model, tokenizer, PROMPTS, noise, 0.7)
     assert [len(response) for response in responses] == mask.sum(dim=1).tolist()
     for row, response in enumerate(responses):

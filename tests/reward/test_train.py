@@ -25,6 +25,7 @@ from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference
 from align.engine.distributed import World
 from align.errors import UserError
+from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.tokenizer import set_right_padding
@@ -155,7 +156,8 @@ def test_the_zero_is_the_mean_score_of_sft_answers_and_travels_with_the_model(tm
     for index, (_, ids) in enumerate(prompts):
         noise = uniforms(42, PURPOSE, [index], 8)
         prompt = torch.tensor([ids])
-        answer, *_ = generate(policy, prompt, torch.ones_like(prompt, dtype=torch.bool), noise, 1.0, 2, 0)
+        real, ending = torch.ones_like(prompt, dtype=torch.bool), Ending(inputs.sft.tokenizer)
+        answer, *_ = generate(policy, prompt, real, noise, 1.0, ending)
         whole = torch.cat([prompt, answer], dim=1)
         scores.append(score_sequences(model, whole, torch.ones_like(whole, dtype=torch.bool)))
         logits.append(plain(whole).logits[0])

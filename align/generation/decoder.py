@@ -1,0 +1,107 @@
+"""Logits of the next token of every row, step by step, by the way that is exact for the model's architecture.
+
+With a cache where decoding with it gives what a forward pass over the whole row gives, with left padding and when rows
+are dropped: attention of every kind, and the recurrent layers in `align.compat.transformers.EXACT_RECURRENT`. Otherwise
+(RWKV, RecurrentGemma, Zamba, ...) each step is a forward pass over whole rows, padded on the right, as in training.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from align.compat.transformers import is_linear_attention, keeps_exact_cache
+from align.engine.engine import Engine
+from align.generation.kv_cache import preallocated_cache
+from align.models.forward import position_ids
+from reward_models.heads import hf_model
+
+CACHE_ARGUMENTS = ("cache", "cache_params")  # names of the cache in `forward`; otherwise past_key_values
+
+
+class Decoder(Protocol):
+    """Holds B rows of tokens, and runs the model on them."""
+
+    def logits(self) -> Tensor:
+        """Logits [B, V] of the token after each row, by one forward pass. Calling it again is one more pass."""
+
+    def append(self, tokens: Tensor) -> None:
+        """Append tokens [B] to the rows."""
+
+    def keep(self, order: Tensor) -> None:
+        """Keep the rows `order` [b], in this order. Each is an index below B."""
+
+
+def decoder(model: nn.Module | Engine, prompt_ids: Tensor, prompt_mask: Tensor, length: int) -> Decoder:
+    """A decoder of up to `length` tokens after prompts [B, Q], which are padded on the left."""
+    inner = hf_model(model.module if isinstance(model, Engine) else model)
+    parameters = inspect.signature(inner.forward).parameters
+    if not keeps_exact_cache(inner.config):
+        return WholeRows(model, "logits_to_keep" in parameters, prompt_ids, prompt_mask, length)
+    name = next((name for name in CACHE_ARGUMENTS if name in parameters), "past_key_values")
+    return Cached(model, name, preallocated_cache(inner.config, prompt_ids.shape[1] + length), prompt_ids, prompt_mask)
+
+
+class Cached:
+    """Runs the model on the last token of each row, and on whole prompts in its first pass."""
+
+    def __init__(self, model: Any, cache_name: str, cache: Any, prompt_ids: Tensor, prompt_mask: Tensor):
+        self.model = model
+        self.cache_name, self.cache = cache_name, cache
+        self.ids, self.mask, self.positions = prompt_ids, prompt_mask, position_ids(prompt_mask)
+        self.recurrent = all(cache.is_linear)
+        self.started = False
+
+    def logits(self) -> Tensor:
+        if self.started:
+            self.mask = F.pad(self.mask, (0, 1), value=True)
+        # A model of recurrent layers alone applies its mask to the tokens that it is given.
+        mask = None if self.recurrent and self.started else self.mask.long()
+        output = self.model(
+            input_ids=self.ids,
+            attention_mask=mask,
+            position_ids=self.positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.cache_name: self.cache},
+        )
+        self.positions, self.started = self.positions[:, -1:] + 1, True
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def append(self, tokens: Tensor) -> None:
+        self.ids = tokens[:, None]
+
+    def keep(self, order: Tensor) -> None:
+        for layer in self.cache.layers:  # layers of both kinds in one inherit a `batch_select_indices` for one of them
+            (layer.reorder_cache if is_linear_attention(layer) else layer.batch_select_indices)(order)
+        self.ids, self.mask, self.positions = self.ids[order], self.mask[order], self.positions[order]
+
+
+class WholeRows:
+    """Runs the model on whole rows without a cache: exact for every causal model, at the cost of the rows' lengths."""
+
+    def __init__(self, model: Any, selects_logits: bool, prompt_ids: Tensor, prompt_mask: Tensor, length: int):
+        self.model, self.selects_logits = model, selects_logits
+        self.sizes = prompt_mask.sum(dim=1)  # [B] tokens of each row
+        columns = torch.arange(int(self.sizes.max()) + length, device=prompt_ids.device)
+        self.ids = prompt_ids.new_zeros(len(prompt_ids), len(columns))
+        self.ids[columns < self.sizes[:, None]] = prompt_ids[prompt_mask]
+
+    def logits(self) -> Tensor:
+        last, place = torch.unique(self.sizes - 1, return_inverse=True)
+        selected = {"logits_to_keep": last} if self.selects_logits else {}
+        output = self.model(input_ids=self.ids[:, : int(self.sizes.max())], use_cache=False, **selected)
+        logits: Tensor = output.logits
+        return logits[torch.arange(len(logits), device=logits.device), place if selected else self.sizes - 1]
+
+    def append(self, tokens: Tensor) -> None:
+        self.ids.scatter_(1, self.sizes[:, None], tokens[:, None])
+        self.sizes = self.sizes + 1
+
+    def keep(self, order: Tensor) -> None:
+        self.ids, self.sizes = self.ids[order], self.sizes[order]
