@@ -29,7 +29,6 @@ from align.compat import others as of_others
 from align.compat import peft as of_peft
 from align.compat import transformers as of_transformers
 from align.compat import trl as of_trl
-from align.config.template_limits import begin_render
 from tests.worlds import tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -306,17 +305,13 @@ def overrides(tree: ast.Module) -> set[str]:
     }
 
 
-def test_chat_template_environment():
-    environment = of_transformers.chat_template_environment()
-    begin_render()  # it has limits if another test has rendered
-    assert {"raise_exception", "strftime_now", "namespace"} <= environment.globals.keys()
-    assert environment.trim_blocks
-    template = environment.from_string("{% set ns = namespace(a=1) %}{% generation %}{{ ns.a }}{% endgeneration %}")
-    assert template.render() == "1"
-
-
-def test_namespace_values():
-    assert of_others.namespace_values(jinja2.utils.Namespace(a=1)) == {"a": 1}
+def test_chat_template_compiler():
+    names = {}
+    exec(of_transformers.chat_template_compiler(), names)
+    text = "{% set ns = namespace(a=1) %}{% generation %}{{ ns.a }}{% endgeneration %}{{ [{'é': 1}] | tojson(ensure_ascii=true) }}"
+    template = names["compile_template"](text)
+    assert template.render() == '1[{"\\u00e9": 1}]'
+    assert {"raise_exception", "strftime_now", "namespace"} <= template.environment.globals.keys()
 
 
 def test_apply_chat_template():
@@ -331,12 +326,9 @@ def test_apply_chat_template():
         return jinja2.Template("{{ messages[0].content }}{{ add_generation_prompt }}")
 
     messages = [{"role": "user", "content": "hello"}]
-    for _ in range(2):  # once for each render, or a clock that starts there would not start
-        assert (
-            of_transformers.apply_chat_template(tokenizer, messages, compiled, add_generation_prompt=True)
-            == "helloTrue"
-        )
-    assert asked == ["own", "own"]
+    text = of_transformers.apply_chat_template(tokenizer, messages, compiled, add_generation_prompt=True)
+    assert text == "helloTrue"
+    assert asked == ["own"]
     assert chat_template_utils._compile_jinja_template is before
 
 

@@ -4,15 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-# Jinja
-
-
-def namespace_values(namespace: Any) -> dict[str, Any]:
-    """What a template has put into a `namespace()`."""
-    values: dict[str, Any] = namespace._Namespace__attrs
-    return values
-
-
 # bitsandbytes
 
 

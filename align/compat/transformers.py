@@ -33,15 +33,44 @@ def register_sdpa_variant(name: str, attention: Callable[..., Any]) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def chat_template_environment() -> Any:
-    """A Jinja environment such as transformers renders chat templates in."""
+def chat_template_compiler() -> str:
+    """Python source of transformers' function from the text of a chat template to the template, as `compile_template`.
+
+    It is for a process that does not import transformers.
+    """
+    import inspect
+
     from transformers.utils import chat_template_utils
 
-    return chat_template_utils._compile_jinja_template("{# limited #}").environment  # one that no other has
+    source = inspect.getsource(chat_template_utils._cached_compile_jinja_template)
+    return f"{_COMPILER_NAMES}\n\n{source}\n\ncompile_template = _cached_compile_jinja_template\n"
+
+
+# What that function reads of its module. This process has checked Jinja's version.
+_COMPILER_NAMES = """
+import json
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
+from types import SimpleNamespace
+
+import jinja2
+import jinja2.ext
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+def no_type_check(function):
+    return function
+
+def is_jinja_available():
+    return True
+
+version = SimpleNamespace(parse=lambda text: [int(part) for part in text.split(".")])
+"""
 
 
 def apply_chat_template(tokenizer: Any, messages: Any, compile_template: Callable[[str], Any], **kwargs: Any) -> str:
-    """`tokenizer.apply_chat_template` as text, with the template compiled by `compile_template`, once for each render."""
+    """`tokenizer.apply_chat_template` as text, with the template compiled by `compile_template`."""
     from transformers.utils import chat_template_utils as utils
 
     before = utils._compile_jinja_template

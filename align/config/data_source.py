@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from jinja2 import meta
-from jinja2.exceptions import TemplateSyntaxError
 
 from align.config.keys import AT_LEAST_1, TIMES, check_function_name, check_ranges, key
-from align.config.sandbox import LimitedEnvironment, compile_problem
-from align.config.template_limits import TemplateLimit, begin_render
-from align.errors import BadRow, UserError, nearest
+from align.config.sandbox import TemplateProblem, check
+from align.config.sandbox_process import recipe_environment
+from align.errors import UserError, nearest
 
 ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
 TEXT_PARTS = ("prompt", "completion")
@@ -113,19 +110,11 @@ def check_template(template: Mapping[str, str], where: str) -> None:
         if part not in template:
             raise UserError(f"{where}: no `{part}`; a template has the parts {', '.join(known)}.")
     for part, text in template.items():
-        begin_render()
         try:
-            named = list(meta.find_referenced_templates(template_environment().parse(text)))
-            compile_template(text)
-        except TemplateSyntaxError as error:
-            line = text.splitlines()[error.lineno - 1].strip() if text else ""
-            raise UserError(
-                f"{where}.{part}: not a Jinja template: {error.message}, in its line {error.lineno}: {line}"
-            ) from None
-        except TemplateLimit as error:
-            raise UserError(f"{where}.{part}: {error}") from None
-        except Exception as error:  # of Jinja's parser, such as a number of 5000 digits, and of Python's compiler
-            raise UserError(f"{where}.{part}: {compile_problem(error)}.") from None
+            check(text)
+        except TemplateProblem as problem:
+            raise UserError(f"{where}.{part}: {problem}") from None
+        named = list(meta.find_referenced_templates(template_environment().parse(text)))
         if named:
             raise UserError(f"{where}.{part}: a template cannot include another one ({named[0]}); write it out.")
 
@@ -138,28 +127,4 @@ def read_columns(text: str) -> frozenset[str]:
     )
 
 
-@functools.cache
-def template_environment() -> LimitedEnvironment:
-    environment = LimitedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_printed,
-        extensions=["jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's escapes for HTML
-    # Every process renders the rows for itself, and they must come out alike; `limit` takes `lipsum` away.
-    del environment.filters["random"]
-    environment.limit()
-    return environment
-
-
-@functools.cache
-def compile_template(text: str) -> jinja2.Template:
-    return template_environment().from_string(text)
-
-
-def _printed(value: Any) -> Any:
-    if value is None:  # Jinja would print None
-        raise BadRow("prints a column that is null")
-    return value
+template_environment = functools.cache(recipe_environment)  # for the syntax of templates; another process renders them

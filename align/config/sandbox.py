@@ -1,250 +1,134 @@
-"""Jinja templates come from files, so they run in Jinja's sandbox, and within the limits of `align.config.template_limits`."""
+"""Jinja templates come from files: they are rendered in Jinja's sandbox, by another process (`align.config.sandbox_process`).
+
+That process can be ended at any time, which no operation of Python in this one can, and has a limit on its memory.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+import atexit
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Template, nodes
-from jinja2.compiler import CodeGenerator, Frame
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import jinja2
+import markupsafe
 
-from align.config.template_limits import (
-    CONTAINERS,
-    FLAT,
-    ITEM,
-    MAX_BITS,
-    MAX_TEMPLATE,
-    QUADRATIC,
-    SMALL,
-    STEP,
-    VALUES,
-    TemplateLimit,
-    check_call,
-    check_method,
-    check_percent,
-    count,
-    made,
-    meter,
-    refuse_larger,
-    size_of,
-)
+from align.config import sandbox_process
+from align.config.sandbox_process import LIMIT, TEXT, Limits
 
-_QUICK_FILTERS = {"count", "d", "default", "length"}
-_GROWING_FILTERS = {"batch", "center", "indent", "join", "replace", "round", "slice", "sum", "tojson", "truncate"}
-_GROWING_FILTERS |= {"urlize", "wordwrap", "xmlattr"}
-_LISTING_FILTERS = {"list", "sort", "unique"}
-_SLOW_TESTS = {"in", "==", "eq", "equalto", "!=", "ne", "<", "lt", "lessthan", "<=", "le", ">", "gt", "greaterthan"}
-_SLOW_TESTS |= {">=", "ge", "lower", "upper"}
-_DICT_ATTRIBUTES = frozenset(dir(dict))
+LIMITS = Limits()
 
 
-def compile_problem(error: Exception) -> str:
-    """Why Jinja's parser or Python's compiler failed on a template, other than by its syntax."""
-    if isinstance(error, RecursionError | MemoryError | SyntaxError):
-        return f"nested too deeply for a template ({type(error).__name__})"
-    return f"not a Jinja template: {type(error).__name__}: {str(error)[:200]}"
+class TemplateProblem(Exception):
+    """Why a template cannot be rendered; `kind` is one of those of `align.config.sandbox_process` other than TEXT."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
-def limited(environment: ImmutableSandboxedEnvironment) -> LimitedEnvironment:
-    """An environment with its filters, tests and globals, from then on within the limits."""
-    environment.__class__ = LimitedEnvironment
-    environment.limit()  # type: ignore[attr-defined]
-    return environment  # type: ignore[return-value]
+def render(template: str, variables: Mapping[str, Any], compiler: str | None = None) -> str:
+    """The text that a template makes of variables: plain values, and lists and dicts of such.
+
+    Args:
+        compiler: Python source that defines `compile_template`; by default, templates are those of recipes.
+
+    Raises:
+        TemplateProblem: it is no template, fails on the variables, or goes over a limit.
+    """
+    return _answer((compiler, template, dict(variables)))
 
 
-class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with limits; what it renders is the same."""
-
-    code_generator_class: type[CodeGenerator]
-    intercepted_binops = frozenset({"*", "**", "%"})
-
-    def limit(self) -> None:
-        """Set the limits up, once finalize and filters are those of the templates to come."""
-        self.code_generator_class = _LimitedCode
-        self.globals.pop("lipsum", None)  # makes as much random text as it is asked to
-        inner = self.finalize
-        self.finalize = _printed if inner is None else lambda value: _printed(inner(value))
-        for name in self.filters.keys() - _QUICK_FILTERS:
-            self.filters[name] = _limited_filter(name, self.filters[name])
-        tests: dict[str, Any] = self.tests
-        tests.update({name: _counted(tests[name]) for name in _SLOW_TESTS})
-
-    def from_string(self, source: Any, *args: Any, **kwargs: Any) -> Template:
-        if isinstance(source, str) and len(source) > MAX_TEMPLATE:
-            raise TemplateLimit(f"has more than {MAX_TEMPLATE:,} characters")
-        return super().from_string(source, *args, **kwargs)
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
-            return obj[attribute]  # as Jinja finds it, without raising an error on the way; pays for the limits
-        return super().getattr(obj, attribute)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return not attr.startswith("_") if type(obj) is str else super().is_safe_attribute(obj, attr, value)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%" and isinstance(left, str):
-            check_percent(left, right)
-        elif isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            if operator != "%" and bits > MAX_BITS:
-                raise TemplateLimit(f"{operator} makes an integer of more than {MAX_BITS:,} bits")
-        elif operator == "*":
-            times, value = (left, right) if isinstance(left, int) else (right, left)
-            refuse_larger(size_of(value) * times if isinstance(times, int) else 0, "*")
-        return made(super().call_binop(context, operator, left, right), operator)
-
-    def add(self, *values: Any) -> Any:
-        """The sum of values, from left to right."""
-        if all([type(value) is str for value in values]):
-            if (size := sum(map(len, values))) >= SMALL:
-                refuse_larger(size, "+")
-                count(size)
-            return "".join(values)
-        total = values[0]
-        for value in values[1:]:
-            refuse_larger(size_of(total) + size_of(value), "+")
-            total = made(total + value, "+")
-        return total
-
-    def call(
-        __self, __context: Context, __obj: Any, *args: Any, **kwargs: Any
-    ) -> Any:  # names as in Jinja, for **kwargs
-        count(STEP)
-        method = getattr(__obj, "__wrapped__", __obj)  # Jinja wraps `format`
-        owner, name = getattr(method, "__self__", None), str(getattr(method, "__name__", "a call"))
-        if isinstance(owner, VALUES):
-            if name == "join" and args:
-                args = (list(args[0]),)
-            check_method(name, owner, [*args, *kwargs.values()])
-        elif held := [each for each in (*args, *kwargs.values()) if isinstance(each, CONTAINERS)]:
-            refuse_larger(sum(map(size_of, held)), name)
-        return made(super().call(__context, __obj, *args, **kwargs), name)
-
-    def step(self, size: int) -> bool:
-        """Count a round of a loop, which prints `size` characters of the template itself."""
-        count(STEP + size)
-        return True
-
-    def parts(self, *values: Any) -> tuple[Any, ...]:
-        """The values to join into one text, which will not be too long."""
-        refuse_larger(sum(map(size_of, values)), "~")
-        return values
-
-    def made(self, value: Any) -> Any:
-        """A list, tuple or mapping that the template writes."""
-        return made(value, "a list or mapping")
-
-    def cut(self, value: Any) -> Any:
-        """A slice that the template takes."""
-        if isinstance(value, (str, list, tuple)) and len(value) >= SMALL:
-            count(len(value))
-        return value
+def check(template: str, compiler: str | None = None) -> None:
+    """Compile a template. Raises as `render`."""
+    _answer((compiler, template, None))
 
 
-def _printed(value: Any) -> Any:
-    if type(value) is not str:
-        count(size_of(made(value, "a value")))
-        return value
-    meter.left -= len(value)
-    if meter.left < 0:
-        count(0)
-    return value
+def _answer(request: tuple[str | None, str, dict[str, Any] | None]) -> str:
+    global _process
+    content = pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL)
+    with _lock:
+        if _process is None:
+            _process = _Process()
+        try:
+            kind, text = _process.answer(content)
+        except BaseException:  # also an interruption, after which the reply to come would be taken for another's
+            end_process()
+            raise
+        if kind == TEXT:
+            return text
+    raise TemplateProblem(kind, text)
 
 
-def _counted(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        count(STEP)
-        return function(*args, **kwargs)
+class _Process:
+    def __init__(self) -> None:
+        # Isolated from the current folder and from PYTHONPATH, but with the Jinja of this process.
+        paths = [os.path.dirname(os.path.dirname(str(module.__file__))) for module in (jinja2, markupsafe)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", sandbox_process.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self.process.stdin
+        assert self.process.stdout
+        self.requests, self.replies = self.process.stdin, self.process.stdout
+        pickle.dump((paths, tuple(LIMITS)), self.requests)
 
-    return counted
+    def answer(self, request: bytes) -> tuple[str, str]:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which the missing reply shows
+            self.requests.write(len(request).to_bytes(8, "little"))
+            self.requests.write(request)
+            self.requests.flush()
+        header = self.replies.read(8)
+        if len(header) == 8:
+            reply = self.replies.read(int.from_bytes(header, "little"))
+            kind, _, text = reply.decode("utf-8", "surrogatepass").partition("\0")
+            return kind, text
+        code = self.process.wait()
+        end_process()
+        if code == -signal.SIGPROF:
+            each = f"for many rows, than {LIMITS.per_render:g} seconds each"
+            return LIMIT, f"takes longer than {LIMITS.seconds:g} seconds (or, {each})"
+        return LIMIT, f"ends the process that renders it ({signal.Signals(-code).name if code < 0 else code})"
 
 
-def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # after the context
-
-    @functools.wraps(function)
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        count(STEP)
-        if name == "format":
-            check_percent(str(args[first]), [*args[first + 1 :], *kwargs.values()])
-        elif name in _GROWING_FILTERS or name in QUADRATIC:
-            value = args[first]
-            if isinstance(value, Iterator) or name in ("join", "sum"):
-                value = value if isinstance(value, FLAT) else list(value)
-                args = (*args[:first], value, *args[first + 1 :])
-            check_call(name, value, [*args[first + 1 :], *kwargs.values()])
-        elif isinstance(args[first], CONTAINERS):
-            refuse_larger(size_of(args[first]), name)
-        elif name in _LISTING_FILTERS and isinstance(args[first], FLAT):
-            refuse_larger(ITEM * len(args[first]), name)
-        return made(function(*args, **kwargs), name)
-
-    return limited
+_process: _Process | None = None
+_lock = threading.Lock()
 
 
-class _LimitedCode(CodeGenerator):
-    """Jinja's compiler, with calls of `LimitedEnvironment` where values grow without a call, and in loops."""
+@atexit.register
+def end_process() -> None:
+    """End the process that renders, if there is one; the next render starts another."""
+    global _process
+    if _process is None:
+        return
+    process, _process = _process.process, None
+    process.kill()
+    process.wait()
+    _close(process)
 
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        count = nodes.EnvironmentAttribute(
-            f"step({text})", lineno=node.lineno
-        )  # is compiled to `environment.step(...)`
-        node.body.insert(0, nodes.ExprStmt(count, lineno=node.lineno))
-        if node.test is not None:
-            node.test = nodes.And(count, node.test, lineno=node.lineno)
-        super().visit_For(node, frame)
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        join = "str_join"
-        if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
-            join = "(markup_join if context.eval_ctx.autoescape else str_join)"
-        self.write(f"{join}(environment.parts(")
-        self._visit_each(node.nodes, frame)
-        self.write("))")
+def _close(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what could not be written any more
+            pipe.close()  # type: ignore[union-attr]  # both are pipes
 
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._visit_made(node, frame, super().visit_List, node.items)
 
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        self._visit_made(node, frame, super().visit_Tuple, node.items if node.ctx == "load" else [])
+def _forget_process() -> None:
+    """In a fork: the process belongs to the parent, and ends when all copies of its pipe are closed."""
+    global _process, _lock
+    _lock = threading.Lock()
+    if _process is not None:
+        process, _process = _process.process, None
+        process.returncode = 0  # that of a child of the parent, which is not waited for here
+        _close(process)
 
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._visit_made(node, frame, super().visit_Dict, [pair.value for pair in node.items])
 
-    def visit_Getitem(self, node: nodes.Getitem, frame: Frame) -> None:
-        if isinstance(node.arg, nodes.Slice):
-            self._visit_in("cut", node, frame, super().visit_Getitem)
-        else:
-            super().visit_Getitem(node, frame)
-
-    def _visit_made(self, node: Any, frame: Frame, visit: Callable[..., None], items: list[Any]) -> None:
-        if all(isinstance(item, nodes.Const) for item in items):
-            visit(node, frame)
-        else:
-            self._visit_in("made", node, frame, visit)
-
-    def _visit_in(self, method: str, node: Any, frame: Frame, visit: Callable[..., None]) -> None:
-        self.write(f"environment.{method}(")
-        visit(node, frame)
-        self.write(")")
-
-    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
-        terms: list[nodes.Expr] = []
-        first: nodes.Expr = node
-        while isinstance(first, nodes.Add):  # a sum of many is one call
-            terms.insert(0, first.right)
-            first = first.left
-        self.write("environment.add(")
-        self._visit_each([first, *terms], frame)
-        self.write(")")
-
-    def _visit_each(self, values: list[nodes.Expr], frame: Frame) -> None:
-        for value in values:
-            self.visit(value, frame)
-            self.write(", ")
+os.register_at_fork(after_in_child=_forget_process)

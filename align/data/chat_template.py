@@ -1,17 +1,18 @@
-"""Chat templates: rendered as by transformers, within the limits of `align.config.template_limits`."""
+"""Chat templates: rendered as by transformers, in the process of `align.config.sandbox`."""
 
 from __future__ import annotations
 
 import functools
+import os.path
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from align.compat.transformers import apply_chat_template, chat_template_environment
-from align.config.sandbox import LimitedEnvironment, compile_problem, limited
-from align.config.template_limits import TemplateLimit, begin_render
+from align.compat.transformers import apply_chat_template, chat_template_compiler
+from align.config.sandbox import TemplateProblem, check, render
+from align.config.sandbox_process import FAILED, LIMIT, SYNTAX
 from align.errors import BadRow, TemplateFailure
 
 
@@ -30,20 +31,20 @@ def render_chat(
         BadRow: the template raises an error on them.
         TemplateFailure: it is no template, or goes over a limit.
     """
-    _environment()  # made with transformers' own compiler, which is replaced while it renders
-    name = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
     try:
         return apply_chat_template(
-            tokenizer, messages, _compile, add_generation_prompt=add_generation_prompt, tools=tools
+            tokenizer, messages, _ChatTemplate, add_generation_prompt=add_generation_prompt, tools=tools
         )
-    except TemplateLimit as error:
-        raise TemplateFailure(f"{name} {error}; fix the template or the row.") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise TemplateFailure(f"{name} {_wrong_syntax(error)}") from error
-    except jinja2.TemplateError as error:
-        raise BadRow(f"the chat template rejects it: {error}") from error
-    except Exception as error:  # a template may fail in any way on the messages
-        raise BadRow(f"the chat template fails with {type(error).__name__}: {error}") from error
+    except TemplateProblem as problem:
+        name = f"the chat template {_file(tokenizer)}"
+        if problem.kind == LIMIT:
+            raise TemplateFailure(f"{name} {problem}; fix the template, or shorten the row.") from problem
+        if problem.kind == SYNTAX:
+            raise TemplateFailure(f"{name} is {problem}; fix it, or name another as `chat_template_path`.") from problem
+        verb = "fails with" if problem.kind == FAILED else "rejects it:"
+        raise BadRow(f"{name} {verb} {problem}") from problem
+    except Exception as error:  # of transformers, on messages of an odd form
+        raise BadRow(f"the chat template {_file(tokenizer)} fails with {type(error).__name__}: {error}") from error
 
 
 def check_chat_template(text: str) -> None:
@@ -53,29 +54,27 @@ def check_chat_template(text: str) -> None:
         TemplateFailure: what is wrong, to be put after the template's name.
     """
     try:
-        _compile(text)
-    except TemplateLimit as error:
-        raise TemplateFailure(f"{error}.") from error
-    except jinja2.TemplateSyntaxError as error:
-        raise TemplateFailure(_wrong_syntax(error)) from error
-    except Exception as error:  # of Jinja's parser and of Python's compiler
-        raise TemplateFailure(f"is {compile_problem(error)}.") from error
+        check(text, _compiler())
+    except TemplateProblem as problem:
+        raise TemplateFailure(f"{problem}." if problem.kind == LIMIT else f"is {problem}") from problem
 
 
-def _wrong_syntax(error: jinja2.TemplateSyntaxError) -> str:
-    return f"is not a Jinja template: {error.message}, in its line {error.lineno}."
+@dataclass(frozen=True)
+class _ChatTemplate:
+    """What transformers renders instead of a template of Jinja."""
+
+    text: str
+
+    def render(self, **variables: Any) -> str:
+        return render(self.text, variables, _compiler())
 
 
-@functools.cache
-def _environment() -> LimitedEnvironment:
-    return limited(chat_template_environment())
+_compiler = functools.cache(chat_template_compiler)
 
 
-def _compile(template: str) -> jinja2.Template:
-    begin_render()  # transformers compiles, from its cache or from this one, before each render
-    return _compiled(template)
-
-
-@functools.cache
-def _compiled(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
+def _file(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where the tokenizer's chat template comes from."""
+    named = getattr(tokenizer, "chat_template_path", None)  # by `align.models.tokenizer`
+    folder = str(tokenizer.name_or_path)
+    files = [os.path.join(folder, name) for name in ("chat_template.jinja", "tokenizer_config.json")]
+    return named or next(filter(os.path.isfile, files), folder) or "of the tokenizer"

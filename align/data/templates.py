@@ -1,7 +1,7 @@
 """Labeled rows to instructions with Jinja templates and verbalized labels, and answers back to labels.
 
 Templates are rendered like chat templates, sandboxed and without a loader: a recipe runs no code of its own, and the
-text of a row is never interpreted as a template. `align.config.template_limits` limits time and size.
+text of a row is never interpreted as a template.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError, UndefinedError
 
 from align.config.convert import key_text
 from align.config.data_source import (
@@ -23,11 +22,11 @@ from align.config.data_source import (
     SYSTEM_PART,
     TEXT_PARTS,
     DataSource,
-    compile_template,
     read_columns,
     template_environment,
 )
-from align.config.template_limits import TemplateLimit, begin_render
+from align.config.sandbox import TemplateProblem, render
+from align.config.sandbox_process import FAILED, LIMIT, NULL, SECURITY, SYNTAX, UNDEFINED
 from align.errors import BadRow, UserError, first_few, nearest
 
 # Keys of a row's `extra` besides its columns. For `parse_label`: the template that rendered the row (a mapping of strings),
@@ -104,29 +103,29 @@ class SourceTemplates:
     def _render(self, index: int, part: str, variables: Mapping[str, Any], where: str) -> str:
         place = f"templates[{index}].{part}"
         text = self.source.templates[index][part]
-        begin_render()
         try:
-            return compile_template(text).render(variables)
-        except BadRow as bad:
-            raise BadRow(f"{place} {bad}") from None
-        except UndefinedError as error:
-            missing = sorted(read_columns(text) - variables.keys())
-            if not missing:
-                raise BadRow(f"{place}: {error}") from None
-            if missing[0] in self.columns:
-                raise BadRow(f"no column `{missing[0]}`, which {place} reads") from None
-            hint = nearest(missing[0], self.columns)
-            if missing[0] == LABEL_VARIABLE and not hint:
-                hint = "; the column with the labels is named as `label_column`"
-            raise UserError(
-                f"{where}: {place} reads `{missing[0]}`, which no row has; the columns are {first_few(self.columns)}{hint}."
-            ) from None
-        except SecurityError as error:
-            raise UserError(f"{where}: {place}: {error}; a template only reads columns.") from None
-        except TemplateLimit as error:
-            raise UserError(f"{where}: {place} {error}; fix the template or the row.") from None
-        except Exception as error:  # a template may fail in any way on the row's values
-            raise BadRow(f"{place} fails with {type(error).__name__}: {error}") from None
+            return render(text, variables)
+        except TemplateProblem as error:
+            problem = error
+        if problem.kind == NULL:
+            raise BadRow(f"{place} {problem}")
+        if problem.kind == SECURITY:
+            raise UserError(f"{where}: {place}: {problem}; a template only reads columns.")
+        if problem.kind in (LIMIT, SYNTAX):
+            raise UserError(f"{where}: {place} {problem}; fix the template or the row.")
+        if problem.kind == FAILED:  # a template may fail in any way on the row's values
+            raise BadRow(f"{place} fails with {problem}")
+        missing = sorted(read_columns(text) - variables.keys()) if problem.kind == UNDEFINED else []
+        if not missing:
+            raise BadRow(f"{place}: {problem}")
+        if missing[0] in self.columns:
+            raise BadRow(f"no column `{missing[0]}`, which {place} reads")
+        hint = nearest(missing[0], self.columns)
+        if missing[0] == LABEL_VARIABLE and not hint:
+            hint = "; the column with the labels is named as `label_column`"
+        raise UserError(
+            f"{where}: {place} reads `{missing[0]}`, which no row has; the columns are {first_few(self.columns)}{hint}."
+        )
 
 
 def parse_label(text: str, template: Mapping[str, str], labels: Mapping[str, str]) -> str | None:

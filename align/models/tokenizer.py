@@ -33,6 +33,7 @@ def load_tokenizer(
         tokenizer.pad_token = end  # safe: masks say what is padding, never ids
     if chat_template_path is not None:
         tokenizer.chat_template = read_chat_template(chat_template_path)
+        tokenizer.chat_template_path = chat_template_path  # for errors of the template
     if tokenizer.eos_token is not None:
         set_model_ends(tokenizer, model_end_ids(path, trust_remote_code))
     return tokenizer
