@@ -28,13 +28,13 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 class Limits(NamedTuple):
     """Seconds of CPU time, and bytes.
 
-    A render may take `seconds`. It uses them up, and each next one adds `per_render` and `per_byte` of its variables
+    A render may take `seconds`. It uses them up, and each next one adds `per_render` and `per_byte` of what it gets
     again, up to `seconds`: so many renders take on average no longer than that.
     """
 
     seconds: float = 5.0
     per_render: float = 0.02  # an ordinary one takes less than a thousandth
-    per_byte: float = 4e-6  # loops over all turns within a loop over all turns take time
+    per_byte: float = 2e-6  # loops over all turns within a loop over all turns take time
     memory: int = 2**31
 
 
