@@ -88,6 +88,18 @@ def has_causal_lm(config: Any) -> bool:
     return type(config) in AutoModelForCausalLM._model_mapping
 
 
+def model_class(auto: Any, config: Any) -> Any:
+    """The class of which `auto.from_pretrained` would make a model, None where transformers itself has none.
+
+    Without one of `auto` for this configuration, the backbone's.
+    """
+    from transformers import AutoModel
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    mappings = [each._model_mapping for each in (auto, AutoModel)]
+    return next((_get_model_class(config, mapping) for mapping in mappings if type(config) in mapping), None)
+
+
 def causal_lm_types() -> Collection[str]:
     """Values of `config.model_type` that have a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from align.compat.trl import pending_metrics
 from align.config.encoders import ClassifyRecipe
@@ -33,6 +33,7 @@ from align.encoders.tokenize import tokenize_labelled
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
+from align.models.check_files import check_files
 from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, is_encoder, load_config, new_classifier
 from align.models.tokenizer import load_tokenizer, set_right_padding
@@ -173,6 +174,15 @@ def check_classifier_inputs(recipe: ClassifyRecipe) -> ClassifierInputs:
     config = load_config(path, key, recipe.trust_remote_code)
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, key)
+    check_files(
+        AutoModelForSequenceClassification,
+        path,
+        key,
+        config,
+        tokenizer,
+        new_head=True,
+        attn_implementation=recipe.attn_implementation,
+    )
     set_right_padding(tokenizer)
     # PPO passes ids alone to a reward model, so it is trained without token types, and the saved tokenizer makes none.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from align.compat.transformers import masked_lm_types
 from align.config.encoders import MLMRecipe
@@ -32,6 +32,7 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.errors import UserError
 from align.maths.perplexity import perplexity
+from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config, load_masked_lm
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
@@ -135,6 +136,15 @@ def check_mlm_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTok
         )
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, key)
+    check_files(
+        AutoModelForMaskedLM,
+        path,
+        key,
+        config,
+        tokenizer,
+        new_head=True,
+        attn_implementation=recipe.attn_implementation,
+    )
     if tokenizer.mask_token_id is None:
         raise UserError(f"{path}: the tokenizer has no mask token; set `mask_token` in its tokenizer_config.json.")
     set_right_padding(tokenizer)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from align.config.evaluate import EvaluateRecipe
 from align.config.stages import STAGES
@@ -24,7 +24,8 @@ from align.evaluate.few_shot import (
     few_shot_prompt,
     pool_for,
 )
-from align.models.context_length import check_vocabulary, max_positions
+from align.models.check_files import check_files
+from align.models.context_length import max_positions
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import prompt_tuning_base
@@ -172,7 +173,7 @@ def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokeni
     tokenizer = load_tokenizer(path, None, recipe.trust_remote_code)
     if not tokenizer.chat_template and recipe.chat_template_path:
         tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
-    check_vocabulary([tokenizer.eos_token_id], config)
+    check_files(AutoModelForCausalLM, path, "models", config, tokenizer, attn_implementation=recipe.attn_implementation)
     limits = [tokenizer.model_max_length]
     if (positions := max_positions(config)) is not None:
         limits.append(positions - num_virtual_tokens)

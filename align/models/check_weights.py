@@ -1,8 +1,9 @@
-"""Checks of a model that has just been loaded: whether its files held every weight, and finite numbers only."""
+"""Checks of a model that has just been loaded: whether its files held its weights, no others, and finite numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,26 +15,60 @@ from align.compat.transformers import loads_sharded
 from align.errors import UserError
 
 POOLER = "pooler"  # layer of encoders between backbone and head, which only some checkpoints have
+# Buffers of earlier versions of transformers, which hold nothing that was trained.
+OLD_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", "position_ids", "token_type_ids")
 
 
-def check_complete(model: PreTrainedModel, missing: Collection[str], path: str, new_head: bool) -> None:
-    """Check that no weight had to be drawn at random, as transformers does with a warning alone.
+def check_report(model: PreTrainedModel, report: Mapping[str, Any], path: str, new_head: bool) -> None:
+    """Check that files held the weights of the model's configuration; transformers draws others with a warning alone.
 
     Args:
-        missing: names of weights that the files lack.
+        report: `output_loading_info` of `from_pretrained`.
         new_head: whether the model may get a new head.
 
     Raises:
-        UserError: the files lack others.
+        UserError: the files lack one, hold one that the backbone has no place for, or of another shape.
     """
-    backbone = f"{model.base_model_prefix}."
-    bad = sorted(name for name in missing if not new_head or (name.startswith(backbone) and POOLER not in name))
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+    backbone = model.base_model
+    prefix = f"{model.base_model_prefix}." if backbone is not model else ""
+    again = "copy or download the model again, or name another one."
+    what = f"the weights of this {type(model).__name__}"
+
+    def counts(name: str) -> bool:
+        return not new_head or (name.startswith(prefix) and POOLER not in name)
+
+    if bad := sorted(filter(counts, report["missing_keys"])):
+        raise UserError(f"{path}: {what} lack {_first(bad)}; {again}")
+    if shapes := sorted(
+        (name, tuple(has), tuple(wants)) for name, has, wants in report["mismatched_keys"] if counts(name)
+    ):
+        _, has, wants = shapes[0]
         raise UserError(
-            f"{path}: the weights of this {type(model).__name__} lack {bad[0]}{more}; copy or download the model again, or "
-            "name another one."
+            f"{path}: {what} hold {_first([each for each, *_ in shapes])} of shape {has}, where its config.json asks for "
+            f"{wants}; {again}"
         )
+    places = {name for name, _ in (backbone if new_head else model).named_children()} | {
+        name for name, _ in backbone.named_children()
+    }
+    config = model.config.get_text_config()
+    layers = config.num_hidden_layers if hasattr(config, "num_hidden_layers") else 0
+    extra = range(
+        layers, layers + (getattr(config, "num_nextn_predict_layers", None) or 0)
+    )  # of multi-token prediction
+
+    def has_place(name: str) -> bool:
+        parts = name.removeprefix(f"{model.base_model_prefix}.").split(".")
+        is_extra = any(part.isdigit() and int(part) in extra for part in parts)
+        return parts[0] in places and not is_extra and not name.endswith(OLD_BUFFERS)
+
+    if bad := sorted(filter(has_place, report["unexpected_keys"])):
+        raise UserError(
+            f"{path}: {what} hold {_first(bad)}, which its config.json has no place for; correct config.json, or {again}"
+        )
+
+
+def _first(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def check_finite(model: nn.Module, path: str) -> None:
@@ -52,7 +87,6 @@ def check_finite(model: nn.Module, path: str) -> None:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         bad = [name for (name, _), flag in zip(named, found.tolist(), strict=True) if flag]
     if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(
-            f"{path}: the weights hold NaN or infinity, in {bad[0]}{more}; train or download the model again."
+            f"{path}: the weights hold NaN or infinity, in {_first(bad)}; train or download the model again."
         )

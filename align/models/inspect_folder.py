@@ -109,6 +109,24 @@ def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> Mode
     return ModelFolder(path, config, _read_weights(folder, config, key, WEIGHTS))
 
 
+def stored_tensors(path: str, key: str) -> tuple[str, dict[str, StoredTensor] | None]:
+    """The folder of the model in `path`, or of an adapter's base model, and its tensors by name.
+
+    The tensors are None for a model on the hub, and for a folder without weights, which `inspect_inputs` refuses unless
+    it stands for one that an earlier recipe has yet to make.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return path, None
+        return stored_tensors(check_adapter(read_object(folder / ADAPTER_CONFIG, key), path, key), key)
+    config = read_object(folder / CONFIG, key)
+    names = (config.get("transformers_weights"), WEIGHTS, INDEX)
+    if not any(isinstance(name, str) and os.path.lexists(folder / name) for name in names):
+        return path, None
+    return path, _read_weights(folder, config, key, WEIGHTS)
+
+
 def read_object(path: Path, key: str) -> dict[str, Any]:
     """The object in a JSON file that another program wrote, NaN and infinities included.
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from align.compat.transformers import causal_lm_types, loads_sharded, seq2seq_lm_types
 from align.errors import UserError, is_out_of_memory, reason
-from align.models.check_weights import check_complete, check_finite
+from align.models.check_weights import check_finite, check_report
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
 from align.models.trainable import disable_inference_kernels
 
@@ -149,7 +149,7 @@ def load_pretrained(
             **settings,
             **kwargs,  # never a pickle
         )
-    check_complete(model, report["missing_keys"], path, new_head=auto is not AutoModelForCausalLM)
+    check_report(model, report, path, new_head=auto is not AutoModelForCausalLM)
     check_finite(model, path)
     disable_dropout(model)
     return (model, report) if report_asked else model

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from align.config.ppo import PPORecipe
 from align.config.stages import STAGES
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
-from align.models.context_length import check_vocabulary
+from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.value import value_head_key_mapping
@@ -48,7 +54,10 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             "that of the sft stage."
         )
     tokenizer = load_tokenizer(recipe.sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
-    check_vocabulary([tokenizer.eos_token_id], config)
+    kernel = recipe.attn_implementation
+    check_files(
+        AutoModelForCausalLM, recipe.sft_model_path, "sft_model_path", config, tokenizer, attn_implementation=kernel
+    )
     mine = tokenizer_digest(tokenizer)
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
 
@@ -65,6 +74,8 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
                 f"reward_model_path: {path} has no scalar head (it holds a {head}); run the reward stage on it first."
             )
         reward_tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
+        classifier = AutoModelForSequenceClassification
+        check_files(classifier, path, "reward_model_path", reward_config, reward_tokenizer, attn_implementation=kernel)
         theirs = tokenizer_digest(reward_tokenizer)
         same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
         if same_tokenizer:
@@ -76,6 +87,17 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         theirs = tokenizer_digest(load_tokenizer(value_path, recipe.chat_template_path, recipe.trust_remote_code))
         if theirs["vocabulary"] != mine["vocabulary"]:
             raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
+    value_config = None
+    if ESTIMATORS[recipe.advantage_estimator].value_model:
+        value_config = load_config(value_path, "value_model_path", recipe.trust_remote_code)
+        check_files(
+            AutoModelForTokenClassification,
+            value_path,
+            "value_model_path",
+            value_config,
+            new_head=True,
+            attn_implementation=kernel,
+        )
     return PPOInputs(
         config=config,
         tokenizer=tokenizer,
@@ -83,7 +105,5 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         reward_config=reward_config,
         same_tokenizer=same_tokenizer,
         value_path=value_path,
-        value_renaming=value_head_key_mapping(load_config(value_path, "value_model_path", recipe.trust_remote_code))
-        if ESTIMATORS[recipe.advantage_estimator].value_model
-        else None,
+        value_renaming=value_head_key_mapping(value_config) if value_config is not None else None,
     )

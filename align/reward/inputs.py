@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from align.config.reward import RewardRecipe
 from align.engine.user_functions import user_function
 from align.errors import UserError
+from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.manifest import check_tokenizer
@@ -51,6 +57,15 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
     config = load_config(path, key, recipe.trust_remote_code)
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, key, may_add_template=False)
+    check_files(
+        AutoModelForSequenceClassification,
+        path,
+        key,
+        config,
+        tokenizer,
+        new_head=True,
+        attn_implementation=recipe.attn_implementation,
+    )
     is_language_model = not is_encoder(config) and not (config.architectures or [""])[0].endswith("Classification")
     sft_model_path = recipe.sft_model_path or (path if is_language_model else None)
     sft = None
@@ -62,6 +77,14 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
             )
         sft_tokenizer = load_tokenizer(sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
         check_tokenizer(sft_model_path, sft_tokenizer, "sft_model_path", may_add_template=False)
+        check_files(
+            AutoModelForCausalLM,
+            sft_model_path,
+            "sft_model_path",
+            sft_config,
+            sft_tokenizer,
+            attn_implementation=recipe.attn_implementation,
+        )
         sft = SFTInputs(sft_model_path, sft_config, sft_tokenizer)
     true_rewards = [user_function(f, "eval_reward_funcs", recipe.reward_timeout) for f in recipe.eval_reward_funcs]
     set_right_padding(tokenizer)

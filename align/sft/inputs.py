@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.sft import SFTRecipe
 from align.errors import UserError
+from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.runs.manifest import check_tokenizer
@@ -24,4 +25,5 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
         raise UserError(f"{KEY}: {path} is an encoder ({config.model_type}); name a model that generates.")
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     check_tokenizer(path, tokenizer, KEY)
+    check_files(AutoModelForCausalLM, path, KEY, config, tokenizer, attn_implementation=recipe.attn_implementation)
     return config, tokenizer

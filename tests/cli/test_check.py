@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertModel,
     GPT2Config,
     LlamaConfig,
 )
@@ -421,10 +422,9 @@ def test_an_encoder_reads_its_score_from_the_first_token(world, capsys):
         "num_attention_heads": 2,
         "max_position_embeddings": 64,
     }
-    config = BertConfig(vocab_size=29, **size)
-    config.architectures = ["BertModel"]
-    config.save_pretrained(folder)
-    save_file({"weight": torch.full((1,), math.nan)}, folder / "model.safetensors")  # a check loads no weights
+    encoder = BertModel(BertConfig(vocab_size=29, **size))
+    encoder.embeddings.word_embeddings.weight.data.fill_(math.nan)  # a check loads no weights
+    encoder.save_pretrained(folder)
     letter_tokenizer().save_pretrained(folder)
     code, said = outcome(capsys, "r/2_reward.yaml", "--model_name_or_path", "encoder", "--sft_model_path", "model")
     assert code == 0, said
@@ -452,7 +452,8 @@ def save_encoder(folder: Path) -> None:
     from tests.encoders.test_mlm import save_tiny_encoder
 
     save_tiny_encoder(folder)
-    save_file({"weight": torch.full((1,), math.nan)}, folder / "model.safetensors")  # a check loads no weights
+    weights = load_file(folder / "model.safetensors")  # a check loads no weights
+    save_file({name: torch.full_like(value, math.nan) for name, value in weights.items()}, folder / "model.safetensors")
 
 
 def test_a_folder_of_a_masked_language_model_and_a_classifier(world, capsys):

@@ -25,7 +25,7 @@ from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.errors import UserError
 from align.evaluate import compare
-from align.models.check_weights import check_complete
+from align.models.check_weights import check_report
 from align.models.context_length import check_rows_fit
 from align.models.from_scratch import scratch_config
 from align.models.inspect_folder import StoredTensor, inspect_folder, inspect_inputs
@@ -347,9 +347,15 @@ def test_a_kernel_that_is_not_there(models):
 
 def test_a_new_head_is_no_missing_weight():
     model = tiny_llama(layers=1)
-    check_complete(model, ["score.weight", "model.pooler.dense.weight"], "m", new_head=True)
+    report = {
+        "missing_keys": {"score.weight", "model.pooler.dense.weight"},
+        "mismatched_keys": {("score.bias", (2,), (1,))},
+    }
+    report["unexpected_keys"] = {"lm_head.bias"}
+    check_report(model, report, "m", new_head=True)
+    report["missing_keys"] |= {"model.layers.0.x", "model.layers.0.y"}
     with pytest.raises(UserError, match=r"m: the weights of this LlamaForCausalLM lack model.layers.0.x and 1 more"):
-        check_complete(model, ["score.weight", "model.layers.0.x", "model.layers.0.y"], "m", new_head=True)
+        check_report(model, report, "m", new_head=True)
 
 
 def test_a_pickle_is_never_loaded(models):

@@ -1,0 +1,108 @@
+"""Whether configuration, tokenizer and weights of a model folder fit together, by its files, before weights are loaded.
+
+The model is built without storage, and transformers itself loads into it tensors without storage, of the names and
+shapes in the headers of the safetensors files: tied weights, old names and weights that it converts are thereby treated
+as they will be.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from align.compat.transformers import model_class
+from align.errors import UserError, reason
+from align.models.check_weights import check_report
+from align.models.inspect_folder import stored_tensors
+from align.models.safetensors_header import StoredTensor
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def check_files(
+    auto: Any,
+    path: str,
+    key: str,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    new_head: bool = False,
+    attn_implementation: str | None = None,
+    num_labels: int | None = None,
+) -> None:
+    """Check the model or adapter in `path`; of a model on the hub, configuration and tokenizer only.
+
+    Args:
+        auto: the class that will load it, such as `AutoModelForCausalLM`.
+        key: the recipe key that names the model, for errors.
+        config: of the model; of an adapter, of its base.
+        new_head: whether a head that is missing, or has another shape, is drawn at random.
+
+    Raises:
+        UserError: a token has no embedding, or weights are missing, unexpected or misshapen.
+    """
+    if tokenizer is not None:
+        check_embeddings(tokenizer, config, path, key)
+    folder, tensors = stored_tensors(path, key)
+    cls = model_class(auto, config)
+    if tensors is None or cls is None or getattr(config, "quantization_config", None) is not None:
+        return  # transformers tells once it has loaded them
+    _load_without_storage(cls, folder, key, config, tensors, new_head, attn_implementation, num_labels)
+
+
+def _load_without_storage(
+    cls: Any, path: str, key: str, config: PretrainedConfig, tensors: Mapping[str, StoredTensor], new_head: bool,
+    attn_implementation: str | None, num_labels: int | None,
+) -> None:  # fmt: skip
+    """Load tensors without storage into a model without storage, and check what transformers reports of it."""
+    # Whether this machine has a kernel of a package of its own is told when the model is loaded.
+    elsewhere = any(part in (attn_implementation or "") for part in ("flash", "/", "|"))
+    kernel = None if elsewhere else attn_implementation
+    try:
+        config = copy.deepcopy(config)
+        if num_labels is not None:
+            config.num_labels = num_labels
+        empty = {
+            name: torch.empty(tensor.shape, dtype=FLOATS.get(tensor.dtype, torch.float32), device="meta")
+            for name, tensor in tensors.items()
+        }
+        model, report = cls.from_pretrained(
+            None,
+            config=config,
+            state_dict=empty,
+            device_map={"": "meta"},
+            dtype=torch.float32,
+            attn_implementation=kernel,
+            ignore_mismatched_sizes=True,  # it then reports them
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever transformers raises for these files
+        raise UserError(f"{key}: {path}: its weights cannot be loaded with its config.json. {reason(error)}") from error
+    check_report(model, report, f"{key}: {path}", new_head)
+
+
+def check_embeddings(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, path: str, key: str) -> None:
+    """Check that the model has an embedding for every token of its tokenizer; it may have more, as padded ones do.
+
+    Raises:
+        UserError: it has not.
+    """
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    # Text never holds them: the tokenizer of a text model may be that of its multimodal siblings, as Gemma 3's is.
+    media = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "audio", "video")}
+    beyond = {
+        index: token
+        for token, index in tokenizer.get_vocab().items()
+        if size is not None and index >= size and token not in media
+    }
+    if beyond:
+        count, some = max(beyond) + 1, ", ".join(repr(token) for _, token in sorted(beyond.items())[:3])
+        raise UserError(
+            f"{key}: {path}: the tokenizer has {count} tokens, and the model {size} embeddings (vocab_size), none for {some}"
+            f"{' and others' * (len(beyond) > 3)}; copy the model's own tokenizer, or resize the model once in Python, by "
+            f"`model.resize_token_embeddings({count})`, and save it."
+        )
