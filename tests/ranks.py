@@ -62,7 +62,7 @@ class Ranks:
         """Whether every rank is."""
         return all(process.is_alive() for process in self.processes)
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
+    def wait(self, seconds: float = 300) -> list[int | None]:
         """Exit codes of ranks that end by themselves; those still there after `seconds` are killed, and have None."""
         deadline = time.monotonic() + seconds
         for process in self.processes:

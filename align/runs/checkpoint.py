@@ -7,6 +7,7 @@ model folder with the manifest `stage.json`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -29,7 +30,6 @@ from align.runs.files import (
 from align.runs.own_files import delete, own, owned
 from align.runs.records import CHECKPOINT_NAME, read_record
 from align.runs.schemas import COMPLETE, COMPLETE_RECORD, METRICS, SAMPLES
-from align.terminal import say
 
 if TYPE_CHECKING:
     from align.engine.distributed import World
@@ -82,26 +82,18 @@ def rotate(output_dir: str | Path, save_total_limit: int) -> None:
     found = complete_checkpoints(output_dir)
     best = read_state(found[-1]).get("best_checkpoint") if found else None
     for old in [checkpoint for checkpoint in found[:-save_total_limit] if checkpoint.name != best]:
-        _keep_others(old)
-        (old / COMPLETE).unlink()  # first, so that a half-deleted folder is never taken for a checkpoint
-        delete(old)
+        delete_checkpoint(old)
 
 
-def _keep_others(checkpoint: Path) -> None:
-    """Move files that others have put into a checkpoint out of it, before it is deleted."""
-    try:
-        mine = {COMPLETE, *read_state(checkpoint)["files"]}
-    except BadFile:  # so that it cannot say
-        return
-    kept = checkpoint.with_name(f"kept-{checkpoint.name}")
-    while os.path.lexists(kept):
-        kept = kept.with_name(f"{kept.name}-too")
-    for path in sorted(checkpoint.rglob("*")):
-        name = path.relative_to(checkpoint)
-        if name.as_posix() not in mine and (path.is_symlink() or not path.is_dir()):
-            (kept / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, kept / name)
-            say(f"{path}: was not written by this run; moved to {kept / name}")
+def delete_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint, whole, damaged or written in part; what others have put into it is kept."""
+    mine: set[str] | None = None
+    if not checkpoint.is_symlink():
+        with contextlib.suppress(BadFile):  # so that it cannot say
+            mine = {COMPLETE, *read_state(checkpoint)["files"]}
+        with contextlib.suppress(OSError):
+            (checkpoint / COMPLETE).unlink()  # first, so that a half-deleted folder is never taken for a checkpoint
+    delete(checkpoint, mine)
 
 
 def find_corruption(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
@@ -138,7 +130,8 @@ def step_of(checkpoint: Path | None) -> int:
 def set_aside(checkpoint: Path) -> Path:
     """Rename a damaged checkpoint, which is kept until the stage has finished; returns its new path."""
     aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
-    delete(aside)
+    if aside.name in owned(aside.parent):
+        delete_checkpoint(aside)
     checkpoint.rename(own(aside))
     delete(checkpoint)  # from the record
     return aside
@@ -148,8 +141,9 @@ def clear_partial(output_dir: str | Path) -> None:
     """Delete what a killed run wrote in part."""
     for name in owned(output_dir):
         path = Path(output_dir) / name
-        partial_checkpoint = CHECKPOINT_NAME.fullmatch(name) and not (path / COMPLETE).is_file()
-        if partial_checkpoint or fnmatch(name, ".*.partial"):
+        if CHECKPOINT_NAME.fullmatch(name) and not (path / COMPLETE).is_file():
+            delete_checkpoint(path)
+        elif fnmatch(name, ".*.partial"):
             delete(path)
 
 

@@ -11,10 +11,10 @@ from align.config.base import StageRecipe
 from align.config.paths import dataset_keys
 from align.errors import UserError
 from align.models.inspect_folder import inspect_inputs
-from align.runs.checkpoint import DAMAGED, complete_checkpoints
+from align.runs.checkpoint import DAMAGED, complete_checkpoints, delete_checkpoint
 from align.runs.files import digest, write_json
 from align.runs.output_folder import claim, clear_finished
-from align.runs.own_files import MANIFEST, RUN, delete, own, owned
+from align.runs.own_files import MANIFEST, RUN, own, owned
 from align.runs.records import package_version, read_record
 from align.runs.run_record import identity, read_run, required_run
 from align.runs.run_record import read_manifest as read_manifest
@@ -98,7 +98,8 @@ def write_manifest(
     """
     folder = Path(recipe.output_dir)
     for aside in folder.glob(f"{DAMAGED}checkpoint-*"):
-        delete(aside)
+        if aside.name in owned(folder):
+            delete_checkpoint(aside)
     own(folder / MANIFEST)
     write_json(
         folder / MANIFEST,

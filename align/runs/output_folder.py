@@ -8,10 +8,8 @@ matter of `align/runs/own_files.py`.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,14 +19,13 @@ from typing import Any, TypeVar, cast
 from align.errors import OtherRun, UserError
 from align.runs import lock, lock_record
 from align.runs.files import write_json
+from align.runs.others_files import TEMPORARY
 from align.runs.own_files import MANIFEST, RUN, check_way, delete, owned, read_mark, remove_empty
 
 RESULTS = "results.json"
 PARTS = "parts"  # of an unfinished evaluation: outputs of each finished setting
 MARKS = (MANIFEST, RESULTS, RUN)  # the first that is there counts: a run's record may outlive its end by a moment
 BEFORE_TRAINING = {"untrained", ".untrained.partial", "wandb", "wandb_run.json"}  # made before the first step
-
-TEMPORARY = re.compile(r"\.(.+)\.\d+", re.ASCII)  # of `write_bytes`, with the number of its process
 
 R = TypeVar("R", bound=Callable[..., Any])
 
@@ -82,7 +79,7 @@ def find_mark(output_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
 
 def _is_start(name: str) -> bool:
     """Whether it may be all that a run left that was killed while it claimed the folder."""
-    return name == lock_record.LOCK or fnmatch.fnmatch(name, f".{RUN}.*")
+    return name == lock_record.LOCK or ((match := TEMPORARY.fullmatch(name)) is not None and match[1] == RUN)
 
 
 def claim(output_dir: str | Path, identity: Mapping[str, Any], resuming: bool) -> None:

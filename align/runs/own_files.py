@@ -11,13 +11,14 @@ import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from align.config.json_file import parse_json, read_file
 from align.errors import BadFile, UserError
 from align.runs.files import write_json
+from align.runs.others_files import keep_others
 from align.runs.records import is_inner_path
 
 MANIFEST = "stage.json"
@@ -119,14 +120,19 @@ def _record(folder: Path, files: set[str]) -> None:
     write_json(folder / RUN, {**record, "files": sorted(files)})
 
 
-def delete(path: Path) -> None:
-    """Delete a file or folder of an output folder, as far as the run's record lists it; files of others stay."""
+def delete(path: Path, inside: Collection[str] | None = None) -> None:
+    """Delete a file or folder of an output folder, as far as the run's record lists it; files of others stay.
+
+    Args:
+        inside: what the run wrote into a folder that is listed as a whole, where that is known.
+    """
     folder, files = path.parent, owned(path.parent)
     mine = _names(files, path.name)
     if not mine:
         return
     if not path.is_symlink():
         if path.name in mine and path.is_dir():
+            keep_others(path, inside)
             shutil.rmtree(path, ignore_errors=True)
         else:
             for name in mine:

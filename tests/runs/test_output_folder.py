@@ -18,7 +18,7 @@ import pytest
 
 from align.errors import OtherRun, UserError
 from align.runs import heartbeat, lock, lock_record, output_folder
-from align.runs.checkpoint import complete_checkpoints, cut_records, rotate, set_aside
+from align.runs.checkpoint import clear_partial, complete_checkpoints, cut_records, delete_checkpoint, rotate, set_aside
 from align.runs.files import digest
 from align.runs.launch import end_on_signals
 from align.runs.output_folder import claim, clear_finished, find_mark, one_run_per_folder, release
@@ -108,7 +108,7 @@ def test_a_folder_that_is_free_is_taken(tmp_path, kind):
         folder.symlink_to("elsewhere")
     if kind == "of a run killed at once":
         write(folder, run_DOT_lock="")
-        (folder / ".run.json.1234").write_text('{"sta')
+        (folder / ".run.json.align-0123456789ab").write_text('{"sta')
     claim(folder, IDENTITY, resuming=False)
     release(folder)
     name, content = find_mark(folder) or ("", {})
@@ -265,6 +265,36 @@ class TestCheckpoints:
         assert snapshot(out).keys() >= {"checkpoint-2/weights", "kept-checkpoint-1/inner/model.gguf"}
         assert not (out / "checkpoint-1").exists()
         assert "moved to" in capsys.readouterr().err
+
+    def test_also_into_one_that_is_damaged_or_written_in_part(self, out):
+        damaged, partial = self.save(out, 1), own(out / "checkpoint-2")
+        (damaged / "complete.json").write_text("{")
+        ours = {f"state__rank-0000{rank}_DOT_safetensors": "" for rank in (0, 1)} | {
+            "random__0-of-2_DOT_json": "",
+            "random___DOT_0-of-2_DOT_json_DOT_align-0123456789ab": "",
+            "tokenizer_DOT_json": "",
+        }
+        for checkpoint in (set_aside(damaged), partial):
+            write(checkpoint, **ours, notes="mine", state__model_DOT_gguf="mine")
+        clear_partial(out)
+        assert owned(out) == {"damaged-checkpoint-1"}
+        delete_checkpoint(out / "damaged-checkpoint-1")
+        left = {name for name, content in snapshot(out).items() if content is not None} - {"run.json", "run.lock"}
+        assert left == {
+            *("kept-checkpoint-2/notes", "kept-checkpoint-2/state/model.gguf"),
+            # The first stands for what else a tokenizer may write.
+            *(
+                "kept-damaged-checkpoint-1/weights",
+                "kept-damaged-checkpoint-1/notes",
+                "kept-damaged-checkpoint-1/state/model.gguf",
+            ),
+        }
+
+    def test_a_linked_one_is_not_emptied(self, out, tmp_path):
+        write(tmp_path, **{"theirs__complete_DOT_json": "mine", "theirs__config_DOT_json": "mine"})
+        own(out / "damaged-checkpoint-1").symlink_to(tmp_path / "theirs")
+        delete_checkpoint(out / "damaged-checkpoint-1")
+        assert snapshot(tmp_path / "theirs") == {"complete.json": b"mine", "config.json": b"mine"}
 
     def test_one_is_set_aside_only_under_a_free_name(self, out):
         checkpoint = self.save(out, 1)
@@ -561,11 +591,13 @@ def test_what_a_run_left_that_was_killed_after_it_had_finished(tmp_path):
         folder = tmp_path / stage
         claim(folder, {**IDENTITY, "stage": stage}, resuming=False)
         own(folder / "parts", folder / "README.md").mkdir()
-        write(folder, README_DOT_md="ours", mine_DOT_json="mine")
+        write(folder, README_DOT_md="ours", mine_DOT_json="mine", parts__0_DOT_json="ours", parts__mine_DOT_json="mine")
+        write(folder, **{"_DOT_README_DOT_md_DOT_1": "mine"})
         (folder / name).write_text(json.dumps({**IDENTITY, "stage": stage}))
-        (folder / ".run.json.77").write_text("{")
+        (folder / ".run.json.align-0123456789ab").write_text("{")
         clear_finished(folder)  # refused: the run may not have ended yet
         assert (folder / "run.json").exists()
         kill(folder)
         clear_finished(folder)
-        assert snapshot(folder).keys() == {name, "README.md", "mine.json"}
+        kept = {".README.md.1", "kept-parts", "kept-parts/mine.json"}
+        assert snapshot(folder).keys() == {name, "README.md", "mine.json", *kept}

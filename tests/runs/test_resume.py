@@ -310,8 +310,8 @@ class Folder:
     def save(self, step: int, **state: Any) -> Path:
         checkpoint = own(self.path / f"checkpoint-{step}")
         (checkpoint / "policy").mkdir(parents=True)
-        (checkpoint / "policy" / "weights.bin").write_bytes(bytes(range(256)) * 40 * step)
-        (checkpoint / "state.txt").write_text(f"step {step}")
+        (checkpoint / "policy" / "rank-00000.safetensors").write_bytes(bytes(range(256)) * 40 * step)
+        (checkpoint / "trainer_state.json").write_text(f"step {step}")
         told = {"step": step, "best": 2, "layout": layout(self.recipe, 1), **state}
         mark_complete(checkpoint, told, self.recipe.save_total_limit, ALONE, synced_sums(checkpoint))
         return checkpoint
@@ -339,9 +339,9 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("harm", "what"),
         [
-            (truncate, "policy/weights.bin has 30720 bytes, not 61440"),
-            (flip, "policy/weights.bin has other bytes than were written"),
-            (lose, "policy/weights.bin is missing"),
+            (truncate, "policy/rank-00000.safetensors has 30720 bytes, not 61440"),
+            (flip, "policy/rank-00000.safetensors has other bytes than were written"),
+            (lose, "policy/rank-00000.safetensors is missing"),
             (garble, "complete.json: not valid JSON: byte 1 is not UTF-8"),
             (reword, "complete.json does not match its checksum"),
         ],
@@ -356,14 +356,14 @@ class TestDamage:
 
     def test_a_file_that_cannot_be_read(self, folder, capsys, monkeypatch):
         def broken(path: Path) -> list[int]:
-            if path == folder.path / "checkpoint-6" / "state.txt":
+            if path == folder.path / "checkpoint-6" / "trainer_state.json":
                 raise OSError(5, "Input/output error", str(path))
             return plain(path)
 
         plain = align.runs.files.fingerprint
         monkeypatch.setattr("align.runs.files.fingerprint", broken)
         assert folder.last() == folder.path / "checkpoint-4"
-        assert "checkpoint-6/state.txt: Input/output error;" in capsys.readouterr().err
+        assert "checkpoint-6/trainer_state.json: Input/output error;" in capsys.readouterr().err
 
     def test_ranks_read_each_file_once(self, folder, monkeypatch):
         checkpoint = folder.path / "checkpoint-6"
@@ -372,7 +372,7 @@ class TestDamage:
         monkeypatch.setattr("align.runs.files.fingerprint", lambda path, *_: read.append(path) or plain(path))
         flip(checkpoint)
         found = [find_corruption(checkpoint, rank, 3) for rank in range(3)]
-        assert found == ["policy/weights.bin has other bytes than were written", None, None]
+        assert found == ["policy/rank-00000.safetensors has other bytes than were written", None, None]
         assert sorted(read) == files(checkpoint)
 
     def test_a_half_written_one_goes_without_a_word(self, folder, capsys):
@@ -423,7 +423,10 @@ class TestDamage:
         monkeypatch.setattr(os, "replace", replace)
         folder.save(8)
         before, after = events[: events.index("declared")], events[events.index("declared") + 1 :]
-        inside = ["checkpoint-8", *(f"checkpoint-8/{name}" for name in ("policy", "policy/weights.bin", "state.txt"))]
+        inside = [
+            "checkpoint-8",
+            *(f"checkpoint-8/{name}" for name in ("policy", "policy/rank-00000.safetensors", "trainer_state.json")),
+        ]
         assert {*inside, "metrics.jsonl"} <= set(before)
         assert after[:2] == ["checkpoint-8", "."]
 
