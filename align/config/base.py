@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from align.config.data_source import DataSource
 from align.config.deepspeed_file import read_deepspeed_file, zero_stage_of
@@ -83,6 +83,10 @@ class StageRecipe:
         "error", "What to do with rows that cannot be used: raise an error, or skip and count them."
     )
     chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
+    chat_template_kwargs: dict[str, Any] = key(
+        {},
+        "Values for variables that the chat template reads, such as {enable_thinking: false}; the same in all stages.",
+    )
 
     learning_rate: float = key(2e-5, "Peak learning rate of AdamW.", ABOVE_0)
     weight_decay: float = key(0.0, "AdamW weight decay.", AT_LEAST_0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from align.config.data_source import DataSource
 from align.config.keys import (
@@ -61,6 +61,10 @@ class EvaluateRecipe:
         "skip.",
     )
     chat_template_path: str | None = key(None, "Jinja file with the chat template, for models that have none.")
+    chat_template_kwargs: dict[str, Any] = key(
+        {},
+        "Values for variables that the chat template reads, such as {enable_thinking: false}; the same in all stages.",
+    )
 
     metrics: list[str] = key(
         ["perplexity", "token_accuracy"],

@@ -32,6 +32,12 @@ FILE_KEYS = (
     "eval_metrics",
     *DEEPSPEED_KEYS,
 )
+# What a stage gives to chat templates, and what else `apply_chat_template` would take for a setting of its own.
+OF_TEMPLATES = {
+    *("messages", "conversation", "conversations", "tools", "documents", "add_generation_prompt"),
+    *("chat_template", "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
+}
 ACCEPTABLE_RECORDS = ("run.json", "metrics.jsonl", "samples.jsonl")
 
 _recipe_folders: list[str] = []  # those that recipes have added to `sys.path` so far, the newest first
@@ -255,6 +261,10 @@ def check_values(recipe: Recipe, stage: Stage, where: Where) -> None:
             check_source(source, f"{where(name)}[{index}]")
     if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
         raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
+    for name in OF_TEMPLATES & recipe.chat_template_kwargs.keys():
+        raise UserError(
+            f"{where('chat_template_kwargs')}: {name} is given to every chat template by the stage itself; leave it out"
+        )
     if isinstance(recipe, StageRecipe):
         check_training_rules(recipe, where)
         check_method(recipe, stage.methods, where)

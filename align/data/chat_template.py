@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import os.path
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from align.compat.transformers import apply_chat_template, chat_template_compiler
 from align.config.sandbox import TemplateProblem, check, render
 from align.config.sandbox_process import FAILED, LIMIT, SYNTAX
-from align.errors import BadRow, TemplateFailure
+from align.errors import BadRow, TemplateFailure, UserError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+KWARGS = "chat_template_kwargs"  # attribute of the tokenizer
 
 
 def render_chat(
@@ -33,7 +37,12 @@ def render_chat(
     """
     try:
         return apply_chat_template(
-            tokenizer, messages, _ChatTemplate, add_generation_prompt=add_generation_prompt, tools=tools
+            tokenizer,
+            messages,
+            _ChatTemplate,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **template_kwargs(tokenizer),
         )
     except TemplateProblem as problem:
         name = f"the chat template {_file(tokenizer)}"
@@ -45,6 +54,29 @@ def render_chat(
         raise BadRow(f"{name} {verb} {problem}") from problem
     except Exception as error:  # of transformers, on messages of an odd form
         raise BadRow(f"the chat template {_file(tokenizer)} fails with {type(error).__name__}: {error}") from error
+
+
+def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
+    """Have the tokenizer's chat template rendered with these values for variables that it reads.
+
+    Raises:
+        UserError: there is no chat template, or it does not read one of them.
+    """
+    name = f"chat_template_kwargs: {tokenizer.name_or_path or 'the tokenizer'}"
+    if values and not tokenizer.chat_template:
+        raise UserError(f"{name} has no chat template that could read them; leave the key out.")
+    words = set(re.findall(r"[^\W\d]\w*", str(tokenizer.chat_template)))
+    for each in values:
+        if each not in words:
+            hint = nearest(each, words)
+            raise UserError(f"{name} has a chat template that does not read `{each}`{hint}; leave it out.")
+    setattr(tokenizer, KWARGS, dict(values))
+
+
+def template_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `set_template_kwargs` has set."""
+    values: dict[str, Any] = getattr(tokenizer, KWARGS, {})
+    return values
 
 
 def check_chat_template(text: str) -> None:

@@ -172,7 +172,7 @@ def check_classifier_inputs(recipe: ClassifyRecipe) -> ClassifierInputs:
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
     config = load_config(path, key, recipe.trust_remote_code)
-    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, key)
     check_files(
         AutoModelForSequenceClassification,

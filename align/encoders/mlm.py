@@ -134,7 +134,7 @@ def check_mlm_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTok
             f"{key}: {path} ({config.model_type}) is not an encoder with a masked language model in transformers; name a BERT-like one, or "
             "continue the pre-training of a decoder with the sft stage."
         )
-    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, key)
     check_files(
         AutoModelForMaskedLM,

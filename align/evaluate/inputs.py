@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from align.config.evaluate import EvaluateRecipe
 from align.config.stages import STAGES
+from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_prompt, encode_response
 from align.data.load import DataSettings, load_rows
 from align.data.rows import BadRows, Demonstration, Turns, render_text
@@ -29,7 +30,7 @@ from align.models.context_length import max_positions
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import prompt_tuning_base
-from align.runs.manifest import read_manifest
+from align.runs.manifest import check_template_kwargs, read_manifest
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -173,6 +174,8 @@ def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokeni
     tokenizer = load_tokenizer(path, None, recipe.trust_remote_code)
     if not tokenizer.chat_template and recipe.chat_template_path:
         tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
+    set_template_kwargs(tokenizer, recipe.chat_template_kwargs)
+    check_template_kwargs(path, recipe.chat_template_kwargs, "models")
     check_files(AutoModelForCausalLM, path, "models", config, tokenizer, attn_implementation=recipe.attn_implementation)
     limits = [tokenizer.model_max_length]
     if (positions := max_positions(config)) is not None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from align.config.text_file import read_text
-from align.data.chat_template import check_chat_template
+from align.data.chat_template import check_chat_template, set_template_kwargs
 from align.data.end_tokens import set_model_ends
 from align.errors import TemplateFailure, UserError, reason
 from align.models.load import adapter_settings
 
 
 def load_tokenizer(
-    path: str, chat_template_path: str | None = None, trust_remote_code: bool = False
+    path: str,
+    chat_template_path: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in `path`, with left padding, a padding token, the given chat template, and the model's end tokens.
 
     Raises:
         UserError: no tokenizer in `path`, no end-of-text token, `eos_token_id` of the model that is no token id, or an
-            unreadable chat template.
+            unreadable chat template, or one that does not read one of `chat_template_kwargs`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
@@ -34,6 +40,7 @@ def load_tokenizer(
     if chat_template_path is not None:
         tokenizer.chat_template = read_chat_template(chat_template_path)
         tokenizer.chat_template_path = chat_template_path  # for errors of the template
+    set_template_kwargs(tokenizer, chat_template_kwargs or {})
     if tokenizer.eos_token is not None:
         set_model_ends(tokenizer, model_end_ids(path, trust_remote_code))
     return tokenizer

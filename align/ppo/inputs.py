@@ -20,7 +20,13 @@ from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
 from align.models.value import value_head_key_mapping
-from align.runs.manifest import check_same_tokenizer, check_tokenizer, read_manifest, tokenizer_digest
+from align.runs.manifest import (
+    check_same_tokenizer,
+    check_template_kwargs,
+    check_tokenizer,
+    read_manifest,
+    tokenizer_digest,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +59,9 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             f"sft_model_path: {recipe.sft_model_path} is the output of the {sft['stage']} stage, which cannot generate; name "
             "that of the sft stage."
         )
-    tokenizer = load_tokenizer(recipe.sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(
+        recipe.sft_model_path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs
+    )
     kernel = recipe.attn_implementation
     check_files(
         AutoModelForCausalLM, recipe.sft_model_path, "sft_model_path", config, tokenizer, attn_implementation=kernel
@@ -73,9 +81,11 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             raise UserError(
                 f"reward_model_path: {path} has no scalar head (it holds a {head}); run the reward stage on it first."
             )
-        reward_tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
+        kwargs = {} if is_encoder(reward_config) else recipe.chat_template_kwargs  # an encoder reads plain text
+        reward_tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)
         classifier = AutoModelForSequenceClassification
         check_files(classifier, path, "reward_model_path", reward_config, reward_tokenizer, attn_implementation=kernel)
+        check_template_kwargs(path, kwargs, "reward_model_path")
         theirs = tokenizer_digest(reward_tokenizer)
         same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
         if same_tokenizer:

@@ -55,7 +55,8 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
     config = load_config(path, key, recipe.trust_remote_code)
-    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
+    kwargs = {} if is_encoder(config) else recipe.chat_template_kwargs  # an encoder reads plain text
+    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)
     check_tokenizer(path, tokenizer, key, may_add_template=False)
     check_files(
         AutoModelForSequenceClassification,
@@ -75,7 +76,9 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
             raise UserError(
                 f"sft_model_path: {sft_model_path} is an encoder, which cannot generate; name the SFT model."
             )
-        sft_tokenizer = load_tokenizer(sft_model_path, recipe.chat_template_path, recipe.trust_remote_code)
+        sft_tokenizer = load_tokenizer(
+            sft_model_path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs
+        )
         check_tokenizer(sft_model_path, sft_tokenizer, "sft_model_path", may_add_template=False)
         check_files(
             AutoModelForCausalLM,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.config.base import StageRecipe
 from align.config.paths import dataset_keys
+from align.data.chat_template import template_kwargs
 from align.errors import UserError
 from align.models.inspect_folder import inspect_inputs
 from align.runs.checkpoint import DAMAGED, complete_checkpoints, delete_checkpoint
@@ -37,6 +39,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "chat_template": digest(tokenizer.chat_template) if tokenizer.chat_template else None,
+        "chat_template_kwargs": template_kwargs(tokenizer),
     }
 
 
@@ -127,11 +130,28 @@ def check_same_tokenizer(theirs: Mapping[str, Any], mine: Mapping[str, Any], key
     Raises:
         UserError: they differ; names what does.
     """
+    theirs = {"chat_template_kwargs": {}, **theirs}  # manifests from before the key lack it
     differing = [name.replace("_", " ") for name in mine if theirs[name] != mine[name]]
     if differing:
         raise UserError(
             f"{key}: {path} was trained with another {' and '.join(differing)} than this recipe gives; "
-            "use the same tokenizer files and chat_template_path as that stage."
+            "use the same tokenizer files, chat_template_path and chat_template_kwargs as that stage."
+        )
+
+
+def check_template_kwargs(path: str, values: Mapping[str, Any], key: str) -> None:
+    """Check that the model in `path` was trained with these `chat_template_kwargs`, if a stage has trained it.
+
+    Raises:
+        UserError: with others.
+    """
+    if (manifest := read_manifest(path)) is None:
+        return
+    theirs = manifest["tokenizer"].get("chat_template_kwargs", {})
+    if theirs != values:
+        raise UserError(
+            f"chat_template_kwargs: {path} ({key}) was trained with {json.dumps(theirs)}, and this recipe gives "
+            f"{json.dumps(values)}; give the same in all stages."
         )
 
 
@@ -148,5 +168,5 @@ def check_tokenizer(path: str, tokenizer: PreTrainedTokenizerBase, key: str, may
         return
     mine, theirs = tokenizer_digest(tokenizer), manifest["tokenizer"]
     if may_add_template and theirs["chat_template"] is None:
-        theirs = {**theirs, "chat_template": mine["chat_template"]}
+        theirs = {**theirs, **{name: mine[name] for name in ("chat_template", "chat_template_kwargs")}}
     check_same_tokenizer(theirs, mine, key, path)

@@ -363,6 +363,8 @@ def test_the_stage_of_a_recipe(tmp_path, load):
         ("ppo", {"reward_funcs": "m:f", "reward_weights": [1]}, "reward_weights: expected 2 weights, one each for rm, m:f, got 1"),
         ("ppo", {"missing_eos_penalty": 1, "missing_eos_score": -1}, "expected only one of missing_eos_penalty (subtracts) and missing_eos_score (replaces), got both"),
         ("sft", {"chat_template_path": "gone.jinja"}, "chat_template_path: no file gone.jinja"),
+        ("sft", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: tools is given to every chat template"),
+        ("ppo", {"chat_template_kwargs": "thinking"}, "chat_template_kwargs: expected a mapping of names to values"),
         ("sft", {"deepspeed": "gone.json"}, "deepspeed: gone.json: no such file; see recipes/deepspeed"),
     ],
 )  # fmt: skip

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_pair, encode_prompt
 from align.data.formats import choose_formats, read_row
 from align.data.rows import Demonstration, Preference, Prompt
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
 from align.errors import UserError
+from align.runs.manifest import check_template_kwargs, check_tokenizer, tokenizer_digest
 from tests.data.messages import assistant, user
 from tests.data.test_tokenize import CHATML, chatml, make_tokenizer
+from tests.worlds import manifest
 
 # As Qwen3's: turns after the last user turn have a thought, perhaps an empty one; earlier ones have none.
 QWEN3 = """{%- set ns = namespace(last=-1) -%}
@@ -249,3 +253,43 @@ class TestFlags:
         ((_, found),) = trained(chatml(), row)
         assert found == learnt
         assert all("train" not in message and "weight" not in message for message in row.prompt)
+
+
+class TestTemplateKwargs:
+    def test_the_template_reads_them_in_every_rendering(self) -> None:
+        tokenizer = tokenizer_for(QWEN3, "<|im_end|>")
+        set_template_kwargs(tokenizer, {"enable_thinking": False})
+        assert tokenizer.decode(encode_prompt(tokenizer, DIALOGUE[:1])) == ONE + SAID + EMPTY
+        assert trained(tokenizer, row_of(DIALOGUE)) == [
+            (ONE + SAID + EMPTY, "I<|im_end|>"),
+            (f"{ONE}{SAID}I<|im_end|>\n{TWO}{SAID}{EMPTY}", "II<|im_end|>"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("template", "reason"),
+        [
+            (QWEN3, "does not read `enable_thinkin`; did you mean 'enable_thinking'?; leave it out"),
+            (CHATML, "does not read `enable_thinkin`; leave it out"),
+            (None, "has no chat template that could read them"),
+        ],
+    )
+    def test_one_that_the_template_does_not_read_is_refused(self, template: str | None, reason: str) -> None:
+        with pytest.raises(UserError) as caught:
+            set_template_kwargs(chatml(template), {"enable_thinkin": False})  # type: ignore[arg-type]  # none
+        assert reason in str(caught.value)
+
+    def test_later_stages_must_agree(self, tmp_path: Path) -> None:
+        tokenizer = tokenizer_for(QWEN3, "<|im_end|>")
+        digest = tokenizer_digest(tokenizer)
+        digest.pop("chat_template_kwargs")  # a manifest of an earlier version
+        (tmp_path / "stage.json").write_text(json.dumps(manifest("sft", tokenizer=digest)))
+        folder, values = str(tmp_path), {"enable_thinking": False}
+        check_tokenizer(folder, tokenizer, "sft_model_path")
+        check_template_kwargs(folder, {}, "models")
+        set_template_kwargs(tokenizer, values)
+        with pytest.raises(UserError, match="trained with another chat template kwargs"):
+            check_tokenizer(folder, tokenizer, "sft_model_path")
+        with pytest.raises(
+            UserError, match=r'was trained with \{\}, and this recipe gives \{"enable_thinking": false\}'
+        ):
+            check_template_kwargs(folder, values, "models")

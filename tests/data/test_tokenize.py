@@ -363,7 +363,7 @@ class TestBadRows:
         rows = [Prompt([{"role": "system", "content": "s"}, user("p")], "f:1"), Prompt([user("p")], "f:2")]
         prompts, report = tokenize_prompts(rows, tokenizer, 100, "skip")
         assert [row.where for row, _ in prompts] == ["f:2"]
-        assert report == {"the chat template rejects it: no system": {"count": 1, "first": ["f:1"]}}
+        assert report == {"the chat template of the tokenizer rejects it: no system": {"count": 1, "first": ["f:1"]}}
 
     def test_a_template_may_write_nothing_after_eos(self):
         tokenizer = chatml(CHATML.replace("<|im_end|>\n", "<|im_end|>\nnext"))

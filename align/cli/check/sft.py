@@ -67,7 +67,9 @@ def _start_from_scratch(recipe: SFTRecipe, rows: Rows, folder: Path) -> Start:
     config = scratch_config(recipe.model_config, recipe.tokenizer_vocab_size)
     texts = [render_text(turns) for row in rows.train for turns in (row.prompt, row.completion)]
     train_tokenizer(texts, recipe.tokenizer_vocab_size).save_pretrained(folder)
-    tokenizer = load_tokenizer(str(folder), recipe.chat_template_path, recipe.trust_remote_code)
+    tokenizer = load_tokenizer(
+        str(folder), recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs
+    )
     config.vocab_size = len(tokenizer)
     return Start(config, tokenizer)
 
