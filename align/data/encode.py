@@ -1,8 +1,8 @@
 """Prompts and responses to token ids, identically in every stage.
 
-A prompt is tokenized on its own, exactly as generation starts from it, and so is its response: the prompt's ids are a
-prefix of the sequence's ids. Every response ends in exactly one end-of-text id: the one that the chat template writes
-after it if it ends responses of the model (`align.data.end_tokens`), otherwise the tokenizer's EOS.
+The ids are those of the whole, cut where the prompt ends (`align.data.token_ids`). Every response ends in exactly one
+end-of-text id: the one that the chat template writes after it if it ends responses of the model
+(`align.data.end_tokens`), otherwise the tokenizer's EOS.
 """
 
 from __future__ import annotations
@@ -15,37 +15,32 @@ from transformers import PreTrainedTokenizerBase
 from align.data.dialogues import DialogueText, Tools, dialogue_texts, generation_text
 from align.data.end_tokens import end_texts, split_at_end
 from align.data.rows import Turns, as_response, render_text
+from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns, tools: Tools = None) -> list[int]:
-    """Ids of a prompt: text with the tokenizer's BOS, messages by the chat template with its generation prompt.
+    """Ids that generation starts from: text with the tokenizer's BOS, messages with the template's generation prompt.
 
     Raises:
         BadRow: the chat template rejects the messages, or the text contains a BOS or EOS token of its own.
         UserError: the prompt is messages and the tokenizer has no chat template.
     """
-    return prompt_ids(tokenizer, [prompt], [prompt_text(tokenizer, prompt, tools)])[0]
+    return text_ids(tokenizer, [prompt_text(tokenizer, prompt, tools)], [isinstance(prompt, str)])[0]
 
 
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns, tools: Tools = None
 ) -> tuple[list[int], list[int]]:
-    """Ids of a prompt, and of its response without BOS and with EOS at its end.
+    """Ids of a prompt with its response and EOS at the end: those before the response, and the response's.
 
     Raises:
         BadRow: as `encode_prompt`, or the template ignores a part of the messages.
         UserError: as `encode_prompt`.
     """
     (text,) = example_texts(tokenizer, prompt, response, tools)
-    return prompt_ids(tokenizer, [prompt], [text.prompt])[0], response_ids(tokenizer, [(text.response, text.end)])[0]
-
-
-def encode_response(
-    tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns, tools: Tools = None
-) -> list[int]:
-    """Ids of a response, without BOS and with EOS at its end. Raises as `encode_example`."""
-    return encode_example(tokenizer, prompt, response, tools)[1]
+    are_plain = [isinstance(prompt, str)]
+    return whole_ids(tokenizer, [text], are_plain, text_ids(tokenizer, [text.prompt], are_plain))[0]
 
 
 def encode_pair(
@@ -109,27 +104,15 @@ def example_texts(
         BadRow: as `encode_prompt`, or the template ignores a part of the messages.
     """
     if isinstance(prompt, str):
-        text, end = _text_until_end(tokenizer, render_text(response))
-        return [DialogueText(prompt_text(tokenizer, prompt), text, end)]
+        text, bos = render_text(response), tokenizer.bos_token or ""
+        begins = bos if not prompt and text.startswith(bos) else ""  # a text alone may begin with BOS
+        text, end = _text_until_end(tokenizer, text.removeprefix(begins))
+        return [DialogueText(prompt_text(tokenizer, prompt), begins + text, end)]
     turns = as_response(prompt, response) if isinstance(response, str) else response
     assert not isinstance(turns, str)  # the response is in the prompt's format
     texts = dialogue_texts(tokenizer, [*prompt, *turns], trained, tools)
     ended = [(text, *_turn_until_end(tokenizer, text.response)) for text in texts]
     return [replace(text, response=response, end=end) for text, response, end in ended]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Turns], texts: Sequence[str]) -> list[list[int]]:
-    """Ids of prompts from `prompt_text`. Plain text gets the tokenizer's special tokens; a chat template writes its own."""
-    are_text = [isinstance(prompt, str) for prompt in prompts]
-    plain = iter(_ids(tokenizer, [text for text, is_text in zip(texts, are_text, strict=True) if is_text], True))
-    chat = iter(_ids(tokenizer, [text for text, is_text in zip(texts, are_text, strict=True) if not is_text], False))
-    return [_with_single_bos(tokenizer, next(plain)) if is_text else next(chat) for is_text in are_text]
-
-
-def response_ids(tokenizer: PreTrainedTokenizerBase, responses: Sequence[tuple[str, int]]) -> list[list[int]]:
-    """Ids of responses from `response_text`, with the token that ends each."""
-    encoded = _ids(tokenizer, [text for text, _ in responses], False)
-    return [[*ids, end] for ids, (_, end) in zip(encoded, responses, strict=True)]
 
 
 def pair_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
@@ -139,23 +122,24 @@ def pair_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], respons
 
 
 def labels_of_turns(
-    tokenizer: PreTrainedTokenizerBase, text: str, turns: Sequence[tuple[int, int]], ignored: int
+    tokenizer: PreTrainedTokenizerBase, text: DialogueText, ids: Sequence[int], ignored: int
 ) -> list[int]:
     """Labels of a prompt: ids in the assistant turns that are trained (with their EOS), `ignored` elsewhere.
 
     Args:
-        text: the prompt.
-        turns: (start, end) of each turn in it.
+        ids: of the whole, up to the response.
 
     Raises:
         UserError: the tokenizer has no offset mapping.
     """
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer.name_or_path}: training on several turns needs a fast tokenizer (tokenizer.json).")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(
+        text.prompt + text.response, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
     return [
-        token if any(start <= first < last <= end for start, end in turns) else ignored
-        for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        token if any(start < last and first < end for start, end in text.turns) else ignored
+        for token, (first, last) in zip(ids, encoded["offset_mapping"], strict=False)
     ]
 
 
@@ -192,20 +176,3 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerBase, turns: Turns) ->
     for token in (tokenizer.bos_token, *end_texts(tokenizer)):
         turns = turns.replace(token, "") if token else turns
     return turns
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-    return ids
-
-
-def _with_single_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Ids of a plain-text prompt without a second BOS from its text, and without the EOS some tokenizers append."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    while ids and ids[-1] == eos and ids != [bos]:
-        ids = ids[:-1]
-    return ids

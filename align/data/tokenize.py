@@ -19,11 +19,11 @@ from align.data.encode import (
     example_texts,
     labels_of_turns,
     pair_ids,
-    prompt_ids,
     prompt_text,
-    response_ids,
 )
+from align.data.findings import Findings
 from align.data.rows import BadRows, Demonstration, Preference, Prompt, Row, render_text
+from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
 
 IGNORE_INDEX = -100  # label of a token that the loss ignores
@@ -64,15 +64,15 @@ def tokenize_demonstrations(
         for row, examples in _encoded(tokenizer, rows, bad, texts):
             made = []
             with bad.catch(row.where):
-                for text, prompt, response in examples:
-                    ids = prompt + response
+                for text, before, response in examples:
+                    ids = before + response
                     if row.prompt or not packing:
                         _check_length(len(ids), max_length, "max_length", tokenizer)
                     labels = ids
                     if completion_only_loss:
-                        labels = [IGNORE_INDEX] * len(prompt)
+                        labels = [IGNORE_INDEX] * len(before)
                         if text.turns:
-                            labels = labels_of_turns(tokenizer, text.prompt, text.turns, IGNORE_INDEX)
+                            labels = labels_of_turns(tokenizer, text, before, IGNORE_INDEX)
                         labels = labels + response
                     made.append((ids, labels))
             if len(made) == len(examples):
@@ -141,7 +141,8 @@ def tokenize_prompts(
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], bad: BadRows, texts_of: Callable[[Any], list[DialogueText]]
 ) -> Iterator[tuple[Any, list[tuple[DialogueText, list[int], list[int]]]]]:
-    """Yield each row with its texts: (text, prompt ids, response ids)."""
+    """Yield each row with its texts: (text, ids before the response, the response's ids)."""
+    findings = Findings(tokenizer)
     for start in range(0, len(rows), BATCH):
         rendered: list[tuple[Any, list[DialogueText]]] = []
         for row in rows[start : start + BATCH]:
@@ -150,11 +151,15 @@ def _encoded(
                 if not isinstance(row, Prompt) and not all(text.response.strip() for text in texts):  # only EOS
                     raise BadRow("empty response")
                 rendered.append((row, texts))
-        flat = [(row.prompt, text) for row, texts in rendered for text in texts]
-        prompts = iter(prompt_ids(tokenizer, [prompt for prompt, _ in flat], [text.prompt for _, text in flat]))
-        responses = iter(response_ids(tokenizer, [(text.response, text.end) for _, text in flat]))
+        flat = [text for _, texts in rendered for text in texts]
+        are_plain = [isinstance(row.prompt, str) for row, texts in rendered for _ in texts]
+        own_ids = text_ids(tokenizer, [text.prompt for text in flat], are_plain)
+        encoded = iter(zip(flat, own_ids, whole_ids(tokenizer, flat, are_plain, own_ids), strict=True))
         for row, texts in rendered:
-            yield row, [(text, next(prompts), next(responses)) for text in texts]
+            found = list(islice(encoded, len(texts)))
+            findings.look(row, texts, [own for _, own, _ in found], [before for *_, (before, _) in found])
+            yield row, [(text, *ids) for text, _, ids in found]
+    findings.report(len(rows))
 
 
 def tools_of(row: Row) -> Tools:
@@ -173,7 +178,7 @@ def _encoded_pairs(
             return [text for each in pair for text in example_texts(tokenizer, row.prompt, each, tools_of(row))]
 
         for row, examples in _encoded(tokenizer, rows, bad, texts):
-            yield row, [prompt + response for _, prompt, response in examples]
+            yield row, [before + response for _, before, response in examples]
         return
     for start in range(0, len(rows), BATCH):
         batch = []

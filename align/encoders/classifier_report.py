@@ -86,5 +86,5 @@ logits = model(torch.tensor([ids])).logits[0]
 ```
 """
 PAIR_IDS = 'tokenizer(text, text_pair)["input_ids"]'
-DECODER_PAIR_IDS = """tokenizer(text)["input_ids"]
-ids += tokenizer(text_pair, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]"""
+DECODER_PAIR_IDS = """tokenizer(text + text_pair)["input_ids"]
+ids += [tokenizer.eos_token_id] * (ids[-1] != tokenizer.eos_token_id)  # some tokenizers add it"""

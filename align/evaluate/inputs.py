@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from align.config.evaluate import EvaluateRecipe
 from align.config.stages import STAGES
 from align.data.chat_template import set_template_kwargs
-from align.data.encode import encode_prompt, encode_response
+from align.data.encode import encode_example, encode_prompt
 from align.data.load import DataSettings, load_rows
 from align.data.rows import BadRows, Demonstration, Turns, render_text
 from align.data.tokenize import tools_of
@@ -39,13 +39,16 @@ class EncodedRow:
 
     Attributes:
         prompt: with the few-shot examples.
-        reference_ids: of the reference response, end-of-text included.
+        prompt_ids: from which the model writes its response.
+        ids: of the prompt and the reference response, end-of-text included.
+        reference_start: index of the reference's first id.
         stop_strings: a prediction is cut before the first of these.
     """
 
     prompt: Turns
     prompt_ids: list[int]
-    reference_ids: list[int]
+    ids: list[int]
+    reference_start: int
     stop_strings: list[str]
 
 
@@ -200,13 +203,14 @@ def _encode(
     """
     prompt = few_shot_prompt(row, examples)
     prompt_ids = encode_prompt(tokenizer, prompt, tools_of(row))
-    reference_ids = encode_response(tokenizer, prompt, row.completion, tools_of(row))
-    if len(reference_ids) < 2:  # end-of-text alone
+    before, reference = encode_example(tokenizer, prompt, row.completion, tools_of(row))
+    if len(reference) < 2:  # end-of-text alone
         raise BadRow("empty response")
-    if not prompt_ids:  # text without a prompt or a BOS token: nothing predicts the first token
-        prompt_ids, reference_ids = reference_ids[:1], reference_ids[1:]
-    if len(prompt_ids) + max(len(reference_ids), max_new_tokens) > limit:
+    ids, start = before + reference, len(before)
+    if not start:  # text without a prompt or a BOS token: nothing predicts the first token
+        prompt_ids, start = ids[:1], 1
+    if max(len(ids), len(prompt_ids) + max_new_tokens) > limit:
         shots = f" with {len(examples)} examples" if examples else ""
         raise BadRow(f"longer than {limit} tokens{shots} and its response, which may take max_new_tokens")
     stops = [*stop_strings, *([SEPARATOR] if ends_at_separator(examples) else [])]
-    return EncodedRow(prompt, prompt_ids, reference_ids, stops)
+    return EncodedRow(prompt, prompt_ids, ids, start, stops)

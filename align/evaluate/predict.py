@@ -51,7 +51,7 @@ def run_model(
     statistics = torch.zeros(count, 3, dtype=torch.float64, device=world.device)
     generated = torch.zeros(count, max_new_tokens, dtype=torch.int64, device=world.device)
     lengths = torch.zeros(count, dtype=torch.int64, device=world.device)
-    sizes = [len(row.prompt_ids) + len(row.reference_ids) for row in setting.rows]
+    sizes = [len(row.ids) for row in setting.rows]
     order = sorted(
         range(count), key=lambda index: -sizes[index]
     )  # longest first, so that running out of memory is early
@@ -77,8 +77,8 @@ def run_model(
 
 def _reference_statistics(model: nn.Module, rows: Sequence[EncodedRow], pad: int, device: torch.device) -> Tensor:
     """`ModelOutputs.token_statistics` of B rows, [B, 3] float64."""
-    prompt_ids, prompt_mask = pad_left([row.prompt_ids for row in rows], pad)
-    reference_ids, mask = pad_right([row.reference_ids for row in rows], pad)
+    prompt_ids, prompt_mask = pad_left([row.ids[: row.reference_start] for row in rows], pad)
+    reference_ids, mask = pad_right([row.ids[row.reference_start :] for row in rows], pad)
     ids = torch.cat([prompt_ids, reference_ids], dim=1).to(device)
     attention_mask = torch.cat([prompt_mask, mask], dim=1).to(device)
     reference_ids, mask = reference_ids.to(device), mask.to(device)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.data.collate import pad_left, pad_right
-from align.data.end_tokens import decode_responses as response_texts
 from align.data.rows import Prompt, as_response
+from align.data.token_ids import decode_response
 from align.engine.distributed import World
 from align.engine.engine import Engine
 from align.generation.ending import Ending
@@ -64,14 +64,17 @@ def gather_responses(world: World, responses: Sequence[Sequence[int]], max_lengt
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], batch: Sampled) -> Responses:
     """The batch as reward models and reward functions take it: ids without padding, and decoded text."""
-    response_ids = unpadded(batch.response_ids, batch.mask)
-    texts = response_texts(tokenizer, response_ids)
+    prompt_ids, response_ids = unpadded(batch.prompt_ids, batch.prompt_mask), unpadded(batch.response_ids, batch.mask)
+    texts = [
+        decode_response(tokenizer, prompt.prompt, *ids)
+        for prompt, *ids in zip(prompts, prompt_ids, response_ids, strict=True)
+    ]
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
     return Responses(
         prompts=[prompt.prompt for prompt in prompts],
         texts=texts,
         completions=[as_response(prompt.prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
-        prompt_ids=unpadded(batch.prompt_ids, batch.prompt_mask),
+        prompt_ids=prompt_ids,
         response_ids=response_ids,
         columns={name: [prompt.extra.get(name) for prompt in prompts] for name in columns},
     )

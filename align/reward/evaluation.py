@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from align.config.reward import RewardRecipe
-from align.data.encode import encode_pair
+from align.data.encode import encode_example, encode_pair
 from align.data.rows import Preference, Turns, render_text
 from align.data.tokenize import tools_of
 from align.engine.build import frozen_engine
@@ -115,13 +115,21 @@ def true_margins(inputs: RewardInputs, rows: Sequence[Preference], pairs: Datase
     for side in ("chosen", "rejected"):
         responses: list[Turns] = [getattr(row, side) for row in kept]
         texts = [render_text(response) for response in responses]
-        token_ids = inputs.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        token_ids = [_response_ids(inputs, row, response) for row, response in zip(kept, responses, strict=True)]
         batch = Responses([row.prompt for row in kept], texts, responses, [[] for _ in kept], token_ids, columns)
         try:
             scores.append(inputs.true_reward.score(batch)[0])
         except ValueError as error:
             raise UserError(f"eval_reward_funcs: {error}") from error
     return scores[0] - scores[1]
+
+
+def _response_ids(inputs: RewardInputs, row: Preference, response: Turns) -> list[int]:
+    """Ids of a response without end-of-text."""
+    if inputs.is_encoder:
+        ids: list[int] = inputs.tokenizer(render_text(response), add_special_tokens=False)["input_ids"]
+        return ids
+    return encode_example(inputs.tokenizer, row.prompt, response, tools_of(row))[1][:-1]
 
 
 def _rows_of_pairs(rows: Sequence[Preference], pairs: Dataset, inputs: RewardInputs) -> list[Preference]:

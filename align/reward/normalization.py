@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from datasets import Dataset
 
 from align.data.encode import encode_pair
-from align.data.end_tokens import decode_responses
 from align.data.rows import Preference, Prompt, render_text
+from align.data.token_ids import decode_response
 from align.data.tokenize import tokenize_prompts, tools_of
 from align.engine.distributed import World, rows_of_rank
 from align.engine.engine import Engine
@@ -66,7 +66,11 @@ def sft_responses(
     vocabularies = [tokenizer_digest(each)["vocabulary"] for each in (inputs.tokenizer, inputs.sft.tokenizer)]
     if vocabularies[0] == vocabularies[1] and not inputs.is_encoder:
         return [prompt_ids + ids for (_, prompt_ids), ids in zip(prompts, responses, strict=True)]
-    texts = decode_responses(inputs.sft.tokenizer, responses)
+    own = inputs.sft.tokenizer
+    texts = [
+        decode_response(own, prompt.prompt, prompt_ids, ids)
+        for (prompt, prompt_ids), ids in zip(prompts, responses, strict=True)
+    ]
     return [
         encode_pair(inputs.tokenizer, prompt.prompt, text, inputs.is_encoder, tools_of(prompt))
         for (prompt, _), text in zip(prompts, texts, strict=True)

@@ -231,5 +231,5 @@ score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
 attention mask and the tokenizer's own padding token, {pad}: not end-of-text, the position at which the score is read.
 """
 ENCODER_IDS = 'tokenizer(prompt, response)["input_ids"]'
-DECODER_IDS = """tokenizer(prompt)["input_ids"]
-ids += tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]"""
+DECODER_IDS = """tokenizer(prompt + response)["input_ids"]
+ids += [tokenizer.eos_token_id] * (ids[-1] != tokenizer.eos_token_id)  # some tokenizers add it"""

@@ -1,6 +1,11 @@
-"""Messages of dialogues."""
+"""Messages of dialogues, and the ids of a response alone."""
 
 from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data.encode import encode_example
+from align.data.rows import Turns
 
 
 def user(text: str) -> dict[str, str]:
@@ -9,3 +14,7 @@ def user(text: str) -> dict[str, str]:
 
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns) -> list[int]:
+    return encode_example(tokenizer, prompt, response)[1]

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from align.config.data_source import DataSource
 from align.data.batches import PromptLoader, pad_to_batches
-from align.data.encode import encode_pair, encode_prompt, encode_response
+from align.data.encode import encode_pair, encode_prompt
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Demonstration, Preference, Prompt, Turns
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.errors import BadRow, UserError
-from tests.data.messages import assistant, user
+from tests.data.messages import assistant, encode_response, user
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 STORIES = SHARED / "stories260K" / "hf"

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from align.data.encode import encode_response
 from align.data.end_tokens import decode_responses, end_ids
 from align.errors import BadRow, UserError
 from align.models.tokenizer import load_tokenizer
-from tests.data.messages import assistant, user
+from tests.data.messages import assistant, encode_response, user
 from tests.data.test_tokenize import make_tokenizer
 from tests.worlds import letter_tokenizer
 

@@ -60,12 +60,12 @@ def _sample(inputs: EvalInputs, generates: bool) -> list[Text]:
         Text(f"  {each.num_shots}-shot row: ", style="bold")
         + marked(
             each.tokenizer,
-            [*each.rows[0].prompt_ids, *each.rows[0].reference_ids],
-            [*[False] * len(each.rows[0].prompt_ids), *[True] * len(each.rows[0].reference_ids)],
+            each.rows[0].ids,
+            [index >= each.rows[0].reference_start for index in range(len(each.rows[0].ids))],
         )
         for each in inputs.settings
         if each.model == inputs.settings[0].model
     ]
-    longest = max(len(row.prompt_ids) + len(row.reference_ids) for each in inputs.settings for row in each.rows)
+    longest = max(len(row.ids) for each in inputs.settings for row in each.rows)
     what = "the models write after the prompt" if generates else "nothing is written, the reference is judged"
     return [*lines, Text(f"  (marked: the reference; {what}; at most {longest} tokens)", style="dim")]

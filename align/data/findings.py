@@ -1,0 +1,71 @@
+"""What the ids of rows show that is no error in a row: said once for all rows, or refused where most rows have it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data.dialogues import DialogueText
+from align.data.rows import Row
+from align.data.token_ids import special_tokens
+from align.errors import UserError
+from align.terminal import say
+
+SPANNED = "a token spans the end of the prompt and is trained with the response, while generation starts from the prompt's own tokens"
+DOUBLED = "begins with the text of {bos}, which the tokenizer adds itself: one is kept"
+REPEATED = "the response repeats the whole prompt"
+SHORT = 8  # characters of a prompt that a response may begin with by chance
+
+
+class Findings:
+    """The places of rows by what was found in them.
+
+    Args:
+        tokenizer: the one that encodes the rows.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        before, _ = special_tokens(tokenizer)
+        self.bos = str(tokenizer.bos_token) if tokenizer.bos_token_id in before else None
+        self.found: dict[str, list[str]] = {}
+
+    def look(
+        self, row: Row, texts: Sequence[DialogueText], own_ids: Sequence[list[int]], before: Sequence[list[int]]
+    ) -> None:
+        """Note what is to be said of a row.
+
+        Args:
+            texts: its prompt with each of its responses.
+            own_ids: of the prompts alone.
+            before: ids before the responses.
+        """
+        if own_ids != before:
+            self._note(SPANNED, row.where)
+        if not isinstance(row.prompt, str):
+            return
+        if self.bos is not None and (row.prompt or texts[0].response).startswith(self.bos):
+            self._note(DOUBLED.format(bos=self.bos), row.where)
+        prompt = row.prompt.strip()
+        if len(prompt) >= SHORT and all(text.response.lstrip().startswith(prompt) for text in texts):
+            self._note(REPEATED, row.where)
+
+    def _note(self, text: str, where: str) -> None:
+        self.found.setdefault(text, []).append(where)
+
+    def report(self, total: int) -> None:
+        """Print what was found in the `total` rows.
+
+        Raises:
+            UserError: most responses repeat their prompts.
+        """
+        for text, rows in self.found.items():
+            places = f"{len(rows)} of {total} rows ({', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''})"
+            if text == REPEATED and 2 * len(rows) > total:
+                raise UserError(
+                    f"prompt: {places} have a `completion`, or `chosen` and `rejected`, that repeats it, so that it would be in "
+                    "their text twice; give responses without their prompts, or leave the column `prompt` out."
+                )
+            if int(os.environ.get("RANK", "0")) == 0:
+                say(f"note: {text}: {places}")
