@@ -164,7 +164,7 @@ def test_a_blank_line_ends_an_answer_to_text_examples_that_have_none():
     decoded = SimpleNamespace(eos_token_id=2, batch_decode=lambda ids, skip_special_tokens: [" one\ntwo \n\nQ: three"])
 
     def cut(stops):
-        rows = [EncodedRow("", [], [], stops)]
+        rows = [EncodedRow("", [], [], 0, stops)]
         return decode_predictions(SimpleNamespace(tokenizer=decoded, rows=rows), [[5]])
 
     assert cut([]) == ["one\ntwo \n\nQ: three"]
