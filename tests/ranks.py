@@ -206,6 +206,34 @@ def launched(*command: str, ranks: int = 2, module: bool = True) -> dict[str, An
     return {"args": [*words, *command], "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
 
 
+# In place of ssh and of pdsh: both run what they are given on this machine, pdsh once for each of the nodes.
+SSH = """#!/bin/sh
+echo 127.0.0.1
+"""
+PDSH = """#!/bin/sh
+while [ "$1" != -w ]; do shift; done
+nodes=$(echo "$2" | tr , ' '); shift 2
+index=0
+for node in $nodes; do
+    sh -c "$(echo "$*" | sed "s/%n/$index/g")" &
+    index=$((index + 1)); processes="$processes $!"
+done
+code=0
+for process in $processes; do wait $process || code=$?; done
+exit $code
+"""
+
+
+def two_nodes(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A hostfile of two nodes with a GPU each, which are this machine, and the environment in which launchers reach them."""
+    (folder / "hosts").write_text("# two nodes\nnode1 slots=1\n\nnode2 slots=1\n")
+    for name, script in (("ssh", SSH), ("pdsh", PDSH)):
+        (folder / "bin" / name).parent.mkdir(exist_ok=True)
+        (folder / "bin" / name).write_text(script)
+        (folder / "bin" / name).chmod(0o755)
+    return folder / "hosts", {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
 @functools.cache
 def _server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""The quickstart, cut to seconds: all four stages alone, and under the launcher with two processes."""
+"""The quickstart, cut to seconds: all four stages alone, and under launchers on two nodes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.documented_metrics import undocumented
-from tests.ranks import run_recipes
+from tests.ranks import run_recipes, two_nodes
 from tests.worlds import deepspeed_file
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "quickstart"
@@ -25,9 +26,9 @@ CUT = ["--max_steps", "4", "--train_dataset.generator_kwargs.num_rows", "300", "
        "--response_length", "16", "--logging_steps", "1", "--eval_fraction", "0.1"]  # fmt: skip
 
 
-def align(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def align(folder: Path, *more: str, env: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "align", "run", str(RECIPES), *CUT, *more]
-    environment = {**os.environ, "COLUMNS": "160", "WANDB_MODE": "offline"}
+    environment = {**os.environ, "COLUMNS": "160", "WANDB_MODE": "offline", **env}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
@@ -110,11 +111,13 @@ def test_a_second_run_does_nothing_but_show_the_table(alone):
 def test_two_processes_and_zero_give_the_results_of_one(alone, tmp_path, monkeypatch, stage):
     folder, _ = alone
     settings = deepspeed_file(tmp_path / "ds.json", stage)
-    if stage == 3:  # pre-training is SFT as well, and 1_sft goes through the launcher
+    if stage == 3:  # a launcher on each of two nodes; pre-training is SFT as well, and 1_sft goes through them
         base = Path("outputs", "quickstart", "0_base")
         shutil.copytree(folder / base, tmp_path / base)
-        done = align(tmp_path, "--num_gpus", "2", "--deepspeed", settings)
+        hostfile, environment = two_nodes(tmp_path)
+        done = align(tmp_path, "--hostfile", str(hostfile), "--deepspeed", settings, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("deepspeed with 2 processes") == 3
     else:
         monkeypatch.chdir(tmp_path)
         run_recipes(RECIPES, 2, [*CUT, "--deepspeed", settings])
