@@ -135,6 +135,11 @@ class StageRecipe:
     eval_steps: int | None = key(
         None, "Evaluate every this many steps (PPO: updates), and always at the end.", AT_LEAST_1
     )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto",
+        "Data type of the trained model on the disk; auto is that of the model that training started from. Checkpoints keep "
+        "all digits.",
+    )
     save_steps: int | None = key(None, "Save a resumable checkpoint every this many steps (PPO: updates).", AT_LEAST_1)
     save_total_limit: int = key(2, "Checkpoints kept; older ones are deleted.", AT_LEAST_1)
     report_to: Literal["none", "wandb"] = key(

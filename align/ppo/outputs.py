@@ -10,6 +10,7 @@ from typing import Any
 from align.engine.ema import EMA
 from align.engine.engine import TrainEngine
 from align.engine.faults import during
+from align.models.saved_dtype import set_saved_dtype
 from align.ppo.ppo_run import PPORun
 from align.runs.markdown import markdown_text, python_text
 from align.runs.own_files import new_files, new_folder
@@ -62,4 +63,5 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
 def _write(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
     engine.save_pretrained(folder)
     if run.world.is_main:
+        set_saved_dtype(folder, run.recipe.sft_model_path, run.recipe.save_dtype)
         run.sampler.tokenizer.save_pretrained(folder)

@@ -9,8 +9,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from align.errors import BadFile, UserError
 from align.runs.checkpoint import find_corruption, synced_sums
 from align.runs.files import fingerprint, write_text
 from align.runs.records import COUNT, LIST, MAPPING, Record, or_null, read_record
+from reward_models.heads import hf_model
 
 STATE, RANDOM = "state", "random"
 TRAINER_STATE = Record(
@@ -56,13 +60,35 @@ class SafeCheckpoints(Trainer):
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.settings = copy.deepcopy(hf_model(kwargs["model"]).config)  # before a Trainer changes it
+        super().__init__(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with self._own_settings():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             (folder / "training_args.bin").unlink()  # a pickle; the manifest holds the same
             if isinstance(self.model, PeftModel):
                 (folder / "README.md").unlink(missing_ok=True)  # PEFT's card; the stage writes its own
+
+    @contextlib.contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """Inside, the model has the configuration that it was loaded with, and the ids of the tokenizer's tokens.
+
+        Trainers switch its cache off and its router's logits on, which is not for those who load what is saved.
+        """
+        model = hf_model(self.model)
+        training, own = model.config, copy.deepcopy(self.settings)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if hasattr(training.get_text_config(), name):
+                setattr(own.get_text_config(), name, getattr(training.get_text_config(), name))
+        model.config = own
+        try:
+            yield
+        finally:
+            model.config = training
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         note = {"schedule": self.lr_scheduler.state_dict()}

@@ -22,9 +22,12 @@ from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
 from align.engine.faults import during
+from align.models.inspect_folder import CONFIG
+from align.models.saved_dtype import set_saved_dtype
 from align.models.trainable import MERGEABLE
 from align.runs.own_files import new_files, new_files_in
 from align.runs.tracker import Tracker
+from align.terminal import say
 from align.trainer.callback import StageCallback
 from align.trainer.checkpoint import SafeCheckpoints, check_trainer_state
 
@@ -207,3 +210,6 @@ def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: C
             tokenizer: Any = trainer.processing_class
             tokenizer.save_pretrained(fresh)
             PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(fresh)
+        if world.is_main and (fresh / CONFIG).is_file():
+            dtype = set_saved_dtype(fresh, getattr(recipe, "model_name_or_path", None), recipe.save_dtype)
+            say(f"{output}: weights in {str(dtype).removeprefix('torch.')} (save_dtype: {recipe.save_dtype})")
