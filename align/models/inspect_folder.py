@@ -16,6 +16,7 @@ from align.config.convert import shown
 from align.config.stages import Recipe, stage_of
 from align.config.text_file import check_regular, read_text
 from align.errors import UserError
+from align.models.adapter_patterns import check_patterns
 from align.models.safetensors_header import StoredTensor, read_header
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -104,6 +105,7 @@ def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> Mode
             raise UserError(f"{key}: {path}: the adapter's base model leads back to {base}; correct {ADAPTER_CONFIG}.")
         tensors = _read_weights(folder, {}, key, ADAPTER_WEIGHTS)
         inner = inspect_folder(base, f"{key}: {path} is an adapter of {base}", (*_adapters, path, base))
+        check_patterns(config, inner.tensors if inner else (), f"{key}: {folder / name}")
         return ModelFolder(path, config, tensors, True, inner)
     check_sizes(config, f"{key}: {folder / name}")
     return ModelFolder(path, config, _read_weights(folder, config, key, WEIGHTS))

@@ -25,6 +25,7 @@ from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.errors import UserError
 from align.evaluate import compare
+from align.models import adapter_patterns
 from align.models.check_weights import check_report
 from align.models.context_length import check_rows_fit
 from align.models.from_scratch import scratch_config
@@ -195,6 +196,10 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "base is gone": (change("adapter_config.json", base_model_name_or_path="./gone"), "adapter is an adapter of ./gone: no model"),
     "base is itself": (change("adapter_config.json", base_model_name_or_path="adapter"), "base model leads back to adapter"),
     "base is cut": (lambda folder: cut(WEIGHTS)(folder.with_name("model")), "adapter is an adapter of model: model/model.saf"),
+    **{f"regex in {key}": (change("adapter_config.json", **{key: value}), f"adapter/adapter_config.json: {key}: matching the regular expression") for key, value in {
+        "target_modules": r"(.*\w*)*q_projx", "exclude_modules": r"(\w+\.?)+!", "rank_pattern": {r"(.*)*x": 4}, "alpha_pattern": {"q_proj": 2, r"(.*)*x": 4},
+        "layers_pattern": [r"(\w*\.?)*y"], "modules_to_save": [r"(\w*\.?)*y"]}.items()},
+    "no regex": (change("adapter_config.json", target_modules="(q_proj"), "adapter_config.json: target_modules: expected a regular expression, got"),
     "no weights": (gone("adapter_model.safetensors"), "no weights at adapter (adapter_model.safetensors is missing)"),
     "weights are cut": (cut("adapter_model.safetensors"), "adapter_model.safetensors: is cut"),
     "pickled weights": (
@@ -215,6 +220,7 @@ def models(tmp_path, monkeypatch, shared_folder) -> Path:
     shutil.copytree(shared_folder("models to inspect", make), tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(adapter_patterns, "SECONDS", 0.1)
     return tmp_path
 
 
