@@ -56,13 +56,14 @@ def adopt_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
         _check_nested(place, outer)
     if place.starter != "the launcher":
         local = next((each.local_rank for each in places if each.local_rank is not None), None)
+        # Under Slurm, tasks may have the variables of its own PMI too.
+        known = next(each for each in reversed(places) if (each.rank, each.size) == (place.rank, place.size))
         if local is None:
-            raise UserError(f"{STARTERS[place.starter][2]}: {_words(place)}; set this to the rank on its node.")
+            raise UserError(f"{STARTERS[known.starter][2]}: {_words(known)}; set this to the rank on its node.")
         environment.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(local))
         if place.local_size is not None:
             environment["LOCAL_WORLD_SIZE"] = str(place.local_size)
-        same = [each for each in places if (each.rank, each.size) == (place.rank, place.size)]
-        _set_master(same[-1], environment)  # Slurm, where its tasks have the variables of its own PMI too
+        _set_master(known, environment)
     missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
     if missing:
         raise UserError(
@@ -128,9 +129,12 @@ def _set_master(place: Place, environment: MutableMapping[str, str]) -> None:
         elif place.local_size == place.size:
             environment["MASTER_ADDR"] = "127.0.0.1"
         else:
+            how = "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500"
+            if place.starter == "Slurm":
+                how = "srun --export=ALL,MASTER_ADDR=node1,MASTER_PORT=29500"
             raise UserError(
                 f"MASTER_ADDR: {_words(place)}, maybe on several nodes; set MASTER_ADDR to the node of rank 0 and MASTER_PORT to "
-                "a free port there for all of them, as in `mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500`."
+                f"a free port there for all of them, as in `{how}`."
             )
     if not environment.get("MASTER_PORT"):
         # Two jobs on one node differ in it, and the ranks of one do not: those of one node have one parent under MPI.

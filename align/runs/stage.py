@@ -63,7 +63,7 @@ def last_checkpoint(recipe: StageRecipe, world: World, report: Mapping[str, Any]
         share(recipe.output_dir)
     check_layout(recipe, world, checkpoint)
     if checkpoint is not None:
-        _check_records(recipe, checkpoint)
+        check_records(recipe, checkpoint)
     if world.is_main:
         if checkpoint is not None:
             cut_records(checkpoint)
@@ -93,7 +93,12 @@ def check_shared_folder(output_dir: str, world: World) -> None:
         )
 
 
-def _check_records(recipe: StageRecipe, checkpoint: Path) -> None:
+def check_records(recipe: StageRecipe, checkpoint: Path) -> None:
+    """Check that `metrics.jsonl` and `samples.jsonl` are as they were at a checkpoint, from which a run goes on.
+
+    Raises:
+        UserError: one is not, and `accept_changes` does not name it.
+    """
     for name, what in lost_records(checkpoint).items():
         if name not in recipe.accept_changes:
             raise UserError(

@@ -32,10 +32,12 @@ from align.cli.check.memory import (
     skeleton,
     state_bytes,
 )
+from align.config.load import load_recipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.errors import UserError
-from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+from align.runs.launch import run_recipe
+from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, unfinished, write_jsonl
 
 # --- arithmetic
 
@@ -386,7 +388,6 @@ def test_output_folders(world, capsys):
         eval_fraction=0.2,
         model_name_or_path="model",
     )
-    from align.config.load import load_recipe
     from align.runs.manifest import open_stage, write_manifest
     from align.runs.own_files import RUN
 
@@ -400,6 +401,29 @@ def test_output_folders(world, capsys):
     code, said = outcome(capsys, "r.yaml", "--seed", "1")
     assert code == 2
     assert "holds a finished run that differs in seed" in said
+
+
+def test_what_an_unfinished_run_would_say(world, capsys):
+    keys = {"stage": "sft", "output_dir": "out/x", "train_dataset": "r/demos.jsonl", "model_name_or_path": "model"}
+    write_recipe("r.yaml", **keys, eval_fraction=0.2, max_steps=1, save_steps=1, eval_steps=1)
+    run_recipe(load_recipe("sft", "r.yaml"))
+    unfinished("out/x")
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    assert "output_dir: out/x, which would be resumed" in said
+    metrics = Path("out/x/metrics.jsonl").read_bytes()
+    Path("out/x/metrics.jsonl").write_bytes(metrics[:-1])
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 2
+    assert (
+        f"out/x/metrics.jsonl: has {len(metrics) - 1} bytes, fewer than the {len(metrics)} that it had at checkpoint-1"
+        in said
+    )
+    rows = Path("r/demos.jsonl").read_text().splitlines()
+    Path("r/demos.jsonl").write_text("\n".join(rows[::-1]))
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 2
+    assert "holds an unfinished run that differs in train_dataset[0] (r/demos.jsonl has other rows: fingerprint" in said
 
 
 def test_answers_longer_than_the_model_can_read(world, capsys):

@@ -80,9 +80,11 @@ def test_each_starter(variables, found):
     ("variables", "message"),
     [
         (SLURM | {"SLURM_LOCALID": ""}, r"SLURM_LOCALID: Slurm started 8 processes, this one as number 5; set this to the rank on its node"),
+        (SLURM | {"SLURM_LOCALID": "", "PMI_RANK": "5", "PMI_SIZE": "8"}, "SLURM_LOCALID: Slurm started 8 processes"),
+        (SLURM | {"SLURM_STEP_NODELIST": "", "SLURM_NODELIST": ""}, "MASTER_ADDR: Slurm started 8 .*`srun --export=ALL,MASTER_ADDR=node1,"),
         (SLURM | {"SLURM_PROCID": "8"}, "SLURM_PROCID: expected less than SLURM_STEP_NUM_TASKS, which is 8, got 8"),
         (SLURM | {"SLURM_PROCID": "x"}, "SLURM_PROCID: expected a number in this environment variable, got 'x'"),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "MASTER_ADDR: Open MPI started 2 processes, .* several nodes"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "MASTER_ADDR: Open MPI started 2 processes, .* several nodes.*`mpirun -x"),
         ({"WORLD_SIZE": "2"}, "RANK: WORLD_SIZE is 2, and this is not set"),
         ({"RANK": "1"}, "WORLD_SIZE: RANK is 1, and this is not set"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "MASTER_ADDR: RANK and WORLD_SIZE are set for 2 processes"),

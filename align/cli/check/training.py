@@ -23,10 +23,13 @@ from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import describe_task_shares
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.models.inspect_folder import inspect_inputs
+from align.runs.checkpoint import complete_checkpoints
 from align.runs.files import write_json
 from align.runs.manifest import is_finished, tokenizer_digest
 from align.runs.output_folder import find_mark
 from align.runs.own_files import MANIFEST
+from align.runs.run_record import check_rows
+from align.runs.stage import check_records
 
 R = TypeVar("R", bound=StageRecipe)
 
@@ -91,6 +94,7 @@ class TrainingCheck(Generic[R]):
                 report.say(line)
         with report.part():
             rows, lines = self.load(recipe)
+            _check_unfinished(recipe, rows)
             for line in (f"rows: {self._counts(rows, recipe, plan)}", *lines):
                 report.say(line)
             if shares := describe_task_shares(rows.report):
@@ -154,6 +158,15 @@ def _output_state(recipe: StageRecipe) -> str:
         return f"{folder} is finished; the stage would be skipped"
     mark = find_mark(folder)
     return f"{writable(folder)}, {'which would be resumed' if mark else 'new'}"
+
+
+def _check_unfinished(recipe: StageRecipe, rows: Rows) -> None:
+    """What a run that would be resumed says of its rows and records; `is_finished` has compared the rest."""
+    if (Path(recipe.output_dir) / MANIFEST).is_file():
+        return
+    check_rows(recipe, rows.report)
+    if found := complete_checkpoints(recipe.output_dir):
+        check_records(recipe, found[-1])
 
 
 def _with_stand_ins(recipe: R, stand_ins: dict[Path, Path], report: Report) -> R:
