@@ -14,7 +14,10 @@ from align.config.sandbox import TemplateProblem, check
 from align.config.sandbox_process import recipe_environment
 from align.errors import UserError, nearest
 
-ROW_COLUMNS = ("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label")
+ROW_COLUMNS = (
+    *("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label"),
+    *("margin", "tools"),
+)
 TEXT_PARTS = ("prompt", "completion")
 CHAT_PARTS = ("user", "assistant")
 SYSTEM_PART = "system"
@@ -34,7 +37,8 @@ class DataSource:
     split: str = key("train", "Hub data set split.")
     columns: dict[str, str] = key(
         {},
-        "Column names: ours (prompt, completion, chosen, rejected, messages, text, text_pair, label) to the source's.",
+        "Column names: ours (prompt, completion, chosen, rejected, messages, text, text_pair, label, margin, "
+        "tools) to the source's.",
     )
     task: str | None = key(
         None,

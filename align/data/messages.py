@@ -67,8 +67,7 @@ def _text(content: Any) -> Any:
 
 
 def _flag(key: str, value: Any, role: str) -> bool:
-    allowed = (True, False) if key == "train" else (0, 1)
-    if value not in allowed or (key == "train" and not isinstance(value, bool)):
+    if value not in (0, 1) or isinstance(value, bool) != (key == "train"):
         expected = "true nor false" if key == "train" else "0 nor 1"
         raise BadRow(f"`{key}` of a message is neither {expected}")
     if value and role != "assistant":

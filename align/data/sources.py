@@ -108,9 +108,9 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
         # Streamed: a cached copy could be taken for a newer version of the file.
         options: dict[str, Any] = {}
         if kind == ".csv":  # our columns are text, even if they read "42" or "None"
-            label = source.columns.get("label", "label")  # may be a number
-            ours = {*ROW_COLUMNS, *source.columns.values()} - {label}
-            _check_csv(file, {*ours, label})
+            numbers = {source.columns.get(name, name) for name in ("label", "margin")}  # perhaps
+            ours = {*ROW_COLUMNS, *source.columns.values()} - numbers
+            _check_csv(file, ours | numbers)
             options = {"converters": dict.fromkeys(ours, str), "keep_default_na": False, "na_values": [""]}
         rows = datasets.load_dataset(
             kind[1:], data_files=[glob.escape(os.path.abspath(file))], split="train", streaming=True, **options

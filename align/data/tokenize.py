@@ -94,6 +94,8 @@ def tokenize_preferences(
 ) -> tuple[Dataset, Report]:
     """`chosen_ids` and `rejected_ids` (prompt and response each) of each row, and the bad rows by reason.
 
+    Where rows have a `margin`, so has the data set; all rows or none must have one.
+
     Args:
         max_length: most tokens of prompt and response; rows with a longer one are bad rows.
         is_encoder: join prompt and response in the tokenizer's format for pairs, which encoders are trained on.
@@ -103,16 +105,19 @@ def tokenize_preferences(
             has no chat template.
     """
     bad = BadRows()
+    has_margin = any(row.extra.get("margin") is not None for row in rows)
 
-    def records() -> Iterator[list[list[int]]]:
+    def records() -> Iterator[list[Any]]:
         for row, sequences in _encoded_pairs(tokenizer, rows, bad, is_encoder):
             with bad.catch(row.where):
                 _check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
                     raise BadRow("`chosen` and `rejected` have the same tokens")
-                yield sequences
+                if has_margin and row.extra.get("margin") is None:
+                    raise BadRow("no `margin`, which other rows have; write 0 for none")
+                yield [*sequences, float(row.extra["margin"])] if has_margin else sequences
 
-    dataset = _dataset(("chosen_ids", "rejected_ids"), records())
+    dataset = _dataset(("chosen_ids", "rejected_ids", *(["margin"] if has_margin else [])), records())
     return dataset, _report(bad, on_bad_row, len(rows), len(dataset))
 
 
@@ -193,9 +198,9 @@ def _encoded_pairs(
         yield from ((row, list(pair)) for row, *pair in zip(batch, chosen, rejected, strict=True))
 
 
-def _dataset(names: tuple[str, ...], records: Iterator[Sequence[list[int]]]) -> Dataset:
+def _dataset(names: tuple[str, ...], records: Iterator[Sequence[Any]]) -> Dataset:
     """A data set in memory, built in chunks, because lists of Python integers take many times the memory of Arrow's."""
-    features = Features({name: List(Value("int32")) for name in names})
+    features = Features({name: Value("float32") if name == "margin" else List(Value("int32")) for name in names})
     parts = [Dataset.from_dict({name: [] for name in names}, features=features)]
     while part := list(islice(records, BATCH)):
         columns = dict(zip(names, zip(*part, strict=True), strict=True))

@@ -73,14 +73,15 @@ def evaluate_pairs(reward: ModelReward, world: World, pairs: Dataset, margins: T
         margins: `true_margins` of the pairs, [B].
 
     Returns:
-        eval_loss (nats per pair), eval_accuracy and its 95% interval eval_accuracy_low, eval_accuracy_high, pairs.
+        eval_loss (nats per pair, with the rows' own `margin` as in training), eval_accuracy and its 95% interval eval_accuracy_low, eval_accuracy_high, pairs.
         With `margins` also eval_ceiling, the accuracy of the true reward itself, which annotator noise keeps below 1,
         and agreement, the accuracy on the pairs as the true reward orders them, without its ties.
     """
     chosen, rejected = (score_ids(reward, world, list(pairs[name])) for name in ("chosen_ids", "rejected_ids"))
+    given = torch.tensor(pairs["margin"][:]) if "margin" in pairs.column_names else 0.0
     accuracy = preference_accuracy(chosen.tolist(), rejected.tolist())
     results = {
-        "eval_loss": float(-logsigmoid(chosen - rejected).mean()),
+        "eval_loss": float(-logsigmoid(chosen - rejected - given).mean()),
         "eval_accuracy": accuracy["accuracy"],
         "eval_accuracy_low": accuracy["low"],
         "eval_accuracy_high": accuracy["high"],

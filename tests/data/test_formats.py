@@ -234,6 +234,67 @@ def test_messages_keep_what_has_a_value() -> None:
     assert (row.prompt, row.completion) == ([user("a")], [{**assistant("b"), "score": 3}])
 
 
+@pytest.mark.parametrize(
+    ("form", "more", "reason"),
+    [
+        (Preference, {"margin": -1}, "`margin` is not a number of at least 0"),
+        (Preference, {"margin": "1"}, "`margin` is not a number of at least 0"),
+        (Preference, {"margin": True}, "`margin` is not a number of at least 0"),
+        (Preference, {"margin": float("nan")}, "`margin` is not a number of at least 0"),
+        (Preference, {"weight": 0.5}, "a row's `weight` other than 1; give the whole source a `weight`, or each turn"),
+        (Demonstration, {"weight": 0}, "a row's `weight` other than 1; give the whole source a `weight`, or each turn"),
+        (Prompt, {"chat_template_kwargs": {"a": 1}}, "`chat_template_kwargs` in a row; set the key of that name"),
+        (Prompt, {"tools": "sum"}, "`tools` is neither a list of functions nor the JSON text of one"),
+    ],
+)
+def test_columns_that_are_not_used_are_refused(form: type, more: dict[str, Any], reason: str) -> None:
+    values: dict[str, Any] = {"prompt": [user("a")], "completion": [assistant("b")]}
+    if form is Preference:
+        values = {"prompt": [user("a")], "chosen": "b", "rejected": "c"}
+    with pytest.raises(BadRow) as caught:
+        read({**values, **more}, form)
+    assert str(caught.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({**assistant("b"), "train": 1}, "`train` of a message is neither true nor false"),
+        ({**assistant("b"), "weight": 0.5}, "`weight` of a message is neither 0 nor 1"),
+        ({**assistant("b"), "weight": True}, "`weight` of a message is neither 0 nor 1"),
+        ({**assistant("b"), "train": True, "weight": 0}, "`train` and `weight` of a message disagree"),
+        ({**assistant("b"), "train": False}, "`train` or `weight` leaves no assistant turn to train"),
+        ({**assistant("b"), "reasoning_content": 3}, "`reasoning_content` is not text"),
+        ({**assistant("b"), "tool_calls": [{"name": 3}]}, "`tool_calls` is not a list of calls with `name` and"),
+        ({**assistant("b"), "tool_calls": [{"name": "f", "arguments": "x"}]}, "`tool_calls` is not a list of calls"),
+        (assistant([{"type": "image_url"}]), "a message with a part of type 'image_url'; this reads text alone"),
+    ],
+)
+def test_messages_that_cannot_be_used(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        read({"messages": [user("a"), message]}, Demonstration)
+    assert str(caught.value).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"),
+    [
+        ([{**user("a"), "train": True}], "`train` of a message of role user; only assistant turns are trained"),
+        ([{**user("a"), "tool_calls": [{"name": "f"}]}], "`tool_calls` in a message of role user"),
+        ([user("a"), {"role": "tool", "content": "b"}], "a message of role tool that answers no assistant turn"),
+    ],
+)
+def test_messages_before_a_response_that_cannot_be_used(before: list[dict[str, Any]], reason: str) -> None:
+    with pytest.raises(BadRow) as caught:
+        read({"messages": [*before, assistant("c")]}, Demonstration)
+    assert str(caught.value) == reason
+
+
+def test_content_in_parts_is_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert read({"messages": [user(parts), assistant("c")]}, Demonstration).prompt == [user("a\nb")]
+
+
 def test_turns_as_text() -> None:
     assert render_text("a") == "a"
     assert render_text([assistant("b")]) == "b"

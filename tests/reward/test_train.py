@@ -125,6 +125,35 @@ def test_one_step_is_adamw_on_bradley_terry(tmp_path, centering):
         torch.testing.assert_close(weight, model.get_parameter(name).detach(), atol=2e-5, rtol=0)
 
 
+MARGINS = (0.5, 0.0, 2.0)
+
+
+def test_a_margin_is_that_of_trl(tmp_path):
+    """-log sigmoid(chosen - rejected - margin), Llama 2's; the pairs alone have another loss and the same accuracy."""
+    names = ("prompt", "chosen", "rejected", "margin")
+    sources = {}
+    for key, pairs in (("train_dataset", ROWS[:3]), ("eval_dataset", HELD_OUT[:3])):
+        rows = [dict(zip(names, (*row, margin), strict=True)) for row, margin in zip(pairs, MARGINS, strict=True)]
+        (tmp_path / key).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources[key] = [DataSource(path=str((tmp_path / key).with_suffix(".jsonl")))]
+
+    def gaps(pairs) -> torch.Tensor:
+        return torch.stack([score(model, prompt, good) - score(model, prompt, bad) for prompt, good, bad in pairs])
+
+    settings = recipe(tmp_path, max_steps=1, **sources)
+    results = run(settings)
+    model, margins = untrained(), torch.tensor(MARGINS)
+    before, step = (next(row for row in metrics(settings) if key in row) for key in ("eval/loss", "train/loss"))
+    loss = -logsigmoid(gaps(ROWS[:3]) - margins).sum()
+    assert step["train/loss"] == pytest.approx((float(loss) + 0.6931472) / 4, abs=1e-5)
+    assert before["eval/loss"] == pytest.approx(float(-logsigmoid(gaps(HELD_OUT[:3]) - margins).mean()), abs=1e-5)
+    assert before["eval/accuracy"] == pytest.approx(float((gaps(HELD_OUT[:3]) > 0).float().mean()))
+    for name, weight in trained(settings).items():
+        model.get_parameter(name).data.copy_(weight)
+    loss = -logsigmoid(gaps(HELD_OUT[:3]) - margins).mean()
+    assert results.metrics["eval_loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
 def test_cutting_the_batch_up_changes_nothing(tmp_path):
     weights = []
     for size in (4, 2, 1):
