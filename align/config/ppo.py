@@ -62,6 +62,11 @@ class PPORecipe(StageRecipe):
     num_ppo_epochs: int = key(4, "Passes over each rollout batch.", AT_LEAST_1)
     max_prompt_length: int = key(512, "Maximum tokens of a prompt; longer prompts are bad rows.", TOKENS)
     response_length: int = key(53, "Maximum tokens of a response.", TOKENS)
+    stop_strings: list[str] = key(
+        [],
+        "A response also ends with the token that completes one of these strings, which stays in its text; the model's own "
+        "end tokens, all of its generation_config's eos_token_id, end it in any case.",
+    )
     temperature: float = key(
         1.0, "Sampling temperature; all log-probabilities are computed at this temperature too.", ABOVE_0
     )
@@ -168,6 +173,8 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
             f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got "
             f"{len(recipe.reward_weights)}"
         )
+    if "" in recipe.stop_strings:
+        raise UserError(f"{where('stop_strings')}: expected text that ends a response, got an empty string")
     if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
         raise UserError(
             f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score "

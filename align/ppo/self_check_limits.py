@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from align.config.ppo import PPORecipe
 FEWEST_FOR_EOS = 16  # responses of which one at least must end
 LOW_EOS_RATE = 0.3
 LOW_ENTROPY = 0.05  # nats per token
+TokenName: TypeAlias = Callable[[int], tuple[str, bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +124,47 @@ def entropy_sufficient(entropy: float) -> Check:
     )
 
 
-def responses_terminate(rate: float, count: int, response_length: int) -> Check:
-    """Responses end with EOS. `rate`: share of the `count` sampled responses that do."""
+def what_ended(responses: Sequence[Sequence[int]], ended: Sequence[bool], ends: Sequence[int], name: TokenName) -> str:
+    """How many responses each end token of the model ended; when it is none, what they hold and end with instead.
+
+    Args:
+        responses: token ids.
+        ended: whether each ended by itself.
+        ends: the tokens that end one.
+        name: of a token, by its id; with whether it is a special one.
+    """
+    last = Counter(ids[-1] for ids, by_itself in zip(responses, ended, strict=True) if by_itself)
+    by_token = [f"{last[end] or 'none'} ended with {name(end)[0]}" for end in ends]
+    if stopped := last.total() - sum(last[end] for end in ends):
+        by_token.append(f"{stopped} with a stop string")
+    if last:
+        return ", ".join(by_token)
+    special = Counter(token for ids in responses for token in {*ids} if name(token)[1])
+    final = Counter(ids[-1] for ids in responses)
+    text = ", ".join(by_token) + f"; most frequent last tokens: {_most_frequent(final, name)}"
+    return text + (f"; special tokens in them: {_most_frequent(special, name)}" if special else "")
+
+
+def _most_frequent(counts: Counter[int], name: TokenName) -> str:
+    return ", ".join(f"{name(token)[0]} in {count}" for token, count in counts.most_common(3))
+
+
+def responses_terminate(rate: float, count: int, response_length: int, seen: str, several: bool) -> Check:
+    """Responses end by themselves.
+
+    Args:
+        rate: share of the `count` sampled responses that do.
+        seen: `what_ended` of them.
+        several: whether more than one token ends responses, or stop strings do; then `seen` is told in any case.
+    """
     never = rate == 0 and count >= FEWEST_FOR_EOS
     return Check(
         rate >= LOW_EOS_RATE,
-        f"EOS rate {rate:.3g}",
+        f"EOS rate {rate:.3g}" + (f" ({seen})" if several else ""),
         f"{'some' if never else f'{LOW_EOS_RATE:g} or more'} of the {count} responses to end by themselves",
-        f"Likely cause: response_length {response_length} is too short, or the SFT model did not learn to stop: go back "
-        "to the sft stage, check that its responses end with end-of-text and that it trains long enough.",
+        f"{'' if several else f'Seen: {seen}. '}Likely cause: response_length {response_length} is too short, or the SFT model "
+        "did not learn to stop: go back to the sft stage, check that its responses end with end-of-text and that it trains "
+        "long enough. If they end with another token, add its id to eos_token_id in generation_config.json of sft_model_path.",
         required=never,
     )
 

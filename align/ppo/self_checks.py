@@ -13,9 +13,11 @@ from dataclasses import replace
 import torch
 
 from align.data.batches import PromptLoader
+from align.data.end_tokens import end_ids
 from align.engine.distributed import World
 from align.engine.engine import NoUpdateEngine
 from align.errors import UserError
+from align.generation.responses import unpadded
 from align.generation.sampler import PromptBatch
 from align.generation.scoring import score_ids
 from align.maths.masked import masked_mean
@@ -35,6 +37,7 @@ from align.ppo.self_check_limits import (
     scores_vary,
     training_matches_rollout,
     values_match_rollout,
+    what_ended,
 )
 from align.ppo.update import optimize
 from align.runs.manifest import read_manifest
@@ -96,8 +99,8 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
     checks.append(all_finite(not_finite))
     if not not_finite:  # else all that follows would be NaN
         checks += check_policy(run, rollout, metrics)
-    rate = metrics["self_check/eos_rate"] = float(rollout.ended.float().mean())
-    checks.append(responses_terminate(rate, len(rollout), run.recipe.response_length))
+    metrics["self_check/eos_rate"] = float(rollout.ended.float().mean())
+    checks.append(check_ends(run, rollout))
     checks += [scores_vary(name, rollout.source_scores[:, i]) for i, name in enumerate(run.models.reward_names)]
     return checks, metrics
 
@@ -163,6 +166,20 @@ def metrics_without_update(run: PPORun, rollout: Rollout) -> dict[str, float]:
         metrics = optimize(fixed, rollout, torch.zeros_like(rollout.values), rollout.values, 0)
     names = ("policy/approx_kl", "policy/ratio", "objective/entropy", "value/loss")
     return {name: metrics.get(name, math.nan) for name in names}  # a loss that is not finite has no metrics
+
+
+def check_ends(run: PPORun, rollout: Rollout) -> Check:
+    """Whether responses end by themselves, and by which of the tokens that may end them."""
+    tokenizer, recipe = run.sampler.tokenizer, run.recipe
+    ends, special = end_ids(tokenizer), {*tokenizer.added_tokens_decoder}
+
+    def name(token: int) -> tuple[str, bool]:
+        return f"{tokenizer.convert_ids_to_tokens(token)} ({token})", token in special
+
+    seen = what_ended(unpadded(rollout.response_ids, rollout.mask), rollout.ended.tolist(), ends, name)
+    several = len(ends) > 1 or bool(recipe.stop_strings)
+    rate = float(rollout.ended.float().mean())
+    return responses_terminate(rate, len(rollout), recipe.response_length, seen, several)
 
 
 def check_reward_model(path: str, models: Models, world: World, bf16: bool, metrics: dict[str, float]) -> list[Check]:

@@ -64,6 +64,7 @@ def set_up(
             batch_size=recipe.per_device_eval_batch_size,
             seed=recipe.seed,
             gather=recipe.ds3_gather_for_generation,
+            stop_strings=recipe.stop_strings,
         ),
         prompts=data.prompts,
         scoring_passes=1 if longest <= SHORT else 4,

@@ -16,6 +16,7 @@ from align.data.collate import pad_left
 from align.data.end_tokens import set_model_ends
 from align.generation.ending import Ending
 from align.generation.generate import generate
+from align.generation.responses import respond_to_batch
 from align.generation.sampling import uniforms
 from align.models.forward import response_logprobs
 from tests.worlds import letter_tokenizer
@@ -102,3 +103,20 @@ def test_sampling_knows_what_an_unpadded_forward_pass_gives(architecture):
         expected = forward(model, prompt + said)[len(prompt) - 1 : -1].gather(1, torch.tensor(said)[:, None])[:, 0]
         torch.testing.assert_close(logprobs[row, mask[row]], expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(trained[row, mask[row]], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["Gemma-3", "Mamba", "Qwen3.5", "RWKV", "RecurrentGemma"])
+def test_greedy_responses_are_those_of_transformers(architecture):
+    """One prompt at a time there, all in a batch here; any of several tokens ends a response in both."""
+    model, _ = build(architecture)
+    tokenizer = letter_tokenizer()
+    set_model_ends(tokenizer, range(EOS, 9))
+    said = respond_to_batch(model, tokenizer, PROMPTS, torch.zeros(6, 8), 0.0)
+    for prompt, response in zip(PROMPTS, said, strict=True):
+        ids = torch.tensor([prompt])
+        # RecurrentGemma keeps its state in its layers, from where it leaks into the next prompt if that is one token long.
+        settings = {"use_cache": architecture != "RecurrentGemma", "max_new_tokens": 8, "do_sample": False}
+        plain = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=[*range(EOS, 9)], **settings)
+        assert plain[0, len(prompt) :].tolist() == response
+    assert len({len(response) for response in said}) > 1

@@ -6,19 +6,25 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from align.data.end_tokens import decode_responses, end_ids
+from align.data.collate import pad_left
+from align.data.end_tokens import decode_responses, end_ids, set_model_ends
 from align.errors import BadRow, UserError
+from align.generation.ending import Ending
+from align.generation.generate import generate
+from align.generation.sampling import uniforms
 from align.models.tokenizer import load_tokenizer
 from tests.data.messages import assistant, encode_response, user
 from tests.data.test_tokenize import make_tokenizer
-from tests.worlds import letter_tokenizer
+from tests.worlds import letter_tokenizer, tiny_llama
 
 # As of Phi-3.5: the turn ends by one token, and the dialogue by the tokenizer's EOS.
 PHI = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
+EOS = 2
 SPECIAL = ["<pad>", "</s>", "<|end|>", "<|user|>", "<|assistant|>"]
 
 
@@ -98,3 +104,56 @@ def test_the_token_that_ended_is_no_text(tmp_path):
     loaded = load_tokenizer(str(tmp_path))
     cat = loaded("the!cat", add_special_tokens=False)["input_ids"]
     assert decode_responses(loaded, [[*cat, end], [*cat, 1], cat, [end], []]) == ["the!cat"] * 3 + [""] * 2
+
+
+@torch.no_grad()
+def test_stop_strings_end_a_response_where_transformers_ends_it():
+    """After the token that completes one, whatever comes before it; the tokens of these letters are single characters."""
+    model, tokenizer, prompts = tiny_llama(spread=0.3), letter_tokenizer(), [[1, 5, 6], [1, 9], [1, 28, 3, 4, 20]]
+    free = model.generate(torch.tensor([prompts[2]]), max_new_tokens=9, do_sample=False, eos_token_id=EOS)
+    word = tokenizer.decode(free[0, 8:11])  # of the third row's response, three letters from its fourth on
+    ids, mask = pad_left(prompts, 0)
+    ending = Ending(tokenizer, [word, "nowhere"])
+    responses, real, _ = generate(model, ids, mask, torch.zeros(3, 9), 0.0, ending)
+    ended = ending.ended(responses, real.sum(1))
+    for row, prompt in enumerate(prompts):
+        plain = model.generate(
+            torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=EOS, tokenizer=tokenizer,
+            stop_strings=[word, "nowhere"],
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        assert responses[row, real[row]].tolist() == plain
+        assert ended[row] == (word in tokenizer.decode(plain) or EOS in plain)
+    assert int(real[2].sum()) == 6
+    assert ended[2]
+
+
+def test_a_stop_string_across_tokens_and_inside_one():
+    tokenizer = make_tokenizer(SPECIAL[:2], pad_token="<pad>", eos_token="</s>")
+
+    def ended(text, stop):
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        return bool(Ending(tokenizer, [stop]).ended(ids, torch.tensor([ids.shape[1]])))
+
+    for text, stop, expected in (
+        ("the cat\n\n", "\n\n", True),
+        ("the cat\n", "\n\n", False),
+        ("the cat sat", "at sa", True),
+        ("the cat", "at", True),
+        ("the caf\u00e9", "\u00e9", True),  # two tokens of a byte each
+        ("the cat</s>", "</s>", True),
+    ):
+        assert ended(text, stop) == expected, (text, stop)
+
+
+def test_noise_is_spent_alike_whatever_ends_a_response():
+    """A second end token cuts responses, and changes none of the tokens before."""
+    model, tokenizer = tiny_llama(spread=0.3), letter_tokenizer()
+    ids, mask = pad_left([[1, 5, 6, 7], [1, 9], [1, 3, 4]] * 4, 0)
+    noise = uniforms(0, "test", range(12), 12)
+    whole, whole_real, _ = generate(model, ids, mask, noise, 1.0, Ending(tokenizer))
+    set_model_ends(tokenizer, [7, 11, 20])
+    cut, real, _ = generate(model, ids, mask, noise, 1.0, Ending(tokenizer))
+    for row in range(12):
+        before = whole[row, whole_real[row]].tolist()
+        stop = next((i + 1 for i, token in enumerate(before) if token in (2, 7, 11, 20)), len(before))
+        assert cut[row, real[row]].tolist() == before[:stop]

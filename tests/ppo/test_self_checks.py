@@ -38,6 +38,7 @@ from align.ppo.self_check_limits import (
     reference_matches_policy,
     responses_terminate,
     scores_vary,
+    what_ended,
 )
 from align.ppo.train import run
 from align.ppo.update import optimize
@@ -294,6 +295,7 @@ class TestFaults:
         endless_policy(tmp_path / "policy")
         (line,) = failures(refused(tmp_path))
         assert "EOS rate 0; expected some of the 16 responses" in line
+        assert "Seen: none ended with </s> (2); most frequent last tokens: " in line
         assert "go back to the sft stage" in line
 
     def test_a_policy_that_gives_nan(self, tmp_path):
@@ -361,10 +363,26 @@ class TestLimits:
         assert not generation_matches_training(2e-4, 2e-4, FLOAT32).passed
 
     def test_endings(self, recipe):
-        assert responses_terminate(0.3, 32, 8).passed
-        assert (responses_terminate(0.29, 32, 8).passed, responses_terminate(0.29, 32, 8).required) == (False, False)
-        assert (responses_terminate(0.0, 16, 8).passed, responses_terminate(0.0, 16, 8).required) == (False, True)
-        assert not responses_terminate(0.0, 15, 8).required, "too few to judge"
+        def judged(rate, count):
+            check = responses_terminate(rate, count, 8, "", several=False)
+            return check.passed, check.required
+
+        assert judged(0.3, 32)[0]
+        assert judged(0.29, 32) == (False, False)
+        assert judged(0.0, 16) == (False, True)
+        assert not judged(0.0, 15)[1], "too few to judge"
+
+    def test_what_ended(self):
+        def name(token):
+            return f"<{token}>", token < 4
+
+        assert what_ended([[7, 2], [2, 7], [8, 3], [9, 2]], [True, True, True, True], [2, 3, 1], name) == (
+            "2 ended with <2>, 1 ended with <3>, none ended with <1>, 1 with a stop string"
+        )
+        assert what_ended([[3, 7], [3, 8], [6, 7]], [False] * 3, [2, 1], name) == (
+            "none ended with <2>, none ended with <1>; most frequent last tokens: <7> in 2, <8> in 1; "
+            "special tokens in them: <3> in 2"
+        )
 
     def test_pairs(self):
         scores = torch.tensor([2.0, 1.0, 0.0, 3.0])  # one of two in order

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from align.data.end_tokens import end_ids
 from align.errors import UserError
 from align.terminal import printable
 
@@ -67,5 +68,8 @@ def writable(folder: Path) -> str:
 
 
 def describe(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A tokenizer in a few words."""
-    return f"tokenizer of {len(tokenizer)} tokens, with{'' if tokenizer.chat_template else 'out'} a chat template"
+    """A tokenizer in a few words, and the tokens that end a response where there are several."""
+    ends = end_ids(tokenizer) if tokenizer.eos_token is not None else ()
+    names = " or ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in ends)
+    template = f"with{'' if tokenizer.chat_template else 'out'} a chat template"
+    return f"tokenizer of {len(tokenizer)} tokens, {template}" + (f", responses end with {names}" if ends[1:] else "")
