@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -9,13 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from align.config.load import load_recipe
 from align.config.ppo import PPORecipe
 from align.engine.distributed import World
 from align.maths import advantages as estimators
 from align.maths.estimators import ESTIMATORS, Estimator
 from align.ppo.ppo_run import PPORun, Progress
 from align.ppo.rollout import PROMPT_TOKEN, RESPONSE_TOKEN, ROW, Rollout, gather_rollout, per
+from align.ppo.self_checks import check_ends
 from align.ppo.step import estimate_advantages
+from tests.ppo.runs import ppo_run, rollout_of
+from tests.ppo.test_train import make_recipe
+from tests.worlds import letter_ids
 
 PAD = 9
 
@@ -115,3 +121,25 @@ class TestANewEstimator:
         advantages, returns = estimate_advantages(run, rollout([1], [2]), torch.tensor([[2.0, 4.0]]))
         assert advantages.tolist() == [[3.0, 6.0]]
         assert returns.tolist() == [[0.0, 0.0]]
+
+
+def test_every_end_token_and_stop_string_ends_a_response(tmp_path):
+    """The letter a is one of the model's end tokens, so that no text has it, and the reward, which counts it, is 0."""
+    path = make_recipe(tmp_path, stop_strings=["n"], missing_eos_penalty=0.25)
+    config = tmp_path / "policy" / "generation_config.json"
+    config.write_text(json.dumps({"eos_token_id": [3, 2]}))
+    run = ppo_run(load_recipe("ppo", path))
+    rollout, (n,) = rollout_of(run), letter_ids("n")
+    lasts = []
+    for ids, real, ended in zip(rollout.response_ids, rollout.mask, rollout.ended, strict=True):
+        *before, last = ids[real].tolist()
+        assert not {2, 3, n} & {*before}
+        assert ended == (last in (2, 3, n))
+        assert ended or len(before) == 7
+        lasts.append(last)
+    assert {3, n} < {*lasts}, "both kinds of ends are seen, and responses without one"
+    assert rollout.scores.tolist() == (-0.25 * (~rollout.ended).float()).tolist()
+    seen = check_ends(run, rollout).found
+    assert seen.startswith(f"EOS rate {sum(rollout.ended.tolist()) / 16:.3g} (")
+    assert f"{lasts.count(3)} ended with a (3)" in seen
+    assert f"{lasts.count(n)} with a stop string" in seen
