@@ -30,5 +30,7 @@ def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> 
     full = meta_copy(model).to(next(iter(weights.values())).dtype).to_empty(device="cpu")
     full.get_base_model().tie_weights()
     full.load_state_dict(weights, strict=False)  # tied weights are stored once
-    full.merge_and_unload().save_pretrained(folder)
+    merged = full.merge_and_unload()
+    merged.generation_config = model.get_base_model().generation_config  # its end tokens among them
+    merged.save_pretrained(folder)
     model.save_pretrained(str(folder / "adapter"), state_dict=weights)

@@ -30,6 +30,7 @@ from align.runs.tracker import Tracker
 from align.terminal import say
 from align.trainer.callback import StageCallback
 from align.trainer.checkpoint import SafeCheckpoints, check_trainer_state
+from reward_models.heads import hf_model
 
 LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting", "mse")  # endings of the names of metrics to minimize
 
@@ -209,7 +210,10 @@ def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: C
         if world.is_main and recipe.method in MERGEABLE:
             tokenizer: Any = trainer.processing_class
             tokenizer.save_pretrained(fresh)
-            PeftModel.from_pretrained(load(), str(target)).merge_and_unload().save_pretrained(fresh)
+            merged = PeftModel.from_pretrained(load(), str(target)).merge_and_unload()
+            trained: Any = trainer.model
+            merged.generation_config = hf_model(trained).generation_config  # the tokenizer's EOS was added to it
+            merged.save_pretrained(fresh)
         if world.is_main and (fresh / CONFIG).is_file():
             dtype = set_saved_dtype(fresh, getattr(recipe, "model_name_or_path", None), recipe.save_dtype)
             say(f"{output}: weights in {str(dtype).removeprefix('torch.')} (save_dtype: {recipe.save_dtype})")

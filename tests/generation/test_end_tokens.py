@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from align.data.collate import pad_left
 from align.data.end_tokens import decode_responses, end_ids, set_model_ends
@@ -14,6 +15,7 @@ from align.errors import BadRow, UserError
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
+from align.models.save import save_weights
 from align.models.tokenizer import load_tokenizer
 from tests.data.messages import assistant, encode_response, user
 from tests.data.test_tokenize import make_tokenizer
@@ -157,3 +159,12 @@ def test_noise_is_spent_alike_whatever_ends_a_response():
         before = whole[row, whole_real[row]].tolist()
         stop = next((i + 1 for i, token in enumerate(before) if token in (2, 7, 11, 20)), len(before))
         assert cut[row, real[row]].tolist() == before[:stop]
+
+
+def test_a_merged_adapter_keeps_the_end_tokens(tmp_path):
+    model = tiny_llama(layers=1)
+    model.generation_config.eos_token_id = [9, EOS]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    save_weights(adapted, adapted.state_dict(), tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    assert end_ids(load_tokenizer(str(tmp_path))) == (EOS, 9)

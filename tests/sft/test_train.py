@@ -226,7 +226,12 @@ def test_a_chat_template_may_be_added_but_not_changed(tmp_path):
 def test_lora_is_merged_into_a_plain_model(tmp_path):
     held_out = [("ee", "f"), ("e", "fghijkl")]
     settings = recipe(tmp_path, eval_rows=held_out, method="lora", lora_r=4, save_steps=1)
+    (tmp_path / "base" / "generation_config.json").write_text(
+        '{"eos_token_id": [5, 6], "top_p": 0.9, "do_sample": true}'
+    )
     results = run(settings)
+    saved = AutoModelForCausalLM.from_pretrained(settings.output_dir).generation_config
+    assert (saved.eos_token_id, saved.top_p) == ([2, 5, 6], 0.9), "the model's, and the tokenizer's"
     weights, base = trained(settings), tiny_llama().state_dict()
     assert weights.keys() == base.keys()
     changed = {name for name, weight in weights.items() if not torch.equal(weight, base[name])}
