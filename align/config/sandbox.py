@@ -42,22 +42,21 @@ def render(template: str, variables: Mapping[str, Any], compiler: str | None = N
     Raises:
         TemplateProblem: it is no template, fails on the variables, or goes over a limit.
     """
-    return _answer((compiler, template, dict(variables)))
+    return _answer((compiler, template), dict(variables))
 
 
 def check(template: str, compiler: str | None = None) -> None:
     """Compile a template. Raises as `render`."""
-    _answer((compiler, template, None))
+    _answer((compiler, template), None)
 
 
-def _answer(request: tuple[str | None, str, dict[str, Any] | None]) -> str:
+def _answer(source: tuple[str | None, str], variables: dict[str, Any] | None) -> str:
     global _process
-    content = pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL)
     with _lock:
         if _process is None:
             _process = _Process()
         try:
-            kind, text = _process.answer(content)
+            kind, text = _process.answer(source, variables)
         except BaseException:  # also an interruption, after which the reply to come would be taken for another's
             end_process()
             raise
@@ -80,8 +79,12 @@ class _Process:
         assert self.process.stdout
         self.requests, self.replies = self.process.stdin, self.process.stdout
         pickle.dump((paths, tuple(LIMITS)), self.requests)
+        self.numbers: dict[tuple[str | None, str], int] = {}  # of the templates that it has got
 
-    def answer(self, request: bytes) -> tuple[str, str]:
+    def answer(self, source: tuple[str | None, str], variables: dict[str, Any] | None) -> tuple[str, str]:
+        new = None if source in self.numbers else source
+        number = self.numbers.setdefault(source, len(self.numbers))
+        request = pickle.dumps((number, new, variables), protocol=pickle.HIGHEST_PROTOCOL)
         with contextlib.suppress(BrokenPipeError):  # it has ended, which the missing reply shows
             self.requests.write(len(request).to_bytes(8, "little"))
             self.requests.write(request)
@@ -94,8 +97,7 @@ class _Process:
         code = self.process.wait()
         end_process()
         if code == -signal.SIGPROF:
-            each = f"for many rows, than {LIMITS.per_render:g} seconds each"
-            return LIMIT, f"takes longer than {LIMITS.seconds:g} seconds (or, {each})"
+            return LIMIT, f"takes longer than {LIMITS.seconds:g} seconds"
         return LIMIT, f"ends the process that renders it ({signal.Signals(-code).name if code < 0 else code})"
 
 
