@@ -116,7 +116,9 @@ class StageRecipe:
         "merged.",
     )
     freeze_layers: int = key(
-        0, "With `method: freeze`: freeze the embedding and this many of the first layers.", AT_LEAST_0
+        0,
+        "With `method: freeze`: freeze the embedding, with it a head that is tied to it, and this many of the first layers.",
+        AT_LEAST_0,
     )
     trainable_pattern: str | None = key(
         None,

@@ -182,6 +182,7 @@ def check_classifier_inputs(recipe: ClassifyRecipe) -> ClassifierInputs:
         tokenizer,
         new_head=True,
         attn_implementation=recipe.attn_implementation,
+        trained_by=recipe,
     )
     set_right_padding(tokenizer)
     # PPO passes ids alone to a reward model, so it is trained without token types, and the saved tokenizer makes none.

@@ -144,6 +144,7 @@ def check_mlm_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTok
         tokenizer,
         new_head=True,
         attn_implementation=recipe.attn_implementation,
+        trained_by=recipe,
     )
     if tokenizer.mask_token_id is None:
         raise UserError(f"{path}: the tokenizer has no mask token; set `mask_token` in its tokenizer_config.json.")

@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.compat.transformers import model_class
+from align.config.base import StageRecipe
 from align.errors import UserError, reason
 from align.models.check_weights import check_report
 from align.models.inspect_folder import stored_tensors
 from align.models.safetensors_header import StoredTensor
+from align.models.trainable import check_trainable
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -33,6 +35,7 @@ def check_files(
     new_head: bool = False,
     attn_implementation: str | None = None,
     num_labels: int | None = None,
+    trained_by: StageRecipe | None = None,
 ) -> None:
     """Check the model or adapter in `path`; of a model on the hub, configuration and tokenizer only.
 
@@ -41,9 +44,10 @@ def check_files(
         key: the recipe key that names the model, for errors.
         config: of the model; of an adapter, of its base.
         new_head: whether a head that is missing, or has another shape, is drawn at random.
+        trained_by: the recipe whose `method` trains the model.
 
     Raises:
-        UserError: a token has no embedding, or weights are missing, unexpected or misshapen.
+        UserError: a token has no embedding, weights are missing, unexpected or misshapen, or the method does not fit.
     """
     if tokenizer is not None:
         check_embeddings(tokenizer, config, path, key)
@@ -51,14 +55,17 @@ def check_files(
     cls = model_class(auto, config)
     if tensors is None or cls is None or getattr(config, "quantization_config", None) is not None:
         return  # transformers tells once it has loaded them
-    _load_without_storage(cls, folder, key, config, tensors, new_head, attn_implementation, num_labels)
+    model = _load_without_storage(cls, folder, key, config, tensors, new_head, attn_implementation, num_labels)
+    if trained_by is not None:
+        check_trainable(model, trained_by)
 
 
 def _load_without_storage(
     cls: Any, path: str, key: str, config: PretrainedConfig, tensors: Mapping[str, StoredTensor], new_head: bool,
     attn_implementation: str | None, num_labels: int | None,
-) -> None:  # fmt: skip
+) -> PreTrainedModel:  # fmt: skip
     """Load tensors without storage into a model without storage, and check what transformers reports of it."""
+    model: PreTrainedModel
     # Whether this machine has a kernel of a package of its own is told when the model is loaded.
     elsewhere = any(part in (attn_implementation or "") for part in ("flash", "/", "|"))
     kernel = None if elsewhere else attn_implementation
@@ -83,6 +90,7 @@ def _load_without_storage(
     except Exception as error:  # whatever transformers raises for these files
         raise UserError(f"{key}: {path}: its weights cannot be loaded with its config.json. {reason(error)}") from error
     check_report(model, report, f"{key}: {path}", new_head)
+    return model
 
 
 def check_embeddings(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, path: str, key: str) -> None:

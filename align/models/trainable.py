@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from align.compat.deepspeed import full_shape
 from align.compat.others import keep_differentiable_kernel
 from align.config.base import StageRecipe
-from align.errors import UserError, first_few, nearest
+from align.errors import UserError, first_few, nearest, reason
 
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, Conv1D)
 MERGEABLE = ("lora", "dora", "qlora", "ia3")  # methods whose adapter can be merged into the weights
@@ -70,7 +70,7 @@ def freeze(
     """Freeze what `method: freeze` or `method: head` does not train; other methods change nothing.
 
     Args:
-        head: the output head: all that `method: head` trains; `freeze_layers` never freezes it.
+        head: the output head: all that `method: head` trains.
 
     Raises:
         UserError: the model has fewer layers than that, no parameter matches the pattern, or the head is tied to the
@@ -102,18 +102,45 @@ def freeze(
                 f"freeze_layers: expected at most {len(layers)}, the number of the model's layers, got {freeze_layers}."
             )
         frozen: list[nn.Module] = [model.get_input_embeddings(), *layers[:freeze_layers]]
-        for module in frozen:
+        for module in frozen:  # with the embedding a head that is tied to it
             module.requires_grad_(False)
-        head.requires_grad_(True)
+
+
+def check_trainable(model: PreTrainedModel, recipe: StageRecipe) -> None:
+    """Check that the recipe's `method` fits a model without storage, and its activations can be recomputed if it asks for it.
+
+    Raises:
+        UserError: it does not.
+    """
+    check_target_modules(model, recipe.lora_target_modules)
+    if recipe.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"gradient_checkpointing: {type(model).__name__} cannot recompute its activations; leave it out, and lower "
+            "per_device_train_batch_size if memory is short."
+        )
+    head = model.get_output_embeddings() or nn.Identity()
+    freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
+    if recipe.method in MERGEABLE:
+        adapter = peft_config(recipe, "FEATURE_EXTRACTION")
+        assert adapter is not None, recipe.method
+        try:
+            with torch.device("meta"):
+                get_peft_model(model, adapter)
+        except ValueError as error:
+            raise UserError(f"method: {recipe.method} does not fit this model: {reason(error)}") from error
 
 
 def check_target_modules(model: nn.Module, targets: Sequence[str]) -> None:
     """Check that adapters can be put on each of `lora_target_modules`; PEFT ignores some that it cannot find.
 
     Raises:
-        UserError: the model has no such module, or one that takes no adapter.
+        UserError: the model has no such module, one that takes no adapter, or one on which it would not be trained exactly.
     """
+    if not targets:
+        return
     modules = dict(model.named_modules())
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    tied = getattr(head, "weight", None) is embedding.weight
     for target in targets:
         found = [name for name in modules if name == target or name.endswith(f".{target}")]
         adaptable = {name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, ADAPTABLE)}
@@ -122,6 +149,17 @@ def check_target_modules(model: nn.Module, targets: Sequence[str]) -> None:
             raise UserError(
                 f"lora_target_modules: {target!r} {problem}{nearest(target, adaptable)}; name some of "
                 f"{first_few(sorted(adaptable))}, or leave the key out for all linear layers."
+            )
+        outside = model.base_model is not model and not any(
+            name.startswith(f"{model.base_model_prefix}.") for name in found
+        )
+        if outside or (any(modules[name] is embedding for name in found) and tied):
+            problem = (
+                "belongs to the head, which takes no adapter here" if outside else "is also the head (tied weights)"
+            )
+            raise UserError(
+                f"lora_target_modules: {target!r} {problem}; name modules of the layers, or train it whole by method: freeze "
+                "with trainable_pattern."
             )
 
 

@@ -64,7 +64,13 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     )
     kernel = recipe.attn_implementation
     check_files(
-        AutoModelForCausalLM, recipe.sft_model_path, "sft_model_path", config, tokenizer, attn_implementation=kernel
+        AutoModelForCausalLM,
+        recipe.sft_model_path,
+        "sft_model_path",
+        config,
+        tokenizer,
+        attn_implementation=kernel,
+        trained_by=recipe,
     )
     mine = tokenizer_digest(tokenizer)
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)

@@ -66,6 +66,7 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         tokenizer,
         new_head=True,
         attn_implementation=recipe.attn_implementation,
+        trained_by=recipe,
     )
     is_language_model = not is_encoder(config) and not (config.architectures or [""])[0].endswith("Classification")
     sft_model_path = recipe.sft_model_path or (path if is_language_model else None)

@@ -25,5 +25,6 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
         raise UserError(f"{KEY}: {path} is an encoder ({config.model_type}); name a model that generates.")
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, KEY)
-    check_files(AutoModelForCausalLM, path, KEY, config, tokenizer, attn_implementation=recipe.attn_implementation)
+    kernel = recipe.attn_implementation
+    check_files(AutoModelForCausalLM, path, KEY, config, tokenizer, attn_implementation=kernel, trained_by=recipe)
     return config, tokenizer

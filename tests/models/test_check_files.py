@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -22,9 +23,11 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from align.config.sft import SFTRecipe
 from align.errors import UserError
 from align.models.check_files import check_embeddings, check_files
 from align.models.load import load_policy, load_pretrained
+from align.models.trainable import freeze
 from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama
 
 SIZES: dict[str, Any] = {
@@ -181,3 +184,30 @@ def test_kernels_that_transformers_does_not_know(folders):
     check(folders / "llama", attn_implementation="flash_attention_2")  # told once it is loaded
     with pytest.raises(UserError, match="nosuch"):
         check(folders / "llama", attn_implementation="nosuch")
+
+
+METHODS: dict[str, tuple[str, dict[str, Any], str | None]] = {
+    "an adapter on the head": ("llama", {"method": "lora", "lora_target_modules": ["lm_head"]}, "'lm_head' belongs to the head"),
+    "on a tied embedding": ("qwen2", {"method": "lora", "lora_target_modules": ["embed_tokens"]}, "'embed_tokens' is also the head"),
+    "on an embedding": ("llama", {"method": "lora", "lora_target_modules": ["embed_tokens"]}, None),
+    "on nothing": ("llama", {"method": "lora", "lora_target_modules": ["c_attn"]}, "'c_attn' is not in this model"),
+    "no known place": ("qwen3_moe", {"method": "ia3"}, "method: ia3 does not fit this model: ValueError: Please specify"),
+    "too many layers": ("gpt2", {"method": "freeze", "freeze_layers": 3}, "freeze_layers: expected at most 2"),
+    "a tied head": ("qwen2", {"method": "head"}, "method: head: the model's head is its embedding"),
+    "no such parameter": ("llama", {"method": "freeze", "trainable_pattern": "x9"}, "'x9' matches no parameter"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "keys", "said"), METHODS.values(), ids=METHODS)
+def test_a_method_that_does_not_fit_the_model(folders, name, keys, said):
+    recipe = SFTRecipe(output_dir="out", train_dataset=[], **keys)
+    with pytest.raises(UserError, match=re.escape(said)) if said else contextlib.nullcontext():
+        check(folders / name, trained_by=recipe)
+
+
+def test_freezing_layers_freezes_a_tied_embedding(folders):
+    model = load_policy(str(folders / "qwen2"))
+    freeze(model, model.get_output_embeddings(), "freeze", freeze_layers=1)
+    assert {name for name, each in model.named_parameters() if each.requires_grad} == {
+        name for name, _ in model.named_parameters() if "layers.1." in name or name == "model.norm.weight"
+    }

@@ -333,7 +333,7 @@ def test_adapters_are_checked_too(models):
 
 def test_adapters_on_modules_that_are_not_there():
     model = tiny_llama(layers=1)
-    check_target_modules(model, ["q_proj", "layers.0.mlp.up_proj", "lm_head"])
+    check_target_modules(model, ["q_proj", "layers.0.mlp.up_proj", "embed_tokens"])
     for targets, said in [
         (
             ["q_proj", "qproj"],
@@ -341,6 +341,7 @@ def test_adapters_on_modules_that_are_not_there():
         ),
         (["("], r"lora_target_modules: '\(' is not in this model; name some of"),
         (["input_layernorm"], r"lora_target_modules: 'input_layernorm' takes no adapter"),
+        (["q_proj", "lm_head"], r"lora_target_modules: 'lm_head' belongs to the head, which takes no adapter here;"),
     ]:
         with pytest.raises(UserError, match=said):
             check_target_modules(model, targets)

@@ -29,7 +29,7 @@ from align.config.base import StageRecipe
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import zero_stage
 from align.errors import UserError, reason
-from align.models.trainable import freeze, peft_config
+from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.tables import make_table
 
 GIB = 2**30
@@ -111,6 +111,7 @@ def count_trained(
     Raises:
         UserError: the method does not fit the model.
     """
+    check_target_modules(model, recipe.lora_target_modules)
     adapter = peft_config(recipe, task_type, whole)
     if adapter is None:
         freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
