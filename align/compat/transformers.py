@@ -149,6 +149,11 @@ def is_linear_attention(layer: Any) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
+def keeps_state(config: Any) -> bool:
+    """Whether a model keeps anything else than the keys and values of attention, such as a recurrent state."""
+    return config.get_text_config(decoder=True).model_type in EXACT_RECURRENT or not keeps_exact_cache(config)
+
+
 def keeps_exact_cache(config: Any) -> bool:
     """Whether decoding with transformers' `DynamicCache` is exact with left padding and when rows are dropped."""
     from transformers import AutoModelForCausalLM, DynamicCache

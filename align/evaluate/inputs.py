@@ -29,7 +29,7 @@ from align.models.check_files import check_files
 from align.models.context_length import max_positions
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
-from align.models.virtual_tokens import prompt_tuning_base
+from align.models.virtual_tokens import check_takes_virtual_tokens, prompt_tuning_base
 from align.runs.manifest import check_template_kwargs, read_manifest
 
 
@@ -168,7 +168,9 @@ def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokeni
         )
     if found := prompt_tuning_base(path):
         base, num_virtual_tokens = found
-        config = load_config(base, f"models: {path} holds virtual tokens for {base}", recipe.trust_remote_code)
+        where = f"models: {path} holds virtual tokens for {base}"
+        config = load_config(base, where, recipe.trust_remote_code)
+        check_takes_virtual_tokens(config, where)
     else:
         num_virtual_tokens = 0
         config = load_config(path, "models", recipe.trust_remote_code)

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 
 from align.compat.peft import active_adapter_config
+from align.compat.transformers import keeps_state
 from align.errors import UserError
 from align.models.load import adapter_settings, load_policy
 
@@ -33,6 +34,19 @@ def prompt_tuning_base(path: str) -> tuple[str, int] | None:
             f"got {adapter_type} and {task}."
         )
     return str(settings["base_model_name_or_path"]), int(settings["num_virtual_tokens"])
+
+
+def check_takes_virtual_tokens(config: PretrainedConfig, where: str) -> None:
+    """Check that a model's layers attend to virtual tokens in front of a row.
+
+    Raises:
+        UserError: some are recurrent; it begins with `where`.
+    """
+    if keeps_state(config):
+        raise UserError(
+            f"{where} ({config.model_type}): virtual tokens need a model of attention layers alone, and this one keeps a "
+            "recurrent state; use method: lora."
+        )
 
 
 def load_language_model(

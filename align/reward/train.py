@@ -24,6 +24,7 @@ from trl import RewardConfig
 from align.config.reward import RewardRecipe
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
+from align.data.end_tokens import end_ids
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference, Prompt
 from align.data.tokenize import tokenize_preferences
@@ -32,7 +33,7 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.errors import UserError
 from align.models.context_length import check_rows_fit
-from align.models.load import new_reward_model
+from align.models.load import is_encoder, new_reward_model
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.reward.evaluation import (
     before_after_table,
@@ -146,7 +147,10 @@ def write_untrained_model(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBa
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
     )
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config = model.config.get_text_config()
+    config.pad_token_id = tokenizer.pad_token_id
+    if not is_encoder(model.config) and len(ends := end_ids(tokenizer)) > 1:
+        config.eos_token_id = list(ends)  # a classifier has no generation config to keep them in
     model.config.score_mean = 0.0
     try:
         init_head(model, recipe.seed)

@@ -9,6 +9,7 @@ from align.errors import UserError
 from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
 from align.models.tokenizer import load_tokenizer
+from align.models.virtual_tokens import check_takes_virtual_tokens
 from align.runs.manifest import check_tokenizer
 
 KEY = "model_name_or_path"
@@ -23,6 +24,8 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
     config = load_config(path, KEY, recipe.trust_remote_code)
     if is_encoder(config):
         raise UserError(f"{KEY}: {path} is an encoder ({config.model_type}); name a model that generates.")
+    if recipe.method in ("prompt", "prefix"):
+        check_takes_virtual_tokens(config, f"method: {recipe.method}: {path}")
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, KEY)
     kernel = recipe.attn_implementation

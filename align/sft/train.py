@@ -16,6 +16,7 @@ from trl import SFTConfig
 from align.config.sft import SFTRecipe
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
+from align.data.end_tokens import end_texts
 from align.data.load import Rows
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
@@ -180,7 +181,7 @@ def _model_card(recipe: SFTRecipe, config: PretrainedConfig, tokenizer: PreTrain
         folder=python_text(recipe.output_dir),
         base=markdown_text(recipe.model_name_or_path or f"a random {config.model_type} model"),
         prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
-        eos=code_span(str(tokenizer.eos_token)),
+        eos=" or ".join(map(code_span, end_texts(tokenizer))),
     )
 
 

@@ -211,8 +211,9 @@ def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: C
             tokenizer: Any = trainer.processing_class
             tokenizer.save_pretrained(fresh)
             merged = PeftModel.from_pretrained(load(), str(target)).merge_and_unload()
-            trained: Any = trainer.model
-            merged.generation_config = hf_model(trained).generation_config  # the tokenizer's EOS was added to it
+            if merged.can_generate():  # in the trained model, the tokenizer's EOS has been added to its end tokens
+                trained: Any = trainer.model
+                merged.generation_config = hf_model(trained).generation_config
             merged.save_pretrained(fresh)
         if world.is_main and (fresh / CONFIG).is_file():
             dtype = set_saved_dtype(fresh, getattr(recipe, "model_name_or_path", None), recipe.save_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig
 
 import align.generation.responses
 from align.__main__ import main
 from align.errors import UserError
 from align.evaluate.compare import run
 from align.evaluate.inputs import prepare_inputs
+from align.sft.inputs import load_config_and_tokenizer
 from tests.evaluate.test_compare import ROWS, judged, predictions, recipe, rows, values
 from tests.sft.letter_rows import recipe as sft_recipe
 from tests.worlds import LETTERS, letter_ids, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
@@ -151,3 +154,19 @@ def test_no_stage_starts_from_them(tmp_path, capsys, monkeypatch, stage, keys):
 
 def zero(completions, **_):
     return [0.0] * len(completions)
+
+
+def test_a_model_with_a_recurrent_state_takes_none(tmp_path):
+    """Which of its layers keeps one is known from its configuration."""
+    AutoConfig.for_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"]).save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    for method in ("prompt", "prefix"):
+        settings = dataclasses.replace(sft_recipe(tmp_path / "sft", method=method), model_name_or_path=str(tmp_path))
+        with pytest.raises(UserError, match=rf"method: {method}: .* \(lfm2\): virtual tokens need .* method: lora"):
+            load_config_and_tokenizer(str(tmp_path), settings)
+    settings = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(UserError, match=r"models: .* \(lfm2\): virtual tokens need"):
+        prepare_inputs(recipe(tmp_path / "evaluate", models={"soft": str(adapter)}), generates=True)

@@ -21,6 +21,7 @@ from transformers import (
 
 from align.config.data_source import DataSource
 from align.config.reward import METRICS, RewardRecipe
+from align.data.end_tokens import end_ids
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference
 from align.engine.distributed import World
@@ -28,7 +29,7 @@ from align.errors import UserError
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
-from align.models.tokenizer import set_right_padding
+from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.reward.evaluation import evaluate_pairs
 from align.reward.inputs import check_reward_inputs
 from align.reward.normalization import PURPOSE, normalization_prompts
@@ -341,7 +342,9 @@ def test_a_pretrained_encoder_learns_politeness(tmp_path):
 
 def test_lora_is_merged_and_the_head_is_trained_whole(tmp_path):
     settings = recipe(tmp_path, eval_rows=HELD_OUT, method="lora", lora_r=4, save_steps=1)
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [9, 2]}')
     results = run(settings)
+    assert end_ids(load_tokenizer(settings.output_dir)) == (2, 9), "PPO encodes responses for it as they were trained"
     weights, base = trained(settings), untrained().state_dict()
     assert weights.keys() == base.keys()
     changed = {name for name, weight in weights.items() if not torch.equal(weight, base[name])}
