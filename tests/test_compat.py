@@ -100,6 +100,12 @@ class TestTransformers:
         model.set_attn_implementation("eager")
         assert of_transformers.attention_implementation(model.config) == "eager"
 
+    def test_implementations(self):
+        kernels = {"": "outer/kernel", "text_config": "inner/kernel"}
+        config = transformers.LlavaConfig(attn_implementation=kernels, experts_implementation="experts/kernel")
+        assert {*kernels.values(), "experts/kernel"} <= set(of_transformers.implementations(config))
+        assert of_transformers.implementations(transformers.LlamaConfig()) == []
+
     def test_sdpa_attention(self):
         query, key, value = torch.randn(3, 2, 4, 5, 8)
         module = SimpleNamespace(is_causal=False, training=False)

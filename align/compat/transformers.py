@@ -15,6 +15,17 @@ def attention_implementation(config: Any) -> str:
     return str(config._attn_implementation)
 
 
+def implementations(config: Any) -> list[str]:
+    """The kernels of attention and of experts that a configuration and those inside it name."""
+    inner = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    found = [
+        getattr(each, name, None)
+        for each in (config, *inner)
+        for name in ("_attn_implementation", "_experts_implementation")
+    ]
+    return [name for name in found if isinstance(name, str)]
+
+
 def sdpa_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:

@@ -6,7 +6,7 @@ import codecs
 import contextlib
 import csv
 import glob
-import gzip
+import io
 import json
 import os
 import threading
@@ -20,6 +20,7 @@ import datasets
 from align.config.data_source import ROW_COLUMNS, DataSource
 from align.config.load import resolve_function
 from align.config.text_file import check_regular
+from align.data.compressed import BoundedGzip, characters, check_expansion
 from align.errors import BadRow, UserError
 from align.terminal import say
 
@@ -107,6 +108,8 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
             return
         # Streamed: a cached copy could be taken for a newer version of the file.
         options: dict[str, Any] = {}
+        if kind == ".parquet":
+            options = {"batch_size": 256}  # rows in memory at once: of one repeated text, a file may have any number
         if kind == ".csv":  # our columns are text, even if they read "42" or "None"
             numbers = {source.columns.get(name, name) for name in ("label", "margin")}  # perhaps
             ours = {*ROW_COLUMNS, *source.columns.values()} - numbers
@@ -115,7 +118,9 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
         rows = datasets.load_dataset(
             kind[1:], data_files=[glob.escape(os.path.abspath(file))], split="train", streaming=True, **options
         )
+        expanded = 0
         for number, row in enumerate(rows, 1):
+            check_expansion(file, expanded := expanded + characters(row))
             yield f"{file}:{number}", row
     except UserError:
         raise
@@ -125,9 +130,8 @@ def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
 
 def _open_text(file: str, newline: str | None = None) -> TextIO:
     """A text file, gzipped or not, in which bytes that are not UTF-8 become lone surrogates: their rows are named later."""
-    opened: TextIO = (gzip.open if file.endswith(".gz") else open)(
-        file, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline
-    )
+    raw: Any = (BoundedGzip if file.endswith(".gz") else io.FileIO)(file)
+    opened: TextIO = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     head = opened.read(2).encode(errors="surrogateescape")[:2]
     if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         opened.close()

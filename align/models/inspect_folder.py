@@ -150,7 +150,7 @@ def check_adapter(config: Mapping[str, Any], path: str, key: str) -> str:
     """The base model that an adapter's configuration names.
 
     Raises:
-        UserError: it names none, or no type of adapter.
+        UserError: it names none, or no type of adapter, or a module to import.
     """
     for name in ("peft_type", "base_model_name_or_path"):
         if not isinstance(config.get(name), str) or not config[name]:
@@ -158,6 +158,11 @@ def check_adapter(config: Mapping[str, Any], path: str, key: str) -> str:
                 f"{key}: {Path(path) / ADAPTER_CONFIG}: {name}: expected text, got {shown(config.get(name))}; write the "
                 f"{'type of the adapter' if name == 'peft_type' else 'path or hub id of its base model'}."
             )
+    if config.get("megatron_config"):  # with it, PEFT imports the module that `megatron_core` names
+        raise UserError(
+            f"{key}: {Path(path) / ADAPTER_CONFIG}: megatron_config: expected null, got {shown(config['megatron_config'])}; adapters "
+            "of Megatron's layers are not supported."
+        )
     return str(config["base_model_name_or_path"])
 
 

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.compat.transformers import causal_lm_types, loads_sharded, seq2seq_lm_types
+from align.compat.transformers import causal_lm_types, implementations, loads_sharded, seq2seq_lm_types
 from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_finite, check_report
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
@@ -49,6 +49,12 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
             else f"no model at {path}; check the path or hub id"
         )
         raise UserError(f"{key}: {problem}. {reason(error)}") from error
+    for kernel in implementations(config):
+        if "/" in kernel:
+            raise UserError(
+                f"{key}: {path}: its {CONFIG} names the kernel {kernel}, code of the hub; take it out of the file, and if you trust "
+                "it, set `attn_implementation` in the recipe."
+            )
     if is_sequence_to_sequence(config):
         raise UserError(
             f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; "

@@ -18,7 +18,7 @@ import pytest
 from datasets import Dataset
 
 from align.config.data_source import DataSource
-from align.data import sources
+from align.data import compressed, sources
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.rows import Demonstration, Labelled
 from align.errors import UserError
@@ -150,6 +150,27 @@ def test_a_row_of_many_characters(folder, monkeypatch):
     (folder / "a.csv").write_text(f"{HEADER}p,c\n{'p' * 140_000},c\n")
     with pytest.raises(UserError, match=r"more than 1,000 characters: 1 \(a.csv:2\)"):
         load("a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.parquet"])
+def test_a_small_file_of_too_many_rows(folder, monkeypatch, name):
+    monkeypatch.setattr(compressed, "MAX_EXPANDED", 10**5)
+    row = {"prompt": "p" * 300, "completion": "c"}
+    for count in (100, 3000):  # 30,000 characters, whatever their ratio, and 900,000
+        if name == "a.parquet":
+            Dataset.from_list([row] * count).to_parquet(name)
+        else:
+            lines = [json.dumps(row)] * count
+            text = {
+                "a.jsonl.gz": "\n".join(lines),
+                "a.json.gz": f"[{','.join(lines)}]",
+                "a.csv.gz": HEADER + f"{row['prompt']},c\n" * count,
+            }
+            (folder / name).write_bytes(gzip.compress(text[name].encode()))
+        if count == 100:
+            assert len(load(name).train) == count
+    with pytest.raises(UserError, match=rf"^{name}: expands to more than 100,000 characters, 200 times its size"):
+        load(name)
 
 
 def test_a_row_of_100_mb_is_refused_in_seconds(folder):

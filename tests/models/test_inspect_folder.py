@@ -191,6 +191,7 @@ SHARDED: dict[str, tuple[Change, str]] = {
 ADAPTERS: dict[str, tuple[Change, str]] = {
     "settings are cut": (cut("adapter_config.json"), "adapter/adapter_config.json: not valid JSON"),
     "no kind": (change("adapter_config.json", peft_type=None), "adapter_config.json: peft_type: expected text, got nothing"),
+    "a module": (change("adapter_config.json", megatron_config={"a": 1}, megatron_core="os"), "adapter_config.json: megatron_config: expected"),
     "no base": (change("adapter_config.json", base_model_name_or_path=None), "base_model_name_or_path: expected text, got"),
     "base is a list": (change("adapter_config.json", base_model_name_or_path=["x"]), "base_model_name_or_path: expected text"),
     "base is gone": (change("adapter_config.json", base_model_name_or_path="./gone"), "adapter is an adapter of ./gone: no model"),
@@ -288,6 +289,9 @@ LOADED: dict[str, tuple[str, Change, str]] = {
     "unknown type": ("config", config(model_type="nosuch"), "transformers cannot read its config.json. ValueError: The"),
     "type is a list": ("config", config(model_type=["llama"]), "transformers cannot read its config.json"),
     "no type": ("config", put("config.json", "{}"), "transformers cannot read its config.json"),
+    "kernel of the hub": ("config", config(attn_implementation="kernels-community/flash-attn"), "its config.json names the kernel kernels-community/flash-attn"),
+    "kernel by a private key": ("config", config(_attn_implementation="some/code@main:f"), "its config.json names the kernel some/code@main:f"),
+    "kernel of experts": ("config", config(experts_implementation="some/code"), "its config.json names the kernel some/code"),
     "sizes that do not fit": ("weights", config(num_attention_heads=5), "model: cannot load the model"),
     "unknown activation": ("weights", config(hidden_act="nosuch"), "model: cannot load the model. KeyError"),
     "too many words": ("weights", config(vocab_size=1000), "model: cannot load the model. RuntimeError"),
@@ -363,6 +367,15 @@ def test_a_new_head_is_no_missing_weight():
     report["missing_keys"] |= {"model.layers.0.x", "model.layers.0.y"}
     with pytest.raises(UserError, match=r"m: the weights of this LlamaForCausalLM lack model.layers.0.x and 1 more"):
         check_report(model, report, "m", new_head=True)
+
+
+def test_a_generate_function_of_the_folder_is_never_loaded(models):
+    (models / "model" / "custom_generate").mkdir()
+    put("custom_generate/generate.py", "import os; os.mkdir('ran')\ndef generate(model, **keys): pass\n")(
+        models / "model"
+    )
+    assert load_policy("model").generate.__module__.startswith("transformers")
+    assert not Path("ran").exists()
 
 
 def test_a_pickle_is_never_loaded(models):
