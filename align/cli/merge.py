@@ -17,7 +17,7 @@ from align.config.paths import expand, overlap
 from align.errors import UserError, reason
 from align.models.check_weights import check_finite
 from align.models.inspect_folder import inspect_folder, read_object
-from align.models.load import adapter_base
+from align.models.load import adapter_base, load_config
 from align.runs.own_files import remove_empty
 from align.runs.quiet import quiet
 
@@ -50,6 +50,7 @@ def run(adapter: str, output: str) -> str:
     auto = AUTO.get(str(task))
     if auto is None:
         raise UserError(f"{folder}: expected an adapter of {' or '.join(AUTO)}, got {task}.")
+    load_config(str(folder), "align merge")  # which refuses code that it names
     labels: dict[str, Any] = {"num_labels": 1} if auto is AutoPeftModelForSequenceClassification else {}
     try:
         model = auto.from_pretrained(

@@ -142,11 +142,14 @@ def test_a_stage_is_finished_by_its_manifest_alone(scripted):
 def test_a_killed_stage_is_named_so(scripted):
     Path("kill_sft").touch()
     Path("log").touch()
+    Path("out/1").mkdir(parents=True)
+    Path("out/1/run.lock").touch()  # as of a process that was killed
     with pytest.raises(
         UserError,
         match=r"the sft stage was killed by SIGKILL after \d s; its metrics are in out/1/metrics\.jsonl\..*memory ran out",
     ):
         pipeline.run("r")
+    assert not Path("out/1/run.lock").exists()
 
 
 @pytest.mark.parametrize(
