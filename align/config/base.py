@@ -44,6 +44,8 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 
+POLYNOMIAL_END = 1e-7  # learning rate at which transformers' schedule of this name ends
+
 DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed")
 
 
@@ -161,7 +163,8 @@ class TrainerRecipe(StageRecipe):
     max_length: int = key(1024, "Maximum tokens of prompt plus response; longer rows are bad rows.", MAX_LENGTH)
     load_best_model_at_end: bool = key(
         False,
-        "Save the checkpoint with the best `metric_for_best_model` instead of the last; one is saved every eval_steps.",
+        "Save the checkpoint with the best `metric_for_best_model` instead of the last; one is saved every eval_steps. If "
+        "no evaluation is better than the one before training, that is the model that training started from.",
     )
     metric_for_best_model: str = key(
         "eval_loss",
@@ -188,6 +191,11 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
         raise UserError(
             f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got "
             f"{recipe.lr_scheduler_type!r}{hint}"
+        )
+    if recipe.lr_scheduler_type == "polynomial" and recipe.learning_rate <= POLYNOMIAL_END:
+        raise UserError(
+            f"{where('learning_rate')}: expected more than {POLYNOMIAL_END:g}, where lr_scheduler_type: polynomial ends, got "
+            f"{recipe.learning_rate:g}; raise it, or use linear, which ends at 0"
         )
     if not recipe.train_dataset:
         raise UserError(

@@ -90,6 +90,12 @@ def read_deepspeed_file(path: str, where: str = "deepspeed") -> dict[str, Any]:
         raise UserError(
             f"{where}: {path}: flops_profiler.output_file would be overwritten; leave it out, and the profile is printed."
         )
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            raise UserError(
+                f"{where}: {path}: {name}: is set by the recipe's keys (learning_rate, adam_beta1, lr_scheduler_type, ...), in "
+                "every stage; leave it out of this file."
+            )
     for name in ("bf16", "fp16"):
         _check_types(config.get(name, {}), {"enabled": bool}, f"{where}: {path}: {name}")
     if config.get("fp16", {}).get("enabled", False) not in (False, "auto"):

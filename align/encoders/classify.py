@@ -54,6 +54,7 @@ from align.trainer.hf_trainer import (
     total_steps,
     train,
     training_arguments,
+    untrained_is_best,
 )
 from align.trainer.row_trainer import RowCollator, RowTrainer, row_training_arguments
 
@@ -127,7 +128,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
             processing_class=inputs.tokenizer,
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
-        per_label = last_label_table(trainer) if eval_rows else []
+        per_label = last_label_table(trainer) if eval_rows and not untrained_is_best(trainer, recipe) else []
         save_trained(trainer, recipe, world, load_untrained)
         results = classifier_results(label_set, before, after, baseline, steps)
         if per_label:

@@ -18,8 +18,7 @@ from align.runs.stage import finish
 
 CARD = """# Language model, trained by PPO
 
-From the SFT model {base}, with a KL penalty of {kl_coef} per nat against it. This folder holds the last policy, `best/`
-the one with the highest evaluation score, `value/` the value model.
+From the SFT model {base}, with a KL penalty of {kl_coef} per nat against it. This folder holds the last policy{others}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,8 +52,16 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
     if run.ema is not None:
         save_model(run, run.ema, folder / "ema")
     if run.world.is_main:
+        others = {
+            ", `best/` the one with the highest evaluation score": run.progress.best is not None,
+            ", `value/` the value model": run.models.value is not None,
+            ", `ema/` the moving average of its weights": run.ema is not None,
+        }
         card = CARD.format(
-            folder=python_text(recipe.output_dir), base=markdown_text(recipe.sft_model_path), kl_coef=recipe.kl_coef
+            folder=python_text(recipe.output_dir),
+            base=markdown_text(recipe.sft_model_path),
+            kl_coef=recipe.kl_coef,
+            others="".join(text for text, is_there in others.items() if is_there),
         )
         finish(recipe, run.sampler.tokenizer, data, results, card)
     run.world.barrier()

@@ -54,6 +54,11 @@ def run(recipe: PPORecipe) -> PPOResult:
                 evaluation.track(tracker, done)
             if recipe.save_steps and done % recipe.save_steps == 0 and done < ppo.updates:
                 save_checkpoint(ppo, done)
+        if ppo.progress.best is None and evaluation.metrics:
+            tracker.say(
+                f"max_kl: no evaluation was within {recipe.max_kl:g} nats per response, so there is no best/; the last had "
+                f"{evaluation.metrics['eval/kl']:.3g}. Raise kl_coef or max_kl, or lower learning_rate."
+            )
         results = {"updates": ppo.updates, "best": ppo.progress.best, **evaluation.results()}
         save_outputs(ppo, data.report, results)
     disconnect()

@@ -177,6 +177,14 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is None:
         return {}, {}
+    if untrained_is_best(trainer, recipe):
+        before = evaluation_logs(trainer)[0]
+        tracker.say(
+            f"load_best_model_at_end: no evaluation was better than the one before training, {recipe.metric_for_best_model} "
+            f"{before[_metric(recipe)]:.4g}, so the model that training started from is saved. Lower learning_rate, or "
+            "evaluate more often (eval_steps)."
+        )
+        return before, before
     if recipe.load_best_model_at_end or evaluation_logs(trainer)[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
     history = evaluation_logs(trainer)
@@ -188,10 +196,29 @@ def evaluation_logs(trainer: Trainer) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
+def untrained_is_best(trainer: Trainer, recipe: TrainerRecipe) -> bool:
+    """Whether `load_best_model_at_end` chooses the model as it was before the first step.
+
+    It does not compete with models that all forget too much (the one that forgets least is chosen then), nor in forgetting
+    itself, which is relative to it, nor as virtual tokens, which are noise before the first step.
+    """
+    metric, history = _metric(recipe), evaluation_logs(trainer)
+    if not recipe.load_best_model_at_end or metric == "eval_forgetting" or recipe.method in ("prompt", "prefix"):
+        return False
+    bound = getattr(recipe, "max_forgetting", None)
+    trained = [each for each in history if each["step"] > 0 and (bound is None or each["eval_forgetting"] <= bound)]
+    sign = 1 if trainer.args.greater_is_better else -1
+    return bool(trained) and all(sign * history[0][metric] > sign * each[metric] for each in trained)
+
+
+def _metric(recipe: TrainerRecipe) -> str:
+    return f"eval_{recipe.metric_for_best_model.removeprefix('eval_')}"
+
+
 def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
     """Write the trained model to `output_dir` as a plain Hugging Face folder. For all ranks.
 
-    An adapter is also saved as such, in `adapter/`; one that cannot be merged is saved in `output_dir` instead of a model.
+    That is the model that training started from if `untrained_is_best`. An adapter is also saved as such, in `adapter/`; one that cannot be merged is saved in `output_dir` instead of a model.
 
     Args:
         load: loads the model that training started from, unsharded on the CPU, to merge adapters into; called on rank 0.
@@ -204,11 +231,16 @@ def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Ca
 def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
     output = Path(recipe.output_dir)
     with new_files(output) if world.is_main else contextlib.nullcontext(new_files_in(output)) as fresh:
+        tokenizer: Any = trainer.processing_class
+        untrained = untrained_is_best(trainer, recipe)
         target = fresh / "adapter" if recipe.method in MERGEABLE else fresh
-        trainer.save_model(str(target))
+        if not untrained:
+            trainer.save_model(str(target))
         stop_sharded_loading()  # otherwise rank 0 would load the next model sharded, alone
-        if world.is_main and recipe.method in MERGEABLE:
-            tokenizer: Any = trainer.processing_class
+        if world.is_main and untrained:
+            tokenizer.save_pretrained(fresh)
+            load().save_pretrained(fresh)
+        elif world.is_main and recipe.method in MERGEABLE:
             tokenizer.save_pretrained(fresh)
             merged = PeftModel.from_pretrained(load(), str(target)).merge_and_unload()
             if merged.can_generate():  # in the trained model, the tokenizer's EOS has been added to its end tokens

@@ -275,6 +275,8 @@ DEEPSPEED: dict[str, str] = {
     '{"fp16": []}': "fp16: expected an object, got a list",
     '{"fp16": {"enabled": true}}': "switches fp16 on, which is not supported",
     '{"optimizer": "adam"}': 'optimizer: expected an object, got "adam" (text)',
+    '{"optimizer": {"type": "AdamW"}}': "optimizer: is set by the recipe's keys (learning_rate,",
+    '{"scheduler": {}}': "scheduler: is set by the recipe's keys",
     '{"scheduler": []}': "scheduler: expected an object, got a list",
     '{"train_batch_size": {}}': "train_batch_size: expected a whole number from 0, got a mapping",
     '{"train_micro_batch_size_per_gpu": "4"}': "train_micro_batch_size_per_gpu: expected a whole number from 0, got",

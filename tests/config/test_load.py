@@ -346,6 +346,8 @@ def test_the_stage_of_a_recipe(tmp_path, load):
         ("sft", {"max_steps": 0}, "max_steps: expected a number -1, or at least 1, got 0"),
         ("sft", {"tokenizer_vocab_size": 258}, "tokenizer_vocab_size: expected a number at least 259"),
         ("sft", {"lr_scheduler_type": "cosin"}, "got 'cosin'; did you mean 'cosine'?"),
+        ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, "expected one of linear, cosine,"),
+        ("sft", {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7}, "expected more than 1e-07, where"),
         ("sft", {"train_dataset": []}, "train_dataset: expected a path, a hub id or a mapping, got nothing"),
         ("sft", {"train_dataset": {"weight": 1}}, "train_dataset[0]: expected either `path` or `generator`, got neither"),
         ("sft", {"train_dataset": {"path": "a", "generator": "m:f"}}, "expected either `path` or `generator`, got both"),

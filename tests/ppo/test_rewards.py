@@ -144,12 +144,16 @@ def test_the_frozen_models_stay_as_they_were(tmp_path):
     assert not any(parameter.requires_grad for parameter in frozen)
 
 
-def test_a_best_checkpoint_must_keep_to_the_kl_budget(tmp_path):
+def test_a_best_checkpoint_must_keep_to_the_kl_budget(tmp_path, capsys):
     recipe = make_recipe(tmp_path, total_episodes=32, eval_steps=1, max_kl=1e-9)
     results = run(load_recipe("ppo", recipe))
     assert results.metrics["eval/kl"] > 0
     assert results.best is None
     assert not (tmp_path / "out" / "best").exists()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "`best/`" not in card
+    assert "`value/` the value model" in card
+    assert "max_kl: no evaluation was within 1e-09 nats per response" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_value_model_of_another_vocabulary(tmp_path):

@@ -15,7 +15,7 @@ from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.sft.train import run
 from tests.sft.letter_rows import nll, recipe
-from tests.worlds import metrics, trained, unfinished
+from tests.worlds import metrics, tiny_llama, trained, unfinished
 
 HELD_OUT = [("ab", "d"), ("k", "m"), ("q", "zs"), ("b", "c")]
 # Four rows have prompts of their own: 12 steps, in which the held-out loss falls at first and then rises.
@@ -45,6 +45,20 @@ def test_the_best_model_is_saved_instead_of_the_last(tmp_path):
         f"checkpoint-{best_step}",
         "checkpoint-12",
     ]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_model_before_training_may_be_the_best(tmp_path, capsys, method):
+    keys = {**SETTINGS, "learning_rate": 0.5 if method == "full" else 20.0, "num_train_epochs": 2, "eval_steps": 1}
+    settings = recipe(tmp_path, **keys, load_best_model_at_end=True, method=method)
+    results = run(settings)
+    (_, before), *after = evaluations(settings)
+    assert min(loss for _, loss in after) > before
+    assert results.metrics["eval_loss"] == results.metrics["eval_loss_before"] == before
+    base = tiny_llama().state_dict()
+    assert all(torch.equal(weight, base[name]) for name, weight in trained(settings).items())
+    assert held_out_loss(settings) == pytest.approx(before, abs=1e-5)
+    assert "so the model that training started from is saved" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_that_goes_on_elsewhere_still_has_the_best(tmp_path):
