@@ -22,6 +22,7 @@ class Responses:
         prompt_ids: the policy's token ids, unpadded.
         response_ids: the policy's token ids, unpadded, with the end-of-text id if the response has one.
         columns: other columns of the data, B entries each.
+        reasoning: what `texts` and `completions` leave out before the answer; empty, or B texts, "" where it is nothing.
     """
 
     prompts: list[Turns]
@@ -30,13 +31,15 @@ class Responses:
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    reasoning: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def row(self, index: int) -> Responses:
         """One row as a batch of size 1."""
-        own = {part.name: [getattr(self, part.name)[index]] for part in fields(self) if part.name != "columns"}
+        names = [part.name for part in fields(self) if part.name != "columns"]
+        own = {name: getattr(self, name)[index : index + 1] for name in names}
         return Responses(**own, columns={name: [values[index]] for name, values in self.columns.items()})
 
 

@@ -21,8 +21,9 @@ class ModelReward:
         batch_size: sequences in one forward pass.
         max_length: longer sequences keep their first token (begin-of-text, or an encoder's [CLS]) and their last ones;
             None for no limit.
-        encode: (prompt, response text) to token ids, for a model with another tokenizer than the policy's; by default
-            the policy's own prompt and response ids are scored unchanged.
+        encode: (prompt, response text, tools that the prompt lists or None) to token ids, for a model with another
+            tokenizer than the policy's; by default the policy's own prompt and response ids are scored unchanged.
+        reads_ids: whether they are scored unchanged even so, except where the text leaves reasoning out.
 
     Attributes:
         truncated: number of sequences truncated to `max_length` so far.
@@ -35,13 +36,15 @@ class ModelReward:
         *,
         batch_size: int,
         max_length: int | None,
-        encode: Callable[[Turns, str], list[int]] | None = None,
+        encode: Callable[[Turns, str, Any], list[int]] | None = None,
+        reads_ids: bool = False,
     ) -> None:
         self.name = name
         self.model = model
         self.batch_size = batch_size
         self.max_length = max_length
         self.encode = encode
+        self.reads_ids = reads_ids
         self.truncated = 0
 
     @torch.no_grad()
@@ -65,10 +68,11 @@ class ModelReward:
         return scores
 
     def _ids(self, batch: Responses, row: int) -> list[int]:
-        if self.encode is None:
+        shortened = bool(batch.reasoning and batch.reasoning[row])
+        if self.encode is None or (self.reads_ids and not shortened):
             ids = batch.prompt_ids[row] + batch.response_ids[row]
         else:
-            ids = self.encode(batch.prompts[row], batch.texts[row])
+            ids = self.encode(batch.prompts[row], batch.texts[row], batch.columns.get("tools", [None] * (row + 1))[row])
         if not ids:
             raise row_error(self.name, batch, row, "no token to score.")
         if self.max_length is not None and len(ids) > self.max_length:

@@ -20,6 +20,7 @@ from align.config.keys import (
     key,
     required,
     reward_timeout,
+    score_reasoning,
 )
 from align.errors import UserError
 
@@ -76,6 +77,7 @@ class EvaluateRecipe:
         None, "`module:function` with TRL's reward signature that gives each prediction a score from 0 to 1."
     )
     reward_timeout: float = reward_timeout()
+    score_reasoning: bool = score_reasoning()
     num_shots: list[int] = key(
         [0], "Numbers of worked examples in the prompt; each model is evaluated with each of them."
     )

@@ -62,6 +62,15 @@ def reward_timeout() -> Any:
     return key(1800.0, meaning, SECONDS)
 
 
+def score_reasoning() -> Any:
+    """The key `score_reasoning`, of the stages that score responses."""
+    meaning = (
+        "Whether rewards and metrics read what a response holds up to `</think>`; otherwise the answer alone, nothing "
+        "if the reasoning has no end."
+    )
+    return key(False, meaning)
+
+
 def required(meaning: str, type_name: str | None = None) -> Any:
     """A recipe key without a default; `type_name` is what `--help` prints where a key takes more than its annotation."""
     return field(metadata={"help": meaning, "required": True, "type_name": type_name})

@@ -20,6 +20,7 @@ from align.config.keys import (
     key,
     required,
     reward_timeout,
+    score_reasoning,
 )
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
@@ -52,6 +53,7 @@ class PPORecipe(StageRecipe):
         "model.",
     )
     reward_timeout: float = reward_timeout()
+    score_reasoning: bool = score_reasoning()
 
     total_episodes: int = key(10_000, "Responses sampled in the run.", AT_LEAST_1)
     rollout_batch_size: int = key(64, "Responses per update over all devices.", BATCH)

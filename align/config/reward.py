@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from align.config.base import TrainerRecipe, check_trainer_rules
-from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, TOKENS, Where, key, required, reward_timeout
+from align.config.keys import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    TOKENS,
+    Where,
+    key,
+    required,
+    reward_timeout,
+    score_reasoning,
+)
 from align.errors import UserError
 
 METRICS = ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward")  # of an evaluation
@@ -29,6 +39,7 @@ class RewardRecipe(TrainerRecipe):
         256, "Number of prompts whose SFT completions are sampled to set the zero of the score.", AT_LEAST_1
     )
     response_length: int = key(64, "Maximum tokens of those completions.", TOKENS)
+    score_reasoning: bool = score_reasoning()
     eval_reward_funcs: list[str] = key(
         [],
         "`module:function` rewards that are the ground truth; their accuracy on the evaluation pairs is the ceiling.",

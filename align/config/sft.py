@@ -7,7 +7,17 @@ from typing import Any, Literal
 
 from align.config.base import TrainerRecipe, check_trainer_rules
 from align.config.data_source import DataSource
-from align.config.keys import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FROM_0_TO_BELOW_1, TOKENS, VOCABULARY, Where, key
+from align.config.keys import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    FROM_0_TO_BELOW_1,
+    TOKENS,
+    VOCABULARY,
+    Where,
+    key,
+    score_reasoning,
+)
 from align.errors import UserError
 
 OF_RETENTION = ("retention", "forgetting")  # how the names of metrics begin that need `retention`
@@ -73,6 +83,7 @@ class SFTRecipe(TrainerRecipe):
     )
     max_eval_generations: int = key(64, "With `eval_metrics`: maximum prompts answered in an evaluation.", AT_LEAST_1)
     response_length: int = key(64, "With `eval_metrics`: maximum tokens of a response.", TOKENS)
+    score_reasoning: bool = score_reasoning()
 
 
 def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.dialogues import DialogueText, Tools, dialogue_texts, generation_text
 from align.data.end_tokens import end_texts, split_at_end
+from align.data.reasoning import split_text
 from align.data.rows import Turns, as_response, render_text
 from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
@@ -30,15 +31,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Turns, tools: Tool
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: Turns, response: Turns, tools: Tools = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Turns,
+    response: Turns,
+    tools: Tools = None,
+    answer_only: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Ids of a prompt with its response and EOS at the end: those before the response, and the response's.
+
+    Args:
+        answer_only: count the reasoning that the response begins with among what is before it.
 
     Raises:
         BadRow: as `encode_prompt`, or the template ignores a part of the messages.
         UserError: as `encode_prompt`.
     """
     (text,) = example_texts(tokenizer, prompt, response, tools)
+    if answer_only:
+        reasoning, answer = split_text(text.response)
+        text = replace(text, prompt=text.prompt + reasoning, response=answer)
     are_plain = [isinstance(prompt, str)]
     return whole_ids(tokenizer, [text], are_plain, text_ids(tokenizer, [text.prompt], are_plain))[0]
 
@@ -62,7 +73,13 @@ def encode_pair(
         first, second = encode_example(tokenizer, prompt, response, tools)
     except BadRow:
         prompt, response = _without_special_tokens(tokenizer, prompt), _without_special_tokens(tokenizer, response)
-        first, second = encode_example(tokenizer, prompt, response, tools)
+        try:
+            first, second = encode_example(tokenizer, prompt, response, tools)
+        except BadRow:  # the template cannot write this response, which follows the prompt all the same
+            text = DialogueText(prompt_text(tokenizer, prompt, tools), render_text(response), tokenizer.eos_token_id)
+            are_plain = [isinstance(prompt, str)]
+            own_ids = text_ids(tokenizer, [text.prompt], are_plain)
+            ((first, second),) = whole_ids(tokenizer, [text], are_plain, own_ids)
     return first + second
 
 

@@ -22,7 +22,8 @@ from align.data.encode import (
     prompt_text,
 )
 from align.data.findings import Findings
-from align.data.rows import BadRows, Demonstration, Preference, Prompt, Row, render_text
+from align.data.reasoning import scored_turns
+from align.data.rows import BadRows, Demonstration, Preference, Prompt, Row, Turns, render_text
 from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
 
@@ -179,23 +180,30 @@ def _encoded_pairs(
     if not is_encoder:
 
         def texts(row: Preference) -> list[DialogueText]:
-            pair = (row.chosen, row.rejected)
+            pair = [_scored(tokenizer, response) for response in (row.chosen, row.rejected)]
             return [text for each in pair for text in example_texts(tokenizer, row.prompt, each, tools_of(row))]
 
         for row, examples in _encoded(tokenizer, rows, bad, texts):
             yield row, [before + response for _, before, response in examples]
         return
     for start in range(0, len(rows), BATCH):
-        batch = []
+        batch: list[tuple[Preference, list[Turns]]] = []
         for row in rows[start : start + BATCH]:
             with bad.catch(row.where):
-                for answer in (row.chosen, row.rejected):
+                answers = [_scored(tokenizer, response) for response in (row.chosen, row.rejected)]
+                for answer in answers:
                     check_plain(row.prompt, answer, tools_of(row))
-                batch.append(row)
-        prompts = [render_text(row.prompt) for row in batch]
-        chosen = pair_ids(tokenizer, prompts, [render_text(row.chosen) for row in batch])
-        rejected = pair_ids(tokenizer, prompts, [render_text(row.rejected) for row in batch])
-        yield from ((row, list(pair)) for row, *pair in zip(batch, chosen, rejected, strict=True))
+                batch.append((row, answers))
+        prompts = [render_text(row.prompt) for row, _ in batch]
+        sides = [pair_ids(tokenizer, prompts, [render_text(pair[side]) for _, pair in batch]) for side in (0, 1)]
+        yield from ((row, list(ids)) for (row, _), *ids in zip(batch, *sides, strict=True))
+
+
+def _scored(tokenizer: PreTrainedTokenizerBase, response: Turns) -> Turns:
+    answer = scored_turns(tokenizer, response)
+    if not render_text(answer).strip():
+        raise BadRow("no answer after the reasoning; `score_reasoning: true` would score the reasoning")
+    return answer
 
 
 def _dataset(names: tuple[str, ...], records: Iterator[Sequence[Any]]) -> Dataset:

@@ -14,6 +14,7 @@ from align.config.stages import STAGES
 from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_example, encode_prompt
 from align.data.load import DataSettings, load_rows
+from align.data.reasoning import scored_turns, scores_reasoning, set_scores_reasoning
 from align.data.rows import BadRows, Demonstration, Turns, render_text
 from align.data.tokenize import tools_of
 from align.errors import BadRow, UserError
@@ -78,7 +79,8 @@ class EvalInputs:
 
     @property
     def references(self) -> list[str]:
-        return [render_text(row.completion).strip() for row in self.rows]
+        tokenizer = self.settings[0].tokenizer
+        return [render_text(scored_turns(tokenizer, row.completion)).strip() for row in self.rows]
 
 
 def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
@@ -180,6 +182,7 @@ def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokeni
     if not tokenizer.chat_template and recipe.chat_template_path:
         tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code)
     set_template_kwargs(tokenizer, recipe.chat_template_kwargs)
+    set_scores_reasoning(tokenizer, recipe.score_reasoning)
     check_template_kwargs(path, recipe.chat_template_kwargs, "models")
     check_files(AutoModelForCausalLM, path, "models", config, tokenizer, attn_implementation=recipe.attn_implementation)
     limits = [tokenizer.model_max_length]
@@ -205,7 +208,9 @@ def _encode(
     """
     prompt = few_shot_prompt(row, examples)
     prompt_ids = encode_prompt(tokenizer, prompt, tools_of(row))
-    before, reference = encode_example(tokenizer, prompt, row.completion, tools_of(row))
+    before, reference = encode_example(
+        tokenizer, prompt, row.completion, tools_of(row), answer_only=not scores_reasoning(tokenizer)
+    )
     if len(reference) < 2:  # end-of-text alone
         raise BadRow("empty response")
     ids, start = before + reference, len(before)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from align.data.collate import chunks, pad_left, pad_right
 from align.data.end_tokens import decode_responses
+from align.data.reasoning import split_sampled
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.evaluate.inputs import EncodedRow, EvalSetting
@@ -90,7 +91,12 @@ def _reference_statistics(model: nn.Module, rows: Sequence[EncodedRow], pad: int
 
 def decode_predictions(setting: EvalSetting, response_ids: Sequence[Sequence[int]]) -> list[str]:
     """Text of each response, cut before its row's first stop string and stripped of surrounding white space."""
-    texts = decode_responses(setting.tokenizer, response_ids)
+    texts = [
+        split_sampled(setting.tokenizer, text, row.prompt_ids, ids)[1]
+        for text, row, ids in zip(
+            decode_responses(setting.tokenizer, response_ids), setting.rows, response_ids, strict=True
+        )
+    ]
     return [
         text[: min([text.index(stop) for stop in row.stop_strings if stop in text], default=len(text))].strip()
         for text, row in zip(texts, setting.rows, strict=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.data.collate import pad_left, pad_right
+from align.data.reasoning import split_sampled
 from align.data.rows import Prompt, as_response
 from align.data.token_ids import decode_response
 from align.engine.distributed import World
@@ -69,6 +70,8 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Promp
         decode_response(tokenizer, prompt.prompt, *ids)
         for prompt, *ids in zip(prompts, prompt_ids, response_ids, strict=True)
     ]
+    parts = [split_sampled(tokenizer, text, *ids) for text, *ids in zip(texts, prompt_ids, response_ids, strict=True)]
+    texts = [answer for _, answer in parts]
     columns = dict.fromkeys(name for prompt in prompts for name in prompt.extra)
     return Responses(
         prompts=[prompt.prompt for prompt in prompts],
@@ -77,4 +80,5 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Promp
         prompt_ids=prompt_ids,
         response_ids=response_ids,
         columns={name: [prompt.extra.get(name) for prompt in prompts] for name in columns},
+        reasoning=[reasoning for reasoning, _ in parts],
     )

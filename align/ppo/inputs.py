@@ -14,6 +14,7 @@ from transformers import (
 
 from align.config.ppo import PPORecipe
 from align.config.stages import STAGES
+from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
 from align.models.check_files import check_files
@@ -74,6 +75,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     )
     mine = tokenizer_digest(tokenizer)
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
+    set_scores_reasoning(tokenizer, recipe.score_reasoning)
 
     reward_tokenizer = reward_config = None
     same_tokenizer = False
@@ -92,6 +94,13 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         classifier = AutoModelForSequenceClassification
         check_files(classifier, path, "reward_model_path", reward_config, reward_tokenizer, attn_implementation=kernel)
         check_template_kwargs(path, kwargs, "reward_model_path")
+        set_scores_reasoning(reward_tokenizer, recipe.score_reasoning)
+        theirs = {} if manifest is None else manifest["recipe"]
+        if theirs.get("score_reasoning", recipe.score_reasoning) != recipe.score_reasoning:
+            raise UserError(
+                f"score_reasoning: {path} (reward_model_path) was trained with {str(not recipe.score_reasoning).lower()}, "
+                f"and this recipe gives {str(recipe.score_reasoning).lower()}; give the same in both stages."
+            )
         theirs = tokenizer_digest(reward_tokenizer)
         same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
         if same_tokenizer:

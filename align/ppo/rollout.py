@@ -150,7 +150,10 @@ def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Ro
         ),
         token_scores=F.pad(token_scores, (0, length - token_scores.shape[1])).to(world.device),
         source_scores=torch.stack([score.to(world.device) for score in sources.values()], dim=1),
-        repetition=torch.tensor([repetition(text) for text in responses.texts], device=world.device),
+        repetition=torch.tensor(
+            [repetition(text) for text in map("".join, zip(responses.reasoning, responses.texts, strict=True))],
+            device=world.device,
+        ),
     )
 
 

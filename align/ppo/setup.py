@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align.config.ppo import PPORecipe
+from align.data.dialogues import Tools
 from align.data.encode import encode_pair
 from align.data.rows import Turns, as_response
 from align.engine.batch_plan import BatchPlan
@@ -158,7 +159,8 @@ def _sources(
             ModelReward(
                 name="reward_model",
                 model=engine.module,
-                encode=None if inputs.same_tokenizer else rendered,
+                encode=rendered,
+                reads_ids=inputs.same_tokenizer,
                 batch_size=recipe.per_device_eval_batch_size,
                 max_length=max_positions(inputs.reward_config),
             )
@@ -166,6 +168,8 @@ def _sources(
     return sources + [user_function(name, "reward_funcs", recipe.reward_timeout) for name in recipe.reward_funcs]
 
 
-def encode_for_reward(tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str) -> list[int]:
+def encode_for_reward(
+    tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str, tools: Tools = None
+) -> list[int]:
     """Ids of a prompt and a decoded response for a reward model with another tokenizer, as its stage encodes them."""
-    return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder)
+    return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder, tools)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from align.config.reward import RewardRecipe
 from align.data.encode import encode_example, encode_pair
+from align.data.reasoning import scored_turns
 from align.data.rows import Preference, Turns, render_text
 from align.data.tokenize import tools_of
 from align.engine.build import frozen_engine
@@ -114,7 +114,7 @@ def true_margins(inputs: RewardInputs, rows: Sequence[Preference], pairs: Datase
     columns = {name: [row.extra.get(name) for row in kept] for name in names}
     scores = []
     for side in ("chosen", "rejected"):
-        responses: list[Turns] = [getattr(row, side) for row in kept]
+        responses: list[Turns] = [scored_turns(inputs.tokenizer, getattr(row, side)) for row in kept]
         texts = [render_text(response) for response in responses]
         token_ids = [_response_ids(inputs, row, response) for row, response in zip(kept, responses, strict=True)]
         batch = Responses([row.prompt for row in kept], texts, responses, [[] for _ in kept], token_ids, columns)
@@ -138,13 +138,16 @@ def _rows_of_pairs(rows: Sequence[Preference], pairs: Dataset, inputs: RewardInp
     if len(rows) == len(pairs):
         return list(rows)
     remaining = iter(rows)
-    encode = partial(encode_pair, inputs.tokenizer, is_encoder=inputs.is_encoder)
+
+    def encode(row: Preference, response: Turns) -> list[int]:
+        answer = scored_turns(inputs.tokenizer, response)
+        return encode_pair(inputs.tokenizer, row.prompt, answer, inputs.is_encoder, tools_of(row))
+
     return [
         next(
             row
             for row in remaining
-            if encode(row.prompt, row.chosen, tools=tools_of(row)) == pair["chosen_ids"]
-            and encode(row.prompt, row.rejected, tools=tools_of(row)) == pair["rejected_ids"]
+            if encode(row, row.chosen) == pair["chosen_ids"] and encode(row, row.rejected) == pair["rejected_ids"]
         )
         for pair in pairs
     ]

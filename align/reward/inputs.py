@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from align.config.reward import RewardRecipe
+from align.data.reasoning import set_scores_reasoning
 from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.models.check_files import check_files
@@ -58,6 +59,7 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
     kwargs = {} if is_encoder(config) else recipe.chat_template_kwargs  # an encoder reads plain text
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)
     check_tokenizer(path, tokenizer, key, may_add_template=False)
+    set_scores_reasoning(tokenizer, recipe.score_reasoning)
     check_files(
         AutoModelForSequenceClassification,
         path,
@@ -81,6 +83,7 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
             sft_model_path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs
         )
         check_tokenizer(sft_model_path, sft_tokenizer, "sft_model_path", may_add_template=False)
+        set_scores_reasoning(sft_tokenizer, recipe.score_reasoning)
         check_files(
             AutoModelForCausalLM,
             sft_model_path,

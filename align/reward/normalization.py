@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datasets import Dataset
 
 from align.data.encode import encode_pair
+from align.data.reasoning import split_sampled
 from align.data.rows import Preference, Prompt, render_text
 from align.data.token_ids import decode_response
 from align.data.tokenize import tokenize_prompts, tools_of
@@ -64,17 +65,17 @@ def sft_responses(
     responses = gather_responses(world, unpadded(samples.response_ids, samples.mask), response_length)
     responses = responses[: len(prompts)]  # the last rank may repeat a row
     vocabularies = [tokenizer_digest(each)["vocabulary"] for each in (inputs.tokenizer, inputs.sft.tokenizer)]
-    if vocabularies[0] == vocabularies[1] and not inputs.is_encoder:
-        return [prompt_ids + ids for (_, prompt_ids), ids in zip(prompts, responses, strict=True)]
-    own = inputs.sft.tokenizer
-    texts = [
-        decode_response(own, prompt.prompt, prompt_ids, ids)
-        for (prompt, prompt_ids), ids in zip(prompts, responses, strict=True)
-    ]
-    return [
-        encode_pair(inputs.tokenizer, prompt.prompt, text, inputs.is_encoder, tools_of(prompt))
-        for (prompt, _), text in zip(prompts, texts, strict=True)
-    ]
+    same = vocabularies[0] == vocabularies[1] and not inputs.is_encoder
+    own, sequences = inputs.sft.tokenizer, []
+    for (prompt, prompt_ids), ids in zip(prompts, responses, strict=True):
+        text = decode_response(own, prompt.prompt, prompt_ids, ids)
+        reasoning, answer = split_sampled(own, text, prompt_ids, ids)
+        if same and not reasoning:
+            sequences.append(prompt_ids + ids)
+        else:
+            encoder, tools = inputs.is_encoder, tools_of(prompt)
+            sequences.append(encode_pair(inputs.tokenizer, prompt.prompt, answer, encoder, tools))
+    return sequences
 
 
 def chosen_responses(rows: Dataset, count: int, seed: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.sft import SFTRecipe
+from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
@@ -28,6 +29,7 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
         check_takes_virtual_tokens(config, f"method: {recipe.method}: {path}")
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, KEY)
+    set_scores_reasoning(tokenizer, recipe.score_reasoning)
     kernel = recipe.attn_implementation
     check_files(AutoModelForCausalLM, path, KEY, config, tokenizer, attn_implementation=kernel, trained_by=recipe)
     return config, tokenizer

@@ -15,6 +15,7 @@ from align.data.collate import chunks
 from align.data.encode import encode_prompt
 from align.data.end_tokens import decode_responses
 from align.data.mixture import seeded_sample
+from align.data.reasoning import scored_turns, split_sampled
 from align.data.rows import Demonstration, render_text
 from align.data.tokenize import tools_of
 from align.engine.distributed import World, rows_of_rank
@@ -42,7 +43,7 @@ class ResponseEvaluation:
 
     @property
     def references(self) -> list[str]:
-        return [render_text(row.completion).strip() for row in self.rows]
+        return [render_text(scored_turns(self.tokenizer, row.completion)).strip() for row in self.rows]
 
     @torch.no_grad()
     def generate(self, model: nn.Module) -> list[str]:
@@ -58,7 +59,8 @@ class ResponseEvaluation:
             noise = torch.zeros(len(prompts), length, device=world.device)
             responses += respond_to_batch(model, self.tokenizer, prompts, noise, 0.0, world.any_rank)
         ids = gather_responses(world, responses, length)[: len(self.rows)]  # the last rank may repeat a row
-        return [text.strip() for text in decode_responses(self.tokenizer, ids)]
+        texts = zip(decode_responses(self.tokenizer, ids), self.prompt_ids, ids, strict=True)
+        return [split_sampled(self.tokenizer, text, *own)[1].strip() for text, *own in texts]
 
     def score(self, responses: Sequence[str]) -> dict[str, float]:
         """The values of all metrics, under the names of `align evaluate`.

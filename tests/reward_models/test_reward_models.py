@@ -333,7 +333,8 @@ def test_another_tokenizer_gets_text():
     model, batch = tiny("bert"), responses(4)
     ids = {"text 0": [3, 5, 4], "text 1": [3, 6, 7, 4], "text 2": [3, 8, 4], "text 3": [3, 9, 9, 9, 4]}
 
-    def encode(prompt, text):
+    def encode(prompt, text, tools):
+        assert tools is None
         assert prompt == f"prompt {text[-1]}"
         return ids[text]
 
@@ -360,7 +361,7 @@ def test_model_without_a_finite_score_names_the_row():
     with pytest.raises(ValueError, match=message):
         ModelReward("model", model, batch_size=4, max_length=64).score(responses(4))
     with pytest.raises(ValueError, match="row 1 of 4: no token"):
-        ModelReward("m", model, batch_size=4, max_length=9, encode=lambda p, t: [5] * (t != "text 1")).score(
+        ModelReward("m", model, batch_size=4, max_length=9, encode=lambda p, t, _: [5] * (t != "text 1")).score(
             responses()
         )
 

@@ -1,0 +1,70 @@
+"""The reasoning of a response, all up to the last `</think>`, and the answer that follows: what rewards and metrics read.
+
+By default they read the answer alone (`score_reasoning`). A response that begins to think and does not end it has no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data.dialogues import END_OF_THINK, THINK
+from align.data.end_tokens import without_end
+from align.data.rows import Turns
+
+ATTRIBUTE = "scores_reasoning"  # of the tokenizer, which every place that encodes or decodes responses has
+
+
+def set_scores_reasoning(tokenizer: PreTrainedTokenizerBase, scores: bool) -> None:
+    """Have rewards and metrics read the reasoning of responses too, or not."""
+    setattr(tokenizer, ATTRIBUTE, scores)
+
+
+def scores_reasoning(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """What `set_scores_reasoning` has set; not, without it."""
+    return bool(getattr(tokenizer, ATTRIBUTE, False))
+
+
+def split_text(text: str) -> tuple[str, str]:
+    """Reasoning, with its marks and the white space after it, and answer; a text without reasoning is an answer."""
+    thought, closes, answer = text.rpartition(END_OF_THINK)
+    if not closes and text.lstrip().startswith(THINK):
+        return text, ""
+    size = len(thought + closes) + (len(answer) - len(answer.lstrip()) if closes else 0)
+    return text[:size], text[size:]
+
+
+def scored_turns(tokenizer: PreTrainedTokenizerBase, response: Turns) -> Turns:
+    """A response of the data as rewards and metrics read it."""
+    if scores_reasoning(tokenizer):
+        return response
+    if isinstance(response, str):
+        return split_text(response)[1]
+    return [
+        {key: value for key, value in turn.items() if key != "reasoning_content"}
+        | {"content": split_text(turn["content"])[1]}
+        for turn in response
+    ]
+
+
+def split_sampled(
+    tokenizer: PreTrainedTokenizerBase, text: str, prompt_ids: Sequence[int], response_ids: Sequence[int]
+) -> tuple[str, str]:
+    """Reasoning and answer of a sampled response; no reasoning where it is scored with the answer.
+
+    Args:
+        text: of the response, without special tokens, which the marks of reasoning may be.
+        prompt_ids: of the prompt, which may have opened the reasoning.
+    """
+    if scores_reasoning(tokenizer):
+        return "", text
+    vocabulary = tokenizer.get_added_vocab()
+    closing, ids = vocabulary.get(END_OF_THINK), without_end(tokenizer, response_ids)
+    if closing in ids:
+        answer = str(tokenizer.decode(ids[len(ids) - ids[::-1].index(closing) :], skip_special_tokens=True)).lstrip()
+        return text.removesuffix(answer) or END_OF_THINK, answer
+    reasoning, answer = split_text(text)
+    opened = str(tokenizer.decode(list(prompt_ids[-8:]))).rstrip().endswith(THINK)
+    unclosed = not reasoning and (opened or ids[:1] == [vocabulary.get(THINK)])
+    return (text or THINK, "") if unclosed else (reasoning, answer)
