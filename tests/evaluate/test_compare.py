@@ -161,7 +161,12 @@ def test_a_prediction_ends_before_the_first_stop_string(tmp_path):
 
 
 def test_a_blank_line_ends_an_answer_to_text_examples_that_have_none():
-    decoded = SimpleNamespace(eos_token_id=2, batch_decode=lambda ids, skip_special_tokens: [" one\ntwo \n\nQ: three"])
+    decoded = SimpleNamespace(
+        eos_token_id=2,
+        get_added_vocab=dict,
+        decode=lambda ids: "",
+        batch_decode=lambda ids, skip_special_tokens: [" one\ntwo \n\nQ: three"],
+    )
 
     def cut(stops):
         rows = [EncodedRow("", [], [], 0, stops)]
