@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from align.compat.transformers import keeps_state
 from align.maths.losses import token_logprobs
 from align.models.lm_head import (
     Objective,
@@ -23,6 +24,7 @@ from align.models.lm_head import (
     output_head,
     replaced_head,
 )
+from reward_models.heads import hf_model
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -31,7 +33,17 @@ def position_ids(mask: Tensor) -> Tensor:
 
 
 def response_logits(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
-    """Logits that predict the last `length` tokens, [B, length, V]; the head runs on those positions only."""
+    """Logits that predict the last `length` tokens, [B, length, V]; the head runs on those positions only.
+
+    A model with a recurrent state, which may take padding for tokens, reads rows without padding before them.
+    """
+    if keeps_state(hf_model(model).config):  # type: ignore[arg-type]
+        stripped, *_ = strip_padding(ids, mask, length)
+        first = mask[:, :-length].sum(dim=1, keepdim=True)  # column of the first of the last `length` tokens
+        columns = (first + torch.arange(-1, length - 1, device=ids.device)).clamp(max=stripped.shape[1] - 1)
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        kept: Tensor = model(input_ids=stripped, use_cache=False).logits[rows, columns]
+        return kept
     output = model(
         input_ids=ids,
         attention_mask=mask.long(),

@@ -18,7 +18,7 @@ from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.responses import respond_to_batch
 from align.generation.sampling import uniforms
-from align.models.forward import response_logprobs
+from align.models.forward import response_logits, response_logprobs
 from tests.worlds import letter_tokenizer
 
 EOS = 2
@@ -98,9 +98,12 @@ def test_sampling_knows_what_an_unpadded_forward_pass_gives(architecture):
     assert len(lengths) > 2, "rows end at different lengths"
     ids, real = torch.cat([prompt_ids, responses], 1), torch.cat([prompt_mask, mask], 1)
     trained = response_logprobs(model, ids, real, responses.shape[1], 1.0)
+    evaluated = response_logits(model, ids, real, responses.shape[1]).log_softmax(-1)
     for row, prompt in enumerate(PROMPTS):
         said = responses[row, mask[row]].tolist()
-        expected = forward(model, prompt + said)[len(prompt) - 1 : -1].gather(1, torch.tensor(said)[:, None])[:, 0]
+        distributions = forward(model, prompt + said)[len(prompt) - 1 : -1]
+        torch.testing.assert_close(evaluated[row, mask[row]], distributions, atol=1e-5, rtol=0)
+        expected = distributions.gather(1, torch.tensor(said)[:, None])[:, 0]
         torch.testing.assert_close(logprobs[row, mask[row]], expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(trained[row, mask[row]], expected, atol=1e-5, rtol=0)
 
