@@ -111,6 +111,13 @@ def model_class(auto: Any, config: Any) -> Any:
     return next((_get_model_class(config, mapping) for mapping in mappings if type(config) in mapping), None)
 
 
+def has_sequence_classifier(config: Any) -> bool:
+    """Whether transformers has a sequence classifier for this configuration class."""
+    from transformers import AutoModelForSequenceClassification
+
+    return type(config) in AutoModelForSequenceClassification._model_mapping
+
+
 def causal_lm_types() -> Collection[str]:
     """Values of `config.model_type` that have a causal language model."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -9,6 +9,7 @@ from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
+from align.models.packing import check_packing
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import check_takes_virtual_tokens
 from align.runs.manifest import check_tokenizer
@@ -20,7 +21,8 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
     """Load both, without the weights.
 
     Raises:
-        UserError: there is no model, it is an encoder, or its tokenizer is not the one it was trained with.
+        UserError: there is no model, it is an encoder, its tokenizer is not the one it was trained with, or it does not
+            keep packed examples apart.
     """
     config = load_config(path, KEY, recipe.trust_remote_code)
     if is_encoder(config):
@@ -32,4 +34,17 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
     kernel = recipe.attn_implementation
     check_files(AutoModelForCausalLM, path, KEY, config, tokenizer, attn_implementation=kernel, trained_by=recipe)
+    check_packed_rows(recipe, config)
     return config, tokenizer
+
+
+def check_packed_rows(recipe: SFTRecipe, config: PretrainedConfig) -> None:
+    """Check that the model keeps examples apart, if the recipe packs them or concatenates rows.
+
+    Raises:
+        UserError: it does not.
+    """
+    for key in ("packing", "padding_free"):
+        if getattr(recipe, key):
+            check_packing(config, key, recipe.trust_remote_code, recipe.attn_implementation)
+            return

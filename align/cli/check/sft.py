@@ -17,7 +17,7 @@ from align.data.rows import Demonstration, render_text
 from align.data.tokenize import IGNORE_INDEX, tokenize_demonstrations
 from align.models.from_scratch import scratch_config, train_tokenizer
 from align.models.tokenizer import load_tokenizer
-from align.sft.inputs import load_config_and_tokenizer
+from align.sft.inputs import check_packed_rows, load_config_and_tokenizer
 from align.sft.report import retention_lines
 from align.sft.responses import load_metrics
 from align.sft.retention import Retention, load_with_retention, replay_count
@@ -65,6 +65,7 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
 def _start_from_scratch(recipe: SFTRecipe, rows: Rows, folder: Path) -> Start:
     """The configuration of the model that the stage would start at random, and the tokenizer that it would train."""
     config = scratch_config(recipe.model_config, recipe.tokenizer_vocab_size)
+    check_packed_rows(recipe, config)
     texts = [render_text(turns) for row in rows.train for turns in (row.prompt, row.completion)]
     train_tokenizer(texts, recipe.tokenizer_vocab_size).save_pretrained(folder)
     tokenizer = load_tokenizer(

@@ -1,0 +1,122 @@
+"""One row of the matrix: measure a model folder, and run the stages on it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from align.cli.architectures.cases import Case, write_small_model
+from align.cli.architectures.exactness import measure_policy, measure_scores
+from align.cli.architectures.stages import check_generates, check_recipes, ppo_models, run_recipe, write_recipes
+from align.errors import UserError, reason
+from align.models.load import load_config
+from align.models.packing import check_packing
+from align.models.small_model import small_model
+from align.models.tokenizer import load_tokenizer
+
+LIMIT = 1e-5  # nats, and units of score, of small models in float32
+LARGE = 100_000_000  # parameters, above which the stages run on a small model of the same configuration
+OK, REFUSED, FAILED = "ok", "refused", "FAILED"
+
+
+@dataclass(slots=True)
+class Found:
+    """What is known of one architecture.
+
+    Attributes:
+        stages: by stage, and `packing` and `saved`: OK; REFUSED, by `align check` too; or FAILED.
+        gaps: largest differences from plain transformers, in nats (`scores`, `values`: in units of the score).
+        notes: the reason for each part that is refused or has failed.
+    """
+
+    name: str
+    stages: dict[str, str] = field(default_factory=dict)
+    gaps: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return FAILED not in self.stages.values() and all(gap <= LIMIT for gap in self.gaps.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+    @contextlib.contextmanager
+    def part(self, name: str, refused: str = "") -> Iterator[None]:
+        """A part that may fail; `refused`: what `align check` found, so that an error here is a refusal."""
+        self.stages[name] = OK
+        try:
+            yield
+        except Exception as error:
+            told = isinstance(error, UserError)
+            self.stages[name] = REFUSED if told and refused else FAILED
+            self.notes[name] = str(error) if told else reason(error)
+
+
+def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Found:
+    """Measure one case and run its stages, in `folder`. Errors become notes."""
+    began, found = time.monotonic(), Found(case.name)
+    base = case.folder or str(folder / "base")
+    with found.part("model"):
+        if case.folder is None:
+            write_small_model(case.name, folder / "base")
+        config, tokenizer = load_config(base, "--model"), load_tokenizer(base)
+        with found.part("packing", refused="by check_packing"):
+            check_packing(config, "packing", trust_remote_code=False)
+        packs = found.stages["packing"] == OK
+        rows, parameters = None, 0
+        with found.part("exact"):
+            rows, gaps, parameters = measure_policy(base, tokenizer, packs)
+            found.gaps |= gaps
+        start = base
+        if parameters > LARGE:
+            start = write_small_copy(base, folder / "small")
+            found.notes["stages"] = f"on a small random model of this configuration: it has {parameters:,} parameters"
+        run_stages(found, start, folder, packs, rows, overrides)
+    if found.stages.pop("model") == FAILED:
+        found.stages["exact"] = FAILED
+    found.seconds = round(time.monotonic() - began, 1)
+    return found
+
+
+def run_stages(found: Found, base: str, folder: Path, packs: bool, rows: Any, overrides: Sequence[str]) -> None:
+    """The three stages one after the other, as far as they go; then what the folders that they saved hold."""
+    write_recipes(base, folder, packs)
+    mistakes = ""
+    with found.part("check"):
+        mistakes = check_recipes(folder, overrides)
+    for stage in ("sft", "reward", "ppo"):
+        with found.part(stage, refused=mistakes):
+            run_recipe(stage, folder, overrides)
+        if found.stages[stage] != OK:
+            return
+    if mistakes:
+        found.stages["check"], found.notes["check"] = FAILED, f"would not run, but did: {mistakes}"
+    if rows is not None:
+        with found.part("scores"):
+            found.gaps |= measure_scores(ppo_models(folder, overrides), str(folder / "reward"), rows)
+        with found.part("saved"):
+            check_generates(str(folder / "ppo"), rows.prompts)
+
+
+def write_small_copy(base: str, folder: Path) -> str:
+    """Write a small random model of the configuration in `base`, with its tokenizer; returns its folder."""
+    config = load_config(base, "--model")
+    text = config.get_text_config()
+    model = small_model(config, text.vocab_size)
+    ids = {name: getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model.config.update(ids)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(base)
+    except OSError:  # it has none
+        model.generation_config = GenerationConfig(**ids)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
