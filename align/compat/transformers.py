@@ -111,6 +111,16 @@ def model_class(auto: Any, config: Any) -> Any:
     return next((_get_model_class(config, mapping) for mapping in mappings if type(config) in mapping), None)
 
 
+def keep_weights_in_evaluation(model: Any) -> None:
+    """Have RWKV leave its weights alone: it divides them by powers of two, in place, when it goes from training to evaluation.
+
+    Saved or trained on in between they would be other weights. It does so for float16 alone; here it computes as in training.
+    """
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers"):
+            module._rescale_layers = lambda: None
+
+
 def has_sequence_classifier(config: Any) -> bool:
     """Whether transformers has a sequence classifier for this configuration class."""
     from transformers import AutoModelForSequenceClassification

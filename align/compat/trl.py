@@ -19,6 +19,20 @@ def has_fused_head() -> bool:
     return hasattr(trl.trainer.utils, "add_fused_lm_head")
 
 
+def router_settings(config: Any) -> dict[str, float]:
+    """Arguments of `SFTConfig` for a mixture of experts whose configuration names their number otherwise than TRL (Granite).
+
+    Gives the configuration the name that TRL asks for. A model that has a router's settings and no experts has no loss of
+    its router.
+    """
+    config = config.get_text_config()
+    if not hasattr(config, "num_local_experts"):
+        return {}
+    if not hasattr(config, "num_experts"):
+        type(config).attribute_map = {**config.attribute_map, "num_experts": "num_local_experts"}
+    return {} if config.num_local_experts else {"router_aux_loss_coef": 0.0}
+
+
 @contextlib.contextmanager
 def fused_head_on_label_tokens() -> Iterator[None]:
     """Inside, TRL's fused head computes the label tokens only, as it does by itself where Triton is available."""

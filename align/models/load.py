@@ -19,7 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.compat.transformers import causal_lm_types, implementations, loads_sharded, seq2seq_lm_types
+from align.compat.transformers import (
+    causal_lm_types,
+    implementations,
+    keep_weights_in_evaluation,
+    loads_sharded,
+    seq2seq_lm_types,
+)
 from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_finite, check_report
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
@@ -158,6 +164,7 @@ def load_pretrained(
     check_report(model, report, path, new_head=auto is not AutoModelForCausalLM)
     check_finite(model, path)
     disable_dropout(model)
+    keep_weights_in_evaluation(model)
     return (model, report) if report_asked else model
 
 
@@ -250,6 +257,6 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout_p"):  # rates that attention reads as a number
-            if isinstance(getattr(module, name, None), float):
+        for name, rate in list(vars(module).items()):  # rates that a layer reads as a number: `dropout`, `layerdrop`, ...
+            if isinstance(rate, float) and "drop" in name:
                 setattr(module, name, 0.0)

@@ -41,13 +41,15 @@ SIZES: dict[str, int] = {
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SPREAD = 0.2  # of the weights, so that distributions are far from uniform
-MOST_PARAMETERS = 10_000_000
+MOST_PARAMETERS = 50_000_000
 
 
 def small_config(config: PretrainedConfig, vocab_size: int) -> PretrainedConfig:
     """The configuration with small sizes, one layer of each kind but at least two, and no special ids."""
     given = config.to_dict()
-    changed: dict[str, Any] = {name: size for name, size in SIZES.items() if isinstance(given.get(name), int)}
+    changed: dict[str, Any] = {
+        name: size for name, size in SIZES.items() if isinstance(given.get(name), int) and given[name] > 0
+    }
     heads = getattr(config, "num_attention_heads", None)
     for name in KEY_VALUE_HEADS:
         if isinstance(given.get(name), int):
@@ -61,6 +63,7 @@ def small_config(config: PretrainedConfig, vocab_size: int) -> PretrainedConfig:
     kinds = {str(kind): index for index, kind in reversed(list(enumerate(zip(*by_layer.values(), strict=True))))}
     kept = sorted(kinds.values()) or [0, 0]
     kept = kept * 2 if len(kept) == 1 else kept
+    kept += kept[:1] * (len(given.get("block_types") or []) - len(kept))  # RecurrentGemma repeats this list
     changed |= {name: len(kept) for name in LAYER_COUNTS if name in given}
     changed |= {name: [value[index] for index in kept] for name, value in by_layer.items()}
     if "initializer_range" in given:

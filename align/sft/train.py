@@ -13,6 +13,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
 
+from align.compat.trl import router_settings
 from align.config.sft import SFTRecipe
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
@@ -117,6 +118,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
                 padding_free=recipe.packing or recipe.padding_free,
                 neftune_noise_alpha=recipe.neftune_noise_alpha,
                 label_smoothing_factor=recipe.label_smoothing_factor,
+                **router_settings(model.config),
             ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,

@@ -17,7 +17,7 @@ from align.models.from_scratch import SPECIAL_TOKENS, train_tokenizer
 from align.models.inspect_folder import inspect_folder
 from align.models.small_model import small_model
 
-CONV, ATTENTION = "conv", "full_attention"
+ATTENTION = "full_attention"
 # Model types of transformers, with the settings that differ from the defaults of their configurations.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -42,7 +42,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo3": {},
     "cohere2": {},
     "granite": {},
-    "granitemoehybrid": {},
+    "granitemoehybrid": {"layer_types": ["linear_attention", ATTENTION], "num_hidden_layers": 2},
     "mixtral": {},
     "gpt_oss": {},
     "mamba": {},
@@ -51,8 +51,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "rwkv": {},
     "recurrent_gemma": {},
     "jamba": {},
-    "bamba": {},
-    "lfm2": {"layer_types": [CONV, ATTENTION], "num_hidden_layers": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "lfm2": {"layer_types": ["conv", ATTENTION], "num_hidden_layers": 2},
     "deepseek_v3": {},
 }
 VOCABULARY = 256 + len(SPECIAL_TOKENS)

@@ -5,6 +5,7 @@ The reference is transformers' own forward pass of each row alone, without paddi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from transformers import (
 from align.cli.architectures.cases import random_prompts
 from align.compat.transformers import has_sequence_classifier
 from align.data.collate import pad_left, pad_right
+from align.data.end_tokens import end_ids, set_model_ends
+from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.context_length import max_positions
@@ -66,8 +69,10 @@ def sample_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> R
     prompts = random_prompts(vocabulary, PROMPTS)
     ids, mask = pad_left(prompts, 0)
     noise = uniforms(0, "architectures", range(len(prompts)), RESPONSE)
-    free, _, _ = generate(model, ids, mask, noise, TEMPERATURE, -1, 0)
-    found, real, logprobs = generate(model, ids, mask, noise, TEMPERATURE, int(free[0, 2]), 0)
+    free, _, _ = generate(model, ids, mask, noise, TEMPERATURE, Ending(tokenizer))
+    early = copy.copy(tokenizer)
+    set_model_ends(early, [*end_ids(tokenizer), int(free[0, :3][-1])])
+    found, real, logprobs = generate(model, ids, mask, noise, TEMPERATURE, Ending(early))
     responses = [row[kept].tolist() for row, kept in zip(found, real, strict=True)]
     return Rows(prompts, responses, [row[kept] for row, kept in zip(logprobs, real, strict=True)])
 

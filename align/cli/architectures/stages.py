@@ -47,7 +47,7 @@ def write_recipes(base: str, folder: Path, packs: bool) -> None:
         (folder / f"{stage}.jsonl").write_text("".join(lines), encoding="utf-8")
     keys: dict[str, dict[str, Any]] = {
         "sft": {**TRAINER, "model_name_or_path": base, "packing": packs, "eval_metrics": ["exact_match"]},
-        "reward": {**TRAINER, "model_name_or_path": str(folder / "sft"), "normalize_prompts": 4},
+        "reward": {**TRAINER, "model_name_or_path": str(folder / "sft"), "normalize_prompts": 4, "eval_fraction": 0},
         "ppo": {
             **SIZES,
             "sft_model_path": str(folder / "sft"),
