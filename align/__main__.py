@@ -95,11 +95,16 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     merge.set_defaults(run=_merge)
     verify = commands.add_parser(
         "verify",
-        help="train PPO on languages with a known optimum, and compare",
-        usage="align verify [--num_gpus N] [--json [FILE]] [--key value ...]",
-        description="Train PPO on languages small enough to compute the optimal policy, and compare with it. "
-        "--key value sets a key of the PPO recipes.",
+        help="train PPO on languages with a known optimum, and compare; or try architectures, or your model",
+        usage="align verify [--num_gpus N] [--architectures [TYPE ...]] [--model FOLDER] [--json [FILE]] [--key value ...]",
+        description="Train PPO on languages small enough to compute the optimal policy, and compare with it. With "
+        "--architectures or --model: compare log-probabilities, scores and values with plain transformers', packed rows "
+        "with single ones, and run two steps of sft, reward and ppo. --key value sets a key of the recipes.",
     )
+    verify.add_argument(
+        "--architectures", nargs="*", metavar="TYPE", help="small random models of these types, or of all known ones"
+    )
+    verify.add_argument("--model", metavar="FOLDER", help="the model in this folder")
     verify.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to a file")
     verify.set_defaults(run=_verify)
     for each in (run, check, verify):
@@ -135,6 +140,11 @@ def _merge(arguments: argparse.Namespace, others: list[str]) -> int:
 def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
     num_gpus = _num_gpus(arguments)
     quiet()
+    if arguments.architectures is not None or arguments.model is not None:
+        if num_gpus is not None:
+            raise UserError("--num_gpus: --architectures and --model take no number of processes; leave it out.")
+        matrix = import_frozen("align.cli.architectures.command")
+        return int(matrix.run(arguments.architectures, arguments.model, arguments.json, overrides))
     return int(import_frozen("align.cli.verify").run(num_gpus, arguments.json, overrides))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
@@ -21,13 +20,12 @@ import yaml
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from align.cli.report_file import check_report
 from align.cli.run import run as run_folder
 from align.cli.verify_languages import LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
-from align.config.json_file import read_json
 from align.config.load import load_recipe, resolve_function
 from align.config.paths import expand
 from align.config.ppo import PPORecipe
-from align.errors import BadFile, UserError
 from align.ppo.train import run as run_ppo
 from align.runs.files import write_json
 from align.runs.quiet import quiet
@@ -115,7 +113,7 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
     quiet()
     if json_path not in (None, "-"):
         json_path = expand(str(json_path), "--json")
-        _check_report(Path(json_path))
+        check_report(Path(json_path))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="align-verify-") as folder:
         cases = [write_case(Path(folder), language, beta, overrides) for language in (SMALL, LARGE) for beta in BETAS]
@@ -141,19 +139,6 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
         soft_wrap=True,
     )
     return int(passed < len(verdicts))
-
-
-def _check_report(path: Path) -> None:
-    """Check that a report can be written: nothing is there, or an earlier report."""
-    if not os.path.lexists(path):
-        return
-    with contextlib.suppress(BadFile):
-        found = read_json(path, follow_links=False)
-        if isinstance(found, dict) and {"passed", "seconds", "cases"} <= found.keys():
-            return
-    raise UserError(
-        f"--json: {path} exists and is no report of this command, so it is not overwritten; name another file."
-    )
 
 
 def write_case(folder: Path, language: Language, beta: float, overrides: Sequence[str] = (), **changes: Any) -> Case:

@@ -19,7 +19,7 @@ def has_fused_head() -> bool:
     return hasattr(trl.trainer.utils, "add_fused_lm_head")
 
 
-def router_settings(config: Any) -> dict[str, float]:
+def router_settings(config: Any) -> dict[str, Any]:
     """Arguments of `SFTConfig` for a mixture of experts whose configuration names their number otherwise than TRL (Granite).
 
     Gives the configuration the name that TRL asks for. A model that has a router's settings and no experts has no loss of

@@ -257,6 +257,8 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, rate in list(vars(module).items()):  # rates that a layer reads as a number: `dropout`, `layerdrop`, ...
+        for name, rate in list(
+            vars(module).items()
+        ):  # rates that a layer reads as a number: `dropout`, `layerdrop`, ...
             if isinstance(rate, float) and "drop" in name:
                 setattr(module, name, 0.0)

@@ -95,4 +95,5 @@ def small_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(small, **settings)
-    return model.eval()
+    model.eval()
+    return model

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,8 +66,7 @@ class Rows:
 
 def sample_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Responses of `model`. The third token of the first one is taken for EOS, so that some row ends early for sure."""
-    vocabulary = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
-    prompts = random_prompts(vocabulary, PROMPTS)
+    prompts = random_prompts(min(len(tokenizer), _vocabulary(model)), PROMPTS)
     ids, mask = pad_left(prompts, 0)
     noise = uniforms(0, "architectures", range(len(prompts)), RESPONSE)
     free, _, _ = generate(model, ids, mask, noise, TEMPERATURE, Ending(tokenizer))
@@ -75,6 +75,11 @@ def sample_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> R
     found, real, logprobs = generate(model, ids, mask, noise, TEMPERATURE, Ending(early))
     responses = [row[kept].tolist() for row, kept in zip(found, real, strict=True)]
     return Rows(prompts, responses, [row[kept] for row, kept in zip(logprobs, real, strict=True)])
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 @torch.no_grad()
@@ -102,7 +107,7 @@ def measure_policy(folder: str, tokenizer: PreTrainedTokenizerBase, packs: bool)
     if packs:
         positions = max_positions(model.config) or sum(PACKED)
         lengths = (min(PACKED[0], positions), *PACKED[1:])
-        gaps["packed"] = packing_gap(model, example_rows(lengths, model.get_input_embeddings().num_embeddings))
+        gaps["packed"] = packing_gap(model, example_rows(lengths, _vocabulary(model)))
     parameters = sum(weight.numel() for weight in model.parameters())
     del model
 
@@ -142,10 +147,10 @@ def measure_scores(models: Models, reward_folder: str, rows: Rows) -> dict[str, 
     Returns:
         `scores` of padded rows; `values` before the last token of each row, which are the scores of what is before it.
     """
+    assert models.value is not None
     score = plain_score(reward_folder)
-    batch = Responses(
-        rows.prompts, [""] * len(rows.prompts), rows.responses, prompt_ids=rows.prompts, response_ids=rows.responses
-    )
+    texts = [""] * len(rows.prompts)
+    batch = Responses([*texts], texts, [*texts], prompt_ids=rows.prompts, response_ids=rows.responses)
     ids, mask, real = rows.batch()
     values = response_values(models.value.module, ids, mask, real.shape[1])
     last = values[torch.arange(len(ids)), real.sum(dim=1) - 1]
