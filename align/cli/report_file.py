@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from align.config.json_file import read_json
+from align.config.paths import expand
 from align.errors import BadFile, UserError
+from align.runs.files import write_json
+
+
+def report_path(json_path: str | None) -> str | None:
+    """What follows `--json`, with a path expanded and checked; "-" is standard output.
+
+    Raises:
+        UserError: the file there is no earlier report.
+    """
+    if json_path in (None, "-"):
+        return json_path
+    path = expand(str(json_path), "--json")
+    check_report(Path(path))
+    return path
+
+
+def write_report(report: dict[str, Any], path: str | None) -> bool:
+    """Write a report where `report_path` says; returns whether standard output is free for a table."""
+    if path == "-":
+        print(json.dumps(report, indent=2))
+    elif path is not None:
+        write_json(Path(path), report)
+    return path != "-"
 
 
 def check_report(path: Path) -> None:

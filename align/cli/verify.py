@@ -20,14 +20,12 @@ import yaml
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from align.cli.report_file import check_report
+from align.cli.report_file import report_path, write_report
 from align.cli.run import run as run_folder
 from align.cli.verify_languages import LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
 from align.config.load import load_recipe, resolve_function
-from align.config.paths import expand
 from align.config.ppo import PPORecipe
 from align.ppo.train import run as run_ppo
-from align.runs.files import write_json
 from align.runs.quiet import quiet
 from align.runs.tables import cell, make_console, make_table
 
@@ -111,9 +109,7 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
         UserError: a wrong override, a file at `json_path` that is no earlier report, or a stage that failed.
     """
     quiet()
-    if json_path not in (None, "-"):
-        json_path = expand(str(json_path), "--json")
-        check_report(Path(json_path))
+    json_path = report_path(json_path)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="align-verify-") as folder:
         cases = [write_case(Path(folder), language, beta, overrides) for language in (SMALL, LARGE) for beta in BETAS]
@@ -126,18 +122,14 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
         "seconds": round(time.monotonic() - began, 1),
         "cases": [verdict.as_dict() for verdict in verdicts],
     }
-    if json_path == "-":
-        print(json.dumps(report, indent=2))
-        return int(passed < len(verdicts))
-    if json_path is not None:
-        write_json(Path(json_path), report)
-    console = make_console()
-    console.print(verdict_table(verdicts))
-    console.print(
-        f"{passed} of {len(verdicts)} passed in {report['seconds']:.0f} s: a score of {NORMALISED} is wanted, "
-        f"and on the small language less than {DIVERGENCE} nats from pi*.",
-        soft_wrap=True,
-    )
+    if write_report(report, json_path):
+        console = make_console()
+        console.print(verdict_table(verdicts))
+        console.print(
+            f"{passed} of {len(verdicts)} passed in {report['seconds']:.0f} s: a score of {NORMALISED} is wanted, "
+            f"and on the small language less than {DIVERGENCE} nats from pi*.",
+            soft_wrap=True,
+        )
     return int(passed < len(verdicts))
 
 

@@ -176,6 +176,16 @@ def test_verify_takes_a_number_of_processes_a_file_and_keys(monkeypatch, capsys)
     ):
         assert cli.main(["verify", *words]) == 1  # what `run` says
         assert calls.pop() == wanted
+    monkeypatch.setitem(sys.modules, "align.cli.architectures.command", module)
+    for words, wanted in (
+        (["--architectures"], ([], None, None, [])),
+        (["--architectures", "opt", "gpt2", "--json"], (["opt", "gpt2"], None, "-", [])),
+        (["--model", "folder", "--seed", "1"], (None, "folder", None, ["--seed", "1"])),
+    ):
+        assert cli.main(["verify", *words]) == 1
+        assert calls.pop() == wanted
+    assert cli.main(["verify", "--model", "folder", "--num_gpus", "2"]) == 2
+    assert "--num_gpus: --architectures and --model take no number" in capsys.readouterr().err
     assert cli.main(["verify", "--help"]) == 0
     assert "align verify" in capsys.readouterr().out
     assert not calls
@@ -229,7 +239,10 @@ def test_version_and_usage(capsys):
         ("run", "usage: align run DIR [--num_gpus N | --hostfile FILE] [--key value ...]"),
         ("check", "usage: align check RECIPE|DIR [--num_gpus N] [--key value ...]"),
         ("merge", "usage: align merge ADAPTER OUTPUT"),
-        ("verify", "usage: align verify [--num_gpus N] [--json [FILE]] [--key value ...]"),
+        (
+            "verify",
+            "usage: align verify [--num_gpus N] [--architectures [TYPE ...]] [--model FOLDER] [--json [FILE]] [--key value ...]",
+        ),
         ("sft", "usage: align sft RECIPE [--key value ...]"),
         ("evaluate", "usage: align evaluate RECIPE [--key value ...]"),
     ],

@@ -89,14 +89,17 @@ def make_cases(names: Sequence[str] | None, folder: str | None) -> list[Case]:
     return cases
 
 
-def write_small_model(name: str, folder: Path) -> None:
+def write_small_model(name: str, folder: Path, **settings: Any) -> None:
     """Write a small random model of a type, and a byte-level tokenizer, as a user's folder.
+
+    Args:
+        settings: of its configuration, in place of those of ARCHITECTURES.
 
     Raises:
         UserError: no small model of this type can be made.
     """
     try:
-        config = AutoConfig.for_model(name, **ARCHITECTURES.get(name, {}))
+        config = AutoConfig.for_model(name, **(settings or ARCHITECTURES.get(name, {})))
         model = small_model(config, VOCABULARY)
     except Exception as error:  # whatever transformers raises for a configuration
         raise UserError(f"{name}: no small model of this type can be made. {reason(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -22,10 +21,8 @@ from align.cli.architectures.cases import Case, make_cases
 from align.cli.architectures.examine import FAILED, LIMIT, REFUSED, Found, examine
 from align.cli.architectures.stages import RECIPES
 from align.cli.processes import describe_exit_code
-from align.cli.report_file import check_report
+from align.cli.report_file import report_path, write_report
 from align.cli.steps import known_overrides
-from align.config.paths import expand
-from align.runs.files import write_json
 from align.runs.quiet import quiet
 from align.runs.tables import make_console, make_table
 from align.terminal import say
@@ -55,9 +52,7 @@ def run(
         UserError: an unknown type, no model in `folder`, a wrong override, or a file at `json_path` that is no report.
     """
     quiet()
-    if json_path not in (None, "-"):
-        json_path = expand(str(json_path), "--json")
-        check_report(Path(json_path))
+    json_path = report_path(json_path)
     cases = make_cases(names, folder)
     known_overrides("sft", overrides, set(RECIPES))  # a key that no stage has is an error now
     began = time.monotonic()
@@ -68,19 +63,13 @@ def run(
         "seconds": round(time.monotonic() - began, 1),
         "cases": [each.as_dict() for each in found],
     }
-    if json_path == "-":
-        print(json.dumps(report, indent=2))
-        return int(passed < len(found))
-    if json_path is not None:
-        write_json(Path(json_path), report)
-    make_console().print(matrix_table(found))
-    for each in found:
-        for part, note in each.notes.items():
-            say(f"{each.name}, {part}: {' '.join(note.split())}", sys.stdout)
-    say(
-        f"{passed} of {len(found)} passed in {report['seconds']:.0f} s: no gap above {LIMIT:g}, and no stage failed.",
-        sys.stdout,
-    )
+    if write_report(report, json_path):
+        make_console().print(matrix_table(found))
+        for each in found:
+            for part, note in each.notes.items():
+                say(f"{each.name}, {part}: {' '.join(note.split())}", sys.stdout)
+        said = f"{passed} of {len(found)} passed in {report['seconds']:.0f} s"
+        say(f"{said}: no gap above {LIMIT:g}, and no stage failed.", sys.stdout)
     return int(passed < len(found))
 
 
