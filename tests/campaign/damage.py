@@ -241,6 +241,22 @@ def names(*found: str, as_file: bool = False) -> Callable[[Place], list[str]]:
     return check
 
 
+def within(path: str, stage: str = "sft", harm: Harm | None = None) -> Callable[[Place], list[str]]:
+    """A user's file in a folder of the run that the run deletes in the end: it is kept beside it."""
+    def check(place: Place) -> list[str]:
+        prepare(place, stage)
+        out = take(place, unfinished(place, stage))
+        (out / path / "mine").mkdir(parents=True)
+        (out / path / "mine" / "notes.txt").write_text("mine")
+        if harm is not None:
+            harm(out / path / "complete.json", place.random)
+        problems = [each for each in resumes(place, stage, says=[path]) if not each.startswith("leftover")]
+        if not any(each.read_text() == "mine" for each in out.rglob("mine/notes.txt")):
+            problems.append(f"lost file: {path}/mine/notes.txt")
+        return problems
+    return check
+
+
 def linked_checkpoint(place: Place) -> list[str]:
     """A checkpoint that is a link to a folder of the user's: neither followed nor emptied."""
     prepare(place, "sft")
@@ -327,6 +343,9 @@ def cases() -> Iterator[Case]:
     for name, check in {
         "a folder checkpoint-mine": names("checkpoint-mine"), "a folder checkpoint-99": names("checkpoint-99"), "a folder of many digits": names("checkpoint-" + "9" * 30), "a copy of a checkpoint": names("checkpoint-4 (copy)"),
         "a file checkpoint-5": names("checkpoint-5", as_file=True), "a damaged checkpoint of the user": names("damaged-checkpoint-9"), "a partial folder of the user": names(".mine.partial"), "a log of the user": names("mine.jsonl", as_file=True),
+        "a file like one of ours that is being written": names(".metrics.jsonl.5", as_file=True), "one like the manifest's": names(".stage.json.1", as_file=True),
+        "notes in a checkpoint": within("checkpoint-3"), "notes in a partial checkpoint": within(LAST, harm=lose), "notes in a damaged checkpoint": within(LAST, harm=garbage),
+        "notes among the parts of an evaluation": within("parts", "evaluate"),
         "notes of the user": names("notes.md", as_file=True), "a linked checkpoint": linked_checkpoint, "wandb_run.json": forged_pointer,
     }.items():
         yield Case("users' files", name, check)

@@ -125,12 +125,12 @@ def different(ours: Path, theirs: Path) -> list[str]:
 
 
 def _contents(folder: Path) -> dict[str, Any]:
-    """Contents by path; of checkpoints, which hold pickles and dates, the names alone."""
+    """Contents by path; of files in checkpoints, whose records hold times, those of tensors alone."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if "checkpoint-" in name.split("/")[0]:
-            found[name.split("/")[0]] = "checkpoint"
+        if "checkpoint-" in name.split("/")[0] and path.suffix != ".safetensors":
+            found[name] = "in a checkpoint"
         elif path.is_file():
             found[name] = _content(path)
     return found

@@ -165,6 +165,14 @@ class TestOwnFiles:
         assert (out / "metrics.jsonl").is_symlink()
         assert (tmp_path / "mine").read_text() == "mine"
 
+    def test_a_linked_record_is_none(self, out, tmp_path):
+        release(out)
+        (out / "run.json").rename(tmp_path / "theirs")
+        (out / "run.json").symlink_to("../theirs")
+        with pytest.raises(UserError, match=r"holds run\.json, and no"):
+            claim(out, IDENTITY, resuming=True)
+        (out / "run.json").unlink()
+
     def test_the_record_survives_and_is_believed_only_about_the_folder(self, out):
         own(out / "metrics.jsonl", out / "samples.jsonl")
         assert owned(out) == {"metrics.jsonl", "samples.jsonl"}
@@ -186,9 +194,10 @@ class TestOwnFiles:
     def test_only_what_it_lists_is_deleted(self, out):
         own(out / "untrained").mkdir()
         write(out, untrained__weights="ours", best__weights="mine", notes="mine")
-        for name in ("untrained", "best", "notes", "nothing"):
+        (out / "empty").mkdir()
+        for name in ("untrained", "best", "notes", "empty", "nothing"):
             delete(out / name)
-        assert snapshot(out).keys() - {"run.json", "run.lock"} == {"best", "best/weights", "notes"}
+        assert snapshot(out).keys() - {"run.json", "run.lock"} == {"best", "best/weights", "notes", "empty"}
 
     def test_a_new_folder_replaces_what_was_its_own_there(self, out):
         for text in ("first", "second"):
