@@ -18,6 +18,7 @@ from align.errors import UserError, reason
 from align.models.check_weights import check_finite
 from align.models.inspect_folder import inspect_folder, read_object
 from align.models.load import adapter_base, load_config
+from align.runs.files import follow_umask
 from align.runs.own_files import remove_empty
 from align.runs.quiet import quiet
 
@@ -82,6 +83,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
             fresh = Path(temporary) / path.name
             fresh.mkdir()
             yield fresh
+            follow_umask(fresh.glob("*.safetensors"))
             fresh.rename(path)  # fails if there is something by now, an empty folder excepted
     except BaseException as error:
         remove_empty(missing)

@@ -83,6 +83,13 @@ def read_deepspeed_file(path: str, where: str = "deepspeed") -> dict[str, Any]:
             f"{where}: {path}: zero_optimization.offload_optimizer: a state on NVMe, or offloaded in part, is not supported, "
             'since checkpoints could not hold it; use {"device": "cpu"}.'
         )
+    weights = zero.get("offload_param", {})
+    swap = weights.get("nvme_path")
+    if weights.get("device") == "nvme" and not (isinstance(swap, str) and os.path.isdir(swap)):
+        raise UserError(
+            f"{where}: {path}: zero_optimization.offload_param.nvme_path: expected an existing folder, got {shown(swap)}; "
+            "make it, or name another."
+        )
     for name in _WRITERS:
         if config.get(name, {}).get("enabled", False):
             raise UserError(f"{where}: {path}: {name} writes files of its own; leave it out, and use report_to.")

@@ -49,7 +49,7 @@ class Rows:
     report: dict[str, Any]
 
 
-def load_rows(settings: DataSettings, row_type: type) -> Rows:
+def load_rows(settings: DataSettings, row_type: type, key: str = "train_dataset") -> Rows:
     """Read, check and split the data.
 
     No prompt is in both splits. With `eval_dataset`, training rows that would train on one of its prompts are dropped
@@ -59,6 +59,7 @@ def load_rows(settings: DataSettings, row_type: type) -> Rows:
 
     Args:
         row_type: `Prompt`, `Demonstration`, `Preference`, `Labelled` or `Passage`.
+        key: of the recipe, that has the training rows.
 
     Raises:
         UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a split
@@ -67,8 +68,10 @@ def load_rows(settings: DataSettings, row_type: type) -> Rows:
     if any(source.weight != 1 for source in settings.eval_dataset):
         raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
     bad = BadRows()
-    loaded = [_load_source(source, settings.seed, row_type, bad) for source in settings.train_dataset]
-    loaded_eval = [_load_source(source, settings.seed, row_type, bad) for source in settings.eval_dataset]
+    loaded = [_load_source(source, key, settings.seed, row_type, bad) for source in settings.train_dataset]
+    loaded_eval = [
+        _load_source(source, "eval_dataset", settings.seed, row_type, bad) for source in settings.eval_dataset
+    ]
     bad_rows = bad.raise_or_report(settings.on_bad_row)
     training, evaluation, dropped = _split(
         [rows for rows, _ in loaded], list(chain.from_iterable(rows for rows, _ in loaded_eval)), settings
@@ -150,15 +153,17 @@ def _check_not_empty(
         raise UserError(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
     if not evaluation and settings.eval_fraction > 0:
         raise NoHeldOutRows(
-            f"eval_fraction: {settings.eval_fraction} of the prompts of {len(train)} rows came to none; raise it, give "
-            "an `eval_dataset`, or set `eval_fraction: 0` to train without evaluation."
+            f"eval_fraction: with {settings.eval_fraction:g}, none of the {len(train)} rows is held out for evaluation (each "
+            "is drawn by its prompt); raise it, give an `eval_dataset`, or set it to 0 to train without evaluation."
         )
 
 
-def _load_source(source: DataSource, seed: int, row_type: type, bad: BadRows) -> tuple[list[Row], dict[str, Any]]:
+def _load_source(
+    source: DataSource, key: str, seed: int, row_type: type, bad: BadRows
+) -> tuple[list[Row], dict[str, Any]]:
     """The usable rows of one source, and its entry in the report."""
     name = str(source.path or source.generator)
-    raw = list(read_source(source))
+    raw = list(read_source(source, key))
     if not raw:
         raise UserError(f"{name}: expected rows, found none; name a source that holds data.")
     mappings = [values for _, values in raw if isinstance(values, Mapping)]

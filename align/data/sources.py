@@ -30,8 +30,11 @@ MAX_GENERATED_ROWS = 2_000_000  # without a larger `max_rows`; all rows are held
 REPORT_SECONDS = 10.0
 
 
-def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
+def read_source(source: DataSource, key: str) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) for each raw row of a source; the row is a `BadRow` where it cannot be read.
+
+    Args:
+        key: of the recipe, that has the source.
 
     Raises:
         UserError: the file, data set or generator is missing or fails.
@@ -42,17 +45,17 @@ def read_source(source: DataSource) -> Iterator[tuple[str, Any]]:
     path = str(source.path)
     files = sorted(glob.glob(path, recursive=True)) or ([path] if os.path.exists(path) else [])
     for file in files:
-        yield from _read_file(file, source)
+        yield from _read_file(file, source, key)
     if files:
         return
     if glob.has_magic(path) or path.startswith(("/", ".", "~")) or path.removesuffix(".gz").endswith(SUFFIXES):
-        raise UserError(f"{path}: no such file; fix the path in the recipe.")
+        raise UserError(f"{key}: {path}: no such file; fix the path in the recipe.")
     try:
         rows = datasets.load_dataset(path, source.name, split=source.split)
     except Exception as error:  # the network, the hub and the data set's own files fail in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path}: neither a file nor a data set that could be fetched from the hub (name {source.name}, split "
+            f"{key}: {path}: neither a file nor a data set that could be fetched from the hub (name {source.name}, split "
             f"{source.split}): {reason}. Check the id, the network and your hub login, or download it and name the file."
         ) from error
     for number, row in enumerate(rows, 1):
@@ -97,11 +100,13 @@ def _reported_when_slow(describe: Callable[[], str]) -> Iterator[None]:
         ended.set()
 
 
-def _read_file(file: str, source: DataSource) -> Iterator[tuple[str, Any]]:
+def _read_file(file: str, source: DataSource, key: str) -> Iterator[tuple[str, Any]]:
     kind = Path(file.removesuffix(".gz")).suffix
     if kind not in SUFFIXES or os.path.isdir(file):
-        raise UserError(f"{file}: expected a {', '.join(SUFFIXES)} file (.gz allowed); to read a folder, use a glob.")
-    check_regular(file)
+        raise UserError(
+            f"{key}: {file}: expected a {', '.join(SUFFIXES)} file (.gz allowed); to read a folder, use a glob."
+        )
+    check_regular(file, key)
     try:
         if kind in (".json", ".jsonl"):
             yield from _read_json(file)

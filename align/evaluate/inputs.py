@@ -150,10 +150,12 @@ def _load_rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demons
         )
         rows = load_rows(settings, Demonstration)
         if not rows.evaluation:
-            raise UserError("eval_fraction: expected rows to evaluate; raise it above 0, or give an `eval_dataset`.")
+            raise UserError(
+                "eval_fraction: is 0, so that there are no rows to evaluate; set it above 0, or give an `eval_dataset`."
+            )
         return rows.train, rows.evaluation, rows.report
     settings = DataSettings(train_dataset=recipe.eval_dataset, on_bad_row=recipe.on_bad_row, seed=recipe.seed)
-    rows = load_rows(settings, Demonstration)
+    rows = load_rows(settings, Demonstration, "eval_dataset")
     size = min(recipe.max_eval_rows or len(rows.train), len(rows.train))
     chosen = sorted(random.Random(f"{recipe.seed} evaluation").sample(range(len(rows.train)), size))
     sources = [{**source, "used_for": "evaluation"} for source in rows.report["sources"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +14,8 @@ from align.data.chat_template import check_chat_template, set_template_kwargs
 from align.data.end_tokens import set_model_ends
 from align.errors import TemplateFailure, UserError, reason
 from align.models.load import adapter_settings
+
+VOCABULARY = re.compile(r"tokenizer\.|tokenizer_config\.|vocab|spiece|sentencepiece|merges\.")  # files of a tokenizer
 
 
 def load_tokenizer(
@@ -29,6 +33,12 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing more special
+        if os.path.isdir(path) and not any(map(VOCABULARY.match, os.listdir(path))):
+            base = (adapter_settings(path) or {}).get("base_model_name_or_path")
+            whose = f"its base {base}" if base else "the model that it was trained from"
+            raise UserError(
+                f"{path}: has no tokenizer; copy tokenizer.json, tokenizer_config.json and their like there from {whose}."
+            ) from error
         raise UserError(f"{path}: the tokenizer cannot be loaded. {reason(error)}") from error
     end = tokenizer.eos_token or tokenizer.sep_token  # an encoder's rows end with the separator
     if end is None:

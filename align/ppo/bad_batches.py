@@ -10,6 +10,7 @@ from align.engine.faults import during
 from align.errors import UserError
 from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout
+from align.runs.files import follow_umask
 from align.runs.own_files import own
 
 MOST_SKIPPED = 3  # in a row, before the run stops
@@ -30,6 +31,7 @@ def skip_minibatch(run: PPORun, minibatch: Rollout, name: str, sums: dict[str, f
         with during("records", file):
             own(file.parent).mkdir(exist_ok=True)
             save_file({name: getattr(minibatch, name).contiguous() for name in names}, file)
+            follow_umask([file])
     if run.skipped_in_a_row >= MOST_SKIPPED:
         losses = ", ".join(f"{n} {sums[n]}" for n in ("policy/loss", "value/loss", "ptx/loss") if n in sums)
         raise UserError(

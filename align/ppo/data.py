@@ -44,7 +44,7 @@ def load_data(recipe: PPORecipe, inputs: PPOInputs, world: World) -> PPOData:
     report = {**rows.report, "skipped": {"train": skipped, "evaluation": skipped_held_out, "ptx": {}}}
     if not recipe.ptx_dataset:
         return PPOData(prompts, held_out, None, report)
-    text = load_rows(ptx_settings(recipe), Demonstration)
+    text = load_rows(ptx_settings(recipe), Demonstration, "ptx_dataset")
     ptx, report["skipped"]["ptx"] = tokenize_demonstrations(
         text.train,
         inputs.tokenizer,

@@ -22,6 +22,7 @@ from align.runs.files import (
     fingerprint,
     fingerprints,
     finite,
+    follow_umask,
     sync,
     sync_all,
     write_bytes,
@@ -73,6 +74,7 @@ def synced_sums(checkpoint: Path, apart: Collection[str] = ()) -> dict[str, list
         apart: folders in it that other ranks write to, and are left out.
     """
     sums = fingerprints(checkpoint, apart)
+    follow_umask(checkpoint / name for name in sums if name.endswith(".safetensors"))
     sync_all(checkpoint / name for name in sums)  # not of other ranks, which may not be done yet
     return sums
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -68,6 +69,18 @@ def fingerprint(path: Path, length: int | None = None) -> list[int]:
         while block := file.read(1 << 20 if length is None else min(1 << 20, length - size)):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return [size, crc]
+
+
+def follow_umask(paths: Iterable[Path]) -> None:
+    """Give saved weights the permissions of other files; safetensors makes its files readable by their owner alone."""
+    for path in paths:
+        path.chmod(_usual_mode())
+
+
+@functools.cache
+def _usual_mode() -> int:
+    os.umask(mask := os.umask(0o077))
+    return 0o666 & ~mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from align.config.json_file import parse_json, read_file
 from align.errors import BadFile, UserError
-from align.runs.files import write_json
+from align.runs.files import follow_umask, write_json
 from align.runs.others_files import keep_others
 from align.runs.records import is_inner_path
 
@@ -42,13 +42,18 @@ def read_mark(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def in_the_way(path: Path) -> UserError:
-    """The error for a file or folder that has a name that the run needs."""
+def in_the_way(path: Path, *others: Path) -> UserError:
+    """The error for files or folders that have names that the run needs."""
     what = (
         "is a symbolic link, through which nothing is written" if path.is_symlink() else "was not written by this run"
     )
+    so = ""
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        so = f" (so have {', '.join(other.name for other in others[:3])}{more})"
     return UserError(
-        f"output_dir: {path} {what}, and has a name that the run needs; move it elsewhere and start again."
+        f"output_dir: {path} {what}, and has a name that the run needs{so}; move {'them' if so else 'it'} elsewhere and start "
+        "again."
     )
 
 
@@ -62,11 +67,17 @@ def check_way(folder: Path, files: set[str]) -> None:
         UserError: a file of others has one, or there is a link in place of a file of the run.
     """
     mine = {name.partition("/")[0] for name in files} | ({RUN} if read_mark(folder / RUN) else set())
-    for entry in sorted(folder.iterdir()):
-        if entry.name in mine and entry.is_symlink():
-            raise in_the_way(entry)
-        if entry.name not in mine and any(fnmatch.fnmatch(entry.name, pattern) for pattern in IN_THE_WAY.split()):
-            raise in_the_way(entry)
+    found = [
+        entry
+        for entry in sorted(folder.iterdir())
+        if (
+            entry.is_symlink()
+            if entry.name in mine
+            else any(fnmatch.fnmatch(entry.name, each) for each in IN_THE_WAY.split())
+        )
+    ]
+    if found:
+        raise in_the_way(*found)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
@@ -154,6 +165,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = _start_partial(path)
     yield temporary
+    follow_umask(temporary.rglob("*.safetensors"))
     _put_folder(temporary, path)
 
 
@@ -166,6 +178,7 @@ def new_files(folder: Path) -> Iterator[Path]:
     """
     temporary = _start_partial(folder / "model")
     yield temporary
+    follow_umask(temporary.rglob("*.safetensors"))
     entries = sorted(temporary.iterdir())
     own(*(folder / entry.name for entry in entries if not entry.is_dir()))
     for entry in entries:

@@ -83,7 +83,7 @@ def _load_retention(recipe: SFTRecipe) -> Rows:
         seed=recipe.seed,
     )
     try:
-        return load_rows(settings, Demonstration)
+        return load_rows(settings, Demonstration, "retention")
     except NoHeldOutRows as error:
         instead = (
             "" if recipe.replay_fraction else ", or measure all of them: `eval_fraction: 0` beside an `eval_dataset`"

@@ -262,6 +262,8 @@ DEEPSPEED: dict[str, str] = {
     '{"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}': "device: expected one of none, cpu, nvme",
     '{"zero_optimization": {"stage": 3, "offload_param": {"device": ["cpu"]}}}': "device: expected one of none, cpu, nvme",
     '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}': "offload_param: needs stage 3, got stage 2",
+    '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}': "offload_param.nvme_path: expected an existing folder, got nothing (null)",
+    '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/gone"}}}': 'nvme_path: expected an existing folder, got "/gone"',
     '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}': "offload_optimizer: a state on NVMe",
     '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}': "offloaded in part",
     '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}': "offload_optimizer: needs stage 1 or more, got stage 0",

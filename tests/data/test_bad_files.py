@@ -252,3 +252,11 @@ def test_a_slow_generator_is_reported(folder, monkeypatch, capsys):
 def test_a_generator_may_change_the_row_that_it_has_yielded(folder):
     body = "row = dict(GOOD)\n    for letter in 'abc':\n        row['prompt'] = letter\n        yield row"
     assert [row.prompt for row in load(generator(folder, body)).train] == ["a", "b", "c"]
+
+
+def test_the_key_of_the_recipe_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(GOOD)
+    os.mkfifo(tmp_path / "b.jsonl")
+    for path, said in {"b.jsonl": "expected a file, got a named pipe", "gone.jsonl": "no such file"}.items():
+        with pytest.raises(UserError, match=f"^eval_dataset: .*{path}: {said}"):
+            load(str(tmp_path / "a.jsonl"), eval_dataset=[DataSource(path=str(tmp_path / path))])

@@ -145,7 +145,9 @@ class TestRefused:
         )
         environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.startswith("some/data: neither a file nor a data set that could be fetched from the hub")
+        assert done.stdout.startswith(
+            "train_dataset: some/data: neither a file nor a data set that could be fetched from the hub"
+        )
         assert "split test" in done.stdout
         assert "Check the id" in done.stdout
 
@@ -464,7 +466,7 @@ class TestSplit:
 
     def test_a_side_without_rows(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", pairs(4))
-        with pytest.raises(UserError, match=r"eval_fraction: 1e-06 of the prompts of 4 rows came to none; raise it"):
+        with pytest.raises(UserError, match=r"eval_fraction: with 1e-06, none of the 4 rows is held out .*; raise it"):
             load(path, eval_fraction=1e-6)
         with pytest.raises(UserError, match=r"no training row is left: 4 are for evaluation"):
             load(path, eval_fraction=1 - 1e-9)

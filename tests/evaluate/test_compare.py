@@ -407,7 +407,7 @@ def test_without_an_evaluation_set_a_share_is_held_out(tmp_path):
     assert 0 < len(held_out) < len(TRAIN)
     for prompt in [row.prompt for row in inputs.settings[0].rows]:
         assert prompt[:2] not in held_out
-    with pytest.raises(UserError, match="eval_fraction: expected rows to evaluate"):
+    with pytest.raises(UserError, match="eval_fraction: is 0, so that there are no rows to evaluate"):
         prepare_inputs(dataclasses.replace(settings, eval_fraction=0.0), False)
 
 

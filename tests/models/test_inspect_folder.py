@@ -304,7 +304,7 @@ LOADED: dict[str, tuple[str, Change, str]] = {
     ),
     "NaN": ("weights", lambda folder: rewrite(folder, "model.norm.weight", math.nan), "NaN or infinity, in model.norm.weight"),
     "infinity": ("weights", lambda folder: rewrite(folder, "lm_head.weight", -math.inf), "NaN or infinity, in lm_head.weight"),
-    "no tokenizer": ("tokenizer", lambda folder: (gone("tokenizer.json")(folder), gone("tokenizer_config.json")(folder)), "model: the tok"),
+    "no tokenizer": ("tokenizer", lambda folder: (gone("tokenizer.json")(folder), gone("tokenizer_config.json")(folder)), "model: has no tokenizer"),
     "tokenizer is cut": ("tokenizer", cut("tokenizer.json"), "model: the tokenizer cannot be loaded"),
     "tokenizer is empty": ("tokenizer", put("tokenizer.json", ""), "model: the tokenizer cannot be loaded"),
     "tokenizer is a list": ("tokenizer", put("tokenizer.json", "[]"), "model: the tokenizer cannot be loaded"),
@@ -474,3 +474,9 @@ def test_what_align_writes_passes(models):
     load_policy("model").save_pretrained("again")
     AutoTokenizer.from_pretrained("model").save_pretrained("again")
     assert inspect_folder("again", KEY) is not None
+
+
+def test_an_adapter_without_a_tokenizer(tmp_path):
+    LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path="some/base").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"has no tokenizer; copy tokenizer.json, .* from its base some/base"):
+        load_tokenizer(str(tmp_path))

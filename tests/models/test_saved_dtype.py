@@ -36,6 +36,7 @@ def test_a_saved_model_has_the_settings_and_types_of_its_base(tmp_path):
         gradient_checkpointing=True,
     )
     run(recipe)
+    assert (tmp_path / "out/model.safetensors").stat().st_mode == (tmp_path / "out/config.json").stat().st_mode
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text()) == json.loads((tmp_path / "base" / name).read_text())
     saved = trained(recipe)

@@ -213,7 +213,7 @@ class TestTwoRanks:
 
 
 class TestFailedRank:
-    WORDS = r"error: rank 1: reward 'rules_for_test:fails_on_rank_1', row 0 of 8: RuntimeError: the judge is down prompt: .*"
+    WORDS = r"error: rank 1: reward 'rules_for_test:fails_on_rank_1', row 0 of 8: RuntimeError: the judge is down; prompt: .*"
 
     def test_all_ranks_end_with_its_error_by_themselves(self, tmp_path):
         recipe = make_recipe(tmp_path, reward_funcs=["rules_for_test:fails_on_rank_1"])

@@ -357,7 +357,7 @@ def test_model_without_a_finite_score_names_the_row():
     model = tiny()
     with torch.no_grad():
         model.model.embed_tokens.weight[12] = float("nan")
-    message = r"reward 'model', row 2 of 4: the model's score is nan.*\n.*'prompt 2'\n.*'response 2'"
+    message = r"reward 'model', row 2 of 4: the model's score is nan.*; prompt: 'prompt 2'; response: 'response 2'"
     with pytest.raises(ValueError, match=message):
         ModelReward("model", model, batch_size=4, max_length=64).score(responses(4))
     with pytest.raises(ValueError, match="row 1 of 4: no token"):
@@ -442,7 +442,7 @@ def test_no_way_of_ending_goes_without_a_word():
     async def cancelled(**kwargs):
         raise asyncio.CancelledError
 
-    with pytest.raises(ValueError, match="reward 'judge', row 0 of 4: SystemExit: 0"):
+    with pytest.raises(ValueError, match="reward 'judge', row 0 of 4: SystemExit: 0; prompt: "):
         FunctionReward("judge", leaves).score(responses(4))
     with pytest.raises(ValueError, match="reward 'judge', row 0 of 4: CancelledError"):
         FunctionReward("judge", cancelled).score(responses(4))
@@ -463,7 +463,9 @@ def test_no_way_of_ending_goes_without_a_word():
 )
 def test_wrong_score_names_function_row_prompt_and_response(wrong, message):
     source = FunctionReward("rule", lambda **kwargs: [1.0, 2.0, wrong, 4.0])
-    with pytest.raises(ValueError, match=rf"reward 'rule', row 2 of 4: {message}.*\n.*'prompt 2'\n.*'response 2'"):
+    with pytest.raises(
+        ValueError, match=rf"reward 'rule', row 2 of 4: {message}.*; prompt: 'prompt 2'; response: 'response 2'"
+    ):
         source.score(responses(4))
 
 
@@ -501,7 +503,9 @@ def test_exception_names_the_row_that_causes_it():
     def function(completions, limit, **kwargs):
         return [1 / (most - int(text[-1])) for text, most in zip(completions, limit, strict=True)]
 
-    message = r"reward 'rule', row 3 of 4: ZeroDivisionError: division by zero\n.*'prompt 3'\n.*'response 3'"
+    message = (
+        r"reward 'rule', row 3 of 4: ZeroDivisionError: division by zero; prompt: 'prompt 3'; response: 'response 3'"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         FunctionReward("rule", function).score(responses(4, columns={"limit": [5, 4, 3, 3]}))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -555,7 +559,7 @@ def test_none_is_left_out_of_the_sum():
 
 def test_row_that_no_source_scores():
     sources = [FunctionReward(name, lambda **kwargs: [1.0, None]) for name in ("one", "two")]
-    with pytest.raises(ValueError, match=r"reward 'one \+ two', row 1 of 2: returned None.*\n.*'prompt 1'"):
+    with pytest.raises(ValueError, match=r"reward 'one \+ two', row 1 of 2: returned None.*; prompt: 'prompt 1'"):
         RewardSum(sources).score(responses(2))
 
 

@@ -150,6 +150,14 @@ class TestOwnFiles:
                 claim(out, IDENTITY, resuming=True)
             assert snapshot(out) == before
             (out / name).unlink()
+        others = ("README.md", "best", "checkpoint-1", "checkpoint-2", "metrics.jsonl", "samples.jsonl")
+        for name in others:
+            (out / name).write_text("mine")
+        said = r"README.md was not written by this run, .* \(so have best, checkpoint-1, checkpoint-2 and 2 more\); move them"
+        with pytest.raises(UserError, match=said):
+            claim(out, IDENTITY, resuming=True)
+        for name in others:
+            (out / name).unlink()
         (out / "notes.md").write_text("mine")  # no such name
         claim(out, IDENTITY, resuming=True)
 
