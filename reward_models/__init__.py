@@ -6,7 +6,9 @@ grader of `align evaluate`; everything else that is public is listed below.
 
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward
-from reward_models.heads import init_head, keep_head_float32, load_reward_model, score_head, score_sequences
+from reward_models.heads import init_head, keep_head_float32, score_head, score_sequences
+from reward_models.linear_head import SequenceClassifier, TokenClassifier
+from reward_models.load import load_reward_model
 from reward_models.responses import Responses, RewardSource, Turns, passes
 from reward_models.trained import ModelReward
 
@@ -16,6 +18,8 @@ __all__ = [
     "Responses",
     "RewardSource",
     "RewardSum",
+    "SequenceClassifier",
+    "TokenClassifier",
     "Turns",
     "init_head",
     "keep_head_float32",

@@ -1,13 +1,11 @@
-"""Scalar heads on decoder and encoder backbones: find, initialize, load, score."""
+"""Scalar heads on decoder and encoder backbones: find, initialize, score."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
 
 class Float32Linear(nn.Linear):
@@ -83,54 +81,6 @@ def init_head(model: nn.Module, generator_seed: int) -> None:
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (head.in_features + 1) ** 0.5)
         if head.bias is not None:
             head.bias.zero_()
-
-
-def load_reward_model(
-    path: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str | None = None,
-    trust_remote_code: bool = False,
-) -> Any:
-    """Load a trained sequence classifier with one label for scoring: frozen, in evaluation mode, with a float32 head.
-
-    Raises:
-        ValueError: before weights are loaded, if there is no model at `path` or it has no scalar sequence classification
-            head; after, if the weights do not fit (transformers would initialize missing ones at random).
-    """
-    remedy = "expected a reward model: run the reward stage, and name its output_dir."
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # no such model, or a configuration that cannot be read
-        raise ValueError(f"{path}: no model there ({type(error).__name__}); {remedy}") from error
-    architecture = (config.architectures or ["a model of unknown class"])[0]
-    if not architecture.endswith("ForSequenceClassification"):
-        raise ValueError(f"{path}: holds {architecture}, which has no sequence classification head; {remedy}")
-    if config.num_labels != 1:
-        raise ValueError(f"{path}: a classifier with {config.num_labels} labels instead of one; {remedy}")
-    mean = getattr(config, "score_mean", 0.0)
-    if isinstance(mean, bool) or not isinstance(mean, int | float) or not math.isfinite(mean):
-        raise ValueError(f"{path}: config.json: score_mean: expected a finite number, got {mean!r}; {remedy}")
-
-    text_config = config.get_text_config()
-    text_config.use_cache = False
-    if text_config.pad_token_id is None:
-        text_config.pad_token_id = 0  # the model needs one for batches; `score_sequences` does not depend on it
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        use_safetensors=True,  # never a pickle
-        output_loading_info=True,
-    )
-    head = score_head(model)[0]
-    unfit = [*report["missing_keys"], *(key for key in report["unexpected_keys"] if key.startswith(head))]
-    if unfit:
-        raise ValueError(f"{path}: weights do not fit {architecture} ({', '.join(sorted(unfit))}); {remedy}")
-    keep_head_float32(model)
-    return model.eval().requires_grad_(False)
 
 
 def score_sequences(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def test_maths_needs_torch_only(name):
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("reward_models")])
 def test_reward_models_need_torch_and_transformers_only(name):
-    allowed = STANDARD | {"torch", "transformers", "reward_models"}
+    allowed = STANDARD | {"torch", "transformers", "safetensors", "reward_models"}
     assert {i for i in imports(MODULES[name]) if i.split(".")[0] not in allowed} == set()
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
+from transformers import AutoConfig, AutoTokenizer
 
 from align.config.paths import expand, overlap
 from align.errors import UserError, reason
@@ -21,6 +21,7 @@ from align.models.load import adapter_base, load_config
 from align.runs.files import follow_umask
 from align.runs.own_files import remove_empty
 from align.runs.quiet import quiet
+from reward_models.linear_head import SequenceClassifier
 
 AUTO = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_CLS": AutoPeftModelForSequenceClassification}
 
@@ -54,9 +55,11 @@ def run(adapter: str, output: str) -> str:
     load_config(str(folder), "align merge")  # which refuses code that it names
     labels: dict[str, Any] = {"num_labels": 1} if auto is AutoPeftModelForSequenceClassification else {}
     try:
-        model = auto.from_pretrained(
-            str(folder), dtype=torch.float32, use_safetensors=True, trust_remote_code=False, **labels
-        )
+        settings = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **labels}
+        if labels and base and type(AutoConfig.from_pretrained(base)) not in SequenceClassifier.mapping:
+            model = PeftModel.from_pretrained(SequenceClassifier.from_pretrained(base, **settings), str(folder))
+        else:
+            model = auto.from_pretrained(str(folder), **settings)
         with_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if with_tokenizer else base, trust_remote_code=False)
     except Exception as error:

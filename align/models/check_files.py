@@ -21,6 +21,7 @@ from align.models.check_weights import check_report
 from align.models.inspect_folder import stored_tensors
 from align.models.safetensors_header import StoredTensor
 from align.models.trainable import check_trainable
+from reward_models.linear_head import AnyBackbone
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -40,7 +41,7 @@ def check_files(
     """Check the model or adapter in `path`; of a model on the hub, configuration and tokenizer only.
 
     Args:
-        auto: the class that will load it, such as `AutoModelForCausalLM`.
+        auto: the class that will load it, such as `AutoModelForCausalLM` or `TokenClassifier`.
         key: the recipe key that names the model, for errors.
         config: of the model; of an adapter, of its base.
         new_head: whether a head that is missing, or has another shape, is drawn at random.
@@ -52,7 +53,7 @@ def check_files(
     if tokenizer is not None:
         check_embeddings(tokenizer, config, path, key)
     folder, tensors = stored_tensors(path, key)
-    cls = model_class(auto, config)
+    cls = auto.class_of(config) if isinstance(auto, AnyBackbone) else model_class(auto, config)
     if tensors is None or cls is None or getattr(config, "quantization_config", None) is not None:
         return  # transformers tells once it has loaded them
     model = _load_without_storage(cls, folder, key, config, tensors, new_head, attn_implementation, num_labels)

@@ -30,6 +30,7 @@ from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_finite, check_report
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
 from align.models.trainable import disable_inference_kernels
+from reward_models.linear_head import SequenceClassifier
 
 
 def load_config(path: str, key: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -203,9 +204,9 @@ def load_policy(
 def new_reward_model(
     path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A sequence classifier with one label on the backbone in `path`; the caller has to initialize its head."""
+    """A sequence classifier with one label on the backbone in `path`; the caller has to initialize its head if it is new."""
     model: PreTrainedModel = load_pretrained(
-        AutoModelForSequenceClassification,
+        SequenceClassifier,
         path,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
-from align.errors import UserError, reason
+from align.maths.estimators import ESTIMATORS
 from align.models.load import load_pretrained
+from align.models.scalar_head import find_head, settle_head
 from reward_models.heads import score_head
+from reward_models.linear_head import TokenClassifier
+from reward_models.stored_head import StoredHead
 
 
-def value_head_key_mapping(config: PretrainedConfig) -> dict[str, str] | None:
-    """The `key_mapping` by which `from_pretrained` loads a reward model's head as that of a token classifier.
+def find_value_head(
+    path: str, config: PretrainedConfig, key: str, trust_remote_code: bool = False
+) -> StoredHead | None:
+    """The head in `path` from which the value model starts; None: a new one.
 
-    None when both have one name. Call it outside `sharded_load`, which shards even models without storage.
+    Args:
+        config: of the model in `path`.
+        key: the recipe key that names it, for errors.
 
     Raises:
-        UserError: transformers has no token classifier of this architecture.
+        UserError: no value model can be built on this model, or it has a head that cannot be used.
     """
-    config.num_labels = 1
-    try:
-        with torch.device("meta"):
-            source = score_head(AutoModelForSequenceClassification.from_config(config))[0]
-            target = score_head(AutoModelForTokenClassification.from_config(config))[0]
-    except Exception as error:  # no such class, or a configuration that no model can be built from
-        raise UserError(
-            f"value_model_path: transformers has no token classifier for {config.model_type}, which a value model "
-            f"needs, or cannot build it ({reason(error)}); name another model."
-        ) from error
-    return {f"^{source}": target} if source != target else None
+    without = [name for name, estimator in ESTIMATORS.items() if not estimator.value_model]
+    remedy = (
+        "Name a reward model, a value model or a language model by value_model_path, or choose an advantage_estimator "
+        f"without a value model: {', '.join(without)}."
+    )
+    return find_head(path, config, TokenClassifier, key, remedy, trust_remote_code)
 
 
 def load_value_model(
     path: str,
-    key_mapping: dict[str, str] | None,
+    head: StoredHead | None,
     *,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -46,20 +42,21 @@ def load_value_model(
     """A model with one value per token, from the weights of a reward model, a value model or a language model.
 
     Args:
-        key_mapping: from `value_head_key_mapping`.
+        head: from `find_value_head`.
 
     Returns:
         the model, and the parameters of its head that `path` lacks ("weight", "bias"), which the caller has to
         initialize.
     """
     model, report = load_pretrained(
-        AutoModelForTokenClassification,
+        TokenClassifier,
         path,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         num_labels=1,
-        key_mapping=key_mapping,
         output_loading_info=True,
     )
-    head = score_head(model)[0]
-    return model, {name.removeprefix(f"{head}.") for name in report["missing_keys"] if name.startswith(head)}
+    settle_head(model, head, report["missing_keys"], path)
+    name = score_head(model)[0]
+    missing = {each.removeprefix(f"{name}.") for each in report["missing_keys"] if each.startswith(f"{name}.")}
+    return model, set() if head is not None and not head.native else missing

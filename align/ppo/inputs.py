@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.ppo import PPORecipe
 from align.config.stages import STAGES
@@ -18,9 +12,10 @@ from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
 from align.models.check_files import check_files
-from align.models.load import is_encoder, load_config
+from align.models.load import adapter_base, is_encoder, load_config
+from align.models.scalar_head import find_head
 from align.models.tokenizer import load_tokenizer
-from align.models.value import value_head_key_mapping
+from align.models.value import find_value_head
 from align.runs.manifest import (
     check_same_tokenizer,
     check_template_kwargs,
@@ -28,6 +23,8 @@ from align.runs.manifest import (
     read_manifest,
     tokenizer_digest,
 )
+from reward_models.linear_head import SequenceClassifier, TokenClassifier
+from reward_models.stored_head import StoredHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +36,17 @@ class PPOInputs:
     reward_tokenizer: PreTrainedTokenizerBase | None
     reward_config: PretrainedConfig | None
     same_tokenizer: bool  # the reward model reads the policy's ids as they are
+    reward_head: StoredHead | None
     value_path: str  # unused without a value model, as is the next
-    value_renaming: dict[str, str] | None
+    value_head: StoredHead | None  # None: a new one
+
+    def describe_heads(self, advantage_estimator: str) -> list[str]:
+        """Where the scalar heads of reward and value model come from."""
+        lines = [] if self.reward_head is None else [f"reward model: its head is {self.reward_head.name}"]
+        if ESTIMATORS[advantage_estimator].value_model:
+            head = "a new head" if self.value_head is None else f"the head {self.value_head.name}"
+            lines.append(f"value model: starts from {self.value_path} with {head}")
+        return lines
 
 
 def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
@@ -77,22 +83,25 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
 
-    reward_tokenizer = reward_config = None
+    reward_tokenizer = reward_config = reward_head = value_head = None
     same_tokenizer = False
     if (path := recipe.reward_model_path) is not None:
         reward_config = load_config(path, "reward_model_path", recipe.trust_remote_code)
         manifest = read_manifest(path)
         if manifest is not None and manifest["stage"] not in ("reward", "classify"):
             raise UserError(f"reward_model_path: {path} is the output of the {manifest['stage']} stage, not of reward.")
-        head = (reward_config.architectures or ["no architecture"])[0]
-        if not head.endswith("ForSequenceClassification") or reward_config.num_labels != 1:
-            raise UserError(
-                f"reward_model_path: {path} has no scalar head (it holds a {head}); run the reward stage on it first."
-            )
+        reward_head = _find_reward_head(path, reward_config, recipe.trust_remote_code)
         kwargs = {} if is_encoder(reward_config) else recipe.chat_template_kwargs  # an encoder reads plain text
         reward_tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)
-        classifier = AutoModelForSequenceClassification
-        check_files(classifier, path, "reward_model_path", reward_config, reward_tokenizer, attn_implementation=kernel)
+        check_files(
+            SequenceClassifier,
+            path,
+            "reward_model_path",
+            reward_config,
+            reward_tokenizer,
+            new_head=True,  # the head has been found
+            attn_implementation=kernel,
+        )
         check_template_kwargs(path, kwargs, "reward_model_path")
         set_scores_reasoning(reward_tokenizer, recipe.score_reasoning)
         theirs = {} if manifest is None else manifest["recipe"]
@@ -112,23 +121,33 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         theirs = tokenizer_digest(load_tokenizer(value_path, recipe.chat_template_path, recipe.trust_remote_code))
         if theirs["vocabulary"] != mine["vocabulary"]:
             raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
-    value_config = None
     if ESTIMATORS[recipe.advantage_estimator].value_model:
-        value_config = load_config(value_path, "value_model_path", recipe.trust_remote_code)
-        check_files(
-            AutoModelForTokenClassification,
-            value_path,
-            "value_model_path",
-            value_config,
-            new_head=True,
-            attn_implementation=kernel,
-        )
+        others = "reward_model_path" if same_tokenizer else "sft_model_path"
+        key = "value_model_path" if recipe.value_model_path is not None else others
+        value_config = load_config(value_path, key, recipe.trust_remote_code)
+        value_head = find_value_head(value_path, value_config, key, recipe.trust_remote_code)
+        check_files(TokenClassifier, value_path, key, value_config, new_head=True, attn_implementation=kernel)
     return PPOInputs(
         config=config,
         tokenizer=tokenizer,
         reward_tokenizer=reward_tokenizer,
         reward_config=reward_config,
         same_tokenizer=same_tokenizer,
+        reward_head=reward_head,
         value_path=value_path,
-        value_renaming=value_head_key_mapping(value_config) if value_config is not None else None,
+        value_head=value_head,
     )
+
+
+def _find_reward_head(path: str, config: PretrainedConfig, trust_remote_code: bool) -> StoredHead:
+    key = "reward_model_path"
+    if (base := adapter_base(path)) is not None:
+        raise UserError(
+            f"{key}: {path} is an adapter of {base}; merge it by `align merge {path} FOLDER`, and name FOLDER."
+        )
+    remedy = "Name a reward model: the output of the reward stage."
+    head = find_head(path, config, SequenceClassifier, key, remedy, trust_remote_code)
+    held = (config.architectures or ["no architecture"])[0]
+    if head is None or held.endswith("ForTokenClassification"):
+        raise UserError(f"{key}: {path} has no scalar head (it holds a {held}); run the reward stage on it first.")
+    return head

@@ -34,7 +34,8 @@ from align.ppo.inputs import PPOInputs
 from align.ppo.ppo_run import Models, PPORun, Progress
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward
-from reward_models.heads import keep_head_float32, load_reward_model, score_head
+from reward_models.heads import keep_head_float32, score_head
+from reward_models.load import load_reward_model
 from reward_models.trained import ModelReward
 
 SHORT = 32  # tokens of prompt and response up to which padding costs less than one more forward pass
@@ -106,11 +107,11 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
         with sharded_load(recipe, "value"):
             model, missing = load_value_model(
                 inputs.value_path,
-                inputs.value_renaming,
+                inputs.value_head,
                 attn_implementation=recipe.attn_implementation,
                 trust_remote_code=recipe.trust_remote_code,
             )
-        _start_value_head(model, missing)
+        start_value_head(model, missing)
         keep_head_float32(model)
         rate = recipe.value_learning_rate or recipe.learning_rate
         value = train_engine(model, recipe, world, rate, plan.accumulation, "value")
@@ -118,7 +119,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
     return Models(policy, value, reference, sources)
 
 
-def _start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
+def start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
     """Initialize the value head from the reward model's (arXiv 2009.01325 appendix G.1), its zero point included.
 
     The value at the last token then starts as the score. A new head, on a language model, starts at 0, so that every

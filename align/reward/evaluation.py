@@ -25,7 +25,7 @@ from align.generation.scoring import score_ids
 from align.models.context_length import max_positions
 from align.models.load import load_policy
 from align.reward.inputs import RewardInputs
-from reward_models.heads import load_reward_model
+from reward_models.load import load_reward_model
 from reward_models.responses import Responses
 from reward_models.trained import ModelReward
 

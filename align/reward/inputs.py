@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -17,9 +16,12 @@ from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
+from align.models.scalar_head import find_reward_head
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.manifest import check_tokenizer
 from reward_models.combine import RewardSum
+from reward_models.linear_head import SequenceClassifier
+from reward_models.stored_head import StoredHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class RewardInputs:
         config, tokenizer: of the backbone. The tokenizer pads on the right, not with end-of-text.
         sft: None where no model can respond to prompts; the rows' chosen responses then get mean score 0.
         true_reward: sum of the `eval_reward_funcs`; None without any.
+        head: the one in the model's files that is kept; None: a new one.
     """
 
     config: PretrainedConfig
@@ -46,22 +49,28 @@ class RewardInputs:
     tokenizer: PreTrainedTokenizerBase
     sft: SFTInputs | None
     true_reward: RewardSum | None
+    head: StoredHead | None
+
+    def describe_head(self) -> str:
+        """Where the scalar head comes from."""
+        return "new" if self.head is None else f"{self.head.name}, kept from the model's files"
 
 
 def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
     """Load configurations and tokenizers, and check them against each other and the models' manifests.
 
     Raises:
-        UserError: a model is missing, unfinished or of the wrong kind, or a tokenizer is not the one it was trained with.
+        UserError: a model is missing, unfinished, of the wrong kind or with a head of the wrong size, or a tokenizer is not the one it was trained with.
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
     config = load_config(path, key, recipe.trust_remote_code)
+    head = find_reward_head(path, config, recipe.new_head, recipe.trust_remote_code)
     kwargs = {} if is_encoder(config) else recipe.chat_template_kwargs  # an encoder reads plain text
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)
     check_tokenizer(path, tokenizer, key, may_add_template=False)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
     check_files(
-        AutoModelForSequenceClassification,
+        SequenceClassifier,
         path,
         key,
         config,
@@ -95,4 +104,11 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         sft = SFTInputs(sft_model_path, sft_config, sft_tokenizer)
     true_rewards = [user_function(f, "eval_reward_funcs", recipe.reward_timeout) for f in recipe.eval_reward_funcs]
     set_right_padding(tokenizer)
-    return RewardInputs(config, is_encoder(config), tokenizer, sft, RewardSum(true_rewards) if true_rewards else None)
+    return RewardInputs(
+        config,
+        is_encoder(config),
+        tokenizer,
+        sft,
+        RewardSum(true_rewards) if true_rewards else None,
+        head,
+    )

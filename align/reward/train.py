@@ -31,9 +31,9 @@ from align.data.tokenize import tokenize_preferences
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
-from align.errors import UserError
 from align.models.context_length import check_rows_fit
 from align.models.load import is_encoder, new_reward_model
+from align.models.scalar_head import start_reward_model
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.reward.evaluation import (
     before_after_table,
@@ -56,7 +56,8 @@ from align.runs.results import RewardResult
 from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tracker import Tracker
 from align.trainer.hf_trainer import eval_batch_size, save_trained, total_steps, train, training_arguments
-from reward_models.heads import init_head, keep_head_float32, score_head
+from reward_models.heads import keep_head_float32, score_head
+from reward_models.linear_head import SequenceClassifier
 
 
 @one_run_per_folder
@@ -101,10 +102,11 @@ def run(recipe: RewardRecipe) -> RewardResult:
         recipe.seed,
         world,
         checkpoint is not None,
-        partial(write_untrained_model, recipe, inputs.tokenizer),
+        partial(write_untrained_model, recipe, inputs),
     )
     with Tracker(recipe, "reward", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
+        tracker.say(f"scalar head: {inputs.describe_head()}")
         if (line := describe_duplicates(rows.report)) is not None:
             tracker.say(line)
         before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
@@ -125,7 +127,7 @@ def run(recipe: RewardRecipe) -> RewardResult:
             scale = {"score_mean": mean, "score_std": std}
             write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **scale})
             data = {**rows.report, "skipped": skipped}
-            card = CARD.format(
+            card = (CARD if type(inputs.config) in SequenceClassifier.mapping else CARD_OF_LINEAR_HEAD).format(
                 folder=python_text(recipe.output_dir),
                 base=markdown_text(recipe.model_name_or_path),
                 ids=ENCODER_IDS if inputs.is_encoder else DECODER_IDS,
@@ -134,28 +136,28 @@ def run(recipe: RewardRecipe) -> RewardResult:
                 if inputs.sft
                 else "chosen responses of the training rows",
             )
-            finish(recipe, inputs.tokenizer, data, results, card, **scale, score_check=check)
+            head = inputs.describe_head()
+            finish(recipe, inputs.tokenizer, data, results, card, **scale, score_check=check, head=head)
     world.barrier()
     disconnect()
     return RewardResult.from_json(recipe.output_dir, results)
 
 
-def write_untrained_model(recipe: RewardRecipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the model that training starts from: the backbone with a new head."""
-    model = new_reward_model(
+def write_untrained_model(recipe: RewardRecipe, inputs: RewardInputs, folder: Path) -> None:
+    """Write the model that training starts from: the backbone with the head of its files, or with a new one."""
+    model = start_reward_model(
         recipe.model_name_or_path,
+        inputs.head,
+        recipe.new_head,
+        recipe.seed,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
     )
     config = model.config.get_text_config()
-    config.pad_token_id = tokenizer.pad_token_id
-    if not is_encoder(model.config) and len(ends := end_ids(tokenizer)) > 1:
+    config.pad_token_id = inputs.tokenizer.pad_token_id
+    if not is_encoder(model.config) and len(ends := end_ids(inputs.tokenizer)) > 1:
         config.eos_token_id = list(ends)  # a classifier has no generation config to keep them in
-    model.config.score_mean = 0.0
-    try:
-        init_head(model, recipe.seed)
-    except ValueError as error:
-        raise UserError(f"model_name_or_path: {error}") from error
+    model.config.score_mean = 0.0  # until the zero of the score is set, after training
     model.save_pretrained(folder)
 
 
@@ -217,10 +219,13 @@ def fit(
     return before
 
 
-CARD = """# A reward model
+TITLE = """# A reward model
 
 Trained from {base} by the `reward` stage of align: it scores a response to a prompt, higher is better.
-
+"""
+CARD = (
+    TITLE
+    + """
 ```python
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -234,6 +239,28 @@ score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
 `config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Pad batches on the right, with an
 attention mask and the tokenizer's own padding token, {pad}: not end-of-text, the position at which the score is read.
 """
+)
+# transformers has no sequence classifier of this architecture.
+CARD_OF_LINEAR_HEAD = (
+    TITLE
+    + """
+It is a linear layer, `score`, on the last hidden state of the base model at the last token. transformers has no sequence
+classifier of this architecture, so align's package `reward_models` loads it:
+
+```python
+import torch
+from reward_models import load_reward_model
+from transformers import AutoTokenizer
+
+model = load_reward_model({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
+ids = {ids}
+score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
+```
+
+`config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Batches need an attention mask.
+"""
+)
 ENCODER_IDS = 'tokenizer(prompt, response)["input_ids"]'
 DECODER_IDS = """tokenizer(prompt + response)["input_ids"]
 ids += [tokenizer.eos_token_id] * (ids[-1] != tokenizer.eos_token_id)  # some tokenizers add it"""

@@ -112,6 +112,7 @@ MANIFEST_RECORD = Record(
         **OF_IDENTITY,
         "data": MAPPING,
         "versions": mapping_of("a mapping of packages to versions", _is_text, _is_text),
+        "head": TEXT,
         "score_mean": NUMBER,
         "score_std": NUMBER,
         "score_check": Kind("lists `ids`, of token ids, and `scores`, of as many numbers", _is_score_check),

@@ -41,7 +41,8 @@ from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import read_manifest
 from align.runs.own_files import MANIFEST
 from align.runs.results import ClassifyResult
-from reward_models.heads import load_reward_model, score_sequences
+from reward_models.heads import score_sequences
+from reward_models.load import load_reward_model
 from tests.documented_metrics import undocumented
 from tests.ranks import launch, stop_after_checkpoint
 from tests.worlds import (

@@ -37,7 +37,8 @@ from align.reward.train import run
 from align.runs.manifest import read_manifest
 from align.runs.own_files import MANIFEST
 from align.runs.results import RewardResult
-from reward_models.heads import init_head, load_reward_model, score_sequences
+from reward_models.heads import init_head, score_sequences
+from reward_models.load import load_reward_model
 from tests.ranks import run_stage, stop_after_checkpoint
 from tests.worlds import (
     deepspeed_file,

@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from transformers import AutoModelForCausalLM
 
 from align.cli.check.memory import Footprint, count_parameters, count_trained, skeleton
 from align.cli.check.sample_rows import Sample, Start
@@ -22,6 +18,7 @@ from align.maths.estimators import ESTIMATORS
 from align.models.context_length import check_responses_fit
 from align.models.load import load_config
 from align.ppo.inputs import check_ppo_inputs
+from reward_models.linear_head import SequenceClassifier, TokenClassifier
 
 
 class PPOCheck(TrainingCheck[PPORecipe]):
@@ -38,7 +35,8 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         if inputs.reward_config is not None:
             others["reward"] = inputs.reward_config
         policy = load_config(recipe.sft_model_path, "sft_model_path", recipe.trust_remote_code)
-        return Start(policy, inputs.tokenizer, others=others)
+        notes = inputs.describe_heads(recipe.advantage_estimator)
+        return Start(policy, inputs.tokenizer, others=others, notes=notes)
 
     def sample(self, recipe: PPORecipe, rows: Sequence[Prompt], start: Start) -> Sample:
         prompts, bad = tokenize_prompts(rows, start.tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
@@ -54,12 +52,12 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
         if ESTIMATORS[recipe.advantage_estimator].value_model:
             config = start.others["value"]
-            value = count_parameters(skeleton(AutoModelForTokenClassification, config, code, num_labels=1))
+            value = count_parameters(skeleton(TokenClassifier, config, code, num_labels=1))
             models.append(Footprint("value", value, value))
         if recipe.method == "full":  # otherwise the reference is the policy with its adapter off
             models.append(Footprint("reference", size, 0))
         if "reward" in start.others:
-            models.append(frozen_model("reward", AutoModelForSequenceClassification, start.others["reward"], code))
+            models.append(frozen_model("reward", SequenceClassifier, start.others["reward"], code))
         if recipe.ds3_gather_for_generation:
             models.append(Footprint("whole policy, while it generates", models[0].parameters, 0, gathered=True))
         return models

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from align.cli.check.memory import Footprint, count_trained, skeleton
 from align.cli.check.sample_rows import Sample, Start
@@ -16,6 +16,7 @@ from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
 from align.reward.inputs import check_reward_inputs
 from reward_models.heads import score_head
+from reward_models.linear_head import SequenceClassifier
 
 SFT_MODEL = "SFT model (to set the zero)"
 
@@ -24,7 +25,7 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
     """A row is two sequences, of each of which one token is scored."""
 
     form = Preference
-    auto = AutoModelForSequenceClassification
+    auto = SequenceClassifier
     num_labels = 1
     sequences_per_row = 2
     has_logits = False
@@ -32,7 +33,8 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
     def start(self, recipe: RewardRecipe, rows: Rows | None, folder: Path) -> Start:
         reward = check_reward_inputs(recipe)
         others = {SFT_MODEL: reward.sft.config} if reward.sft is not None else {}
-        return Start(reward.config, reward.tokenizer, reward.is_encoder, others)
+        notes = [f"scalar head: {reward.describe_head()}"]
+        return Start(reward.config, reward.tokenizer, reward.is_encoder, others, notes=notes)
 
     def sample(self, recipe: RewardRecipe, rows: Sequence[Preference], start: Start) -> Sample:
         data, bad = tokenize_preferences(
@@ -49,7 +51,7 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
         return Sample(shown, note, [*data["chosen_ids"], *data["rejected_ids"]], bad)
 
     def footprints(self, recipe: RewardRecipe, start: Start) -> list[Footprint]:
-        model = skeleton(AutoModelForSequenceClassification, start.config, recipe.trust_remote_code, num_labels=1)
+        model = skeleton(SequenceClassifier, start.config, recipe.trust_remote_code, num_labels=1)
         name, head = score_head(model)
         counts = count_trained(model, recipe, "SEQ_CLS", head, [name.split(".")[0]])
         others = [

@@ -30,6 +30,7 @@ class Start:
     encoder: bool = False
     others: dict[str, PretrainedConfig] = field(default_factory=dict)
     labels: LabelSet | None = None  # of a classifier
+    notes: Sequence[str] = ()  # further lines about the models
 
 
 @dataclass(frozen=True, slots=True)

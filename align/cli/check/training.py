@@ -107,6 +107,8 @@ class TrainingCheck(Generic[R]):
             start = self.start(recipe, rows, context.folder)
             if start is not None:
                 report.say(f"model: {start.config.model_type}, {describe(start.tokenizer)}; all inputs fit together")
+                for note in start.notes:
+                    report.say(note)
         if start is None:
             report.say("not checked: tokens and memory, which need the above", "error")
             return
