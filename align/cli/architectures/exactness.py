@@ -32,7 +32,8 @@ from align.models.forward import label_loss, response_logprobs, response_loss, r
 from align.models.load import load_policy
 from align.models.packing import example_rows, packing_gap
 from align.ppo.ppo_run import Models
-from reward_models.heads import load_reward_model, score_sequences
+from reward_models.heads import score_sequences
+from reward_models.load import load_reward_model
 from reward_models.responses import Responses
 
 PROMPTS = (5, 11, 2, 8)  # tokens of each
