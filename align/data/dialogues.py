@@ -80,14 +80,20 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     else:
         probed = _render(tokenizer, [*before, {"role": turn["role"], "content": _PROBE}], tools)
         generation_prompt = _common(opened, _render(tokenizer, before, tools))  # where it begins
-        cut, content = min(_common(opened, probed), _common(opened, closed)), probed.find(_PROBE)
+        cut = min(_common(opened, probed), _common(opened, closed))
+        header = opened[generation_prompt:]
+        begins = closed.rfind(header, 0, _common(closed, probed)) if header.strip() else -1
         if cut >= generation_prompt:  # it opens what the turn does not have, as a thought
             prompt, response = opened[:cut], closed[cut:]
-        elif content >= 0 and closed.startswith(probed[:content]):  # messages before the turn are written otherwise
-            prompt, response = opened, closed[content:]
+        elif begins >= 0:  # messages before the turn are written otherwise
+            prompt, response = opened, closed[begins + len(header) :]
         else:
             raise BadRow("the chat template renders the prompt differently if a response follows")
     thought, closes, answer = turn["content"].rpartition(END_OF_THINK)
+    if answer.strip() not in response and _PROBE not in _render(
+        tokenizer, [*before, {**turn, "content": _PROBE}], tools
+    ):
+        raise BadRow("the chat template does not write the text of a turn; it may be one for images")
     if not closes or (END_OF_THINK in response and thought.split(THINK)[-1].strip() in response):
         return prompt, response
     # The template leaves the reasoning out even here, where generation would write it.
@@ -117,11 +123,15 @@ def as_template_reads(
         try:
             _check_all_written(tokenizer, form, tools)
         except BadRow as error:
-            failure = failure or error
+            failure = error if failure is None or not isinstance(failure, _Ignored) else failure
         else:
             return form
     assert failure is not None
     raise failure
+
+
+class _Ignored(BadRow):
+    """The template leaves something out, rather than failing on it."""
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
@@ -161,9 +171,9 @@ def _check_all_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Me
         if _render(tokenizer, [*before, message], tools) == _rendered_or_none(tokenizer, without, tools):
             what = f"`{key}` in a message" if key else f"messages of role {role}"
             remedy = f"; write it into `content`, before {END_OF_THINK}" if key == "reasoning_content" else ""
-            raise BadRow(f"the chat template ignores {what}{remedy}; leave it out, or give another template")
+            raise _Ignored(f"the chat template ignores {what}{remedy}; leave it out, or give another template")
     if tools and _render(tokenizer, messages, tools) == _rendered_or_none(tokenizer, messages, None):
-        raise BadRow("the chat template ignores `tools`; leave the column out, or give another template")
+        raise _Ignored("the chat template ignores `tools`; leave the column out, or give another template")
 
 
 def _rendered_or_none(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools) -> str | None:

@@ -180,7 +180,9 @@ def render_text(turns: Turns) -> str:
 
 def _message_text(message: Message) -> str:
     calls = [json.dumps(call, ensure_ascii=False, default=str) for call in message.get("tool_calls", ())]
-    return "\n".join([message["content"], *calls] if message["content"] else calls)
+    text = "\n".join([message["content"], *calls] if message["content"] else calls)
+    reasoning = message.get("reasoning_content")
+    return f"<think>\n{reasoning}\n</think>\n\n{text}" if reasoning else text
 
 
 def as_response(prompt: Turns, text: str) -> Turns:

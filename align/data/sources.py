@@ -59,7 +59,7 @@ def read_source(source: DataSource, key: str) -> Iterator[tuple[str, Any]]:
             f"{source.split}): {reason}. Check the id, the network and your hub login, or download it and name the file."
         ) from error
     for number, row in enumerate(rows, 1):
-        yield f"{path}:{source.split}:{number}", row
+        yield f"{path}:{source.split}:{number}", _without_filled(row)
 
 
 def _generated(spec: str, arguments: Mapping[str, Any], most: int) -> Iterator[tuple[str, Any]]:
@@ -126,11 +126,22 @@ def _read_file(file: str, source: DataSource, key: str) -> Iterator[tuple[str, A
         expanded = 0
         for number, row in enumerate(rows, 1):
             check_expansion(file, expanded := expanded + characters(row))
-            yield f"{file}:{number}", row
+            yield f"{file}:{number}", _without_filled(row)
     except UserError:
         raise
     except Exception as error:  # unreadable, truncated, another encoding, another format than the name says
         raise UserError(f"{file}: cannot be read as {kind[1:]}: {type(error).__name__}: {error}") from error
+
+
+def _without_filled(value: Any, of_tools: bool = False) -> Any:
+    """A row of a table, whose types are those of its columns, without the keys that were put into tools and calls of them."""
+    if isinstance(value, dict):
+        return {
+            key: _without_filled(each, of_tools or key in ("tools", "tool_calls"))
+            for key, each in value.items()
+            if not (of_tools and each is None)
+        }
+    return [_without_filled(each, of_tools) for each in value] if isinstance(value, list) else value
 
 
 def _open_text(file: str, newline: str | None = None) -> TextIO:

@@ -208,6 +208,8 @@ def _encode(
     Raises:
         BadRow: no response, or more than `limit` tokens.
     """
+    if max_new_tokens and not isinstance(row.completion, str) and row.completion[-1].get("tool_calls"):
+        raise BadRow("a tool call as the reference of a text; evaluate it by perplexity and token_accuracy alone")
     prompt = few_shot_prompt(row, examples)
     prompt_ids = encode_prompt(tokenizer, prompt, tools_of(row))
     before, reference = encode_example(

@@ -98,14 +98,14 @@ def response_evaluation(
     config: PretrainedConfig,
     world: World,
 ) -> ResponseEvaluation | None:
-    """A seeded sample of the evaluation rows that have a prompt; None if the recipe has no `eval_metrics`.
+    """A seeded sample of the evaluation rows that answer a prompt in text; None if the recipe has no `eval_metrics`.
 
     Raises:
         UserError: no such metric, no row has a prompt, or prompt and response exceed the model's context.
     """
     if not (metrics := load_metrics(recipe.eval_metrics)):
         return None
-    prompted = [row for row in rows if row.prompt]
+    prompted = [row for row in rows if row.prompt and not _calls_tools(row)]  # metrics compare texts
     sampled = seeded_sample(prompted, recipe.max_eval_generations, f"{recipe.seed} responses")
     if not sampled:
         raise UserError(f"{KEY}: no evaluation row has a prompt to answer; leave it out, or evaluate on other rows.")
@@ -120,3 +120,7 @@ def response_evaluation(
         batch_size=recipe.per_device_eval_batch_size,
         world=world,
     )
+
+
+def _calls_tools(row: Demonstration) -> bool:
+    return not isinstance(row.completion, str) and bool(row.completion[-1].get("tool_calls"))

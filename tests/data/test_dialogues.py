@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
+from datasets import Dataset
 
+from align.config.data_source import DataSource
 from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_pair, encode_prompt
 from align.data.formats import choose_formats, read_row
+from align.data.load import DataSettings, load_rows
+from align.data.reasoning import set_scores_reasoning
 from align.data.rows import Demonstration, Preference, Prompt
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
 from align.errors import UserError
@@ -68,6 +73,44 @@ R1_OPENS = R1 + "{% if add_generation_prompt %}<|A|><think>\n{% endif %}"
 R1_PLAIN = R1 + "{% if add_generation_prompt %}<|A|>{% endif %}"
 
 DIALOGUE = [user("one"), assistant("I"), user("two"), assistant("II")]
+
+
+# The models' own templates, as TRL ships them: EOS, and what is learnt of a call of a tool and of the answer after it.
+SHIPPED = {
+    "qwen3": (
+        "<|im_end|>",
+        [
+            '<think>\nR\n</think>\n\n<tool_call>\n{"name": "sum", "arguments": {"of": [1, 2]}}\n</tool_call>',
+            "<think>\nS\n</think>\n\nIII",
+        ],
+    ),
+    "qwen3_5_think": (
+        "<|im_end|>",
+        [
+            "R\n</think>\n\n<tool_call>\n<function=sum>\n<parameter=of>\n[1, 2]\n</parameter>\n</function>\n</tool_call>",
+            "S\n</think>\n\nIII",
+        ],
+    ),
+    "gptoss": (
+        "<|return|>",
+        [
+            "<|channel|>analysis<|message|>R<|end|><|start|>assistant to=functions.sum<|channel|>commentary json"
+            '<|message|>{"of": [1, 2]}<|call|>',
+            "<|channel|>analysis<|message|>S<|end|><|start|>assistant<|channel|>final<|message|>III",
+        ],
+    ),
+    "glm4moe": (
+        "<|end|>",
+        [
+            "\n<think>R</think>\n<tool_call>sum\n<arg_key>of</arg_key>\n<arg_value>[1, 2]</arg_value>\n</tool_call>",
+            "\n<think>S</think>\nIII",
+        ],
+    ),
+}
+
+
+def shipped(name: str) -> str:
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
 
 
 def tokenizer_for(template: str, eos: str) -> Any:
@@ -194,6 +237,56 @@ def test_tool_use_is_trained(tools: Any, arguments: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_agents_by_the_templates_of_models(name: str) -> None:
+    eos, expected = SHIPPED[name]
+    numbers = {"type": "array", "items": {"type": "number"}, "description": "o"}
+    function = {"name": "sum", "description": "s", "parameters": {"type": "object", "properties": {"of": numbers}}}
+    thinking = [
+        AGENT[0],
+        {**AGENT[1], "reasoning_content": "R"},
+        AGENT[2],
+        {**AGENT[3], "reasoning_content": "S"},
+        user("two"),
+        assistant("IV"),
+    ]
+    row = row_of(thinking, tools=[{"type": "function", "function": function}])
+    learnt = [text for _, text in trained(tokenizer_for(shipped(name), eos), row)]
+    assert learnt[:2] == [text + eos for text in expected]
+    assert len(learnt) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "eos", "expected"),
+    [
+        ("phi3_5", "<|endoftext|>", ["I<|end|>\n<|endoftext|>", "II<|end|>\n<|endoftext|>"]),
+        ("gptoss", "<|return|>", [f"<|channel|>final<|message|>{text}<|return|>" for text in ("I", "II")]),
+        ("qwen3", "<|im_end|>", [EMPTY + "I<|im_end|>", EMPTY + "II<|im_end|>"]),
+        ("qwen3_5_nothink", "<|im_end|>", ["I<|im_end|>", "II<|im_end|>"]),
+        ("qwen3_5_think", "<|im_end|>", ["\n</think>\n\nI<|im_end|>", "\n</think>\n\nII<|im_end|>"]),
+    ],
+)
+def test_dialogues_by_the_templates_of_models(name: str, eos: str, expected: list[str]) -> None:
+    found = trained(tokenizer_for(shipped(name), eos), row_of(DIALOGUE))
+    assert [learnt for _, learnt in found] == expected
+
+
+def test_a_template_for_images_is_refused() -> None:
+    template = "{% for m in messages %}{{ m.role }}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    with pytest.raises(UserError, match="does not write the text of a turn"):
+        trained(chatml(template + "{% if add_generation_prompt %}assistant{% endif %}"), row_of(DIALOGUE))
+
+
+def test_arguments_that_a_table_filled_with_nulls(tmp_path: Path) -> None:
+    calls = [[{"function": {"name": "f", "arguments": {key: 1}}}] for key in ("a", "b")]
+    rows = [{"messages": [user("q"), {"role": "assistant", "content": None, "tool_calls": each}]} for each in calls]
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    source = DataSource(path=str(tmp_path / "rows.parquet"))
+    loaded = load_rows(DataSettings(train_dataset=[source], seed=1), Demonstration)
+    found = [row.completion[0]["tool_calls"][0]["function"]["arguments"] for row in loaded.train]
+    assert found == [{"a": 1}, {"b": 1}]
+
+
 def test_a_template_may_take_the_arguments_of_calls_as_text() -> None:
     template = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% for call in m.tool_calls %}"
@@ -226,6 +319,7 @@ def test_results_of_tools_that_a_template_ignores_are_refused() -> None:
 def test_pairs_whose_prompt_changes_once_a_response_follows() -> None:
     tokenizer = tokenizer_for(R1_OPENS, "</s>")
     prompt = DIALOGUE[:3]
+    set_scores_reasoning(tokenizer, True)
     row = Preference(prompt, [assistant("hm</think>II")], [assistant("2")], "f:1")
     dataset, _ = tokenize_preferences([row], tokenizer, max_length=4096)
     before = "<|U|>one<|A|>I</s><|U|>two<|A|>"
