@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -313,11 +314,12 @@ def overrides(tree: ast.Module) -> set[str]:
 
 def test_chat_template_compiler():
     names = {}
-    exec(of_transformers.chat_template_compiler(), names)
+    exec(of_transformers.chat_template_compiler(date(2024, 7, 26)), names)
     text = "{% set ns = namespace(a=1) %}{% generation %}{{ ns.a }}{% endgeneration %}{{ [{'é': 1}] | tojson(ensure_ascii=true) }}"
     template = names["compile_template"](text)
     assert template.render() == '1[{"\\u00e9": 1}]'
-    assert {"raise_exception", "strftime_now", "namespace"} <= template.environment.globals.keys()
+    assert {"raise_exception", "namespace"} <= template.environment.globals.keys()
+    assert names["compile_template"]("{{ strftime_now('%d %b %Y') }}").render() == "26 Jul 2024"
 
 
 def test_apply_chat_template():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,17 +45,18 @@ def register_sdpa_variant(name: str, attention: Callable[..., Any]) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def chat_template_compiler() -> str:
+def chat_template_compiler(today: date) -> str:
     """Python source of transformers' function from the text of a chat template to the template, as `compile_template`.
 
-    It is for a process that does not import transformers.
+    It is for a process that does not import transformers, and in which it is always `today`.
     """
     import inspect
 
     from transformers.utils import chat_template_utils
 
     source = inspect.getsource(chat_template_utils._cached_compile_jinja_template)
-    return f"{_COMPILER_NAMES}\n\n{source}\n\ncompile_template = _cached_compile_jinja_template\n"
+    clock = f"class datetime:\n    now = staticmethod(lambda: date.fromisoformat('{today}'))\n"
+    return f"{_COMPILER_NAMES}\n\n{clock}\n\n{source}\n\ncompile_template = _cached_compile_jinja_template\n"
 
 
 # What that function reads of its module. This process has checked Jinja's version.
@@ -62,7 +64,7 @@ _COMPILER_NAMES = """
 import json
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import date
 from types import SimpleNamespace
 
 import jinja2

@@ -7,6 +7,7 @@ import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from align.compat.transformers import apply_chat_template, chat_template_compiler
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KWARGS = "chat_template_kwargs"  # attribute of the tokenizer
+# The date that templates write as today's (by `strftime_now`), so that ids do not change overnight. Llama 3's own default.
+TODAY = date(2024, 7, 26)
 
 
 def render_chat(
@@ -79,6 +82,11 @@ def template_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return values
 
 
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for today's date, and gets `TODAY`."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
 def check_chat_template(text: str) -> None:
     """Check the syntax of a chat template.
 
@@ -101,7 +109,7 @@ class _ChatTemplate:
         return render(self.text, variables, _compiler())
 
 
-_compiler = functools.cache(chat_template_compiler)
+_compiler = functools.cache(functools.partial(chat_template_compiler, TODAY))
 
 
 def _file(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -194,7 +194,10 @@ def _render(
     for token in (tokenizer.bos_token, *end_texts(tokenizer)):
         if token and any(token in text for message in messages for text in _written(message)):
             raise BadRow(f"the text of the special token {token} in a message")
-    return render_chat(tokenizer, messages, add_generation_prompt, tools)
+    text = render_chat(tokenizer, messages, add_generation_prompt, tools)
+    if tokenizer.bos_token and text.startswith(2 * tokenizer.bos_token):
+        raise BadRow(f"the chat template writes the begin-of-text token {tokenizer.bos_token} twice")
+    return text
 
 
 def _written(message: Message) -> Iterator[str]:

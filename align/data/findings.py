@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from align.data.dialogues import DialogueText
-from align.data.rows import Row
+from align.data.rows import Prompt, Row
 from align.data.token_ids import special_tokens
 from align.errors import UserError
 from align.terminal import say
 
 SPANNED = "a token spans the end of the prompt and is trained with the response, while generation starts from the prompt's own tokens"
+JOINED = "the prompt ends in white space that the tokenizer joins to the next word: generation starts from a rare token"
 DOUBLED = "begins with the text of {bos}, which the tokenizer adds itself: one is kept"
-REPEATED = "the response repeats the whole prompt"
+REPEATED = "a response repeats the whole prompt"
 SHORT = 8  # characters of a prompt that a response may begin with by chance
 
 
@@ -42,13 +43,13 @@ class Findings:
             before: ids before the responses.
         """
         if own_ids != before:
-            self._note(SPANNED, row.where)
+            self._note(JOINED if isinstance(row, Prompt) else SPANNED, row.where)
         if not isinstance(row.prompt, str):
             return
         if self.bos is not None and (row.prompt or texts[0].response).startswith(self.bos):
             self._note(DOUBLED.format(bos=self.bos), row.where)
         prompt = row.prompt.strip()
-        if len(prompt) >= SHORT and all(text.response.lstrip().startswith(prompt) for text in texts):
+        if len(prompt) >= SHORT and any(text.response.lstrip().startswith(prompt) for text in texts):
             self._note(REPEATED, row.where)
 
     def _note(self, text: str, where: str) -> None:
@@ -64,8 +65,8 @@ class Findings:
             places = f"{len(rows)} of {total} rows ({', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''})"
             if text == REPEATED and 2 * len(rows) > total:
                 raise UserError(
-                    f"prompt: {places} have a `completion`, or `chosen` and `rejected`, that repeats it, so that it would be in "
-                    "their text twice; give responses without their prompts, or leave the column `prompt` out."
+                    f"prompt: the `completion`, `chosen` or `rejected` of {places} repeats it, so that it would be in the text "
+                    "twice; give responses without their prompts, or pairs without the column `prompt`."
                 )
             if int(os.environ.get("RANK", "0")) == 0:
                 say(f"note: {text}: {places}")

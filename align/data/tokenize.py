@@ -65,7 +65,7 @@ def tokenize_demonstrations(
         for row, examples in _encoded(tokenizer, rows, bad, texts):
             made = []
             with bad.catch(row.where):
-                for text, before, response in examples:
+                for text, _, before, response in examples:
                     ids = before + response
                     if row.prompt or not packing:
                         _check_length(len(ids), max_length, "max_length", tokenizer)
@@ -135,9 +135,13 @@ def tokenize_prompts(
     prompts: list[tuple[Prompt, list[int]]] = []
 
     def texts(row: Prompt) -> list[DialogueText]:
-        return [DialogueText(prompt_text(tokenizer, row.prompt, tools_of(row)), "")]
+        text = prompt_text(tokenizer, row.prompt, tools_of(row))
+        ends_in_space = isinstance(row.prompt, str) and text[-1:].isspace()
+        return [
+            DialogueText(text, "the" if ends_in_space else "")
+        ]  # a word shows whether the space would be joined to it
 
-    for row, [(_, ids, _)] in _encoded(tokenizer, rows, bad, texts):
+    for row, [(_, ids, *_)] in _encoded(tokenizer, rows, bad, texts):
         with bad.catch(row.where):
             _check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
             prompts.append((row, ids))
@@ -146,8 +150,8 @@ def tokenize_prompts(
 
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], bad: BadRows, texts_of: Callable[[Any], list[DialogueText]]
-) -> Iterator[tuple[Any, list[tuple[DialogueText, list[int], list[int]]]]]:
-    """Yield each row with its texts: (text, ids before the response, the response's ids)."""
+) -> Iterator[tuple[Any, list[tuple[DialogueText, list[int], list[int], list[int]]]]]:
+    """Yield each row with its texts: (text, ids of the prompt alone, ids before the response, the response's ids)."""
     findings = Findings(tokenizer)
     for start in range(0, len(rows), BATCH):
         rendered: list[tuple[Any, list[DialogueText]]] = []
@@ -164,7 +168,7 @@ def _encoded(
         for row, texts in rendered:
             found = list(islice(encoded, len(texts)))
             findings.look(row, texts, [own for _, own, _ in found], [before for *_, (before, _) in found])
-            yield row, [(text, *ids) for text, _, ids in found]
+            yield row, [(text, own, *ids) for text, own, ids in found]
     findings.report(len(rows))
 
 
@@ -184,8 +188,9 @@ def _encoded_pairs(
             return [text for each in pair for text in example_texts(tokenizer, row.prompt, each, tools_of(row))]
 
         for row, examples in _encoded(tokenizer, rows, bad, texts):
-            yield row, [before + response for _, before, response in examples]
+            yield row, [before + response for *_, before, response in examples]
         return
+    findings = Findings(tokenizer)
     for start in range(0, len(rows), BATCH):
         batch: list[tuple[Preference, list[Turns]]] = []
         for row in rows[start : start + BATCH]:
@@ -194,9 +199,11 @@ def _encoded_pairs(
                 for answer in answers:
                     check_plain(row.prompt, answer, tools_of(row))
                 batch.append((row, answers))
+                findings.look(row, [DialogueText("", render_text(answer)) for answer in answers], [], [])
         prompts = [render_text(row.prompt) for row, _ in batch]
         sides = [pair_ids(tokenizer, prompts, [render_text(pair[side]) for _, pair in batch]) for side in (0, 1)]
         yield from ((row, list(ids)) for (row, _), *ids in zip(batch, *sides, strict=True))
+    findings.report(len(rows))
 
 
 def _scored(tokenizer: PreTrainedTokenizerBase, response: Turns) -> Turns:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.config.base import StageRecipe
 from align.config.paths import dataset_keys
-from align.data.chat_template import template_kwargs
+from align.data.chat_template import TODAY, template_kwargs, writes_date
 from align.errors import UserError
 from align.models.inspect_folder import inspect_inputs
 from align.runs.checkpoint import DAMAGED, complete_checkpoints, delete_checkpoint
@@ -111,6 +111,7 @@ def write_manifest(
             "seed": recipe.seed,
             "versions": {package: package_version(package) for package in ("align", *PACKAGES)},
             "tokenizer": tokenizer_digest(tokenizer),
+            **({"chat_template_date": TODAY.isoformat()} if writes_date(tokenizer) else {}),
             "data": dict(data),
             "results": dict(results),
             **more,

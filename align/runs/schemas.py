@@ -110,6 +110,7 @@ MANIFEST_RECORD = Record(
     },
     {
         **OF_IDENTITY,
+        "chat_template_date": TEXT,
         "data": MAPPING,
         "versions": mapping_of("a mapping of packages to versions", _is_text, _is_text),
         "head": TEXT,

@@ -113,6 +113,14 @@ def run(tmp_path, model, monkeypatch) -> Folder:
     return Folder(tmp_path, model)
 
 
+def test_the_date_that_a_chat_template_writes_is_recorded(run):
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}"
+    write_manifest(run.begin(), tokenizer, REPORT, {"table": []})
+    assert run.record("stage.json")["chat_template_date"] == "2024-07-26"
+    assert read_manifest(run.out)
+
+
 def swap(path: Path, old: bytes, new: bytes) -> None:
     content = path.read_bytes()
     assert old in content

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from align.data.chat_template import TODAY, writes_date
 from align.data.end_tokens import end_ids
 from align.errors import UserError
 from align.terminal import printable
@@ -72,4 +73,6 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> str:
     ends = end_ids(tokenizer) if tokenizer.eos_token is not None else ()
     names = " or ".join(f"{tokenizer.convert_ids_to_tokens(token)} ({token})" for token in ends)
     template = f"with{'' if tokenizer.chat_template else 'out'} a chat template"
+    if writes_date(tokenizer):
+        template += f" that writes the date, in all stages {TODAY}"
     return f"tokenizer of {len(tokenizer)} tokens, {template}" + (f", responses end with {names}" if ends[1:] else "")
