@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from align.errors import UserError
 from align.runs import heartbeat
-from align.runs.lock_record import LOCK, heartbeat_period, in_use, in_words, is_alive, myself, read
+from align.runs.lock_record import LOCK, heartbeat_period, in_use, in_words, is_alive, is_here, myself, read
 from align.terminal import say
 
 PATIENCE = 3.0  # seconds: the ranks of a killed launcher end within one
@@ -106,7 +105,7 @@ def release_all() -> None:
     for held in [*_held]:
         with contextlib.suppress(UserError, OSError):
             mine = read(held.folder) or {}
-            if mine.get("host") == socket.gethostname():
+            if mine and is_here(mine):
                 # Of two ranks that try at once, the second gets the lock: trying has taken it from the first.
                 alone = _flock(held.descriptor, fcntl.LOCK_EX) or mine["pid"] == os.getpid()
                 if alone and _is_current(held.folder, held.descriptor):

@@ -62,6 +62,11 @@ def _boot() -> str:
         return ""
 
 
+def is_here(owner: dict[str, Any]) -> bool:
+    """Whether the owner of a lock runs, or ran, on this machine since it was last started; several may have one name."""
+    return bool(owner["host"] == socket.gethostname() and owner.get("boot", "") in ("", _boot()))
+
+
 def is_alive(owner: dict[str, Any], reliable: bool) -> bool:
     """Whether the owner of a lock may still run, given that no process of this machine holds it by flock.
 
@@ -70,7 +75,7 @@ def is_alive(owner: dict[str, Any], reliable: bool) -> bool:
     """
     import psutil
 
-    if owner["host"] != socket.gethostname():
+    if not is_here(owner):
         # Containers of one machine have names of their own, and process numbers too.
         return not (reliable and owner.get("boot") and owner["boot"] == _boot())
     if owner["pid"] == os.getpid():
@@ -86,7 +91,7 @@ def is_alive(owner: dict[str, Any], reliable: bool) -> bool:
 def heartbeat_period(owner: dict[str, Any]) -> float:
     """Seconds between the heartbeats of a run on another machine; 0 if it has none."""
     told = owner.get("heartbeat")
-    if owner["host"] == socket.gethostname() or not isinstance(told, int | float) or not 0 < told <= 60:
+    if is_here(owner) or not isinstance(told, int | float) or not 0 < told <= 60:
         return 0.0
     return told
 
@@ -106,7 +111,7 @@ def in_use(folder: Path, owner: dict[str, Any] | None, alive: bool = False) -> U
             f"output_dir: another run has just started in {folder}; wait for it, or choose another folder."
         )
     who = f"output_dir: {folder} is in use by {in_words(owner)}"
-    if owner["host"] == socket.gethostname():
+    if is_here(owner):
         return UserError(f"{who}; wait until all its ranks have ended, or choose another folder.")
     if alive:
         return UserError(f"{who}, another machine than this one; wait until it has ended, or choose another folder.")

@@ -233,7 +233,7 @@ class TestOwnFiles:
     def test_a_folder_of_somebody_else_is_not_replaced(self, out):
         write(out, best__weights="mine")
         with pytest.raises(UserError, match="best was not written"), new_folder(out / "best"):
-            pass
+            pytest.fail("it is filled before it is refused")
         assert (out / "best" / "weights").read_text() == "mine"
 
     def test_new_files_come_all_or_none(self, out, tmp_path):
@@ -251,6 +251,10 @@ class TestOwnFiles:
             write(folder, config="ours", weights="fourth")
         assert (tmp_path / "mine").read_text() == "mine"
         assert (out / "weights").read_text() == "third"
+        write(out, theirs__notes="mine")
+        with pytest.raises(UserError, match="theirs was not written by this run"), new_files(out) as folder:
+            write(folder, theirs__weights="ours")
+        assert snapshot(out / "theirs") == {"notes": b"mine"}
 
 
 class TestCheckpoints:
@@ -583,6 +587,13 @@ class TestLock:
             process.join(30)
             assert process.exitcode == 128 + signal.SIGTERM
         assert not (tmp_path / "run.lock").exists()
+
+    def test_another_machine_of_the_same_name_has_a_heartbeat_too(self, out, monkeypatch, capsys):
+        told = json.loads((out / "run.lock").read_text())
+        release(out)
+        (out / "run.lock").write_text(json.dumps({**told, "boot": "another", "heartbeat": 0.05}))
+        claim(out, IDENTITY, resuming=True)
+        assert "has shown no sign of life for 0 s; its lock is taken over" in capsys.readouterr().err
 
     def test_where_there_is_no_flock_the_record_counts(self, out, monkeypatch):
         monkeypatch.setattr(lock, "_flock", lambda *_: False)
