@@ -180,7 +180,8 @@ def new_files(folder: Path) -> Iterator[Path]:
     yield temporary
     follow_umask(temporary.rglob("*.safetensors"))
     entries = sorted(temporary.iterdir())
-    own(*(folder / entry.name for entry in entries if not entry.is_dir()))
+    if files := [folder / entry.name for entry in entries if not entry.is_dir()]:
+        own(*files)
     for entry in entries:
         if entry.is_dir():
             _put_folder(entry, folder / entry.name)
