@@ -137,7 +137,8 @@ class BadRows:
                 for reason, rows in self.by_reason.items()
             ]
             lines.insert(0, f"{len(self)} rows cannot be used:")
-            raise UserError("\n".join([*lines, "Fix them, or leave them out with `on_bad_row: skip`."]))
+            what = "them or the template" if any("template" in reason for reason in self.by_reason) else "them"
+            raise UserError("\n".join([*lines, f"Fix {what}, or leave them out with `on_bad_row: skip`."]))
         return {reason: {"count": len(rows), "first": rows[:5]} for reason, rows in self.by_reason.items()}
 
 

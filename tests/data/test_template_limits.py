@@ -192,3 +192,18 @@ def test_a_number_that_python_does_not_read():
 
 def test_a_failure_is_no_bad_row():  # `on_bad_row: skip` would try the template on every row
     assert not issubclass(TemplateFailure, BadRow)
+
+
+def test_errors_name_the_file_of_the_template(tokenizer, tmp_path):
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    tokenizer.name_or_path = str(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(tokenizer.chat_template)
+    bad = BadRows()
+    with bad.catch("a.jsonl:7"):
+        render_chat(tokenizer, MESSAGES, False)
+    said = r"the chat template .*/chat_template.jinja fails with ZeroDivisionError.*\(a.jsonl:7\)\nFix them or the template, or"
+    with pytest.raises(UserError, match=said):
+        bad.raise_or_report("error")
+    tokenizer.chat_template_path = "mine.jinja"
+    with pytest.raises(BadRow, match=r"the chat template mine\.jinja fails"):
+        render_chat(tokenizer, MESSAGES, False)
