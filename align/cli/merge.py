@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align.config.paths import expand, overlap
 from align.errors import UserError, reason
+from align.models.check_files import check_files
 from align.models.check_weights import check_finite
 from align.models.inspect_folder import inspect_folder, read_object
 from align.models.load import adapter_base, load_config
+from align.models.saved_dtype import set_saved_dtype
 from align.runs.files import follow_umask
 from align.runs.own_files import remove_empty
 from align.runs.quiet import quiet
@@ -52,7 +54,9 @@ def run(adapter: str, output: str) -> str:
     auto = AUTO.get(str(task))
     if auto is None:
         raise UserError(f"{folder}: expected an adapter of {' or '.join(AUTO)}, got {task}.")
-    load_config(str(folder), "align merge")  # which refuses code that it names
+    of_base: Any = AutoModelForCausalLM if task == "CAUSAL_LM" else SequenceClassifier
+    config = load_config(str(folder), "align merge")  # refuses code that it names
+    check_files(of_base, str(folder), "align merge", config, new_head=task == "SEQ_CLS", num_labels=1)
     labels: dict[str, Any] = {"num_labels": 1} if auto is AutoPeftModelForSequenceClassification else {}
     try:
         settings = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False, **labels}
@@ -67,6 +71,7 @@ def run(adapter: str, output: str) -> str:
     check_finite(model, str(folder))
     with _new_folder(Path(output)) as fresh:
         model.merge_and_unload().save_pretrained(fresh)
+        set_saved_dtype(fresh, base, "auto")
         tokenizer.save_pretrained(fresh)
     return f"{folder} merged into {base}: {output}"
 

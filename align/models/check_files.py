@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from align.compat.peft import load_adapter
 from align.compat.transformers import model_class
 from align.config.base import StageRecipe
 from align.errors import UserError, reason
 from align.models.check_weights import check_report
-from align.models.inspect_folder import stored_tensors
+from align.models.inspect_folder import ADAPTER_CONFIG, stored_tensors
 from align.models.safetensors_header import StoredTensor
 from align.models.trainable import check_trainable
 from reward_models.linear_head import AnyBackbone
@@ -54,9 +57,12 @@ def check_files(
         check_embeddings(tokenizer, config, path, key)
     folder, tensors = stored_tensors(path, key)
     cls = auto.class_of(config) if isinstance(auto, AnyBackbone) else model_class(auto, config)
-    if tensors is None or cls is None or getattr(config, "quantization_config", None) is not None:
+    own_code = getattr(auto, "__name__", "AutoModel") in (getattr(config, "auto_map", None) or {})
+    if tensors is None or cls is None or own_code or getattr(config, "quantization_config", None) is not None:
         return  # transformers tells once it has loaded them
     model = _load_without_storage(cls, folder, key, config, tensors, new_head, attn_implementation, num_labels)
+    if (Path(path) / ADAPTER_CONFIG).is_file() and folder != path:
+        _check_adapter(model, path, key)
     if trained_by is not None:
         check_trainable(model, trained_by)
 
@@ -92,6 +98,21 @@ def _load_without_storage(
         raise UserError(f"{key}: {path}: its weights cannot be loaded with its config.json. {reason(error)}") from error
     check_report(model, report, f"{key}: {path}", new_head)
     return model
+
+
+def _check_adapter(model: PreTrainedModel, path: str, key: str) -> None:
+    """Load the adapter in `path` onto its base model without storage; the model is as before afterwards.
+
+    Raises:
+        UserError: weights of it are missing or misshapen.
+    """
+    try:
+        config = PeftConfig.from_pretrained(path)
+        config.task_type = None
+        if not config.is_prompt_learning:
+            load_adapter(model, path, config, without_storage=True).unload()
+    except Exception as error:  # whatever PEFT raises for these files
+        raise UserError(f"{key}: {path}: the adapter does not fit its base model. {reason(error)}") from error
 
 
 def check_embeddings(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, path: str, key: str) -> None:

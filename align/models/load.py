@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from align.compat.peft import load_adapter
 from align.compat.transformers import (
     causal_lm_types,
     implementations,
@@ -149,7 +150,7 @@ def load_pretrained(
         with _loading(path, "adapter"):
             config = PeftConfig.from_pretrained(path)
             config.task_type = None  # a value model may start from a language model's adapter
-            merged = PeftModel.from_pretrained(model, path, config=config).merge_and_unload().requires_grad_(True)
+            merged = load_adapter(model, path, config).merge_and_unload().requires_grad_(True)
         check_finite(merged, path)
         return (merged, *report) if report else merged
     report_asked = kwargs.pop("output_loading_info", False)

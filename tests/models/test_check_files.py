@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -184,6 +184,32 @@ def test_kernels_that_transformers_does_not_know(folders):
     check(folders / "llama", attn_implementation="flash_attention_2")  # told once it is loaded
     with pytest.raises(UserError, match="nosuch"):
         check(folders / "llama", attn_implementation="nosuch")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "embedding"])
+def test_an_adapter_whose_weights_are_not_all_there(tmp_path, kind):
+    save_tiny_policy(tmp_path / "base")
+    lora = LoraConfig(
+        target_modules=["q_proj", *(["embed_tokens"] if kind == "embedding" else [])], use_dora=kind == "dora"
+    )
+    adapted = get_peft_model(
+        tiny_llama(), lora if kind != "ia3" else IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(str(adapter))
+    base = AutoConfig.from_pretrained(tmp_path / "base")
+    check_files(CAUSAL, str(adapter), "models", base)
+    load_policy(str(adapter))
+    found = load_file(adapter / "adapter_model.safetensors")
+    last = [name for name in found if "layers.1." in name][-1]
+    for value, said in ((None, "missing adapter keys"), (torch.zeros(7, 7), r"Error\(s\) in loading")):
+        changed = {name: tensor for name, tensor in found.items() if name != last}
+        save_file(changed if value is None else {**changed, last: value}, adapter / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=f"^models: {adapter}: the adapter does not fit its base model.*{said}"):
+            check_files(CAUSAL, str(adapter), "models", base)
+        with pytest.raises(UserError, match=rf"cannot load the adapter.*{said}"):
+            load_policy(str(adapter))
 
 
 METHODS: dict[str, tuple[str, dict[str, Any], str | None]] = {
