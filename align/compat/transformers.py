@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Collection
 from datetime import date
@@ -170,6 +171,8 @@ def stop_sharded_loading() -> None:
 # the whole pass only (Zamba-2, Nemotron-H).
 EXACT_RECURRENT = {"mamba", "falcon_mamba", "mamba2", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe",
                    "jamba", "bamba", "granitemoehybrid", "falcon_h1", "olmo_hybrid"}  # fmt: skip
+# Types that take no positions, because attention is biased by distance, and padding changes no distance.
+ALIBI = {"bloom", "mpt"}
 
 
 def is_linear_attention(layer: Any) -> bool:
@@ -180,7 +183,7 @@ def is_linear_attention(layer: Any) -> bool:
 
 
 def keeps_state(config: Any) -> bool:
-    """Whether a model keeps anything else than the keys and values of attention, such as a recurrent state."""
+    """Whether a model keeps more than the keys and values of attention, such as a recurrent state, or counts padding."""
     return config.get_text_config(decoder=True).model_type in EXACT_RECURRENT or not keeps_exact_cache(config)
 
 
@@ -195,4 +198,6 @@ def keeps_exact_cache(config: Any) -> bool:
         model: Any = AutoModelForCausalLM._model_mapping[type(config)]
         if model._is_stateful or not model._supports_default_dynamic_cache():
             return False
+        if text.model_type not in ALIBI and "position_ids" not in inspect.signature(model.forward).parameters:
+            return False  # it counts padding
     return not any(map(is_linear_attention, DynamicCache(config=config).layers))

@@ -44,8 +44,8 @@ def check_takes_virtual_tokens(config: PretrainedConfig, where: str) -> None:
     """
     if keeps_state(config):
         raise UserError(
-            f"{where} ({config.model_type}): virtual tokens need a model of attention layers alone, and this one keeps a "
-            "recurrent state; use method: lora."
+            f"{where} ({config.model_type}): virtual tokens need a model of attention layers alone that takes positions, "
+            "without a recurrent state; use method: lora."
         )
 
 
