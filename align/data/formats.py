@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.data.messages import check_order, read_messages, read_tools, without_flags
+from align.data.messages import check_order, read_tools, read_turns, without_flags
 from align.data.rows import (
     Demonstration,
     Labelled,
@@ -87,12 +87,12 @@ def read_row(values: Mapping[str, Any], where: str, row_type: type, formats: Seq
     _check_columns(extra, row_type)
     if columns == PAIR:
         prompt, chosen, rejected = _pair(values)
-        _read_tools(extra, prompt)
+        read_tools(extra, prompt)
         if row_type is Preference:
             return Preference(prompt, chosen, rejected, where, extra)
         return Prompt(prompt, where, extra) if row_type is Prompt else Demonstration(prompt, chosen, where, extra)
     context, target = _context_and_target(values, columns)
-    _read_tools(extra, [*context, *target] if isinstance(context, list) and isinstance(target, list) else "")
+    read_tools(extra, [*context, *target] if isinstance(context, list) and isinstance(target, list) else "")
     if row_type is Prompt:
         return Prompt(_prompt(context, target), where, extra)
     _check(context, target)
@@ -116,15 +116,6 @@ def _check_columns(extra: Mapping[str, Any], row_type: type) -> None:
         isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf
     ):
         raise BadRow("`margin` is not a number of at least 0")
-
-
-def _read_tools(extra: dict[str, Any], turns: Turns) -> None:
-    """Put the column `tools` in the form that templates take."""
-    if extra.get("tools") in (None, "", []):
-        return
-    if isinstance(turns, str):
-        raise BadRow("`tools` beside plain text; they need a prompt of messages, for a chat template that lists them")
-    extra["tools"] = read_tools(extra["tools"])
 
 
 def _demonstration(context: list[Message], target: list[Message], where: str, extra: dict[str, Any]) -> Demonstration:
@@ -160,11 +151,11 @@ def _text_row(values: Mapping[str, Any], where: str, columns: Format, row_type: 
 
 
 def _context_and_target(values: Mapping[str, Any], columns: Format) -> tuple[Turns, Turns]:
-    first = _turns(values, columns[0])
+    first = read_turns(values, columns[0])
     if columns == ("prompt",):
         return first, first[:0]
     if columns == ("prompt", "completion"):
-        prompt, completion = _same_format(first, _turns(values, "completion"))
+        prompt, completion = _same_format(first, read_turns(values, "completion"))
         return prompt, _without_prompt(prompt, completion)
     if columns == ("messages",) and isinstance(first, str):
         raise BadRow("`messages` is not a list of messages")
@@ -176,7 +167,7 @@ def _pair(values: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
     chosen, rejected = _response_turns(values, "chosen"), _response_turns(values, "rejected")
     explicit = values.get("prompt") is not None
     if explicit:
-        prompt, chosen, rejected = _same_format(_without_flags(_turns(values, "prompt")), chosen, rejected)
+        prompt, chosen, rejected = _same_format(_without_flags(read_turns(values, "prompt")), chosen, rejected)
         chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
     elif type(chosen) is not type(rejected):
         raise BadRow("one of `chosen` and `rejected` is text, the other messages")
@@ -193,7 +184,7 @@ def _pair(values: Mapping[str, Any]) -> tuple[Turns, Turns, Turns]:
 
 
 def _response_turns(values: Mapping[str, Any], name: str) -> Turns:
-    turns = _turns(values, name)
+    turns = read_turns(values, name)
     if turns and not isinstance(turns, str) and not turns[-1].get("train", True):
         raise BadRow(f"`train` or `weight` leaves out the response of `{name}`; leave the row out")
     return _without_flags(turns)
@@ -258,29 +249,3 @@ def _without_prompt(prompt: Turns, answer: Turns) -> Turns:
     if isinstance(prompt, list) and isinstance(answer, list) and canonical(answer[: len(prompt)]) == canonical(prompt):
         return answer[len(prompt) :]
     return answer
-
-
-_TRANSCRIPT = re.compile(r"\n\nHuman:|\s*Human:(?=.*\n\nAssistant:)", re.DOTALL)
-_SPEAKER = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")
-_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def _turns(values: Mapping[str, Any], name: str) -> Turns:
-    """A field as text, or as messages; a transcript becomes messages."""
-    value = values[name]
-    if isinstance(value, str):
-        if name == "prompt" and not value.strip():
-            raise BadRow("empty prompt")
-        if not _TRANSCRIPT.match(value):
-            return value
-        _, *pieces = _SPEAKER.split(value)
-        messages = [
-            {"role": _ROLES[speaker], "content": content.strip()}
-            for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
-        ]
-        if name == "prompt" and messages[-1] == {"role": "assistant", "content": ""}:
-            messages.pop()  # the cue for the response
-        return messages
-    if not isinstance(value, list):
-        raise BadRow(f"`{name}` is neither text nor a list of messages")
-    return read_messages(value, name)

@@ -1,4 +1,4 @@
-"""Messages of a row as templates read them: checked, in one form, with nothing left out in silence.
+"""Text and messages of a row as templates read them: checked, in one form, with nothing left out in silence.
 
 A message has `role` and `content`. Any further key (`reasoning_content`, `tool_calls`, `name`, ...) is kept for the chat
 template; `align.data.dialogues` refuses the ones that it ignores. `train` and `weight` select the turns that are trained.
@@ -7,15 +7,46 @@ template; `align.data.dialogues` refuses the ones that it ignores. `train` and `
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.data.rows import Message
+from align.data.rows import Message, Turns
 from align.errors import BadRow
 
 ROLES = ("system", "user", "assistant", "tool")
 FLAGS = ("train", "weight")  # whether an assistant turn is trained
 _EMPTY: tuple[Any, ...] = (None, "", [], {})  # what columns of one type hold where a message lacks the key
+
+
+_TRANSCRIPT = re.compile(r"\n\nHuman:|\s*Human:(?=.*\n\nAssistant:)", re.DOTALL)
+_SPEAKER = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def read_turns(values: Mapping[str, Any], name: str) -> Turns:
+    """A field as text, or as messages; a transcript becomes messages.
+
+    Raises:
+        BadRow: as `read_messages`, or it is neither.
+    """
+    value = values[name]
+    if isinstance(value, str):
+        if name == "prompt" and not value.strip():
+            raise BadRow("empty prompt")
+        if not _TRANSCRIPT.match(value):
+            return value
+        _, *pieces = _SPEAKER.split(value)
+        messages = [
+            {"role": _ROLES[speaker], "content": content.strip()}
+            for speaker, content in zip(pieces[::2], pieces[1::2], strict=True)
+        ]
+        if name == "prompt" and messages[-1] == {"role": "assistant", "content": ""}:
+            messages.pop()  # the cue for the response
+        return messages
+    if not isinstance(value, list):
+        raise BadRow(f"`{name}` is neither text nor a list of messages")
+    return read_messages(value, name)
 
 
 def read_messages(value: Sequence[Any], name: str) -> list[Message]:
@@ -94,16 +125,24 @@ def _calls(value: Any) -> list[dict[str, Any]]:
     return read
 
 
-def read_tools(value: Any) -> list[dict[str, Any]]:
-    """The column `tools`: JSON text, or a list of functions' schemas.
+def read_tools(extra: dict[str, Any], turns: Turns) -> None:
+    """Put the column `tools`, JSON text or a list of functions' schemas, in the form that templates take.
+
+    Args:
+        extra: of a row, with the column if it has one.
+        turns: the row's messages, or text.
 
     Raises:
-        BadRow: it is neither.
+        BadRow: it is neither, or stands beside plain text.
     """
-    tools = _json(value)
+    if extra.get("tools") in _EMPTY:
+        return
+    if isinstance(turns, str):
+        raise BadRow("`tools` beside plain text; they need a prompt of messages, for a chat template that lists them")
+    tools = _json(extra["tools"])
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("`tools` is neither a list of functions nor the JSON text of one")
-    return [dict(tool) for tool in tools]
+    extra["tools"] = [dict(tool) for tool in tools]
 
 
 def _json(value: Any) -> Any:
