@@ -11,8 +11,16 @@ from align.errors import UserError
 
 def max_positions(config: PretrainedConfig) -> int | None:
     """Most tokens that the model reads; None where its configuration sets no limit."""
-    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    text = config.get_text_config()
+    positions: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    if positions and text.model_type in COUNT_FROM_PADDING:
+        return positions - int(text.pad_token_id) - 1
     return positions or None
+
+
+# Types whose first token is at position pad_token_id + 1, so that they have that many positions less.
+COUNT_FROM_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta",
+                      "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}  # fmt: skip
 
 
 def check_rows_fit(ids: Iterable[Sequence[int]], config: PretrainedConfig) -> None:

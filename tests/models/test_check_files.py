@@ -26,6 +26,7 @@ from transformers import (
 from align.config.sft import SFTRecipe
 from align.errors import UserError
 from align.models.check_files import check_embeddings, check_files
+from align.models.context_length import max_positions
 from align.models.load import load_policy, load_pretrained
 from align.models.trainable import freeze
 from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama
@@ -237,3 +238,17 @@ def test_freezing_layers_freezes_a_tied_embedding(folders):
     assert {name for name, each in model.named_parameters() if each.requires_grad} == {
         name for name, _ in model.named_parameters() if "layers.1." in name or name == "model.norm.weight"
     }
+
+
+@pytest.mark.parametrize("name", ["roberta", "mpnet", "bert", "mpt", "gpt2"])
+def test_as_many_positions_as_the_model_has(name):
+    """A row of `max_positions` tokens can be read, and none that is longer."""
+    sizes = (
+        {"max_seq_len": 32, "d_model": 16, "n_heads": 2, "n_layers": 1, "vocab_size": 29} if name == "mpt" else SIZES
+    )
+    positions = {} if name == "mpt" else {"max_position_embeddings": 32}
+    model = AutoModel.from_config(AutoConfig.for_model(name, **sizes, **positions))
+    limit = max_positions(model.config)
+    model(input_ids=torch.full((1, limit), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, limit + 1), 5))
