@@ -368,3 +368,14 @@ def test_private_names_of_others_are_reached_through_compat():
         if found := (private_names(tree) | imported_private_names(tree) | overrides(tree)) - allowed:
             wrong[str(path.relative_to(ROOT))] = found
     assert not wrong
+
+
+def test_is_linear_attention_and_keeps_exact_cache():
+    """The classes of layers and of models that these ask are there, and models without a recurrent state are known."""
+    from transformers import AutoConfig, DynamicCache
+
+    lfm2 = AutoConfig.for_model("lfm2", num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    assert list(map(of_transformers.is_linear_attention, DynamicCache(config=lfm2).layers)) == [True, False]
+    exact = {name: of_transformers.keeps_exact_cache(AutoConfig.for_model(name)) for name in ("llama", "rwkv", "lfm2")}
+    assert exact == {"llama": True, "rwkv": False, "lfm2": True}
+    assert [of_transformers.keeps_state(config) for config in (tiny_llama().config, lfm2)] == [False, True]
