@@ -236,6 +236,38 @@ class TestOwnFiles:
             pytest.fail("it is filled before it is refused")
         assert (out / "best" / "weights").read_text() == "mine"
 
+    def test_a_folder_half_replaced_by_a_killed_run_keeps_files_of_others(self, out):
+        with new_folder(out / "best") as folder:
+            write(folder, weights="first")
+        (out / ".best.retired").mkdir()
+        (out / ".best.retired" / "notes").write_text("mine")
+        with pytest.raises(UserError, match=r"\.best\.retired was not written"), new_folder(out / "best") as folder:
+            write(folder, weights="second")
+        assert (out / ".best.retired" / "notes").read_text() == "mine"
+        assert (out / "best" / "weights").read_text() == "first"
+
+    def test_temporary_files_of_its_own_go(self, out, tmp_path):
+        own(out / "metrics.jsonl")
+        release(out)
+        (tmp_path / "theirs").write_text("mine")
+        theirs = (
+            ".metrics.jsonl.5",
+            ".metrics.jsonl.align-5",
+            ".notes.align-0123456789ab",
+            "metrics.jsonl.align-0123456789ab",
+        )
+        for name in (*theirs, ".metrics.jsonl.align-0123456789ab", ".run.json.align-0123456789ab"):
+            (out / name).write_text("{")
+        (out / ".metrics.jsonl.align-ba9876543210").symlink_to("../theirs")
+        claim(out, IDENTITY, resuming=True)
+        assert snapshot(out).keys() == {*theirs, ".metrics.jsonl.align-ba9876543210", "run.json", "run.lock"}
+
+    def test_nothing_is_recorded_once_the_record_is_gone(self, out):
+        (out / "run.json").unlink()
+        with pytest.raises(UserError, match=r"run\.json: was removed or damaged while the stage ran"):
+            own(out / "metrics.jsonl")
+        assert not (out / "run.json").exists()
+
     def test_new_files_come_all_or_none(self, out, tmp_path):
         (tmp_path / "mine").write_text("mine")
         for text in ("first", "second"):
