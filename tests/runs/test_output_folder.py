@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -381,6 +382,15 @@ class TestNoTrace:
             Stage(folder, untrained=True).run()
         assert snapshot(tmp_path) == was
         Stage(folder, fails=False).run()
+
+    def test_of_a_claim_for_which_the_disk_has_no_room(self, tmp_path, monkeypatch):
+        def full(path: Path, value: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(output_folder, "write_json", full)
+        with pytest.raises(UserError, match=r"cannot write to .*out \(No space left on device\)"):
+            claim(tmp_path / "a" / "b" / "out", IDENTITY, resuming=False)
+        assert snapshot(tmp_path) == {}
 
     def test_but_what_has_begun_stays(self, tmp_path):
         with pytest.raises(UserError, match="bad row"):
