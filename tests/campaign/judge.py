@@ -130,7 +130,7 @@ def _contents(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if "checkpoint-" in name.split("/")[0] and path.suffix != ".safetensors":
-            found[name] = "in a checkpoint"
+            found[name.split("/")[0]] = "checkpoint"
         elif path.is_file():
             found[name] = _content(path)
     return found
