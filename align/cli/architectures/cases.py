@@ -55,7 +55,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", ATTENTION], "num_hidden_layers": 2},
     "deepseek_v3": {},
 }
-VOCABULARY = 256 + len(SPECIAL_TOKENS)
+TOKENS = 256 + len(SPECIAL_TOKENS)
+VOCABULARY = TOKENS + 5  # padded, as is usual
 END_TOKENS = range(3, 27)  # of a random model, so that some of its responses end early
 
 
@@ -108,7 +109,7 @@ def write_small_model(name: str, folder: Path, **settings: Any) -> None:
     model.config.update({**ids, "eos_token_id": eos})
     model.generation_config = GenerationConfig(**ids, eos_token_id=[eos, *END_TOKENS])
     model.save_pretrained(folder)
-    train_tokenizer([], VOCABULARY).save_pretrained(folder)
+    train_tokenizer([], TOKENS).save_pretrained(folder)
 
 
 def random_prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:

@@ -23,6 +23,7 @@ from align.models.tokenizer import load_tokenizer
 LIMIT = 1e-5  # nats, and units of score, of small models in float32
 LARGE = 100_000_000  # parameters, above which the stages run on a small model of the same configuration
 OK, REFUSED, FAILED = "ok", "refused", "FAILED"
+STAGES = ("sft", "reward", "ppo")
 
 
 @dataclass(slots=True)
@@ -42,11 +43,14 @@ class Found:
     seconds: float = 0.0
 
     @property
-    def passed(self) -> bool:
-        return FAILED not in self.stages.values() and all(gap <= LIMIT for gap in self.gaps.values())
+    def verdict(self) -> str:
+        """FAILED; REFUSED if a stage is, while packing may be; or OK."""
+        if FAILED in self.stages.values() or any(gap > LIMIT for gap in self.gaps.values()):
+            return FAILED
+        return REFUSED if any(self.stages.get(stage) == REFUSED for stage in STAGES) else OK
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "verdict": self.verdict}
 
     @contextlib.contextmanager
     def part(self, name: str, refused: str = "") -> Iterator[None]:
@@ -92,7 +96,7 @@ def run_stages(found: Found, base: str, folder: Path, packs: bool, rows: Any, ov
     mistakes = ""
     with found.part("check"):
         mistakes = check_recipes(folder, overrides)
-    for stage in ("sft", "reward", "ppo"):
+    for stage in STAGES:
         with found.part(stage, refused=mistakes):
             run_recipe(stage, folder, overrides)
         if found.stages[stage] != OK:
