@@ -40,7 +40,7 @@ SIZES: dict[str, int] = {
 }
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-SPREAD = 0.15  # of the weights, so that distributions are far from uniform
+SPREAD = 0.1  # of the weights, so that distributions are far from uniform
 MOST_PARAMETERS = 50_000_000
 
 
