@@ -389,7 +389,7 @@ def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
         )
     three = dataclasses.replace(recipe(tmp_path, output_dir=str(tmp_path / "three")), max_steps=1)
     run(three)
-    with pytest.raises(UserError, match="has no scalar head"):
+    with pytest.raises(UserError, match="holds a head with 3 outputs instead of one"):
         check_ppo_inputs(dataclasses.replace(ppo, reward_model_path=three.output_dir))
     decoder = dataclasses.replace(three, model_name_or_path=policy, output_dir=str(tmp_path / "decoder"))
     run(decoder)
