@@ -152,6 +152,17 @@ def test_ids_of_the_whole_text(tokenizer, prompt, response):
     assert tokenize_prompts([Prompt(prompt, "f:1")], tokenizer, 100, "error")[0][0][1] == own
 
 
+def test_a_slow_tokenizer_has_no_offsets():
+    class Slow(PreTrainedTokenizerFast):
+        is_fast = property(lambda self: False)
+
+    fast = make("byte-level", "BOS")
+    slow = Slow(tokenizer_object=fast.backend_tokenizer, bos_token="<s>", eos_token="</s>")
+    for prompt, response in PLAIN:
+        assert encode_example(slow, prompt, response) == encode_example(fast, prompt, response)
+    assert encode_example(slow, "the cat ", "sat")[0] == encode_prompt(slow, "the cat")
+
+
 def test_ids_of_the_whole_dialogue(tokenizer):
     dialogue = [user("the cat"), assistant("sat on"), user("the mat")]
     text = tokenizer.apply_chat_template([*dialogue, assistant("two and")], tokenize=False)
