@@ -379,3 +379,15 @@ def test_is_linear_attention_and_keeps_exact_cache():
     exact = {name: of_transformers.keeps_exact_cache(AutoConfig.for_model(name)) for name in ("llama", "rwkv", "lfm2")}
     assert exact == {"llama": True, "rwkv": False, "lfm2": True}
     assert [of_transformers.keeps_state(config) for config in (tiny_llama().config, lfm2)] == [False, True]
+
+
+def test_router_settings():
+    """Granite's configurations name the number of experts otherwise than TRL; its dense hybrids have a router's settings."""
+    for experts, expected in ((8, {}), (0, {"router_aux_loss_coef": 0.0}), (8, {})):
+        config = transformers.GraniteMoeHybridConfig(num_local_experts=experts)
+        before = config.to_dict()
+        assert of_trl.router_settings(config) == expected
+        assert config.num_experts == experts
+        assert config.to_dict() == before
+    assert of_trl.router_settings(transformers.LlamaConfig()) == {}
+    assert "router_aux_loss_coef" in trl.SFTConfig.__dataclass_fields__

@@ -66,11 +66,23 @@ def small_config(config: PretrainedConfig, vocab_size: int) -> PretrainedConfig:
     kept += kept[:1] * (len(given.get("block_types") or []) - len(kept))  # RecurrentGemma repeats this list
     changed |= {name: len(kept) for name in LAYER_COUNTS if name in given}
     changed |= {name: [value[index] for index in kept] for name, value in by_layer.items()}
+    changed |= {name: _small_rope(given[name], given) for name in ("rope_parameters", "rope_scaling") if given.get(name)}
     if "initializer_range" in given:
         changed["initializer_range"] = SPREAD
     changed |= {"vocab_size": vocab_size, "dtype": "float32", "pad_token_id": None}
     small: PretrainedConfig = type(config).from_dict({**given, **changed, "bos_token_id": None, "eos_token_id": None})
     return small
+
+
+def _small_rope(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of rotary embeddings, or of several by kind of layer, with lists of as many entries as small heads have."""
+    share = settings.get("partial_rotary_factor", given.get("partial_rotary_factor") or 1.0)
+    count = int(HEAD_DIM * share) // 2
+    sized = {name: settings[name][:count] for name in ("short_factor", "long_factor") if settings.get(name)}
+    if settings.get("mrope_section"):
+        sized["mrope_section"] = [count - 2 * (count // 3), count // 3, count // 3]
+    inner = {name: _small_rope(value, given) for name, value in settings.items() if isinstance(value, dict)}
+    return {**settings, **sized, **inner}
 
 
 def small_model(
