@@ -15,9 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
-from align.runs.manifest import open_stage
-from align.runs.output_folder import release
-from align.runs.own_files import MANIFEST, RUN
 
 R = TypeVar("R", bound=StageRecipe)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -97,6 +94,9 @@ def training_keys(stage: str, folder: Path, rows: list[dict], eval_rows: list[di
 
 def claimed(recipe: R) -> R:
     """The recipe, after its output folder has been claimed, and its lock given back for the test to run something there."""
+    from align.runs.manifest import open_stage  # here: the campaign makes its world on older trees too
+    from align.runs.output_folder import release
+
     open_stage(recipe)
     release(Path(recipe.output_dir))
     return recipe
@@ -104,7 +104,7 @@ def claimed(recipe: R) -> R:
 
 def unfinished(output_dir: str | Path) -> Path:
     """The output folder of a finished run as a SIGKILL just before its last line leaves it."""
-    (Path(output_dir) / MANIFEST).rename(Path(output_dir) / RUN)
+    (Path(output_dir) / "stage.json").rename(Path(output_dir) / "run.json")
     return Path(output_dir)
 
 

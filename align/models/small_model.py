@@ -66,7 +66,9 @@ def small_config(config: PretrainedConfig, vocab_size: int) -> PretrainedConfig:
     kept += kept[:1] * (len(given.get("block_types") or []) - len(kept))  # RecurrentGemma repeats this list
     changed |= {name: len(kept) for name in LAYER_COUNTS if name in given}
     changed |= {name: [value[index] for index in kept] for name, value in by_layer.items()}
-    changed |= {name: _small_rope(given[name], given) for name in ("rope_parameters", "rope_scaling") if given.get(name)}
+    changed |= {
+        name: _small_rope(given[name], given) for name in ("rope_parameters", "rope_scaling") if given.get(name)
+    }
     if "initializer_range" in given:
         changed["initializer_range"] = SPREAD
     changed |= {"vocab_size": vocab_size, "dtype": "float32", "pad_token_id": None}

@@ -316,7 +316,8 @@ class TestCheckpoints:
         write(self.save(out, 1), inner__model_DOT_gguf="mine")
         self.save(out, 2)
         rotate(out, 1)
-        assert snapshot(out).keys() >= {"checkpoint-2/weights", "kept-checkpoint-1/inner/model.gguf"}
+        assert (out / "checkpoint-2" / "weights").exists()
+        assert snapshot(out / "kept-checkpoint-1").keys() == {"inner", "inner/model.gguf"}
         assert not (out / "checkpoint-1").exists()
         assert "moved to" in capsys.readouterr().err
 
@@ -330,12 +331,13 @@ class TestCheckpoints:
         }
         for checkpoint in (set_aside(damaged), partial):
             write(checkpoint, **ours, notes="mine", state__model_DOT_gguf="mine")
+        (partial / "link").symlink_to(out)
         clear_partial(out)
         assert owned(out) == {"damaged-checkpoint-1"}
         delete_checkpoint(out / "damaged-checkpoint-1")
         left = {name for name, content in snapshot(out).items() if content is not None} - {"run.json", "run.lock"}
         assert left == {
-            *("kept-checkpoint-2/notes", "kept-checkpoint-2/state/model.gguf"),
+            *("kept-checkpoint-2/link", "kept-checkpoint-2/notes", "kept-checkpoint-2/state/model.gguf"),
             # The first stands for what else a tokenizer may write.
             *(
                 "kept-damaged-checkpoint-1/weights",
