@@ -53,7 +53,11 @@ class RewardInputs:
 
     def describe_head(self) -> str:
         """Where the scalar head comes from."""
-        return "new" if self.head is None else f"{self.head.name}, kept from the model's files"
+        if self.head is None:
+            return "new"
+        # A bias is the same for every score, and scores are normalized at the end.
+        left = ", without its bias" * (self.head.bias is not None and not self.head.native)
+        return f"{self.head.name}, kept from the model's files{left}"
 
 
 def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
