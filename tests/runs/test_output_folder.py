@@ -632,6 +632,14 @@ class TestLock:
             assert process.exitcode == 128 + signal.SIGTERM
         assert not (tmp_path / "run.lock").exists()
 
+    def test_a_rank_on_another_machine_than_rank_0_leaves_it_there(self, out):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(socket, "gethostname", lambda: "elsewhere")
+            lock.release_all()
+        assert (out / "run.lock").exists()
+        lock.release_all()
+        assert not (out / "run.lock").exists()
+
     def test_another_machine_of_the_same_name_has_a_heartbeat_too(self, out, monkeypatch, capsys):
         told = json.loads((out / "run.lock").read_text())
         release(out)
