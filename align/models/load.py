@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,6 +28,7 @@ from align.compat.transformers import (
 )
 from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_finite, check_report
+from align.models.dropout import disable_dropout
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
 from align.models.trainable import disable_inference_kernels
 from reward_models.linear_head import SequenceClassifier
@@ -252,15 +252,3 @@ def load_masked_lm(
         AutoModelForMaskedLM, path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
     )
     return model
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0, so that `train()` and `eval()` give the same numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, rate in list(
-            vars(module).items()
-        ):  # rates that a layer reads as a number: `dropout`, `layerdrop`, ...
-            if isinstance(rate, float) and "drop" in name:
-                setattr(module, name, 0.0)

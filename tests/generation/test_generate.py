@@ -9,8 +9,8 @@ from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.kv_cache import compaction_order, preallocated_cache
 from align.generation.sampling import sample_token, uniforms
+from align.models.dropout import disable_dropout
 from align.models.forward import position_ids, response_logits, response_logprobs, response_values
-from align.models.load import disable_dropout
 from tests.worlds import letter_tokenizer, tiny_llama
 
 EOS, PAD = 2, 0
