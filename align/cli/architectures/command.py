@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 
 from align.cli.architectures.cases import Case, make_cases
-from align.cli.architectures.examine import FAILED, LIMIT, REFUSED, Found, examine
+from align.cli.architectures.examine import FAILED, REFUSED, Found, examine
 from align.cli.architectures.stages import RECIPES
 from align.cli.processes import describe_exit_code
 from align.cli.report_file import report_path, write_report
@@ -70,7 +70,8 @@ def run(
             for part, note in each.notes.items():
                 say(f"{each.name}, {part}: {' '.join(note.split())}", sys.stdout)
         counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-        say(f"{counts}, in {report['seconds']:.0f} s. No gap may be above {LIMIT:g}.", sys.stdout)
+        limits = " and ".join(f"{limit:g}" for limit in sorted({each.limit for each in found}))
+        say(f"{counts}, in {report['seconds']:.0f} s. No gap may be above {limits}.", sys.stdout)
     return int(FAILED in verdicts)
 
 
@@ -132,7 +133,7 @@ def _result(case: Case, process: BaseProcess, results: Any) -> Found:
     except EOFError:
         process.join()
         how = describe_exit_code(process.exitcode or 0)
-        return Found(case.name, {"process": FAILED}, notes={"process": f"the process of this row {how}"})
+        return Found(case.name, stages={"process": FAILED}, notes={"process": f"the process of this row {how}"})
     process.join()
     return found
 

@@ -20,7 +20,8 @@ from align.models.packing import check_packing
 from align.models.small_model import small_model
 from align.models.tokenizer import load_tokenizer
 
-LIMIT = 1e-5  # nats, and units of score, of small models in float32
+LIMIT = 1e-5  # nats, and units of score, of small models in float32 ...
+OWN_LIMIT = 1e-4  # ... and of a user's, whose depth and sharper distributions round more
 LARGE = 100_000_000  # parameters, above which the stages run on a small model of the same configuration
 OK, REFUSED, FAILED = "ok", "refused", "FAILED"
 STAGES = ("sft", "reward", "ppo")
@@ -33,10 +34,12 @@ class Found:
     Attributes:
         stages: by stage, and `packing` and `saved`: OK; REFUSED, by `align check` too; or FAILED.
         gaps: largest differences from plain transformers, in nats (`scores`, `values`: in units of the score).
+        limit: that no gap may be above.
         notes: the reason for each part that is refused or has failed.
     """
 
     name: str
+    limit: float = LIMIT
     stages: dict[str, str] = field(default_factory=dict)
     gaps: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -45,7 +48,7 @@ class Found:
     @property
     def verdict(self) -> str:
         """FAILED; REFUSED if a stage is, while packing may be; or OK."""
-        if FAILED in self.stages.values() or any(gap > LIMIT for gap in self.gaps.values()):
+        if FAILED in self.stages.values() or any(gap > self.limit for gap in self.gaps.values()):
             return FAILED
         return REFUSED if any(self.stages.get(stage) == REFUSED for stage in STAGES) else OK
 
@@ -66,7 +69,7 @@ class Found:
 
 def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Found:
     """Measure one case and run its stages, in `folder`. Errors become notes."""
-    began, found = time.monotonic(), Found(case.name)
+    began, found = time.monotonic(), Found(case.name, OWN_LIMIT if case.folder else LIMIT)
     base = case.folder or str(folder / "base")
     with found.part("model"):
         if case.folder is None:
