@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 
-from align.cli.architectures.cases import Case
-from align.cli.architectures.examine import OK, REFUSED, examine
+from align.cli.architectures import command
+from align.cli.architectures.cases import Case, make_cases
+from align.cli.architectures.examine import FAILED, OK, REFUSED, Found, examine
+from align.errors import UserError
 
 EXACT = {"sampling", "training", "padded", "scores", "values"}
 
@@ -20,3 +25,23 @@ def test_an_architecture(name, packs, tmp_path):
     assert found.gaps.keys() == (EXACT | {"packed"} if packs else EXACT)
     assert found.stages.pop("packing") == (OK if packs else REFUSED)
     assert set(found.stages.values()) == {OK}, found
+
+
+def test_a_process_that_dies_is_a_row_that_failed(monkeypatch):
+    def die_or_find(case, *_):
+        return os.kill(os.getpid(), signal.SIGKILL) if case.name == "dies" else Found(case.name)
+
+    monkeypatch.setattr(command, "examine", die_or_find)
+    died, other = command.examine_all([Case("dies"), Case("other")], [])
+    assert (died.verdict, other.verdict) == (FAILED, OK)
+    assert died.notes == {"process": "the process of this row was killed by SIGKILL"}
+
+
+def test_what_cannot_be_examined_is_refused_by_name(tmp_path):
+    with pytest.raises(
+        UserError, match=r"--architectures: .* no causal language model of type 'lama'; did you mean 'llama'"
+    ):
+        make_cases(["lama"], None)
+    with pytest.raises(UserError, match="--model: no model at"):
+        make_cases(None, str(tmp_path))
+    assert [case.name for case in make_cases(["opt", "opt"], None)] == ["opt"]
