@@ -415,24 +415,33 @@ def test_every_stage_inspects_its_models_before_it_writes_anything(models, name)
     inspect_inputs(recipe, made={Path("broken").resolve()})
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("config.json", {"auto_map": {"AutoConfig": "mine.A", "AutoModelForCausalLM": "mine.A"}, "model_type": "mine"}),
-        ("config.json", {"auto_map": {"AutoModelForCausalLM": "mine.A"}, "model_type": "bert"}),
-        ("config.json", {"attn_implementation": "some/code"}),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["mine.A", None]}, "tokenizer_class": "A"}),
-    ],
-)
-def test_merge_runs_no_code_of_a_model(models, name, changes):
-    for folder in ("model", "adapter"):
-        put("mine.py", "import os; os.mkdir('ran')")(models / folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"model/{file}", "adapter")
-    for folder in ("model", "adapter"):
-        if (models / folder / name).exists():
-            change(name, **changes)(models / folder)
-    with pytest.raises(UserError, match=r"code|adapter: cannot be loaded on its base model"):
+OWN_CODE = {
+    "model": (
+        "config.json",
+        {"auto_map": {"AutoConfig": "mine.A", "AutoModelForCausalLM": "mine.A"}, "model_type": "mine"},
+    ),
+    "model class": ("config.json", {"auto_map": {"AutoModelForCausalLM": "mine.A"}, "model_type": "bert"}),
+    "kernel": ("config.json", {"attn_implementation": "some/code"}),
+    "tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["mine.A", None]}, "tokenizer_class": "A"}),
+}
+
+
+@pytest.mark.parametrize("what", [*OWN_CODE, "tokenizer of the base"])
+def test_merge_runs_no_code_of_a_model(models, what):
+    name, changes = OWN_CODE[what.removesuffix(" of the base")]
+    if what == "tokenizer":
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(f"model/{file}", "adapter")
+    for folder in (models / "model", models / "adapter"):
+        put("mine.py", "import os; os.mkdir('ran')")(folder)
+        if (folder / name).exists():
+            change(name, **changes)(folder)
+    said = (
+        "names the kernel some/code"
+        if what == "kernel"
+        else "cannot read its config.json|cannot be loaded on its base model"
+    )
+    with pytest.raises(UserError, match=said):
         merge.run("adapter", "merged")
     assert not Path("ran").exists()
     assert not Path("merged").exists()

@@ -466,15 +466,25 @@ def hold(folder: str, ready: Any, go: Any, host: str | None = None) -> None:
 
 
 def hold_a_share(folder: str, ready: Any, go: Any) -> None:
-    """Another rank, with a worker process that is ended by SIGTERM."""
+    """Another rank, with workers that are ended by signals, many of them in their first moment."""
     end_on_signals()
     output_folder.share(folder)
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
-    worker.start()
-    worker.terminate()
-    worker.join()
-    ready.put(worker.exitcode)
+    codes = [fork_and_end(signal.SIGTERM, 0.0) for _ in range(50)] + [
+        fork_and_end(signal.SIGINT, 0.1) for _ in range(2)
+    ]
+    ready.put(codes)
     go.wait(30)
+
+
+def fork_and_end(signum: int, after: float) -> int:
+    if (pid := os.fork()) == 0:
+        try:
+            time.sleep(30)
+        finally:
+            os._exit(77)
+    time.sleep(after)
+    os.kill(pid, signum)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def kill(folder: Path) -> None:
@@ -624,7 +634,7 @@ class TestLock:
         assert ready.get(timeout=30) == ""
         rank = context.Process(target=hold_a_share, args=(str(tmp_path), ready, go))
         rank.start()
-        assert ready.get(timeout=30) == -signal.SIGTERM  # how its worker ended, and it did not
+        assert ready.get(timeout=30) == [-signal.SIGTERM] * 50 + [77] * 2  # how its workers ended, and it did not
         for process in (main, rank):
             assert (tmp_path / "run.lock").exists()
             os.kill(int(process.pid or 0), signal.SIGTERM)
