@@ -24,7 +24,7 @@ from align.maths.running_moments import RunningMoments
 from align.models.forward import response_logits, response_logprobs
 from align.ppo.ppo_run import Models, PPORun, Progress
 from align.ppo.rollout import Rollout
-from align.ppo.step import shape_scores
+from align.ppo.step import normalize_and_clip_scores
 from align.ppo.train import run
 from align.ppo.update import optimize
 from align.runs.own_files import read_mark
@@ -192,7 +192,7 @@ class TestScores:
         rollout.scores = torch.full((16,), 9.0)
         rollout.values.zero_()
         rollout.ref_logprobs = rollout.old_logprobs + 0.25
-        scores = shape_scores(ppo, rollout)
+        scores = normalize_and_clip_scores(ppo, rollout)
         assert scores.tolist() == [5.0] * 16
         _, returns = advantages_of(ppo, rollout, scores, 0.1)
         torch.testing.assert_close(returns[:, 0], 5.0 + 0.1 * 0.25 * rollout.lengths)
@@ -202,10 +202,10 @@ class TestScores:
         ppo, rollout = start(recipe)
         progress = ppo.progress = Progress(0.1)
         rollout.scores = torch.tensor([1.0] * 8 + [3.0] * 8)
-        assert shape_scores(ppo, rollout).tolist() == [-1.0] * 8 + [1.0] * 8
+        assert normalize_and_clip_scores(ppo, rollout).tolist() == [-1.0] * 8 + [1.0] * 8
         rollout.scores = torch.full((16,), 6.0)
         # All 32: mean 4, variance (8 * 9 + 8 * 1 + 16 * 4) / 32 = 4.5
-        torch.testing.assert_close(shape_scores(ppo, rollout), torch.full((16,), 2 / 4.5**0.5))
+        torch.testing.assert_close(normalize_and_clip_scores(ppo, rollout), torch.full((16,), 2 / 4.5**0.5))
         assert progress.score_moments == RunningMoments(32, 4.0, 144.0)
 
     def test_advantages_are_white_over_the_real_tokens(self, tmp_path):
@@ -249,7 +249,7 @@ class TestSchedule:
                 assert row["policy/steps"] == 1, "the first minibatch is at ratio 1, the second is not"
 
     def test_only_the_value_model_trains_while_it_warms_up(self, tmp_path):
-        recipe = recipe_of(tmp_path, value_warmup_updates=6)
+        recipe = recipe_of(tmp_path, value_warmup_updates=6, kl_target=5.0, kl_horizon=100, kl_coef=0.2)
         run(recipe)
         trained, reference = (
             load_file(Path(p) / "model.safetensors") for p in (recipe.output_dir, recipe.sft_model_path)
@@ -260,6 +260,9 @@ class TestSchedule:
         assert all(not torch.equal(value[name], reference[name]) for name in value.keys() & reference.keys())
         assert not any(name in row for row in rows for name in ("policy/loss", "policy/first_ratio"))
         assert [row["objective/kl"] for row in rows] == pytest.approx([0.0] * len(rows), abs=1e-5)
+        assert {row["objective/kl_coef"] for row in rows} == {0.2}, (
+            "the KL of a policy that does not train says nothing"
+        )
 
     def test_the_coefficient_adapts_to_the_kl_of_each_update(self, tmp_path):
         run(recipe_of(tmp_path, kl_target=5.0, kl_horizon=100, kl_coef=0.2))
