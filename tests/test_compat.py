@@ -340,6 +340,15 @@ def test_apply_chat_template():
     assert chat_template_utils._compile_jinja_template is before
 
 
+def test_write_unchecked(tmp_path):
+    config = transformers.GenerationConfig(do_sample=False, temperature=0.9)
+    with pytest.raises(ValueError, match="temperature"):
+        config.save_pretrained(tmp_path)
+    of_transformers.write_unchecked(config)
+    config.save_pretrained(tmp_path)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).temperature == 0.9
+
+
 OVERRIDDEN = {method for methods in compat.OVERRIDDEN.values() for method in methods}
 
 

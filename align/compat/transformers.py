@@ -95,6 +95,14 @@ def apply_chat_template(tokenizer: Any, messages: Any, compile_template: Callabl
         utils._compile_jinja_template = before
 
 
+def write_unchecked(config: Any) -> None:
+    """Have a generation config written as it is, as `save_pretrained` writes one that has not changed since it was loaded.
+
+    A changed one is refused with a setting of a mode that is off, as Llama 2's: a temperature without `do_sample`.
+    """
+    config._original_object_hash = hash(config)
+
+
 def has_causal_lm(config: Any) -> bool:
     """Whether transformers has a causal language model for this configuration class."""
     from transformers import AutoModelForCausalLM

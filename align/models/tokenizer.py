@@ -60,7 +60,7 @@ def model_end_ids(path: str, trust_remote_code: bool = False) -> list[int]:
     """`eos_token_id` of the model's generation config, or of its config when it has none, as transformers reads them.
 
     Raises:
-        UserError: it is no token id, nor a list of them.
+        UserError: it is no token id, nor a list of them, or transformers refuses the generation config.
     """
     settings = adapter_settings(path)
     folder = path if settings is None else str(settings["base_model_name_or_path"])
@@ -74,6 +74,8 @@ def model_end_ids(path: str, trust_remote_code: bool = False) -> list[int]:
         except Exception:  # a tokenizer alone; what loads the model says what is wrong with its configuration
             return []
         found = GenerationConfig.from_model_config(config).eos_token_id
+    except ValueError as error:
+        raise UserError(f"{folder}/{file}: transformers refuses it; correct the file. {reason(error)}") from error
     ids = [] if found is None else found if isinstance(found, list) else [found]
     if any(type(token) is not int for token in ids):
         raise UserError(f"{folder}/{file}: eos_token_id: expected a token id or a list of token ids, got {found!r}.")

@@ -23,6 +23,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, set_seed
 
+from align.compat.transformers import write_unchecked
 from align.config.json_file import read_json
 from align.engine.distributed import World
 from align.engine.state import counters, load_state, restore_counters, save_state
@@ -77,7 +78,8 @@ class SafeCheckpoints(Trainer):
     def _own_settings(self) -> Iterator[None]:
         """Inside, the model has the configuration that it was loaded with, and the ids of the tokenizer's tokens.
 
-        Trainers switch its cache off and its router's logits on, which is not for those who load what is saved.
+        Trainers switch its cache off and its router's logits on, which is not for those who load what is saved. What its
+        generation config says beside those ids is kept, whatever it is.
         """
         model = hf_model(self.model)
         training, own = model.config, copy.deepcopy(self.settings)
@@ -85,6 +87,8 @@ class SafeCheckpoints(Trainer):
             if hasattr(training.get_text_config(), name):
                 setattr(own.get_text_config(), name, getattr(training.get_text_config(), name))
         model.config = own
+        if getattr(model, "generation_config", None) is not None:
+            write_unchecked(model.generation_config)
         try:
             yield
         finally:
