@@ -71,9 +71,9 @@ def run(adapter: str, output: str) -> str:
     check_finite(model, str(folder))
     with _new_folder(Path(output)) as fresh:
         model.merge_and_unload().save_pretrained(fresh)
-        set_saved_dtype(fresh, base, "auto")
+        dtype = set_saved_dtype(fresh, base, "auto")
         tokenizer.save_pretrained(fresh)
-    return f"{folder} merged into {base}: {output}"
+    return f"{folder} merged into {base}: {output}, in {dtype}"
 
 
 @contextlib.contextmanager

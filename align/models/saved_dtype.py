@@ -31,8 +31,8 @@ def base_dtypes(path: str) -> tuple[torch.dtype, dict[str, torch.dtype]]:
     return dtype if dtype in DTYPES.values() else torch.float32, {}
 
 
-def set_saved_dtype(folder: Path, base: str | None, save_dtype: str) -> torch.dtype:
-    """Convert the floating-point weights of a saved model; returns the data type of most.
+def set_saved_dtype(folder: Path, base: str | None, save_dtype: str) -> str:
+    """Convert the floating-point weights of a saved model; returns the name of the data type of most.
 
     Args:
         base: the model that training started from; None for a random one.
@@ -57,10 +57,11 @@ def set_saved_dtype(folder: Path, base: str | None, save_dtype: str) -> torch.dt
                 save_file(weights, file.with_suffix(".new"), metadata)
         if changed:
             file.with_suffix(".new").rename(file)
-    _update(folder / CONFIG, lambda config: config.update(dtype=str(most).removeprefix("torch.")))
+    name = str(most).removeprefix("torch.")
+    _update(folder / CONFIG, lambda config: config.update(dtype=name))
     if (folder / INDEX).is_file():
         _update(folder / INDEX, lambda index: index["metadata"].update(total_size=total))
-    return most
+    return name
 
 
 def _update(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -15,6 +15,7 @@ from align.ppo.ppo_run import PPORun
 from align.runs.markdown import markdown_text, python_text
 from align.runs.own_files import new_files, new_folder
 from align.runs.stage import finish
+from align.terminal import say
 
 CARD = """# Language model, trained by PPO
 
@@ -45,13 +46,14 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
     """
     recipe, folder = run.recipe, Path(run.recipe.output_dir)
     with during("model", folder), new_files(folder) if run.world.is_main else nullcontext(folder) as target:
-        _write(run, run.models.policy, target)
+        dtype = _write(run, run.models.policy, target)
     run.world.barrier()
     if run.models.value is not None:
         save_model(run, run.models.value, folder / "value")
     if run.ema is not None:
         save_model(run, run.ema, folder / "ema")
     if run.world.is_main:
+        say(f"{folder}: weights in {dtype} (save_dtype: {recipe.save_dtype})")
         others = {
             ", `best/` the one with the highest evaluation score": run.progress.best is not None,
             ", `value/` the value model": run.models.value is not None,
@@ -67,8 +69,10 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
     run.world.barrier()
 
 
-def _write(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
+def _write(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> str | None:
+    """Save a model and the tokenizer; returns the data type of the weights, on the first rank."""
     engine.save_pretrained(folder)
-    if run.world.is_main:
-        set_saved_dtype(folder, run.recipe.sft_model_path, run.recipe.save_dtype)
-        run.sampler.tokenizer.save_pretrained(folder)
+    if not run.world.is_main:
+        return None
+    run.sampler.tokenizer.save_pretrained(folder)
+    return set_saved_dtype(folder, run.recipe.sft_model_path, run.recipe.save_dtype)

@@ -249,4 +249,4 @@ def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: C
             merged.save_pretrained(fresh)
         if world.is_main and (fresh / CONFIG).is_file():
             dtype = set_saved_dtype(fresh, getattr(recipe, "model_name_or_path", None), recipe.save_dtype)
-            say(f"{output}: weights in {str(dtype).removeprefix('torch.')} (save_dtype: {recipe.save_dtype})")
+            say(f"{output}: weights in {dtype} (save_dtype: {recipe.save_dtype})")
