@@ -57,10 +57,10 @@ def split_sampled(
         text: of the response, without special tokens, which the marks of reasoning may be.
         prompt_ids: of the prompt, which may have opened the reasoning.
     """
+    vocabulary, ids = tokenizer.get_added_vocab(), without_end(tokenizer, response_ids)
     if scores_reasoning(tokenizer):
-        return "", text
-    vocabulary = tokenizer.get_added_vocab()
-    closing, ids = vocabulary.get(END_OF_THINK), without_end(tokenizer, response_ids)
+        return "", _with_marks(tokenizer, text, ids, {vocabulary.get(THINK), vocabulary.get(END_OF_THINK)})
+    closing = vocabulary.get(END_OF_THINK)
     if closing in ids:
         answer = str(tokenizer.decode(ids[len(ids) - ids[::-1].index(closing) :], skip_special_tokens=True)).lstrip()
         return text.removesuffix(answer) or END_OF_THINK, answer
@@ -68,3 +68,11 @@ def split_sampled(
     opened = str(tokenizer.decode(list(prompt_ids[-8:]))).rstrip().endswith(THINK)
     unclosed = not reasoning and (opened or ids[:1] == [vocabulary.get(THINK)])
     return (text or THINK, "") if unclosed else (reasoning, answer)
+
+
+def _with_marks(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], marks: set[int | None]) -> str:
+    """The text of a response, with the marks of reasoning that are special tokens, which a text without those lacks."""
+    special = set(tokenizer.all_special_ids)
+    if (special & marks).isdisjoint(ids):
+        return text
+    return str(tokenizer.decode([token for token in ids if token not in special - marks]))

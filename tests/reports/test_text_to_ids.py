@@ -7,8 +7,9 @@ import pytest
 from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_example, encode_prompt
 from align.data.formats import choose_formats, read_row
-from align.data.reasoning import split_sampled
+from align.data.reasoning import set_scores_reasoning, split_sampled
 from align.data.rows import Demonstration, Preference
+from align.data.token_ids import decode_response
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
 from align.errors import BadRow, UserError
 from align.runs.manifest import tokenizer_digest
@@ -186,3 +187,18 @@ def test_a_prompt_has_opened_the_thought():
     for text, answer in (("one is I</think>\nI", "I"), ("one is", "")):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert split_sampled(tokenizer, text, prompt, ids)[1] == answer
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_reward_never_sees_the_marks_of_a_thought(special):
+    """https://github.com/huggingface/trl/issues/2897, https://github.com/verl-project/verl/issues/1724: <think> is a special
+    token, which is left out of the text; a reward for the format gives nobody anything."""
+    tokenizer = make_tokenizer(
+        ["</s>", "<think>", "</think>"][: 3 if special else 1], eos_token="</s>", pad_token="</s>"
+    )
+    said = "<think>one is I</think> I"
+    ids = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    text = decode_response(tokenizer, "one", tokenizer("one")["input_ids"], ids)
+    assert split_sampled(tokenizer, text, [], ids)[1].strip() == "I"
+    set_scores_reasoning(tokenizer, True)
+    assert split_sampled(tokenizer, text, [], ids) == ("", said)
