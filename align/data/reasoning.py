@@ -57,9 +57,10 @@ def split_sampled(
         text: of the response, without special tokens, which the marks of reasoning may be.
         prompt_ids: of the prompt, which may have opened the reasoning.
     """
-    vocabulary, ids = tokenizer.get_added_vocab(), without_end(tokenizer, response_ids)
+    ids = without_end(tokenizer, response_ids)
     if scores_reasoning(tokenizer):
-        return "", _with_marks(tokenizer, text, ids, {vocabulary.get(THINK), vocabulary.get(END_OF_THINK)})
+        return "", _with_marks(tokenizer, text, ids)
+    vocabulary = tokenizer.get_added_vocab()
     closing = vocabulary.get(END_OF_THINK)
     if closing in ids:
         answer = str(tokenizer.decode(ids[len(ids) - ids[::-1].index(closing) :], skip_special_tokens=True)).lstrip()
@@ -70,9 +71,13 @@ def split_sampled(
     return (text or THINK, "") if unclosed else (reasoning, answer)
 
 
-def _with_marks(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], marks: set[int | None]) -> str:
-    """The text of a response, with the marks of reasoning that are special tokens, which a text without those lacks."""
-    special = set(tokenizer.all_special_ids)
-    if (special & marks).isdisjoint(ids):
+def _with_marks(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> str:
+    """The text of a response, with marks of reasoning that it lacks because they are special tokens."""
+    vocabulary = tokenizer.get_added_vocab()
+    marks = {vocabulary[mark]: mark for mark in (THINK, END_OF_THINK) if mark in vocabulary}
+    if all(mark in text for token, mark in marks.items() if token in ids):
         return text
-    return str(tokenizer.decode([token for token in ids if token not in special - marks]))
+    added = tokenizer.added_tokens_decoder
+    return str(
+        tokenizer.decode([token for token in ids if token in marks or token not in added or not added[token].special])
+    )
