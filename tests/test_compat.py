@@ -340,6 +340,15 @@ def test_apply_chat_template():
     assert chat_template_utils._compile_jinja_template is before
 
 
+def test_config_of():
+    config, causal = transformers.Qwen3_5Config(), transformers.AutoModelForCausalLM
+    assert of_transformers.config_of(of_transformers.model_class(causal, config), config) is config.text_config
+    with torch.device("meta"):
+        assert type(causal.from_config(config).config) is type(config.text_config)
+    plain = transformers.LlamaConfig()
+    assert of_transformers.config_of(of_transformers.model_class(causal, plain), plain) is plain
+
+
 def test_write_unchecked(tmp_path):
     config = transformers.GenerationConfig(do_sample=False, temperature=0.9)
     with pytest.raises(ValueError, match="temperature"):

@@ -122,6 +122,12 @@ def model_class(auto: Any, config: Any) -> Any:
     return next((_get_model_class(config, mapping) for mapping in mappings if type(config) in mapping), None)
 
 
+def config_of(cls: Any, config: Any) -> Any:
+    """The configuration from which `auto.from_pretrained` makes a model of `cls`: the text model's, inside one that sees too."""
+    text = getattr(config, "sub_configs", {}).get("text_config")
+    return config.get_text_config() if text is not None and getattr(cls, "config_class", None) == text else config
+
+
 def keep_weights_in_evaluation(model: Any) -> None:
     """Have RWKV leave its weights alone: it divides them by powers of two, in place, when it goes from training to evaluation.
 

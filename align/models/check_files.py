@@ -8,6 +8,7 @@ as they will be.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from align.compat.peft import load_adapter
-from align.compat.transformers import model_class
+from align.compat.transformers import config_of, model_class
 from align.config.base import StageRecipe
 from align.errors import UserError, reason
 from align.models.check_weights import check_report
 from align.models.inspect_folder import ADAPTER_CONFIG, stored_tensors
 from align.models.safetensors_header import StoredTensor
 from align.models.trainable import check_trainable
+from align.terminal import say
 from reward_models.linear_head import AnyBackbone
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -65,6 +67,10 @@ def check_files(
         _check_adapter(model, path, key)
     if trained_by is not None:
         check_trainable(model, trained_by)
+        if config_of(cls, config) is not config and int(os.environ.get("RANK", "0")) == 0:
+            say(
+                f"note: {key}: {path}: of this {config.model_type} model the text model alone is loaded, trained and saved"
+            )
 
 
 def _load_without_storage(
@@ -77,7 +83,7 @@ def _load_without_storage(
     elsewhere = any(part in (attn_implementation or "") for part in ("flash", "/", "|"))
     kernel = None if elsewhere else attn_implementation
     try:
-        config = copy.deepcopy(config)
+        config = copy.deepcopy(config_of(cls, config))
         if num_labels is not None:
             config.num_labels = num_labels
         empty = {

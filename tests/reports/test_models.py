@@ -19,8 +19,11 @@ from transformers import (
     LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
 )
 
+from align.cli.check import check
 from align.config.sft import SFTRecipe
 from align.engine.engine import AdapterOff
 from align.engine.torch_engine import TorchEngine
@@ -37,7 +40,7 @@ from align.ppo.setup import start_value_head
 from align.sft.train import run
 from reward_models import score_sequences
 from tests.ppo.runs import ALONE
-from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, training_keys
+from tests.worlds import letter_tokenizer, metrics, save_recipe, save_tiny_policy, tiny_llama, training_keys
 
 SIZES = {"vocab_size": 29, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -133,6 +136,29 @@ def test_packed_examples_attend_to_each_other():
     config = OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=32, max_position_embeddings=512)
     with pytest.raises(UserError, match="does not keep them apart"):
         check_packing(config, "packing", trust_remote_code=False)
+
+
+def test_a_model_that_reads_images_too(tmp_path, capsys):
+    """https://github.com/huggingface/trl/issues/5213: SFT of Qwen3.5 as it is published; its text model is what is trained."""
+    torch.manual_seed(0)
+    text = {**SIZES, "vocab_size": 40, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config=text, vision_config={**vision, "deepstack_visual_indexes": []})
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    letter_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [{"prompt": "ab", "completion": "c"}] * 4
+    settings = SFTRecipe(**training_keys("sft", tmp_path, rows, []), max_steps=1)
+    assert check.run(str(save_recipe(settings, tmp_path / "sft.yaml"))) == 0
+    run(settings)
+    assert "the text model alone is loaded, trained and saved" in " ".join(capsys.readouterr().err.split())
+    ids = torch.tensor([[3, 4, 5, 2]])
+    base, tuned = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "out"))
+    loss = base(input_ids=ids, labels=torch.tensor([[-100, -100, 5, 2]])).loss
+    assert metrics(settings)[0]["train/loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert not torch.equal(tuned.lm_head.weight, base.lm_head.weight)
+    assert tuned(input_ids=ids, labels=ids).loss < base(input_ids=ids, labels=ids).loss
 
 
 def test_a_head_after_which_logits_are_scaled():
