@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.dialogues import DialogueText
+from align.data.dialogues import END_OF_THINK, THINK, DialogueText
 from align.data.rows import Prompt, Row
 from align.data.token_ids import special_tokens
 from align.errors import UserError
@@ -16,6 +17,7 @@ from align.terminal import say
 SPANNED = "a token spans the end of the prompt and is trained with the response, while generation starts from the prompt's own tokens"
 JOINED = "the prompt ends in white space that the tokenizer joins to the next word: generation starts from a rare token"
 DOUBLED = "begins with the text of {bos}, which the tokenizer adds itself: one is kept"
+CONTROL = "the text of {token} in a message is read as that special token, which the chat template writes itself"
 REPEATED = "a response repeats the whole prompt"
 SHORT = 8  # characters of a prompt that a response may begin with by chance
 
@@ -30,6 +32,10 @@ class Findings:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         before, _ = special_tokens(tokenizer)
         self.bos = str(tokenizer.bos_token) if tokenizer.bos_token_id in before else None
+        template = str(tokenizer.chat_template or "")
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        written = [re.escape(token) for token in sorted(special - {THINK, END_OF_THINK}) if token in template]
+        self.control = re.compile("|".join(written)) if written else None
         self.found: dict[str, list[str]] = {}
 
     def look(
@@ -45,12 +51,20 @@ class Findings:
         if own_ids != before:
             self._note(JOINED if isinstance(row, Prompt) else SPANNED, row.where)
         if not isinstance(row.prompt, str):
+            for token in self._control_tokens(row):
+                self._note(CONTROL.format(token=token), row.where)
             return
         if self.bos is not None and (row.prompt or texts[0].response).startswith(self.bos):
             self._note(DOUBLED.format(bos=self.bos), row.where)
         prompt = row.prompt.strip()
         if len(prompt) >= SHORT and any(text.response.lstrip().startswith(prompt) for text in texts):
             self._note(REPEATED, row.where)
+
+    def _control_tokens(self, row: Row) -> list[str]:
+        """Special tokens of the chat template whose text is in the messages of a row; BOS and end tokens are refused elsewhere."""
+        turns = [getattr(row, name, None) for name in ("prompt", "completion", "chosen", "rejected")]
+        contents = [str(message["content"]) for each in turns if isinstance(each, list) for message in each]
+        return sorted({token for text in contents for token in self.control.findall(text)} if self.control else ())
 
     def _note(self, text: str, where: str) -> None:
         self.found.setdefault(text, []).append(where)
