@@ -61,7 +61,7 @@ class Findings:
             self._note(REPEATED, row.where)
 
     def _control_tokens(self, row: Row) -> list[str]:
-        """Special tokens of the chat template whose text is in the messages of a row; BOS and end tokens are refused elsewhere."""
+        """Special tokens of the chat template whose text is in a row's messages; BOS and end tokens are refused elsewhere."""
         turns = [getattr(row, name, None) for name in ("prompt", "completion", "chosen", "rejected")]
         contents = [str(message["content"]) for each in turns if isinstance(each, list) for message in each]
         return sorted({token for text in contents for token in self.control.findall(text)} if self.control else ())
