@@ -68,6 +68,12 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
             f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; "
             "name a causal decoder (llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
         )
+    composite = "text_config" in getattr(config, "sub_configs", {}) and not getattr(config, "auto_map", None)
+    if composite and config.model_type not in causal_lm_types():
+        raise UserError(
+            f"{key}: {path} is a model of text and images ({config.model_type}), of which transformers has no language model; "
+            "name a text model, such as its language model saved in a folder of its own."
+        )
     return config
 
 

@@ -30,7 +30,7 @@ from align.engine.torch_engine import TorchEngine
 from align.errors import UserError
 from align.models.check_files import check_embeddings, check_files
 from align.models.forward import label_loss, response_logprobs, response_values
-from align.models.load import load_policy
+from align.models.load import load_config, load_policy
 from align.models.packing import check_packing
 from align.models.scalar_head import find_reward_head, start_reward_model
 from align.models.tokenizer import load_tokenizer
@@ -159,6 +159,18 @@ def test_a_model_that_reads_images_too(tmp_path, capsys):
     assert metrics(settings)[0]["train/loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
     assert not torch.equal(tuned.lm_head.weight, base.lm_head.weight)
     assert tuned(input_ids=ids, labels=ids).loss < base(input_ids=ids, labels=ids).loss
+
+
+def test_a_model_of_images_that_is_taken_for_something_else(tmp_path):
+    """https://github.com/UKGovernmentBEIS/inspect_ai/issues/4438, https://github.com/Liuziyu77/Visual-RFT/issues/83: Mistral 3
+    and Qwen2-VL have no causal model of their type."""
+    for kind in ("mistral3", "qwen2_vl"):
+        AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+        with pytest.raises(UserError, match=rf"is a model of text and images \({kind}\)"):
+            load_config(str(tmp_path / kind), "model_name_or_path")
+    for kind in ("gemma3", "qwen3_5", "bert", "llama"):
+        AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+        load_config(str(tmp_path / kind), "model_name_or_path")
 
 
 def test_a_head_after_which_logits_are_scaled():
