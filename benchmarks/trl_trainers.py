@@ -24,8 +24,6 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from reward_models.heads import init_head
-
 
 class Steps(TrainerCallback):  # type: ignore[misc]
     """Prints each step when it is logged, which is when align's stage writes its line."""
@@ -68,7 +66,6 @@ def main() -> None:
         trainer_class, arguments = SFTTrainer, SFTConfig(**settings)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(spec["model"], dtype=torch.float32, num_labels=1)
-        init_head(model, spec["seed"])  # align's stage starts with this head
         trainer_class, arguments = RewardTrainer, RewardConfig(**settings)
     trainer = trainer_class(
         model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[Steps()]

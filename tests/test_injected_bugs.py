@@ -98,7 +98,7 @@ BUGS = {
         "tests/maths/test_maths.py::TestGAE::test_what_lies_in_the_padding_does_not_matter",
     ),
     "dropout left on": (
-        "align/models/load.py",
+        "align/models/dropout.py",
         "            module.p = 0.0",
         "            pass",
         "tests/generation/test_generate.py::test_dropout_is_off_in_training_mode",

@@ -473,7 +473,7 @@ def hold_a_share(folder: str, ready: Any, go: Any) -> None:
         fork_and_end(signal.SIGINT, 0.1) for _ in range(2)
     ]
     ready.put(codes)
-    go.wait(30)
+    go.wait(120)
 
 
 def fork_and_end(signum: int, after: float) -> int:
@@ -634,7 +634,7 @@ class TestLock:
         assert ready.get(timeout=30) == ""
         rank = context.Process(target=hold_a_share, args=(str(tmp_path), ready, go))
         rank.start()
-        assert ready.get(timeout=30) == [-signal.SIGTERM] * 50 + [77] * 2  # how its workers ended, and it did not
+        assert ready.get(timeout=120) == [-signal.SIGTERM] * 50 + [77] * 2  # how its workers ended, and it did not
         for process in (main, rank):
             assert (tmp_path / "run.lock").exists()
             os.kill(int(process.pid or 0), signal.SIGTERM)
