@@ -47,7 +47,7 @@ def load_reward_model(
         raise ValueError(f"{path}: a classifier with {config.num_labels} labels instead of one; {remedy}")
 
     scalar = copy.deepcopy(config)
-    scalar.num_labels = 1
+    scalar.num_labels, scalar.return_dict = 1, True
     text_config = scalar.get_text_config()
     text_config.use_cache = False
     if text_config.pad_token_id is None:

@@ -19,18 +19,28 @@ def has_fused_head() -> bool:
     return hasattr(trl.trainer.utils, "add_fused_lm_head")
 
 
-def router_settings(config: Any) -> dict[str, Any]:
-    """Arguments of `SFTConfig` for a mixture of experts whose configuration names their number otherwise than TRL (Granite).
+def fused_log_probs(model: Any, ids: Any) -> Any:
+    """Log-probabilities [B, S - 1] of the tokens `ids` [B, S] after the first, by TRL's fused head, which the model then has."""
+    from trl.trainer.utils import add_fused_lm_head
 
-    Gives the configuration the name that TRL asks for. A model that has a router's settings and no experts has no loss of
-    its router.
+    add_fused_lm_head(model)
+    return model(input_ids=ids, labels=ids, **{FUSED_HEAD_ARGUMENT: True}).log_probs
+
+
+def router_settings(config: Any, has_router_loss: bool) -> dict[str, Any]:
+    """Arguments of `SFTConfig` for a model whose configuration has a router's settings; none for others.
+
+    TRL adds the router's loss wherever there are such settings: in dense models of Granite's, Doge's and Llama 4's kind there is
+    none. Gives the configuration of Granite's mixtures the name by which TRL asks for the number of experts.
     """
     config = config.get_text_config()
-    if not hasattr(config, "num_local_experts"):
+    if not hasattr(config, "output_router_logits"):
         return {}
-    if not hasattr(config, "num_experts"):
+    if not has_router_loss:
+        return {"router_aux_loss_coef": 0.0}
+    if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
         type(config).attribute_map = {**config.attribute_map, "num_experts": "num_local_experts"}
-    return {} if config.num_local_experts else {"router_aux_loss_coef": 0.0}
+    return {}
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from align.compat.transformers import (
 from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_finite, check_report
 from align.models.dropout import disable_dropout
+from align.models.forward_settings import set_neutral
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
 from align.models.trainable import disable_inference_kernels
 from reward_models.linear_head import SequenceClassifier
@@ -173,6 +174,7 @@ def load_pretrained(
     check_finite(model, path)
     disable_dropout(model)
     keep_weights_in_evaluation(model)
+    set_neutral(model)
     return (model, report) if report_asked else model
 
 

@@ -1,4 +1,7 @@
-"""The data type of saved weights: that of the model that training started from, or the one that the recipe names."""
+"""The data type of saved weights: that of the model that training started from, or the one that the recipe names.
+
+With it, the settings of that model that are others while a stage runs.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from align.models.forward_settings import restore
 from align.models.inspect_folder import CONFIG, INDEX, stored_tensors
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by their names in safetensors
@@ -32,7 +36,7 @@ def base_dtypes(path: str) -> tuple[torch.dtype, dict[str, torch.dtype]]:
 
 
 def set_saved_dtype(folder: Path, base: str | None, save_dtype: str) -> str:
-    """Convert the floating-point weights of a saved model; returns the name of the data type of most.
+    """Convert the floating-point weights of a saved model, and restore its settings; returns the name of most weights' type.
 
     Args:
         base: the model that training started from; None for a random one.
@@ -59,6 +63,9 @@ def set_saved_dtype(folder: Path, base: str | None, save_dtype: str) -> str:
             file.with_suffix(".new").rename(file)
     name = str(most).removeprefix("torch.")
     _update(folder / CONFIG, lambda config: config.update(dtype=name))
+    if base is not None and (given := Path(stored_tensors(base, base)[0]) / CONFIG).is_file():
+        settings = json.loads(given.read_text(encoding="utf-8"))
+        _update(folder / CONFIG, lambda config: restore(config, settings))
     if (folder / INDEX).is_file():
         _update(folder / INDEX, lambda index: index["metadata"].update(total_size=total))
     return name

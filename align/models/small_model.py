@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from align.compat.transformers import has_causal_lm
+from align.models.forward_settings import NEUTRAL
 
 WIDTH, HEADS, HEAD_DIM = 64, 4, 16
 # Sizes by their names in transformers' configurations, and what they become.
@@ -69,6 +70,7 @@ def small_config(config: PretrainedConfig, vocab_size: int) -> PretrainedConfig:
     changed |= {
         name: _small_rope(given[name], given) for name in ("rope_parameters", "rope_scaling") if given.get(name)
     }
+    changed |= {name: value for name, value in NEUTRAL.items() if name in given}
     if "initializer_range" in given:
         changed["initializer_range"] = SPREAD
     changed |= {"vocab_size": vocab_size, "dtype": "float32", "pad_token_id": None}

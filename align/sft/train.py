@@ -40,6 +40,7 @@ from align.runs.quiet import quiet
 from align.runs.results import SFTResult
 from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tracker import Tracker
+from align.sft.fused_head import fused_head_is_exact, has_router_loss
 from align.sft.inputs import load_config_and_tokenizer
 from align.sft.report import (
     forgetting_warning,
@@ -78,6 +79,9 @@ def run(recipe: SFTRecipe) -> SFTResult:
     resuming = checkpoint is not None
     start = recipe.model_name_or_path or _random_model(recipe, world, rows, resuming)
     config, tokenizer = load_config_and_tokenizer(start, recipe)
+    # Tried on small models here: later, models are sharded as they are made.
+    fused_head = fused_head_is_exact(config, recipe.trust_remote_code)
+    router = router_settings(config, has_router_loss(config, recipe.trust_remote_code))
     data = tokenize_rows(recipe, rows, retention, tokenizer, config)
     responses = response_evaluation(recipe, rows.evaluation, tokenizer, config, world)
     world.check_rows(len(data.train))
@@ -106,6 +110,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
         set_seed(recipe.seed)  # TRL 1.14 initializes adapters unseeded
         trainer = DemonstrationTrainer(
             example_mean=recipe.loss_normalization == "example_mean",
+            fused_head=fused_head,
             evaluation=data.evaluation,
             responses=responses,
             tracker=tracker,
@@ -118,7 +123,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
                 padding_free=recipe.packing or recipe.padding_free,
                 neftune_noise_alpha=recipe.neftune_noise_alpha,
                 label_smoothing_factor=recipe.label_smoothing_factor,
-                **router_settings(model.config),
+                **router,
             ),
             train_dataset=train_rows,
             eval_dataset=eval_rows,

@@ -39,6 +39,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
 
     Args:
         example_mean: train the second objective instead of the first.
+        fused_head: whether TRL's fused head is exact for the model (`align.sft.fused_head`); otherwise losses come from logits.
         evaluation: the rows to evaluate on; `eval_dataset` must hold them, padded to full batches.
         responses: the responses to evaluate, if any.
         tracker: logs the table of responses.
@@ -51,13 +52,14 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
         self,
         *args: Any,
         example_mean: bool,
+        fused_head: bool = True,
         evaluation: EvalRows | None = None,
         responses: ResponseEvaluation | None = None,
         tracker: Tracker,
         max_forgetting: float | None = None,
         **kwargs: Any,
     ):
-        self.example_mean = example_mean
+        self.example_mean, self.fused_head = example_mean, fused_head
         self.groups = evaluation.groups if evaluation else []
         self.sums_shape = (len(self.groups), 4)
         self.responses, self.tracker, self.max_forgetting = responses, tracker, max_forgetting
@@ -87,6 +89,15 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
             return scores
 
         def call_model(**arguments: Any) -> Any:
+            if FUSED_HEAD_ARGUMENT in arguments and not self.fused_head:
+                del arguments[FUSED_HEAD_ARGUMENT]
+                labels = arguments.pop("labels")
+                output = model(**arguments)
+                scores = token_scores(
+                    output.logits[:, -labels.shape[1] :], labels
+                )  # those of virtual tokens come first
+                scores.aux_loss = getattr(output, "aux_loss", None)
+                return sum_or_weight(scores)
             output = model(**arguments)
             if FUSED_HEAD_ARGUMENT in arguments:
                 return sum_or_weight(output)

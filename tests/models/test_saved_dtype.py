@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from align.config.sft import SFTRecipe
+from align.models.load import load_policy
 from align.models.saved_dtype import base_dtypes, set_saved_dtype
 from align.sft.train import run
 from tests.worlds import letter_ids, letter_tokenizer, save_tiny_policy, tiny_llama, trained, training_keys
@@ -75,3 +76,21 @@ def test_the_type_of_a_base(tmp_path: Path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}))
     for name in ("base", "adapter"):
         assert base_dtypes(str(tmp_path / name))[0] == torch.float16
+
+
+def test_settings_that_are_neutral_in_a_stage_are_the_bases_in_what_it_saves(tmp_path):
+    """With router logits on, transformers' mixtures cannot read a batch of generated tokens; tuples have no names."""
+    base = tmp_path / "base"
+    config = MixtralConfig(
+        vocab_size=29, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, pad_token_id=0, output_router_logits=True,
+    )  # fmt: skip
+    config.return_dict = False
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    model = load_policy(str(base))
+    assert model(input_ids=torch.tensor([[3, 4]])).keys() & {"router_logits", "logits"} == {"logits"}
+    model.save_pretrained(tmp_path / "out")
+    set_saved_dtype(tmp_path / "out", str(base), "auto")
+    given, saved = (json.loads((folder / "config.json").read_text()) for folder in (base, tmp_path / "out"))
+    assert saved == given
+    assert (given["return_dict"], given["output_router_logits"]) == (False, True)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, ModernBertDecoderConfig
 
 from align.config.load import load_recipe
 from align.config.sft import SFTRecipe
@@ -18,7 +19,7 @@ from align.data.batches import ResumableLengthGroupedSampler
 from align.data.tokenize import tokenize_demonstrations
 from align.errors import UserError
 from align.runs.checkpoint import complete_checkpoints
-from align.sft.fused_head import HAS_FUSED_HEAD, token_scores
+from align.sft.fused_head import HAS_FUSED_HEAD, fused_head_is_exact, token_scores
 from align.sft.train import run
 from align.sft.trainer import example_mean_weights
 from tests.ranks import run_stage
@@ -144,8 +145,36 @@ def test_the_head_sees_label_tokens_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=counted))
     run(recipe(tmp_path))
+    tried = rows.pop(0)  # before training, on a small model
+    assert tried == 11
     assert sum(rows) == sum(len(completion) + 1 for _, completion in ROWS)  # and end-of-text
     assert not utils._use_triton(torch.device("cpu")), "TRL's own answer is back"
+
+
+@pytest.mark.skipif(not HAS_FUSED_HEAD, reason="TRL 1.14, the last for Python 3.10, has no fused head")
+@pytest.mark.parametrize(
+    ("config", "exact"),
+    [(ModernBertDecoderConfig, False), (GraniteConfig, True), (Gemma2Config, True)],
+)
+def test_a_head_of_more_than_one_layer_is_not_fused(config, exact):
+    """Log-probabilities of scaled and capped logits are TRL's own."""
+    assert fused_head_is_exact(config()) is exact
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_of_a_model_whose_head_has_two_layers(tmp_path, objective):
+    """ModernBERT's decoder: a linear layer, an activation and a norm before the output embeddings."""
+    torch.manual_seed(0)
+    config = ModernBertDecoderConfig(
+        vocab_size=29, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    letter_tokenizer().save_pretrained(tmp_path / "base")
+    settings = recipe(tmp_path, ROWS[:4], max_steps=1, loss_normalization=objective, adam_epsilon=1e-3)
+    run(settings)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert_weights(trained(settings), stepped(ROWS[:4], objective, model))
 
 
 class TestWholeLogits:
