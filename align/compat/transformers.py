@@ -185,6 +185,7 @@ def stop_sharded_loading() -> None:
 # the whole pass only (Zamba-2, Nemotron-H).
 EXACT_RECURRENT = {"mamba", "falcon_mamba", "mamba2", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe",
                    "jamba", "bamba", "granitemoehybrid", "falcon_h1", "olmo_hybrid"}  # fmt: skip
+CACHE_ARGUMENTS = {"cache", "cache_params", "past_key_values"}  # names of the cache in `forward`, by version and type
 # Types that take no positions, because attention is biased by distance, and padding changes no distance.
 ALIBI = {"bloom", "mpt"}
 
@@ -212,6 +213,9 @@ def keeps_exact_cache(config: Any) -> bool:
         model: Any = AutoModelForCausalLM._model_mapping[type(config)]
         if model._is_stateful or not model._supports_default_dynamic_cache():
             return False
-        if text.model_type not in ALIBI and "position_ids" not in inspect.signature(model.forward).parameters:
+        parameters = inspect.signature(model.forward).parameters
+        if not parameters.keys() & CACHE_ARGUMENTS:
+            return False  # GPT-1 has no cache
+        if text.model_type not in ALIBI and "position_ids" not in parameters:
             return False  # it counts padding
     return not any(map(is_linear_attention, DynamicCache(config=config).layers))

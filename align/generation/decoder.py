@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.compat.transformers import is_linear_attention, keeps_exact_cache
+from align.compat.transformers import CACHE_ARGUMENTS, is_linear_attention, keeps_exact_cache
 from align.engine.engine import Engine
 from align.generation.kv_cache import preallocated_cache
 from align.models.forward import position_ids
 from reward_models.heads import hf_model
-
-CACHE_ARGUMENTS = ("cache", "cache_params")  # names of the cache in `forward`; otherwise past_key_values
 
 
 class Decoder(Protocol):
@@ -42,7 +40,7 @@ def decoder(model: nn.Module | Engine, prompt_ids: Tensor, prompt_mask: Tensor, 
     parameters = inspect.signature(inner.forward).parameters
     if not keeps_exact_cache(inner.config):
         return WholeRows(model, "logits_to_keep" in parameters, prompt_ids, prompt_mask, length)
-    name = next((name for name in CACHE_ARGUMENTS if name in parameters), "past_key_values")
+    name = next((name for name in parameters if name in CACHE_ARGUMENTS), "past_key_values")
     return Cached(model, name, preallocated_cache(inner.config, prompt_ids.shape[1] + length), prompt_ids, prompt_mask)
 
 

@@ -62,6 +62,7 @@ ARCHITECTURES: dict[str, tuple[str, bool, dict[str, Any]]] = {
     "TrOCR, which counts padding": ("trocr", False, {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2,
                                     "decoder_ffn_dim": 24}),
     "DeepSeek-V4, compressed keys": ("deepseek_v4", False, {"hidden_size": 32, "num_attention_heads": 4}),
+    "GPT-1, without a cache": ("openai-gpt", False, {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
     "RWKV": ("rwkv", False, {"attention_hidden_size": 16, "context_length": 64}),
     "RecurrentGemma": ("recurrent_gemma", False, {"lru_width": 16, "attention_window_size": 6, "num_hidden_layers": 3}),
     "Zamba-2": ("zamba2", False, {**HYBRID, "mamba_ngroups": 1, "n_mamba_heads": 4, "mamba_headdim": 8, "chunk_size": 4,
