@@ -123,7 +123,7 @@ def start(
         processes = []
         for rank, place in enumerate(places):
             arguments = (function, args, {**given, **place, **env}, str(cwd or Path.cwd()), str(log), rank)
-            processes.append(_server().Process(target=_rank, args=arguments))
+            processes.append(server().Process(target=_rank, args=arguments))
             processes[-1].start()  # with `sys.path` as it is now
     finally:
         sys.path = paths
@@ -235,7 +235,8 @@ def two_nodes(folder: Path) -> tuple[Path, dict[str, str]]:
 
 
 @functools.cache
-def _server() -> ForkServerContext:
+def server() -> ForkServerContext:
+    """A context whose processes are forks of one that has imported the libraries, and nothing of ours."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["libraries"])  # in a folder of its own: the server may import nothing of ours
     path = os.environ.get("PYTHONPATH")

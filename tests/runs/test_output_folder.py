@@ -24,6 +24,7 @@ from align.runs.files import digest
 from align.runs.launch import end_on_signals
 from align.runs.output_folder import claim, clear_finished, find_mark, one_run_per_folder, release
 from align.runs.own_files import delete, new_files, new_folder, own, owned
+from tests.ranks import server
 from tests.worlds import save_tiny_policy, write_jsonl
 
 IDENTITY: dict[str, Any] = {"stage": "sft", "recipe": {"seed": 1}, "inputs": {}}
@@ -461,7 +462,7 @@ def hold(folder: str, ready: Any, go: Any, host: str | None = None) -> None:
         ready.put(str(error))
         return
     ready.put("")
-    go.wait(30)
+    go.wait(120)
     release(Path(folder))
 
 
@@ -469,7 +470,7 @@ def hold_a_share(folder: str, ready: Any, go: Any) -> None:
     """Another rank, with workers that are ended by signals, many of them in their first moment."""
     end_on_signals()
     output_folder.share(folder)
-    codes = [fork_and_end(signal.SIGTERM, 0.0) for _ in range(50)] + [
+    codes = [fork_and_end(signal.SIGTERM, 0.0) for _ in range(20)] + [
         fork_and_end(signal.SIGINT, 0.1) for _ in range(2)
     ]
     ready.put(codes)
@@ -517,7 +518,7 @@ class TestLock:
         ready, go = context.Queue(), context.Event()
         holder = context.Process(target=hold, args=(str(tmp_path), ready, go))
         holder.start()
-        assert ready.get(timeout=30) == ""
+        assert ready.get(timeout=60) == ""
         with pytest.raises(UserError, match=f"in use by process {holder.pid} on .* since .*; wait until all its ranks"):
             claim(tmp_path, IDENTITY, resuming=True)
         os.kill(int(holder.pid or 0), signum)
@@ -589,7 +590,7 @@ class TestLock:
         ready, go = context.Queue(), context.Event()
         holder = context.Process(target=hold, args=(str(tmp_path), ready, go, "elsewhere"))
         holder.start()
-        assert ready.get(timeout=30) == ""
+        assert ready.get(timeout=60) == ""
         monkeypatch.setattr(lock, "_flock", lambda *_: True)  # as that of a machine of its own
         with pytest.raises(
             UserError,
@@ -616,7 +617,7 @@ class TestLock:
         ready, go = context.Queue(), context.Event()
         holder = context.Process(target=hold, args=(str(tmp_path), ready, go))
         holder.start()
-        assert ready.get(timeout=30) == ""
+        assert ready.get(timeout=60) == ""
         owner = json.loads((tmp_path / "run.lock").read_text())
         (tmp_path / "run.lock").write_text(json.dumps({**owner, "host": "elsewhere"}))
         holder.join(30)
@@ -627,14 +628,14 @@ class TestLock:
         )
 
     def test_sigterm_deletes_it_with_the_last_rank_and_ends_a_worker_alone(self, tmp_path):
-        context = multiprocessing.get_context("fork")
+        context = server()  # a fork of this process, after all other tests, takes a second
         ready, go = context.Queue(), context.Event()
         main = context.Process(target=hold, args=(str(tmp_path), ready, go))
         main.start()
-        assert ready.get(timeout=30) == ""
+        assert ready.get(timeout=60) == ""
         rank = context.Process(target=hold_a_share, args=(str(tmp_path), ready, go))
         rank.start()
-        assert ready.get(timeout=120) == [-signal.SIGTERM] * 50 + [77] * 2  # how its workers ended, and it did not
+        assert ready.get(timeout=120) == [-signal.SIGTERM] * 20 + [77] * 2  # how its workers ended, and it did not
         for process in (main, rank):
             assert (tmp_path / "run.lock").exists()
             os.kill(int(process.pid or 0), signal.SIGTERM)
