@@ -110,6 +110,8 @@ def stored_head(path: str, config: PretrainedConfig, skeleton: PreTrainedModel) 
         raise ValueError(f"{path}: holds a head that is not one linear layer: {described}")
     if weight.shape[0] != 1:
         raise ValueError(f"{path}: holds a head with {weight.shape[0]} outputs instead of one: {described}")
+    if weight.shape[1] != (width := score_head(skeleton)[1].in_features):  # its weight may be sharded
+        raise ValueError(f"{path}: holds a head for another width: {described}, where {width} is needed")
     if missing := sorted(mine - scalar - tensors.keys()):
         raise ValueError(f"{path}: holds a head ({described}) without the layers below it: {', '.join(missing)}")
     native = found == mine & scalar and weight.file.name != f"{APART}.safetensors"

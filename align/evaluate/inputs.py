@@ -26,6 +26,7 @@ from align.evaluate.few_shot import (
     few_shot_prompt,
     pool_for,
 )
+from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.context_length import max_positions
 from align.models.load import is_encoder, load_config
@@ -187,6 +188,7 @@ def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokeni
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
     check_template_kwargs(path, recipe.chat_template_kwargs, "models")
     check_files(AutoModelForCausalLM, path, "models", config, tokenizer, attn_implementation=recipe.attn_implementation)
+    check_causal(config, "models", path, recipe.trust_remote_code)
     limits = [tokenizer.model_max_length]
     if (positions := max_positions(config)) is not None:
         limits.append(positions - num_virtual_tokens)

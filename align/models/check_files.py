@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import AutoHfQuantizer
 
 from align.compat.peft import load_adapter
 from align.compat.transformers import config_of, model_class
@@ -60,7 +61,10 @@ def check_files(
     folder, tensors = stored_tensors(path, key)
     cls = auto.class_of(config) if isinstance(auto, AnyBackbone) else model_class(auto, config)
     own_code = getattr(auto, "__name__", "AutoModel") in (getattr(config, "auto_map", None) or {})
-    if tensors is None or cls is None or own_code or getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None:
+        _check_quantizer(config, path, key)
+        return  # as below
+    if tensors is None or cls is None or own_code:
         return  # transformers tells once it has loaded them
     model = _load_without_storage(cls, folder, key, config, tensors, new_head, attn_implementation, num_labels)
     if (Path(path) / ADAPTER_CONFIG).is_file() and folder != path:
@@ -71,6 +75,19 @@ def check_files(
             say(
                 f"note: {key}: {path}: of this {config.model_type} model the text model alone is loaded, trained and saved"
             )
+
+
+def _check_quantizer(config: PretrainedConfig, path: str, key: str) -> None:
+    """Check that quantized weights can be loaded here, as transformers does before it loads them."""
+    try:
+        if AutoHfQuantizer.supports_quant_method(config.quantization_config):
+            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(config.quantization_config), pre_quantized=True)
+            quantizer.validate_environment(device_map=None, weights_only=True)
+    except Exception as error:  # a package or a GPU is missing, or the entry is damaged
+        raise UserError(
+            f"{key}: {path}: cannot be loaded with the `quantization_config` in its config.json. {reason(error)} Name the model "
+            "that is not quantized; method: qlora quantizes it as it is loaded."
+        ) from error
 
 
 def _load_without_storage(

@@ -69,6 +69,10 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
             f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; "
             "name a causal decoder (llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
         )
+    if config.model_type in UNSUPPORTED_TYPES:
+        raise UserError(
+            f"{key}: {path}: no stage supports models of type {config.model_type}; name another causal decoder."
+        )
     composite = "text_config" in getattr(config, "sub_configs", {}) and not getattr(config, "auto_map", None)
     if composite and config.model_type not in causal_lm_types():
         raise UserError(
@@ -122,6 +126,10 @@ def is_encoder(config: PretrainedConfig) -> bool:
 ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "rembert", "big_bird",
                  "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer",
                  "roberta-prelayernorm", "xmod"}  # fmt: skip
+
+
+# Listed as causal models too. XLNet predicts tokens in any order, and reads padding; XLM and Reformer take other inputs.
+UNSUPPORTED_TYPES = {"xlnet", "xlm", "reformer"}
 
 
 def load_pretrained(

@@ -11,6 +11,7 @@ from align.config.stages import STAGES
 from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
+from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.load import adapter_base, is_encoder, load_config
 from align.models.scalar_head import find_head
@@ -79,6 +80,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         attn_implementation=kernel,
         trained_by=recipe,
     )
+    check_causal(config, "sft_model_path", recipe.sft_model_path, recipe.trust_remote_code)
     mine = tokenizer_digest(tokenizer)
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
@@ -125,6 +127,13 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         others = "reward_model_path" if same_tokenizer else "sft_model_path"
         key = "value_model_path" if recipe.value_model_path is not None else others
         value_config = load_config(value_path, key, recipe.trust_remote_code)
+        if is_encoder(value_config):
+            raise UserError(
+                f"{key}: {value_path} is an encoder ({value_config.model_type}), whose value of a token would depend on the tokens "
+                "after it; name a decoder."
+            )
+        if value_path != recipe.sft_model_path:
+            check_causal(value_config, key, value_path, recipe.trust_remote_code)
         value_head = find_value_head(value_path, value_config, key, recipe.trust_remote_code)
         check_files(TokenClassifier, value_path, key, value_config, new_head=True, attn_implementation=kernel)
     return PPOInputs(

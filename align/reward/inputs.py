@@ -83,7 +83,8 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         attn_implementation=recipe.attn_implementation,
         trained_by=recipe,
     )
-    is_language_model = not is_encoder(config) and not (config.architectures or [""])[0].endswith("Classification")
+    architecture = (config.architectures or [""])[0].replace("LMHeadModel", "")
+    is_language_model = not is_encoder(config) and not architecture.endswith(("Classification", "Model"))
     sft_model_path = recipe.sft_model_path or (path if is_language_model else None)
     sft = None
     if sft_model_path is not None:

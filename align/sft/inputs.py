@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from align.config.sft import SFTRecipe
 from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
+from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.load import is_encoder, load_config
 from align.models.packing import check_packing
@@ -34,6 +35,7 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
     kernel = recipe.attn_implementation
     check_files(AutoModelForCausalLM, path, KEY, config, tokenizer, attn_implementation=kernel, trained_by=recipe)
+    check_causal(config, KEY, path, recipe.trust_remote_code)
     check_packed_rows(recipe, config)
     return config, tokenizer
 

@@ -252,3 +252,12 @@ def test_as_many_positions_as_the_model_has(name):
     model(input_ids=torch.full((1, limit), 5))
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, limit + 1), 5))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_weights_that_are_quantized_in_a_way_that_cannot_be_loaded_here(tmp_path, method):
+    path = save_tiny_policy(tmp_path / "m")
+    config = AutoConfig.from_pretrained(path)
+    config.quantization_config = {"quant_method": method, "bits": 4, "group_size": 128}
+    with pytest.raises(UserError, match=r"k: .*m: cannot be loaded with the `quantization_config` in its config.json"):
+        check_files(AutoModelForCausalLM, path, "k", config)

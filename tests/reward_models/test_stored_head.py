@@ -153,6 +153,7 @@ def test_a_head_in_a_file_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("head", "message"),
     [
+        ({"score.weight": W[:, :8]}, r"a head for another width: score.weight \[1, 8\], where 32 is needed"),
         ({"score.weight": W.repeat(2, 1)}, r"a head with 2 outputs instead of one: score.weight \[2, 32\]"),
         ({"v_head.0.weight": W.repeat(8, 1), "v_head.2.weight": W}, "not one linear layer: v_head.0.weight"),
         ({"score.weight": W, "v_head.weight": W + 1}, "several heads, .*: score.weight .*, v_head.weight"),
