@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from align.runs.tracker import Tracker
 from reward_models.responses import Responses
 
 SAMPLE_COLUMNS = ["prompt", "sft", "response", "score_sft", "score", "kl"]
+MOST_RESPONSES = 500  # of the last evaluation that are kept, for the report
 
 
 class Evaluation:
@@ -35,6 +37,7 @@ class Evaluation:
     Attributes:
         true_rewards: `eval_reward_funcs`, which are measured and not trained on.
         metrics, samples: of the last evaluation; empty before the first.
+        measures: more of each sample, by column: lengths in tokens and true rewards, of the SFT model and of the policy.
     """
 
     def __init__(self, run: PPORun, prompts: Sequence[TokenizedPrompt]):
@@ -42,6 +45,7 @@ class Evaluation:
         self.prompts, self.ids = [prompt for prompt, _ in prompts], [ids for _, ids in prompts]
         self.metrics: dict[str, float] = {}
         self.samples: list[list[Any]] = []
+        self.measures: dict[str, list[float | None]] = {}
         if self.prompts:
             names, timeout = run.recipe.eval_reward_funcs, run.recipe.reward_timeout
             self.true_rewards = [user_function(name, "eval_reward_funcs", timeout) for name in names]
@@ -58,6 +62,10 @@ class Evaluation:
         self.metrics, self.samples = self.measure()
         tracker.log(step, self.metrics)
         tracker.table(step, "samples", SAMPLE_COLUMNS, self.samples[: run.recipe.num_sample_rows])
+        if step == run.updates:
+            columns = [*SAMPLE_COLUMNS, *self.measures]
+            rows = [[*sample, *more] for sample, *more in zip(self.samples, *self.measures.values(), strict=True)]
+            tracker.table(step, "responses", columns, rows[:MOST_RESPONSES])
         within = run.recipe.max_kl is None or self.metrics["eval/kl"] <= run.recipe.max_kl
         if within and (progress.best is None or self.metrics["eval/score"] > progress.best["eval/score"]):
             progress.best = {"update": step, **self.metrics}
@@ -85,6 +93,12 @@ class Evaluation:
             if judged.any():
                 compared = win_rate(scores[judged].tolist(), self.baseline_truth[name][judged].tolist())
                 metrics[f"eval/true_win_rate/{name}"] = compared["win_rate"]
+        both = ((self.baseline, self.baseline_truth, "_sft"), (rollout, truth, ""))
+        self.measures = {f"length{whose}": responses.lengths.tolist() for responses, _, whose in both}
+        for name in truth:
+            for _, judged_by, whose in both:
+                values = judged_by[name].tolist()
+                self.measures[f"true/{name}{whose}"] = [None if math.isnan(value) else value for value in values]
         before, after = self._decoded(self.baseline).texts, self._decoded(rollout).texts
         numbers = zip(self.baseline.scores.tolist(), rollout.scores.tolist(), kl.tolist(), strict=True)
         prompts = [render_text(prompt.prompt) for prompt in self.prompts]

@@ -139,6 +139,16 @@ class TestOneProcess:
         rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
         assert {"prompt", "sft", "response", "score_sft", "score", "kl"} <= set(rows[0])
 
+    def test_all_responses_of_the_last_evaluation_are_kept_with_their_lengths(self, finished):
+        rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+        last = [row for row in rows if row["name"] == "responses"]
+        results = json.loads((finished / "stage.json").read_text())["results"]
+        assert {row["step"] for row in last} == {results["updates"]}
+        for measure in ("score", "length"):
+            mean = sum(row[measure] for row in last) / len(last)
+            assert mean == pytest.approx(results[f"eval/{measure}"], abs=1e-5)
+        assert [row["score_sft"] for row in last[:3]] == [row["score_sft"] for row in results["samples"]]
+
     def test_a_finished_run_is_not_run_again(self, finished):
         before = (finished / "metrics.jsonl").stat().st_mtime_ns
         results = run(load_recipe("ppo", str(finished.parent / "3_ppo.yaml")))
