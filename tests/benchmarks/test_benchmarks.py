@@ -72,6 +72,7 @@ def test_operations_by_hand():
     assert decode_bytes(shape, [2, 7], 4) == 4 * 7 * 44
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["1M"])
 def test_the_command_reports_every_phase(tmp_path, size):
     words = ["benchmarks/ppo.py", "--sizes", size, "--rounds", "1", "--updates", "2", "--batch", "8",

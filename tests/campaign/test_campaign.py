@@ -30,6 +30,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [True, False], ids=["inputs", "runs"])  # one each for the two processes of pytest
 def test_a_tenth_of_the_cases(tmp_path, inputs):
     drawn = draw(

@@ -603,6 +603,7 @@ def test_a_run_killed_after_its_last_evaluation_still_has_its_table_of_labels(tm
     assert tables[0] == tables[1] != ""
 
 
+@pytest.mark.slow
 def test_two_processes_with_zero2_train_the_same_model(tmp_path):
     settings = recipe(tmp_path, eval_rows=HELD_OUT, max_grad_norm=1.0, per_device_train_batch_size=1, save_steps=2)
     results = run(settings)

@@ -858,6 +858,7 @@ def test_bfloat16(tmp_path):
     assert values(results, "perplexity")["base", 0] == pytest.approx(math.exp(nll / count), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_find_what_one_finds(tmp_path):
     settings = recipe(

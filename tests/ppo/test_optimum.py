@@ -178,6 +178,7 @@ def reached(folder: Path, beta: float, num_gpus: int | None = None, **changes) -
 
 
 class TestPPO:
+    @pytest.mark.slow
     def test_align_verify(self, tmp_path):
         """Both languages at two values of beta, as a user starts it; a small processor has two minutes."""
         done = subprocess.run(
@@ -202,7 +203,12 @@ class TestPPO:
             (language, beta) for language in ("small", "large") for beta in (0.5, 1.0)
         ]
 
-    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_with_a_value_model(self, tmp_path):
+        found = reached(tmp_path, 1.0)
+        assert found.normalised >= 0.98
+        assert found.divergence < 0.02
+
+    @pytest.mark.parametrize("estimator", [pytest.param("rloo", marks=pytest.mark.slow), *list(ESTIMATORS)[1:]])
     def test_every_estimator_without_a_value_model(self, tmp_path, estimator):
         """One at another temperature: sampling, reference and every training forward belong to one distribution."""
         num_generations, temperature, beta, times = ESTIMATORS[estimator]
@@ -217,6 +223,7 @@ class TestPPO:
         assert found.normalised >= 0.98
         assert found.divergence < 0.02
 
+    @pytest.mark.slow
     def test_two_ranks_at_zero_3(self, tmp_path):
         """One minibatch per rollout at twice the learning rates: four seeds end at divergences from 0.002 to 0.006.
 

@@ -545,6 +545,7 @@ def poisoned(policy: Engine, bad: torch.Tensor) -> tuple[Rollout, torch.Tensor, 
     return given, advantages, torch.randn(16, 4)
 
 
+@pytest.mark.slow
 def test_two_ranks_at_zero_3_are_checked_and_go_on_as_without(tmp_path):
     curves, weights = [], []
     for skip in (False, True):

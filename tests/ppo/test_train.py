@@ -231,6 +231,7 @@ class TestFailedRank:
         assert ranks.wait(90) == [2, 2]
         assert [bool(re.fullmatch(self.WORDS, line)) for line in ranks.stderr.splitlines() if "error" in line] == [True]
 
+    @pytest.mark.slow
     def test_under_the_launcher(self, tmp_path):
         began = time.monotonic()
         done = launch("align.ppo", make_recipe(tmp_path, reward_funcs=["rules_for_test:fails_on_rank_1"]))

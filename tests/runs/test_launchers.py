@@ -209,6 +209,7 @@ def test_a_command_that_starts_ranks_itself_is_started_once(tmp_path):
     assert done.stderr == "error: align run: was started as 8 ranks; start it once, or start a stage as ranks.\n"
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes(tmp_path):
     recipe, port = write_recipe(tmp_path), ranks.free_port()
     words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr",

@@ -468,6 +468,7 @@ def hold(folder: str, ready: Any, go: Any, host: str | None = None) -> None:
 
 def hold_a_share(folder: str, ready: Any, go: Any) -> None:
     """Another rank, with workers that are ended by signals, many of them in their first moment."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring it
     end_on_signals()
     output_folder.share(folder)
     codes = [fork_and_end(signal.SIGTERM, 0.0) for _ in range(20)] + [

@@ -51,6 +51,13 @@ WORDS += [("st", "uv"), ("w", "xyzab"), ("efg", "h"), ("ij", "kl")]
 COMMON = {"eval_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 1}
 TRAINER = {**COMMON, "train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2, "warmup_steps": 2}
 LAYOUTS = {"alone": (1, None), "zero0": (2, 0), "zero2": (2, 2), "zero3": (2, 3)}
+EVERY_TIME = {
+    ("sft", "zero3"),
+    ("reward", "alone"),
+    ("ppo", "alone"),
+    ("ppo", "zero2"),
+    ("ppo", "zero3"),
+}  # others: slow
 
 
 def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: Any) -> Path:
@@ -147,8 +154,14 @@ def unfinished(out: Path, recipe: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        pytest.param(stage, layout, marks=() if (stage, layout) in EVERY_TIME else pytest.mark.slow)
+        for stage in ("sft", "reward", "ppo")
+        for layout in LAYOUTS
+    ],
+)
 def test_killed_while_a_checkpoint_is_written(whole, tmp_path, stage, layout):
     ranks, zero = LAYOUTS[layout]
     recipe = write_recipe(stage, tmp_path, zero)

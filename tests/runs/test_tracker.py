@@ -216,6 +216,7 @@ def run_on_terminal(code: str, *arguments: str, env: dict[str, str]) -> tuple[in
     return done.returncode, done.stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
 
 
+@pytest.mark.slow
 def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "pipeline" / "3_ppo"
     for resume_step, group in ((0, {}), (2, {"WANDB_RUN_GROUP": "mine"})):
