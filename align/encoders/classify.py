@@ -35,7 +35,8 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.models.check_files import check_files
 from align.models.context_length import check_rows_fit
-from align.models.load import head_modules, is_encoder, load_config, new_classifier
+from align.models.load import head_modules, load_config, new_classifier
+from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.checkpoint import step_of

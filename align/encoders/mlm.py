@@ -33,7 +33,8 @@ from align.engine.distributed import connect, disconnect
 from align.errors import UserError
 from align.maths.perplexity import perplexity
 from align.models.check_files import check_files
-from align.models.load import is_encoder, load_config, load_masked_lm
+from align.models.load import load_config, load_masked_lm
+from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
 from align.runs.checkpoint import step_of

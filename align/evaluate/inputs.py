@@ -29,7 +29,8 @@ from align.evaluate.few_shot import (
 from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.context_length import max_positions
-from align.models.load import is_encoder, load_config
+from align.models.load import load_config
+from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import check_takes_virtual_tokens, prompt_tuning_base
 from align.runs.manifest import check_template_kwargs, read_manifest

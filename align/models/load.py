@@ -19,18 +19,13 @@ from transformers import (
 )
 
 from align.compat.peft import load_adapter
-from align.compat.transformers import (
-    causal_lm_types,
-    implementations,
-    keep_weights_in_evaluation,
-    loads_sharded,
-    seq2seq_lm_types,
-)
+from align.compat.transformers import causal_lm_types, implementations, keep_weights_in_evaluation, loads_sharded
 from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_finite, check_report
 from align.models.dropout import disable_dropout
 from align.models.forward_settings import set_neutral
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
+from align.models.model_types import UNSUPPORTED_TYPES, is_sequence_to_sequence
 from align.models.trainable import disable_inference_kernels
 from reward_models.linear_head import SequenceClassifier
 
@@ -107,29 +102,6 @@ def adapter_base(path: str) -> str | None:
             "`align evaluate` and PEFT's AutoPeftModelForCausalLM load them. Train with method: lora instead."
         )
     return str(settings["base_model_name_or_path"])
-
-
-def is_sequence_to_sequence(config: PretrainedConfig) -> bool:
-    """Whether the model is an encoder-decoder (T5-like), or one half of such a model."""
-    only = config.model_type in seq2seq_lm_types()
-    return getattr(config, "is_encoder_decoder", False) or (only and config.model_type not in causal_lm_types())
-
-
-def is_encoder(config: PretrainedConfig) -> bool:
-    """Whether the backbone is an encoder (BERT-like): bidirectional, and unable to generate."""
-    if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):
-        return False
-    return config.model_type not in causal_lm_types() or config.model_type in ENCODER_TYPES
-
-
-# Encoders that transformers also lists as causal models, for use with `is_decoder`.
-ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-roberta-xl", "rembert", "big_bird",
-                 "megatron-bert", "bert-generation", "data2vec-text", "ernie", "roformer",
-                 "roberta-prelayernorm", "xmod"}  # fmt: skip
-
-
-# Listed as causal models too. XLNet predicts tokens in any order, and reads padding; XLM and Reformer take other inputs.
-UNSUPPORTED_TYPES = {"xlnet", "xlm", "reformer"}
 
 
 def load_pretrained(

@@ -13,7 +13,8 @@ from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
 from align.models.causality import check_causal
 from align.models.check_files import check_files
-from align.models.load import adapter_base, is_encoder, load_config
+from align.models.load import adapter_base, load_config
+from align.models.model_types import is_encoder
 from align.models.scalar_head import find_head
 from align.models.tokenizer import load_tokenizer
 from align.models.value import find_value_head

@@ -25,7 +25,8 @@ from align.generation.sampler import Sampler
 from align.maths.estimators import ESTIMATORS
 from align.models.check_weights import check_finite
 from align.models.context_length import max_positions
-from align.models.load import is_encoder, load_policy
+from align.models.load import load_policy
+from align.models.model_types import is_encoder
 from align.models.trainable import add_adapter
 from align.models.value import load_value_model
 from align.ppo.checkpoint import load_checkpoint

@@ -15,7 +15,8 @@ from align.data.reasoning import set_scores_reasoning
 from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.models.check_files import check_files
-from align.models.load import is_encoder, load_config
+from align.models.load import load_config
+from align.models.model_types import is_encoder
 from align.models.scalar_head import find_reward_head
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.manifest import check_tokenizer

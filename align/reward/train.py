@@ -32,7 +32,8 @@ from align.engine.batch_plan import BatchPlan, batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.models.context_length import check_rows_fit
-from align.models.load import is_encoder, new_reward_model
+from align.models.load import new_reward_model
+from align.models.model_types import is_encoder
 from align.models.scalar_head import start_reward_model
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.reward.evaluation import (

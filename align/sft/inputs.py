@@ -9,7 +9,8 @@ from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.models.causality import check_causal
 from align.models.check_files import check_files
-from align.models.load import is_encoder, load_config
+from align.models.load import load_config
+from align.models.model_types import is_encoder
 from align.models.packing import check_packing
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import check_takes_virtual_tokens
