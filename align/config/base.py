@@ -46,6 +46,7 @@ SCHEDULES = (
 
 POLYNOMIAL_END = 1e-7  # learning rate at which transformers' schedule of this name ends
 
+FUNCTION_KEYS = ("reward_funcs", "eval_reward_funcs", "judge_reward_funcs")  # each a list of `module:function`
 DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed")
 
 
@@ -204,7 +205,7 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
     for name in DEEPSPEED_KEYS:
         if path := getattr(recipe, name, None):
             read_deepspeed_file(path, where(name))
-    for name in ("reward_funcs", "eval_reward_funcs"):
+    for name in FUNCTION_KEYS:
         for index, spec in enumerate(getattr(recipe, name, [])):
             check_function_name(spec, f"{where(name)}[{index}]")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from align.config.base import DEEPSPEED_KEYS, StageRecipe, check_method, check_training_rules
+from align.config.base import DEEPSPEED_KEYS, FUNCTION_KEYS, StageRecipe, check_method, check_training_rules
 from align.config.convert import build
 from align.config.data_source import check_source
 from align.config.keys import Where
@@ -25,8 +25,7 @@ T = TypeVar("T", bound=Recipe)
 
 FILE_KEYS = (
     "chat_template_path",
-    "reward_funcs",
-    "eval_reward_funcs",
+    *FUNCTION_KEYS,
     "grader",
     "metrics",
     "eval_metrics",
@@ -151,7 +150,7 @@ def _function_modules(recipe: Any, stage: Stage) -> set[str]:
     """The top-level modules of the functions that a recipe names."""
     sources = [source for name in dataset_keys(stage.recipe) for source in getattr(recipe, name)]
     names = [*(source.generator for source in sources), getattr(recipe, "grader", None)]
-    names += [*getattr(recipe, "reward_funcs", []), *getattr(recipe, "eval_reward_funcs", [])]
+    names += [name for key in FUNCTION_KEYS for name in getattr(recipe, key, [])]
     return {name.partition(":")[0].partition(".")[0] for name in names if name}
 
 

@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
+from align.config.judge import (
+    check_judge_rules,
+    early_stopping_patience,
+    judge_reward_funcs,
+    judge_reward_model_path,
+    metric_for_best_model,
+)
 from align.config.keys import (
     ABOVE_0,
     ABOVE_1,
@@ -52,6 +59,10 @@ class PPORecipe(StageRecipe):
         "`module:function` rewards that are only measured, on evaluation prompts: a known ground truth, a gold reward "
         "model.",
     )
+    judge_reward_model_path: str | None = judge_reward_model_path()
+    judge_reward_funcs: list[str] = judge_reward_funcs()
+    metric_for_best_model: str | None = metric_for_best_model()
+    early_stopping_patience: int | None = early_stopping_patience()
     reward_timeout: float = reward_timeout()
     score_reasoning: bool = score_reasoning()
 
@@ -133,7 +144,7 @@ class PPORecipe(StageRecipe):
     )
     max_kl: float | None = key(
         None,
-        "The best checkpoint has the highest evaluation score among those with at most this KL (nats per response).",
+        "The best checkpoint has the highest `metric_for_best_model` among those with at most this KL (nats per response).",
         ABOVE_0,
     )
     num_sample_rows: int = key(8, "Rows of the table of samples.", AT_LEAST_0)
@@ -167,6 +178,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
             f"{recipe.num_generations}"
         )
     _check_objective(recipe, where)
+    check_judge_rules(recipe, where)
     sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
     if not sources:
         raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")

@@ -61,7 +61,7 @@ STAGES: dict[str, Stage] = {
             check_rules=check_ppo_rules,
             module="align.ppo.train",
             check_module="align.cli.check.ppo",
-            input_models=("sft_model_path", "reward_model_path", "value_model_path"),
+            input_models=("sft_model_path", "reward_model_path", "value_model_path", "judge_reward_model_path"),
             methods=("full", "lora", "dora", "ia3"),
             generates=True,
         ),

@@ -10,22 +10,16 @@ from align.config.ppo import PPORecipe
 from align.config.stages import STAGES
 from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
+from align.evaluate.reward_model import RewardModel, check_reward_model
 from align.maths.estimators import ESTIMATORS
 from align.models.causality import check_causal
 from align.models.check_files import check_files
-from align.models.load import adapter_base, load_config
+from align.models.load import load_config
 from align.models.model_types import is_encoder
-from align.models.scalar_head import find_head
 from align.models.tokenizer import load_tokenizer
 from align.models.value import find_value_head
-from align.runs.manifest import (
-    check_same_tokenizer,
-    check_template_kwargs,
-    check_tokenizer,
-    read_manifest,
-    tokenizer_digest,
-)
-from reward_models.linear_head import SequenceClassifier, TokenClassifier
+from align.runs.manifest import check_tokenizer, read_manifest, tokenizer_digest
+from reward_models.linear_head import TokenClassifier
 from reward_models.stored_head import StoredHead
 
 
@@ -35,16 +29,15 @@ class PPOInputs:
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    reward_tokenizer: PreTrainedTokenizerBase | None
-    reward_config: PretrainedConfig | None
-    same_tokenizer: bool  # the reward model reads the policy's ids as they are
-    reward_head: StoredHead | None
+    reward: RewardModel | None
+    judge: RewardModel | None
     value_path: str  # unused without a value model, as is the next
     value_head: StoredHead | None  # None: a new one
 
     def describe_heads(self, advantage_estimator: str) -> list[str]:
         """Where the scalar heads of reward and value model come from."""
-        lines = [] if self.reward_head is None else [f"reward model: its head is {self.reward_head.name}"]
+        named = {"reward model": self.reward, "judge": self.judge}
+        lines = [f"{name}: its head is {model.head.name}" for name, model in named.items() if model is not None]
         if ESTIMATORS[advantage_estimator].value_model:
             head = "a new head" if self.value_head is None else f"the head {self.value_head.name}"
             lines.append(f"value model: starts from {self.value_path} with {head}")
@@ -86,38 +79,12 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
 
-    reward_tokenizer = reward_config = reward_head = value_head = None
-    same_tokenizer = False
+    reward = judge = value_head = None
     if (path := recipe.reward_model_path) is not None:
-        reward_config = load_config(path, "reward_model_path", recipe.trust_remote_code)
-        manifest = read_manifest(path)
-        if manifest is not None and manifest["stage"] not in ("reward", "classify"):
-            raise UserError(f"reward_model_path: {path} is the output of the {manifest['stage']} stage, not of reward.")
-        reward_head = _find_reward_head(path, reward_config, recipe.trust_remote_code)
-        kwargs = {} if is_encoder(reward_config) else recipe.chat_template_kwargs  # an encoder reads plain text
-        reward_tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)
-        check_files(
-            SequenceClassifier,
-            path,
-            "reward_model_path",
-            reward_config,
-            reward_tokenizer,
-            new_head=True,  # the head has been found
-            attn_implementation=kernel,
-        )
-        check_template_kwargs(path, kwargs, "reward_model_path")
-        set_scores_reasoning(reward_tokenizer, recipe.score_reasoning)
-        theirs = {} if manifest is None else manifest["recipe"]
-        if theirs.get("score_reasoning", recipe.score_reasoning) != recipe.score_reasoning:
-            raise UserError(
-                f"score_reasoning: {path} (reward_model_path) was trained with {str(not recipe.score_reasoning).lower()}, "
-                f"and this recipe gives {str(recipe.score_reasoning).lower()}; give the same in both stages."
-            )
-        theirs = tokenizer_digest(reward_tokenizer)
-        same_tokenizer = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(reward_config)
-        if same_tokenizer:
-            check_same_tokenizer(theirs, mine, "reward_model_path", path)
-
+        reward = check_reward_model(path, "reward_model_path", recipe, recipe.score_reasoning, tokenizer)
+    if (path := recipe.judge_reward_model_path) is not None:
+        judge = check_reward_model(path, "judge_reward_model_path", recipe, recipe.score_reasoning, tokenizer)
+    same_tokenizer = reward is not None and reward.same_tokenizer
     value_path = recipe.value_model_path or (recipe.reward_model_path if same_tokenizer else recipe.sft_model_path)
     assert value_path is not None
     if recipe.value_model_path is not None:
@@ -140,24 +107,8 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     return PPOInputs(
         config=config,
         tokenizer=tokenizer,
-        reward_tokenizer=reward_tokenizer,
-        reward_config=reward_config,
-        same_tokenizer=same_tokenizer,
-        reward_head=reward_head,
+        reward=reward,
+        judge=judge,
         value_path=value_path,
         value_head=value_head,
     )
-
-
-def _find_reward_head(path: str, config: PretrainedConfig, trust_remote_code: bool) -> StoredHead:
-    key = "reward_model_path"
-    if (base := adapter_base(path)) is not None:
-        raise UserError(
-            f"{key}: {path} is an adapter of {base}; merge it by `align merge {path} FOLDER`, and name FOLDER."
-        )
-    remedy = "Name a reward model: the output of the reward stage."
-    head = find_head(path, config, SequenceClassifier, key, remedy, trust_remote_code)
-    held = (config.architectures or ["no architecture"])[0]
-    if head is None or held.endswith("ForTokenClassification"):
-        raise UserError(f"{key}: {path} has no scalar head (it holds a {held}); run the reward stage on it first.")
-    return head

@@ -6,12 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from align.config.ppo import PPORecipe
-from align.data.dialogues import Tools
-from align.data.encode import encode_pair
-from align.data.rows import Turns, as_response
 from align.engine.batch_plan import BatchPlan
 from align.engine.build import frozen_engine, train_engine
 from align.engine.distributed import World
@@ -20,13 +17,10 @@ from align.engine.engine import AdapterOff, Engine
 from align.engine.optimizer import learning_rates
 from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.user_functions import user_function
-from align.errors import UserError
+from align.evaluate.reward_model import load_reward
 from align.generation.sampler import Sampler
 from align.maths.estimators import ESTIMATORS
-from align.models.check_weights import check_finite
-from align.models.context_length import max_positions
 from align.models.load import load_policy
-from align.models.model_types import is_encoder
 from align.models.trainable import add_adapter
 from align.models.value import load_value_model
 from align.ppo.checkpoint import load_checkpoint
@@ -36,7 +30,6 @@ from align.ppo.ppo_run import Models, PPORun, Progress
 from reward_models.combine import RewardSum
 from reward_models.functions import FunctionReward
 from reward_models.heads import keep_head_float32, score_head
-from reward_models.load import load_reward_model
 from reward_models.trained import ModelReward
 
 SHORT = 32  # tokens of prompt and response up to which padding costs less than one more forward pass
@@ -116,7 +109,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
         keep_head_float32(model)
         rate = recipe.value_learning_rate or recipe.learning_rate
         value = train_engine(model, recipe, world, rate, plan.accumulation, "value")
-    sources = RewardSum(_sources(recipe, inputs, world, dtype), recipe.reward_weights or None)
+    sources = RewardSum(_sources(recipe, inputs, world), recipe.reward_weights or None)
     return Models(policy, value, reference, sources)
 
 
@@ -137,41 +130,6 @@ def start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
     value.config.score_mean = 0.0  # it is in the bias now
 
 
-def _sources(
-    recipe: PPORecipe, inputs: PPOInputs, world: World, dtype: torch.dtype
-) -> list[ModelReward | FunctionReward]:
-    sources: list[ModelReward | FunctionReward] = []
-    if recipe.reward_model_path is not None:
-        assert inputs.reward_tokenizer is not None
-        assert inputs.reward_config is not None
-        with sharded_load(recipe, "reward"):
-            try:
-                model = load_reward_model(
-                    recipe.reward_model_path,
-                    dtype=dtype,
-                    attn_implementation=recipe.attn_implementation,
-                    trust_remote_code=recipe.trust_remote_code,
-                )
-            except ValueError as error:
-                raise UserError(f"reward_model_path: {error}") from error
-            check_finite(model, recipe.reward_model_path)
-        engine = frozen_engine(model, recipe, world, "reward")
-        rendered = partial(encode_for_reward, inputs.reward_tokenizer, is_encoder(inputs.reward_config))
-        sources.append(
-            ModelReward(
-                name="reward_model",
-                model=engine.module,
-                encode=rendered,
-                reads_ids=inputs.same_tokenizer,
-                batch_size=recipe.per_device_eval_batch_size,
-                max_length=max_positions(inputs.reward_config),
-            )
-        )
-    return sources + [user_function(name, "reward_funcs", recipe.reward_timeout) for name in recipe.reward_funcs]
-
-
-def encode_for_reward(
-    tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str, tools: Tools = None
-) -> list[int]:
-    """Ids of a prompt and a decoded response for a reward model with another tokenizer, as its stage encodes them."""
-    return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder, tools)
+def _sources(recipe: PPORecipe, inputs: PPOInputs, world: World) -> list[ModelReward | FunctionReward]:
+    models = [] if inputs.reward is None else [load_reward("reward_model", inputs.reward, recipe, world)]
+    return models + [user_function(name, "reward_funcs", recipe.reward_timeout) for name in recipe.reward_funcs]

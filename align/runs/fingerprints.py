@@ -19,7 +19,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from align.config.base import DEEPSPEED_KEYS, StageRecipe
+from align.config.base import DEEPSPEED_KEYS, FUNCTION_KEYS, StageRecipe
 from align.config.deepspeed_file import read_deepspeed_file
 from align.config.paths import dataset_keys
 from align.config.stages import Recipe
@@ -114,7 +114,7 @@ def input_fingerprints(recipe: Recipe, models: Mapping[str, str], sums: FileSums
                 inputs[place] = {"files": sums.of(module_files(source.generator.partition(":")[0]))}
             elif files := _matching(str(source.path)):
                 inputs[place] = {"files": sums.of(files)}
-    for key in ("reward_funcs", "eval_reward_funcs", "grader"):
+    for key in (*FUNCTION_KEYS, "grader"):
         for place, name in _entries(recipe, key):
             inputs[place] = {"files": sums.of(module_files(name.partition(":")[0]))}
     for key in ("chat_template_path", "metrics", "eval_metrics"):

@@ -12,8 +12,8 @@ from align.data.reasoning import scored_turns, set_scores_reasoning, split_sampl
 from align.data.rows import Preference, Prompt
 from align.data.tokenize import tokenize_preferences
 from align.errors import UserError
+from align.evaluate.reward_model import encode_for_reward
 from align.generation.responses import decode_responses
-from align.ppo.setup import encode_for_reward
 from reward_models.responses import Responses
 from reward_models.trained import ModelReward
 from tests.data.messages import assistant, user

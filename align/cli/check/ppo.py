@@ -32,8 +32,11 @@ class PPOCheck(TrainingCheck[PPORecipe]):
     def start(self, recipe: PPORecipe, rows: Rows | None, folder: Path) -> Start:
         inputs = check_ppo_inputs(recipe)
         others = {"value": load_config(inputs.value_path, "value_model_path", recipe.trust_remote_code)}
-        if inputs.reward_config is not None:
-            others["reward"] = inputs.reward_config
+        others |= {
+            name: model.config
+            for name, model in (("reward", inputs.reward), ("judge", inputs.judge))
+            if model is not None
+        }
         policy = load_config(recipe.sft_model_path, "sft_model_path", recipe.trust_remote_code)
         notes = inputs.describe_heads(recipe.advantage_estimator)
         return Start(policy, inputs.tokenizer, others=others, notes=notes)
@@ -56,8 +59,9 @@ class PPOCheck(TrainingCheck[PPORecipe]):
             models.append(Footprint("value", value, value))
         if recipe.method == "full":  # otherwise the reference is the policy with its adapter off
             models.append(Footprint("reference", size, 0))
-        if "reward" in start.others:
-            models.append(frozen_model("reward", SequenceClassifier, start.others["reward"], code))
+        for name in ("reward", "judge"):
+            if name in start.others:
+                models.append(frozen_model(name, SequenceClassifier, start.others[name], code))
         if recipe.ds3_gather_for_generation:
             models.append(Footprint("whole policy, while it generates", models[0].parameters, 0, gathered=True))
         return models

@@ -15,7 +15,7 @@ from align.cli.check.findings import Context, Report, describe, writable
 from align.cli.check.memory import Footprint, activations_line, count_parameters, memory_table, skeleton
 from align.cli.check.sample_rows import Sample, Start, sample_lines
 from align.cli.steps import processes
-from align.config.base import StageRecipe, TrainerRecipe
+from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
 from align.config.load import resolve_function
 from align.config.stages import input_models
 from align.data.duplicates import describe_duplicates
@@ -50,7 +50,7 @@ class TrainingCheck(Generic[R]):
     def functions(self, recipe: R) -> list[str]:
         """A line for each key that names functions or metrics, all of which can be imported."""
         lines = []
-        for key in ("reward_funcs", "eval_reward_funcs"):
+        for key in FUNCTION_KEYS:
             for spec in getattr(recipe, key, []):
                 resolve_function(spec, key)
                 lines.append(f"{key}: {spec}")

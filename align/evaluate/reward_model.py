@@ -1,0 +1,133 @@
+"""A trained reward model that a recipe names: checked before any weight is loaded, then loaded as a source of scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from align.config.base import StageRecipe
+from align.data.dialogues import Tools
+from align.data.encode import encode_pair
+from align.data.reasoning import set_scores_reasoning
+from align.data.rows import Turns, as_response
+from align.engine.build import frozen_engine
+from align.engine.distributed import World
+from align.engine.sharding import sharded_load
+from align.errors import UserError
+from align.models.check_files import check_files
+from align.models.check_weights import check_finite
+from align.models.context_length import max_positions
+from align.models.load import adapter_base, load_config
+from align.models.model_types import is_encoder
+from align.models.scalar_head import find_head
+from align.models.tokenizer import load_tokenizer
+from align.runs.manifest import check_same_tokenizer, check_template_kwargs, read_manifest, tokenizer_digest
+from reward_models.linear_head import SequenceClassifier
+from reward_models.load import load_reward_model
+from reward_models.stored_head import StoredHead
+from reward_models.trained import ModelReward
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModel:
+    """A reward model that fits the policy, not yet loaded."""
+
+    path: str
+    key: str  # of the recipe
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    same_tokenizer: bool  # it reads the policy's ids as they are
+    head: StoredHead
+
+
+def check_reward_model(
+    path: str, key: str, recipe: StageRecipe, score_reasoning: bool, tokenizer: PreTrainedTokenizerBase
+) -> RewardModel:
+    """Read a reward model's configuration, tokenizer and manifest, and check that they fit the recipe and the policy.
+
+    Args:
+        key: of the recipe, which names the model.
+        tokenizer: the policy's.
+
+    Raises:
+        UserError: it is no finished reward model, or tokenizers, templates or `score_reasoning` disagree.
+    """
+    config = load_config(path, key, recipe.trust_remote_code)
+    manifest = read_manifest(path)
+    if manifest is not None and manifest["stage"] not in ("reward", "classify"):
+        raise UserError(f"{key}: {path} is the output of the {manifest['stage']} stage, not of reward.")
+    head = _find_head(path, key, config, recipe.trust_remote_code)
+    kwargs = {} if is_encoder(config) else recipe.chat_template_kwargs  # an encoder reads plain text
+    own = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)
+    check_files(
+        SequenceClassifier,
+        path,
+        key,
+        config,
+        own,
+        new_head=True,  # the head has been found
+        attn_implementation=recipe.attn_implementation,
+    )
+    check_template_kwargs(path, kwargs, key)
+    set_scores_reasoning(own, score_reasoning)
+    trained_with = {} if manifest is None else manifest["recipe"]
+    if trained_with.get("score_reasoning", score_reasoning) != score_reasoning:
+        raise UserError(
+            f"score_reasoning: {path} ({key}) was trained with {str(not score_reasoning).lower()}, and this recipe gives "
+            f"{str(score_reasoning).lower()}; give the same in both stages."
+        )
+    theirs, mine = tokenizer_digest(own), tokenizer_digest(tokenizer)
+    same = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(config)
+    if same:
+        check_same_tokenizer(theirs, mine, key, path)
+    return RewardModel(path, key, config, own, same, head)
+
+
+def _find_head(path: str, key: str, config: PretrainedConfig, trust_remote_code: bool) -> StoredHead:
+    if (base := adapter_base(path)) is not None:
+        raise UserError(
+            f"{key}: {path} is an adapter of {base}; merge it by `align merge {path} FOLDER`, and name FOLDER."
+        )
+    remedy = "Name a reward model: the output of the reward stage."
+    head = find_head(path, config, SequenceClassifier, key, remedy, trust_remote_code)
+    held = (config.architectures or ["no architecture"])[0]
+    if head is None or held.endswith("ForTokenClassification"):
+        raise UserError(f"{key}: {path} has no scalar head (it holds a {held}); run the reward stage on it first.")
+    return head
+
+
+def load_reward(name: str, given: RewardModel, recipe: StageRecipe, world: World) -> ModelReward:
+    """Load the weights, as a source of scores called `name`, frozen and in the precision of frozen weights.
+
+    Raises:
+        UserError: they cannot be used.
+    """
+    with sharded_load(recipe, "reward"):
+        try:
+            model = load_reward_model(
+                given.path,
+                dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
+                attn_implementation=recipe.attn_implementation,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+        except ValueError as error:
+            raise UserError(f"{given.key}: {error}") from error
+        check_finite(model, given.path)
+    return ModelReward(
+        name=name,
+        model=frozen_engine(model, recipe, world, "reward").module,
+        encode=partial(encode_for_reward, given.tokenizer, is_encoder(given.config)),
+        reads_ids=given.same_tokenizer,
+        batch_size=recipe.per_device_eval_batch_size,
+        max_length=max_positions(given.config),
+    )
+
+
+def encode_for_reward(
+    tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str, tools: Tools = None
+) -> list[int]:
+    """Ids of a prompt and a decoded response for a reward model with another tokenizer, as its stage encodes them."""
+    return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder, tools)
