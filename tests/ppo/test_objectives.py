@@ -410,7 +410,7 @@ class TestTogether:
         same_weights(whole_run, out, 0.0)
         assert_same_curve(metrics(whole_run), metrics(out), 0.0)
 
-    @pytest.mark.parametrize("stage", [2, 3])
+    @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
     def test_two_ranks_do_what_one_does(self, finished, tmp_path, stage):
         make, alone = finished
         files = {"deepspeed": deepspeed_file(tmp_path / "policy.json", stage)}
