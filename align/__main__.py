@@ -29,7 +29,8 @@ KEYS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for an error that the user can fix, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for an error that the user can fix, 130 when interrupted, and
+    that of `align diagnose`."""
     words = launched_words(sys.argv[1:] if argv is None else argv)
     return exit_code(lambda: _run(words))
 
@@ -107,6 +108,26 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     verify.add_argument("--model", metavar="FOLDER", help="the model in this folder")
     verify.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to a file")
     verify.set_defaults(run=_verify)
+    report = commands.add_parser(
+        "report",
+        help="write one HTML file that shows what runs did",
+        usage="align report DIR [DIR ...] [--output FILE]",
+        description="Write one HTML file: recipes, curves, frontier, samples, warnings, costs. A DIR is a run's output folder, a "
+        "folder of those, or a folder of numbered recipes that have been run, finished or not; several are drawn over each other.",
+        no_path="expected a folder first, as in `align report outputs/quickstart`.",
+    )
+    report.add_argument("more", nargs="*", help=argparse.SUPPRESS)
+    report.add_argument("--output", metavar="FILE", help="the file; by default report.html in DIR")
+    report.set_defaults(run=_report)
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="name what is wrong with a run by its metrics",
+        usage="align diagnose RUN",
+        description="Name what is wrong with a finished or dead run, with the numbers that show it and what to do. RUN is an output "
+        "folder, or a folder of those. Exit code: 0 if nothing was found, 3 for warnings, 4 for severe faults.",
+        no_path="expected a run's output folder first, as in `align diagnose outputs/quickstart/3_ppo`.",
+    )
+    diagnose.set_defaults(run=_diagnose)
     for each in (run, check, verify):
         each.add_argument("--num_gpus", nargs="?", const="", metavar="N", help="number of processes, one per GPU")
         each.add_argument(
@@ -146,6 +167,21 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
         matrix = import_frozen("align.cli.architectures.command")
         return int(matrix.run(arguments.architectures, arguments.model, arguments.json, overrides))
     return int(import_frozen("align.cli.verify").run(num_gpus, arguments.json, overrides))
+
+
+def _report(arguments: argparse.Namespace, others: list[str]) -> int:
+    _take_all("report", others)
+    return int(import_frozen("align.cli.report").run([arguments.path, *arguments.more], arguments.output))
+
+
+def _diagnose(arguments: argparse.Namespace, others: list[str]) -> int:
+    _take_all("diagnose", others)
+    return int(import_frozen("align.cli.diagnose").run(arguments.path))
+
+
+def _take_all(command: str, others: list[str]) -> None:
+    if others:
+        raise UserError(f"align {command}: {others[0]} is nothing that it takes; see `align {command} --help`.")
 
 
 def _num_gpus(arguments: argparse.Namespace) -> int | None:

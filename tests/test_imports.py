@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = [
     {"align.__main__"},
     {"align.cli"},
+    {"align.report"},
     {"align.sft", "align.reward", "align.ppo", "align.encoders"},
     {"align.evaluate", "align.trainer"},
     {"align.generation", "align.runs"},

@@ -13,8 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from align.cli.processes import describe_exit_code, free_port, launcher_environment, raise_exit, run_process
+from align.cli.report import update as update_report
 from align.cli.steps import Step, read_steps
 from align.config.evaluate import EvaluateRecipe
+from align.config.paths import expand
 from align.errors import OtherRun, UserError
 from align.evaluate.results import finished, tables
 from align.runs import lock
@@ -38,6 +40,11 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
     steps = read_steps(directory, num_gpus, overrides, hostfile)
     signal.signal(signal.SIGTERM, raise_exit)
     console = make_console()
+    outputs, title = (
+        [Path(each.recipe.output_dir) for each in steps],
+        Path(expand(directory, "align run")).resolve().name,
+    )
+    report = None
     for index, step in enumerate(steps):
         try:
             found = already_done(step)
@@ -61,6 +68,7 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
             code = run_process(words, launcher_environment() if launched else {})
         finally:
             lock.remove_stale(Path(step.recipe.output_dir))  # of a stage that was ended by force
+        report = update_report(title, outputs)
         if code:
             metrics = Path(step.recipe.output_dir) / "metrics.jsonl"
             how = describe_exit_code(code)
@@ -81,6 +89,8 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
     manifests = [(step.name, read_manifest(step.recipe.output_dir) or {}) for step in steps]
     for renderable in closing_tables(manifests):
         console.print(renderable)
+    if (report := report or update_report(title, outputs)) is not None:
+        say(f"report: {report}", sys.stdout)
     return 0
 
 

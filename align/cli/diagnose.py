@@ -1,0 +1,39 @@
+"""`align diagnose RUN`: what is wrong with a finished or dead run, by the metrics that it has left."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from align.config.paths import expand
+from align.report.diagnose import diagnose
+from align.report.overview import state
+from align.report.read import find_runs, read_run
+from align.terminal import say
+
+WARNING, SEVERE = 3, 4  # exit codes; 0: nothing was found
+
+
+def run(directory: str) -> int:
+    """Print each fault with its evidence and remedy; returns 0 for none, 3 for warnings, 4 for severe ones.
+
+    Raises:
+        UserError: there is no run, or its record is damaged.
+    """
+    worst = 0
+    for folders in find_runs(Path(expand(directory, "align diagnose"))):
+        runs = [read_run(folder) for folder in folders]
+        for each in runs:
+            found = diagnose(each, runs)
+            counts = [sum(finding.severity == kind for finding in found) for kind in ("severe", "warning")]
+            told = f"{counts[0]} severe, {counts[1]} warning" + "s" * (counts[1] != 1)
+            told = told if found else f"nothing found in {len(each.lines)} lines of metrics"
+            say(f"{each.folder} ({each.stage}, {state(each)}): {told}", sys.stdout)
+            for finding in found:
+                say(f"  {finding.severity}: {finding.name}: {finding.title}", sys.stdout)
+                say(f"    {finding.evidence}", sys.stdout)
+                say(f"    Remedy: {finding.remedy.replace('`', '')}", sys.stdout)
+                worst = max(worst, SEVERE if finding.severity == "severe" else WARNING)
+            for problem in each.problems:
+                say(problem)
+    return worst

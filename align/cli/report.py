@@ -1,0 +1,81 @@
+"""`align report DIR`: one HTML file of a pipeline or a run, or of several over each other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from align.cli.steps import numbered_recipes
+from align.config.load import load_recipe
+from align.config.paths import expand
+from align.config.stages import read_stage
+from align.errors import UserError, reason
+from align.report.page import write_report
+from align.report.read import find_runs, is_run
+from align.terminal import say
+
+REPORT = "report.html"
+
+
+def run(directories: Sequence[str], output: str | None = None) -> int:
+    """Write the report, and say where it is; returns 0.
+
+    Args:
+        directories: each a run's output folder, a folder of those, or a folder of numbered recipes that have been run.
+        output: the file; by default `report.html` in the one directory (of recipes: where their output folders are), or in
+            the folder above all of several.
+
+    Raises:
+        UserError: no runs, a damaged record, or the file is there and is no report.
+    """
+    folders = [Path(expand(each, "align report")) for each in directories]
+    pipelines = [pipeline for folder in folders for pipeline in _pipelines(folder)]
+    path = Path(expand(output, "--output")) if output is not None else _default(folders, pipelines)
+    title = (
+        folders[0].resolve().name if len(folders) == 1 else " and ".join(each.resolve().name for each in folders[:4])
+    )
+    for problem in write_report(pipelines, path, title):
+        say(problem)
+    say(f"report: {path}", sys.stdout)
+    return 0
+
+
+def _pipelines(folder: Path) -> list[list[Path]]:
+    try:
+        recipes = numbered_recipes(str(folder))
+    except UserError:
+        return find_runs(folder)
+    outputs = [Path(load_recipe(read_stage(recipe), recipe).output_dir) for recipe in recipes]
+    if not (found := [each for each in outputs if is_run(each)]):
+        raise UserError(f"{folder}: its recipes have not been run: there is nothing in {outputs[0]} and the others.")
+    return [found]
+
+
+def _default(folders: Sequence[Path], pipelines: Sequence[Sequence[Path]]) -> Path:
+    if len(folders) > 1:
+        return Path(os.path.commonpath([each.resolve() for each in folders])) / REPORT
+    (folder,) = folders
+    if folder in pipelines[0] or any(each.parent == folder or each.parent.parent == folder for each in pipelines[0]):
+        return folder / REPORT
+    return report_path(pipelines[0])
+
+
+def report_path(outputs: Sequence[Path]) -> Path:
+    """Where the report of a pipeline goes: beside its output folders, or, where these lie apart, into the last one."""
+    above = {os.path.abspath(each.parent) for each in outputs}
+    return (outputs[-1].parent if len(above) == 1 and len(outputs) > 1 else outputs[-1]) / REPORT
+
+
+def update(title: str, outputs: Sequence[Path]) -> Path | None:
+    """Write the report of a pipeline's runs so far; None, with a line that says why, if that fails: no run ends by it."""
+    try:
+        if not (found := [each for each in outputs if is_run(each)]):
+            return None
+        path = report_path(outputs) if report_path(outputs).parent.is_dir() else report_path(found)
+        write_report([found], path, title)
+    except Exception as error:  # whatever it is, a report is no reason to stop a pipeline
+        say(f"no report: {reason(error) if not isinstance(error, UserError) else error}")
+        return None
+    return path

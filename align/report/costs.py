@@ -1,0 +1,92 @@
+"""What the runs cost: time by stage and by phase, tokens, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from align.report.curves import Labelled
+from align.report.figures import Figure, Table, stacked_figure
+from align.report.pipelines import Group
+from align.report.read import Run
+from align.runs.records import is_count
+
+NOT_PHASES = ("time/total", "time/tokens_per_second", "time/self_checks")
+
+
+def costs_table(groups: Sequence[Group]) -> Table:
+    """A row for each run: seconds from its first to its last line of metrics, steps, tokens, and tokens per second."""
+    rows = []
+    for each in groups:
+        for labelled in each.runs:
+            run = labelled.run
+            seconds, count = wall_seconds(run), tokens(run)
+            speed = run.last("time/tokens_per_second")
+            if speed is None and count and seconds:
+                speed = count / seconds
+            memory = [
+                f"{name.split('/')[1]} {value:.3g} GiB" for name in sorted(run.metrics) if name.startswith("memory/")
+                if (value := max(value for _, value in run.series(name))) is not None
+            ]  # fmt: skip
+            rows.append([
+                f"{run.name} ({labelled.label})" if len(each.runs) > 1 else run.name,
+                run.stage,
+                duration(seconds) if seconds is not None else "",
+                str(run.lines[-1]["step"]) if run.lines else "",
+                f"{count:,.0f}" if count else "",
+                f"{speed:,.0f}" if speed else "",
+                ", ".join(memory) or "not recorded",
+            ])  # fmt: skip
+    columns = ["run", "stage", "time", "steps", "tokens", "tokens per second", "most memory, by phase"]
+    return Table("Time, tokens and memory by stage", columns, rows)
+
+
+def phases_figure(groups: Sequence[Group]) -> Figure | None:
+    """Seconds of PPO's updates by phase, summed over the updates that were logged."""
+    runs: list[Labelled] = [each for group in groups if group.stage == "ppo" for each in group.runs]
+    sums = [
+        {
+            name: sum(value for _, value in each.run.series(name))
+            for name in each.run.metrics
+            if name.startswith("time/") and name not in NOT_PHASES
+        }
+        for each in runs
+    ]
+    names = sorted({name for each in sums for name in each}, key=lambda name: -sum(each.get(name, 0) for each in sums))
+    if not names:
+        return None
+    rows = [
+        (each.label if len(runs) > 1 else each.run.name, [total.get(name, 0.0) for name in names])
+        for each, total in zip(runs, sums, strict=True)
+    ]
+    about = "Sum over the updates in metrics.jsonl, without evaluation and saving."
+    return stacked_figure("Where PPO's time goes", "seconds", [name[5:] for name in names], rows, about=about)
+
+
+def wall_seconds(run: Run) -> float | None:
+    """Seconds from the first to the last line of metrics; interruptions count."""
+    times = []
+    for line in (run.lines[0], run.lines[-1]) if run.lines else ():
+        try:
+            times.append(datetime.fromisoformat(str(line.get("time"))))
+            _ = times[-1] - times[0]
+        except (ValueError, TypeError):  # no date, or dates with and without a time zone
+            return None
+    return max((times[1] - times[0]).total_seconds(), 0.0) if times else None
+
+
+def tokens(run: Run) -> float | None:
+    """Tokens trained on, or sampled in PPO."""
+    lengths, size = run.series("response/length"), run.recipe.get("rollout_batch_size")
+    if lengths and is_count(size):
+        return sum(value for _, value in lengths) / len(lengths) * lengths[-1][0] * size  # type: ignore[operator]
+    return run.last("train/num_tokens")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"

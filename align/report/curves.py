@@ -1,0 +1,162 @@
+"""Learning curves: which metrics of a stage are drawn together, for one run or for several over each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from align.report.figures import Figure, curves_figure
+from align.report.metric_docs import describe
+from align.report.read import Point, Run
+from align.report.svg import Curve
+from align.runs.records import is_number
+
+BY_SOURCE = "Score by source"
+MOST_FIGURES = 80  # of a stage
+SIDE = ("_low", "_high")  # ends of an interval, drawn around the metric
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A run in a report, with the name that tells it from the others that are drawn with it, and its color."""
+
+    label: str
+    run: Run
+    colour: int
+
+
+# Title, and patterns of the metrics in it; the first describes the axis. The first charts are those to look at first.
+FIRST = (
+    ("Score", ("objective/score", "eval/score")),
+    ("Judge reward", ("eval/judge", "eval/judge/.+")),
+    ("True reward", ("eval/true/.+",)),
+    ("Win rate against SFT", ("eval/win_rate", "eval/true_win_rate/.+", "eval/judge_win_rate.*")),
+    ("KL from SFT", ("objective/kl", "eval/kl")),
+    ("Objective: score less KL penalty", ("objective/reward",)),
+    (BY_SOURCE, ("objective/score/.+", "eval/score/.+")),
+    ("Disagreement of the reward models", ("objective/disagreement.*", "objective/score_disagreement.*")),
+    ("Response length", ("response/length", "eval/length")),
+    ("Responses that end", ("response/eos_rate", "eval/eos_rate", "self_check/eos_rate")),
+    ("Repeated 3-grams", ("response/repetition", "eval/repetition")),
+    ("Entropy", ("objective/entropy",)),
+    ("Loss", ("train/loss", "eval/loss", "eval/train_loss")),
+    ("Accuracy", ("train/accuracy", "eval/accuracy", "eval/ceiling")),
+    ("Margin of chosen over rejected", ("train/margin", "eval/margin")),
+    ("Scores", ("train/mean_reward", "train/min_reward", "train/max_reward")),
+    ("Token accuracy", ("train/mean_token_accuracy", "eval/mean_token_accuracy")),
+    ("Forgetting", ("eval/retention_loss",)),
+    ("Forgetting in percent", ("eval/forgetting",)),
+    ("Macro F1", ("eval/macro_f1", "eval/micro_f1")),
+)
+THEN = (
+    ("Spread of scores", ("objective/score_std",)),
+    ("KL coefficient", ("objective/kl_coef",)),
+    ("Change of the policy in an update", ("policy/approx_kl",)),
+    ("Clipped tokens", ("policy/clipfrac", "value/clipfrac")),
+    ("Probability ratio", ("policy/ratio", "policy/first_ratio")),
+    ("Explained variance of the values", ("value/explained_variance",)),
+    ("Value loss", ("value/loss",)),
+    ("Mean value", ("value/mean",)),
+    ("Spread of advantages", ("advantage/std",)),
+    ("Policy loss", ("policy/loss",)),
+    ("Gradient norm", ("train/grad_norm", "policy/grad_norm")),
+    ("Gradient norm of the value model", ("value/grad_norm",)),
+    ("Learning rate", ("train/learning_rate", "policy/learning_rate", "value/learning_rate")),
+    ("Entropy of the model", ("train/entropy", "eval/entropy")),
+    ("Generalization gap", ("eval/gap",)),
+    ("Tokens per second", ("time/tokens_per_second",)),
+)
+# What the row of a PPO run's closing table is called that has the SFT model's value.
+BEFORE = {
+    "eval/score": "score (the training reward)",
+    "eval/length": "response length (tokens)",
+    "eval/eos_rate": "EOS rate",
+    "eval/repetition": "repeated 3-grams",
+    "eval/kl": "KL from SFT (nats/response)",
+}
+MOST_CURVES = 8  # of a run in a chart
+GREY = 7
+LEFT_OUT = re.compile(r"time/.+|self_check/.+|episode|epoch|train/epoch|train/num_tokens|eval/(min|max)_reward")
+
+
+def learning_curves(stage: str, runs: Sequence[Labelled], most_points: int) -> tuple[list[Figure], list[Figure]]:
+    """Charts of what a stage achieves, and of how it optimizes, with every metric that no chart names at the end."""
+    drawn: set[str] = set()
+    first = [*_figures(stage, runs, FIRST, drawn, most_points)]
+    then = [*_figures(stage, runs, THEN, drawn, most_points)]
+    names = sorted({name for each in runs for name in each.run.metrics} - drawn)
+    others = tuple(
+        (name, (re.escape(name),)) for name in names if not (LEFT_OUT.fullmatch(name) or name.endswith(SIDE))
+    )
+    return first, [*then, *_figures(stage, runs, others[:MOST_FIGURES], drawn, most_points)]
+
+
+def _figures(
+    stage: str, runs: Sequence[Labelled], charts: Sequence[tuple[str, tuple[str, ...]]], drawn: set[str], most: int
+) -> Iterator[Figure]:
+    x_label = "update" if stage == "ppo" else "optimizer step"
+    steps = [point[0] for each in runs for points in each.run.metrics.values() for point in (points[0], points[-1])]
+    x_range = (0.0, max(steps)) if steps else None
+    for title, patterns in charts:
+        names = _matching(runs, patterns)
+        if not names:
+            continue
+        drawn |= set(names)
+        if title == BY_SOURCE and not any(len({n for n in each.run.metrics if n in names}) > 2 for each in runs):
+            continue  # one source: it is the score
+        doc = describe(stage, names[0])
+        curves = [curve for each in runs for curve in _curves(each, names, len(runs) > 1)]
+        legend = None
+        if len(runs) > 1 and len(names) > 1:
+            legend = [(each.label, each.colour, 0) for each in runs]
+            legend += [(name, GREY, index) for index, name in enumerate(names)]
+        figure = curves_figure(
+            title,
+            x_label,
+            axis_title(doc.unit if doc else names[0]),
+            curves,
+            most_points=most,
+            x_range=x_range,
+            legend=legend,
+            about=f"`{names[0]}`: {doc.definition}" if doc else "",
+            healthy=doc.healthy if doc else "",
+        )
+        if figure is not None:
+            yield figure
+
+
+def axis_title(unit: str) -> str:
+    """What stands at an axis for a unit of metrics.md."""
+    return {"its own": "reward", "1": "no unit"}.get(unit, unit)
+
+
+def _matching(runs: Sequence[Labelled], patterns: Sequence[str]) -> list[str]:
+    known = sorted({name for each in runs for name in each.run.metrics if not name.endswith(SIDE)})
+    return [name for pattern in patterns for name in known if re.fullmatch(pattern, name)][:MOST_CURVES]
+
+
+def _curves(each: Labelled, names: Sequence[str], several_runs: bool) -> Iterator[Curve]:
+    for index, name in enumerate(names):
+        points = each.run.series(name)
+        if points and points[0][0] > 0 and (before := sft_value(each.run, name)) is not None:
+            points = [(0.0, before), *points]
+        label = each.label if len(names) == 1 else f"{each.label}: {name}"
+        look = (label, each.colour, index) if several_runs else (name, index, 0)
+        yield Curve(look[0], points, look[1], look[2], name.startswith("eval/"), interval(each.run, name))
+
+
+def interval(run: Run, name: str) -> list[tuple[float, float, float]]:
+    """Steps with the ends of a metric's interval, where the run has logged them."""
+    low, high = (dict(run.series(f"{name}{side}")) for side in SIDE)
+    points: Sequence[Point] = run.series(name)
+    return [(x, low[x], high[x]) for x, _ in points if x in low and x in high]
+
+
+def sft_value(run: Run, name: str) -> float | None:
+    """The SFT model's value of a metric of a PPO run, from the closing table of a finished one."""
+    wanted = BEFORE.get(name) or (f"true reward ({name[10:]})" if name.startswith("eval/true/") else None)
+    for measure, before, _ in run.results.get("table", []) if run.stage == "ppo" else ():
+        if measure == wanted and is_number(before):
+            return float(before)
+    return None

@@ -1,0 +1,75 @@
+"""What is wrong with a run, by the metrics it has left: each fault with its evidence and the remedy, nothing for a sound run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from align.report.findings import Finding, order
+from align.report.read import Run, is_run, read_run
+from align.report.signs_ppo import ppo_signs
+from align.report.signs_training import reward_signs, training_signs
+
+FEWEST_LINES = 2
+
+
+def diagnose(run: Run, others: Sequence[Run] = ()) -> list[Finding]:
+    """The faults of a run, the severe ones first.
+
+    Args:
+        others: runs of the same pipeline, in which the reward model of a PPO run is looked for.
+    """
+    found: list[Finding] = []
+    if broken := [name for name in _names(run) if _is_lost(run, name)]:
+        found.append(
+            Finding(
+                "severe",
+                "not finite",
+                "numbers that are not finite",
+                f"{', '.join(broken[:4])}{' and others' * (len(broken) > 4)} ended as NaN or infinity, at step "
+                f"{run.lines[-1]['step']}.",
+                "Lower `learning_rate`; see `bad_batches/` for the rows; with bf16 compare a run in float32.",
+            )
+        )
+    if run.stage == "ppo":
+        found += ppo_signs(run, reward_model_of(run, others))
+    elif run.stage in ("sft", "reward", "classify", "mlm"):
+        found += training_signs(run)
+        if run.stage == "reward":
+            found += reward_signs(run)
+    if not run.finished and not run.lines:
+        found.append(
+            Finding(
+                "warning",
+                "no metrics",
+                "the run has logged nothing",
+                "metrics.jsonl is missing or empty, and the run has not finished.",
+                "Run the command again: it goes on, or names what stops it.",
+            )
+        )
+    return sorted(found, key=order)
+
+
+def _names(run: Run) -> list[str]:
+    return sorted({name for line in run.lines for name in line} - {"step", "time"})
+
+
+def _is_lost(run: Run, name: str) -> bool:
+    values = [line[name] for line in run.lines if name in line]
+    return bool(values) and values[-1] is None and name.startswith(("train/loss", "eval/loss", "objective/", "policy/"))
+
+
+def reward_model_of(run: Run, others: Sequence[Run]) -> Run | None:
+    """The reward stage whose model a PPO run has used: of the pipeline, or on the disk where the recipe names it."""
+    path = run.recipe.get("reward_model_path")
+    if not isinstance(path, str):
+        return None
+    name = Path(path).name
+    for other in others:
+        if other.stage == "reward" and other.name == name:
+            return other
+    for folder in (run.folder.resolve().parent / name, Path(path)):
+        if is_run(folder):
+            found = read_run(folder)
+            return found if found.stage == "reward" else None
+    return None

@@ -1,0 +1,71 @@
+"""A fault that was found in a run's metrics, and the arithmetic by which faults are told from noise."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from align.report.read import Point, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault: a short name by which it is known, a title, the numbers that show it, and what to do."""
+
+    severity: Literal["severe", "warning"]
+    name: str
+    title: str
+    evidence: str
+    remedy: str
+
+
+def order(finding: Finding) -> int:
+    """Severe faults come first."""
+    return 0 if finding.severity == "severe" else 1
+
+
+def values(run: Run, name: str) -> list[float]:
+    """A metric's values by step."""
+    return [value for _, value in run.series(name)]
+
+
+def part(points: Sequence[Point], which: int, parts: int = 4) -> list[float]:
+    """Values of one of `parts` equal stretches of a series; the first is 0, the last -1. At least one value."""
+    size = max(len(points) // parts, 1)
+    chosen = points[:size] if which == 0 else points[-size:]
+    return [value for _, value in chosen]
+
+
+def change(run: Run, name: str) -> tuple[float, float] | None:
+    """Means of a metric over the first and the last quarter of a run; None for fewer than four points."""
+    points = run.series(name)
+    return (statistics.fmean(part(points, 0)), statistics.fmean(part(points, -1))) if len(points) >= 4 else None
+
+
+def late(run: Run, name: str) -> float | None:
+    """The median of a metric over the second half of a run, which single updates do not move; None without four points."""
+    points = run.series(name)
+    return statistics.median(part(points, -1, 2)) if len(points) >= 4 else None
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Spearman's rank correlation, ties with their mean rank; 0 where one does not vary."""
+    ranks = [_ranks(xs), _ranks(ys)]
+    means = [statistics.fmean(each) for each in ranks]
+    products = sum((a - means[0]) * (b - means[1]) for a, b in zip(*ranks, strict=True))
+    spreads = [sum((a - mean) ** 2 for a in each) for each, mean in zip(ranks, means, strict=True)]
+    return products / math.sqrt(spreads[0] * spreads[1]) if all(spreads) else 0.0
+
+
+def _ranks(numbers: Sequence[float]) -> list[float]:
+    ordered = sorted(range(len(numbers)), key=lambda index: numbers[index])
+    found, start = [0.0] * len(numbers), 0
+    for place in range(1, len(ordered) + 1):
+        if place == len(ordered) or numbers[ordered[place]] != numbers[ordered[start]]:
+            for index in ordered[start:place]:
+                found[index] = (start + place - 1) / 2
+            start = place
+    return found

@@ -1,0 +1,185 @@
+"""What was done, what changed, and how to do it again, as tables and text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from align.config.stages import STAGES
+from align.report.costs import duration, wall_seconds
+from align.report.figures import Table
+from align.report.pipelines import Group, Pipeline
+from align.report.read import Run
+from align.runs.tables import cell
+
+MODELS = ("model_name_or_path", "sft_model_path", "reward_model_path", "value_model_path", "models")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to run a stage again: the command, keys that differ from the defaults as YAML, and all keys."""
+
+    title: str
+    command: str
+    changed: str
+    everything: str
+    fingerprints: Table
+
+
+def stages_table(pipelines: Sequence[Pipeline]) -> Table:
+    """A row for each run: state, what it starts from, rows, size."""
+    rows = []
+    for each in pipelines:
+        for run in each.runs:
+            data = run.record.get("data", {})
+            seconds = wall_seconds(run)
+            rows.append([
+                name_of(each, run, len(pipelines) > 1),
+                run.stage,
+                state(run),
+                _models(run.recipe),
+                _sources(data),
+                cell(run.recipe.get("seed")),
+                duration(seconds) if seconds is not None else "",
+            ])  # fmt: skip
+    return Table("Runs in their order", ["run", "stage", "state", "starts from", "rows", "seed", "time"], rows)
+
+
+def name_of(pipeline: Pipeline, run: Run, several: bool) -> str:
+    """A run's name, with that of its pipeline where there are several."""
+    return f"{pipeline.label}: {run.name}" if several and pipeline.label != run.name else run.name
+
+
+def state(run: Run) -> str:
+    """Finished, or how far it is."""
+    if run.finished:
+        return "finished"
+    done = run.lines[-1]["step"] if run.lines else 0
+    of = f" of {run.steps_planned}" if run.steps_planned else ""
+    return f"unfinished, at step {done}{of}"
+
+
+def _models(recipe: Mapping[str, Any]) -> str:
+    found = []
+    for name in MODELS:
+        value = recipe.get(name)
+        if not value:
+            continue
+        values = value if isinstance(value, list) else [value]
+        found += [str(each[-1]) if isinstance(each, list) and each else str(each) for each in values]
+    if not found and recipe.get("model_config"):
+        found = ["from scratch"]
+    return ", ".join(dict.fromkeys(found[:8]))
+
+
+def _sources(data: Any) -> str:
+    if not isinstance(data, dict) or not isinstance(data.get("sources"), list):
+        return ""
+    rows = [
+        f"{each['rows']:,} {each['source']}{' (held out)' if each.get('used_for') == 'evaluation' else ''}"
+        for each in data["sources"]
+        if isinstance(each, dict) and isinstance(each.get("rows"), int) and isinstance(each.get("source"), str)
+    ]
+    return "; ".join(rows[:12])
+
+
+def before_after(groups: Sequence[Group]) -> Table | None:
+    """The closing tables of all stages in one, a pair of columns for each pipeline."""
+    labels = list(dict.fromkeys(each.label for group in groups for each in group.runs))
+    rows = []
+    for group in groups:
+        tables = {each.label: each.run.results.get("table", []) for each in group.runs}
+        for measure in dict.fromkeys(row[0] for table in tables.values() for row in table):
+            cells: list[object] = [f"{group.title}: {measure}"]
+            for label in labels:
+                found = next((row for row in tables.get(label, []) if row[0] == measure), None)
+                before, after = found[1:] if found else (None, None)
+                cells += [cell(before), cell(after), *([_change(before, after)] if len(labels) == 1 else [])]
+            rows.append(cells)
+    if not rows:
+        return None
+    columns = ["before", "after", "change"]
+    if len(labels) > 1:
+        columns = [f"{label}: {name}" for label in labels for name in ("before", "after")]
+    return Table("Closing numbers of the stages", ["measure", *columns], rows)
+
+
+def _change(before: Any, after: Any) -> str:
+    if before is None or after is None:
+        return ""
+    return f"{after - before:+.4g}".replace("-", "−")
+
+
+def versions_table(pipelines: Sequence[Pipeline]) -> Table | None:
+    """Versions of the packages, by run where they differ."""
+    runs = [
+        (each.label, run) for each in pipelines for run in each.runs if isinstance(run.record.get("versions"), dict)
+    ]
+    names = list(dict.fromkeys(name for _, run in runs for name in run.record["versions"]))
+    rows = []
+    for name in names[:30]:
+        by_version: dict[str, list[str]] = {}
+        for label, run in runs:
+            by_version.setdefault(run.record["versions"].get(name, "unknown"), []).append(f"{label}/{run.name}")
+        only = len(by_version) == 1
+        rows.append(
+            [name, *by_version] if only else [name, "; ".join(f"{v} ({', '.join(w)})" for v, w in by_version.items())]
+        )
+    return Table("Versions of the packages", ["package", "version"], rows) if rows else None
+
+
+def recipe_of(pipeline: Pipeline, run: Run, several: bool) -> Recipe:
+    """How to run a stage again."""
+    stage = STAGES.get(run.stage)
+    recipe = {"stage": run.stage, **run.recipe}
+    defaults: dict[str, Any] = {}
+    for field in dataclasses.fields(stage.recipe) if stage else ():
+        if field.default is not dataclasses.MISSING:
+            defaults[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            defaults[field.name] = field.default_factory()
+    plain = json.loads(json.dumps(defaults, default=str))
+    changed = {key: _brief(value) for key, value in recipe.items() if key == "stage" or plain.get(key, ...) != value}
+    title = name_of(pipeline, run, several)
+    return Recipe(
+        title,
+        f"align {shlex.quote(run.stage)} {run.stage}.yaml",
+        _yaml(changed),
+        _yaml(recipe),
+        Table("SHA-256 of what the run began with", ["input", "fingerprint"], _fingerprints(run)),
+    )
+
+
+def _brief(value: Any) -> Any:
+    """A data source as a recipe has it: without the keys that are empty."""
+    if isinstance(value, list) and all(isinstance(each, dict) for each in value):
+        kept = [{k: v for k, v in each.items() if v not in (None, {}, []) and (k, v) not in DEFAULTS} for each in value]
+        return kept[0] if len(kept) == 1 else kept
+    return value
+
+
+DEFAULTS = (("split", "train"), ("label_column", "label"), ("weight", 1.0))  # of a data source
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100))
+
+
+def _fingerprints(run: Run) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for place, kinds in run.record.get("inputs", {}).items():
+        if isinstance(kinds, str):
+            rows.append([place, kinds])
+            continue
+        for kind, value in kinds.items():
+            if isinstance(value, str):
+                rows.append([f"{place} ({kind})", value])
+            else:
+                rows += [[f"{place}: {name}", each] for name, each in value.items()]
+    return rows[:60]

@@ -1,0 +1,180 @@
+"""The report: one HTML file that needs nothing else, in a browser with or without scripts, within `MOST_BYTES`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from align.errors import UserError
+from align.evaluate.results import tables as evaluation_tables
+from align.report.costs import costs_table, phases_figure
+from align.report.curves import learning_curves
+from align.report.diagnose import diagnose
+from align.report.figures import Table
+from align.report.frontier import frontiers
+from align.report.overview import before_after, name_of, recipe_of, stages_table, state, versions_table
+from align.report.pipelines import Group, Pipeline, group, read_pipelines
+from align.report.responses import histograms, samples
+from align.runs.files import write_text
+from align.runs.records import package_version
+from align.terminal import printable
+
+MOST_BYTES = 1_500_000
+MARK = '<meta name="generator" content="align report">'  # in the first line of our files, which may be overwritten
+TEMPLATES = Path(__file__).parent / "templates"
+# Points of a curve and samples of all runs, from the usual to what fits also with sixty runs.
+SIZES = ((240, 240), (120, 160), (60, 80), (30, 40), (16, 16), (8, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is shown of one stage: its learning curves, and for an evaluation its tables."""
+
+    key: str
+    title: str
+    stage: str
+    first: list[Any]
+    then: list[Any]
+    tables: list[Table]
+
+
+def write_report(folders: Sequence[Sequence[Path]], path: Path, title: str) -> list[str]:
+    """Write the report of the runs in output folders, a list of them for each pipeline; returns problems of their files.
+
+    Raises:
+        UserError: a record is damaged, `path` is no report of ours, or there is too much to show.
+    """
+    check_free(path)
+    pipelines = read_pipelines(folders)
+    for most_points, most_samples in SIZES:
+        html = render(pipelines, title, most_points, most_samples)
+        if len(html.encode()) <= MOST_BYTES:
+            break
+    else:
+        raise UserError(f"{path}: the report would be larger than {MOST_BYTES / 1e6:g} MB; name fewer runs.")
+    try:
+        write_text(path, html)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --output.") from None
+    return [problem for each in pipelines for run in each.runs for problem in run.problems]
+
+
+def check_free(path: Path) -> None:
+    """Check that a report can be written: nothing is there, or an earlier report.
+
+    Raises:
+        UserError: something else is there, or a symbolic link.
+    """
+    if path.is_symlink() or (path.exists() and not _is_report(path)):
+        raise UserError(
+            f"{path}: is no report of this command, so it is not overwritten; name another file with --output."
+        )
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return MARK.encode() in file.read(300)
+
+
+def render(pipelines: Sequence[Pipeline], title: str, most_points: int, most_samples: int) -> str:
+    """The page, with at most that many points to a curve and that many samples."""
+    groups = group(pipelines)
+    ppo = [each for each_group in groups if each_group.stage == "ppo" for each in each_group.runs]
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters["code_spans"] = code_spans
+    best_of_n = [
+        (f"{each.run.name} of {label}" if len(pipelines) > 1 else each.run.name, each.run.record)
+        for each_group in groups
+        for each in each_group.runs
+        for label in [each.label]
+        if each.run.stage == "bon"
+    ]
+    per_run = max(most_samples // max(len(ppo), 1), 1) if most_samples else 0
+    page: str = environment.get_template("page.html").render(
+        mark=Markup(MARK),
+        policy=Markup(f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"),
+        style=Markup(style),
+        script=Markup(script),
+        title=title,
+        version=package_version("align"),
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        pipelines=[(each.label, index) for index, each in enumerate(pipelines)],
+        unfinished=[f"{run.name}: {state(run)}" for each in pipelines for run in each.runs if not run.finished],
+        problems=[problem for each in pipelines for run in each.runs for problem in run.problems],
+        stages=stages_table(pipelines),
+        before_after=before_after(groups),
+        findings=[
+            (name_of(each, run, len(pipelines) > 1), diagnose(run, each.runs))
+            for each in pipelines
+            for run in each.runs
+        ],
+        checks=_self_checks(groups),
+        curves=[_stage(each, most_points) for each in groups],
+        frontiers=frontiers(ppo, best_of_n),
+        histograms=histograms(ppo),
+        samples=[sample for each in ppo for sample in samples(each, per_run)] if per_run else [],
+        several_runs=len(ppo) > 1,
+        costs=costs_table(groups),
+        phases=phases_figure(groups),
+        recipes=[recipe_of(each, run, len(pipelines) > 1) for each in pipelines for run in each.runs],
+        versions=versions_table(pipelines),
+    )
+    return page
+
+
+def _stage(each: Group, most_points: int) -> Stage:
+    first, then = learning_curves(each.stage, each.runs, most_points)
+    tables = [
+        Table(table.title, table.columns, table.rows)
+        for labelled in each.runs
+        if each.stage == "evaluate"
+        for table in evaluation_tables(labelled.run.record)
+    ]
+    return Stage(each.key, each.title, each.stage, first, then, tables)
+
+
+def _self_checks(groups: Sequence[Group]) -> Table | None:
+    runs = [each for each_group in groups if each_group.stage == "ppo" for each in each_group.runs]
+    names = sorted({name for each in runs for name in each.run.metrics if name.startswith("self_check/")})
+    if not names:
+        return None
+    rows = [[name[11:], *(_number(each.run.last(name)) for each in runs)] for name in names]
+    columns = [each.label for each in runs] if len(runs) > 1 else ["value"]
+    return Table("PPO's self-checks before the first update", ["check", *columns], rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def code_spans(text: str) -> Markup:
+    """Text whose Markdown code spans become <code>; all else is escaped."""
+    parts = re.split(r"`([^`]*)`", printable(text))
+    return Markup("").join(
+        Markup("<code>%s</code>") % part if index % 2 else escape(part) for index, part in enumerate(parts)
+    )
+
+
+def _shown(value: Any) -> Any:
+    """What a template prints: text with its control characters as escapes."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

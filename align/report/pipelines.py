@@ -1,0 +1,71 @@
+"""Which runs of a report are compared with which: pipelines with short names, and their stages side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.report.curves import Labelled
+from align.report.read import Run, read_run
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """Runs that follow one another, in their order, under a name that tells them from the other pipelines."""
+
+    label: str
+    runs: list[Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The runs of one stage over all pipelines, drawn over each other. `key` is fit for an HTML id."""
+
+    key: str
+    title: str
+    stage: str
+    runs: list[Labelled]
+
+
+def read_pipelines(folders: Sequence[Sequence[Path]]) -> list[Pipeline]:
+    """The runs in the output folders of each pipeline.
+
+    Raises:
+        UserError: a record is damaged.
+    """
+    read = [[read_run(folder) for folder in each] for each in folders]
+    return [Pipeline(label, runs) for label, runs in zip(_labels(read), read, strict=True)]
+
+
+def _labels(pipelines: Sequence[Sequence[Run]]) -> list[str]:
+    """The parts of the pipelines' paths in which they differ; the seed where the paths are all that differs by it."""
+    paths = [(runs[0].folder if len(runs) == 1 else runs[0].folder.parent).resolve().parts for runs in pipelines]
+    if len(paths) == 1:
+        return [paths[0][-1]]
+    alike = 0
+    while all(len(path) > alike + 1 for path in paths) and len({path[alike] for path in paths}) == 1:
+        alike += 1
+    tail = 0
+    while all(len(path) > alike + tail + 1 for path in paths) and len({path[-1 - tail] for path in paths}) == 1:
+        tail += 1
+    names = ["/".join(path[alike : len(path) - tail]) for path in paths]
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def group(pipelines: Sequence[Pipeline]) -> list[Group]:
+    """The stages in the order of the longest pipeline: runs of equal folder names, or of equal stages where no pipeline
+    has two of one."""
+    single = all(len({run.stage for run in each.runs}) == len(each.runs) for each in pipelines)
+    found: dict[tuple[str, str], list[Labelled]] = {}
+    for pipeline in sorted(pipelines, key=lambda each: -len(each.runs)):
+        for run in pipeline.runs:
+            key = (run.stage, "" if single else run.name)
+            found.setdefault(key, []).append(Labelled(pipeline.label, run, pipelines.index(pipeline)))
+    groups = []
+    for number, ((stage, _), runs) in enumerate(found.items()):
+        runs.sort(key=lambda each: each.colour)
+        names = list(dict.fromkeys(each.run.name for each in runs))
+        title = names[0] if len(names) == 1 else stage
+        groups.append(Group(f"stage-{number}", title, stage, runs))
+    return groups

@@ -1,0 +1,241 @@
+"""The runs in a folder as they are on the disk, finished or not. Nothing in their files is believed before it is checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from align.config.json_file import parse_json, read_file, read_json
+from align.config.stages import STAGES
+from align.errors import BadFile, UserError
+from align.evaluate.results import RESULTS_RECORD
+from align.runs.output_folder import RESULTS
+from align.runs.own_files import MANIFEST, RUN
+from align.runs.records import Record, is_count, is_number, read_record
+from align.runs.schemas import MANIFEST_RECORD, METRICS, RUN_RECORD, SAMPLES
+
+MOST_BYTES = 256 << 20  # of metrics.jsonl and samples.jsonl
+MOST = 1e100  # of a value: larger ones are no measurement, and differences of theirs no number
+MOST_RUNS = 60  # in one report
+
+Point = tuple[float, float]  # step, value
+
+
+@dataclass(frozen=True)
+class Run:
+    """One output folder of a stage.
+
+    Attributes:
+        record: `stage.json`, or `run.json` of an unfinished run, or `results.json` of an evaluation.
+        lines: of `metrics.jsonl`, each a mapping with `step`, `time` and numbers or None by metric.
+        samples: lines of `samples.jsonl`.
+        cards: other `results.json` in the folder and in its subfolders, by path there: of a judged reward, of best-of-n.
+        problems: files that could not be read, and why.
+    """
+
+    folder: Path
+    stage: str
+    finished: bool
+    record: dict[str, Any]
+    lines: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    cards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's keys with their values, defaults included."""
+        found: dict[str, Any] = self.record["recipe"]
+        return found
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The closing numbers; empty for an unfinished run."""
+        found = self.record.get("results", {})
+        return found if isinstance(found, dict) else {}
+
+    @cached_property
+    def metrics(self) -> dict[str, list[Point]]:
+        """Points by metric, of the values that are finite, by step; of a step with two lines the last counts."""
+        found: dict[str, dict[int, float]] = {}
+        for line in self.lines:
+            for name, value in line.items():
+                if name not in ("step", "time") and value is not None and abs(value) < MOST:
+                    found.setdefault(name, {})[line["step"]] = value
+        return {name: sorted((float(step), value) for step, value in values.items()) for name, values in found.items()}
+
+    def series(self, name: str) -> list[Point]:
+        """Points of one metric; empty if the run has not logged it."""
+        return self.metrics.get(name, [])
+
+    def last(self, name: str) -> float | None:
+        """The last value of a metric."""
+        return self.series(name)[-1][1] if self.series(name) else None
+
+    @property
+    def steps_planned(self) -> int | None:
+        """Updates or optimizer steps of the whole run, where recipe or results tell."""
+        if self.stage == "ppo":
+            sizes = self.recipe.get("total_episodes"), self.recipe.get("rollout_batch_size")
+            if all(is_count(size) and size for size in sizes):
+                return int(sizes[0] // sizes[1])  # type: ignore[operator]
+        steps = self.results.get("steps", self.recipe.get("max_steps"))
+        return steps if is_count(steps) and steps else None
+
+
+def find_runs(folder: Path) -> list[list[Path]]:
+    """The output folders under a folder, as pipelines: itself, or its subfolders, or those of each subfolder.
+
+    Raises:
+        UserError: there is none, or there are too many.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder with runs, found {'a file' if folder.exists() else 'nothing'}.")
+    if is_run(folder):
+        return [[folder]]
+    children = [child for child in _subfolders(folder) if is_run(child)]
+    found = [children] if children else []
+    if not children:
+        found = [
+            runs for child in _subfolders(folder) if (runs := [each for each in _subfolders(child) if is_run(each)])
+        ]
+    if not found:
+        raise UserError(
+            f"{folder}: no run in it or in its subfolders; expected a run's output_dir, a folder of those, or a folder of "
+            "numbered recipes that have been run."
+        )
+    if (count := sum(map(len, found))) > MOST_RUNS:
+        raise UserError(
+            f"{folder}: has {count} runs, and a report shows at most {MOST_RUNS}; name the folders to compare."
+        )
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the output folder of a stage, by the files in it."""
+    return any((folder / name).is_file() for name in (MANIFEST, RUN)) or _is_results(folder / RESULTS)
+
+
+def _is_results(path: Path) -> bool:
+    try:
+        found = read_json(path, follow_links=False) if path.is_file() else None
+    except BadFile:
+        return False
+    return isinstance(found, dict) and isinstance(found.get("stage"), str) and isinstance(found.get("recipe"), dict)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        found = [each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}).") from None
+    return sorted(found, key=lambda each: natural(each.name))
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in names by their size."""
+    parts: list[str] = []
+    for character in name:
+        if parts and parts[-1].isdecimal() == character.isdecimal():
+            parts[-1] += character
+        else:
+            parts.append(character)
+    return [(int(part[:18]), "") if part.isascii() and part.isdecimal() else (-1, part) for part in parts]
+
+
+def read_run(folder: Path) -> Run:
+    """The run in an output folder; other files than its record may be missing or damaged, which it then tells.
+
+    Raises:
+        UserError: there is no readable `stage.json`, `run.json` or `results.json`.
+    """
+    problems: list[str] = []
+    records: list[tuple[str, Record]] = [(MANIFEST, MANIFEST_RECORD), (RUN, RUN_RECORD)]
+    name, record = next(((name, kind) for name, kind in records if os.path.lexists(folder / name)), (RESULTS, None))
+    path = folder / name
+    content = read_record(path, record) if record is not None else _read_results(path)
+    if content["stage"] == "evaluate":
+        content = read_record(path, RESULTS_RECORD)
+    samples = read_lines(folder / SAMPLES, _is_sample, problems)
+    if STAGES.get(content["stage"]) is None:
+        problems.append(f"{path}: stage {content['stage']} is unknown to this version")
+    return Run(
+        folder=folder,
+        stage=content["stage"],
+        finished=name != RUN,
+        record=content,
+        lines=read_lines(folder / METRICS, _is_metrics, problems),
+        samples=samples,
+        cards=dict(_cards(folder, problems)),
+        problems=problems,
+    )
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    content = read_json(path, follow_links=False)
+    if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
+        raise BadFile(f"{path}: `stage` is missing")
+    if not isinstance(content.get("recipe"), dict):
+        raise BadFile(f"{path}: `recipe` is missing")
+    return content
+
+
+def _cards(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in [folder / RESULTS, *(child / RESULTS for child in _subfolders(folder))]:
+        if not path.is_file():
+            continue
+        try:
+            content = read_json(path, follow_links=False)
+        except BadFile as error:
+            problems.append(str(error))
+            continue
+        if isinstance(content, dict):
+            yield path.parent.relative_to(folder).as_posix(), content
+
+
+def read_lines(path: Path, is_valid: Callable[[Any], bool], problems: list[str]) -> list[dict[str, Any]]:
+    """The valid lines of a JSONL file; others are counted in `problems`, but for a last one that was cut off."""
+    if not os.path.lexists(path):
+        return []
+    try:
+        raw = read_file(path, follow_links=False, max_bytes=MOST_BYTES)
+    except BadFile as error:
+        problems.append(str(error))
+        return []
+    found, wrong = [], 0
+    lines = raw.split(b"\n")
+    for index, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line, path, nan_as_null=True)
+        except BadFile:
+            value = None
+        if is_valid(value):
+            found.append(value)
+        else:
+            wrong += index < len(lines) - 1
+    if wrong:
+        problems.append(f"{path}: {wrong} lines are damaged and were left out")
+    return found
+
+
+def _is_metrics(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and is_count(value.get("step"))
+        and all(name == "time" or item is None or is_number(item) for name, item in value.items())
+    )
+
+
+def _is_sample(value: Any) -> bool:
+    return isinstance(value, dict) and is_count(value.get("step")) and isinstance(value.get("name"), str)

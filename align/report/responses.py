@@ -1,0 +1,134 @@
+"""Responses of SFT and PPO to the same prompts: for reading side by side, and their scores and lengths as histograms."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from align.evaluate.statistics import repetition
+from align.report.curves import Labelled
+from align.report.figures import Figure, histogram_figure
+from align.report.read import Run
+from align.runs.records import is_number
+
+LONGEST = 2000  # characters of a text that are shown
+TEXTS = ("prompt", "sft", "response")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A prompt with the SFT model's and PPO's response, what was measured of them, and why to be suspicious."""
+
+    label: str
+    prompt: str
+    sft: str
+    response: str
+    measures: list[tuple[str, str, str]]  # name, of SFT, of PPO
+    gain: float  # in score
+    length: float
+    suspicion: float
+    reasons: list[str] = field(default_factory=list)
+
+
+def last_rows(run: Run) -> list[dict[str, Any]]:
+    """The responses to all held-out prompts, or to some of them from the last evaluation that kept any."""
+    rows = [row for row in run.samples if _is_pair(row)]
+    if every := [row for row in rows if row["name"] == "responses"]:
+        rows = every
+    last = max((row["step"] for row in rows), default=0)
+    return [row for row in rows if row["step"] == last]
+
+
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    return all(isinstance(row.get(name), str) for name in TEXTS) and all(
+        is_number(row.get(name)) for name in ("score", "score_sft")
+    )
+
+
+def samples(each: Labelled, most: int) -> list[Sample]:
+    """Samples of a run, those that gained the most first; of many, the most gained, most lost and most suspicious."""
+    rows = last_rows(each.run)
+    if not rows:
+        return []
+    spread = statistics.pstdev([row["score"] - row["score_sft"] for row in rows]) or 1.0
+    found = [_sample(each.label, row, spread) for row in rows]
+    if len(found) > most:
+        orders = [
+            sorted(found, key=lambda s: -s.gain),
+            sorted(found, key=lambda s: s.gain),
+            sorted(found, key=lambda s: -s.suspicion),
+            sorted(found, key=lambda s: -s.length),
+        ]
+        kept: dict[int, Sample] = {}
+        for ranked in zip(*orders, strict=True):
+            for sample in ranked:
+                if len(kept) < most:
+                    kept[id(sample)] = sample
+        found = list(kept.values())
+    return sorted(found, key=lambda sample: -sample.gain)
+
+
+def _sample(label: str, row: Mapping[str, Any], spread: float) -> Sample:
+    gain = row["score"] - row["score_sft"]
+    length, before = _length(row, "response", ""), _length(row, "sft", "_sft")
+    measures = [("score", f"{row['score_sft']:.3g}", f"{row['score']:.3g}")]
+    signs: list[tuple[float, str]] = []
+    for name in sorted(row):
+        if name.endswith("_sft") or f"{name}_sft" not in row or name in ("score", "length"):
+            continue
+        ours, theirs = row[name], row[f"{name}_sft"]
+        if is_number(ours) and is_number(theirs):
+            measures.append((name, f"{theirs:.3g}", f"{ours:.3g}"))
+            if ours < theirs:
+                signs.append((1.0, f"{name} fell from {theirs:.3g} to {ours:.3g}"))
+    unit = "tokens" if "length" in row else "characters"
+    measures.append((unit, f"{before:.0f}", f"{length:.0f}"))
+    if is_number(row.get("kl")):
+        measures.append(("KL (nats)", "", f"{row['kl']:.3g}"))
+    if length > 1.5 * max(before, 1):
+        signs.append((min(length / max(before, 1) - 1, 3) / 3, f"{length / max(before, 1):.1f} times as long"))
+    if (repeated := repetition(row["response"])) > 0.1:
+        signs.append((min(2 * repeated, 1.0), f"{repeated:.0%} of its 3-grams repeat"))
+    # A gain with a sign that something else than quality was rewarded.
+    suspicion = max(gain / spread, 0.0) * sum(weight for weight, _ in signs)
+    prompt, sft, response = (_clipped(row[name]) for name in TEXTS)
+    return Sample(label, prompt, sft, response, measures, gain, length, suspicion, [why for _, why in signs])
+
+
+def _length(row: Mapping[str, Any], text: str, suffix: str) -> float:
+    value = row.get(f"length{suffix}")
+    return float(value) if is_number(value) else float(len(row[text]))  # type: ignore[arg-type]
+
+
+def _clipped(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
+
+
+def histograms(runs: Sequence[Labelled]) -> list[Figure]:
+    """Scores, true rewards and lengths of the SFT model's responses against PPO's."""
+    with_rows = [(each, rows) for each in runs if len(rows := last_rows(each.run)) > 1]
+    found = []
+    if not with_rows:
+        return []
+    truths = sorted(
+        {name for _, rows in with_rows for name in rows[0] if name.startswith("true/") and name[-4:] != "_sft"}
+    )
+    tokens = all("length" in row for _, rows in with_rows for row in rows)
+    charts = [("Scores of single responses", "score", "score")]
+    charts += [(f"True reward of single responses: {name[5:]}", name, "true reward") for name in truths]
+    if tokens:
+        charts.append(("Lengths of single responses", "length", "tokens"))
+    for title, column, unit in charts:
+        series = []
+        for number, (each, rows) in enumerate(with_rows):
+            before = [row[f"{column}_sft"] for row in rows if is_number(row.get(f"{column}_sft"))]
+            after = [row[column] for row in rows if is_number(row.get(column))]
+            if number == 0:
+                series.append(("SFT", before, 7))
+            series.append((f"PPO, {each.label}" if len(with_rows) > 1 else "PPO", after, each.colour))
+        if figure := histogram_figure(title, unit, series, whole=column == "length"):
+            found.append(figure)
+    return found
