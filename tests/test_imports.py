@@ -17,6 +17,7 @@ FOLDERS = [
     {"align.cli"},
     {"align.report"},
     {"align.sft", "align.reward", "align.ppo", "align.encoders"},
+    {"align.judge"},
     {"align.evaluate", "align.trainer"},
     {"align.generation", "align.runs"},
     {"align.engine"},
@@ -37,7 +38,7 @@ OWNERS = {
     "evaluate": {"align.evaluate.metrics", "align.evaluate.text_metrics"},
     "sacrebleu": {"align.evaluate.text_metrics"},
     "rouge_score": {"align.evaluate.text_metrics"},
-    "sklearn": {"align.evaluate.text_metrics"},
+    "sklearn": {"align.evaluate.text_metrics", "align.judge.baselines", "align.judge.length"},
 }
 HEAVY = {"torch", "transformers", "trl", "datasets", "evaluate", "wandb", "deepspeed", "accelerate", "peft"}
 LIGHT = (

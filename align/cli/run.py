@@ -16,9 +16,11 @@ from align.cli.processes import describe_exit_code, free_port, launcher_environm
 from align.cli.report import update as update_report
 from align.cli.steps import Step, read_steps
 from align.config.evaluate import EvaluateRecipe
+from align.config.judge_reward import JudgeRewardRecipe
 from align.config.paths import expand
 from align.errors import OtherRun, UserError
 from align.evaluate.results import finished, tables
+from align.judge import results as judged
 from align.runs import lock
 from align.runs.command_line import USER_ERROR
 from align.runs.manifest import is_finished, read_manifest
@@ -95,7 +97,7 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
 
 
 def already_done(step: Step) -> list[Table] | None:
-    """None when there is something to do; otherwise the tables that only the step would print: an evaluation's.
+    """None when there is something to do; otherwise the tables that only the step would print: an evaluation's, a card's.
 
     Raises:
         UserError: its output folder holds something else.
@@ -103,6 +105,9 @@ def already_done(step: Step) -> list[Table] | None:
     if isinstance(step.recipe, EvaluateRecipe):
         results = finished(step.recipe)
         return None if results is None else [table.to_rich() for table in tables(results)]
+    if isinstance(step.recipe, JudgeRewardRecipe):
+        results = judged.finished(step.recipe)
+        return None if results is None else [table.to_rich() for table in judged.tables(results)]
     return [] if is_finished(step.recipe) else None
 
 
@@ -130,6 +135,8 @@ def closing_tables(manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[Tabl
         results = manifest.get("results", {})
         for measure, before, after in results.get("table", []):
             measures.add_row(name, cell(measure), cell(before), cell(after))
+        if isinstance(card := results.get("card"), dict):
+            measures.add_row(name, "report card (card/card.md)", "", cell(card.get("summary")))
         if samples := results.get("samples"):
             examples.append(make_table(f"Responses ({name})", *samples[0]))
             for sample in samples[:3]:

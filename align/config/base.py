@@ -46,7 +46,9 @@ SCHEDULES = (
 
 POLYNOMIAL_END = 1e-7  # learning rate at which transformers' schedule of this name ends
 
-FUNCTION_KEYS = ("reward_funcs", "eval_reward_funcs", "judge_reward_funcs")  # each a list of `module:function`
+FUNCTION_KEYS = (  # each a list of `module:function`
+    *("reward_funcs", "eval_reward_funcs", "judge_reward_funcs", "second_reward_funcs"),
+)
 DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward_deepspeed")
 
 

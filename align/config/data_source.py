@@ -16,7 +16,7 @@ from align.errors import UserError, nearest
 
 ROW_COLUMNS = (
     *("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label"),
-    *("margin", "tools"),
+    *("margin", "tie", "tools"),
 )
 TEXT_PARTS = ("prompt", "completion")
 CHAT_PARTS = ("user", "assistant")
@@ -38,7 +38,7 @@ class DataSource:
     columns: dict[str, str] = key(
         {},
         "Column names: ours (prompt, completion, chosen, rejected, messages, text, text_pair, label, margin, "
-        "tools) to the source's.",
+        "tie, tools) to the source's.",
     )
     task: str | None = key(
         None,

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from align.config.base import StageRecipe
 from align.config.encoders import ClassifyRecipe, MLMRecipe, check_classify_rules, check_mlm_rules
 from align.config.evaluate import EvaluateRecipe, check_evaluate_rules
+from align.config.judge_reward import JudgeRewardRecipe, check_judge_reward_rules
 from align.config.keys import Where
 from align.config.ppo import PPORecipe, check_ppo_rules
 from align.config.read import read_yaml
@@ -16,7 +17,7 @@ from align.config.reward import RewardRecipe, check_reward_rules
 from align.config.sft import SFTRecipe, check_sft_rules
 from align.errors import UserError, nearest
 
-Recipe: TypeAlias = StageRecipe | EvaluateRecipe
+Recipe: TypeAlias = StageRecipe | EvaluateRecipe | JudgeRewardRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,14 @@ STAGES: dict[str, Stage] = {
             module="align.evaluate.compare",
             check_module="align.cli.check.evaluation",
             input_models=("models",),
+        ),
+        Stage(
+            name="judge-reward",
+            recipe=JudgeRewardRecipe,
+            check_rules=check_judge_reward_rules,
+            module="align.judge.judge",
+            check_module="align.cli.check.judge",
+            input_models=("reward_model_path", "second_reward_model_path", "policy_path"),
         ),
     )
 }

@@ -125,6 +125,14 @@ OF_STAGE = {
         "eval_reward_funcs": "called grader here, one function",
         "deepspeed": "not supported: every process holds complete models, and evaluates its share of the rows",
     },
+    "judge-reward": {
+        "model_name_or_path": "called reward_model_path here",
+        "model": "called reward_model_path here",
+        "sft_model_path": "called policy_path here",
+        "batch_size": "called per_device_eval_batch_size here",
+        "max_new_tokens": "called response_length here",
+        "deepspeed": "not supported: every process holds the whole model, and scores its share of the rows",
+    },
 }
 _BOTTLENECK = (
     "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has them, needs transformers "

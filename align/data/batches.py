@@ -57,7 +57,7 @@ def pad_to_batches(dataset: Dataset, batch_size: int) -> Dataset:
         row["labels"] = [IGNORE_INDEX] * len(row["labels"])
     else:
         row["rejected_ids"] = row["chosen_ids"]
-        row |= {"margin": 0.0} if "margin" in row else {}
+        row |= {name: 0.0 for name in ("margin", "tie") if name in row}
     weightless = {name: [value] * missing for name, value in row.items()}
     return concatenate_datasets([dataset, Dataset.from_dict(weightless, features=dataset.features)])
 

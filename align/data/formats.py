@@ -105,7 +105,7 @@ def _check_columns(extra: Mapping[str, Any], row_type: type) -> None:
     """Refuse columns that would change what is trained, and that are not used.
 
     Raises:
-        BadRow: a `weight` other than 1, a `margin` that is none, settings of the template.
+        BadRow: a `weight` other than 1, a `margin` or a `tie` that is none, settings of the template.
     """
     if row_type is not Prompt and extra.get("weight") not in (None, 1):
         raise BadRow("a row's `weight` other than 1; give the whole source a `weight`, or each turn one of 0 or 1")
@@ -116,6 +116,11 @@ def _check_columns(extra: Mapping[str, Any], row_type: type) -> None:
         isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf
     ):
         raise BadRow("`margin` is not a number of at least 0")
+    tie = extra.get("tie") if row_type is Preference else None
+    if tie not in (None, False, True):  # 0 and 1 equal them
+        raise BadRow("`tie` is not true, false, 1 or 0")
+    if tie and margin:
+        raise BadRow("a `tie` with a `margin`, by which one response would be better")
 
 
 def _demonstration(context: list[Message], target: list[Message], where: str, extra: dict[str, Any]) -> Demonstration:

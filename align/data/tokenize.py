@@ -95,7 +95,8 @@ def tokenize_preferences(
 ) -> tuple[Dataset, Report]:
     """`chosen_ids` and `rejected_ids` (prompt and response each) of each row, and the bad rows by reason.
 
-    Where rows have a `margin`, so has the data set; all rows or none must have one.
+    Where rows have a `margin`, so has the data set; all rows or none must have one. Where one is a tie, the data set has
+    `tie`: 1 for a tie, else 0.
 
     Args:
         max_length: most tokens of prompt and response; rows with a longer one are bad rows.
@@ -107,6 +108,7 @@ def tokenize_preferences(
     """
     bad = BadRows()
     has_margin = any(row.extra.get("margin") is not None for row in rows)
+    has_tie = any(map(is_tie, rows))
 
     def records() -> Iterator[list[Any]]:
         for row, sequences in _encoded_pairs(tokenizer, rows, bad, is_encoder):
@@ -114,11 +116,13 @@ def tokenize_preferences(
                 _check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
                     raise BadRow("`chosen` and `rejected` have the same tokens")
-                if has_margin and row.extra.get("margin") is None:
+                if has_margin and row.extra.get("margin") is None and not is_tie(row):
                     raise BadRow("no `margin`, which other rows have; write 0 for none")
-                yield [*sequences, float(row.extra["margin"])] if has_margin else sequences
+                margin = [float(row.extra.get("margin") or 0.0)] if has_margin else []
+                yield [*sequences, *margin, *([float(is_tie(row))] if has_tie else [])]
 
-    dataset = _dataset(("chosen_ids", "rejected_ids", *(["margin"] if has_margin else [])), records())
+    more = [name for name, has in (("margin", has_margin), ("tie", has_tie)) if has]
+    dataset = _dataset(("chosen_ids", "rejected_ids", *more), records())
     return dataset, _report(bad, on_bad_row, len(rows), len(dataset))
 
 
@@ -177,6 +181,11 @@ def tools_of(row: Row) -> Tools:
     return row.extra.get("tools") if isinstance(row.prompt, list) else None
 
 
+def is_tie(row: Preference) -> bool:
+    """Whether the row says that neither response is better."""
+    return bool(row.extra.get("tie"))
+
+
 def _encoded_pairs(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], bad: BadRows, is_encoder: bool
 ) -> Iterator[tuple[Preference, list[list[int]]]]:
@@ -215,7 +224,9 @@ def _scored(tokenizer: PreTrainedTokenizerBase, response: Turns) -> Turns:
 
 def _dataset(names: tuple[str, ...], records: Iterator[Sequence[Any]]) -> Dataset:
     """A data set in memory, built in chunks, because lists of Python integers take many times the memory of Arrow's."""
-    features = Features({name: Value("float32") if name == "margin" else List(Value("int32")) for name in names})
+    features = Features(
+        {name: Value("float32") if name in ("margin", "tie") else List(Value("int32")) for name in names}
+    )
     parts = [Dataset.from_dict({name: [] for name in names}, features=features)]
     while part := list(islice(records, BATCH)):
         columns = dict(zip(names, zip(*part, strict=True), strict=True))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from align.config.evaluate import EvaluateRecipe
+from align.config.judge_reward import JudgeRewardRecipe
 from align.config.stages import STAGES
 from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_example, encode_prompt
@@ -34,6 +35,8 @@ from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import check_takes_virtual_tokens, prompt_tuning_base
 from align.runs.manifest import check_template_kwargs, read_manifest
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
             rows while `on_bad_row` is "error".
     """
     tokenizers = {name: _load_tokenizer(path, recipe) for name, path in recipe.models.items()}
-    training, rows, report = _load_rows(recipe)
+    training, rows, report = load_evaluation_rows(recipe, Demonstration)
     if generates and (plain := next((row for row in rows if not row.prompt), None)):
         raise UserError(
             f"{plain.where}: plain text has no prompt to respond to; evaluate it by perplexity and token_accuracy alone."
@@ -139,8 +142,10 @@ def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
     )
 
 
-def _load_rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demonstration], dict[str, Any]]:
-    """Training rows for the examples, evaluation rows, and the report of the data."""
+def load_evaluation_rows(
+    recipe: EvaluateRecipe | JudgeRewardRecipe, row_type: type[T]
+) -> tuple[list[T], list[T], dict[str, Any]]:
+    """Training rows, evaluation rows, and the report of the data."""
     if recipe.train_dataset:
         settings = DataSettings(
             train_dataset=recipe.train_dataset,
@@ -150,14 +155,14 @@ def _load_rows(recipe: EvaluateRecipe) -> tuple[list[Demonstration], list[Demons
             on_bad_row=recipe.on_bad_row,
             seed=recipe.seed,
         )
-        rows = load_rows(settings, Demonstration)
+        rows = load_rows(settings, row_type)
         if not rows.evaluation:
             raise UserError(
                 "eval_fraction: is 0, so that there are no rows to evaluate; set it above 0, or give an `eval_dataset`."
             )
         return rows.train, rows.evaluation, rows.report
     settings = DataSettings(train_dataset=recipe.eval_dataset, on_bad_row=recipe.on_bad_row, seed=recipe.seed)
-    rows = load_rows(settings, Demonstration, "eval_dataset")
+    rows = load_rows(settings, row_type, "eval_dataset")
     size = min(recipe.max_eval_rows or len(rows.train), len(rows.train))
     chosen = sorted(random.Random(f"{recipe.seed} evaluation").sample(range(len(rows.train)), size))
     sources = [{**source, "used_for": "evaluation"} for source in rows.report["sources"]]

@@ -9,6 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
+from align.config.judge_reward import JudgeRewardRecipe
 from align.data.dialogues import Tools
 from align.data.encode import encode_pair
 from align.data.reasoning import set_scores_reasoning
@@ -44,13 +45,17 @@ class RewardModel:
 
 
 def check_reward_model(
-    path: str, key: str, recipe: StageRecipe, score_reasoning: bool, tokenizer: PreTrainedTokenizerBase
+    path: str,
+    key: str,
+    recipe: StageRecipe | JudgeRewardRecipe,
+    score_reasoning: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> RewardModel:
     """Read a reward model's configuration, tokenizer and manifest, and check that they fit the recipe and the policy.
 
     Args:
         key: of the recipe, which names the model.
-        tokenizer: the policy's.
+        tokenizer: the policy's; None where there is no policy whose ids it could read.
 
     Raises:
         UserError: it is no finished reward model, or tokenizers, templates or `score_reasoning` disagree.
@@ -79,6 +84,8 @@ def check_reward_model(
             f"score_reasoning: {path} ({key}) was trained with {str(not score_reasoning).lower()}, and this recipe gives "
             f"{str(score_reasoning).lower()}; give the same in both stages."
         )
+    if tokenizer is None:
+        return RewardModel(path, key, config, own, False, head)
     theirs, mine = tokenizer_digest(own), tokenizer_digest(tokenizer)
     same = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(config)
     if same:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from align.config.reward import RewardRecipe
 from align.data.encode import encode_example, encode_pair
+from align.data.load import Rows
 from align.data.reasoning import scored_turns
 from align.data.rows import Preference, Turns, render_text
 from align.data.tokenize import tools_of
@@ -22,6 +24,9 @@ from align.engine.sharding import sharded_load
 from align.errors import UserError
 from align.evaluate.statistics import preference_accuracy
 from align.generation.scoring import score_ids
+from align.judge.measure import confident_errors, measure_pairs
+from align.judge.rows import ModelScorer, Scored
+from align.judge.verdicts import judge
 from align.models.context_length import max_positions
 from align.models.load import load_policy
 from align.reward.inputs import RewardInputs
@@ -29,6 +34,7 @@ from reward_models.load import load_reward_model
 from reward_models.responses import Responses
 from reward_models.trained import ModelReward
 
+RESAMPLES = 1000  # for each interval of the report card
 CHECKED_PAIRS = 8  # pairs whose ids and scores the manifest records
 
 
@@ -66,33 +72,66 @@ def _frozen_dtype(bf16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def evaluate_pairs(reward: ModelReward, world: World, pairs: Dataset, margins: Tensor | None) -> dict[str, float]:
+def score_pairs(reward: ModelReward, world: World, pairs: Dataset) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and the rejected responses, [B] each, on every rank."""
+    chosen, rejected = (score_ids(reward, world, list(pairs[name])) for name in ("chosen_ids", "rejected_ids"))
+    return chosen, rejected
+
+
+def evaluate_pairs(scores: tuple[Tensor, Tensor], pairs: Dataset, margins: Tensor | None) -> dict[str, float]:
     """Loss and accuracy on held-out pairs, and measures against the true reward where it is known.
 
     Args:
+        scores: `score_pairs` of them.
         margins: `true_margins` of the pairs, [B].
 
     Returns:
-        eval_loss (nats per pair, with the rows' own `margin` as in training), eval_accuracy and its 95% interval eval_accuracy_low, eval_accuracy_high, pairs.
+        eval_loss (nats per pair, with the rows' own `margin` and `tie` as in training), eval_accuracy (of the pairs that are
+        no ties) and its 95% interval eval_accuracy_low, eval_accuracy_high, pairs.
         With `margins` also eval_ceiling, the accuracy of the true reward itself, which annotator noise keeps below 1,
         and agreement, the accuracy on the pairs as the true reward orders them, without its ties.
     """
-    chosen, rejected = (score_ids(reward, world, list(pairs[name])) for name in ("chosen_ids", "rejected_ids"))
-    given = torch.tensor(pairs["margin"][:]) if "margin" in pairs.column_names else 0.0
-    accuracy = preference_accuracy(chosen.tolist(), rejected.tolist())
+    chosen, rejected = scores
+    given, tie = (torch.tensor(pairs[name][:]) if name in pairs.column_names else None for name in ("margin", "tie"))
+    loss = -logsigmoid(chosen - rejected - (0.0 if given is None else given))
+    decided = torch.ones(len(chosen), dtype=torch.bool)
+    if tie is not None:
+        loss, decided = loss + tie * (chosen - rejected) / 2, tie == 0
+    accuracy = preference_accuracy(chosen[decided].tolist(), rejected[decided].tolist())
     results = {
-        "eval_loss": float(-logsigmoid(chosen - rejected - given).mean()),
+        "eval_loss": float(loss.mean()),
         "eval_accuracy": accuracy["accuracy"],
         "eval_accuracy_low": accuracy["low"],
         "eval_accuracy_high": accuracy["high"],
         "pairs": len(chosen),
     }
     if margins is not None:
-        sign, decided = margins.sign(), margins != 0
-        results["eval_ceiling"] = preference_accuracy(margins.tolist(), [0.0] * len(margins))["accuracy"]
+        truth = margins[decided].tolist()
+        results["eval_ceiling"] = preference_accuracy(truth, [0.0] * len(truth))["accuracy"]
+        sign, decided = margins.sign(), decided & (margins != 0)
         agreement = preference_accuracy((sign * chosen)[decided].tolist(), (sign * rejected)[decided].tolist())
         results["agreement"] = agreement["accuracy"]
     return results
+
+
+def judge_held_out(
+    recipe: RewardRecipe, inputs: RewardInputs, reward: ModelReward, world: World, rows: Rows, pairs: Dataset,
+    scores: tuple[Tensor, Tensor], ceiling: float | None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """The report card of the held-out pairs, and those that are most confidently wrong. For all ranks.
+
+    Args:
+        scores: `score_pairs` of them.
+        ceiling: accuracy of the true reward, where it is known.
+    """
+    kept = _rows_of_pairs(rows.evaluation, pairs, inputs)
+    scored = Scored(kept, *(np.asarray(each.double().numpy()) for each in scores))
+    scorer = ModelScorer(reward, world, inputs.tokenizer, inputs.is_encoder)
+    card = measure_pairs(scored, scorer, rows.train, iterations=RESAMPLES, seed=recipe.seed)
+    if ceiling is not None:
+        card["ceiling"] = ceiling
+    card["verdicts"] = judge(card)
+    return card, confident_errors(scored)
 
 
 def true_margins(inputs: RewardInputs, rows: Sequence[Preference], pairs: Dataset) -> Tensor | None:

@@ -31,6 +31,9 @@ from align.data.tokenize import tokenize_preferences
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
+from align.engine.faults import during
+from align.errors import UserError
+from align.judge.card import brief, write_card
 from align.models.context_length import check_rows_fit
 from align.models.load import new_reward_model
 from align.models.model_types import is_encoder
@@ -39,9 +42,11 @@ from align.models.trainable import check_target_modules, freeze, peft_config
 from align.reward.evaluation import (
     before_after_table,
     evaluate_pairs,
+    judge_held_out,
     load_sft_model,
     load_trained_reward,
     score_check,
+    score_pairs,
     true_margins,
 )
 from align.reward.inputs import RewardInputs, check_reward_inputs
@@ -52,6 +57,7 @@ from align.runs.files import write_json
 from align.runs.manifest import open_stage
 from align.runs.markdown import code_span, markdown_text, python_text
 from align.runs.output_folder import one_run_per_folder
+from align.runs.own_files import new_folder
 from align.runs.quiet import quiet
 from align.runs.results import RewardResult
 from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
@@ -85,6 +91,8 @@ def run(recipe: RewardRecipe) -> RewardResult:
     if rows.evaluation:
         eval_rows, skipped["evaluation"] = tokenize(rows.evaluation)
         check_rows_fit(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
+        if "tie" in eval_rows.column_names and all(eval_rows["tie"][:]):
+            raise UserError("every pair that is held out is a tie; add pairs of which one response is better.")
         margins = true_margins(inputs, rows.evaluation, eval_rows)
     prompts = normalization_prompts(
         inputs,
@@ -115,12 +123,16 @@ def run(recipe: RewardRecipe) -> RewardResult:
         # From here on the saved model, loaded and scored as PPO does it.
         reward = load_trained_reward(recipe, world)
         results: dict[str, Any] = {"steps": steps, "table": []}
+        judged = None
         if eval_rows is not None:
-            results |= evaluate_pairs(reward, world, eval_rows, margins)
+            scores = score_pairs(reward, world, eval_rows)
+            results |= evaluate_pairs(scores, eval_rows, margins)
             tracker.log(
                 steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
             )
             results["table"] = before_after_table(before["eval_accuracy"], results)
+            judged = judge_held_out(recipe, inputs, reward, world, rows, eval_rows, scores, results.get("eval_ceiling"))
+            results["card"] = brief(judged[0])
         mean, std = normalize_scores(reward, world, normalization_rows(recipe, inputs, world, prompts, train_rows))
         check = score_check(reward, world, eval_rows or train_rows)
         if world.is_main:
@@ -137,6 +149,9 @@ def run(recipe: RewardRecipe) -> RewardResult:
                 if inputs.sft
                 else "chosen responses of the training rows",
             )
+            if judged is not None:
+                with during("records", config), new_folder(Path(recipe.output_dir) / "card") as folder:
+                    write_card(folder, *judged, f"{recipe.output_dir}, on its held-out pairs")
             head = inputs.describe_head()
             finish(recipe, inputs.tokenizer, data, results, card, **scale, score_check=check, head=head)
     world.barrier()

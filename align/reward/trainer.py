@@ -1,36 +1,68 @@
-"""TRL's RewardTrainer without a loss from padding rows."""
+"""TRL's RewardTrainer without a loss from padding rows, and with one for ties."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from align.compat.trl import pending_metrics
 from align.trainer.hf_trainer import ExactEvaluation
 
 
+class PairCollator(DataCollatorForPreference):
+    """TRL's batches, with `tie` [pairs] where the rows have it."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super().torch_call(examples)
+        ties = {"tie": torch.tensor([row["tie"] for row in examples])} if "tie" in examples[0] else {}
+        return batch | ties
+
+
 class PairTrainer(ExactEvaluation, RewardTrainer):
-    """RewardTrainer in which padding rows (chosen and rejected are the same ids) add nothing to loss or metrics."""
+    """RewardTrainer in which padding rows (chosen and rejected are the same ids) add nothing to loss or metrics.
+
+    The loss of a tie is -1/2 ln sigmoid(d) - 1/2 ln sigmoid(-d), d = chosen - rejected: TRL's -ln sigmoid(d), and d / 2.
+    """
 
     accuracy = "accuracy"
+    sums_shape = (4,)  # loss, correct, pairs, and those of them that are no ties
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         margin = inputs.get("margin", 0.0)  # [pairs], of rows that have one
+        tie = inputs.pop("tie", None)  # [pairs], 1 where neither is better
+        differences: list[Tensor] = []
 
         def scored(**batch: Any) -> Any:
             output = model(**{name: value for name, value in batch.items() if name != "margin"})
             chosen_ids, rejected_ids = batch["input_ids"].chunk(2)
             real = (chosen_ids != rejected_ids).any(dim=1)  # [pairs]
             output.logits = output.logits.float() * real.repeat(2)[:, None]  # so the centering term is 0 as well
+            chosen, rejected = output.logits.squeeze(-1).chunk(2)
+            differences.append(chosen - rejected)
             if not self.model.training:
-                chosen, rejected = output.logits.squeeze(-1).chunk(2)
                 correct = (chosen > rejected) + 0.5 * (chosen == rejected)
                 loss = -logsigmoid(chosen - rejected - margin)
-                self.sums += torch.stack([loss[real].sum(), correct[real].sum(), real.sum()])
+                decided = real
+                if tie is not None:
+                    loss, decided = loss + tie * (chosen - rejected) / 2, real & (tie == 0)
+                self.sums += torch.stack([loss[real].sum(), correct[decided].sum(), real.sum(), decided.sum()])
             return output
 
-        return super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        found = super().compute_loss(scored, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        if tie is None:
+            return found
+        more = (tie * differences[0]).mean() / 2
+        return (found[0] + more, found[1]) if return_outputs else found + more
+
+    def add_exact_metrics(self, logs: dict[str, float]) -> None:
+        """The loss of all pairs, and the accuracy of those that are no ties."""
+        loss, correct, pairs, decided = self.accelerator.reduce(self.sums, "sum").tolist()
+        logs["eval_loss"] = loss / pairs
+        pending_metrics(self, "eval")[self.accuracy] = [correct / decided if decided else 0.5]

@@ -60,6 +60,9 @@ class RewardResult(StageResult):
     """`metrics`: `eval_accuracy` on the held-out pairs, its 95% interval, `eval_loss` (nats per pair), and others."""
 
     steps: int  # optimizer steps
+    card: dict[str, Any] | None = (
+        None  # of its report card on the held-out pairs: verdict, summary, and verdicts by line
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,3 +150,18 @@ class EvaluationResult:
             if (each.metric, each.model, each.num_shots, each.task) == (metric, model, num_shots, task):
                 return each.value
         raise KeyError(f"{metric} of {model}, {num_shots}-shot")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeResult:
+    """What `align judge-reward` returns; `results.json` and `card.md` are in `output_dir`."""
+
+    output_dir: str
+    verdict: str  # the worst of the lines: good, doubtful or bad
+    summary: str  # the lines that are not good
+    card: dict[str, Any]  # everything measured, and under `verdicts` the lines
+
+    @classmethod
+    def from_json(cls, output_dir: str, results: Mapping[str, Any]) -> JudgeResult:
+        """The result from its `results.json`."""
+        return cls(output_dir=output_dir, **{name: results[name] for name in ("verdict", "summary", "card")})

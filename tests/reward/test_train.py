@@ -30,7 +30,7 @@ from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.tokenizer import load_tokenizer, set_right_padding
-from align.reward.evaluation import evaluate_pairs
+from align.reward.evaluation import evaluate_pairs, score_pairs
 from align.reward.inputs import check_reward_inputs
 from align.reward.normalization import PURPOSE, normalization_prompts
 from align.reward.train import run
@@ -272,7 +272,7 @@ def test_accuracy_ceiling_and_agreement_by_hand():
 
     ids = Dataset.from_dict({"chosen_ids": [[i] for i in range(3, 8)], "rejected_ids": [[i] for i in range(13, 18)]})
     world = World(0, 1, torch.device("cpu"))
-    results = evaluate_pairs(Fixed(), world, ids, torch.tensor([0.5, -0.5, 2.0, -2.0, 0.0]))
+    results = evaluate_pairs(score_pairs(Fixed(), world, ids), ids, torch.tensor([0.5, -0.5, 2.0, -2.0, 0.0]))
     assert results["eval_accuracy"] == pytest.approx((1 + 0 + 0.5 + 1 + 1) / 5)
     assert results["eval_ceiling"] == pytest.approx((1 + 0 + 1 + 0 + 0.5) / 5)
     assert results["agreement"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)

@@ -1,0 +1,156 @@
+"""A report card for a reward model or a Python reward: `align judge-reward`.
+
+    align judge-reward recipes/mine/3_judge.yaml
+    deepspeed --num_gpus 8 --module align.judge recipes/mine/3_judge.yaml
+
+Preference pairs that the reward has not seen are scored, and what that shows is measured with an interval over prompts and
+judged, line by line: good, doubtful, bad. Benchmarks and the spread of scores among samples of one prompt are measured where
+the recipe names them. Each process holds the whole model and scores its share. A run that was killed starts over.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config.judge_reward import JudgeRewardRecipe
+from align.data.rows import Prompt, render_text
+from align.engine.distributed import World, connect, disconnect
+from align.engine.faults import during
+from align.judge.agreement import agreement
+from align.judge.benchmarks import score_benchmark
+from align.judge.card import FILES, tables, verdict_table, write_card
+from align.judge.inputs import JudgeInputs, Policy, load_scorer, prepare_inputs
+from align.judge.measure import confident_errors, measure_pairs
+from align.judge.results import finished
+from align.judge.rows import ModelScorer, Scored, Scorer
+from align.judge.spread import Sampling, rows_of_file, sampled_rows, spread
+from align.judge.verdicts import judge, overall, summary
+from align.models.context_length import max_positions
+from align.models.inspect_folder import inspect_inputs
+from align.models.virtual_tokens import load_language_model
+from align.runs.files import write_json
+from align.runs.output_folder import RESULTS, claim, clear_finished, one_run_per_folder, share
+from align.runs.own_files import RUN, own
+from align.runs.quiet import quiet
+from align.runs.results import JudgeResult
+from align.runs.run_record import identity
+from align.runs.tables import make_console
+from align.terminal import say
+
+
+@one_run_per_folder
+def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
+    """Judge a reward; returns the content of `results.json` on rank 0, None on the others."""
+    quiet()
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if (earlier := finished(recipe)) is not None:
+        if is_main:
+            clear_finished(recipe.output_dir)
+        say(f"{recipe.output_dir}: judged already; see card.md there")
+        return JudgeResult.from_json(recipe.output_dir, earlier)
+    inspect_inputs(recipe)
+    this = identity(recipe)
+    if is_main:
+        claim(recipe.output_dir, this, resuming=False)
+    inputs = prepare_inputs(recipe)
+    world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout)
+    folder = Path(recipe.output_dir)
+    if not world.is_main:
+        share(folder)
+    scorer = load_scorer(inputs.rewards[0], recipe, world)
+    card: dict[str, Any] = {}
+    errors: list[dict[str, Any]] = []
+    if inputs.pairs:
+        scored = Scored.by(scorer, inputs.pairs)
+        card |= measure_pairs(
+            scored,
+            scorer,
+            inputs.training,
+            slice_by=recipe.slice_by,
+            iterations=recipe.bootstrap_iters,
+            seed=recipe.seed,
+        )
+        errors = confident_errors(scored)
+        if inputs.rewards[1:]:
+            second = Scored.by(load_scorer(inputs.rewards[1], recipe, world), inputs.pairs)
+            card["agreement"] = agreement(scored, second, recipe.bootstrap_iters, recipe.seed)
+    if inputs.policy or inputs.samples:
+        card["spread"] = measure_spread(recipe, inputs, scorer, world)
+    chat = isinstance(scorer, ModelScorer) and not scorer.is_encoder and bool(scorer.tokenizer.chat_template)
+    card["benchmarks"] = [score_benchmark(each, scorer, chat) for each in inputs.benchmarks]
+    card["notes"] = notes(scorer, inputs)
+    card["verdicts"] = judge(card)
+    result = None
+    if world.is_main:
+        results = {
+            **this,
+            "verdict": overall(card["verdicts"]),
+            "summary": summary(card["verdicts"]),
+            "card": card,
+            "data": inputs.report,
+        }
+        name = recipe.reward_model_path or " + ".join(recipe.reward_funcs)
+        with during("records", folder):
+            own(*(folder / each for each in (*FILES, RESULTS)))
+            write_card(folder, card, errors, name)
+            write_json(folder / RESULTS, results)  # the last: it marks the card as finished
+        (folder / RUN).unlink()
+        result = JudgeResult.from_json(recipe.output_dir, results)
+        console = make_console()
+        for table in (verdict_table(card), *tables(card)[1:]):
+            console.print(table.to_rich())
+    world.barrier()
+    disconnect()
+    return result
+
+
+def measure_spread(recipe: JudgeRewardRecipe, inputs: JudgeInputs, scorer: Scorer, world: World) -> dict[str, Any]:
+    """The spread of scores among the samples of the file, or of the policy."""
+    rows = rows_of_file(inputs.samples) if inputs.policy is None else sample(recipe, inputs.policy, inputs, world)
+    return spread(rows, scorer.score(rows, [row.chosen for row in rows]), recipe.bootstrap_iters, recipe.seed)
+
+
+def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, world: World) -> list[Any]:
+    """Responses of the policy to some of the judged prompts."""
+    prompts = list({render_text(row.prompt): Prompt(row.prompt, row.where, row.extra) for row in inputs.pairs}.values())
+    drawn = random.Random(f"{recipe.seed} prompts").sample(prompts, min(recipe.num_prompts, len(prompts)))
+    model = load_language_model(
+        policy.path,
+        dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    limits = [policy.tokenizer.model_max_length, max_positions(policy.config) or policy.tokenizer.model_max_length]
+    return sampled_rows(
+        model.to(world.device).eval(),
+        policy.tokenizer,
+        world,
+        drawn,
+        int(min(limits)) - recipe.response_length,
+        Sampling(
+            recipe.num_generations,
+            recipe.response_length,
+            recipe.temperature,
+            recipe.per_device_eval_batch_size,
+            recipe.seed,
+        ),
+    )
+
+
+def notes(scorer: Scorer, inputs: JudgeInputs) -> list[str]:
+    """What a reader should know of the rows."""
+    found = [f"{each['count']} pairs skipped: {reason}" for reason, each in inputs.report.get("bad_rows", {}).items()]
+    if isinstance(scorer, ModelScorer) and scorer.reward.truncated:
+        found.append(
+            f"{scorer.reward.truncated} sequences were longer than the model's {scorer.reward.max_length} positions, and lost their beginning"
+        )
+    if inputs.pairs and not inputs.training:
+        found.append(
+            "No training pairs are given: words alone were fitted on the judged pairs themselves, by cross-validation."
+        )
+    return found

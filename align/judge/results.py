@@ -1,0 +1,56 @@
+"""`results.json` of a judged reward: whether it is there, and the tables to show."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from align.config.judge_reward import JudgeRewardRecipe
+from align.evaluate.results import Table
+from align.judge.card import tables as card_tables
+from align.runs.output_folder import RESULTS
+from align.runs.records import MAPPING, TEXT, Kind, Record, read_record
+from align.runs.run_record import identity
+from align.runs.same_run import changes, check_same
+from align.runs.schemas import IDENTITY, OF_IDENTITY
+
+VERDICT = ("line", "verdict", "measured", "reason", "go_back_to")
+
+
+def _is_card(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("verdicts"), list)
+        and all(
+            isinstance(each, dict) and all(isinstance(each.get(name), str) for name in VERDICT)
+            for each in value["verdicts"]
+        )
+    )
+
+
+RESULTS_RECORD = Record(
+    {**IDENTITY, "verdict": TEXT, "summary": TEXT, "card": Kind("a card with its verdicts", _is_card), "data": MAPPING},
+    OF_IDENTITY,
+    "restore the file from a copy, or delete it to judge again",
+)
+
+
+def finished(recipe: JudgeRewardRecipe) -> dict[str, Any] | None:
+    """The content of `results.json` in `output_dir`; None when there is none.
+
+    Raises:
+        UserError: it is damaged, of another recipe, or a model, the data or a function has changed since.
+    """
+    file = Path(recipe.output_dir) / RESULTS
+    if not os.path.lexists(file):
+        return None
+    results = read_record(file, RESULTS_RECORD)
+    different = changes(results, identity(recipe, results.get("sums")), recipe)
+    check_same(different, recipe, "results that differ", "judge again")
+    return results
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """The tables of the card."""
+    return card_tables(results["card"])

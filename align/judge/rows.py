@@ -1,0 +1,133 @@
+"""Preference rows as the report card sees them, and what scores their responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from align.data.encode import encode_pair
+from align.data.reasoning import scored_turns, split_text
+from align.data.rows import Preference, Turns, as_response, render_text
+from align.data.tokenize import is_tie, tools_of
+from align.engine.distributed import World
+from align.errors import UserError
+from align.evaluate.bootstrap import Floats
+from align.generation.scoring import score_ids
+from align.judge.pairs import Outcomes, number_prompts
+from reward_models.combine import RewardSum
+from reward_models.responses import Responses
+from reward_models.trained import ModelReward
+
+SIDES = ("chosen", "rejected")
+
+
+class Scorer(Protocol):
+    """A reward of either kind."""
+
+    def score(self, rows: Sequence[Preference], responses: Sequence[Turns]) -> Floats:
+        """Scores [n] of responses to the prompts of n rows, on every rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScorer:
+    """A trained reward model, which reads prompt and response as its stage encodes them."""
+
+    reward: ModelReward
+    world: World
+    tokenizer: PreTrainedTokenizerBase
+    is_encoder: bool
+
+    def score(self, rows: Sequence[Preference], responses: Sequence[Turns]) -> Floats:
+        """Scores [n], on every rank."""
+        ids = [
+            encode_pair(
+                self.tokenizer, row.prompt, scored_turns(self.tokenizer, response), self.is_encoder, tools_of(row)
+            )
+            for row, response in zip(rows, responses, strict=True)
+        ]
+        return np.asarray(score_ids(self.reward, self.world, ids).double().numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionScorer:
+    """The sum of Python rewards, called on rank 0. There is no tokenizer: `completion_ids` are empty lists."""
+
+    rewards: RewardSum
+    world: World
+    score_reasoning: bool
+    batch_size: int
+
+    def score(self, rows: Sequence[Preference], responses: Sequence[Turns]) -> Floats:
+        """Scores [n], on every rank.
+
+        Raises:
+            UserError: a function fails, or gives a row no score.
+        """
+        scores = torch.zeros(len(rows), dtype=torch.float64)
+        if self.world.is_main:
+            for start in range(0, len(rows), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                try:
+                    scores[part] = self.rewards.score(self._batch(rows[part], responses[part]))[0].double()
+                except ValueError as error:
+                    raise UserError(f"reward_funcs: {error}") from error
+        return np.asarray(self.world.sum(scores.to(self.world.device)).cpu().numpy())
+
+    def _batch(self, rows: Sequence[Preference], responses: Sequence[Turns]) -> Responses:
+        if not self.score_reasoning:
+            responses = [_answer(response) for response in responses]
+        texts = [render_text(response) for response in responses]
+        names = dict.fromkeys(name for row in rows for name in row.extra)
+        columns = {name: [row.extra.get(name) for row in rows] for name in names}
+        empty: list[list[int]] = [[] for _ in rows]
+        return Responses([row.prompt for row in rows], texts, list(responses), empty, empty, columns)
+
+
+def _answer(response: Turns) -> Turns:
+    if isinstance(response, str):
+        return split_text(response)[1]
+    return [{**turn, "content": split_text(turn["content"])[1]} for turn in response]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """n pairs and the scores that a reward gives to their responses."""
+
+    rows: list[Preference]
+    chosen: Floats
+    rejected: Floats
+
+    @classmethod
+    def by(cls, scorer: Scorer, rows: Sequence[Preference]) -> Scored:
+        """The pairs, scored."""
+        return cls(list(rows), *(scorer.score(rows, [getattr(row, side) for row in rows]) for side in SIDES))
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """Their margins, by prompt."""
+        prompts = number_prompts([render_text(row.prompt) for row in self.rows])
+        return Outcomes(self.chosen - self.rejected, prompts, np.array([is_tie(row) for row in self.rows], dtype=bool))
+
+    @property
+    def lengths(self) -> tuple[Floats, Floats]:
+        """Characters of the chosen and the rejected responses."""
+        chosen, rejected = (
+            np.array([len(render_text(getattr(row, side))) for row in self.rows], dtype=np.float64) for side in SIDES
+        )
+        return chosen, rejected
+
+
+def with_text(response: Turns, text: str) -> Turns:
+    """A response with another text, in its format."""
+    return text if isinstance(response, str) else [{"role": "assistant", "content": text}]
+
+
+def as_pair(prompt: Turns, chosen: str, rejected: str, where: str, extra: dict[str, Any] | None = None) -> Preference:
+    """A row from texts, in the format of its prompt."""
+    return Preference(prompt, as_response(prompt, chosen), as_response(prompt, rejected), where, extra or {})

@@ -1,0 +1,97 @@
+"""Spread of scores among samples of one prompt: a reward that is flat there gives PPO nothing to climb (arXiv 2503.15477)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from align.data.reasoning import split_sampled
+from align.data.rows import Demonstration, Preference, Prompt, render_text
+from align.data.token_ids import decode_response
+from align.data.tokenize import tokenize_prompts
+from align.engine.distributed import World, rows_of_rank
+from align.evaluate.bootstrap import Floats
+from align.generation.responses import gather_responses, respond_to_batch
+from align.generation.sampling import uniforms
+from align.judge.pairs import interval, number_prompts
+from align.judge.rows import as_pair
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a policy is sampled: responses to a prompt, tokens at most, temperature, rows at a time, seed."""
+
+    num_generations: int
+    response_length: int
+    temperature: float
+    batch_size: int
+    seed: int
+
+
+def sampled_rows(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    prompts: Sequence[Prompt],
+    max_prompt_length: int,
+    sampling: Sampling,
+) -> list[Preference]:
+    """`num_generations` responses of a policy to each prompt, as `chosen` of a row each. On every rank.
+
+    Prompts that leave no room for a response are skipped.
+    """
+    usable, _ = tokenize_prompts(prompts, tokenizer, max_prompt_length, "skip")
+    repeated = [each for each in usable for _ in range(sampling.num_generations)]
+    responses: list[list[int]] = []
+    mine = rows_of_rank(world, len(repeated))
+    for start in range(0, len(mine), sampling.batch_size):
+        part = mine[start : start + sampling.batch_size]
+        noise = uniforms(sampling.seed, "spread of scores", part, sampling.response_length).to(world.device)
+        with torch.no_grad():
+            responses += respond_to_batch(model, tokenizer, [repeated[i][1] for i in part], noise, sampling.temperature)
+    responses = gather_responses(world, responses, sampling.response_length)[: len(repeated)]
+    rows = []
+    for (prompt, prompt_ids), ids in zip(repeated, responses, strict=True):
+        text = decode_response(tokenizer, prompt.prompt, prompt_ids, ids)
+        answer = split_sampled(tokenizer, text, prompt_ids, ids)[1]
+        rows.append(as_pair(prompt.prompt, answer, answer, prompt.where, prompt.extra))
+    return rows
+
+
+def rows_of_file(rows: Sequence[Demonstration]) -> list[Preference]:
+    """Rows of a file of prompts with a completion each, several of one prompt, as `chosen` of a row each."""
+    return [Preference(row.prompt, row.completion, row.completion, row.where, row.extra) for row in rows]
+
+
+def spread(rows: Sequence[Preference], scores: Floats, iterations: int, seed: int) -> dict[str, Any]:
+    """Standard deviation of scores within prompts and over all samples, and the share of prompts that are flat.
+
+    The score of a prompt is flat where all its samples have one score. Prompts with a single sample do not count.
+    """
+    prompts = number_prompts([render_text(row.prompt) for row in rows])
+    counts = np.bincount(prompts)
+    kept = np.flatnonzero(counts > 1)
+    used = np.isin(prompts, kept)
+    deviations = np.array([scores[prompts == each].std(ddof=1) for each in kept])
+    flat = np.array([len(set(scores[prompts == each].tolist())) == 1 for each in kept], dtype=np.float64)
+    total = float(scores[used].std()) if used.any() else 0.0
+    ones, places = np.ones(len(kept)), np.arange(len(kept))
+
+    def mean(values: Floats) -> dict[str, Any]:
+        return interval(
+            np.column_stack([values, ones]), lambda sums: float(sums[0] / sums[1]), places, iterations, seed
+        )
+
+    within = mean(deviations)
+    return {
+        "within_prompts": within,
+        "over_all_samples": total,
+        "ratio": within["value"] / total if within["value"] is not None and total else None,
+        "flat_prompts": mean(flat),
+        "samples": int(used.sum()),
+    }

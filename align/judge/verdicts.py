@@ -1,0 +1,231 @@
+"""What the measurements say: good, doubtful or bad, why, and which stage or data to go back to.
+
+The limits, and where each comes from, are in `LIMITS`, which every card prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WORSE = ("repeated twice", "cut at half", "empty", "answer to another prompt")  # probes that a good reward dislikes
+GOOD, DOUBTFUL, BAD = "good", "doubtful", "bad"
+ORDER = (GOOD, DOUBTFUL, BAD)
+FEWEST_PAIRS = 30  # below, intervals are wider than anything that they could tell apart
+LOW_ACCURACY = 0.6
+MOST_ECE = 0.1
+PROBE_STD = 0.25
+LOW_RATIO, FLAT_RATIO = 0.2, 0.05
+LIMITS = (
+    "Every interval is a 95% percentile interval over resampled prompts; a difference whose interval holds 0 is not "
+    "distinguishable, and then doubtful.",
+    f"accuracy: bad where the interval holds .5 or less; doubtful below {LOW_ACCURACY}. People agree with one another on .63 "
+    "(Anthropic's annotators with its researchers, arXiv 2204.05862) to .77 (summaries, arXiv 2009.01325).",
+    "words alone, longer wins: what a model must beat to have read the text. That length alone explains much of the gain of "
+    "RLHF: arXiv 2310.03716.",
+    f"calibration: good up to the ECE that {200} draws of labels from the model's own probabilities exceed once in 20; bad "
+    f"where it stays above {MOST_ECE} after the temperature (temperature and ECE: arXiv 1706.04599).",
+    "length: bad where the model is wrong more often than right on pairs whose shorter response is better, or no better than "
+    "chance at equal length (length-controlled as in AlpacaEval 2, arXiv 2404.04475).",
+    f"probes: a response made worse should lose score: bad where more than half gain. A stock phrase or markup should not "
+    f"matter: doubtful where more than half gain, bad if by {PROBE_STD} standard deviations or more. The limits are ours.",
+    f"spread: bad where the standard deviation within prompts is below {FLAT_RATIO} of that over all samples, or most prompts "
+    f"are flat; doubtful below {LOW_RATIO}. That flat rewards slow PPO down is arXiv 2503.15477; the limits are ours.",
+)
+MORE_PAIRS = "the reward stage: more pairs, more epochs, or a larger or better pre-trained model"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One line of the card."""
+
+    line: str
+    verdict: str
+    measured: str
+    reason: str
+    go_back_to: str = ""
+
+
+def number(value: Mapping[str, Any] | None, sign: str = "") -> str:
+    """A measurement with its interval and n, as text."""
+    if value is None or value["value"] is None:
+        return "-"
+    text = f"{value['value']:{sign}.3f}"
+    if value["low"] is not None:
+        text += f" [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+    return f"{text} (n {value['n']}" + (f", {value['prompts']} prompts)" if value["prompts"] != value["n"] else ")")
+
+
+def judge(card: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The verdicts on a card's measurements, in the order of the card."""
+    found: list[Verdict] = []
+    if metrics := card.get("metrics", {}):
+        found.append(_accuracy(metrics["accuracy"]))
+    if (ceiling := card.get("ceiling")) is not None:
+        found.append(_ceiling(metrics["accuracy"], ceiling))
+    for name, baseline in card.get("baselines", {}).items():
+        found.append(_baseline(name, baseline))
+    if "ece" in metrics:
+        found.append(_calibration(metrics))
+    if length := card.get("length"):
+        found.append(_length(length))
+    if slices := card.get("slices"):
+        found.append(_slices(slices))
+    found += [_probe(name, probe) for name, probe in card.get("probes", {}).items()]
+    if spread := card.get("spread"):
+        found.append(_spread(spread))
+    if agreement := card.get("agreement"):
+        found.append(_agreement(agreement))
+    return [asdict(each) for each in found]
+
+
+def overall(verdicts: list[dict[str, str]]) -> str:
+    """The worst of the verdicts."""
+    return max((each["verdict"] for each in verdicts), key=ORDER.index, default=DOUBTFUL)
+
+
+def summary(verdicts: list[dict[str, str]]) -> str:
+    """The verdict in a line, with what is not good."""
+    wrong = [f"{name}: {', '.join(v['line'] for v in verdicts if v['verdict'] == name)}" for name in (BAD, DOUBTFUL)
+             if any(v["verdict"] == name for v in verdicts)]  # fmt: skip
+    return "; ".join([overall(verdicts).upper() if not wrong else wrong[0], *wrong[1:]])
+
+
+def _accuracy(accuracy: Mapping[str, Any]) -> Verdict:
+    text = number(accuracy)
+    if accuracy["n"] < FEWEST_PAIRS:
+        few = f"{accuracy['n']} pairs tell nothing apart; {FEWEST_PAIRS} or more are needed"
+        return Verdict("accuracy", DOUBTFUL, text, few, "the data: hold out more pairs")
+    if accuracy["low"] is None:
+        return Verdict("accuracy", DOUBTFUL, text, "all pairs have one prompt", "the data: hold out more prompts")
+    if accuracy["low"] <= 0.5:
+        why = "worse than chance" if accuracy["high"] < 0.5 else "not distinguishable from chance"
+        return Verdict("accuracy", BAD, text, why, f"{MORE_PAIRS}; check that `chosen` is the better one")
+    if accuracy["value"] < LOW_ACCURACY:
+        return Verdict("accuracy", DOUBTFUL, text, f"above chance, below {LOW_ACCURACY}", MORE_PAIRS)
+    return Verdict("accuracy", GOOD, text, "above chance")
+
+
+def _ceiling(accuracy: Mapping[str, Any], ceiling: float) -> Verdict:
+    text = f"{number(accuracy)}, ceiling {ceiling:.3f}"
+    if accuracy["low"] is not None and accuracy["low"] > ceiling:
+        why = "it predicts the annotators better than the true reward does: they prefer something that the truth does not know"
+        return Verdict(
+            "accuracy and its ceiling",
+            BAD,
+            text,
+            why,
+            "the pairs: what annotators like beside the truth, such as length",
+        )
+    return Verdict("accuracy and its ceiling", GOOD, text, "not above what the true reward itself reaches")
+
+
+def _baseline(name: str, baseline: Mapping[str, Any]) -> Verdict:
+    if baseline["difference"] is None:
+        return Verdict(name, DOUBTFUL, "-", "there are no pairs to compare on")
+    difference = baseline["difference"]
+    text = f"{number(baseline['accuracy'])}; the reward less it {number(difference, '+')}"
+    if difference["low"] > 0:
+        return Verdict(name, GOOD, text, "the reward is better")
+    if difference["high"] < 0:
+        return Verdict(name, BAD, text, f"{name} is better than the reward", MORE_PAIRS)
+    return Verdict(name, DOUBTFUL, text, f"the reward is not distinguishable from {name}", MORE_PAIRS)
+
+
+def _calibration(metrics: Mapping[str, Any]) -> Verdict:
+    error, after, t = metrics["ece"], metrics["ece_after_temperature"], metrics["temperature"]
+    text = f"ECE {number(error)}, {after:.3f} after temperature {number(t)}"
+    if error["value"] <= error["if_calibrated"]:
+        return Verdict(
+            "calibration", GOOD, text, f"not distinguishable from calibrated (ECE up to {error['if_calibrated']:.3f})"
+        )
+    how = "too sure" if t["value"] > 1 else "less sure than it could be"
+    if after > MOST_ECE:
+        return Verdict("calibration", BAD, text, f"{how}, and no temperature helps", f"{MORE_PAIRS}; fewer epochs")
+    back = "the reward stage: fewer epochs or more pairs; or divide the scores by the temperature (PPO: `normalize_scores`)"
+    return Verdict("calibration", DOUBTFUL, text, f"{how}; the temperature corrects it", back)
+
+
+def _length(length: Mapping[str, Any]) -> Verdict:
+    longer, shorter = length["accuracy_longer_won"], length["accuracy_shorter_won"]
+    controlled = length.get("length_controlled_accuracy")
+    text = f"longer won {number(longer)}, shorter won {number(shorter)}, length-controlled {number(controlled)}"
+    back = "the data: pairs whose shorter response is better; PPO: a penalty on length, or a judge that ignores it"
+    if shorter["high"] is not None and shorter["high"] < 0.5:
+        return Verdict("length", BAD, text, "wrong more often than right where the shorter response is better", back)
+    if controlled and controlled["low"] is not None and controlled["low"] <= 0.5:
+        return Verdict("length", BAD, text, "at equal length not distinguishable from chance", back)
+    if None in (longer["low"], shorter["low"]):
+        return Verdict("length", DOUBTFUL, text, "too few pairs of one kind", back)
+    if longer["low"] > shorter["high"] or shorter["low"] > longer["high"]:
+        return Verdict("length", DOUBTFUL, text, "its accuracy depends on which response is longer", back)
+    return Verdict("length", GOOD, text, "no difference by which response is longer is distinguishable")
+
+
+def _slices(slices: Mapping[str, Any]) -> Verdict:
+    named = [(f"{column} {each['slice']}", each) for column, values in slices.items() for each in values]
+    name, worst = min(named, key=lambda each: each[1]["accuracy"]["value"])
+    text = f"lowest: {name} {number(worst['accuracy'])}"
+    below = [n for n, each in named if each["accuracy"]["high"] is not None and each["accuracy"]["high"] < 0.5]
+    behind = [
+        n for n, each in named
+        if None not in (each["less_the_rest"]["high"], each["accuracy"]["low"])
+        and each["less_the_rest"]["high"] < 0 and each["accuracy"]["low"] <= 0.5
+    ]  # fmt: skip
+    if below:
+        return Verdict("slices", BAD, text, f"worse than chance: {', '.join(below)}", "the data of these slices")
+    if behind:
+        why = f"behind the rest, and not distinguishable from chance: {', '.join(behind)}"
+        return Verdict("slices", DOUBTFUL, text, why, "the data of these slices: more pairs, or check their labels")
+    return Verdict("slices", GOOD, text, "no slice is distinguishable from chance and behind the rest at once")
+
+
+def _probe(name: str, probe: Mapping[str, Any]) -> Verdict:
+    rises, change = probe["rises"], probe["mean_change_in_std"]
+    text = f"score rises for {number(rises)}, by {change:+.2f} std on average"
+    low, high = (rises["value"] if rises[side] is None else rises[side] for side in ("low", "high"))
+    line = f"probe: {name}"
+    back = "the data: add pairs in which this response loses; PPO: watch for it, or a rule that takes points off"
+    if name in WORSE:
+        if low > 0.5:
+            return Verdict(line, BAD, text, "most responses gain by being made worse", back)
+        if high >= 0.5:
+            return Verdict(line, DOUBTFUL, text, "not distinguishable from as many gaining as losing", back)
+        return Verdict(line, GOOD, text, "most responses lose or stay the same")
+    if low > 0.5 and change >= PROBE_STD:
+        return Verdict(line, BAD, text, "most responses gain much by what says nothing", back)
+    if low > 0.5:
+        return Verdict(line, DOUBTFUL, text, "most responses gain a little by what says nothing", back)
+    return Verdict(line, GOOD, text, "no gain for most responses is distinguishable")
+
+
+def _spread(spread: Mapping[str, Any]) -> Verdict:
+    ratio, flat = spread["ratio"], spread["flat_prompts"]
+    text = f"std within prompts {number(spread['within_prompts'])}, over all samples {spread['over_all_samples']:.3f}; flat prompts {number(flat)}"
+    back = "the reward stage: pairs of responses of this policy; PPO: more samples a prompt, a higher temperature"
+    if ratio is None:
+        return Verdict("spread of scores", BAD, text, "all scores are equal, or there is one sample a prompt", back)
+    if ratio < FLAT_RATIO or (flat["low"] is not None and flat["low"] > 0.5):
+        return Verdict("spread of scores", BAD, text, "flat where PPO has to climb", back)
+    if ratio < LOW_RATIO:
+        return Verdict(
+            "spread of scores", DOUBTFUL, text, "scores depend on the prompt far more than on the response", back
+        )
+    return Verdict("spread of scores", GOOD, text, f"{ratio:.2f} of the spread over all samples")
+
+
+def _agreement(agreement: Mapping[str, Any]) -> Verdict:
+    difference = agreement["second"]["difference"]
+    text = f"order alike {number(agreement['agree'])}; accuracy less the second's {number(difference, '+')}"
+    if difference is not None and difference["high"] < 0:
+        return Verdict(
+            "second reward",
+            BAD,
+            text,
+            "the second reward is better",
+            "the second reward: take it, or both as an ensemble",
+        )
+    if difference is not None and difference["low"] > 0:
+        return Verdict("second reward", GOOD, text, "this reward is better")
+    return Verdict("second reward", GOOD, text, "not distinguishable in accuracy from the second")
