@@ -1,7 +1,7 @@
 """A report card for a reward model or a Python reward: `align judge-reward`.
 
     align judge-reward recipes/mine/3_judge.yaml
-    deepspeed --num_gpus 8 --module align.judge recipes/mine/3_judge.yaml
+    deepspeed --num_gpus 8 --module align judge-reward recipes/mine/3_judge.yaml
 
 Preference pairs that the reward has not seen are scored, and what that shows is measured with an interval over prompts and
 judged, line by line: good, doubtful, bad. Benchmarks and the spread of scores among samples of one prompt are measured where
