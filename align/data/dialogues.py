@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.chat_template import render_chat
 from align.data.end_tokens import end_texts, split_at_end
+from align.data.messages import alternates
 from align.data.rows import Message
 from align.errors import BadRow, UserError
 
@@ -53,9 +54,11 @@ def dialogue_texts(
         UserError: the tokenizer has no chat template.
     """
     messages = as_template_reads(tokenizer, messages, tools)
-    *earlier, last = (
-        DialogueText(*_turn_text(tokenizer, messages[: index + 1], tools)) for index in (*trained, len(messages) - 1)
-    )
+    earlier = []
+    for index in trained:
+        prompt, response = _turn_text(tokenizer, messages[: index + 1], tools)
+        earlier.append(DialogueText(prompt, response + _end_by_next(tokenizer, messages[: index + 2], tools, response)))
+    last = DialogueText(*_turn_text(tokenizer, messages, tools))
     spans = [
         (len(each.prompt), len(each.prompt + each.response) - len(split_at_end(tokenizer, each.response)[2]))
         for each in earlier
@@ -82,9 +85,12 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
         generation_prompt = _common(opened, _render(tokenizer, before, tools))  # where it begins
         cut = min(_common(opened, probed), _common(opened, closed))
         header = opened[generation_prompt:]
+        words = before[-1]["content"].strip()
+        if not header.strip() and words and words in opened:  # no generation prompt: a turn follows the words before it
+            header = words + opened.rpartition(words)[2]
         begins = closed.rfind(header, 0, _common(closed, probed)) if header.strip() else -1
         if cut >= generation_prompt:  # it opens what the turn does not have, as a thought
-            prompt, response = opened[:cut], closed[cut:]
+            prompt, response = opened, closed[cut:]
         elif begins >= 0:  # messages before the turn are written otherwise
             prompt, response = opened, closed[begins + len(header) :]
         else:
@@ -94,6 +100,8 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
         tokenizer, [*before, {**turn, "content": _PROBE}], tools
     ):
         raise BadRow("the chat template does not write the text of a turn; it may be one for images")
+    if not closes and opened.rstrip().endswith(THINK) and END_OF_THINK not in response:
+        return prompt, (f"\n{END_OF_THINK}\n\n" if opened.endswith("\n") else END_OF_THINK) + response
     if not closes or (END_OF_THINK in response and thought.split(THINK)[-1].strip() in response):
         return prompt, response
     # The template leaves the reasoning out even here, where generation would write it.
@@ -108,6 +116,17 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     return opened, written
 
 
+def _end_by_next(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools, response: str) -> str:
+    """The end token that the last of the messages opens with, where the template ends the turn before it with none (GLM's)."""
+    if split_at_end(tokenizer, response)[1] is not None:
+        return ""
+    *before, following = messages
+    opening = _render(tokenizer, [*before, {**following, "content": _PROBE}], tools).rpartition(_PROBE)[0]
+    closed = _render(tokenizer, before, tools)
+    ends = [end for end in end_texts(tokenizer) if opening.count(end) > closed.count(end)]
+    return max(ends, key=opening.rfind, default="")
+
+
 def as_template_reads(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools
 ) -> Sequence[Message]:
@@ -116,6 +135,8 @@ def as_template_reads(
     Raises:
         BadRow: there is none; names the key that the template ignores.
     """
+    if not alternates(messages):
+        _check_contents_written(tokenizer, messages, tools)
     if not tools and all(len(message) == 2 and message["role"] != "tool" for message in messages):
         return messages
     failure: BadRow | None = None
@@ -174,6 +195,21 @@ def _check_all_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Me
             raise _Ignored(f"the chat template ignores {what}{remedy}; leave it out, or give another template")
     if tools and _render(tokenizer, messages, tools) == _rendered_or_none(tokenizer, messages, None):
         raise _Ignored("the chat template ignores `tools`; leave the column out, or give another template")
+
+
+def _check_contents_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools) -> None:
+    """Check that no message is left out by a template that may not be made for turns that do not alternate.
+
+    Raises:
+        BadRow: one is.
+    """
+    text = _render(tokenizer, messages, tools)
+    for message in messages:
+        if message["role"] != "tool" and message["content"].rpartition(END_OF_THINK)[2].strip() not in text:
+            raise BadRow(
+                f"the chat template leaves out a message of role {message['role']} where turns do not alternate; "
+                "join such turns, or give another template"
+            )
 
 
 def _rendered_or_none(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools) -> str | None:

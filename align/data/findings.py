@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from align.data.dialogues import END_OF_THINK, THINK, DialogueText
-from align.data.rows import Prompt, Row
+from align.data.rows import Demonstration, Message, Prompt, Row
 from align.data.token_ids import special_tokens
+from align.data.turn_end import turn_end_note
 from align.errors import UserError
 from align.terminal import say
 
@@ -18,6 +19,8 @@ SPANNED = "a token spans the end of the prompt and is trained with the response,
 JOINED = "the prompt ends in white space that the tokenizer joins to the next word: generation starts from a rare token"
 DOUBLED = "begins with the text of {bos}, which the tokenizer adds itself: one is kept"
 CONTROL = "the text of {token} in a message is read as that special token, which the chat template writes itself"
+GREETING = "an assistant turn before the first user turn answers nothing: it is read, and not trained"
+UNTHOUGHT = f"the chat template opens a thought ({THINK}) and the row has none: it is trained to close it at once"
 REPEATED = "a response repeats the whole prompt"
 SHORT = 8  # characters of a prompt that a response may begin with by chance
 
@@ -37,6 +40,8 @@ class Findings:
         written = [re.escape(token) for token in sorted(special - {THINK, END_OF_THINK}) if token in template]
         self.control = re.compile("|".join(written)) if written else None
         self.found: dict[str, list[str]] = {}
+        self.tokenizer = tokenizer
+        self.messages = False  # whether a row has messages
 
     def look(
         self, row: Row, texts: Sequence[DialogueText], own_ids: Sequence[list[int]], before: Sequence[list[int]]
@@ -53,12 +58,24 @@ class Findings:
         if not isinstance(row.prompt, str):
             for token in self._control_tokens(row):
                 self._note(CONTROL.format(token=token), row.where)
+            self.messages = self.messages or bool(before)  # not for an encoder, which reads plain text
+            if isinstance(row, Demonstration):
+                self._look_at_turns(row, row.prompt, texts)
             return
         if self.bos is not None and (row.prompt or texts[0].response).startswith(self.bos):
             self._note(DOUBLED.format(bos=self.bos), row.where)
         prompt = row.prompt.strip()
         if len(prompt) >= SHORT and any(text.response.lstrip().startswith(prompt) for text in texts):
             self._note(REPEATED, row.where)
+
+    def _look_at_turns(self, row: Demonstration, prompt: Sequence[Message], texts: Sequence[DialogueText]) -> None:
+        roles = [message["role"] for message in prompt]
+        if "assistant" in roles[: roles.index("user")]:
+            self._note(GREETING, row.where)
+        if any(
+            text.prompt.rstrip().endswith(THINK) and text.response.lstrip().startswith(END_OF_THINK) for text in texts
+        ):
+            self._note(UNTHOUGHT, row.where)
 
     def _control_tokens(self, row: Row) -> list[str]:
         """Special tokens of the chat template whose text is in a row's messages; BOS and end tokens are refused elsewhere."""
@@ -75,6 +92,8 @@ class Findings:
         Raises:
             UserError: most responses repeat their prompts.
         """
+        if self.messages and (note := turn_end_note(self.tokenizer)):
+            say_note(note)
         for text, rows in self.found.items():
             places = f"{len(rows)} of {total} rows ({', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''})"
             if text == REPEATED and 2 * len(rows) > total:
@@ -82,5 +101,10 @@ class Findings:
                     f"prompt: the `completion`, `chosen` or `rejected` of {places} repeats it, so that it would be in the text "
                     "twice; give responses without their prompts, or pairs without the column `prompt`."
                 )
-            if int(os.environ.get("RANK", "0")) == 0:
-                say(f"note: {text}: {places}")
+            say_note(f"{text}: {places}")
+
+
+def say_note(text: str) -> None:
+    """Print a note, on the first process alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(f"note: {text}")

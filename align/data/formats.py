@@ -30,12 +30,13 @@ from align.errors import BadRow, UserError, first_few, nearest
 
 Format = tuple[str, ...]  # the columns a row is read from
 PAIR: Format = ("chosen", "rejected")  # with or without a `prompt` column
+SHAREGPT: Format = ("conversations",)  # with or without a column `system`
 
 # The formats each type of row can be read from, in order of preference.
 FORMATS: dict[type, list[Format]] = {
     Preference: [PAIR],
-    Demonstration: [("prompt", "completion"), ("messages",), PAIR, ("text",)],
-    Prompt: [("prompt", "completion"), ("messages",), PAIR, ("prompt",), ("text",)],
+    Demonstration: [("prompt", "completion"), ("messages",), SHAREGPT, PAIR, ("text",)],
+    Prompt: [("prompt", "completion"), ("messages",), SHAREGPT, PAIR, ("prompt",), ("text",)],
     Labelled: [("text", "text_pair", "label"), ("text", "label")],
     Passage: [("text",)],
 }
@@ -162,8 +163,8 @@ def _context_and_target(values: Mapping[str, Any], columns: Format) -> tuple[Tur
     if columns == ("prompt", "completion"):
         prompt, completion = _same_format(first, read_turns(values, "completion"))
         return prompt, _without_prompt(prompt, completion)
-    if columns == ("messages",) and isinstance(first, str):
-        raise BadRow("`messages` is not a list of messages")
+    if columns in (("messages",), SHAREGPT) and isinstance(first, str):
+        raise BadRow(f"`{columns[0]}` is not a list of messages")
     return first[:0], first
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from align.data.rows import Message, Turns
@@ -16,12 +17,20 @@ from align.errors import BadRow
 
 ROLES = ("system", "user", "assistant", "tool")
 FLAGS = ("train", "weight")  # whether an assistant turn is trained
+# The roles that follow each where turns alternate.
+_AFTER = {
+    "system": ("user", "assistant"),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})  # what columns of one type hold where a message lacks the key
 
 
 _TRANSCRIPT = re.compile(r"\n\nHuman:|\s*Human:(?=.*\n\nAssistant:)", re.DOTALL)
 _SPEAKER = re.compile(r"(?:\n\n|\A\s*)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 def read_turns(values: Mapping[str, Any], name: str) -> Turns:
@@ -32,7 +41,7 @@ def read_turns(values: Mapping[str, Any], name: str) -> Turns:
     """
     value = values[name]
     if isinstance(value, str):
-        if name == "prompt" and not value.strip():
+        if name == "prompt" and not value:
             raise BadRow("empty prompt")
         if not _TRANSCRIPT.match(value):
             return value
@@ -46,7 +55,8 @@ def read_turns(values: Mapping[str, Any], name: str) -> Turns:
         return messages
     if not isinstance(value, list):
         raise BadRow(f"`{name}` is neither text nor a list of messages")
-    return read_messages(value, name)
+    system = values.get("system") if name == "conversations" else None
+    return read_messages([*([{"role": "system", "content": system}] if system else []), *value], name)
 
 
 def read_messages(value: Sequence[Any], name: str) -> list[Message]:
@@ -56,6 +66,7 @@ def read_messages(value: Sequence[Any], name: str) -> list[Message]:
         BadRow: something else than messages, or a message with a key that has a value of the wrong kind.
     """
     wrong = BadRow(f"`{name}` holds entries other than messages with `role` and `content`")
+    value = [_from_sharegpt(message) if isinstance(message, Mapping) else message for message in value]
     if not all(isinstance(message, Mapping) and "role" in message for message in value):
         raise wrong
     for message in value:
@@ -65,6 +76,14 @@ def read_messages(value: Sequence[Any], name: str) -> list[Message]:
     if any(not isinstance(message["content"], str) for message in messages):
         raise wrong
     return messages
+
+
+def _from_sharegpt(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message of ShareGPT's form, with `from` and `value`, as one with `role` and `content`."""
+    if "role" in message or not {"from", "value"} <= message.keys():
+        return message
+    more = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {**more, "role": _SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message["value"]}
 
 
 def _read_message(message: Mapping[str, Any]) -> Message:
@@ -160,7 +179,7 @@ def without_flags(messages: Sequence[Message]) -> list[Message]:
 
 
 def check_order(messages: Sequence[Message]) -> None:
-    """At most one system message, then user and assistant alternate, with results of tools after the calls, and no turn is empty.
+    """Results of tools follow calls, and no turn is empty. In which order the other roles may come, the chat template decides.
 
     Raises:
         BadRow: the first rule that is broken.
@@ -168,11 +187,14 @@ def check_order(messages: Sequence[Message]) -> None:
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     for index, message in enumerate(turns):
         role, before = message["role"], turns[index - 1]["role"] if index else None
-        if role == "tool":
-            if before not in ("assistant", "tool"):
-                raise BadRow("a message of role tool that answers no assistant turn")
-        elif role == "system" or role == before or (before == "tool" and role == "user"):
-            raise BadRow("messages do not alternate between user and assistant")
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise BadRow("a message of role tool that answers no assistant turn")
         if role != "tool" and not message["content"].strip() and not message.get("tool_calls"):
             last = index == len(turns) - 1 and role == "assistant"
-            raise BadRow("empty response" if last else "empty turn")
+            kind = "a turn of white space alone" if message["content"] else "empty turn"
+            raise BadRow("empty response" if last else kind)
+
+
+def alternates(messages: Sequence[Message]) -> bool:
+    """Whether user and assistant take turns, after at most one system message, with results of tools after calls."""
+    return all(later["role"] in _AFTER[earlier["role"]] for earlier, later in pairwise(messages))

@@ -147,6 +147,8 @@ def tokenize_prompts(
 
     for row, [(_, ids, *_)] in _encoded(tokenizer, rows, bad, texts):
         with bad.catch(row.where):
+            if row.prompt and not ids:
+                raise BadRow("the tokenizer leaves nothing of the prompt")
             _check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
             prompts.append((row, ids))
     return prompts, _report(bad, on_bad_row, len(rows), len(prompts))

@@ -14,10 +14,12 @@ from align.config.judge_reward import JudgeRewardRecipe
 from align.config.stages import STAGES
 from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_example, encode_prompt
+from align.data.findings import say_note
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import scored_turns, scores_reasoning, set_scores_reasoning
 from align.data.rows import BadRows, Demonstration, Turns, render_text
 from align.data.tokenize import tools_of
+from align.data.turn_end import turn_end_note
 from align.errors import BadRow, UserError
 from align.evaluate.few_shot import (
     SEPARATOR,
@@ -104,6 +106,10 @@ def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
         raise UserError(
             f"{plain.where}: plain text has no prompt to respond to; evaluate it by perplexity and token_accuracy alone."
         )
+    if any(not isinstance(row.prompt, str) for row in rows):
+        for name, (tokenizer, _) in tokenizers.items():
+            if note := turn_end_note(tokenizer):
+                say_note(f"{name}: {note}")
     max_new_tokens = recipe.max_new_tokens if generates else 0
     pools = example_pools(training)
     bad = BadRows()
@@ -220,14 +226,16 @@ def _encode(
         raise BadRow("a tool call as the reference of a text; evaluate it by perplexity and token_accuracy alone")
     prompt = few_shot_prompt(row, examples)
     prompt_ids = encode_prompt(tokenizer, prompt, tools_of(row))
+    if prompt and not prompt_ids:
+        raise BadRow("the tokenizer leaves nothing of the prompt")
     before, reference = encode_example(
         tokenizer, prompt, row.completion, tools_of(row), answer_only=not scores_reasoning(tokenizer)
     )
     if len(reference) < 2:  # end-of-text alone
         raise BadRow("empty response")
     ids, start = before + reference, len(before)
-    if not start:  # text without a prompt or a BOS token: nothing predicts the first token
-        prompt_ids, start = ids[:1], 1
+    if not start:  # nothing predicts the first token of a text without a BOS token
+        prompt_ids, start = prompt_ids or ids[:1], 1
     if max(len(ids), len(prompt_ids) + max_new_tokens) > limit:
         shots = f" with {len(examples)} examples" if examples else ""
         raise BadRow(f"longer than {limit} tokens{shots} and its response, which may take max_new_tokens")

@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from align.compat.transformers import write_unchecked
 from align.config.text_file import read_text
 from align.data.chat_template import check_chat_template, set_template_kwargs
-from align.data.end_tokens import set_model_ends
+from align.data.end_tokens import end_ids, set_model_ends
+from align.data.turn_end import add_template_end
 from align.errors import TemplateFailure, UserError, reason
 from align.models.load import adapter_settings
 
@@ -53,6 +55,7 @@ def load_tokenizer(
     set_template_kwargs(tokenizer, chat_template_kwargs or {})
     if tokenizer.eos_token is not None:
         set_model_ends(tokenizer, model_end_ids(path, trust_remote_code))
+        add_template_end(tokenizer)
     return tokenizer
 
 
@@ -76,10 +79,19 @@ def model_end_ids(path: str, trust_remote_code: bool = False) -> list[int]:
         found = GenerationConfig.from_model_config(config).eos_token_id
     except ValueError as error:
         raise UserError(f"{folder}/{file}: transformers refuses it; correct the file. {reason(error)}") from error
-    ids = [] if found is None else found if isinstance(found, list) else [found]
+    ids = _as_list(found)
     if any(type(token) is not int for token in ids):
         raise UserError(f"{folder}/{file}: eos_token_id: expected a token id or a list of token ids, got {found!r}.")
     return ids
+
+
+def keep_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model, with all tokens that end its responses in its generation config: those who load what is saved end there."""
+    config = model.generation_config
+    if config is not None and not {*end_ids(tokenizer)[1:]} <= {*_as_list(config.eos_token_id)}:
+        config.eos_token_id = [*end_ids(tokenizer)]
+        write_unchecked(config)
+    return model
 
 
 def read_chat_template(path: str) -> str:
@@ -94,6 +106,10 @@ def read_chat_template(path: str) -> str:
     except TemplateFailure as error:
         raise UserError(f"chat_template_path: {path} {error}") from error
     return text
+
+
+def _as_list(ids: Any) -> list[Any]:
+    return [] if ids is None else ids if isinstance(ids, list) else [ids]
 
 
 def set_right_padding(tokenizer: PreTrainedTokenizerBase) -> None:

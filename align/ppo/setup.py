@@ -21,6 +21,7 @@ from align.evaluate.reward_model import load_reward
 from align.generation.sampler import Sampler
 from align.maths.estimators import ESTIMATORS
 from align.models.load import load_policy
+from align.models.tokenizer import keep_ends
 from align.models.trainable import add_adapter
 from align.models.value import load_value_model
 from align.ppo.checkpoint import load_checkpoint
@@ -83,6 +84,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
+    keep_ends(loaded, inputs.tokenizer)
     adapted = add_adapter(loaded, recipe) if recipe.method != "full" else loaded
     policy = train_engine(adapted, recipe, world, recipe.learning_rate, plan.policy_passes)
     if recipe.method != "full":

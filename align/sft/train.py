@@ -24,6 +24,7 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.models.from_scratch import scratch_config, write_scratch_model
 from align.models.load import load_policy
+from align.models.tokenizer import keep_ends
 from align.models.trainable import (
     cast_trained_to_float32,
     check_target_modules,
@@ -105,6 +106,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
             trust_remote_code=recipe.trust_remote_code,
             **quantization_kwargs(recipe.method, recipe.bf16),
         )
+        keep_ends(model, tokenizer)
         check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         set_seed(recipe.seed)  # TRL 1.14 initializes adapters unseeded
@@ -138,8 +140,11 @@ def run(recipe: SFTRecipe) -> SFTResult:
             trainer,
             recipe,
             world,
-            lambda: load_policy(
-                start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+            lambda: keep_ends(
+                load_policy(
+                    start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+                ),
+                tokenizer,
             ),
         )
 

@@ -13,6 +13,7 @@ from datasets import Dataset
 from align.config.data_source import DataSource
 from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_pair, encode_prompt
+from align.data.end_tokens import set_model_ends
 from align.data.formats import choose_formats, read_row
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import set_scores_reasoning
@@ -168,7 +169,14 @@ EMPTY = "<think>\n\n</think>\n\n"
                 ),
             ],
         ),
-        (R1_OPENS, "</s>", [("<|U|>one<|A|>", "I</s>II</s>")]),  # one rendering serves
+        (  # generation begins in a thought, and so does training
+            R1_OPENS,
+            "</s>",
+            [
+                ("<|U|>one<|A|><think>\n", "\n</think>\n\nI</s>"),
+                ("<|U|>one<|A|>I</s><|U|>two<|A|><think>\n", "\n</think>\n\nII</s>"),
+            ],
+        ),
         (R1_PLAIN, "</s>", [("<|U|>one<|A|>", "I</s>II</s>")]),
         # The number of messages stands in front: the prompt is what generation sees.
         (
@@ -271,6 +279,60 @@ def test_dialogues_by_the_templates_of_models(name: str, eos: str, expected: lis
     assert [learnt for _, learnt in found] == expected
 
 
+@pytest.mark.parametrize("thought", [{}, {"reasoning_content": "hm"}])  # which is dropped later: one example per turn
+def test_a_turn_ends_by_the_token_that_opens_the_next(thought: dict[str, str]) -> None:
+    ends = ["<|endoftext|>", "<|user|>", "<|observation|>"]  # of GLM-4.5
+    tokenizer = make_tokenizer(ends, shipped("glm4moe"), eos_token=ends[0], pad_token=ends[0])
+    set_model_ends(tokenizer, [0, 1, 2])
+    said = "".join(["\n<think>", thought.get("reasoning_content", ""), "</think>"])
+    row = row_of([*AGENT, user("two"), {**assistant("I"), **thought}, user("three"), assistant("II")])
+    learnt = "".join(text for _, text in trained(tokenizer, row))
+    assert learnt.count("</arg_value>\n</tool_call><|observation|>") == 1
+    assert "III<|user|>" in learnt
+    assert f"{said}\nI<|user|>" in learnt
+    assert learnt.endswith("II<|endoftext|>")
+
+
+# As Mistral's: the system message is written into the last user turn.
+MISTRAL = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST] "
+    "{{ system + '\n' if loop.last and system }}{{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_message_in_the_last_user_turn() -> None:
+    dialogue = [{"role": "system", "content": "S"}, user("one"), assistant("I"), user("one"), assistant("II")]
+    assert trained(tokenizer_for(MISTRAL, "</s>"), row_of(dialogue)) == [
+        ("[INST] S\none[/INST]", " I</s>"),
+        ("[INST] one[/INST] I</s>[INST] S\none[/INST]", " II</s>"),
+    ]
+
+
+def test_the_template_decides_in_which_order_roles_may_come(capsys: Any) -> None:
+    system = {"role": "system", "content": "S"}
+    row = row_of([assistant("O"), user("one"), user("two"), assistant("I"), assistant("II"), system, assistant("III")])
+    ((before, learnt),) = trained(chatml(), row)
+    assert (before, learnt) == (f"{SAID}O<|im_end|>\n{ONE}{TWO}{SAID}", "I<|im_end|>II<|im_end|>III<|im_end|>")
+    assert "an assistant turn before the first user turn" in capsys.readouterr().err
+    strict = "{% if messages[1].role == messages[0].role %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    with pytest.raises(UserError, match="rejects it: roles must alternate"):
+        trained(chatml(strict + CHATML), row_of([user("one"), user("two"), assistant("I")]))
+    with pytest.raises(UserError, match="leaves out a message of role system where turns do not alternate"):
+        trained(
+            chatml(
+                CHATML.replace("messages %}", "messages if m.role != 'system' %}").replace("m.role", "message.role")
+            ),
+            row,
+        )
+
+
+@pytest.mark.parametrize(("said", "noted"), [("I", True), ("hm</think>I", False)])
+def test_turns_without_the_thought_that_the_template_opens_are_named(said: str, noted: bool, capsys: Any) -> None:
+    trained(tokenizer_for(R1_OPENS, "</s>"), row_of([user("one"), assistant(said)]))
+    assert ("opens a thought (<think>) and the row has none" in capsys.readouterr().err) == noted
+
+
 def test_a_template_for_images_is_refused() -> None:
     template = "{% for m in messages %}{{ m.role }}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="does not write the text of a turn"):
@@ -324,7 +386,7 @@ def test_pairs_whose_prompt_changes_once_a_response_follows() -> None:
     dataset, _ = tokenize_preferences([row], tokenizer, max_length=4096)
     before = "<|U|>one<|A|>I</s><|U|>two<|A|>"
     assert tokenizer.decode(dataset[0]["chosen_ids"]) == before + "<think>\nhm</think>II</s>"
-    assert tokenizer.decode(dataset[0]["rejected_ids"]) == before + "2</s>"
+    assert tokenizer.decode(dataset[0]["rejected_ids"]) == before + "<think>\n\n</think>\n\n2</s>"
     assert encode_pair(tokenizer, prompt, "2") == dataset[0]["rejected_ids"]
     assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == before + "<think>\n"
 

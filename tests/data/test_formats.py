@@ -135,7 +135,6 @@ def test_preference_from_every_format(values: dict[str, Any], prompt: Any, chose
     assert (row.prompt, row.chosen, row.rejected) == (prompt, chosen, rejected)
 
 
-ORDER = "messages do not alternate between user and assistant"
 LATER = "`chosen` or `rejected` has more than one turn after the prompt"
 NO_COMMON = "`chosen` and `rejected` have no common prompt"
 
@@ -163,25 +162,21 @@ NO_COMMON = "`chosen` and `rejected` have no common prompt"
             "role 'bot' is not system, user, assistant or tool",
         ),
         (Demonstration, {"prompt": "", "completion": "b"}, "empty prompt"),
-        (Prompt, {"prompt": " \n"}, "empty prompt"),
+        (Prompt, {"prompt": ""}, "empty prompt"),
         (Demonstration, {"prompt": "a", "completion": " \n"}, "empty response"),
         (Demonstration, {"prompt": [user("a")], "completion": []}, "empty response"),
         (Demonstration, {"text": " "}, "empty response"),
         (Demonstration, {"messages": []}, "empty response"),
         (Demonstration, {"messages": [user("a"), assistant("")]}, "empty response"),
-        (Demonstration, {"messages": [user(" "), assistant("b")]}, "empty turn"),
+        (Demonstration, {"messages": [user(""), assistant("b")]}, "empty turn"),
+        (Demonstration, {"messages": [user(" "), assistant("b")]}, "a turn of white space alone"),
         (Preference, {"prompt": "a", "chosen": "b", "rejected": ""}, "empty response"),
         (Preference, {"chosen": HH.format("4"), "rejected": HH.format("")}, "empty response"),
         (Preference, {"chosen": HH.format("4"), "rejected": "\n\nHuman: Hi\n\nAssistant: Hello."}, LATER),
         (Preference, {"prompt": "a", "chosen": "b", "rejected": "b "}, "`chosen` equals `rejected`"),
         (Preference, {"chosen": HH.format("4"), "rejected": HH.format("4")}, "`chosen` equals `rejected`"),
-        (Demonstration, {"messages": [user("a"), user("b"), assistant("c")]}, ORDER),
         (Demonstration, {"messages": [assistant("b")]}, "no user turn before the response"),
         (Demonstration, {"messages": [SYSTEM, assistant("b")]}, "no user turn before the response"),
-        (Demonstration, {"messages": [SYSTEM, SYSTEM, user("a"), assistant("b")]}, ORDER),
-        (Demonstration, {"messages": [user("a"), SYSTEM, assistant("b")]}, ORDER),
-        (Preference, {"prompt": [user("a"), assistant("b")], "chosen": "c", "rejected": "d"}, ORDER),
-        (Prompt, {"prompt": [user("a"), assistant("b"), assistant("c"), user("d")]}, ORDER),
         (Demonstration, {"messages": [user("a"), assistant("b"), user("c")]}, "does not end in an assistant turn"),
         (Prompt, {"prompt": [user("a"), assistant("b")]}, "the prompt does not end in a user turn"),
         (Prompt, {"prompt": []}, "the prompt does not end in a user turn"),
@@ -204,6 +199,22 @@ def test_bad_row(form: type, values: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRow) as caught:
         read(values, form)
     assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize("prompt", [" ", "\n", "\t\n"])
+def test_a_prompt_of_white_space_is_a_prompt(prompt: str) -> None:
+    assert read({"prompt": prompt}, Prompt).prompt == prompt
+    assert read({"prompt": prompt, "completion": "b"}, Demonstration).prompt == prompt
+
+
+def test_sharegpt_rows_are_messages() -> None:
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1, "markdown": None}]
+    row = read({"conversations": said, "system": "Be kind.", "id": 3}, Demonstration)
+    assert (row.prompt, row.completion) == ([{"role": "system", "content": "Be kind."}, user("a")], [assistant("b")])
+    assert read({"conversations": said}, Prompt).prompt == [user("a")]
+    assert read({"prompt": said[:1], "chosen": said[1:], "rejected": "c"}, Preference).chosen == [assistant("b")]
+    with pytest.raises(BadRow, match="role 'function_call' is not system, user, assistant or tool"):
+        read({"conversations": [{"from": "function_call", "value": "f()"}]}, Demonstration)
 
 
 def test_transcripts_keep_line_breaks_and_need_a_human_first() -> None:

@@ -178,7 +178,7 @@ class TestJinja:
         assert "named as `label_column`" in said
 
     def test_bad_rows(self, load):
-        rows = [{"text": "a", "hint": "h"}, {"text": "b"}, {"text": None, "hint": "h"}, {"text": " ", "hint": ""}]
+        rows = [{"text": "a", "hint": "h"}, {"text": "b"}, {"text": None, "hint": "h"}, {"text": "", "hint": ""}]
         template = {"prompt": "{{ text }}{{ hint }}", "completion": "c"}
         said = refusal(load, rows, template)
         assert "no column `hint`, which templates[0].prompt reads: 1 (" in said

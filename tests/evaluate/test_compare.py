@@ -26,13 +26,14 @@ from align.data.rows import Demonstration
 from align.errors import UserError
 from align.evaluate.compare import run
 from align.evaluate.few_shot import draw_examples, example_pools, few_shot_prompt, pool_for
-from align.evaluate.inputs import EncodedRow, prepare_inputs
+from align.evaluate.inputs import EncodedRow, _encode, prepare_inputs
 from align.evaluate.predict import decode_predictions
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.runs.files import write_json
 from align.runs.own_files import MANIFEST, RUN
 from align.runs.results import EvaluationResult
+from tests.data.test_tokenize import make_tokenizer
 from tests.ranks import launch
 from tests.worlds import LETTERS, letter_ids, letter_tokenizer, manifest, save_tiny_policy, tiny_llama, write_jsonl
 
@@ -876,3 +877,12 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == two
     assert alone == EvaluationResult.from_json(alone.output_dir, two)
     assert predictions(tmp_path) == lines
+
+
+@pytest.mark.parametrize("completion", ["e", "e cat"])
+def test_a_prompt_inside_the_first_token_is_read_as_itself(completion: str) -> None:
+    tokenizer = make_tokenizer(["</s>"], eos_token="</s>", pad_token="</s>")  # it adds no BOS
+    whole, own = (tokenizer(text)["input_ids"] for text in ("th" + completion, "th"))
+    assert whole[0] == tokenizer.convert_tokens_to_ids("the")
+    row = _encode(Demonstration("th", completion, "f:1"), [], tokenizer, 99, 1, [])
+    assert (row.prompt_ids, row.ids, row.reference_start) == (own, [*whole, tokenizer.eos_token_id], 1)

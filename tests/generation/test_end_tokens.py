@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
 
 from align.data.collate import pad_left
 from align.data.end_tokens import decode_responses, end_ids, set_model_ends
+from align.data.rows import Demonstration
+from align.data.tokenize import tokenize_demonstrations
+from align.data.turn_end import turn_end_note
 from align.errors import BadRow, UserError
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.save import save_weights
-from align.models.tokenizer import load_tokenizer
+from align.models.tokenizer import keep_ends, load_tokenizer
 from tests.data.messages import assistant, encode_response, user
 from tests.data.test_tokenize import make_tokenizer
 from tests.worlds import letter_tokenizer, tiny_llama
@@ -95,6 +99,47 @@ class TestTrainedEnd:
     def test_an_end_inside_a_message_is_a_bad_row(self, tmp_path, end):
         with pytest.raises(BadRow, match="special token"):
             encode_response(phi(tmp_path), [user("the cat")], [assistant(f"sat {end} on")])
+
+
+# As a base model gets it: the turn ends by a token that the model does not name, or by text that is no token at all.
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + (
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_turn_ends_by_the_token_that_the_template_ends_it_with(tmp_path, special):
+    tokenizer = make_tokenizer(["<pad>", "</s>"], CHATML, pad_token="<pad>", eos_token="</s>")
+    tokenizer.add_tokens(["<|im_end|>"], special_tokens=special)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_ids(tokenizer) == (1, end)
+    assert encode_response(tokenizer, [user("one")], [assistant("I")]) == [*tokenizer("I")["input_ids"], end]
+    assert turn_end_note(tokenizer) is None
+    model = keep_ends(tiny_llama(), tokenizer)
+    model.save_pretrained(tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [1, end]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (CHATML, True),
+        (CHATML.replace("<|im_end|>", "</s>"), False),
+        (CHATML.replace("<|im_end|>", ""), False),  # a line break alone
+        ("{{ raise_exception('no') }}", False),
+    ],
+)
+def test_a_turn_that_the_template_ends_by_text_is_said_once(tmp_path, capsys, template, said):
+    make_tokenizer(["<pad>", "</s>"], template, pad_token="<pad>", eos_token="</s>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert end_ids(tokenizer) == (1,)
+    row = Demonstration([user("one")], [assistant("I")], "f:1")
+    for _ in range(2):
+        if "raise" not in template:
+            tokenize_demonstrations([row], tokenizer, max_length=999)
+    assert capsys.readouterr().err.count("ends a turn with '<|im_end|>\\n', which is no end token") == said
 
 
 def test_the_token_that_ended_is_no_text(tmp_path):

@@ -1,0 +1,53 @@
+"""How the tokenizer's chat template ends a turn of the assistant: with a token that ends responses, or with mere text."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data.chat_template import render_chat
+from align.data.end_tokens import end_ids, set_model_ends, split_at_end
+from align.errors import BadRow, TemplateFailure
+
+_WORDS = "\N{SYMBOL FOR RECORD SEPARATOR}"  # content that shows what the template writes after it
+_SAID = "turn_end_was_said"  # attribute of the tokenizer
+
+
+def add_template_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the one token that the chat template ends a turn with end responses, if it writes no other end token there.
+
+    Models whose template was added later, as to a base model, lack it in `eos_token_id`.
+    """
+    text = _text_after_words(tokenizer).strip()
+    ids = [id for id, token in tokenizer.added_tokens_decoder.items() if text and str(token) == text]
+    if ids and ids[0] not in end_ids(tokenizer):
+        set_model_ends(tokenizer, [*end_ids(tokenizer), *ids])
+
+
+def turn_end_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What is to be said, once for a tokenizer, where the chat template ends a turn with text that is no end token."""
+    if getattr(tokenizer, _SAID, False):
+        return None
+    setattr(tokenizer, _SAID, True)
+    text = _text_after_words(tokenizer)
+    if not text.strip() or split_at_end(tokenizer, text)[1] is not None:
+        return None
+    ids = tokenizer(text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
+    return (
+        f"the chat template ends a turn with {text!r}, which is no end token of the tokenizer but text ({len(ids)} ids: "
+        f"{', '.join(map(str, ids[:12]))}{', ...' if ids[12:] else ''}): models write it as a part of the response, and end "
+        f"with {tokenizer.eos_token} after it. To end with it, add it to the tokenizer as a special token, resize the model's "
+        "embeddings, and add its id to `eos_token_id` in generation_config.json; or have the template write "
+        f"{tokenizer.eos_token} there"
+    )
+
+
+def _text_after_words(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes after the words of a last assistant turn; empty where it cannot be told."""
+    if not tokenizer.chat_template:
+        return ""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _WORDS}]
+    try:
+        _, words, after = render_chat(tokenizer, messages, add_generation_prompt=False).rpartition(_WORDS)
+    except (BadRow, TemplateFailure):  # rows will say so
+        return ""
+    return after if words else ""
