@@ -26,7 +26,7 @@ def agreement(first: Scored, second: Scored, iterations: int, seed: int) -> dict
         "agree": part(same),
         "both_wrong": part(wrong),
         "rank_correlation": slow_interval(
-            lambda weights: spearman(mine.margins, theirs.margins, weights), mine.prompts, seed
+            lambda weights: spearman(mine.margins, theirs.margins, weights), mine.prompts, iterations, seed
         ),
         "second": against(one, two.margins, iterations, seed),
         "right_where_they_differ": share(mine.right[~same], mine.prompts[~same], iterations, seed),

@@ -61,16 +61,21 @@ def length_metrics(
     all_scores, all_lengths = np.concatenate(scores), np.concatenate(lengths)
     found = {
         "score_with_length": slow_interval(
-            lambda weights: spearman(all_scores, all_lengths, weights), np.concatenate([prompts, prompts]), seed
+            lambda weights: spearman(all_scores, all_lengths, weights),
+            np.concatenate([prompts, prompts]),
+            iterations,
+            seed,
         ),
-        "within_pairs": slow_interval(lambda weights: spearman(outcomes.margins, difference, weights), prompts, seed),
+        "within_pairs": slow_interval(
+            lambda weights: spearman(outcomes.margins, difference, weights), prompts, iterations, seed
+        ),
         "accuracy_longer_won": share(right[longer], prompts[longer], iterations, seed),
         "accuracy_shorter_won": share(right[shorter], prompts[shorter], iterations, seed),
     }
     if decided.any():
         wins, differences = right[decided], difference[decided]
         found["length_controlled_accuracy"] = slow_interval(
-            lambda weights: length_controlled(wins, differences, weights), prompts[decided], seed
+            lambda weights: length_controlled(wins, differences, weights), prompts[decided], iterations, seed
         )
     return found
 

@@ -19,7 +19,7 @@ from scipy.special import expit, log_expit
 from align.evaluate.bootstrap import Floats, Measure, bootstrap_intervals, compare
 
 BINS = 10  # of confidence, of equal width on [.5, 1]
-SLOW_RESAMPLES = 200  # of what is no sum over pairs and is computed anew for each resample
+SLOW_RESAMPLES = 200  # at most, of what is no sum over pairs and is computed anew for each resample
 LOG_TEMPERATURES = (math.log(1e-3), math.log(1e3))
 
 
@@ -161,14 +161,16 @@ def interval(
     return _finite({"value": measure.scores()["value"], "low": low, "high": high, **counts})
 
 
-def slow_interval(score: Callable[[Floats], float], prompts: np.ndarray[Any, Any], seed: int) -> dict[str, Any]:
+def slow_interval(
+    score: Callable[[Floats], float], prompts: np.ndarray[Any, Any], iterations: int, seed: int
+) -> dict[str, Any]:
     """As `interval`, of a score that is computed anew from how often each value is drawn, [n], in each resample."""
     _, place = np.unique(prompts, return_inverse=True)
     number = int(place.max()) + 1
     random = np.random.default_rng([seed, 4])
     draws = [
         score(np.bincount(random.integers(0, number, number), minlength=number)[place].astype(np.float64))
-        for _ in range(SLOW_RESAMPLES if number > 1 else 0)
+        for _ in range(min(SLOW_RESAMPLES, iterations) if number > 1 else 0)
     ]
     low, high = (None, None)
     if draws and not np.isnan(draws).all():
@@ -214,7 +216,9 @@ def pair_metrics(outcomes: Outcomes, iterations: int, seed: int) -> dict[str, An
         "ties_in_scores": int((margins == 0).sum()),
     }
     found["ece"]["if_calibrated"] = ece_if_calibrated(margins, seed)
-    found["temperature"] = slow_interval(lambda weights: temperature(margins, label, weights), prompts, seed)
+    found["temperature"] = slow_interval(
+        lambda weights: temperature(margins, label, weights), prompts, iterations, seed
+    )
     found["ece_after_temperature"] = calibrated_ece(outcomes, seed)
     found["reliability"] = reliability(outcomes)
     counts, edges = np.histogram(margins, bins="auto" if len(margins) < 1000 else 40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -230,7 +231,7 @@ def test_version_and_usage(capsys):
     assert cli.main(["--help"]) == 0
     said = capsys.readouterr().out
     for command in (*STAGES, "run", "check", "merge", "verify"):
-        assert f"\n    {command} " in said
+        assert re.search(rf"\n    {command}\s", said)
 
 
 @pytest.mark.parametrize(

@@ -128,14 +128,28 @@ def test_one_step_is_adamw_on_bradley_terry(tmp_path, centering):
 
 
 MARGINS = (0.5, 0.0, 2.0)
+TIES = (False, True, 0)
 
 
-def test_a_margin_is_that_of_trl(tmp_path):
-    """-log sigmoid(chosen - rejected - margin), Llama 2's; the pairs alone have another loss and the same accuracy."""
-    names = ("prompt", "chosen", "rejected", "margin")
+def loss_of_ties(gaps: torch.Tensor, _) -> torch.Tensor:
+    """-1/2 log sigmoid(d) - 1/2 log sigmoid(-d) for the second pair, -log sigmoid(d) for the others."""
+    share = torch.tensor([1.0, 0.5, 1.0])
+    return -share * logsigmoid(gaps) - (1 - share) * logsigmoid(-gaps)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "loss_of", "decided"),
+    [
+        ("margin", MARGINS, lambda gaps, margins: -logsigmoid(gaps - margins), [0, 1, 2]),
+        ("tie", TIES, loss_of_ties, [0, 2]),
+    ],
+)
+def test_margins_and_ties_in_the_loss(tmp_path, name, values, loss_of, decided):
+    """TRL's and Llama 2's -log sigmoid(chosen - rejected - margin), and a tie's own; accuracy is that of the pairs that are none."""
+    names = ("prompt", "chosen", "rejected", name)
     sources = {}
     for key, pairs in (("train_dataset", ROWS[:3]), ("eval_dataset", HELD_OUT[:3])):
-        rows = [dict(zip(names, (*row, margin), strict=True)) for row, margin in zip(pairs, MARGINS, strict=True)]
+        rows = [dict(zip(names, (*row, value), strict=True)) for row, value in zip(pairs, values, strict=True)]
         (tmp_path / key).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources[key] = [DataSource(path=str((tmp_path / key).with_suffix(".jsonl")))]
 
@@ -144,16 +158,17 @@ def test_a_margin_is_that_of_trl(tmp_path):
 
     settings = recipe(tmp_path, max_steps=1, **sources)
     results = run(settings)
-    model, margins = untrained(), torch.tensor(MARGINS)
+    model, given = untrained(), torch.tensor(values).float()
     before, step = (next(row for row in metrics(settings) if key in row) for key in ("eval/loss", "train/loss"))
-    loss = -logsigmoid(gaps(ROWS[:3]) - margins).sum()
+    loss = loss_of(gaps(ROWS[:3]), given).sum()
     assert step["train/loss"] == pytest.approx((float(loss) + 0.6931472) / 4, abs=1e-5)
-    assert before["eval/loss"] == pytest.approx(float(-logsigmoid(gaps(HELD_OUT[:3]) - margins).mean()), abs=1e-5)
-    assert before["eval/accuracy"] == pytest.approx(float((gaps(HELD_OUT[:3]) > 0).float().mean()))
+    assert before["eval/loss"] == pytest.approx(float(loss_of(gaps(HELD_OUT[:3]), given).mean()), abs=1e-5)
+    assert before["eval/accuracy"] == pytest.approx(float((gaps(HELD_OUT[:3])[decided] > 0).float().mean()))
     for name, weight in trained(settings).items():
         model.get_parameter(name).data.copy_(weight)
-    loss = -logsigmoid(gaps(HELD_OUT[:3]) - margins).mean()
-    assert results.metrics["eval_loss"] == pytest.approx(float(loss), abs=1e-5)
+    after = gaps(HELD_OUT[:3])
+    assert results.metrics["eval_loss"] == pytest.approx(float(loss_of(after, given).mean()), abs=1e-5)
+    assert results.metrics["eval_accuracy"] == pytest.approx(float((after[decided] > 0).float().mean()))
 
 
 def test_cutting_the_batch_up_changes_nothing(tmp_path):
