@@ -188,6 +188,10 @@ EXACT_RECURRENT = {"mamba", "falcon_mamba", "mamba2", "qwen3_next", "qwen3_5_tex
 CACHE_ARGUMENTS = {"cache", "cache_params", "past_key_values"}  # names of the cache in `forward`, by version and type
 # Types that take no positions, because attention is biased by distance, and padding changes no distance.
 ALIBI = {"bloom", "mpt"}
+# Types that count positions themselves, from pad_token_id + 1 on (so that they have that many less), and that other positions
+# than they count give another model: they get none, and read rows without padding before them.
+COUNT_FROM_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta",
+                      "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}  # fmt: skip
 
 
 def is_linear_attention(layer: Any) -> bool:
@@ -198,7 +202,7 @@ def is_linear_attention(layer: Any) -> bool:
 
 
 def keeps_state(config: Any) -> bool:
-    """Whether a model keeps more than the keys and values of attention, such as a recurrent state, or counts padding."""
+    """Whether a model keeps more than the keys and values of attention, such as a recurrent state, or counts padding or positions."""
     return config.get_text_config(decoder=True).model_type in EXACT_RECURRENT or not keeps_exact_cache(config)
 
 
@@ -207,6 +211,8 @@ def keeps_exact_cache(config: Any) -> bool:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     text = config.get_text_config(decoder=True)
+    if text.model_type in COUNT_FROM_PADDING:
+        return False
     if text.model_type in EXACT_RECURRENT:  # the step of Mamba-2 does not clamp
         return tuple(getattr(text, "time_step_limit", (0.0, math.inf))) == (0.0, math.inf)
     if has_causal_lm(config):

@@ -37,7 +37,7 @@ from align.models.check_files import check_files
 from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, load_config, new_classifier
 from align.models.model_types import is_encoder
-from align.models.tokenizer import load_tokenizer, set_right_padding
+from align.models.tokenizer import load_tokenizer, saved_pad_id, set_right_padding
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.checkpoint import step_of
 from align.runs.manifest import check_tokenizer, open_stage
@@ -206,7 +206,7 @@ def write_classifier(
         id2label=names,
         label2id={name: index for index, name in names.items()},
     )
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.get_text_config().pad_token_id = saved_pad_id(model.config, tokenizer, scores=True)
     model.config.score_mean = 0.0  # a reward model's normalization does not apply any more
     model.save_pretrained(folder)
 

@@ -32,7 +32,7 @@ from align.evaluate.few_shot import (
 from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.context_length import max_positions
-from align.models.load import load_config
+from align.models.load import adapter_settings, load_config
 from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import check_takes_virtual_tokens, prompt_tuning_base
@@ -187,7 +187,8 @@ def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokeni
         base, num_virtual_tokens = found
         where = f"models: {path} holds virtual tokens for {base}"
         config = load_config(base, where, recipe.trust_remote_code)
-        check_takes_virtual_tokens(config, where)
+        method = "prefix" if (adapter_settings(path) or {}).get("peft_type") == "PREFIX_TUNING" else "prompt"
+        check_takes_virtual_tokens(config, method, where, recipe.trust_remote_code)
     else:
         num_virtual_tokens = 0
         config = load_config(path, "models", recipe.trust_remote_code)

@@ -62,7 +62,7 @@ def check_files(
     cls = auto.class_of(config) if isinstance(auto, AnyBackbone) else model_class(auto, config)
     own_code = getattr(auto, "__name__", "AutoModel") in (getattr(config, "auto_map", None) or {})
     if getattr(config, "quantization_config", None) is not None:
-        _check_quantizer(config, path, key)
+        _check_quantizer(config, path, key, trains=trained_by is not None)
         return  # as below
     if tensors is None or cls is None or own_code:
         return  # transformers tells once it has loaded them
@@ -71,18 +71,26 @@ def check_files(
         _check_adapter(model, path, key)
     if trained_by is not None:
         check_trainable(model, trained_by)
-        if config_of(cls, config) is not config and int(os.environ.get("RANK", "0")) == 0:
-            say(
-                f"note: {key}: {path}: of this {config.model_type} model the text model alone is loaded, trained and saved"
-            )
+        if config_of(cls, config) is not config:
+            _note(f"{key}: {path}: of this {config.model_type} model the text model alone is loaded, trained and saved")
 
 
-def _check_quantizer(config: PretrainedConfig, path: str, key: str) -> None:
+def _note(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        say(f"note: {text}")
+
+
+def _check_quantizer(config: PretrainedConfig, path: str, key: str, trains: bool) -> None:
     """Check that quantized weights can be loaded here, as transformers does before it loads them."""
     try:
         if AutoHfQuantizer.supports_quant_method(config.quantization_config):
             quantizer = AutoHfQuantizer.from_config(copy.deepcopy(config.quantization_config), pre_quantized=True)
             quantizer.validate_environment(device_map=None, weights_only=True)
+            if trains and getattr(quantizer.quantization_config, "dequantize", False):
+                _note(
+                    f"{key}: {path}: the `quantization_config` in its config.json is used to load it, and not kept: plain weights "
+                    "are trained and saved"
+                )
     except Exception as error:  # a package or a GPU is missing, or the entry is damaged
         raise UserError(
             f"{key}: {path}: cannot be loaded with the `quantization_config` in its config.json. {reason(error)} Name the model "

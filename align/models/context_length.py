@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PretrainedConfig
 
+from align.compat.transformers import COUNT_FROM_PADDING
 from align.errors import UserError
 
 
@@ -16,11 +17,6 @@ def max_positions(config: PretrainedConfig) -> int | None:
     if positions and text.model_type in COUNT_FROM_PADDING:
         return positions - int(text.pad_token_id) - 1
     return positions or None
-
-
-# Types whose first token is at position pad_token_id + 1, so that they have that many positions less.
-COUNT_FROM_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "luke", "mpnet", "roberta",
-                      "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}  # fmt: skip
 
 
 def check_rows_fit(ids: Iterable[Sequence[int]], config: PretrainedConfig) -> None:

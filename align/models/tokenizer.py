@@ -7,9 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from align.compat.transformers import write_unchecked
+from align.compat.transformers import COUNT_FROM_PADDING, write_unchecked
 from align.config.text_file import read_text
 from align.data.chat_template import check_chat_template, set_template_kwargs
 from align.data.end_tokens import end_ids, set_model_ends
@@ -110,6 +117,23 @@ def read_chat_template(path: str) -> str:
 
 def _as_list(ids: Any) -> list[Any]:
     return [] if ids is None else ids if isinstance(ids, list) else [ids]
+
+
+def saved_pad_id(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, scores: bool = False) -> int | None:
+    """`pad_token_id` of the configuration of a saved model: the tokenizer's; but the model's own, `config`'s, in two cases.
+
+    The model counts positions from it (RoBERTa's kind), or the tokenizer's is an end token, in place of one that it lacks.
+
+    Args:
+        scores: whether transformers needs the tokenizer's, to find the token that is scored.
+    """
+    text = config.get_text_config()
+    pad = tokenizer.pad_token_id
+    stands_in = not scores and pad in (tokenizer.eos_token_id, tokenizer.sep_token_id)
+    own: int | None = getattr(text, "pad_token_id", None)
+    if own is not None and own < 0:
+        return int(pad)  # as Llama 2's -1, which is no token
+    return own if stands_in or text.model_type in COUNT_FROM_PADDING else int(pad)
 
 
 def set_right_padding(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from align.compat.peft import active_adapter_config
 from align.compat.transformers import keeps_state
-from align.errors import UserError
+from align.errors import UserError, reason
 from align.models.load import adapter_settings, load_policy
+from align.models.packing import TOLERANCE, VOCABULARY, example_rows
+from align.models.small_model import small_model
 
 PROMPT_LEARNING_TYPES = ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
 
@@ -36,17 +38,52 @@ def prompt_tuning_base(path: str) -> tuple[str, int] | None:
     return str(settings["base_model_name_or_path"]), int(settings["num_virtual_tokens"])
 
 
-def check_takes_virtual_tokens(config: PretrainedConfig, where: str) -> None:
-    """Check that a model's layers attend to virtual tokens in front of a row.
+def check_takes_virtual_tokens(
+    config: PretrainedConfig, method: str, where: str, trust_remote_code: bool = False
+) -> None:
+    """Check that a model's layers attend to virtual tokens in front of a row; tried on a small model of its configuration.
+
+    Args:
+        method: "prompt" or "prefix".
 
     Raises:
-        UserError: some are recurrent; it begins with `where`.
+        UserError: some are recurrent, or PEFT's virtual tokens do not fit its layers; it begins with `where`.
     """
     if keeps_state(config):
         raise UserError(
             f"{where} ({config.model_type}): virtual tokens need a model of attention layers alone that takes positions, "
             "without a recurrent state; use method: lora."
         )
+    try:
+        model = small_model(config, VOCABULARY, trust_remote_code=trust_remote_code)
+    except Exception:  # a type that cannot be tried, as `check_causal` says
+        return
+    try:
+        gap = _virtual_token_gap(model, method)
+    except Exception as error:  # whatever PEFT or the model raises for them
+        why = f"cannot be put in front of its rows: {reason(error)}"
+    else:
+        if gap <= TOLERANCE:
+            return
+        why = f"give log-probabilities that are off by up to {gap:.2g} nats"
+    raise UserError(
+        f"{where} ({config.model_type}): PEFT's virtual tokens {why} (tried on a small random model); use method: lora."
+    )
+
+
+def _virtual_token_gap(model: PreTrainedModel, method: str) -> float:
+    """Largest difference in any log-probability of a row between PEFT's forward pass, which trains, and the one below, nats."""
+    kind = PrefixTuningConfig if method == "prefix" else PromptTuningConfig
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
+        assert isinstance(adapted, PeftModel)
+        ids = torch.tensor(example_rows((12, 12), VOCABULARY))
+        mask, length = torch.ones_like(ids), ids.shape[1]
+        trained = adapted(input_ids=ids, attention_mask=mask).logits
+        positions = torch.arange(length).expand(2, -1)
+        ours = VirtualTokenModel(adapted)(ids, mask, positions, use_cache=False).logits
+    trained, ours = (each[:, -length:].log_softmax(dim=-1) for each in (trained, ours))
+    return float((trained - ours).abs().max())
 
 
 def load_language_model(

@@ -38,6 +38,7 @@ from align.models.context_length import check_rows_fit
 from align.models.load import new_reward_model
 from align.models.model_types import is_encoder
 from align.models.scalar_head import start_reward_model
+from align.models.tokenizer import saved_pad_id
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.reward.evaluation import (
     before_after_table,
@@ -170,7 +171,7 @@ def write_untrained_model(recipe: RewardRecipe, inputs: RewardInputs, folder: Pa
         trust_remote_code=recipe.trust_remote_code,
     )
     config = model.config.get_text_config()
-    config.pad_token_id = inputs.tokenizer.pad_token_id
+    config.pad_token_id = saved_pad_id(model.config, inputs.tokenizer, scores=True)
     if not is_encoder(model.config) and len(ends := end_ids(inputs.tokenizer)) > 1:
         config.eos_token_id = list(ends)  # a classifier has no generation config to keep them in
     model.config.score_mean = 0.0  # until the zero of the score is set, after training

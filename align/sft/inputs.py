@@ -30,7 +30,7 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
     if is_encoder(config):
         raise UserError(f"{KEY}: {path} is an encoder ({config.model_type}); name a model that generates.")
     if recipe.method in ("prompt", "prefix"):
-        check_takes_virtual_tokens(config, f"method: {recipe.method}: {path}")
+        check_takes_virtual_tokens(config, recipe.method, f"method: {recipe.method}: {path}", recipe.trust_remote_code)
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, KEY)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
@@ -49,5 +49,8 @@ def check_packed_rows(recipe: SFTRecipe, config: PretrainedConfig) -> None:
     """
     for key in ("packing", "padding_free"):
         if getattr(recipe, key):
-            check_packing(config, key, recipe.trust_remote_code, recipe.attn_implementation)
+            evaluates = bool(recipe.eval_dataset) or recipe.eval_fraction > 0
+            rows = max(recipe.per_device_train_batch_size, recipe.per_device_eval_batch_size if evaluates else 0)
+            tokens = rows * recipe.max_length
+            check_packing(config, key, recipe.trust_remote_code, recipe.attn_implementation, tokens)
             return

@@ -28,6 +28,7 @@ from align.config.json_file import read_json
 from align.engine.distributed import World
 from align.engine.state import counters, load_state, restore_counters, save_state
 from align.errors import BadFile, UserError
+from align.models.tokenizer import saved_pad_id
 from align.runs.checkpoint import find_corruption, synced_sums
 from align.runs.files import fingerprint, write_text
 from align.runs.records import COUNT, LIST, MAPPING, Record, or_null, read_record
@@ -62,7 +63,9 @@ class SafeCheckpoints(Trainer):
         return optimizer
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.settings = copy.deepcopy(hf_model(kwargs["model"]).config)  # before a Trainer changes it
+        model = hf_model(kwargs["model"])
+        self.settings = copy.deepcopy(model.config)  # before a Trainer changes it
+        self.generation_pad = getattr(getattr(model, "generation_config", None), "pad_token_id", None)
         super().__init__(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -83,11 +86,15 @@ class SafeCheckpoints(Trainer):
         """
         model = hf_model(self.model)
         training, own = model.config, copy.deepcopy(self.settings)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in ("bos_token_id", "eos_token_id"):
             if hasattr(training.get_text_config(), name):
                 setattr(own.get_text_config(), name, getattr(training.get_text_config(), name))
+        tokenizer: Any = self.processing_class
+        pad = saved_pad_id(own, tokenizer)
+        own.get_text_config().pad_token_id = pad
         model.config = own
         if getattr(model, "generation_config", None) is not None:
+            model.generation_config.pad_token_id = pad if pad == tokenizer.pad_token_id else self.generation_pad
             write_unchecked(model.generation_config)
         try:
             yield
