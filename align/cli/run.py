@@ -91,6 +91,9 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
     manifests = [(step.name, read_manifest(step.recipe.output_dir) or {}) for step in steps]
     for renderable in closing_tables(manifests):
         console.print(renderable)
+    for name, manifest in manifests:
+        for line in manifest.get("results", {}).get("verdict", []):
+            say(f"{name}: {line}", sys.stdout)
     if (report := report or update_report(title, outputs)) is not None:
         say(f"report: {report}", sys.stdout)
     return 0

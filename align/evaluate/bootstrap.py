@@ -6,7 +6,7 @@ ratios of sums (perplexity) and corpus scores (BLEU, macro F1) alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,27 @@ def bootstrap_intervals(measure: Measure, iterations: int, seed: int) -> dict[st
     """
     samples = _score_each(measure.score, _resampled_sums(measure.statistics, iterations, seed))
     return {name: _percentile_interval(values) for name, values in samples.items()}
+
+
+def mean_interval(
+    values: Sequence[float], groups: Sequence[Hashable], iterations: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of n values, and its 95% percentile interval, for which whole groups are drawn.
+
+    Rows of one group, such as those of one prompt, are not independent: drawn one by one, they give too narrow an interval.
+
+    Args:
+        groups: of each value. With fewer than two of them the interval is that from minus to plus infinity.
+    """
+    members = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+    statistics = np.zeros((len(members), 2))  # sum and count of each group
+    for value, group in zip(values, groups, strict=True):
+        statistics[members[group]] += (value, 1.0)
+    mean = float(statistics[:, 0].sum() / len(values)) if len(values) else float("nan")
+    if len(members) < 2:
+        return mean, -float("inf"), float("inf")
+    sums = _resampled_sums(statistics, iterations, seed)
+    return mean, *_percentile_interval(sums[:, 0] / sums[:, 1])
 
 
 @dataclass(frozen=True, slots=True)

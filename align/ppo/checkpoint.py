@@ -12,13 +12,23 @@ from align.maths.running_moments import RunningMoments
 from align.ppo.ppo_run import PPORun, Progress
 from align.runs.checkpoint import mark_complete, read_state
 from align.runs.own_files import own
-from align.runs.records import MAPPING, NUMBER, Record, check_record, or_null
+from align.runs.records import COUNT, MAPPING, NUMBER, Record, check_record, is_number, list_of, or_null
 from align.runs.schemas import COMPLETE
 from align.runs.stage import layout
 
 MOMENTS = Record(dict.fromkeys(("count", "mean", "squares"), NUMBER))
 PROGRESS = Record(
-    {"kl_coef": NUMBER, "score_moments": MAPPING, "best": or_null(MAPPING)}, {"sampler_gap": or_null(NUMBER)}
+    {
+        "kl_coef": NUMBER,
+        "score_moments": MAPPING,
+        "best": or_null(MAPPING),
+    },
+    {  # earlier versions lack them
+        "sampler_gap": or_null(NUMBER),
+        "best_worth": list_of("a list of numbers or null", lambda each: each is None or is_number(each)),
+        "falls": COUNT,
+        "history": list_of("a list of mappings", lambda each: isinstance(each, dict)),
+    },
 )
 
 
@@ -55,5 +65,8 @@ def load_checkpoint(run: PPORun, checkpoint: Path) -> None:
         state["kl_coef"],
         RunningMoments(**{name: moments[name] for name in MOMENTS.required}),
         state["best"],
+        [math.nan if each is None else each for each in state.get("best_worth", [])],
+        state.get("falls", 0),
+        state.get("history", []),
         math.inf if gap is None else gap,  # infinite before the first comparison, which JSON cannot hold
     )

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from align.config.ppo import PPORecipe
 
 MOST_KL = 50.0  # nats per response; in longer responses, 1 nat per token
-LEAST_EOS_RATE = 0.05
-AT_THE_LIMIT = 0.98  # of response_length
+LEAST_EOS_RATE = 0.05  # of the SFT model, for which the self-checks warn
 LEAST_ENTROPY = 0.05  # nats per token
 
 
@@ -17,9 +16,14 @@ class CollapseWatch:
 
     What the first update shows is the state of the SFT model, which the self-checks report: it is not repeated while it
     lasts.
+
+    Args:
+        sft_eos_rate: share of the SFT model's responses that end by themselves, where it has been measured; otherwise all of
+            them are taken to.
     """
 
-    def __init__(self, recipe: PPORecipe):
+    def __init__(self, recipe: PPORecipe, sft_eos_rate: float | None):
+        self.eos_rate = 1.0 if sft_eos_rate is None else sft_eos_rate  # the SFT model's, or the highest since
         self.response_length = recipe.response_length
         self.kl_target = recipe.kl_target or 0.0
         self.warned: set[str] = set()
@@ -42,10 +46,12 @@ class CollapseWatch:
                 f"objective/kl is {kl:.3g} nats per response, above {bound:.3g}: the policy has left the SFT model, and the "
                 "score means little there. Raise kl_coef, lower learning_rate, or stop at the best checkpoint (max_kl)."
             )
-        if ended < LEAST_EOS_RATE or (ended < 0.5 and length > AT_THE_LIMIT * self.response_length):
+        self.eos_rate = max(self.eos_rate, ended)
+        if self.eos_rate >= LEAST_EOS_RATE and ended < self.eos_rate / 2:
             signs["length"] = (
-                f"{ended:.1%} of the responses end by themselves, their mean length is {length:.4g} of {self.response_length} "
-                "tokens: the policy no longer stops. Set missing_eos_penalty, or see whether the reward favors length."
+                f"{ended:.1%} of the responses end by themselves, where {self.eos_rate:.1%} did, of the SFT model or since; their "
+                f"mean length is {length:.4g} of {self.response_length} tokens: the policy no longer stops. Set "
+                "missing_eos_penalty, or see whether the reward favors length."
             )
         entropy = metrics.get("objective/entropy")  # absent while only the value model trains
         if entropy is not None and entropy < LEAST_ENTROPY:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from align.config.judge import JUDGE, SCORE, TRUE, best_metric, best_metrics
 from align.data.rows import render_text
 from align.engine.distributed import rows_of_rank
 from align.engine.engine import Engine
@@ -20,36 +21,64 @@ from align.errors import UserError
 from align.evaluate.statistics import win_rate
 from align.generation.responses import decode_responses
 from align.generation.sampler import PromptBatch
-from align.ppo.metrics import response_kl, response_metrics
+from align.ppo.metrics import response_kl, response_metrics, score_length_correlation
 from align.ppo.outputs import save_model
 from align.ppo.ppo_run import PPORun, TokenizedPrompt
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
+from align.ppo.verdict import Change, change, fell, label, verdicts, warnings
 from align.runs.tracker import Tracker
-from reward_models.responses import Responses
 
 SAMPLE_COLUMNS = ["prompt", "sft", "response", "score_sft", "score", "kl"]
 MOST_RESPONSES = 500  # of the last evaluation that are kept, for the report
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A model's responses to all held-out prompts, their text, and what each is worth by metric, [B], the most trustworthy first.
+
+    The metrics are `eval/judge` with a judge, `eval/true/<function>`, where NaN says that the function does not apply, and
+    `eval/score`.
+    """
+
+    rollout: Rollout
+    texts: list[str]
+    worth: dict[str, list[float]]
 
 
 class Evaluation:
     """Held-out prompts with the SFT model's responses. Both models get the same noise, prompt by prompt.
 
     Attributes:
-        true_rewards: `eval_reward_funcs`, which are measured and not trained on.
-        metrics, samples: of the last evaluation; empty before the first.
+        metrics, changes, samples: of the last evaluation; empty before the first. Changes are those from the SFT model, by
+            metric.
         measures: more of each sample, by column: lengths in tokens and true rewards, of the SFT model and of the policy.
+        stops: whether `early_stopping_patience` is at its end.
     """
 
     def __init__(self, run: PPORun, prompts: Sequence[TokenizedPrompt]):
         self.run = run
         self.prompts, self.ids = [prompt for prompt, _ in prompts], [ids for _, ids in prompts]
+        self.texts = [render_text(prompt.prompt) for prompt in self.prompts]
         self.metrics: dict[str, float] = {}
+        self.changes: dict[str, Change] = {}
         self.samples: list[list[Any]] = []
         self.measures: dict[str, list[float | None]] = {}
+        self.warned: set[str] = set()
+        self.stops = False
         if self.prompts:
             names, timeout = run.recipe.eval_reward_funcs, run.recipe.reward_timeout
             self.true_rewards = [user_function(name, "eval_reward_funcs", timeout) for name in names]
-            self.baseline, self.baseline_truth = self._respond(run.models.reference)
+            self.baseline = self._respond(run.models.reference)
+
+    @property
+    def sft_eos_rate(self) -> float | None:
+        """Share of the SFT model's responses that end by themselves; None without prompts."""
+        return float(self.baseline.rollout.ended.float().mean()) if self.prompts else None
+
+    def start(self) -> None:
+        """Before the first update: the SFT model, which the policy still is, is the best so far."""
+        if self.prompts:
+            self._keep_best(0, self.measure(self.baseline), self.baseline)
 
     def is_due(self, done: int) -> bool:
         """Whether to evaluate after `done` updates: every `eval_steps`, and after the last; never without prompts."""
@@ -58,92 +87,159 @@ class Evaluation:
 
     def track(self, tracker: Tracker, step: int) -> None:
         """Measure the policy after `step` updates, log it, and save it in `best/` if no evaluation before was better."""
-        run, progress = self.run, self.run.progress
-        self.metrics, self.samples = self.measure()
+        run, policy = self.run, self._respond(self.run.models.policy)
+        self.metrics = self.measure(policy)
+        self.samples, self.measures = self._samples(policy)
         tracker.log(step, self.metrics)
         tracker.table(step, "samples", SAMPLE_COLUMNS, self.samples[: run.recipe.num_sample_rows])
-        if step == run.updates:
+        self._warn(tracker, step, policy)
+        self._choose(tracker, step, policy)
+        if step == run.updates or self.stops:
             columns = [*SAMPLE_COLUMNS, *self.measures]
             rows = [[*sample, *more] for sample, *more in zip(self.samples, *self.measures.values(), strict=True)]
             tracker.table(step, "responses", columns, rows[:MOST_RESPONSES])
-        within = run.recipe.max_kl is None or self.metrics["eval/kl"] <= run.recipe.max_kl
-        if within and (progress.best is None or self.metrics["eval/score"] > progress.best["eval/score"]):
-            progress.best = {"update": step, **self.metrics}
-            save_model(run, run.models.policy, Path(run.recipe.output_dir) / "best")
 
-    @during("evaluation")
-    def measure(self) -> tuple[dict[str, float], list[list[Any]]]:
-        """Metrics under their documented names, and a sample row per prompt (columns `SAMPLE_COLUMNS`)."""
-        rollout, truth = self._respond(self.run.models.policy)
-        kl = response_kl(rollout)
-        won = win_rate(rollout.scores.tolist(), self.baseline.scores.tolist())
+    def measure(self, model: Measured) -> dict[str, float]:
+        """Metrics of a model against the SFT model, under their documented names."""
+        rollout, before = model.rollout, self.baseline
         error = 1.96 * float(rollout.scores.std()) / len(rollout) ** 0.5 if len(rollout) > 1 else 0.0
         metrics = {
             **response_metrics(rollout, self.run.models.reward_names, "eval"),
             "eval/score_low": float(rollout.scores.mean()) - error,
             "eval/score_high": float(rollout.scores.mean()) + error,
-            "eval/kl": float(kl.mean()),
-            "eval/win_rate": won["win_rate"],
-            "eval/win_rate_low": won["low"],
-            "eval/win_rate_high": won["high"],
+            "eval/kl": float(response_kl(rollout).mean()),
+            "eval/score_length_correlation": score_length_correlation(rollout, before.rollout),
         }
-        for name, scores in truth.items():
-            metrics[f"eval/true/{name}"] = float(scores.nanmean())
-            judged = ~(scores + self.baseline_truth[name]).isnan()  # a function may return None for a row
-            if judged.any():
-                compared = win_rate(scores[judged].tolist(), self.baseline_truth[name][judged].tolist())
-                metrics[f"eval/true_win_rate/{name}"] = compared["win_rate"]
-        both = ((self.baseline, self.baseline_truth, "_sft"), (rollout, truth, ""))
-        self.measures = {f"length{whose}": responses.lengths.tolist() for responses, _, whose in both}
-        for name in truth:
-            for _, judged_by, whose in both:
-                values = judged_by[name].tolist()
-                self.measures[f"true/{name}{whose}"] = [None if math.isnan(value) else value for value in values]
-        before, after = self._decoded(self.baseline).texts, self._decoded(rollout).texts
-        numbers = zip(self.baseline.scores.tolist(), rollout.scores.tolist(), kl.tolist(), strict=True)
-        prompts = [render_text(prompt.prompt) for prompt in self.prompts]
-        return metrics, [[*texts, *row] for *texts, row in zip(prompts, before, after, numbers, strict=True)]
+        self.changes = {}
+        for name, values in model.worth.items():
+            told = name.removeprefix("eval/")
+            both = [(a, b) for a, b in zip(values, before.worth[name], strict=True) if not math.isnan(a + b)]
+            metrics.setdefault(name, mean(values))
+            if not both:  # a function that applies to no row
+                continue
+            won = win_rate(*map(list, zip(*both, strict=True)))
+            metrics[win_rate_of(name)] = won["win_rate"]
+            if name == SCORE:
+                metrics |= {"eval/win_rate_low": won["low"], "eval/win_rate_high": won["high"]}
+            self.changes[name] = each = change(values, before.worth[name], self.texts)
+            metrics |= {
+                f"eval/change/{told}": each.mean,
+                f"eval/change_low/{told}": each.low,
+                f"eval/change_high/{told}": each.high,
+            }
+        return metrics
 
-    def _respond(self, engine: Engine) -> tuple[Rollout, dict[str, Tensor]]:
-        """Responses of `engine` to all held-out prompts, on every rank, and their true rewards [B] by function."""
+    def _samples(self, policy: Measured) -> tuple[list[list[Any]], dict[str, list[float | None]]]:
+        """A row per prompt (columns `SAMPLE_COLUMNS`), and `measures`."""
+        both = ((self.baseline, "_sft"), (policy, ""))
+        more: dict[str, list[float | None]] = {f"length{whose}": [*m.rollout.lengths.tolist()] for m, whose in both}
+        for name in policy.worth:
+            for model, whose in both if name != SCORE else ():
+                values = model.worth[name]
+                more[f"{name[5:]}{whose}"] = [None if math.isnan(value) else value for value in values]
+        kl = response_kl(policy.rollout).tolist()
+        columns = (self.texts, self.baseline.texts, policy.texts, self.baseline.worth[SCORE], policy.worth[SCORE], kl)
+        return [list(row) for row in zip(*columns, strict=True)], more
+
+    def _warn(self, tracker: Tracker, step: int, policy: Measured) -> None:
+        """Say, each kind once, what shows that the gain is not real."""
+        run, before = self.run, self.baseline
+        penalty = run.progress.kl_coef * (run.progress.score_moments.std if run.recipe.normalize_scores else 1.0)
+        costs = (policy.rollout.scores - penalty * response_kl(policy.rollout)).tolist()
+        lengths = tuple(float(model.rollout.lengths.float().mean()) for model in (before, policy))
+        found = warnings(
+            self.changes,
+            change(costs, before.worth[SCORE], self.texts),
+            self.metrics["eval/score_length_correlation"],
+            lengths,  # type: ignore[arg-type]
+        )
+        for kind in found.keys() - self.warned:
+            tracker.say(f"update {step}: {found[kind]}")
+        self.warned |= found.keys()
+
+    def _choose(self, tracker: Tracker, step: int, policy: Measured) -> None:
+        """Keep the policy in `best/` if it is the best so far, and count how often in a row it was worse than the best."""
+        recipe, progress, name = self.run.recipe, self.run.progress, best_metric(self.run.recipe)
+        progress.history.append({"update": step, **self.metrics})
+        within = recipe.max_kl is None or self.metrics["eval/kl"] <= recipe.max_kl
+        if within and (progress.best is None or self.metrics[name] > progress.best[name]):
+            self._keep_best(step, self.metrics, policy)
+        if not progress.best_worth or progress.best == {"update": step, **self.metrics}:
+            return
+        since = change(policy.worth[name], progress.best_worth, self.texts)
+        progress.falls = progress.falls + 1 if since.word == "worse than" else 0
+        if progress.falls:
+            assert progress.best is not None
+            score = self.metrics[SCORE] - progress.best[SCORE]
+            tracker.say(f"update {step}: {fell(name, since, progress.best['update'], score)}")
+        if recipe.early_stopping_patience is not None and progress.falls >= recipe.early_stopping_patience:
+            self.stops = True
+            tracker.say(f"early_stopping_patience: {progress.falls} evaluations in a row: training stops")
+
+    def _keep_best(self, step: int, metrics: dict[str, float], model: Measured) -> None:
+        run = self.run
+        run.progress.best, run.progress.falls = {"update": step, **metrics}, 0
+        run.progress.best_worth = model.worth[best_metric(run.recipe)]
+        save_model(run, run.models.policy, Path(run.recipe.output_dir) / "best")
+
+    @during("evaluation")
+    def _respond(self, engine: Engine) -> Measured:
+        """Responses of `engine` to all held-out prompts, on every rank, and what they are worth."""
         count, world = len(self.prompts), self.run.world
         # The reference only runs forward, which is all that is asked of a policy here.
         models = replace(self.run.models, policy=engine, value=None)  # type: ignore[arg-type]
         run = replace(self.run, models=models)
         mine = rows_of_rank(world, count)
         batch = PromptBatch([self.prompts[i] for i in mine], [self.ids[i] for i in mine], "evaluation", mine)
-        scored = score_responses(run, sample_responses(run, batch))
-        rollout = gather_rollout(scored, world, run.sampler.pad_token_id)
-        rollout = rollout.rows(torch.arange(count, device=world.device))
+        samples = sample_responses(run, batch)
+        gathered = gather_rollout(score_responses(run, samples), world, run.sampler.pad_token_id)
+        rollout = gathered.rows(torch.arange(count, device=world.device))
+        responses = decode_responses(run.sampler.tokenizer, self.prompts, rollout)
+        worth: dict[str, Tensor] = {SCORE: rollout.scores}
         try:
-            given = {function.name: function.score(self._decoded(rollout)) for function in self.true_rewards}
+            worth |= {f"{TRUE}{function.name}": function.score(responses) for function in self.true_rewards}
         except ValueError as error:  # the message names the function and the row
             raise UserError(f"eval_reward_funcs: {error}") from error
-        return rollout, {name: own if own.dim() == 1 else own.sum(dim=1) for name, own in given.items()}
-
-    def _decoded(self, rollout: Rollout) -> Responses:
-        return decode_responses(self.run.sampler.tokenizer, self.prompts, rollout)
+        if (judge := run.models.judge) is not None:
+            try:
+                judged, _, _ = judge.score(decode_responses(run.sampler.tokenizer, batch.prompts, samples))
+            except ValueError as error:
+                raise UserError(f"the judge: {error}") from error
+            worth[JUDGE] = world.gather(judged.to(world.device))[:count]
+        sums = {name: values if values.dim() == 1 else values.sum(dim=1) for name, values in worth.items()}
+        ordered = {name: sums[name].tolist() for name in best_metrics(run.recipe)}
+        return Measured(rollout, responses.texts, ordered)
 
     def results(self) -> dict[str, Any]:
-        """Closing numbers: the last metrics, a table of SFT against the policy, and three samples."""
+        """Closing numbers: the last metrics, a table of SFT against the policy, what it says, and three samples."""
         if not self.metrics:
             return {"table": []}
         samples = [dict(zip(SAMPLE_COLUMNS, row, strict=True)) for row in self.samples[:3]]
-        return {**self.metrics, "table": self.table(), "samples": samples}
+        return {**self.metrics, "table": self.table(), "verdict": verdicts(self.changes), "samples": samples}
 
     def table(self) -> list[list[Any]]:
         """SFT against the policy as last measured: rows of measure, before, after."""
-        before = response_metrics(self.baseline, self.run.models.reward_names, "eval")
+        before = response_metrics(self.baseline.rollout, self.run.models.reward_names, "eval")
         after, rows = self.metrics, []
-        for name, scores in self.baseline_truth.items():
-            rows.append([f"true reward ({name})", float(scores.nanmean()), after[f"eval/true/{name}"]])
-            rows.append([f"win rate by true reward ({name})", None, after.get(f"eval/true_win_rate/{name}")])
+        for name, values in self.baseline.worth.items():
+            rows.append([label(name), mean(values), after[name]])
+            words = "score" if name == SCORE else label(name)
+            rows.append([f"win rate by {words}", None, after.get(win_rate_of(name))])
         return [
             *rows,
-            ["score (the training reward)", before["eval/score"], after["eval/score"]],
-            ["win rate by score", None, after["eval/win_rate"]],
             ["KL from SFT (nats/response)", 0.0, after["eval/kl"]],
             ["response length (tokens)", before["eval/length"], after["eval/length"]],
             ["EOS rate", before["eval/eos_rate"], after["eval/eos_rate"]],
             ["repeated 3-grams", before["eval/repetition"], after["eval/repetition"]],
         ]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of those that are not NaN."""
+    return float(torch.tensor(values).nanmean())
+
+
+def win_rate_of(metric: str) -> str:
+    """The metric of the win rate by a measure."""
+    names = {SCORE: "eval/win_rate", JUDGE: "eval/judge_win_rate"}
+    return names.get(metric) or f"eval/true_win_rate/{metric.removeprefix(TRUE)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from align.maths.masked import masked_mean, masked_var
@@ -54,3 +55,10 @@ def response_metrics(rollout: Rollout, sources: Sequence[str], prefix: str) -> d
     for column, name in enumerate(sources):
         metrics[f"{score}score/{name}"] = float(rollout.source_scores[:, column].nanmean())
     return metrics
+
+
+def score_length_correlation(*rollouts: Rollout) -> float:
+    """Pearson's correlation of score and length over the responses of these rollouts; NaN where one of them is constant."""
+    scores = torch.cat([rollout.scores for rollout in rollouts]).double()
+    lengths = torch.cat([rollout.lengths for rollout in rollouts]).double()
+    return float(torch.corrcoef(torch.stack([scores, lengths]))[0, 1])

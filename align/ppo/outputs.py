@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from align.config.judge import best_metric
 from align.engine.ema import EMA
 from align.engine.engine import TrainEngine
 from align.engine.faults import during
@@ -21,6 +22,7 @@ CARD = """# Language model, trained by PPO
 
 From the SFT model {base}, with a KL penalty of {kl_coef} per nat against it. This folder holds the last policy{others}.
 
+{verdict}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,7 +57,7 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
     if run.world.is_main:
         say(f"{folder}: weights in {dtype} (save_dtype: {recipe.save_dtype})")
         others = {
-            ", `best/` the one with the highest evaluation score": run.progress.best is not None,
+            f", `best/` {best_in_words(run)}": run.progress.best is not None,
             ", `value/` the value model": run.models.value is not None,
             ", `ema/` the moving average of its weights": run.ema is not None,
         }
@@ -64,9 +66,21 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
             base=markdown_text(recipe.sft_model_path),
             kl_coef=recipe.kl_coef,
             others="".join(text for text, is_there in others.items() if is_there),
+            verdict="".join(f"- {markdown_text(line)}\n" for line in results.get("verdict", [])),
         )
         finish(recipe, run.sampler.tokenizer, data, results, card)
     run.world.barrier()
+
+
+def best_in_words(run: PPORun) -> str:
+    """Which policy is in `best/`."""
+    if (best := run.progress.best) is None:
+        return "nothing"
+    metric = best_metric(run.recipe)
+    within = f" within {run.recipe.max_kl:g} nats of KL (max_kl)" if run.recipe.max_kl is not None else ""
+    if best["update"] == 0:
+        return f"the SFT model: no evaluation had a higher {metric} than its {best[metric]:.4g}{within}"
+    return f"that of update {best['update']}, with the highest {metric}{within}"
 
 
 def _write(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> str | None:

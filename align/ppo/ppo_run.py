@@ -28,12 +28,13 @@ Sums = dict[str, Tensor]  # scalars by metric: sums over the tokens of a microba
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Policy and value model are trained, reference and reward models frozen. Only GAE has a value model."""
+    """Policy and value model are trained, the others frozen. Only GAE has a value model; the judge never enters training."""
 
     policy: TrainEngine
     value: TrainEngine | None
     reference: Engine
     rewards: RewardSum
+    judge: RewardSum | None = None
 
     @property
     def reward_names(self) -> list[str]:
@@ -58,7 +59,10 @@ class Progress:
 
     Attributes:
         kl_coef: of the next update, in units of score per nat.
-        best: metrics of the evaluation whose policy is in `best/`.
+        best: metrics of the evaluation whose policy is in `best/`; update 0 is the SFT model.
+        best_worth: what its responses are worth by `metric_for_best_model`, by held-out prompt.
+        falls: evaluations in a row that were worse than it, with the interval of the difference.
+        history: metrics of all evaluations, with their update.
         sampler_gap: largest difference between a log-probability of the decoding loop and of the training forward pass
             when they were last compared, nats.
     """
@@ -66,6 +70,9 @@ class Progress:
     kl_coef: float
     score_moments: RunningMoments = field(default_factory=RunningMoments)
     best: dict[str, Any] | None = None
+    best_worth: list[float] = field(default_factory=list)
+    falls: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
     sampler_gap: float = math.inf
 
 

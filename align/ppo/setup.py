@@ -112,7 +112,11 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
         rate = recipe.value_learning_rate or recipe.learning_rate
         value = train_engine(model, recipe, world, rate, plan.accumulation, "value")
     sources = RewardSum(_sources(recipe, inputs, world), recipe.reward_weights or None)
-    return Models(policy, value, reference, sources)
+    judges: list[ModelReward | FunctionReward] = [
+        *([] if inputs.judge is None else [load_reward("judge_reward_model", inputs.judge, recipe, world)]),
+        *(user_function(name, "judge_reward_funcs", recipe.reward_timeout) for name in recipe.judge_reward_funcs),
+    ]
+    return Models(policy, value, reference, sources, RewardSum(judges) if judges else None)
 
 
 def start_value_head(value: PreTrainedModel, missing: set[str]) -> None:

@@ -17,7 +17,7 @@ from align.ppo.collapse import CollapseWatch
 from align.ppo.data import load_data
 from align.ppo.evaluation import Evaluation
 from align.ppo.inputs import check_ppo_inputs
-from align.ppo.outputs import save_outputs
+from align.ppo.outputs import best_in_words, save_outputs
 from align.ppo.self_checks import check_start
 from align.ppo.setup import set_up
 from align.ppo.tracking import timed_step, track
@@ -47,20 +47,24 @@ def run(recipe: PPORecipe) -> PPOResult:
             tracker.say(line)
         ppo = set_up(recipe, inputs, data, plan, world, checkpoint)
         checks = check_start(ppo, tracker, start)
-        watch, evaluation = CollapseWatch(recipe), Evaluation(ppo, data.held_out)
+        evaluation = Evaluation(ppo, data.held_out)
+        if start == 0:
+            evaluation.start()
+        watch = CollapseWatch(recipe, evaluation.sft_eos_rate or checks.get("self_check/eos_rate"))
         for update in range(start, ppo.updates):
             metrics, done = timed_step(ppo, update), update + 1
             track(ppo, tracker, watch, done, metrics | (checks if done == 1 else {}))
             if evaluation.is_due(done):
                 evaluation.track(tracker, done)
+            if evaluation.stops:
+                break
             if recipe.save_steps and done % recipe.save_steps == 0 and done < ppo.updates:
                 save_checkpoint(ppo, done)
-        if ppo.progress.best is None and evaluation.metrics:
-            tracker.say(
-                f"max_kl: no evaluation was within {recipe.max_kl:g} nats per response, so there is no best/; the last had "
-                f"{evaluation.metrics['eval/kl']:.3g}. Raise kl_coef or max_kl, or lower learning_rate."
-            )
-        results = {"updates": ppo.updates, "best": ppo.progress.best, **evaluation.results()}
+        results = {"updates": done, "best": ppo.progress.best, **evaluation.results()}
+        for line in results.get("verdict", []):
+            tracker.say(line)
+        if ppo.progress.best is not None:
+            tracker.say(f"best/ holds {best_in_words(ppo)}")
         save_outputs(ppo, data.report, results)
     disconnect()
     return PPOResult.from_json(recipe.output_dir, results)

@@ -71,6 +71,11 @@ def or_null(kind: Kind) -> Kind:
     return Kind(f"{kind.words} or null", lambda value: value is None or kind.holds(value))
 
 
+def list_of(words: str, items: Callable[[Any], bool]) -> Kind:
+    """Lists whose items pass this test."""
+    return Kind(words, lambda value: isinstance(value, list) and all(map(items, value)))
+
+
 def list_of_lists(words: str, items: Callable[[Any], bool]) -> Kind:
     """Lists of lists whose items pass this test."""
     return Kind(

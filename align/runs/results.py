@@ -70,7 +70,10 @@ class PPOResult(StageResult):
     """`metrics`: the last evaluation, by the names in `metrics.jsonl`, such as `eval/score` and `eval/kl`."""
 
     updates: int
-    best: dict[str, float] | None  # evaluation of the policy in `best/`, and its `update`
+    best: dict[str, float] | None  # evaluation of the policy in `best/`, and its `update`, 0 for the SFT model
+    verdict: list[str] = dataclasses.field(
+        default_factory=list
+    )  # is it better than the SFT model? a line for each measure
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # some held-out prompts with responses
 
 

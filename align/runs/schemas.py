@@ -55,9 +55,11 @@ def _is_inputs(value: Any) -> bool:
 def _are_results(value: Any) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("table", []), list):
         return False
-    samples = value.get("samples", [])
+    samples, verdict = value.get("samples", []), value.get("verdict", [])
     return (
         isinstance(samples, list)
+        and isinstance(verdict, list)
+        and all(map(_is_text, verdict))
         and all(isinstance(each, dict) for each in samples)
         and all(
             isinstance(row, list)

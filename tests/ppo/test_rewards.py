@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -148,12 +149,14 @@ def test_a_best_checkpoint_must_keep_to_the_kl_budget(tmp_path, capsys):
     recipe = make_recipe(tmp_path, total_episodes=32, eval_steps=1, max_kl=1e-9)
     results = run(load_recipe("ppo", recipe))
     assert results.metrics["eval/kl"] > 0
-    assert results.best is None
-    assert not (tmp_path / "out" / "best").exists()
-    card = (tmp_path / "out/README.md").read_text()
-    assert "`best/`" not in card
-    assert "`value/` the value model" in card
-    assert "max_kl: no evaluation was within 1e-09 nats per response" in " ".join(capsys.readouterr().err.split())
+    assert results.best["update"] == 0
+    told = "the SFT model: no evaluation had a higher eval/score than its"
+    assert f"`best/` {told}" in (tmp_path / "out/README.md").read_text()
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"best/ holds {told}" in said
+    assert "within 1e-09 nats of KL (max_kl)" in said
+    best, sft = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out/best", "policy"))
+    assert all(torch.equal(best[name], sft[name]) for name in sft)
 
 
 def test_a_value_model_of_another_vocabulary(tmp_path):

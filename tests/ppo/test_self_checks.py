@@ -408,14 +408,14 @@ SOUND = {"objective/kl": 8.0, "response/length": 30.0, "response/eos_rate": 0.9,
 class TestCollapse:
     @pytest.fixture
     def watch(self, tmp_path):
-        return CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, response_length=53)))
+        return CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, response_length=53)), sft_eos_rate=0.9)
 
     def said(self, watch, update, **changes):
         return watch.warnings(update, {**SOUND, **{name.replace("_", "/", 1): n for name, n in changes.items()}})
 
     def test_a_sound_run_hears_nothing(self, watch):
         assert [self.said(watch, update) for update in (1, 2, 3)] == [[], [], []]
-        assert self.said(watch, 4, objective_kl=50.0, response_eos_rate=0.05, objective_entropy=0.05) == []
+        assert self.said(watch, 4, objective_kl=50.0, response_eos_rate=0.45, objective_entropy=0.05) == []
 
     def test_each_kind_is_said_once_with_its_number(self, watch):
         assert self.said(watch, 1) == []
@@ -423,28 +423,34 @@ class TestCollapse:
         assert kl.startswith("update 2: objective/kl is 51 nats per response, above 50")
         assert "kl_coef" in kl
         (eos,) = self.said(watch, 3, objective_kl=60.0, response_eos_rate=0.04)
-        assert "4.0% of the responses end" in eos
+        assert "4.0% of the responses end by themselves, where 90.0% did" in eos
         assert "missing_eos_penalty" in eos
         (entropy,) = self.said(watch, 4, objective_entropy=0.04)
         assert "objective/entropy is 0.04 nats" in entropy
         assert self.said(watch, 5, objective_kl=99.0, response_eos_rate=0.0, objective_entropy=0.0) == []
 
-    def test_lengths_at_the_limit(self, watch):
+    def test_endings_are_compared_with_the_sft_models_own(self, watch):
         assert self.said(watch, 2, response_length=52.5) == [], "nine in ten end there"
-        (length,) = self.said(watch, 3, response_length=52.5, response_eos_rate=0.2)
+        (length,) = self.said(watch, 3, response_length=52.5, response_eos_rate=0.44)
         assert "mean length is 52.5 of 53 tokens" in length
+
+    def test_an_sft_model_that_seldom_ends_was_told_by_the_self_checks(self, tmp_path):
+        rarely = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path)), sft_eos_rate=0.04)
+        assert self.said(rarely, 7, response_eos_rate=0.0) == []
+        assert self.said(rarely, 8, response_eos_rate=0.5) == []
+        assert len(self.said(rarely, 9, response_eos_rate=0.01)) == 1, "it had learned to"
 
     def test_long_responses_and_a_target_may_have_more_kl(self, watch, tmp_path):
         assert self.said(watch, 2, objective_kl=120.0, response_length=128.0) == []
-        target = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, kl_target=40.0)))
+        target = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, kl_target=40.0)), 0.9)
         assert self.said(target, 2, objective_kl=79.0) == []
         assert len(self.said(target, 3, objective_kl=81.0)) == 1
 
     def test_what_the_sft_model_does_anyway_is_not_a_collapse_until_it_was_gone(self, watch):
-        assert self.said(watch, 1, response_eos_rate=0.0) == []
-        assert self.said(watch, 2, response_eos_rate=0.01) == []
-        assert self.said(watch, 3, response_eos_rate=0.5) == []
-        assert len(self.said(watch, 4, response_eos_rate=0.01)) == 1
+        assert self.said(watch, 1, objective_entropy=0.01) == []
+        assert self.said(watch, 2, objective_entropy=0.02) == []
+        assert self.said(watch, 3, objective_entropy=0.5) == []
+        assert len(self.said(watch, 4, objective_entropy=0.01)) == 1
 
     def test_a_resumed_run_is_told_at_once(self, watch):
         assert len(self.said(watch, 7, response_eos_rate=0.01)) == 1

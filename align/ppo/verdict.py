@@ -1,0 +1,108 @@
+"""What the numbers of an evaluation mean: against the SFT model, against the best evaluation before, and as warnings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from align.config.judge import JUDGE, SCORE, TRUE
+from align.evaluate.bootstrap import mean_interval
+
+MOST_CORRELATION = 0.7  # of score and length
+MOST_GROWTH = 1.25  # of the mean length, against the SFT model's
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Mean difference of one measure between two models on the same prompts, with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    prompts: int
+
+    @property
+    def word(self) -> str:
+        """The first model compared with the second."""
+        return "better than" if self.low > 0 else "worse than" if self.high < 0 else "no different from"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3g} ({self.low:+.3g} to {self.high:+.3g})"
+
+
+def change(after: Sequence[float], before: Sequence[float], prompts: Sequence[str]) -> Change:
+    """The change from `before` to `after`, row by row; rows in which one is NaN are left out.
+
+    The interval is bootstrapped by prompt.
+    """
+    rows = [(a - b, p) for a, b, p in zip(after, before, prompts, strict=True) if not math.isnan(a - b)]
+    groups = [prompt for _, prompt in rows]
+    return Change(*mean_interval([difference for difference, _ in rows], groups), len(set(groups)))
+
+
+def label(metric: str) -> str:
+    """A measure in words, by the name of its metric."""
+    if metric == JUDGE:
+        return "judge"
+    return "score (the training reward)" if metric == SCORE else f"true reward ({metric.removeprefix(TRUE)})"
+
+
+def verdicts(changes: Mapping[str, Change]) -> list[str]:
+    """A line for each measure: is the policy better than the SFT model?
+
+    Args:
+        changes: from the SFT model to the policy, by metric, the most trustworthy first.
+    """
+    lines = [
+        f"{each.word} SFT by {label(metric)}: {each}, 95% interval, on {each.prompts} prompts unseen in training"
+        for metric, each in changes.items()
+    ]
+    if [*changes] == [SCORE]:
+        lines.append("the score was trained on, so that it proves nothing: measure a judge (`judge_reward_model_path`)")
+    return lines
+
+
+def warnings(
+    changes: Mapping[str, Change], objective: Change, correlation: float, lengths: tuple[float, float]
+) -> dict[str, str]:
+    """Signs, by kind, that the gain is not real.
+
+    Args:
+        changes: as for `verdicts`.
+        objective: change of score - `kl_coef` * KL.
+        correlation: of score and length over the responses of both models.
+        lengths: mean length of the SFT model's responses and of the policy's, tokens.
+    """
+    score, found = changes[SCORE], {}
+    for metric, each in changes.items():
+        if metric != SCORE and each.word == "worse than" and score.mean > 0:
+            found[metric] = (
+                f"{label(metric)} is {each} from the SFT model's while the score rose by {score.mean:.3g}: the reward is "
+                "exploited. Read samples.jsonl, raise kl_coef, or mend the reward."
+            )
+    before, after = lengths
+    if correlation > MOST_CORRELATION and after > MOST_GROWTH * before and score.mean > 0:
+        found["length"] = (
+            f"the score is explained by length: their correlation is {correlation:.2g}, and responses grew from {before:.3g} to "
+            f"{after:.3g} tokens. See whether the annotators preferred length or the reward model does; train it on pairs of "
+            "equal length, or add a penalty to reward_funcs."
+        )
+    if objective.word == "worse than":
+        found["objective"] = (
+            f"the objective, score - kl_coef * KL, is {objective} from the SFT model's: the policy moves away and gains less "
+            "than that costs. Lower learning_rate or kl_coef, and see value/explained_variance."
+        )
+    return found
+
+
+def fell(metric: str, each: Change, best: int, score: float) -> str:
+    """That the measure which chooses the best checkpoint has fallen since update `best`.
+
+    Args:
+        each: the change since then.
+        score: that of the mean score.
+    """
+    while_score = f" while the score {'rose' if score > 0 else 'fell'} by {abs(score):.3g}" if metric != SCORE else ""
+    kept = "the SFT model" if best == 0 else f"update {best}"
+    return f"{label(metric)} is {each} from its best, of {kept}{while_score}; best/ keeps {kept}."

@@ -1,0 +1,146 @@
+"""A judge that training never sees: the best checkpoint, the early stop and the verdict are by it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import align.ppo.train
+from align.config.judge import SCORE
+from align.config.load import load_recipe
+from align.errors import UserError
+from align.evaluate.bootstrap import mean_interval
+from align.ppo.train import run
+from align.ppo.verdict import Change, change, verdicts, warnings
+from tests.ppo.test_train import make_recipe, metrics
+
+JUDGES = """
+def other(prompts, completions, **columns):
+    return [-10 * text.count("a") for text in completions]
+
+def same(prompts, completions, **columns):
+    return [text.count("a") / max(len(text), 4) for text in completions]
+"""
+HELD_OUT = [{"prompt": a + b} for a in "vwxyz" for b in "abcdefgh"]  # none is trained on
+
+
+def judged(folder, judge, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "judges.py").write_text(JUDGES)
+    (folder / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in HELD_OUT))
+    keys = {"eval_dataset": str(folder / "many.jsonl"), "eval_steps": 1, "save_steps": 1, "learning_rate": 0.01}
+    path = make_recipe(folder, judge_reward_funcs=[f"judges:{judge}"], **keys | changes)
+    return load_recipe("ppo", path)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+class TestARewardThatTheJudgeContradicts:
+    def test_training_stops_and_best_is_the_sft_model_resumed_or_not(self, tmp_path, monkeypatch, capsys):
+        whole = run(judged(tmp_path / "a", "other", early_stopping_patience=2))
+        said = " ".join(capsys.readouterr().err.split())
+        assert whole.updates < 6, "of which there would be 6"
+        assert whole.best["update"] == 0
+        curve = [row["eval/change_high/judge"] < 0 for row in metrics(tmp_path / "a/out") if "eval/judge" in row]
+        assert curve[-2:] == [True, True], "two in a row"
+        assert curve[:-1].count(True) == 1, "and not more, since it would have stopped before"
+        assert whole.verdict[0].startswith("worse than SFT by judge: -")
+        assert whole.verdict[1].startswith("better than SFT by score (the training reward): +")
+        assert "judge is -" in said
+        assert "from the SFT model's while the score rose" in said
+        assert "early_stopping_patience: 2 evaluations in a row: training stops" in said
+        (tmp_path / "sft").symlink_to(tmp_path / "a/policy")
+        assert all(torch.equal(weights(tmp_path / "sft")[n], w) for n, w in weights(tmp_path / "a/out/best").items())
+
+        def cut_off(ppo, update):
+            if update == whole.updates - 1:
+                raise KeyboardInterrupt
+            return step(ppo, update)
+
+        recipe, step = judged(tmp_path / "b", "other", early_stopping_patience=2), align.ppo.train.timed_step
+        with monkeypatch.context() as patch:
+            patch.setattr(align.ppo.train, "timed_step", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                run(recipe)
+        resumed = run(recipe)
+        assert (resumed.updates, resumed.best, resumed.metrics) == (whole.updates, whole.best, whole.metrics)
+        after = weights(tmp_path / "b/out")
+        assert all(torch.equal(after[name], w) for name, w in weights(tmp_path / "a/out").items())
+
+
+def test_an_honest_reward_does_not_stop_and_the_judge_chooses_the_best(tmp_path):
+    results = run(judged(tmp_path, "same", early_stopping_patience=1))
+    assert results.updates == 6
+    by_judge = {row["step"]: row["eval/judge"] for row in metrics(tmp_path / "out") if "eval/judge" in row}
+    assert results.best["update"] == max(by_judge, key=by_judge.get)
+    assert results.verdict[0].startswith("better than SFT by judge: +")
+    (row,) = [row for row in results.table if row.measure == "judge"]
+    assert row.after == pytest.approx(by_judge[6])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"judge_reward_funcs": ["rules_for_test:count_a"]}, "also in reward_funcs; a judge is a reward that training"),
+        ({"reward_model_path": "rm", "judge_reward_model_path": "rm"}, "rm is the reward that is trained on"),
+        ({"metric_for_best_model": "eval/judge"}, "no metric eval/judge.*can be chosen by eval/score"),
+        ({"early_stopping_patience": 2, "eval_steps": None}, "counts the evaluations of `eval_steps`"),
+        (
+            {"judge_reward_funcs": ["m:f"], "eval_dataset": [], "eval_fraction": 0.0},
+            "is measured on evaluation prompts",
+        ),
+    ],
+)
+def test_keys_that_exclude_one_another(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        load_recipe("ppo", make_recipe(tmp_path, **changes))
+
+
+class TestVerdict:
+    def test_the_change_is_paired_and_leaves_out_what_was_not_judged(self):
+        nothing = float("nan")
+        told = change([2.0, 3.0, nothing, 5.0], [1.0, 1.0, 1.0, 2.0], ["a", "b", "c", "d"])
+        assert (told.mean, told.prompts) == (2.0, 3)
+        assert told.low >= 1.0
+        assert told.high <= 3.0
+
+    def test_one_prompt_proves_nothing(self):
+        assert change([9.0, 9.0], [1.0, 1.0], ["a", "a"]).word == "no different from"
+
+    def test_prompts_are_drawn_whole(self):
+        """40 prompts with 5 rows that are all alike: the interval is that of 40 rows, not of 200."""
+        values = np.random.default_rng(0).normal(size=40)
+        _, low, high = mean_interval(list(values), range(40))
+        repeated = mean_interval(list(values.repeat(5)), [p for p in range(40) for _ in range(5)])
+        assert repeated[1:] == pytest.approx((low, high))
+        assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(40), rel=0.15)
+        _, narrow_low, narrow_high = mean_interval(list(values.repeat(5)), range(200))
+        assert narrow_high - narrow_low < 0.6 * (high - low)
+
+    def test_words(self):
+        better, worse, same = Change(0.5, 0.1, 0.9, 50), Change(-0.5, -0.9, -0.1, 50), Change(0.1, -0.3, 0.5, 50)
+        lines = verdicts({"eval/true/w:f": worse, "eval/judge": same, SCORE: better})
+        assert lines == [
+            "worse than SFT by true reward (w:f): -0.5 (-0.9 to -0.1), 95% interval, on 50 prompts unseen in training",
+            "no different from SFT by judge: +0.1 (-0.3 to +0.5), 95% interval, on 50 prompts unseen in training",
+            "better than SFT by score (the training reward): +0.5 (+0.1 to +0.9), 95% interval, on 50 prompts unseen in training",
+        ]
+        assert "proves nothing" in verdicts({SCORE: better})[-1]
+
+    def test_warnings(self):
+        up, down, flat = Change(1.0, 0.8, 1.2, 50), Change(-0.5, -0.9, -0.1, 50), Change(0.0, -0.2, 0.2, 50)
+        assert warnings({SCORE: up}, up, 0.5, (20.0, 30.0)) == {}
+        assert warnings({SCORE: up}, flat, 0.96, (20.0, 24.0)) == {}, "which grew by a fifth"
+        assert warnings({"eval/judge": flat, SCORE: up}, flat, float("nan"), (20.0, 40.0)) == {}
+        (length,) = warnings({SCORE: up}, up, 0.96, (18.0, 32.0)).values()
+        assert "correlation is 0.96, and responses grew from 18 to 32 tokens" in length
+        assert [*warnings({"eval/judge": down, SCORE: up}, up, 0.0, (20.0, 20.0))] == ["eval/judge"]
+        assert warnings({"eval/judge": down, SCORE: down}, flat, 0.0, (20.0, 20.0)) == {}, "the score fell, too"
+        assert [*warnings({SCORE: up}, down, 0.0, (20.0, 20.0))] == ["objective"]
