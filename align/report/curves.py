@@ -34,6 +34,7 @@ FIRST = (
     ("Win rate against SFT", ("eval/win_rate", "eval/true_win_rate/.+", "eval/judge_win_rate.*")),
     ("KL from SFT", ("objective/kl", "eval/kl")),
     ("Objective: score less KL penalty", ("objective/reward",)),
+    ("Change from SFT on the same prompts", ("eval/change/.+",)),
     (BY_SOURCE, ("objective/score/.+", "eval/score/.+")),
     ("Disagreement of the reward models", ("objective/disagreement.*", "objective/score_disagreement.*")),
     ("Response length", ("response/length", "eval/length")),
@@ -77,7 +78,9 @@ BEFORE = {
 }
 MOST_CURVES = 8  # of a run in a chart
 GREY = 7
-LEFT_OUT = re.compile(r"time/.+|self_check/.+|episode|epoch|train/epoch|train/num_tokens|eval/(min|max)_reward")
+LEFT_OUT = re.compile(
+    r"time/.+|self_check/.+|episode|epoch|train/epoch|train/num_tokens|eval/(min|max)_reward|eval/change_(low|high)/.+"
+)
 
 
 def learning_curves(stage: str, runs: Sequence[Labelled], most_points: int) -> tuple[list[Figure], list[Figure]]:
@@ -148,7 +151,8 @@ def _curves(each: Labelled, names: Sequence[str], several_runs: bool) -> Iterato
 
 def interval(run: Run, name: str) -> list[tuple[float, float, float]]:
     """Steps with the ends of a metric's interval, where the run has logged them."""
-    low, high = (dict(run.series(f"{name}{side}")) for side in SIDE)
+    ends = [name.replace("/change/", f"/change{side}/") if "/change/" in name else f"{name}{side}" for side in SIDE]
+    low, high = (dict(run.series(each)) for each in ends)
     points: Sequence[Point] = run.series(name)
     return [(x, low[x], high[x]) for x, _ in points if x in low and x in high]
 

@@ -65,6 +65,52 @@ def state(run: Run) -> str:
     return f"unfinished, at step {done}{of}"
 
 
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """One number of a pipeline that comes first."""
+
+    name: str
+    value: str
+    before: str
+    about: str
+
+
+# Of the closing tables by stage: the measures that come first, as they begin, and what they are called.
+FIRST = {
+    "sft": (("held-out loss", "held-out loss of {run}"),),
+    "reward": (("held-out pair accuracy", "reward model's accuracy"),),
+    "ppo": (
+        ("judge", "judge's reward"),
+        ("true reward", "true reward"),
+        ("score", "score, which was trained on"),
+        ("win rate by score", "win rate against SFT by score"),
+        ("KL from SFT", "KL from SFT"),
+    ),
+    "classify": (("accuracy", "accuracy"), ("macro F1", "macro F1")),
+    "mlm": (("held-out loss", "held-out loss"),),
+}
+
+
+def headline(pipeline: Pipeline) -> list[Headline]:
+    """The numbers of a pipeline to look at first, from the closing tables of its stages."""
+    found = []
+    for run in pipeline.runs:
+        table = run.results.get("table", [])
+        for begin, name in FIRST.get(run.stage, ()):
+            for measure, before, after in table:
+                if measure.startswith(begin) and after is not None:
+                    was = f"{before:.3g}" if before is not None else ""
+                    found.append(Headline(name.format(run=run.name), f"{after:.3g}", was, f"{run.name}: {measure}"))
+                    break
+    return found
+
+
+def verdict_lines(run: Run) -> list[str]:
+    """What a stage says itself about its result."""
+    lines = run.results.get("verdict", [])
+    return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
+
+
 def _models(recipe: Mapping[str, Any]) -> str:
     found = []
     for name in MODELS:

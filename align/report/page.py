@@ -21,9 +21,19 @@ from align.report.curves import learning_curves
 from align.report.diagnose import diagnose
 from align.report.figures import Table
 from align.report.frontier import frontiers
-from align.report.overview import before_after, name_of, recipe_of, stages_table, state, versions_table
+from align.report.overview import (
+    before_after,
+    headline,
+    name_of,
+    recipe_of,
+    stages_table,
+    state,
+    verdict_lines,
+    versions_table,
+)
 from align.report.pipelines import Group, Pipeline, group, read_pipelines
 from align.report.responses import histograms, samples
+from align.report.reward_card import cards
 from align.runs.files import write_text
 from align.runs.records import package_version
 from align.terminal import printable
@@ -130,6 +140,19 @@ def render(pipelines: Sequence[Pipeline], title: str, most_points: int, most_sam
         ],
         checks=_self_checks(groups),
         curves=[_stage(each, most_points) for each in groups],
+        cards=[
+            card
+            for each in pipelines
+            for run in each.runs
+            for card in cards(run, name_of(each, run, len(pipelines) > 1))
+        ],
+        headline=headline(pipelines[0]) if len(pipelines) == 1 else [],
+        verdicts=[
+            (name_of(each, run, len(pipelines) > 1), line)
+            for each in pipelines
+            for run in each.runs
+            for line in verdict_lines(run)
+        ],
         frontiers=frontiers(ppo, best_of_n),
         histograms=histograms(ppo),
         samples=[sample for each in ppo for sample in samples(each, per_run)] if per_run else [],

@@ -18,6 +18,7 @@ from align.runs.own_files import MANIFEST, RUN
 from align.runs.records import Record, is_count, is_number, read_record
 from align.runs.schemas import MANIFEST_RECORD, METRICS, RUN_RECORD, SAMPLES
 
+ERRORS = "confident_errors.jsonl"
 MOST_BYTES = 256 << 20  # of metrics.jsonl and samples.jsonl
 MOST = 1e100  # of a value: larger ones are no measurement, and differences of theirs no number
 MOST_RUNS = 60  # in one report
@@ -34,6 +35,7 @@ class Run:
         lines: of `metrics.jsonl`, each a mapping with `step`, `time` and numbers or None by metric.
         samples: lines of `samples.jsonl`.
         cards: other `results.json` in the folder and in its subfolders, by path there: of a judged reward, of best-of-n.
+        errors: pairs that a judged reward is most confidently wrong about.
         problems: files that could not be read, and why.
     """
 
@@ -44,6 +46,7 @@ class Run:
     lines: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     cards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -59,7 +62,7 @@ class Run:
 
     @property
     def results(self) -> dict[str, Any]:
-        """The closing numbers; empty for an unfinished run."""
+        """The closing numbers; empty for an unfinished run and for an evaluation."""
         found = self.record.get("results", {})
         return found if isinstance(found, dict) else {}
 
@@ -176,6 +179,7 @@ def read_run(folder: Path) -> Run:
         lines=read_lines(folder / METRICS, _is_metrics, problems),
         samples=samples,
         cards=dict(_cards(folder, problems)),
+        errors=[pair for at in (".", "card") for pair in read_lines(folder / at / ERRORS, _is_mapping, problems)],
         problems=problems,
     )
 
@@ -235,6 +239,10 @@ def _is_metrics(value: Any) -> bool:
         and is_count(value.get("step"))
         and all(name == "time" or item is None or is_number(item) for name, item in value.items())
     )
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def _is_sample(value: Any) -> bool:

@@ -3,13 +3,13 @@
 const list = document.getElementById("list");
 if (list) {
   const all = [...list.children], search = document.getElementById("search"), order = document.getElementById("order");
-  const words = new Map(all.map((each) => [each, each.textContent.toLowerCase()]));
+  const words = new Map(all.map((each) => [each, [...each.querySelectorAll("h3, .text")].map((part) => part.textContent.toLowerCase())]));
   const update = () => {
     const key = order.value.replace("-", ""), sign = order.value[0] === "-" ? 1 : -1;
-    const wanted = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = search.value.toLowerCase().trim();
     let shown = 0;
     for (const each of all) {
-      each.hidden = !wanted.every((word) => words.get(each).includes(word));
+      each.hidden = !words.get(each).some((text) => text.includes(wanted));
       shown += !each.hidden;
     }
     list.append(...[...all].sort((a, b) => sign * (a.dataset[key] - b.dataset[key])));
