@@ -52,8 +52,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """The kind of an error of another library, and the first line of its message."""
+    """The kind of an error of another library, and the first line of its message, or all if that line announces others."""
     lines = str(error).strip().splitlines()
+    if lines and lines[0].rstrip().endswith(":"):
+        lines = [" ".join(str(error).split())]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 

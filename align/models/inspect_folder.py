@@ -18,11 +18,11 @@ from align.config.text_file import check_regular, read_text
 from align.errors import UserError
 from align.models.adapter_patterns import check_patterns
 from align.models.safetensors_header import StoredTensor, read_header
+from align.models.small_files import JSON_FILES, check_small_file
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
-JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
 OTHER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 # Largest values of sizes in a configuration. Beyond them, a model is built for ever or for no memory in the world.
@@ -108,6 +108,7 @@ def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> Mode
         check_patterns(config, inner.tensors if inner else (), f"{key}: {folder / name}")
         return ModelFolder(path, config, tensors, True, inner)
     check_sizes(config, f"{key}: {folder / name}")
+    check_small_file(folder / name, config, key)
     return ModelFolder(path, config, _read_weights(folder, config, key, WEIGHTS))
 
 
@@ -185,7 +186,7 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
 def _check_files(folder: Path, key: str) -> None:
     for name in JSON_FILES:
         if os.path.lexists(folder / name):
-            read_object(folder / name, key)
+            check_small_file(folder / name, read_object(folder / name, key), key)
     for name in TEXT_FILES:
         if os.path.lexists(folder / name):
             read_text(folder / name, key)

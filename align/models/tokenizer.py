@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -22,9 +23,9 @@ from align.data.chat_template import check_chat_template, set_template_kwargs
 from align.data.end_tokens import end_ids, set_model_ends
 from align.data.turn_end import add_template_end
 from align.errors import TemplateFailure, UserError, reason
+from align.models.inspect_folder import read_object
 from align.models.load import adapter_settings
-
-VOCABULARY = re.compile(r"tokenizer\.|tokenizer_config\.|vocab|spiece|sentencepiece|merges\.")  # files of a tokenizer
+from align.models.small_files import LARGEST_ID, check_small_file, has_vocabulary
 
 
 def load_tokenizer(
@@ -42,13 +43,14 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises nothing more special
-        if os.path.isdir(path) and not any(map(VOCABULARY.match, os.listdir(path))):
+        if os.path.isdir(path) and not has_vocabulary(path):
             base = (adapter_settings(path) or {}).get("base_model_name_or_path")
             whose = f"its base {base}" if base else "the model that it was trained from"
             raise UserError(
                 f"{path}: has no tokenizer; copy tokenizer.json, tokenizer_config.json and their like there from {whose}."
             ) from error
-        raise UserError(f"{path}: the tokenizer cannot be loaded. {reason(error)}") from error
+        file = _check_tokenizer_json(path)
+        raise UserError(f"{file}: the tokenizer cannot be loaded. {reason(error)}") from error
     end = tokenizer.eos_token or tokenizer.sep_token  # an encoder's rows end with the separator
     if end is None:
         raise UserError(
@@ -84,10 +86,11 @@ def model_end_ids(path: str, trust_remote_code: bool = False) -> list[int]:
         except Exception:  # a tokenizer alone; what loads the model says what is wrong with its configuration
             return []
         found = GenerationConfig.from_model_config(config).eos_token_id
-    except ValueError as error:
-        raise UserError(f"{folder}/{file}: transformers refuses it; correct the file. {reason(error)}") from error
-    ids = _as_list(found)
-    if any(type(token) is not int for token in ids):
+    except Exception as error:  # whatever it raises for what the file holds
+        key = _refused_key(Path(folder) / file)
+        raise UserError(f"{folder}/{file}: {key}transformers refuses it; correct the file. {reason(error)}") from error
+    ids = [] if found == -1 else _as_list(found)
+    if any(type(token) is not int or not 0 <= token <= LARGEST_ID for token in ids):
         raise UserError(f"{folder}/{file}: eos_token_id: expected a token id or a list of token ids, got {found!r}.")
     return ids
 
@@ -99,6 +102,36 @@ def keep_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Pre
         config.eos_token_id = [*end_ids(tokenizer)]
         write_unchecked(config)
     return model
+
+
+def _check_tokenizer_json(path: str) -> str:
+    """The file that a tokenizer in a folder, which cannot be loaded, is at fault by: `tokenizer.json` or the folder.
+
+    Raises:
+        UserError: a key of `tokenizer.json` has a value of another type.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        return path
+    # Only now: that of a large vocabulary takes half a second to parse.
+    check_small_file(file, read_object(file, "tokenizer"), "tokenizer")
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception:  # the tokenizers library raises nothing more special
+        return str(file)
+    return path
+
+
+def _refused_key(file: Path) -> str:
+    """The first key of a generation config that transformers refuses by itself, as `key: `; empty if there is none."""
+    if not file.is_file():
+        return ""
+    for name, value in read_object(file, "generation").items():
+        try:
+            GenerationConfig.from_dict({name: value})
+        except Exception:  # as above
+            return f"{name}: "
+    return ""
 
 
 def read_chat_template(path: str) -> str:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from align.models.inspect_folder import JSON_FILES, OTHER_FILES, TEXT_FILES
+from align.models.inspect_folder import OTHER_FILES, TEXT_FILES
+from align.models.small_files import JSON_FILES
 from align.terminal import say
 
 TEMPORARY = re.compile(r"\.(.+)\.align-[0-9a-f]{12}", re.ASCII)  # of `align.runs.files.write_bytes`

@@ -114,6 +114,11 @@ MODELS = {
     "config is a folder": in_base("config.json", folder),
     "config is a pipe": in_base("config.json", fifo),
     "config is deep": in_base("config.json", b"[" * 100_000),
+    **{f"generation_config.json: {key} {value!r:.20}": in_base("generation_config.json", edit(**{key: value}), "generation_config.json", key)
+       for key, value in [("eos_token_id", -5), ("eos_token_id", 10**30), ("eos_token_id", [2, -1]), ("watermarking_config", "x"),
+                          ("watermarking_config", {"a": 1}), ("pad_token_id", "x"), ("temperature", [1])]},
+    **{f"tokenizer_config.json: {key}": in_base("tokenizer_config.json", edit(**{key: value}), "tokenizer_config.json", key)
+       for key, value in [("model_max_length", "x"), ("chat_template", {"default": 5}), ("added_tokens_decoder", {"x": 1})]},
     "hidden size 0": config(hidden_size=0),
     "hidden size -1": config(hidden_size=-1),
     "hidden size is text": config(hidden_size="big"),

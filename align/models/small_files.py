@@ -1,0 +1,263 @@
+"""The small files beside a model's weights: what each of their keys may hold, before a library reads them.
+
+transformers takes over any value of most keys, and fails much later, or saves it with the model that was trained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.config.convert import shown
+from align.errors import UserError
+
+JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+LARGEST_ID = 2**31 - 1  # of a token; the tokenizers library has ids of 32 bits
+Check = Callable[[Any], bool]
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e38  # neither NaN nor infinite
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _token_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST_ID
+
+
+def _token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _one_or_list(check: Check) -> Check:
+    return lambda value: check(value) or _list_of(check)(value)
+
+
+def _no_id(value: Any) -> bool:
+    return type(value) is int and value == -1  # some models have it where they have no such token
+
+
+def _chat_template(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(each, dict) and _text(each.get("name")) and _text(each.get("template")) for each in value)
+    return isinstance(value, str) or (isinstance(value, dict) and all(map(_text, value.values())))
+
+
+def _added_tokens(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        index.isascii() and index.isdigit() and int(index[:20]) <= LARGEST_ID and _token(token) and _mapping(token)
+        for index, token in value.items()
+    )
+
+
+NUMBER, WHOLE, FLAG, TEXT, MAPPING = (
+    (_number, "a number"),
+    (_whole, "a whole number"),
+    (_flag, "true or false"),
+    (_text, "text"),
+    (_mapping, "a mapping"),
+)
+FLAG_OR_TEXT = (lambda value: _flag(value) or _text(value), "true, false or text")
+ID_OR_NONE = (
+    lambda value: _no_id(value) or _one_or_list(_token_id)(value),
+    "a token id or a list of token ids",
+)
+ONE_ID_OR_NONE = (lambda value: _no_id(value) or _token_id(value), "a token id")
+IDS = (_list_of(_token_id), "a list of token ids")
+TOKEN = (_token, "text, or a mapping with the text `content`")
+TOKENS = (_list_of(_token), "a list of texts")
+Rule = tuple[Check, str]
+# What a key may hold beside null, which stands for its default. Other keys are the business of a model's own code.
+GENERATION: Mapping[str, Rule] = {
+    "eos_token_id": (_one_or_list(_token_id), "a token id or a list of token ids"),
+    "pad_token_id": ONE_ID_OR_NONE,
+    **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), ID_OR_NONE),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), ID_OR_NONE),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), IDS),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids"), (lambda value: isinstance(value, list), "a list")),
+    **dict.fromkeys(
+        [
+            "max_length",
+            "max_new_tokens",
+            "min_length",
+            "min_new_tokens",
+            "num_beams",
+            "max_cache_len",
+            "top_k",
+            "no_repeat_ngram_size",
+            "num_return_sequences",
+            "encoder_no_repeat_ngram_size",
+            "num_assistant_tokens",
+            "prompt_lookup_num_tokens",
+            "max_matching_ngram_size",
+            "num_beam_groups",
+            "assistant_early_exit",
+            "assistant_lookbehind",
+            "target_lookbehind",
+            "prefill_chunk_size",
+        ],
+        WHOLE,
+    ),
+    **dict.fromkeys(
+        [
+            "max_time",
+            "temperature",
+            "top_p",
+            "min_p",
+            "top_h",
+            "typical_p",
+            "epsilon_cutoff",
+            "eta_cutoff",
+            "repetition_penalty",
+            "encoder_repetition_penalty",
+            "length_penalty",
+            "guidance_scale",
+            "assistant_confidence_threshold",
+            "assistant_ensemble_weight",
+            "penalty_alpha",
+            "diversity_penalty",
+        ],
+        NUMBER,
+    ),
+    **dict.fromkeys(
+        [
+            "do_sample",
+            "use_cache",
+            "renormalize_logits",
+            "remove_invalid_values",
+            "token_healing",
+            "output_attentions",
+            "output_hidden_states",
+            "output_scores",
+            "output_logits",
+            "return_dict_in_generate",
+            "disable_compile",
+            "low_memory",
+            "is_assistant",
+            "use_mtp",
+            "_from_model_config",
+        ],
+        FLAG,
+    ),
+    "early_stopping": FLAG_OR_TEXT,
+    "stop_strings": (_one_or_list(_text), "text or a list of texts"),
+    **dict.fromkeys(("cache_implementation", "num_assistant_tokens_schedule", "transformers_version"), TEXT),
+    **dict.fromkeys(("cache_config", "compile_config", "watermarking_config"), MAPPING),
+    "sequence_bias": (lambda value: isinstance(value, list | dict), "a list or a mapping"),
+    "exponential_decay_length_penalty": (_list_of(_number), "a list of numbers"),
+}
+SPECIAL_TOKENS: Mapping[str, Rule] = {
+    **{f"{name}_token": TOKEN for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")},
+    "additional_special_tokens": TOKENS,
+    "extra_special_tokens": (
+        lambda value: _list_of(_token)(value) or (isinstance(value, dict) and all(map(_token, value.values()))),
+        "a mapping or a list of texts",
+    ),
+}
+TYPED_TOKEN: Rule = (
+    lambda value: _token(value) and (_text(value) or value.get("__type") == "AddedToken"),
+    "text, or a mapping with `content` and `__type: AddedToken`",
+)
+SIDE: Rule = (lambda value: value in ("left", "right"), "left or right")
+TOKENIZER: Mapping[str, Rule] = {
+    **{name: TYPED_TOKEN if rule is TOKEN else rule for name, rule in SPECIAL_TOKENS.items()},
+    "model_max_length": (lambda value: _number(value) and value > 0, "a number above 0"),
+    "chat_template": (_chat_template, "text, or templates by name"),
+    "added_tokens_decoder": (_added_tokens, "tokens, mappings with the text `content`, by their ids"),
+    **dict.fromkeys(("padding_side", "truncation_side"), SIDE),
+    **dict.fromkeys(("tokenizer_class", "name_or_path", "backend", "processor_class", "errors"), TEXT),
+    **dict.fromkeys(
+        [
+            "add_bos_token",
+            "add_eos_token",
+            "add_prefix_space",
+            "clean_up_tokenization_spaces",
+            "split_special_tokens",
+            "legacy",
+            "do_lower_case",
+            "from_slow",
+            "use_default_system_prompt",
+            "spaces_between_special_tokens",
+            "is_local",
+        ],
+        FLAG,
+    ),
+    **dict.fromkeys(("sp_model_kwargs", "auto_map"), MAPPING),
+    "model_input_names": (_list_of(_text), "a list of texts"),
+    "init_inputs": (lambda value: isinstance(value, list), "a list"),
+}
+OBJECT: Rule = (_mapping, "a JSON object")
+TOKENIZER_JSON: Mapping[str, Rule] = {
+    "version": TEXT,
+    "added_tokens": (
+        lambda value: _list_of(lambda each: _mapping(each) and _text(each.get("content")))(value),
+        "a list of tokens with ids and the text `content`",
+    ),
+    **dict.fromkeys(
+        ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"), OBJECT
+    ),
+}
+RULES: Mapping[str, Mapping[str, Rule]] = {
+    "tokenizer.json": TOKENIZER_JSON,
+    "generation_config.json": GENERATION,
+    "tokenizer_config.json": TOKENIZER,
+    "special_tokens_map.json": SPECIAL_TOKENS,
+    "config.json": {
+        "eos_token_id": ID_OR_NONE,
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), ONE_ID_OR_NONE),
+    },
+}
+
+
+def check_small_file(path: Path, content: Mapping[str, Any], key: str) -> None:
+    """Check the values in one of the JSON files of a model folder.
+
+    Args:
+        content: of the file.
+        key: the recipe key that names the model, for errors.
+
+    Raises:
+        UserError: a value is of another type, or out of range; names file and key.
+    """
+    if path.name == "added_tokens.json":
+        rules: Mapping[str, Rule] = dict.fromkeys(content, (_token_id, "a token id"))
+    else:
+        rules = RULES.get(path.name, {})
+    for name, value in content.items():
+        if name not in rules or (value is None and path.name != "added_tokens.json"):
+            continue
+        fits, expected = rules[name]
+        if not fits(value):
+            raise UserError(
+                f"{key}: {path}: {name}: expected {expected}, got {shown(value)}; correct the file, or copy the model's own."
+            )
+
+
+def has_vocabulary(folder: str) -> bool:
+    """Whether a folder has a file that may hold a tokenizer's vocabulary."""
+    return any(
+        name.startswith(("tokenizer.", "vocab", "spiece", "sentencepiece", "merges", "tekken", "bpe"))
+        or name.endswith((".tiktoken", ".model"))
+        for name in os.listdir(folder)
+    )
