@@ -52,7 +52,7 @@ from align.reward.evaluation import (
 )
 from align.reward.inputs import RewardInputs, check_reward_inputs
 from align.reward.normalization import chosen_responses, normalization_prompts, normalize_scores, sft_responses
-from align.reward.trainer import PairTrainer
+from align.reward.trainer import PairCollator, PairTrainer
 from align.runs.checkpoint import step_of
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
@@ -219,6 +219,7 @@ def fit(
     trainer = PairTrainer(
         model=model,
         args=arguments,
+        data_collator=PairCollator(tokenizer.pad_token_id),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
