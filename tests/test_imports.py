@@ -16,7 +16,7 @@ FOLDERS = [
     {"align.__main__"},
     {"align.cli"},
     {"align.report"},
-    {"align.sft", "align.reward", "align.ppo", "align.encoders"},
+    {"align.sft", "align.reward", "align.ppo", "align.encoders", "align.best_of_n"},
     {"align.judge"},
     {"align.evaluate", "align.trainer"},
     {"align.generation", "align.runs"},

@@ -12,14 +12,17 @@ from typing import Any
 
 from rich.table import Table
 
+from align.best_of_n import results as best_of_n
 from align.cli.processes import describe_exit_code, free_port, launcher_environment, raise_exit, run_process
 from align.cli.report import update as update_report
 from align.cli.steps import Step, read_steps
+from align.config.base import StageRecipe
+from align.config.best_of_n import BestOfNRecipe
 from align.config.evaluate import EvaluateRecipe
 from align.config.judge_reward import JudgeRewardRecipe
 from align.config.paths import expand
 from align.errors import OtherRun, UserError
-from align.evaluate.results import finished, tables
+from align.evaluate import results as evaluated
 from align.judge import results as judged
 from align.runs import lock
 from align.runs.command_line import USER_ERROR
@@ -27,6 +30,9 @@ from align.runs.manifest import is_finished, read_manifest
 from align.runs.output_folder import clear_finished
 from align.runs.tables import cell, make_console, make_table
 from align.terminal import say
+
+# Stages that train nothing, and so leave `results.json` instead of a manifest; and what reads and shows it.
+MEASURED: dict[type, Any] = {EvaluateRecipe: evaluated, JudgeRewardRecipe: judged, BestOfNRecipe: best_of_n}
 
 
 def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = (), hostfile: str | None = None) -> int:
@@ -100,18 +106,17 @@ def run(directory: str, num_gpus: int | None = None, overrides: Sequence[str] = 
 
 
 def already_done(step: Step) -> list[Table] | None:
-    """None when there is something to do; otherwise the tables that only the step would print: an evaluation's, a card's.
+    """None when there is something to do; otherwise the tables that only the step would print: those of a
+    stage that measures.
 
     Raises:
         UserError: its output folder holds something else.
     """
-    if isinstance(step.recipe, EvaluateRecipe):
-        results = finished(step.recipe)
-        return None if results is None else [table.to_rich() for table in tables(results)]
-    if isinstance(step.recipe, JudgeRewardRecipe):
-        results = judged.finished(step.recipe)
-        return None if results is None else [table.to_rich() for table in judged.tables(results)]
-    return [] if is_finished(step.recipe) else None
+    if isinstance(step.recipe, StageRecipe):
+        return [] if is_finished(step.recipe) else None
+    kind = MEASURED[type(step.recipe)]
+    results = kind.finished(step.recipe)
+    return None if results is None else [table.to_rich() for table in kind.tables(results)]
 
 
 def command(step: Step) -> list[str]:

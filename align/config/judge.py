@@ -75,15 +75,7 @@ def check_judge_rules(recipe: Any, where: Where) -> None:
     used = next((name for name in given if getattr(recipe, name)), None)
     if used is not None and not recipe.eval_dataset and not recipe.eval_fraction:
         raise UserError(f"{where(used)}: is measured on evaluation prompts; set eval_dataset, or eval_fraction above 0")
-    if recipe.judge_reward_model_path is not None and recipe.judge_reward_model_path == recipe.reward_model_path:
-        raise UserError(
-            f"{where('judge_reward_model_path')}: {recipe.judge_reward_model_path} is the reward that is trained on; a judge is "
-            "one that training never sees"
-        )
-    if shared := next((name for name in recipe.judge_reward_funcs if name in recipe.reward_funcs), None):
-        raise UserError(
-            f"{where('judge_reward_funcs')}: {shared} is also in reward_funcs; a judge is a reward that training never sees"
-        )
+    check_judge_is_another(recipe, where)
     known = best_metrics(recipe)
     if recipe.metric_for_best_model is not None and recipe.metric_for_best_model not in known:
         raise UserError(
@@ -93,3 +85,20 @@ def check_judge_rules(recipe: Any, where: Where) -> None:
         )
     if recipe.early_stopping_patience is not None and recipe.eval_steps is None:
         raise UserError(f"{where('early_stopping_patience')}: counts the evaluations of `eval_steps`; set that too")
+
+
+def check_judge_is_another(recipe: Any, where: Where) -> None:
+    """Check that the judge is another reward than the one that is maximized.
+
+    Raises:
+        UserError: it is the same.
+    """
+    if recipe.judge_reward_model_path is not None and recipe.judge_reward_model_path == recipe.reward_model_path:
+        raise UserError(
+            f"{where('judge_reward_model_path')}: {recipe.judge_reward_model_path} is the reward that is trained on; a judge is "
+            "one that training never sees"
+        )
+    if shared := next((name for name in recipe.judge_reward_funcs if name in recipe.reward_funcs), None):
+        raise UserError(
+            f"{where('judge_reward_funcs')}: {shared} is also in reward_funcs; a judge is a reward that training never sees"
+        )

@@ -23,6 +23,10 @@ WRITTEN = (
     "metrics.jsonl",
     "samples.jsonl",
     "predictions.jsonl",
+    "responses.jsonl",
+    "best.jsonl",
+    "random.jsonl",
+    "pairs.jsonl",
     "run.json",
     "results.json",
 )  # what rows could be taken for

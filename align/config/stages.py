@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from align.config.base import StageRecipe
+from align.config.best_of_n import BestOfNRecipe, check_best_of_n_rules
 from align.config.encoders import ClassifyRecipe, MLMRecipe, check_classify_rules, check_mlm_rules
 from align.config.evaluate import EvaluateRecipe, check_evaluate_rules
 from align.config.judge_reward import JudgeRewardRecipe, check_judge_reward_rules
@@ -17,7 +18,7 @@ from align.config.reward import RewardRecipe, check_reward_rules
 from align.config.sft import SFTRecipe, check_sft_rules
 from align.errors import UserError, nearest
 
-Recipe: TypeAlias = StageRecipe | EvaluateRecipe | JudgeRewardRecipe
+Recipe: TypeAlias = StageRecipe | EvaluateRecipe | JudgeRewardRecipe | BestOfNRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +100,14 @@ STAGES: dict[str, Stage] = {
             module="align.judge.judge",
             check_module="align.cli.check.judge",
             input_models=("reward_model_path", "second_reward_model_path", "policy_path"),
+        ),
+        Stage(
+            name="bon",
+            recipe=BestOfNRecipe,
+            check_rules=check_best_of_n_rules,
+            module="align.best_of_n.sample",
+            check_module="align.cli.check.best_of_n",
+            input_models=("model_name_or_path", "reward_model_path", "judge_reward_model_path"),
         ),
     )
 }

@@ -133,6 +133,18 @@ OF_STAGE = {
         "max_new_tokens": "called response_length here",
         "deepspeed": "not supported: every process holds the whole model, and scores its share of the rows",
     },
+    "bon": {
+        "model": "called model_name_or_path here",
+        "sft_model_path": "called model_name_or_path here",
+        "n": "called num_generations here",
+        "best_of": "called num_generations here",
+        "n_samples_per_prompt": "called num_generations here",
+        "eval_dataset": "called train_dataset here: every prompt is sampled for, and no row is held out",
+        "eval_reward_funcs": "called judge_reward_funcs here",
+        "batch_size": "called per_device_eval_batch_size here",
+        "max_new_tokens": "called response_length here",
+        "deepspeed": "not supported: every process holds complete models, and samples its share of the responses",
+    },
 }
 _BOTTLENECK = (
     "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has them, needs transformers "

@@ -59,7 +59,7 @@ def split_sampled(
     """
     ids = without_end(tokenizer, response_ids)
     if scores_reasoning(tokenizer):
-        return "", _with_marks(tokenizer, text, ids)
+        return "", with_marks(tokenizer, text, ids)
     vocabulary = tokenizer.get_added_vocab()
     closing = vocabulary.get(END_OF_THINK)
     if closing in ids:
@@ -71,7 +71,7 @@ def split_sampled(
     return (text or THINK, "") if unclosed else (reasoning, answer)
 
 
-def _with_marks(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> str:
+def with_marks(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> str:
     """The text of a response, with marks of reasoning that it lacks because they are special tokens."""
     vocabulary = tokenizer.get_added_vocab()
     marks = {vocabulary[mark]: mark for mark in (THINK, END_OF_THINK) if mark in vocabulary}

@@ -85,6 +85,20 @@ class AdapterOff:
             yield model
 
 
+class WholeModel:
+    """A model that only runs forward and is whole on every rank, however many there are."""
+
+    def __init__(self, model: nn.Module, world: World):
+        self.module = model.to(world.device).eval()
+        self.world = world
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def unsharded(self) -> contextlib.AbstractContextManager[nn.Module]:
+        return contextlib.nullcontext(self.module)
+
+
 class NoUpdateEngine:
     """An engine for dry runs of training: it runs forward as `engine` does, and ignores `backward` and `step`."""
 

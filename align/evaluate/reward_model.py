@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
-from align.config.judge_reward import JudgeRewardRecipe
+from align.config.stages import Recipe
 from align.data.dialogues import Tools
 from align.data.encode import encode_pair
 from align.data.reasoning import set_scores_reasoning
@@ -47,7 +48,7 @@ class RewardModel:
 def check_reward_model(
     path: str,
     key: str,
-    recipe: StageRecipe | JudgeRewardRecipe,
+    recipe: Recipe,
     score_reasoning: bool,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> RewardModel:
@@ -113,19 +114,37 @@ def load_reward(name: str, given: RewardModel, recipe: StageRecipe, world: World
         UserError: they cannot be used.
     """
     with sharded_load(recipe, "reward"):
-        try:
-            model = load_reward_model(
-                given.path,
-                dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
-                attn_implementation=recipe.attn_implementation,
-                trust_remote_code=recipe.trust_remote_code,
-            )
-        except ValueError as error:
-            raise UserError(f"{given.key}: {error}") from error
-        check_finite(model, given.path)
+        model = _load(given, recipe)
+    return _source(name, given, frozen_engine(model, recipe, world, "reward").module, recipe)
+
+
+def load_whole_reward(name: str, given: RewardModel, recipe: Recipe, world: World) -> ModelReward:
+    """`load_reward` for a stage that has no DeepSpeed files: every process holds the whole model.
+
+    Raises:
+        UserError: the weights cannot be used.
+    """
+    return _source(name, given, _load(given, recipe).to(world.device).eval(), recipe)
+
+
+def _load(given: RewardModel, recipe: Recipe) -> Any:
+    try:
+        model = load_reward_model(
+            given.path,
+            dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
+            attn_implementation=recipe.attn_implementation,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+    except ValueError as error:
+        raise UserError(f"{given.key}: {error}") from error
+    check_finite(model, given.path)
+    return model
+
+
+def _source(name: str, given: RewardModel, model: Any, recipe: Recipe) -> ModelReward:
     return ModelReward(
         name=name,
-        model=frozen_engine(model, recipe, world, "reward").module,
+        model=model,
         encode=partial(encode_for_reward, given.tokenizer, is_encoder(given.config)),
         reads_ids=given.same_tokenizer,
         batch_size=recipe.per_device_eval_batch_size,

@@ -21,7 +21,7 @@ CHECKPOINT = (
     *(*JSON_FILES, *TEXT_FILES, *OTHER_FILES),
 )
 # What runs write into folders that their record lists as a whole; other such folders have a name that nobody else gives.
-INSIDE = {"checkpoint-*": CHECKPOINT, "damaged-checkpoint-*": CHECKPOINT, "parts": ("[0-9]*.json",)}
+INSIDE = {"checkpoint-*": CHECKPOINT, "damaged-checkpoint-*": CHECKPOINT, "parts": ("[0-9]*.json", "samples.jsonl")}
 
 
 def keep_others(folder: Path, names: Collection[str] | None = None) -> None:

@@ -168,3 +168,21 @@ class JudgeResult:
     def from_json(cls, output_dir: str, results: Mapping[str, Any]) -> JudgeResult:
         """The result from its `results.json`."""
         return cls(output_dir=output_dir, **{name: results[name] for name in ("verdict", "summary", "card")})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestOfNResult:
+    """What `align bon` returns; `results.json`, `results.md` and the data sets are in `output_dir`."""
+
+    output_dir: str
+    prompts: int
+    num_generations: int
+    frontier: list[dict[str, Any]]  # for n = 1, 2, ...: estimates with 95% intervals (`_low`, `_high`) and prompts
+    datasets: dict[str, int]  # rows by file
+    data: dict[str, Any]  # sources with fingerprints, counts, bad rows
+
+    @classmethod
+    def from_json(cls, output_dir: str, results: Mapping[str, Any]) -> BestOfNResult:
+        """The result from its `results.json`."""
+        names = [each.name for each in dataclasses.fields(cls) if each.name != "output_dir"]
+        return cls(output_dir=output_dir, **{name: results[name] for name in names})

@@ -1,0 +1,85 @@
+"""What of the samples is on the disk already: a line for each batch, from which a run that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from align.config.json_file import parse_json, read_file
+from align.engine.faults import during, removed
+from align.errors import BadFile
+from align.runs.files import digest, write_bytes
+from align.terminal import say
+
+MOST_BYTES = 1 << 36
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One response and its scores.
+
+    Attributes:
+        ids: token ids, up to and including what ends the response.
+        ended: whether it ends by itself, rather than at the longest length.
+        score: by which the best is chosen.
+        sources: scores of each reward source; None where one does not apply.
+        judge: None without a judge.
+    """
+
+    ids: list[int]
+    ended: bool
+    score: float
+    sources: list[float | None]
+    judge: float | None
+
+
+class SampleFile:
+    """The file of finished batches. A line counts if its digest, which the run's identity is part of, is right.
+
+    Args:
+        key: what determines the samples; those of other runs are sampled again.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+
+    def read(self) -> list[Sample]:
+        """The samples of the batches up to the first that is missing or damaged; cuts the file there."""
+        samples: list[Sample] = []
+        if not os.path.lexists(self.path):
+            return samples
+        lines = read_file(self.path, follow_links=False, max_bytes=MOST_BYTES).splitlines(keepends=True)
+        good = 0
+        for line in lines:
+            try:
+                batch = parse_json(line, self.path)
+            except BadFile:
+                batch = None
+            rows = batch["rows"] if isinstance(batch, dict) and isinstance(batch.get("rows"), list) else []
+            if not rows or not line.endswith(b"\n") or batch != self._line(len(samples), rows):
+                say(f"{self.path}: sampling again from response {len(samples) + 1}, whose line is another's or damaged")
+                break
+            samples += [Sample(**row) for row in rows]
+            good += 1
+        if good < len(lines):
+            write_bytes(self.path, b"".join(lines[:good]))
+        return samples
+
+    def append(self, start: int, batches: Sequence[Sequence[Sample]]) -> None:
+        """Add batches that follow each other, the first of which begins at sample `start`."""
+        if not self.path.parent.is_dir():
+            raise removed(self.path.parent.parent)
+        with during("records", self.path), open(self.path, "ab") as file:
+            for batch in batches:
+                line = self._line(start, [asdict(sample) for sample in batch])
+                file.write(json.dumps(line).encode() + b"\n")
+                start += len(batch)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _line(self, start: int, rows: Any) -> dict[str, Any]:
+        return {"start": start, "rows": rows, "digest": digest([self.key, start, rows])}

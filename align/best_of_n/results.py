@@ -1,0 +1,113 @@
+"""`results.json` of `align bon`: the identity by which it is recognized, its numbers as tables and as a chart. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from align.config.best_of_n import BestOfNRecipe
+from align.evaluate.results import Table
+from align.runs.charts import draw
+from align.runs.markdown import markdown_text
+from align.runs.output_folder import RESULTS
+from align.runs.records import COUNT, MAPPING, Kind, Record, is_count, is_number, mapping_of, read_record
+from align.runs.run_record import identity
+from align.runs.same_run import changes, check_same
+from align.runs.schemas import IDENTITY, OF_IDENTITY
+from align.runs.tables import markdown_table
+
+REPORT, CHART = "results.md", "frontier.svg"
+ESTIMATES = ("proxy", "judge", "win_rate", "judge_win_rate", "length")
+
+
+def _is_frontier(value: Any) -> bool:
+    names = [f"{name}{end}" for name in ESTIMATES for end in ("", "_low", "_high")]
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(each, dict)
+            and all(is_count(each.get(name)) for name in ("n", "prompts"))
+            and all(is_number(each.get(name)) for name in ("kl", "win_rate_bound"))
+            and all(name in each and (each[name] is None or is_number(each[name])) for name in names)
+            for each in value
+        )
+    )
+
+
+RESULTS_RECORD = Record(
+    {
+        **IDENTITY,
+        "prompts": COUNT,
+        "num_generations": COUNT,
+        "frontier": Kind("a list with an entry for each n", _is_frontier),
+        "datasets": mapping_of("a mapping of files to rows", lambda name: isinstance(name, str), is_count),
+        "data": MAPPING,
+    },
+    OF_IDENTITY,
+    "restore the file from a copy, or delete it to sample again",
+)
+
+
+def finished(recipe: BestOfNRecipe) -> dict[str, Any] | None:
+    """The content of `results.json` in `output_dir`; None when there is none.
+
+    Raises:
+        UserError: it is damaged, of another recipe, or a model, the data or a function has changed since.
+    """
+    file = Path(recipe.output_dir) / RESULTS
+    if not os.path.lexists(file):
+        return None
+    results = read_record(file, RESULTS_RECORD)
+    different = changes(results, identity(recipe, results.get("sums")), recipe)
+    check_same(different, recipe, "results that differ", "sample again")
+    return results
+
+
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """The frontier at powers of two and at the largest n, and the rows of the data sets."""
+    frontier = results["frontier"]
+    has_judge = any(each["judge"] is not None for each in frontier)
+    has_judge_columns = ["judge", "win rate by judge"] if has_judge else []
+    columns = ["n", "KL at most (nats)", "score", "win rate by score", *has_judge_columns, "length (tokens)"]
+    names = ["proxy", "win_rate", *(["judge", "judge_win_rate"] if has_judge else []), "length"]
+    rows = [
+        [str(each["n"]), f"{each['kl']:.3f}", *(_with_interval(each, name) for name in names)]
+        for each in frontier
+        if each["n"] & (each["n"] - 1) == 0 or each is frontier[-1]
+    ]
+    title = f"Best of n, {results['prompts']} prompts with {results['num_generations']} responses each"
+    files = [[name, str(count)] for name, count in results["datasets"].items()]
+    return [Table(title, columns, rows), Table("Data sets", ["file", "rows"], files)]
+
+
+def _with_interval(entry: Mapping[str, Any], name: str) -> str:
+    if entry[name] is None:
+        return "-"
+    return f"{entry[name]:.4g} [{entry[f'{name}_low']:.4g}, {entry[f'{name}_high']:.4g}]"
+
+
+def report_text(results: Mapping[str, Any]) -> str:
+    """`results.md`."""
+    text = (
+        "# Best of n\n\nEstimates are unbiased, over all sets of n of the responses; in brackets 95% intervals, by bootstrap over "
+        "the prompts. The KL divergence is from the model that was sampled. Win rates are against one more response, so that "
+        "there is none for all of them.\n"
+    )
+    for table in tables(results):
+        text += f"\n## {markdown_text(table.title)}\n\n{markdown_table(table.columns, table.rows)}"
+    return f"{text}\n![Score against the square root of KL]({CHART})\n"
+
+
+def chart(frontier: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG chart of score and judge over the square root of the KL bound."""
+    curves = {
+        name: [each[column] for each in frontier]
+        for name, column in (("score", "proxy"), ("judge", "judge"))
+        if frontier[0][column] is not None
+    }
+    title = f"mean reward of the best of 1 to {len(frontier)}"
+    return draw([math.sqrt(each["kl"]) for each in frontier], curves, title, "√KL, √nats per response")

@@ -1,0 +1,57 @@
+"""`align check` of a recipe for `align bon`: its models, prompts and rewards, without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from align.best_of_n.inputs import prepare_inputs
+from align.best_of_n.results import finished
+from align.cli.check.findings import Context, describe, writable
+from align.cli.check.sample_rows import marked
+from align.config.best_of_n import BestOfNRecipe
+from align.config.load import resolve_function
+from align.config.stages import input_models
+from align.models.inspect_folder import inspect_inputs
+from align.runs.output_folder import find_mark
+
+
+def check(recipe: BestOfNRecipe, context: Context) -> None:
+    """Report what can be found out about a recipe without loading weights."""
+    report = context.report
+    with report.part():
+        mark = None if (done := finished(recipe)) else find_mark(recipe.output_dir)
+        state = "is finished; the step would be skipped" if done else "which would be resumed" if mark else "new"
+        report.say(f"output_dir: {writable(Path(recipe.output_dir))}, {state}")
+    with report.part():
+        for key in ("reward_funcs", "judge_reward_funcs"):
+            for spec in getattr(recipe, key):
+                resolve_function(spec, key)
+                report.say(f"{key}: {spec}")
+    with report.part():
+        inspect_inputs(recipe, context.stand_ins)
+        stand_ins: dict[str, Any] = {
+            key: str(context.stand_ins.get(Path(path).resolve(), path)) for key, path in input_models(recipe).items()
+        }
+        inputs = prepare_inputs(dataclasses.replace(recipe, **stand_ins))
+        report.say(f"model: {recipe.model_name_or_path}, {describe(inputs.tokenizer)}; all inputs fit together")
+        named = {"reward model": inputs.reward, "judge": inputs.judge}
+        for name, model in named.items():
+            if model is not None:
+                report.say(f"{name}: its head is {model.head.name}")
+        bad = "".join(
+            f"; {entry['count']} skipped: {reason}"
+            for reports in (inputs.report["bad_rows"], inputs.report["skipped"])
+            for reason, entry in reports.items()
+        )
+        count = len(inputs.prompts)
+        report.say(f"rows: {count} prompts, {count * recipe.num_generations} responses{bad}")
+        ids = inputs.prompts[0][1]
+        shown = Text("  prompt: ", style="bold") + marked(inputs.tokenizer, ids, [False] * len(ids))
+        report.console.print(shown, soft_wrap=True)
+        longest = max(len(each) for _, each in inputs.prompts)
+        note = f"  (the model answers here, {recipe.num_generations} times; prompts have at most {longest} tokens)"
+        report.console.print(Text(note, style="dim"), soft_wrap=True)

@@ -1,0 +1,123 @@
+"""Keys of `align bon`, best-of-n, and the rules between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from align.config.data_source import DataSource
+from align.config.judge import check_judge_is_another, judge_reward_funcs, judge_reward_model_path
+from align.config.keys import (
+    ABOVE_0,
+    AT_LEAST_0,
+    BATCH,
+    RESAMPLES,
+    SEED,
+    TOKENS,
+    Range,
+    Where,
+    check_function_name,
+    check_ranges,
+    key,
+    required,
+    reward_timeout,
+    score_reasoning,
+)
+from align.errors import UserError
+
+SAMPLES = Range("at least 2", lambda value: value >= 2, 1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestOfNRecipe:
+    """`align bon`: best-of-n sampling, its frontier of reward against KL, and data sets of the best responses.
+
+    Each prompt gets `num_generations` responses, which are scored as PPO scores them. Nothing is trained.
+    """
+
+    output_dir: str = required(
+        "Folder for `results.json`, `results.md`, `frontier.svg`, and the data sets `best.jsonl`, `random.jsonl`, `pairs.jsonl` and "
+        "`responses.jsonl`."
+    )
+    stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
+    accept_changes: list[str] = key(
+        [],
+        "Keys such as train_dataset or reward_funcs: what they name may have changed since the results in `output_dir`.",
+    )
+    seed: int = key(42, "Seed of sampling, of random choices and of resampling.", SEED)
+
+    model_name_or_path: str = required("Language model to sample from: an SFT model, or a policy.")
+    reward_model_path: str | None = key(None, "Reward model that chooses the best response.")
+    reward_funcs: list[str] = key(
+        [], "`module:function` rewards with TRL's signature; the module may be a file beside the recipe."
+    )
+    reward_weights: list[float] = key(
+        [], "Weights of the reward model (first, if any) and of `reward_funcs`; 1 each by default."
+    )
+    judge_reward_model_path: str | None = judge_reward_model_path()
+    judge_reward_funcs: list[str] = judge_reward_funcs()
+    reward_timeout: float = reward_timeout()
+    score_reasoning: bool = score_reasoning()
+
+    train_dataset: list[DataSource] = required(
+        "Prompts: those that PPO is evaluated on for a frontier to compare with PPO's, those to train on for data sets."
+    )
+    on_bad_row: Literal["error", "skip"] = key(
+        "error", "What to do with rows that cannot be used: raise an error, or skip and count them."
+    )
+    chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
+    chat_template_kwargs: dict[str, Any] = key(
+        {},
+        "Values for variables that the chat template reads, such as {enable_thinking: false}; the same in all stages.",
+    )
+
+    num_generations: int = key(16, "Responses to each prompt, N; estimates are for every n up to N.", SAMPLES)
+    max_prompt_length: int = key(512, "Maximum tokens of a prompt; longer prompts are bad rows.", TOKENS)
+    response_length: int = key(53, "Maximum tokens of a response.", TOKENS)
+    stop_strings: list[str] = key([], "A response also ends with the token that completes one of these strings.")
+    temperature: float = key(1.0, "Sampling temperature; the KL divergence is from the model at it.", ABOVE_0)
+    missing_eos_penalty: float | None = key(
+        None, "Subtracted from the score of a response that does not end.", AT_LEAST_0
+    )
+    missing_eos_score: float | None = key(None, "Replaces the score of a response that does not end.")
+    rejected: Literal["worst", "random"] = key(
+        "worst", "The rejected response in `pairs.jsonl`: the worst, or a random one with a lower score than the best."
+    )
+    bootstrap_iters: int = key(1000, "Resamples of the prompts for each interval.", RESAMPLES)
+
+    per_device_eval_batch_size: int = key(16, "Responses decoded and scored at once per device.", BATCH)
+    bf16: bool = key(False, "Run the models in bfloat16.")
+    attn_implementation: str | None = key(
+        None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
+    )
+    trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
+
+
+def check_best_of_n_rules(recipe: BestOfNRecipe, where: Where) -> None:
+    """The ranges of the numbers, and the rules between the keys.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    check_ranges(recipe, where)
+    for name in ("reward_funcs", "judge_reward_funcs"):
+        for index, spec in enumerate(getattr(recipe, name)):
+            check_function_name(spec, f"{where(name)}[{index}]")
+    sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
+    if not sources:
+        raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
+    if recipe.reward_weights and len(recipe.reward_weights) != len(sources):
+        raise UserError(
+            f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got "
+            f"{len(recipe.reward_weights)}"
+        )
+    check_judge_is_another(recipe, where)
+    if not recipe.train_dataset:
+        raise UserError(f"{where('train_dataset')}: expected prompts, got nothing; name the rows to respond to.")
+    if "" in recipe.stop_strings:
+        raise UserError(f"{where('stop_strings')}: expected text that ends a response, got an empty string")
+    if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
+        raise UserError(
+            f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score "
+            "(replaces), got both"
+        )
