@@ -77,7 +77,7 @@ class TestRun:
         assert pipeline.run("r") == 0
         again = capfd.readouterr().out
         assert "2_evaluate.yaml: finished already, in out/2" in again
-        assert again.strip().endswith(table)
+        assert table in again
         assert Path("out/2/results.json").stat().st_mtime_ns == before
         evaluation("base", "other", max_new_tokens=5)
         with pytest.raises(UserError, match="out/2 holds results that differ in max_new_tokens"):
