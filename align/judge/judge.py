@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from align.judge.inputs import JudgeInputs, Policy, load_scorer, prepare_inputs
 from align.judge.measure import confident_errors, measure_pairs
 from align.judge.results import finished
 from align.judge.rows import ModelScorer, Scored, Scorer
+from align.judge.slices import FEWEST_PAIRS
 from align.judge.spread import Sampling, rows_of_file, sampled_rows, spread
 from align.judge.verdicts import judge, overall, summary
 from align.models.context_length import max_positions
@@ -83,7 +85,7 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
         card["spread"] = measure_spread(recipe, inputs, scorer, world)
     chat = isinstance(scorer, ModelScorer) and not scorer.is_encoder and bool(scorer.tokenizer.chat_template)
     card["benchmarks"] = [score_benchmark(each, scorer, chat) for each in inputs.benchmarks]
-    card["notes"] = notes(scorer, inputs)
+    card["notes"] = notes(scorer, inputs, [name for name in recipe.slice_by if name not in card.get("slices", {})])
     card["verdicts"] = judge(card)
     result = None
     if world.is_main:
@@ -142,13 +144,18 @@ def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, world
     )
 
 
-def notes(scorer: Scorer, inputs: JudgeInputs) -> list[str]:
-    """What a reader should know of the rows."""
+def notes(scorer: Scorer, inputs: JudgeInputs, unsliced: Sequence[str]) -> list[str]:
+    """What a reader should know of the rows.
+
+    Args:
+        unsliced: columns of `slice_by` that gave no slices.
+    """
     found = [f"{each['count']} pairs skipped: {reason}" for reason, each in inputs.report.get("bad_rows", {}).items()]
     if isinstance(scorer, ModelScorer) and scorer.reward.truncated:
         found.append(
             f"{scorer.reward.truncated} sequences were longer than the model's {scorer.reward.max_length} positions, and lost their beginning"
         )
+    found += [f"No accuracy by {name}: fewer than two groups of {FEWEST_PAIRS} pairs" for name in unsliced]
     if inputs.pairs and not inputs.training:
         found.append(
             "No training pairs are given: words alone were fitted on the judged pairs themselves, by cross-validation."

@@ -221,6 +221,7 @@ def pair_metrics(outcomes: Outcomes, iterations: int, seed: int) -> dict[str, An
     )
     found["ece_after_temperature"] = calibrated_ece(outcomes, seed)
     found["reliability"] = reliability(outcomes)
-    counts, edges = np.histogram(margins, bins="auto" if len(margins) < 1000 else 40)
+    most = len(np.histogram_bin_edges(margins, "sturges")) - 1
+    counts, edges = np.histogram(margins, bins=2 * most)
     found["margins"] = {"counts": counts.tolist(), "edges": edges.tolist()}
     return found

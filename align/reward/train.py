@@ -57,7 +57,7 @@ from align.runs.checkpoint import step_of
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
 from align.runs.markdown import code_span, markdown_text, python_text
-from align.runs.output_folder import one_run_per_folder
+from align.runs.output_folder import RESULTS, one_run_per_folder
 from align.runs.own_files import new_folder
 from align.runs.quiet import quiet
 from align.runs.results import RewardResult
@@ -153,6 +153,7 @@ def run(recipe: RewardRecipe) -> RewardResult:
             if judged is not None:
                 with during("records", config), new_folder(Path(recipe.output_dir) / "card") as folder:
                     write_card(folder, *judged, f"{recipe.output_dir}, on its held-out pairs")
+                    write_json(folder / RESULTS, {**results["card"], "card": judged[0]})
             head = inputs.describe_head()
             finish(recipe, inputs.tokenizer, data, results, card, **scale, score_check=check, head=head)
     world.barrier()

@@ -54,6 +54,7 @@ def rows(count=60) -> list[dict]:
                 "chosen": f" {filler[0]} kind t{number}x and true",
                 "rejected": f" {filler[1]} t{number - 1}x kind",
                 "kind": "odd" if number % 2 else "even",
+                "prompt_id": number,
             }
         )
     return found
@@ -85,7 +86,7 @@ def verdicts(result) -> dict[str, str]:
 
 
 def test_a_sound_reward_and_what_is_written(place, capsys):
-    given = recipe(second_reward_funcs=["judged_rules:longer"], slice_by=["kind"])
+    given = recipe(second_reward_funcs=["judged_rules:longer"], slice_by=["kind", "prompt_id"])
     result = judge.run(given)
     assert (
         summary(result.card["verdicts"]) == "doubtful: words alone, calibration"
@@ -96,6 +97,7 @@ def test_a_sound_reward_and_what_is_written(place, capsys):
     assert metrics["accuracy"]["value"] == 1
     assert metrics["accuracy"]["n"] == metrics["accuracy"]["prompts"] == 60
     assert {each["slice"] for each in result.card["slices"]["kind"]} == {"odd", "even"}
+    assert "No accuracy by prompt_id: fewer than two groups of 10 pairs" in result.card["notes"]
     said = capsys.readouterr().out
     assert "Reward: doubtful" in said
     written = json.loads(Path("out/results.json").read_text())
@@ -221,7 +223,9 @@ def test_a_model_with_a_policy_and_its_card_from_the_reward_stage(tmp_path, monk
     written = json.loads((tmp_path / "out/stage.json").read_text())
     assert results.card == written["results"]["card"]
     assert results.card["verdict"] in ("good", "doubtful", "bad")
-    assert "card/card.md" in written["files"]
+    assert {"card/card.md", "card/results.json", "card/confident_errors.jsonl"} <= set(written["files"])
+    for_machines = json.loads((tmp_path / "out/card/results.json").read_text())
+    assert for_machines["verdict"] == results.card["verdict"]
     card = (tmp_path / "out/card/card.md").read_text()
     assert "| ties in data | 1 |" in card
     Path("r.yaml").write_text(
@@ -235,6 +239,7 @@ def test_a_model_with_a_policy_and_its_card_from_the_reward_stage(tmp_path, monk
     accuracy = f"{judged['metrics']['accuracy']['value']:.3f}"
     assert f"| accuracy, pairs that are no ties | {accuracy} " in card
     assert judged["metrics"]["accuracy"]["n"] == 40
+    assert judged["metrics"]["accuracy"] == pytest.approx(for_machines["card"]["metrics"]["accuracy"], abs=0.1)
     assert judged["metrics"]["accuracy"]["value"] == pytest.approx(results.metrics["eval_accuracy"])
     assert judged["metrics"]["nll"]["value"] == pytest.approx(results.metrics["eval_loss"], abs=1e-5)
     assert judged["spread"]["samples"] == 15
