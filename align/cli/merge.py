@@ -13,6 +13,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from align.compat.transformers import write_unchecked
 from align.config.paths import expand, overlap
 from align.errors import UserError, reason
 from align.models.check_files import check_files
@@ -70,7 +71,10 @@ def run(adapter: str, output: str) -> str:
         raise UserError(f"{folder}: cannot be loaded on its base {base}: {reason(error)}") from error
     check_finite(model, str(folder))
     with _new_folder(Path(output)) as fresh:
-        model.merge_and_unload().save_pretrained(fresh)
+        merged = model.merge_and_unload()
+        if getattr(merged, "generation_config", None) is not None:
+            write_unchecked(merged.generation_config)
+        merged.save_pretrained(fresh)
         dtype = set_saved_dtype(fresh, base, "auto")
         tokenizer.save_pretrained(fresh)
     return f"{folder} merged into {base}: {output}, in {dtype}"

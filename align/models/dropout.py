@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate to 0, so that `train()` and `eval()` give the same numbers."""
+    """Set every dropout rate to 0, so that `train()` and `eval()` give the same numbers. The model's configuration keeps its own."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         # Rates that a layer reads as a number: `dropout`, `attention_dropout`, `layerdrop`, ...
         for name, rate in list(vars(module).items()):
-            if isinstance(rate, float) and "drop" in name:
+            if _is_rate(name, rate):
                 setattr(module, name, 0.0)
+        # Rates that a layer reads from the configuration in its forward pass (Falcon, Persimmon, GPT-Neo)
+        config = getattr(module, "config", None)
+        rates = vars(config) if hasattr(config, "__dict__") and not isinstance(module, PreTrainedModel) else {}
+        if any(_is_rate(name, rate) and rate for name, rate in rates.items()):
+            setattr(module, "config", WithoutDropout(config))  # noqa: B010  # nn.Module declares tensors and modules
+
+
+class WithoutDropout:
+    """A layer's view of its model's configuration, later changes included, in which every dropout rate is 0."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "config":  # of a copy that is being made
+            raise AttributeError(name)
+        value = getattr(self.config, name)
+        return 0.0 if _is_rate(name, value) else value
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    return isinstance(value, float) and "drop" in name

@@ -21,6 +21,7 @@ from align.models.safetensors_header import StoredTensor, read_header
 from align.models.small_files import JSON_FILES, check_small_file
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+UNTRAINED = "untrained"  # in output_dir while a stage runs: the model it starts from, where that had to be made first
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
@@ -103,6 +104,11 @@ def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> Mode
         base = check_adapter(config, path, key)
         if base in _adapters:
             raise UserError(f"{key}: {path}: the adapter's base model leads back to {base}; correct {ADAPTER_CONFIG}.")
+        if Path(base).name == UNTRAINED and not os.path.lexists(base):
+            raise UserError(
+                f"{key}: {path}: an adapter of a model that its run made at random parts, and has removed; the run has merged "
+                f"the two: name {folder.absolute().parent}."
+            )
         tensors = _read_weights(folder, {}, key, ADAPTER_WEIGHTS)
         inner = inspect_folder(base, f"{key}: {path} is an adapter of {base}", (*_adapters, path, base))
         check_patterns(config, inner.tensors if inner else (), f"{key}: {folder / name}")

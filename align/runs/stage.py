@@ -19,6 +19,7 @@ from align.engine.deepspeed_config import uses_deepspeed, zero_stage
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.errors import UserError
+from align.models.inspect_folder import UNTRAINED
 from align.runs import lock_record
 from align.runs.checkpoint import (
     VERSION,
@@ -40,7 +41,6 @@ from align.runs.tables import markdown_table
 from align.terminal import say
 
 SEEN_WITHIN = 10.0  # seconds until a file is seen on all nodes; network file systems cache names
-UNTRAINED = "untrained"  # in output_dir while the stage runs: the model it starts from, where that had to be made first
 
 
 def last_checkpoint(recipe: StageRecipe, world: World, report: Mapping[str, Any]) -> Path | None:
