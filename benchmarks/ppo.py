@@ -127,6 +127,7 @@ def run_align(
         "sft_model_path": paths["policy"],
         "value_model_path": paths["value"],
         "reward_model_path": paths["reward"],
+        "normalize_scores": False,  # as TRL
         "train_dataset": str(prompts),
         "eval_fraction": 0.0,
         "total_episodes": arguments.batch * arguments.updates,

@@ -97,7 +97,12 @@ class PPORecipe(StageRecipe):
         "gae", "How rewards become advantages; only `gae` has a value model. rloo, grpo and dr_grpo compare the "
         "responses to one prompt and need num_generations of 2 or more."
     )  # fmt: skip
-    kl_coef: float = key(0.05, "Weight of the KL penalty per token, in units of score per nat.", AT_LEAST_0)
+    kl_coef: float = key(
+        0.05,
+        "Weight of the KL penalty per token, in units of score per nat; with `normalize_scores` in standard deviations of the "
+        "score per nat.",
+        AT_LEAST_0,
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = key(
         "k1", "Estimator of the penalty: k1 in the reward, k2 or k3 in the loss."
     )
@@ -116,8 +121,11 @@ class PPORecipe(StageRecipe):
     cliprange_value: float = key(0.2, "Clip range of the value around its value at rollout.", ABOVE_0)
     gamma: float = key(1.0, "Discount.", FROM_0_TO_1)
     lam: float = key(0.95, "Lambda of generalized advantage estimation.", FROM_0_TO_1)
-    normalize_scores: bool = key(
-        False, "Subtract the running mean of all scores and divide by their running standard deviation."
+    normalize_scores: bool | None = key(
+        None,
+        "Subtract the running mean of all scores and divide by their running standard deviation, so that kl_coef does not "
+        "depend on the scale of a reward model, which is arbitrary; by default, if there is a reward model.",
+        before=False,
     )
     score_clip: float | None = key(None, "Clip scores, after normalization, to [-score_clip, score_clip].", ABOVE_0)
     whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")
@@ -154,6 +162,11 @@ class PPORecipe(StageRecipe):
     def num_updates(self) -> int:
         """Updates of the whole run."""
         return self.total_episodes // self.rollout_batch_size
+
+    @property
+    def scores_are_normalized(self) -> bool:
+        """`normalize_scores`, or its default."""
+        return bool(self.reward_model_path) if self.normalize_scores is None else self.normalize_scores
 
 
 def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:

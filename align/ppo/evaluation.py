@@ -144,14 +144,13 @@ class Evaluation:
     def _warn(self, tracker: Tracker, step: int, policy: Measured) -> None:
         """Say, each kind once, what shows that the gain is not real."""
         run, before = self.run, self.baseline
-        penalty = run.progress.kl_coef * (run.progress.score_moments.std if run.recipe.normalize_scores else 1.0)
-        costs = (policy.rollout.scores - penalty * response_kl(policy.rollout)).tolist()
-        lengths = tuple(float(model.rollout.lengths.float().mean()) for model in (before, policy))
+        objective = (policy.rollout.scores - run.kl_price * response_kl(policy.rollout)).tolist()
+        lengths = [float(model.rollout.lengths.float().mean()) for model in (before, policy)]
         found = warnings(
             self.changes,
-            change(costs, before.worth[SCORE], self.texts),
+            change(objective, before.worth[SCORE], self.texts),
             self.metrics["eval/score_length_correlation"],
-            lengths,  # type: ignore[arg-type]
+            (lengths[0], lengths[1]),
         )
         for kind in found.keys() - self.warned:
             tracker.say(f"update {step}: {found[kind]}")

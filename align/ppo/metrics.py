@@ -14,13 +14,13 @@ from align.ppo.rollout import Rollout
 
 def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor) -> dict[str, float]:
     """Metrics of a rollout and its returns [B, T], before the optimizer steps."""
-    kl, kl_coef = response_kl(rollout), run.progress.kl_coef
+    kl = response_kl(rollout)
     metrics = {
         **response_metrics(rollout, run.models.reward_names, ""),
         "objective/score_std": float(rollout.scores.std(correction=0)),
         "objective/kl": float(kl.mean()),
-        "objective/kl_coef": kl_coef,
-        "objective/reward": float((rollout.scores - kl_coef * kl).mean()),
+        "objective/kl_coef": run.progress.kl_coef,
+        "objective/reward": float((rollout.scores - run.kl_price * kl).mean()),
         "policy/sampler_gap": run.progress.sampler_gap,
     }
     if run.models.value is not None:

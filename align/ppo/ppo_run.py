@@ -105,3 +105,8 @@ class PPORun:
     def updates(self) -> int:
         """Updates of the whole run."""
         return len(self.learning_rates)
+
+    @property
+    def kl_price(self) -> float:
+        """What a nat costs, in units of score: the coefficient, times the running spread where scores are normalized by it."""
+        return self.progress.kl_coef * (self.progress.score_moments.std if self.recipe.scores_are_normalized else 1.0)

@@ -21,6 +21,7 @@ from align.generation.responses import unpadded
 from align.generation.sampler import PromptBatch
 from align.generation.scoring import score_ids
 from align.maths.masked import masked_mean
+from align.ppo.kl_permitted import describe_kl_coef, spreads
 from align.ppo.ppo_run import Models, PPORun, Progress
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
 from align.ppo.self_check_limits import (
@@ -47,6 +48,7 @@ from align.runs.tracker import Tracker
 from reward_models.trained import ModelReward
 
 MOST_RESPONSES = 32  # over all ranks
+EACH = 2  # responses to a prompt
 NAMES = "KL 0, ratio 1, generation against training, finite numbers, EOS rate, scores, the reward model's record"
 
 
@@ -80,6 +82,8 @@ def check_start(run: PPORun, tracker: Tracker, start: int) -> dict[str, float]:
     for check in checks:
         if not check.passed:
             tracker.say(f"self-check: {check}")
+    spread = [metrics[f"self_check/score_std{which}"] for which in ("", "_within_prompt")]
+    tracker.say(describe_kl_coef(run.recipe, *spread))
     tracker.say(f"self-checks: {', '.join(check.found for check in checks if check.passed)}; in {seconds:.1f} s")
     return {**metrics, "time/self_checks": seconds}
 
@@ -101,6 +105,7 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
         checks += check_policy(run, rollout, metrics)
     metrics["self_check/eos_rate"] = float(rollout.ended.float().mean())
     checks.append(check_ends(run, rollout))
+    metrics["self_check/score_std"], metrics["self_check/score_std_within_prompt"] = spreads(rollout.scores, EACH)
     checks += [scores_vary(name, rollout.source_scores[:, i]) for i, name in enumerate(run.models.reward_names)]
     return checks, metrics
 
@@ -111,7 +116,7 @@ def check_rollout(run: PPORun) -> Rollout:
     indexes = range(run.world.rank * share, (run.world.rank + 1) * share)
     loader = PromptLoader(len(run.prompts), run.recipe.seed)
     first = loader.batch(0, run.recipe.rollout_batch_size // run.recipe.num_generations)
-    prompts = [run.prompts[first[index % len(first)]] for index in indexes]
+    prompts = [run.prompts[first[index // EACH % len(first)]] for index in indexes]
     batch = PromptBatch([prompt for prompt, _ in prompts], [ids for _, ids in prompts], "self-check", indexes)
     counters = [source for source in run.models.rewards.sources if isinstance(source, ModelReward)]
     truncated = [source.truncated for source in counters]

@@ -93,7 +93,7 @@ def normalize_and_clip_scores(run: PPORun, rollout: Rollout) -> Tensor:
     Updates the moments, in `run.progress`.
     """
     scores, progress = rollout.scores, run.progress
-    if run.recipe.normalize_scores:
+    if run.recipe.scores_are_normalized:
         progress.score_moments = progress.score_moments.include(scores)
         scores = (scores - progress.score_moments.mean) / max(progress.score_moments.std, 1e-8)
     if run.recipe.score_clip is not None:

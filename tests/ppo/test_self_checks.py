@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from align.config.load import load_recipe
 from align.engine.distributed import World
 from align.engine.engine import Engine
 from align.errors import UserError
+from align.evaluate import reward_model
 from align.generation import generate as generation
 from align.generation.sampling import generator
 from align.generation.sampling import sample_token as rollout_sample
@@ -30,6 +33,7 @@ from align.ppo import setup as ppo_setup
 from align.ppo import train as ppo
 from align.ppo import update as ppo_update
 from align.ppo.collapse import CollapseWatch
+from align.ppo.kl_permitted import describe_kl_coef, permitted_kl, spreads
 from align.ppo.rollout import Rollout
 from align.ppo.self_check_limits import (
     FLOAT32,
@@ -152,7 +156,7 @@ class TestSoundRun:
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **{**kwargs, "max_length": 5})
 
-        monkeypatch.setattr(ppo_setup, "ModelReward", Short)
+        monkeypatch.setattr(reward_model, "ModelReward", Short)
         folders = []
         for skip in (False, True):
             folder = tmp_path / str(skip)
@@ -471,6 +475,40 @@ def spike(prompts, completions, **columns):
     """Sound but for one prompt, whose score overflows float32 when it is squared."""
     return [1e30 if prompt == "a" else text.count("a") / 8 for prompt, text in zip(prompts, completions)]
 '''
+
+
+class TestCoefficient:
+    """Scores that are normal within a prompt: the best policy at coefficient b is s^2 / 2 b^2 nats away."""
+
+    def test_spreads_over_all_responses_and_within_prompts(self):
+        # Prompts with (0, 2) and (4, 4): variance 2.75 over all; within (unbiased) 2 and 0.
+        assert spreads(torch.tensor([0.0, 2.0, 4.0, 4.0]), 2) == pytest.approx((2.75**0.5, 1.0))
+
+    def test_the_normal_law(self):
+        scores = torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.7
+        weights = torch.softmax(scores / 0.5, dim=0)  # the best policy over these responses, at b 0.5
+        kl = float((weights * weights.log()).sum()) + math.log(len(scores))
+        assert permitted_kl(0.7, 0.5) == pytest.approx(0.98)
+        assert kl == pytest.approx(0.98, rel=0.03)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"kl_coef": 0.2, "normalize_scores": False}, "0.2 score per nat; .* it permits about 0.5 nats .*, hardly any change"),
+            ({"kl_coef": 0.2, "normalize_scores": True}, "0.2 standard deviations of the score per nat; .* about 8 nats per response$"),
+            ({"kl_coef": 0.01}, "about 2e.02 nats per response, which is hardly a limit"),
+            ({"kl_coef": 0.0}, "nothing holds the policy"),
+            ({"kl_coef": 0.2, "kl_target": 2.0}, "at most 1.002 times in this run .too little to get there: lower kl_horizon"),
+            ({"kl_coef": 0.2, "kl_target": 2.0, "kl_horizon": 10}, r"at most 5.29. times in this run$"),
+        ],
+    )  # fmt: skip
+    def test_the_line(self, tmp_path, changes, words):
+        recipe = load_recipe("ppo", make_recipe(tmp_path, **changes))
+        assert re.search(words, describe_kl_coef(recipe, spread=0.25, within=0.2))
+
+    def test_a_run_says_it(self, tmp_path, capsys):
+        start(tmp_path, total_episodes=16)
+        assert "kl_coef 0.01 score per nat; the SFT model's scores spread by" in capsys.readouterr().err
 
 
 class TestBadMinibatches:
