@@ -21,7 +21,7 @@ from align.data.rows import Message
 from align.errors import BadRow, UserError
 
 THINK, END_OF_THINK = "<think>", "</think>"
-_PROBE = "\N{SYMBOL FOR RECORD SEPARATOR}"  # the content of a turn that shows where a template puts contents
+PROBE = "\N{SYMBOL FOR RECORD SEPARATOR}"  # the content of a turn that shows where a template puts contents
 _OF_CALLS = ("tool_call_id", "name")  # keys of a tool's result that repeat its call; many templates leave them out
 Tools = list[dict[str, Any]] | None
 
@@ -63,7 +63,10 @@ def dialogue_texts(
         (len(each.prompt), len(each.prompt + each.response) - len(split_at_end(tokenizer, each.response)[2]))
         for each in earlier
     ]
-    if all(last.prompt.startswith(each.prompt + each.response) for each in earlier):
+    # Where turns end by the token that opens the next (GLM's), the rendering of all serves those that have one there.
+    opens_by_end = any(end in last.prompt for end in [*end_texts(tokenizer)][1:])
+    ended = not opens_by_end or all(split_at_end(tokenizer, each.response)[1] is not None for each in earlier)
+    if ended and all(last.prompt.startswith(each.prompt + each.response) for each in earlier):
         return [replace(last, turns=spans)]
     return [*earlier, last]
 
@@ -81,7 +84,7 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     if closed.startswith(opened):
         prompt, response = opened, closed[len(opened) :]
     else:
-        probed = _render(tokenizer, [*before, {"role": turn["role"], "content": _PROBE}], tools)
+        probed = _render(tokenizer, [*before, {"role": turn["role"], "content": PROBE}], tools)
         generation_prompt = _common(opened, _render(tokenizer, before, tools))  # where it begins
         cut = min(_common(opened, probed), _common(opened, closed))
         header = opened[generation_prompt:]
@@ -96,9 +99,7 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
         else:
             raise BadRow("the chat template renders the prompt differently if a response follows")
     thought, closes, answer = turn["content"].rpartition(END_OF_THINK)
-    if answer.strip() not in response and _PROBE not in _render(
-        tokenizer, [*before, {**turn, "content": _PROBE}], tools
-    ):
+    if answer.strip() not in response and PROBE not in _render(tokenizer, [*before, {**turn, "content": PROBE}], tools):
         raise BadRow("the chat template does not write the text of a turn; it may be one for images")
     if not closes and opened.rstrip().endswith(THINK) and END_OF_THINK not in response:
         return prompt, (f"\n{END_OF_THINK}\n\n" if opened.endswith("\n") else END_OF_THINK) + response
@@ -121,7 +122,7 @@ def _end_by_next(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     if split_at_end(tokenizer, response)[1] is not None:
         return ""
     *before, following = messages
-    opening = _render(tokenizer, [*before, {**following, "content": _PROBE}], tools).rpartition(_PROBE)[0]
+    opening = _render(tokenizer, [*before, {**following, "content": PROBE}], tools).rpartition(PROBE)[0]
     closed = _render(tokenizer, before, tools)
     ends = [end for end in end_texts(tokenizer) if opening.count(end) > closed.count(end)]
     return max(ends, key=opening.rfind, default="")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from align.data.chat_template import render_chat
+from align.data.dialogues import PROBE
 from align.data.end_tokens import end_ids, set_model_ends, split_at_end
 from align.errors import BadRow, TemplateFailure
 
-_WORDS = "\N{SYMBOL FOR RECORD SEPARATOR}"  # content that shows what the template writes after it
 _SAID = "turn_end_was_said"  # attribute of the tokenizer
 
 
@@ -45,9 +45,9 @@ def _text_after_words(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template writes after the words of a last assistant turn; empty where it cannot be told."""
     if not tokenizer.chat_template:
         return ""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _WORDS}]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
     try:
-        _, words, after = render_chat(tokenizer, messages, add_generation_prompt=False).rpartition(_WORDS)
+        _, words, after = render_chat(tokenizer, messages, add_generation_prompt=False).rpartition(PROBE)
     except (BadRow, TemplateFailure):  # rows will say so
         return ""
     return after if words else ""

@@ -291,6 +291,12 @@ def test_a_turn_ends_by_the_token_that_opens_the_next(thought: dict[str, str]) -
     assert "III<|user|>" in learnt
     assert f"{said}\nI<|user|>" in learnt
     assert learnt.endswith("II<|endoftext|>")
+    no_end = row_of([user("one"), assistant("I"), assistant("II"), user("two"), assistant("III")])
+    assert [text.rpartition("\n")[2] for _, text in trained(tokenizer, no_end)] == [
+        "I<|endoftext|>",
+        "II<|user|>",
+        "III<|endoftext|>",
+    ]
 
 
 # As Mistral's: the system message is written into the last user turn.
