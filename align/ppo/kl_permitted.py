@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from align.config.ppo import PPORecipe
@@ -39,9 +41,9 @@ def describe_kl_coef(recipe: PPORecipe, spread: float, within: float) -> str:
     kl = permitted_kl(within / (spread if recipe.scores_are_normalized else 1.0), recipe.kl_coef)
     line += f": it permits about {kl:.2g} nats per response"
     if recipe.kl_target is not None:
-        factor: float = (1 + 0.2 * recipe.rollout_batch_size / recipe.kl_horizon) ** recipe.num_updates
+        factor = math.pow(1 + 0.2 * recipe.rollout_batch_size / recipe.kl_horizon, recipe.num_updates)
         line += f", and kl_target {recipe.kl_target:g} changes it by at most {factor:.4g} times in this run"
-        too_slow = max(kl / recipe.kl_target, recipe.kl_target / kl) ** 0.5 > factor
+        too_slow = max(kl / recipe.kl_target, recipe.kl_target / kl) > factor**2  # KL goes with 1 / kl_coef^2
         return line + " (too little to get there: lower kl_horizon)" * too_slow
     if kl < LEAST_KL:
         remedy = "lower it" if recipe.scores_are_normalized else "lower it, or set normalize_scores: true"

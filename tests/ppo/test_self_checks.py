@@ -499,7 +499,7 @@ class TestCoefficient:
             ({"kl_coef": 0.01}, "about 2e.02 nats per response, which is hardly a limit"),
             ({"kl_coef": 0.0}, "nothing holds the policy"),
             ({"kl_coef": 0.2, "kl_target": 2.0}, "at most 1.002 times in this run .too little to get there: lower kl_horizon"),
-            ({"kl_coef": 0.2, "kl_target": 2.0, "kl_horizon": 10}, r"at most 5.29. times in this run$"),
+            ({"kl_coef": 0.2, "kl_target": 2.0, "kl_horizon": 10}, r"at most 5.29 times in this run$"),
         ],
     )  # fmt: skip
     def test_the_line(self, tmp_path, changes, words):
