@@ -15,8 +15,6 @@ from align.errors import BadFile
 from align.runs.files import digest, write_bytes
 from align.terminal import say
 
-MOST_BYTES = 1 << 36
-
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -52,7 +50,9 @@ class SampleFile:
         samples: list[Sample] = []
         if not os.path.lexists(self.path):
             return samples
-        lines = read_file(self.path, follow_links=False, max_bytes=MOST_BYTES).splitlines(keepends=True)
+        lines = read_file(self.path, follow_links=False, max_bytes=os.lstat(self.path).st_size).splitlines(
+            keepends=True
+        )
         good = 0
         for line in lines:
             try:
