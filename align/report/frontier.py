@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from align.report.curves import Labelled, axis_title, interval, sft_value
+from align.maths.overoptimization import fit_rl_gain, rl_gain, rl_peak
+from align.report.curves import GREY, Labelled, axis_title, interval, sft_value
 from align.report.figures import Figure, curves_figure
 from align.report.metric_docs import describe
-from align.report.read import Point
 from align.report.svg import Curve
 from align.runs.records import is_number
 
+FEWEST_POINTS = 5  # evaluations of PPO that the law is fitted to
 MEASURES = ("eval/score", "eval/judge", "eval/judge/.+", "eval/true/.+")
 
 
@@ -25,9 +26,11 @@ def frontiers(runs: Sequence[Labelled], best_of_n: Sequence[tuple[str, dict[str,
     """
     names = sorted({name for each in runs for name in each.run.metrics if _is_measure(name)}, key=_order)
     found = []
-    for name in names:
+    for name in names or ["eval/score", "eval/judge"]:
         curves = [curve for each in runs if (curve := _of_run(each, name, len(runs) > 1)) is not None]
         curves += list(_of_best_of_n(name, best_of_n))
+        fits = [fit for curve in curves if name != "eval/score" and (fit := _law(curve)) is not None]
+        curves += [curve for curve, _ in fits]
         doc = describe("ppo", name)
         figure = curves_figure(
             f"{name.removeprefix('eval/').removeprefix('true/')} against distance",
@@ -36,7 +39,8 @@ def frontiers(runs: Sequence[Labelled], best_of_n: Sequence[tuple[str, dict[str,
             curves,
             whole_x=False,
             about="A point is an evaluation on held-out prompts; SFT is at 0. Higher at the same distance is better; "
-            "a true or a judge's reward that turns down while the score rises is over-optimization.",
+            "a true or a judge's reward that turns down while the score rises is over-optimization. "
+            + " ".join(words for _, words in fits),
         )
         if figure is not None and len(curves[0].points) > 1:
             found.append(figure)
@@ -66,13 +70,37 @@ def _of_run(each: Labelled, name: str, several: bool) -> Curve | None:
     )
 
 
+def _law(curve: Curve) -> tuple[Curve, str] | None:
+    """The law d (a - b ln d) of the gain over SFT (arXiv 2210.10760), fitted to PPO's evaluations, where there are enough."""
+    if curve.dash or not curve.points or curve.points[0][0] != 0 or len(curve.points) <= FEWEST_POINTS:
+        return None
+    (_, start), *points = curve.points
+    fit = fit_rl_gain([d for d, _ in points], [value - start for _, value in points])
+    if fit is None:
+        return None
+    last = max(d for d, _ in points)
+    drawn = [(last * step / 40, start + rl_gain(last * step / 40, *fit)) for step in range(41)]
+    peak = rl_peak(*fit)
+    told = f"its peak is at √KL {peak[0]:.3g}, with a gain of {peak[1]:.3g}" if peak else "it has no peak"
+    words = f"Fit of d (a - b ln d) to {curve.name}: a = {fit[0]:.3g}, b = {fit[1]:.3g}; {told}."
+    return Curve(f"fit of {curve.name}", drawn, curve.colour, 2), words
+
+
 def _of_best_of_n(name: str, cards: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Curve]:
     for number, (label, card) in enumerate(cards):
         column = "proxy" if name == "eval/score" else "judge"
-        points: list[Point] = []
+        if name.startswith("eval/true/") and card["recipe"].get("judge_reward_funcs") != [
+            name.removeprefix("eval/true/")
+        ]:
+            continue  # its judge measures something else
+        points, band = [], []
         for entry in card.get("frontier", []):
-            kl, value = entry.get("kl"), entry.get(column)
+            kl, value, low, high = (entry.get(each) for each in ("kl", column, f"{column}_low", f"{column}_high"))
             if is_number(kl) and is_number(value):
                 points.append((math.sqrt(max(kl, 0.0)), value))
+                if is_number(low) and is_number(high):
+                    band.append((points[-1][0], low, high))
         if points:
-            yield Curve(f"best of n, {label}", sorted(points), 7 - number, dash=1, dots=True)
+            yield Curve(
+                f"best of n ({label})", sorted(points), GREY - number, 1, dots=len(points) < 20, band=sorted(band)
+            )

@@ -13,6 +13,7 @@ import pytest
 
 from align.__main__ import main
 from align.cli.report import update
+from align.maths.overoptimization import rl_gain
 from align.report.figures import thinned
 from align.report.page import MOST_BYTES, write_report
 from align.report.read import natural
@@ -150,6 +151,27 @@ def test_several_seeds_are_drawn_over_each_other(tmp_path):
     assert {a["data-name"] for tag, a in both.tags if "data-name" in a} >= {"seed1: eval/score", "seed2: eval/score"}
     assert main(["report", str(tmp_path)]) == 0  # the folder above finds both, too
     assert ">seed2<" in (tmp_path / "report.html").read_text()
+
+
+def test_the_frontier_has_best_of_n_and_the_fitted_law(tmp_path):
+    run = make_run("sound_seed1", tmp_path / "3_ppo")
+    lines = [
+        {
+            "step": step,
+            "eval/kl": step**2 / 4,
+            "eval/true/f": 1 + rl_gain(step / 2, 0.5, 0.4),
+            "eval/score": float(step),
+        }
+        for step in range(8)
+    ]
+    write_jsonl(run / "metrics.jsonl", lines)
+    sampled = {"stage": "bon", "recipe": {"judge_reward_funcs": ["f"]}, "inputs": {}}
+    points = [{"n": n, "kl": n / 10, "proxy": 0.1 * n, "judge": 1 + 0.2 * n} for n in (1, 2, 4)]
+    write_jsonl(tmp_path / "4_bon" / "results.json", [{**sampled, "frontier": points}])
+    assert main(["report", str(tmp_path)]) == 0
+    text = Parsed((tmp_path / "report.html").read_text()).text
+    assert text.count("best of n (4_bon)") == 4  # legend and table of two charts
+    assert "a = 0.5, b = 0.4; its peak is at √KL 1.28, with a gain of 0.514." in text
 
 
 def test_an_unfinished_run_with_a_damaged_neighbor(tmp_path):
