@@ -5,6 +5,7 @@ grader of `align evaluate`; everything else that is public is listed below.
 """
 
 from reward_models.combine import RewardSum
+from reward_models.ensemble import RewardEnsemble
 from reward_models.functions import FunctionReward
 from reward_models.heads import init_head, keep_head_float32, score_head, score_sequences
 from reward_models.linear_head import SequenceClassifier, TokenClassifier
@@ -16,6 +17,7 @@ __all__ = [
     "FunctionReward",
     "ModelReward",
     "Responses",
+    "RewardEnsemble",
     "RewardSource",
     "RewardSum",
     "SequenceClassifier",

@@ -162,6 +162,8 @@ def _map_inputs(recipe: Any, stage: Stage, where: Where, change: Callable[[str, 
             value = getattr(recipe, name, None)
             if isinstance(value, dict):
                 yield name, {each: change(path, where(name)) for each, path in value.items()}
+            elif isinstance(value, list):
+                yield name, [change(path, where(name)) for path in value]
             elif value is not None:
                 yield name, change(value, where(name))
         for name in ("metrics", "eval_metrics"):

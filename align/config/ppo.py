@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
+from align.config.ensemble import (
+    check_ensemble_rules,
+    check_normalized_rewards,
+    reward_ensemble,
+    reward_model_path,
+    reward_variance_coef,
+)
 from align.config.judge import (
     check_judge_rules,
     early_stopping_patience,
@@ -43,12 +50,19 @@ class PPORecipe(StageRecipe):
     """Stage 3, `align ppo`: PPO against the reward, with a KL penalty against the SFT reference."""
 
     sft_model_path: str = required("SFT model: the policy starts from it, and it is the frozen reference.")
-    reward_model_path: str | None = key(None, "Reward model of stage 2 (or any sequence classifier with one label).")
+    reward_model_path: list[str] = reward_model_path()
+    reward_ensemble: Literal["mean", "wco", "uwo"] = reward_ensemble()
+    reward_variance_coef: float | None = reward_variance_coef()
     reward_funcs: list[str] = key(
         [], "`module:function` rewards with TRL's signature; the module may be a file beside the recipe."
     )
     reward_weights: list[float] = key(
-        [], "Weights of the reward model (first, if any) and of `reward_funcs`; 1 each by default."
+        [], "Weights of the reward model or ensemble (first, if any) and of `reward_funcs`; 1 each by default."
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = key(
+        "sum_then_normalize",
+        "Several rewards: normalize_then_sum (GDPO, arXiv 2601.05242) normalizes each within the responses to a prompt before "
+        "the weighted sum; needs num_generations of 2 or more. TRL's key.",
     )
     value_model_path: str | None = key(
         None,
@@ -158,6 +172,10 @@ class PPORecipe(StageRecipe):
     num_sample_rows: int = key(8, "Rows of the table of samples.", AT_LEAST_0)
     skip_self_checks: bool = key(False, "Skip the checks of models and rewards before the first update.")
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.reward_model_path, list):  # a recipe made in Python that names one, or None
+            object.__setattr__(self, "reward_model_path", [self.reward_model_path] if self.reward_model_path else [])
+
     @property
     def num_updates(self) -> int:
         """Updates of the whole run."""
@@ -192,7 +210,9 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
         )
     _check_objective(recipe, where)
     check_judge_rules(recipe, where)
-    sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
+    check_ensemble_rules(recipe, where)
+    models = recipe.reward_model_path
+    sources = [*models[:1], *recipe.reward_funcs] if len(models) < 2 else ["the ensemble", *recipe.reward_funcs]
     if not sources:
         raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
     if recipe.reward_weights and len(recipe.reward_weights) != len(sources):
@@ -200,6 +220,8 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
             f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got "
             f"{len(recipe.reward_weights)}"
         )
+    if recipe.multi_objective_aggregation == "normalize_then_sum":
+        check_normalized_rewards(recipe, where, sources)
     if "" in recipe.stop_strings:
         raise UserError(f"{where('stop_strings')}: expected text that ends a response, got an empty string")
     if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:

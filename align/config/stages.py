@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from align.config.base import StageRecipe
 from align.config.best_of_n import BestOfNRecipe, check_best_of_n_rules
 from align.config.encoders import ClassifyRecipe, MLMRecipe, check_classify_rules, check_mlm_rules
+from align.config.ensemble import places
 from align.config.evaluate import EvaluateRecipe, check_evaluate_rules
 from align.config.judge_reward import JudgeRewardRecipe, check_judge_reward_rules
 from align.config.keys import Where
@@ -136,5 +137,8 @@ def input_models(recipe: Recipe) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in stage_of(recipe).input_models:
         value = getattr(recipe, name)
-        found |= value if isinstance(value, dict) else {name: value} if value else {}
+        if isinstance(value, list):
+            found |= places(name, value)
+        else:
+            found |= value if isinstance(value, dict) else {name: value} if value else {}
     return found

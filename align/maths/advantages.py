@@ -60,6 +60,25 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values).masked_fill(~mask, 0.0)
 
 
+def normalize_then_sum(scores: Tensor, weights: Tensor, group_size: int) -> Tensor:
+    """GDPO (arXiv 2601.05242): each reward less its mean over the K responses to a prompt, over its std there; weighted sum.
+
+    The std is the population's. A reward that is the same for all of a group, or NaN (it does not apply), adds 0.
+
+    Args:
+        scores: [B, n] of n rewards; the K responses to a prompt are consecutive rows.
+        weights: [n].
+
+    Returns:
+        [B] float32, with mean 0 in every group.
+    """
+    groups = scores.view(-1, group_size, scores.shape[1])
+    deviations = groups - groups.nanmean(dim=1, keepdim=True)
+    std = deviations.square().nanmean(dim=1, keepdim=True).sqrt()
+    normalized = torch.where(std > 1e-6 * groups.abs().nan_to_num().amax(dim=1, keepdim=True), deviations / std, 0.0)
+    return normalized.nan_to_num().flatten(0, 1) @ weights
+
+
 # Estimators without a value model: (rewards [B, T], mask [B, T], group_size K, gamma) -> advantages [B, T], 0 outside the
 # mask. The K responses to a prompt are consecutive rows.
 

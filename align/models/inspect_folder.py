@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.convert import shown
+from align.config.ensemble import places
 from align.config.stages import Recipe, stage_of
 from align.config.text_file import check_regular, read_text
 from align.errors import UserError
@@ -71,9 +72,13 @@ def inspect_inputs(recipe: Recipe, made: Collection[Path] = ()) -> None:
     """
     for key in stage_of(recipe).input_models:
         value = getattr(recipe, key)
-        for name, path in value.items() if isinstance(value, dict) else [("", value)]:
+        if isinstance(value, dict):
+            named = {f"{key}.{name}": path for name, path in value.items()}
+        else:
+            named = places(key, value if isinstance(value, list) else [value] if value else [])
+        for place, path in named.items():
             if path and Path(path).resolve() not in made:
-                inspect_folder(path, f"{key}.{name}" if name else key)
+                inspect_folder(path, place)
 
 
 def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> ModelFolder | None:

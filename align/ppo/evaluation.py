@@ -21,12 +21,13 @@ from align.errors import UserError
 from align.evaluate.statistics import win_rate
 from align.generation.responses import decode_responses
 from align.generation.sampler import PromptBatch
-from align.ppo.metrics import response_kl, response_metrics, score_length_correlation
+from align.ppo.metrics import member_scores, response_kl, response_metrics, score_length_correlation
 from align.ppo.outputs import save_model
 from align.ppo.ppo_run import PPORun, TokenizedPrompt
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
 from align.ppo.verdict import Change, change, fell, label, verdicts, warnings
 from align.runs.tracker import Tracker
+from reward_models.ensemble import disagreement
 
 SAMPLE_COLUMNS = ["prompt", "sft", "response", "score_sft", "score", "kl"]
 MOST_RESPONSES = 500  # of the last evaluation that are kept, for the report
@@ -52,6 +53,7 @@ class Evaluation:
         metrics, changes, samples: of the last evaluation; empty before the first. Changes are those from the SFT model, by
             metric.
         measures: more of each sample, by column: lengths in tokens and true rewards, of the SFT model and of the policy.
+        of_members: scores of each member of an ensemble and their disagreement, of each sample of the policy, by column.
         stops: whether `early_stopping_patience` is at its end.
     """
 
@@ -63,6 +65,7 @@ class Evaluation:
         self.changes: dict[str, Change] = {}
         self.samples: list[list[Any]] = []
         self.measures: dict[str, list[float | None]] = {}
+        self.of_members: dict[str, list[float | None]] = {}
         self.warned: set[str] = set()
         self.stops = False
         if self.prompts:
@@ -91,7 +94,9 @@ class Evaluation:
         self.metrics = self.measure(policy)
         self.samples, self.measures = self._samples(policy)
         tracker.log(step, self.metrics)
-        tracker.table(step, "samples", SAMPLE_COLUMNS, self.samples[: run.recipe.num_sample_rows])
+        columns = [*SAMPLE_COLUMNS, *self.of_members]
+        rows = [[*sample, *more] for sample, *more in zip(self.samples, *self.of_members.values(), strict=True)]
+        tracker.table(step, "samples", columns, rows[: run.recipe.num_sample_rows])
         self._warn(tracker, step, policy)
         self._choose(tracker, step, policy)
         if step == run.updates or self.stops:
@@ -104,7 +109,7 @@ class Evaluation:
         rollout, before = model.rollout, self.baseline
         error = 1.96 * float(rollout.scores.std()) / len(rollout) ** 0.5 if len(rollout) > 1 else 0.0
         metrics = {
-            **response_metrics(rollout, self.run.models.reward_names, "eval"),
+            **response_metrics(rollout, self.run.models.rewards, "eval"),
             "eval/score_low": float(rollout.scores.mean()) - error,
             "eval/score_high": float(rollout.scores.mean()) + error,
             "eval/kl": float(response_kl(rollout).mean()),
@@ -137,6 +142,11 @@ class Evaluation:
             for model, whose in both if name != SCORE else ():
                 values = model.worth[name]
                 more[f"{name[5:]}{whose}"] = [None if math.isnan(value) else value for value in values]
+        self.of_members = {}
+        for ensemble, scores in member_scores(policy.rollout, self.run.models.rewards).items():
+            self.of_members |= {f"score/{ensemble}_{n}": each.tolist() for n, each in enumerate(scores, start=1)}
+            self.of_members[f"disagreement/{ensemble}"] = disagreement(scores).tolist()
+        more |= self.of_members
         kl = response_kl(policy.rollout).tolist()
         columns = (self.texts, self.baseline.texts, policy.texts, self.baseline.worth[SCORE], policy.worth[SCORE], kl)
         return [list(row) for row in zip(*columns, strict=True)], more
@@ -218,7 +228,7 @@ class Evaluation:
 
     def table(self) -> list[list[Any]]:
         """SFT against the policy as last measured: rows of measure, before, after."""
-        before = response_metrics(self.baseline.rollout, self.run.models.reward_names, "eval")
+        before = response_metrics(self.baseline.rollout, self.run.models.rewards, "eval")
         after, rows = self.metrics, []
         for name, values in self.baseline.worth.items():
             rows.append([label(name), mean(values), after[name]])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from align.config.ensemble import places
 from align.config.ppo import PPORecipe
 from align.config.stages import STAGES
 from align.data.reasoning import set_scores_reasoning
@@ -29,15 +30,17 @@ class PPOInputs:
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    reward: RewardModel | None
+    rewards: list[RewardModel]  # none, one, or the members of an ensemble
     judge: RewardModel | None
     value_path: str  # unused without a value model, as is the next
     value_head: StoredHead | None  # None: a new one
 
     def describe_heads(self, advantage_estimator: str) -> list[str]:
         """Where the scalar heads of reward and value model come from."""
-        named = {"reward model": self.reward, "judge": self.judge}
-        lines = [f"{name}: its head is {model.head.name}" for name, model in named.items() if model is not None]
+        several = len(self.rewards) > 1
+        named = {f"reward model{f' {n}' * several}": model for n, model in enumerate(self.rewards, start=1)}
+        named |= {"judge": self.judge} if self.judge is not None else {}
+        lines = [f"{name}: its head is {model.head.name}" for name, model in named.items()]
         if ESTIMATORS[advantage_estimator].value_model:
             head = "a new head" if self.value_head is None else f"the head {self.value_head.name}"
             lines.append(f"value model: starts from {self.value_path} with {head}")
@@ -79,14 +82,17 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
 
-    reward = judge = value_head = None
-    if (path := recipe.reward_model_path) is not None:
-        reward = check_reward_model(path, "reward_model_path", recipe, recipe.score_reasoning, tokenizer)
-    if (path := recipe.judge_reward_model_path) is not None:
-        judge = check_reward_model(path, "judge_reward_model_path", recipe, recipe.score_reasoning, tokenizer)
-    same_tokenizer = reward is not None and reward.same_tokenizer
-    value_path = recipe.value_model_path or (recipe.reward_model_path if same_tokenizer else recipe.sft_model_path)
-    assert value_path is not None
+    judge = value_head = None
+    for path in recipe.reward_model_path:
+        read_manifest(path)  # of a folder of members: whether all have been trained
+    rewards = [
+        check_reward_model(path, place, recipe, recipe.score_reasoning, tokenizer)
+        for place, path in places("reward_model_path", recipe.reward_model_path).items()
+    ]
+    if (judge_path := recipe.judge_reward_model_path) is not None:
+        judge = check_reward_model(judge_path, "judge_reward_model_path", recipe, recipe.score_reasoning, tokenizer)
+    same_tokenizer = bool(rewards) and rewards[0].same_tokenizer
+    value_path = recipe.value_model_path or (rewards[0].path if same_tokenizer else recipe.sft_model_path)
     if recipe.value_model_path is not None:
         theirs = tokenizer_digest(load_tokenizer(value_path, recipe.chat_template_path, recipe.trust_remote_code))
         if theirs["vocabulary"] != mine["vocabulary"]:
@@ -107,7 +113,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     return PPOInputs(
         config=config,
         tokenizer=tokenizer,
-        reward=reward,
+        rewards=rewards,
         judge=judge,
         value_path=value_path,
         value_head=value_head,

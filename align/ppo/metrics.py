@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from align.maths.masked import masked_mean, masked_var
 from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout
+from reward_models.combine import RewardSum
+from reward_models.ensemble import disagreement
 
 
 def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor) -> dict[str, float]:
     """Metrics of a rollout and its returns [B, T], before the optimizer steps."""
     kl = response_kl(rollout)
     metrics = {
-        **response_metrics(rollout, run.models.reward_names, ""),
+        **response_metrics(rollout, run.models.rewards, ""),
         "objective/score_std": float(rollout.scores.std(correction=0)),
         "objective/kl": float(kl.mean()),
         "objective/kl_coef": run.progress.kl_coef,
@@ -43,7 +43,7 @@ def response_kl(rollout: Rollout) -> Tensor:
     return (rollout.old_logprobs - rollout.ref_logprobs).masked_fill(~rollout.mask, 0.0).sum(dim=1)
 
 
-def response_metrics(rollout: Rollout, sources: Sequence[str], prefix: str) -> dict[str, float]:
+def response_metrics(rollout: Rollout, rewards: RewardSum, prefix: str) -> dict[str, float]:
     """Means over the responses of a rollout; `prefix` is `eval`, or empty for the names of training."""
     score, response = (f"{prefix}/", f"{prefix}/") if prefix else ("objective/", "response/")
     metrics = {
@@ -52,8 +52,10 @@ def response_metrics(rollout: Rollout, sources: Sequence[str], prefix: str) -> d
         f"{response}eos_rate": float(rollout.ended.float().mean()),
         f"{response}repetition": float(rollout.repetition.mean()),
     }
-    for column, name in enumerate(sources):
+    for column, name in enumerate(rewards.names):
         metrics[f"{score}score/{name}"] = float(rollout.source_scores[:, column].nanmean())
+    for ensemble, scores in member_scores(rollout, rewards).items():
+        metrics[f"{score}disagreement/{ensemble}"] = float(disagreement(scores).mean())
     return metrics
 
 
@@ -62,3 +64,9 @@ def score_length_correlation(*rollouts: Rollout) -> float:
     scores = torch.cat([rollout.scores for rollout in rollouts]).double()
     lengths = torch.cat([rollout.lengths for rollout in rollouts]).double()
     return float(torch.corrcoef(torch.stack([scores, lengths]))[0, 1])
+
+
+def member_scores(rollout: Rollout, rewards: RewardSum) -> dict[str, Tensor]:
+    """Scores of the members of each ensemble by its name, [k, B]."""
+    columns = dict(zip(rewards.names, rollout.source_scores.T, strict=True))
+    return {each.name: torch.stack([columns[name] for name in each.member_names]) for each in rewards.ensembles}

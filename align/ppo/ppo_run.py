@@ -20,7 +20,6 @@ from align.engine.engine import Engine, TrainEngine
 from align.generation.sampler import Sampler
 from align.maths.running_moments import RunningMoments
 from reward_models.combine import RewardSum
-from reward_models.trained import ModelReward
 
 TokenizedPrompt = tuple[Prompt, list[int]]
 Sums = dict[str, Tensor]  # scalars by metric: sums over the tokens of a microbatch
@@ -38,8 +37,8 @@ class Models:
 
     @property
     def reward_names(self) -> list[str]:
-        """Names of the reward sources, in the order of `Rollout.source_scores`."""
-        return [source.name for source in self.rewards.sources]
+        """Names of reward sources and members of ensembles, in the order of `Rollout.source_scores`."""
+        return self.rewards.names
 
     def discard(self) -> None:
         """Drop the gradients since the last optimizer step."""
@@ -49,7 +48,7 @@ class Models:
 
     def truncated(self, world: World) -> float:
         """Responses of this process so far that a reward model with another tokenizer had to cut, summed over all ranks."""
-        count = sum(source.truncated for source in self.rewards.sources if isinstance(source, ModelReward))
+        count = sum(model.truncated for model in self.rewards.models)
         return float(world.sum(torch.tensor(float(count), device=world.device)))
 
 

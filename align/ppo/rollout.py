@@ -53,7 +53,7 @@ class Rollout:
     values: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, 0 without a value model
     scores: Tensor = per(ROW)  # [B] float32, weighted sum over the reward sources
     token_scores: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, the part of `scores` that was given to single tokens
-    source_scores: Tensor = per(ROW)  # [B, number of reward sources] float32
+    source_scores: Tensor = per(ROW)  # [B, number of reward sources and members of ensembles] float32
     repetition: Tensor = per(ROW)  # [B] float32, share of repeated 3-grams
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from align.config.ensemble import places
 from align.data.batches import PromptLoader
 from align.data.end_tokens import end_ids
 from align.engine.distributed import World
@@ -22,7 +23,7 @@ from align.generation.sampler import PromptBatch
 from align.generation.scoring import score_ids
 from align.maths.masked import masked_mean
 from align.ppo.kl_permitted import describe_kl_coef, spreads
-from align.ppo.ppo_run import Models, PPORun, Progress
+from align.ppo.ppo_run import PPORun, Progress
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
 from align.ppo.self_check_limits import (
     BFLOAT16,
@@ -93,8 +94,9 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
     checks: list[Check] = []
     metrics: dict[str, float] = {}
     try:
-        if (path := run.recipe.reward_model_path) is not None:
-            checks += check_reward_model(path, run.models, run.world, run.recipe.bf16, metrics)
+        paths = places("reward_model_path", run.recipe.reward_model_path).values()
+        for path, model in zip(paths, run.models.rewards.models, strict=True):
+            checks += check_reward_model(path, model, run.world, run.recipe.bf16, metrics)
         rollout = check_rollout(run)
     except ValueError as error:  # a reward model that gives NaN; the message shows the row
         raise UserError(f"self-checks: {error}") from error
@@ -118,7 +120,7 @@ def check_rollout(run: PPORun) -> Rollout:
     first = loader.batch(0, run.recipe.rollout_batch_size // run.recipe.num_generations)
     prompts = [run.prompts[first[index // EACH % len(first)]] for index in indexes]
     batch = PromptBatch([prompt for prompt, _ in prompts], [ids for _, ids in prompts], "self-check", indexes)
-    counters = [source for source in run.models.rewards.sources if isinstance(source, ModelReward)]
+    counters = run.models.rewards.models
     truncated = [source.truncated for source in counters]
     raw = replace(run, recipe=replace(run.recipe, missing_eos_penalty=None, missing_eos_score=None))
     scored = score_responses(raw, sample_responses(run, batch))
@@ -187,15 +189,19 @@ def check_ends(run: PPORun, rollout: Rollout) -> Check:
     return responses_terminate(rate, len(rollout), recipe.response_length, seen, several)
 
 
-def check_reward_model(path: str, models: Models, world: World, bf16: bool, metrics: dict[str, float]) -> list[Check]:
-    """Whether the reward model is the one that its stage evaluated, and did better than chance there."""
+def check_reward_model(
+    path: str, source: ModelReward, world: World, bf16: bool, metrics: dict[str, float]
+) -> list[Check]:
+    """Whether the reward model is the one that its stage evaluated, and did better than chance there.
+
+    Of several, the metrics are the worst.
+    """
     manifest = read_manifest(path) or {}
     if "score_check" not in manifest:
         return [Check(True, "reward model not checked (no record in its folder)")]
     if "eval_accuracy" in manifest["results"]:
         names = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high")
         check_record(manifest["results"], Record(dict.fromkeys(names, NUMBER)), f"{path}/{MANIFEST}: results")
-    source = next(source for source in models.rewards.sources if isinstance(source, ModelReward))
     largest, vocabulary = (
         max(map(max, manifest["score_check"]["ids"])),
         source.model.get_input_embeddings().num_embeddings,
@@ -207,7 +213,9 @@ def check_reward_model(path: str, models: Models, world: World, bf16: bool, metr
     plain = ModelReward(source.name, source.model, batch_size=source.batch_size, max_length=source.max_length)
     scores = score_ids(plain, world, manifest["score_check"]["ids"])
     recorded = torch.tensor(manifest["score_check"]["scores"])
-    metrics["self_check/reward_gap"] = float((scores - recorded).abs().max())
+    gap = float((scores - recorded).abs().max())
+    metrics["self_check/reward_gap"] = max(gap, metrics.get("self_check/reward_gap", 0.0))
     if "eval_accuracy" in manifest["results"]:
-        metrics["self_check/reward_accuracy"] = manifest["results"]["eval_accuracy"]
+        accuracy = manifest["results"]["eval_accuracy"]
+        metrics["self_check/reward_accuracy"] = min(accuracy, metrics.get("self_check/reward_accuracy", 1.0))
     return [matches_manifest(path, scores, manifest, bf16), beats_chance(scores, manifest["results"])]

@@ -29,10 +29,11 @@ from align.ppo.data import PPOData
 from align.ppo.inputs import PPOInputs
 from align.ppo.ppo_run import Models, PPORun, Progress
 from reward_models.combine import RewardSum
-from reward_models.functions import FunctionReward
+from reward_models.ensemble import RewardEnsemble
 from reward_models.heads import keep_head_float32, score_head
-from reward_models.trained import ModelReward
+from reward_models.responses import RewardSource
 
+REWARD_MODEL = "reward_model"  # its name in logs and errors
 SHORT = 32  # tokens of prompt and response up to which padding costs less than one more forward pass
 
 
@@ -136,6 +137,12 @@ def start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
     value.config.score_mean = 0.0  # it is in the bias now
 
 
-def _sources(recipe: PPORecipe, inputs: PPOInputs, world: World) -> list[ModelReward | FunctionReward]:
-    models = [] if inputs.reward is None else [load_reward("reward_model", inputs.reward, recipe, world)]
+def _sources(recipe: PPORecipe, inputs: PPOInputs, world: World) -> list[RewardSource]:
+    models: list[RewardSource] = []
+    if len(inputs.rewards) == 1:
+        models = [load_reward(REWARD_MODEL, inputs.rewards[0], recipe, world)]
+    elif inputs.rewards:
+        named = enumerate(inputs.rewards, start=1)
+        members = [load_reward(f"{REWARD_MODEL}_{number}", model, recipe, world) for number, model in named]
+        models = [RewardEnsemble(REWARD_MODEL, members, recipe.reward_ensemble, recipe.reward_variance_coef or 0.0)]
     return models + [user_function(name, "reward_funcs", recipe.reward_timeout) for name in recipe.reward_funcs]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from align.data.batches import PromptLoader
+from align.errors import UserError
 from align.generation.sampler import PromptBatch
 from align.maths import advantages as advantage_functions
-from align.maths.advantages import token_rewards
+from align.maths.advantages import missing_eos_scores, normalize_then_sum, token_rewards
 from align.maths.estimators import ESTIMATORS
 from align.maths.kl import adapted_kl_coef, k1
 from align.maths.masked import masked_whiten
@@ -90,15 +91,35 @@ def record_sampler_gap(run: PPORun, rollout: Rollout, recomputed: bool) -> None:
 def normalize_and_clip_scores(run: PPORun, rollout: Rollout) -> Tensor:
     """Scores as they enter the rewards, [B]: normalized by their running moments (this batch included), then clipped.
 
-    Updates the moments, in `run.progress`.
+    With `multi_objective_aggregation: normalize_then_sum` they are the sum of the sources' scores that were each normalized
+    within the responses to a prompt. Updates the moments, in `run.progress`.
     """
     scores, progress = rollout.scores, run.progress
+    if run.recipe.multi_objective_aggregation == "normalize_then_sum":
+        scores = sum_of_normalized_scores(run, rollout)
     if run.recipe.scores_are_normalized:
         progress.score_moments = progress.score_moments.include(scores)
         scores = (scores - progress.score_moments.mean) / max(progress.score_moments.std, 1e-8)
     if run.recipe.score_clip is not None:
         scores = scores.clamp(-run.recipe.score_clip, run.recipe.score_clip)
     return scores
+
+
+def sum_of_normalized_scores(run: PPORun, rollout: Rollout) -> Tensor:
+    """GDPO's scores, [B], after the missing-EOS rule.
+
+    Raises:
+        UserError: a source scores tokens, whose sum has another scale.
+    """
+    if rollout.token_scores.any():
+        raise UserError(
+            "multi_objective_aggregation: normalize_then_sum takes one score for each response, and a reward function gave one "
+            "for each token; use sum_then_normalize."
+        )
+    recipe, weights = run.recipe, torch.tensor(run.models.rewards.weights, device=rollout.scores.device)
+    sources = rollout.source_scores[:, : len(weights)]
+    scores = normalize_then_sum(sources, weights, recipe.num_generations)
+    return missing_eos_scores(scores, rollout.ended, recipe.missing_eos_penalty, recipe.missing_eos_score)
 
 
 def compute_rewards(run: PPORun, rollout: Rollout, scores: Tensor) -> Tensor:

@@ -62,6 +62,8 @@ def _is_lost(run: Run, name: str) -> bool:
 def reward_model_of(run: Run, others: Sequence[Run]) -> Run | None:
     """The reward stage whose model a PPO run has used: of the pipeline, or on the disk where the recipe names it."""
     path = run.recipe.get("reward_model_path")
+    if isinstance(path, list) and len(path) == 1:  # of an ensemble there is no single stage
+        (path,) = path
     if not isinstance(path, str):
         return None
     name = Path(path).name

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from align.config.data_source import DataSource
 from align.config.load import acceptable_keys
@@ -142,6 +142,11 @@ def with_defaults(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     for each in dataclasses.fields(cls):
         if each.name not in filled and "before" in each.metadata:
             filled[each.name] = json.loads(json.dumps(each.metadata["before"]))
+    for name, annotation in get_type_hints(cls).items():
+        if get_origin(annotation) is list and not isinstance(value := filled[name], list):
+            filled[name] = (
+                [] if value is None else [value]
+            )  # the key took one when the run began, and takes several now
     for name in dataset_keys(cls):
         sources = filled[name]
         if isinstance(sources, list):

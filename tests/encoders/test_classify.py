@@ -377,12 +377,12 @@ def test_a_regression_is_a_reward_model_for_ppo(tmp_path):
     policy = save_tiny_policy(tmp_path / "policy")
     ppo = PPORecipe(output_dir=str(tmp_path / "ppo"), sft_model_path=policy, reward_model_path=settings.output_dir)
     inputs = check_ppo_inputs(ppo)
-    assert inputs.reward.config.num_labels == 1
+    assert inputs.rewards[0].config.num_labels == 1
     scorer = load_reward_model(settings.output_dir)
     plain = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings.output_dir)
     for text, pair, _ in rows:
-        ids = torch.tensor([encode_for_reward(inputs.reward.tokenizer, True, text, pair)])
+        ids = torch.tensor([encode_for_reward(inputs.rewards[0].tokenizer, True, text, pair)])
         score = score_sequences(scorer, ids, torch.ones_like(ids, dtype=torch.bool))
         assert float(score) == pytest.approx(
             float(plain(**tokenizer(text, pair, return_tensors="pt")).logits), abs=1e-5

@@ -31,7 +31,7 @@ def hold_models(path: str) -> None:
         "policy": models.policy.module,
         "value": models.value.module,
         "reference": models.reference.module,
-        "reward": models.rewards.sources[0].model,
+        **{reward.name: reward.model for reward in models.rewards.models},
     }
     held = {}
     for name, module in parts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 
 import pytest
 import torch
@@ -217,11 +218,12 @@ def test_each_rank_holds_half_of_each_of_the_four_models_under_zero_3(tmp_path):
         tiny_llama().config.__class__(**{**tiny_llama().config.to_dict(), "num_labels": 1})
     ).save_pretrained(tmp_path / "reward")
     letter_tokenizer().save_pretrained(tmp_path / "reward")
+    shutil.copytree(tmp_path / "reward", tmp_path / "other")
     keys = {
         "stage": "ppo",
         "output_dir": str(tmp_path / "out"),
         "sft_model_path": str(tmp_path / "policy"),
-        "reward_model_path": str(tmp_path / "reward"),
+        "reward_model_path": [str(tmp_path / "reward"), str(tmp_path / "other")],
         "train_dataset": write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}]),
         "deepspeed": deepspeed_file(tmp_path / "ds.json", 3),
     }
@@ -230,7 +232,7 @@ def test_each_rank_holds_half_of_each_of_the_four_models_under_zero_3(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         held = json.loads((tmp_path / "out" / f"rank{rank}.json").read_text())
-        assert set(held) == {"policy", "value", "reference", "reward"}
+        assert set(held) == {"policy", "value", "reference", "reward_model_1", "reward_model_2"}
         for name, count in held.items():
             assert count["resident"] == 0, name
             assert count["shard"] == pytest.approx(count["whole"] / 2, rel=0.02), name

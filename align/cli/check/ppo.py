@@ -32,11 +32,9 @@ class PPOCheck(TrainingCheck[PPORecipe]):
     def start(self, recipe: PPORecipe, rows: Rows | None, folder: Path) -> Start:
         inputs = check_ppo_inputs(recipe)
         others = {"value": load_config(inputs.value_path, "value_model_path", recipe.trust_remote_code)}
-        others |= {
-            name: model.config
-            for name, model in (("reward", inputs.reward), ("judge", inputs.judge))
-            if model is not None
-        }
+        several = len(inputs.rewards) > 1
+        others |= {f"reward{f' {n}' * several}": model.config for n, model in enumerate(inputs.rewards, start=1)}
+        others |= {"judge": inputs.judge.config} if inputs.judge is not None else {}
         policy = load_config(recipe.sft_model_path, "sft_model_path", recipe.trust_remote_code)
         notes = inputs.describe_heads(recipe.advantage_estimator)
         return Start(policy, inputs.tokenizer, others=others, notes=notes)
@@ -59,9 +57,8 @@ class PPOCheck(TrainingCheck[PPORecipe]):
             models.append(Footprint("value", value, value))
         if recipe.method == "full":  # otherwise the reference is the policy with its adapter off
             models.append(Footprint("reference", size, 0))
-        for name in ("reward", "judge"):
-            if name in start.others:
-                models.append(frozen_model(name, SequenceClassifier, start.others[name], code))
+        scorers = {name: config for name, config in start.others.items() if name != "value"}
+        models += [frozen_model(name, SequenceClassifier, config, code) for name, config in scorers.items()]
         if recipe.ds3_gather_for_generation:
             models.append(Footprint("whole policy, while it generates", models[0].parameters, 0, gathered=True))
         return models

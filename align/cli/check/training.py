@@ -17,7 +17,7 @@ from align.cli.check.sample_rows import Sample, Start, sample_lines
 from align.cli.steps import processes
 from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
 from align.config.load import resolve_function
-from align.config.stages import input_models
+from align.config.stages import stage_of
 from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import describe_task_shares
@@ -173,8 +173,17 @@ def _check_unfinished(recipe: StageRecipe, rows: Rows) -> None:
 
 def _with_stand_ins(recipe: R, stand_ins: dict[Path, Path], report: Report) -> R:
     changes: dict[str, Any] = {}
-    for key, path in input_models(recipe).items():
-        if stand_in := stand_ins.get(Path(path).resolve()):
-            changes[key] = str(stand_in)
-            report.say(f"{key}: {stand_in}")
+
+    def replaced(key: str, path: str) -> str:
+        if (stand_in := stand_ins.get(Path(path).resolve())) is None:
+            return path
+        report.say(f"{key}: {stand_in}")
+        return str(stand_in)
+
+    for key in stage_of(recipe).input_models:
+        value = getattr(recipe, key)
+        if isinstance(value, list):
+            changes[key] = [replaced(key, path) for path in value]
+        elif value:
+            changes[key] = replaced(key, value)
     return dataclasses.replace(recipe, **changes)

@@ -1,0 +1,95 @@
+"""Keys of several reward models in PPO, the rules between them, and the folders of its members.
+
+Functions take the recipe of PPO, whose file imports this one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from align.config.keys import AT_LEAST_0, Where, key
+from align.errors import UserError
+
+MEMBER = "member_"  # and a number from 1: a member's folder in the `output_dir` of a reward stage with `ensemble_size`
+
+
+def reward_model_path() -> Any:
+    """The key `reward_model_path` of PPO."""
+    return key(
+        [],
+        "Reward model of stage 2 (or any sequence classifier with one label); a list of them, or the output_dir of a "
+        "reward stage with `ensemble_size`, is an ensemble, which counts as one reward.",
+    )
+
+
+def reward_ensemble() -> Any:
+    """The key `reward_ensemble` of PPO."""
+    return key(
+        "mean",
+        "Score of an ensemble (arXiv 2310.02743): mean of the members' scores, wco (worst case: their minimum) or uwo "
+        "(uncertainty-weighted: mean - reward_variance_coef * variance among the members, divided by their number).",
+    )
+
+
+def reward_variance_coef() -> Any:
+    """The key `reward_variance_coef` of PPO."""
+    return key(None, "With `reward_ensemble: uwo`: weight of the variance, in 1 / score; often 0.1 to 0.5.", AT_LEAST_0)
+
+
+def check_ensemble_rules(recipe: Any, where: Where) -> None:
+    """The rules for the reward models of PPO.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    paths = [each for path in recipe.reward_model_path for each in members(path)]
+    if repeated := next((path for path in paths if paths.count(path) > 1), None):
+        raise UserError(f"{where('reward_model_path')}: {repeated} is written twice; name each member once")
+    if recipe.reward_ensemble != "mean" and not paths:
+        raise UserError(f"{where('reward_ensemble')}: combines reward models, and reward_model_path names none")
+    if recipe.reward_ensemble == "uwo" and recipe.reward_variance_coef is None:
+        raise UserError(f"{where('reward_variance_coef')}: expected a number with reward_ensemble: uwo, got nothing")
+    if recipe.reward_ensemble != "uwo" and recipe.reward_variance_coef is not None:
+        raise UserError(
+            f"{where('reward_variance_coef')}: is for reward_ensemble: uwo, got reward_ensemble: {recipe.reward_ensemble}"
+        )
+
+
+def check_normalized_rewards(recipe: Any, where: Where, sources: list[str]) -> None:
+    """The rules for `multi_objective_aggregation: normalize_then_sum`.
+
+    Args:
+        sources: names of the rewards.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    place = where("multi_objective_aggregation")
+    if len(sources) < 2:
+        raise UserError(f"{place}: normalize_then_sum is for several rewards, got {sources[0]} alone")
+    if recipe.num_generations < 2:
+        raise UserError(
+            f"{where('num_generations')}: expected 2 or more with multi_objective_aggregation: normalize_then_sum, which compares "
+            f"the responses to one prompt, got {recipe.num_generations}"
+        )
+    if recipe.advantage_estimator == "grpo":
+        raise UserError(
+            f"{place}: normalize_then_sum with advantage_estimator: grpo, which divides the sum by its spread in each group again; "
+            "use reinforce_plus_plus, which whitens over the batch as GDPO does"
+        )
+
+
+def members(path: str) -> list[str]:
+    """The members in the `output_dir` of a reward stage with `ensemble_size`, by number; any other path as it is."""
+    folder = Path(path)
+    numbers = [each.name.removeprefix(MEMBER) for each in folder.glob(f"{MEMBER}*") if each.is_dir()]
+    if not numbers or (folder / "config.json").exists():
+        return [path]
+    return [str(folder / f"{MEMBER}{number}") for number in sorted(map(int, filter(str.isdecimal, numbers)))]
+
+
+def places(name: str, paths: list[str]) -> dict[str, str]:
+    """The models that a key names in a list, members of folders included, by their place in the recipe."""
+    found = [each for path in paths for each in members(path)]
+    return {name: found[0]} if len(found) == 1 else {f"{name}[{i}]": path for i, path in enumerate(found)}
