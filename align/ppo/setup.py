@@ -113,7 +113,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
         rate = recipe.value_learning_rate or recipe.learning_rate
         value = train_engine(model, recipe, world, rate, plan.accumulation, "value")
     sources = RewardSum(_sources(recipe, inputs, world), recipe.reward_weights or None)
-    judges: list[ModelReward | FunctionReward] = [
+    judges: list[RewardSource] = [
         *([] if inputs.judge is None else [load_reward("judge_reward_model", inputs.judge, recipe, world)]),
         *(user_function(name, "judge_reward_funcs", recipe.reward_timeout) for name in recipe.judge_reward_funcs),
     ]
