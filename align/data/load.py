@@ -17,7 +17,7 @@ from align.data.formats import choose_formats, missing_column, read_row
 from align.data.mixture import repeat_rows, seeded_sample, task_counts, times_used
 from align.data.rows import BadRows, Row
 from align.data.sources import MAX_ROW, read_source
-from align.data.split import NoHeldOutRows, is_held_out, prompts_of, without_prompts
+from align.data.split import EmptySplit, NoHeldOutRows, is_held_out, prompts_of, without_prompts
 from align.data.templates import TASK, TEMPLATE, SourceTemplates, task_name
 from align.errors import BadRow, UserError
 
@@ -78,7 +78,6 @@ def load_rows(settings: DataSettings, row_type: type, key: str = "train_dataset"
     )
     used = _mix(training, settings)
     train = list(chain.from_iterable(used))
-    _check_not_empty(train, evaluation, dropped, bad, settings)
     if settings.max_eval_rows is not None:
         evaluation = seeded_sample(evaluation, settings.max_eval_rows, f"{settings.seed} evaluation")
     report = {
@@ -97,6 +96,11 @@ def load_rows(settings: DataSettings, row_type: type, key: str = "train_dataset"
         "duplicates": find_duplicates(train, evaluation),
         "fingerprints": {"train": _fingerprint(train), "evaluation": _fingerprint(evaluation)},
     }
+    try:
+        _check_not_empty(train, evaluation, dropped, bad, settings)
+    except EmptySplit as error:
+        error.report = report if key == "train_dataset" else None
+        raise
     return Rows(train, evaluation, report)
 
 
@@ -144,13 +148,13 @@ def _check_not_empty(
     train: Sequence[Row], evaluation: Sequence[Row], dropped: int, bad: BadRows, settings: DataSettings
 ) -> None:
     if not train:
-        raise UserError(
+        raise EmptySplit(
             f"train_dataset: no training row is left: {len(evaluation)} are for evaluation, {dropped} were dropped because "
             f"eval_dataset has their prompt, and these are bad rows: {bad.summary()}. Give more or other rows, or lower "
             "`eval_fraction`."
         )
     if not evaluation and settings.eval_dataset:
-        raise UserError(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
+        raise EmptySplit(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")
     if not evaluation and settings.eval_fraction > 0:
         raise NoHeldOutRows(
             f"eval_fraction: with {settings.eval_fraction:g}, none of the {len(train)} rows is held out for evaluation (each "

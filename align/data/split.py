@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from align.data.rows import Demonstration, Row, canonical
 from align.errors import UserError
@@ -13,7 +13,17 @@ from align.errors import UserError
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-class NoHeldOutRows(UserError):
+class EmptySplit(UserError):
+    """No row is left to train on, or none to evaluate on. Of a run that is resumed, changed rows may be the reason.
+
+    Attributes:
+        report: of the rows, as in `align.data.load.Rows`; None if they are not those of `train_dataset`.
+    """
+
+    report: Mapping[str, Any] | None = None
+
+
+class NoHeldOutRows(EmptySplit):
     """`eval_fraction` of the prompts came to none."""
 
 

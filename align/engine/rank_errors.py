@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -27,6 +28,7 @@ CONNECT = 600.0  # seconds that a rank waits for rank 0 at the start, as `torch.
 LET_RANK_0_SPEAK = 1.0  # seconds: most errors occur on all ranks alike, and rank 0 is to report those
 UNTIL_SEEN = 5.0  # seconds that the failed rank, which may host the store, waits for the others to read its error
 LOST = re.compile(r"Connection (closed|reset) by peer|\bgloo\b|\bNCCL\b|Socket closed|Broken pipe", re.I)
+TERMINATED = 128 + signal.SIGTERM  # the exit code
 OWN_END = 3.0  # seconds that a rank has to end by itself once another has failed
 
 
@@ -138,8 +140,8 @@ def reported() -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            raise
+        if size == 1 or (isinstance(error, SystemExit) and error.code == TERMINATED):
+            raise  # of `align.engine.stopping`: all ranks have ended
         told: BaseException = error
         if not isinstance(error, UserError) and LOST.search(str(error)):
             told = UserError(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from align.config.ppo import PPORecipe
 from align.engine.faults import during
 from align.maths.running_moments import RunningMoments
 from align.ppo.ppo_run import PPORun, Progress
@@ -32,10 +33,14 @@ PROGRESS = Record(
 )
 
 
+def checkpoint_folder(recipe: PPORecipe, step: int) -> Path:
+    return Path(recipe.output_dir) / f"checkpoint-{step}"
+
+
 def save_checkpoint(run: PPORun, step: int) -> None:
     """Write all that a resume needs. Data order and sampling noise are functions of the step: no generator is saved."""
     recipe, world = run.recipe, run.world
-    folder = Path(recipe.output_dir) / f"checkpoint-{step}"
+    folder = checkpoint_folder(recipe, step)
     if world.is_main:
         own(folder)
     world.barrier()

@@ -40,7 +40,11 @@ class PPOInputs:
         several = len(self.rewards) > 1
         named = {f"reward model{f' {n}' * several}": model for n, model in enumerate(self.rewards, start=1)}
         named |= {"judge": self.judge} if self.judge is not None else {}
-        lines = [f"{name}: its head is {model.head.name}" for name, model in named.items()]
+        anew = "; its tokenizer is another than the policy's, so it reads responses rendered and tokenized anew"
+        lines = [
+            f"{name}: its head is {model.head.name}{'' if model.same_tokenizer else anew}"
+            for name, model in named.items()
+        ]
         if ESTIMATORS[advantage_estimator].value_model:
             head = "a new head" if self.value_head is None else f"the head {self.value_head.name}"
             lines.append(f"value model: starts from {self.value_path} with {head}")

@@ -82,7 +82,7 @@ def check_start(run: PPORun, tracker: Tracker, start: int) -> dict[str, float]:
         )
     for check in checks:
         if not check.passed:
-            tracker.say(f"self-check: {check}")
+            tracker.say(f"warning: self-check: {check}")
     spread = [metrics[f"self_check/score_std{which}"] for which in ("", "_within_prompt")]
     tracker.say(describe_kl_coef(run.recipe, *spread))
     tracker.say(f"self-checks: {', '.join(check.found for check in checks if check.passed)}; in {seconds:.1f} s")

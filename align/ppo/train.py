@@ -12,7 +12,8 @@ from align.config.ppo import PPORecipe
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
-from align.ppo.checkpoint import save_checkpoint
+from align.engine.stopping import stop, stop_asked, stops_between_steps
+from align.ppo.checkpoint import checkpoint_folder, save_checkpoint
 from align.ppo.collapse import CollapseWatch
 from align.ppo.data import load_data
 from align.ppo.evaluation import Evaluation
@@ -51,15 +52,19 @@ def run(recipe: PPORecipe) -> PPOResult:
         if start == 0:
             evaluation.start()
         watch = CollapseWatch(recipe, evaluation.sft_eos_rate or checks.get("self_check/eos_rate"))
-        for update in range(start, ppo.updates):
-            metrics, done = timed_step(ppo, update), update + 1
-            track(ppo, tracker, watch, done, metrics | (checks if done == 1 else {}))
-            if evaluation.is_due(done):
-                evaluation.track(tracker, done)
-            if evaluation.stops:
-                break
-            if recipe.save_steps and done % recipe.save_steps == 0 and done < ppo.updates:
-                save_checkpoint(ppo, done)
+        with stops_between_steps():
+            for update in range(start, ppo.updates):
+                metrics, done = timed_step(ppo, update), update + 1
+                track(ppo, tracker, watch, done, metrics | (checks if done == 1 else {}))
+                if evaluation.is_due(done):
+                    evaluation.track(tracker, done)
+                if evaluation.stops or done == ppo.updates:
+                    break
+                stopping = stop_asked(world)
+                if stopping or (recipe.save_steps and done % recipe.save_steps == 0):
+                    save_checkpoint(ppo, done)
+                if stopping:
+                    stop(checkpoint_folder(recipe, done), world)
         results = {"updates": done, "best": ppo.progress.best, **evaluation.results()}
         for line in results.get("verdict", []):
             tracker.say(line)

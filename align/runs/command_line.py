@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,7 +23,9 @@ class Printed(SystemExit):
     """`--help` or `--version` has been printed."""
 
 
-INTERRUPTED = "interrupted; the same command continues"
+INTERRUPTED = "interrupted; the same command continues, from the last checkpoint if there is one (save_steps)"
+
+BROKEN_PIPE = 128 + signal.SIGPIPE  # the exit code, as the shell gives it for Unix tools
 
 USER_ERROR = 2  # the exit code after a UserError
 
@@ -86,6 +89,9 @@ def exit_code(command: Callable[[], int]) -> int:
             return command()
     except Printed:
         return 0
+    except BrokenPipeError:  # `align ... | head`: whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written at exit either
+        return BROKEN_PIPE
     except SystemExit as ended:
         if isinstance(ended.code, int) and ended.code > 128:  # a signal's handler
             raise

@@ -21,6 +21,7 @@ from align.config.load import load_recipe
 from align.config.stages import STAGES, Recipe, stage_of
 from align.engine.faults import during, unless_removed
 from align.engine.rank_errors import reported
+from align.engine.stopping import ask_to_stop
 from align.errors import UserError
 from align.runs import lock
 from align.runs.command_line import INTERRUPTED, CommandParser, exit_code, stage_arguments
@@ -125,6 +126,8 @@ def launched_words(argv: Sequence[str]) -> list[str]:
 def end_on_signals() -> None:
     """End this process at the second SIGINT, should the first not have done so, and at SIGTERM once it has given up its locks.
 
+    A loop of training steps ends itself at the first SIGTERM (`align/engine/stopping.py`).
+
     A Python handler never runs while the main thread waits in C, for a collective or in a user's function. In another
     thread than the main one, signals are left to the program.
     """
@@ -142,7 +145,7 @@ def end_on_signals() -> None:
         interrupts = 0
         while interrupts < 2:
             signals = os.read(reader, 64)
-            if signal.SIGTERM in signals and signal.getsignal(signal.SIGTERM) is _noticed:
+            if signal.SIGTERM in signals and signal.getsignal(signal.SIGTERM) is _noticed and not ask_to_stop():
                 lock.release_all()
                 os._exit(128 + signal.SIGTERM)
             interrupts += signals.count(signal.SIGINT)

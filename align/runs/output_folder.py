@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from align.data.split import EmptySplit
 from align.errors import OtherRun, UserError
 from align.runs import lock, lock_record
 from align.runs.files import write_json
 from align.runs.others_files import TEMPORARY
 from align.runs.own_files import MANIFEST, RUN, check_way, delete, owned, read_mark, remove_empty
+from align.runs.run_record import check_rows
 
 RESULTS = "results.json"
 PARTS = "parts"  # of an unfinished evaluation: outputs of each finished setting
@@ -182,7 +184,9 @@ def one_run_per_folder(run: R) -> R:
             return run(recipe)
         try:
             return run(recipe)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, EmptySplit) and error.report is not None:
+                check_rows(recipe, error.report)
             with contextlib.suppress(OSError, UserError):
                 _withdraw(folder)
             raise

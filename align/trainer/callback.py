@@ -16,6 +16,7 @@ from align.config.keys import check_best_metric
 from align.config.sft import SFTRecipe
 from align.engine.distributed import World
 from align.engine.faults import during
+from align.engine.stopping import stop, stop_asked
 from align.errors import UserError
 from align.maths.perplexity import perplexity
 from align.runs.checkpoint import mark_complete
@@ -45,6 +46,7 @@ class StageCallback(TrainerCallback):
     ) -> None:
         self.tracker, self.recipe, self.own_sums = tracker, recipe, own_sums
         self.shown: dict[str, float] = {}
+        self.stopping = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         args.logging_nan_inf_filter = False  # it would replace NaN by the mean of earlier losses
@@ -56,6 +58,8 @@ class StageCallback(TrainerCallback):
         self.tracker.progress(state.global_step, **self.shown)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stopping = stop_asked(_world())
+        control.should_save |= self.stopping
         # Logging comes before saving, so no checkpoint is saved before its loss has been checked.
         control.should_log |= control.should_save or control.should_training_stop
         if control.should_save:
@@ -84,9 +88,16 @@ class StageCallback(TrainerCallback):
         progress = {"step": state.global_step, "layout": layout(self.recipe, processes.num_processes)}
         if self.recipe.load_best_model_at_end and state.best_model_checkpoint:
             progress["best_checkpoint"] = Path(state.best_model_checkpoint).name
-        world = World(processes.process_index, processes.num_processes, processes.device)
+        world = _world()
         with during("checkpoint", checkpoint):
             mark_complete(checkpoint, progress, self.recipe.save_total_limit, world, self.own_sums(checkpoint))
+        if self.stopping:
+            stop(checkpoint, world)
+
+
+def _world() -> World:
+    processes = PartialState()
+    return World(processes.process_index, processes.num_processes, processes.device)
 
 
 def check_best(args: TrainingArguments, logs: Mapping[str, float]) -> None:

@@ -22,6 +22,7 @@ from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
 from align.engine.faults import during
+from align.engine.stopping import stops_between_steps
 from align.models.inspect_folder import CONFIG
 from align.models.saved_dtype import set_saved_dtype
 from align.models.trainable import MERGEABLE
@@ -173,7 +174,7 @@ def train(
         trainer.add_callback(trainer.early_stopping_callback(recipe.early_stopping_patience))
     if checkpoint is not None:
         check_trainer_state(checkpoint)
-    with during("training"):
+    with during("training"), stops_between_steps():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is None:
         return {}, {}

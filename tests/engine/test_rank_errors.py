@@ -13,7 +13,7 @@ import pytest
 from align.engine.distributed import connect
 from align.engine.rank_errors import reported
 from align.errors import UserError
-from align.runs.command_line import exit_code
+from align.runs.command_line import INTERRUPTED, exit_code
 from align.runs.launch import end_on_signals
 from tests.ranks import Ranks, start
 
@@ -101,4 +101,4 @@ def test_the_second_interrupt_ends_what_the_first_does_not(tmp_path: Path) -> No
             os.kill(pid, signal.SIGINT)
             time.sleep(0.1)
     assert process.wait(0) == [130]
-    assert process.stderr == "interrupted; the same command continues\n"
+    assert process.stderr == f"{INTERRUPTED}\n"

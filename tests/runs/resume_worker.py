@@ -15,6 +15,7 @@ import align.trainer.checkpoint
 from align.config.load import load_recipe
 from align.ppo import train as ppo
 from align.reward import train as reward
+from align.runs.launch import end_on_signals
 from align.sft import train as sft
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
@@ -28,6 +29,7 @@ def work(stage: str, recipe: str, stall: str | None) -> None:
     """
     rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     make_noisy(rank)
+    end_on_signals()
     if stall is not None:
         marker = Path(recipe).with_name("stalled")
         for module, function in ((align.engine.parts, "write_file"), (align.trainer.checkpoint, "write_generators")):

@@ -29,7 +29,8 @@ import align.runs.files
 from align.config.load import load_recipe
 from align.config.sft import SFTRecipe
 from align.engine.distributed import World
-from align.errors import UserError
+from align.errors import OtherRun, UserError
+from align.reward import train as reward
 from align.runs.checkpoint import complete_checkpoints, find_corruption, mark_complete, synced_sums
 from align.runs.files import digest
 from align.runs.output_folder import claim
@@ -173,13 +174,26 @@ def test_killed_while_a_checkpoint_is_written(whole, tmp_path, stage, layout):
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_stopped_by_sigterm_between_checkpoints(whole, tmp_path, stage):
-    recipe = write_recipe(stage, tmp_path, 0)
-    started = start(recipe, 2)
-    started.wait_for((tmp_path / "out" / "checkpoint-2" / "complete.json").exists)
-    started.stop(signal.SIGTERM)
+def test_at_sigterm_it_finishes_its_step_and_saves_a_checkpoint(whole, tmp_path, stage):
+    """Though `save_steps` asks for none. Both ranks, one of which alone gets the signal, end after the same step."""
+    recipe = write_recipe(stage, tmp_path, 0, save_steps=None)
+    started, out = start(recipe, 2), tmp_path / "out"
+    started.wait_for(lambda: any(line["step"] == 1 for line in metrics(out)))
+    started.processes[1].terminate()
+    assert started.wait(90) == [143, 143], started.stderr[-3000:]
+    (saved,) = checkpoints(out)
+    said = f"{out}/{saved}: saved at SIGTERM; the same command continues from there"
+    assert [line for line in started.stderr.splitlines() if "checkpoint" in line or "error" in line] == [said]
+    assert saved != "checkpoint-6"
     complete(recipe, 2)
     assert_same(tmp_path / "out", whole(stage, "zero0"))
+
+
+def test_changed_rows_are_named_where_they_leave_nothing_to_evaluate_on(whole, tmp_path):
+    recipe = write_recipe("reward", tmp_path, eval_dataset=None, eval_fraction=1e-9)
+    unfinished(whole("reward", "alone"), recipe)
+    with pytest.raises(OtherRun, match=r"an unfinished run that differs.* train_dataset"):
+        reward.run(load_recipe("reward", str(recipe)))
 
 
 def size_of(folder: Path) -> int:

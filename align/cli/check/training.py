@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from align.config.stages import stage_of
 from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import describe_task_shares
+from align.data.split import EmptySplit
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.models.inspect_folder import inspect_inputs
 from align.runs.checkpoint import complete_checkpoints
@@ -93,8 +94,12 @@ class TrainingCheck(Generic[R]):
             for line in self.functions(recipe):
                 report.say(line)
         with report.part():
-            rows, lines = self.load(recipe)
-            _check_unfinished(recipe, rows)
+            try:
+                rows, lines = self.load(recipe)
+            except EmptySplit as error:
+                _check_unfinished(recipe, error.report)
+                raise
+            _check_unfinished(recipe, rows.report)
             for line in (f"rows: {self._counts(rows, recipe, plan)}", *lines):
                 report.say(line)
             if shares := describe_task_shares(rows.report):
@@ -162,11 +167,11 @@ def _output_state(recipe: StageRecipe) -> str:
     return f"{writable(folder)}, {'which would be resumed' if mark else 'new'}"
 
 
-def _check_unfinished(recipe: StageRecipe, rows: Rows) -> None:
+def _check_unfinished(recipe: StageRecipe, report: Mapping[str, Any] | None) -> None:
     """What a run that would be resumed says of its rows and records; `is_finished` has compared the rest."""
-    if (Path(recipe.output_dir) / MANIFEST).is_file():
+    if report is None or (Path(recipe.output_dir) / MANIFEST).is_file():
         return
-    check_rows(recipe, rows.report)
+    check_rows(recipe, report)
     if found := complete_checkpoints(recipe.output_dir):
         check_records(recipe, found[-1])
 
