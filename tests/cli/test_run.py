@@ -16,6 +16,7 @@ import yaml
 
 from align.cli import processes
 from align.cli import run as pipeline
+from align.config.stages import STAGES
 from align.errors import UserError
 
 STAGE = """
@@ -206,7 +207,7 @@ def test_overrides_go_to_the_stages_that_know_them(scripted):
         (None, ["--kl_coeff", "1"], "--kl_coeff: no stage here has this key; did you mean 'kl_coef'?"),
         (None, ["--output_dir", "same"], "r/2_reward.yaml: output_dir: same is also the output_dir of r/1_sft.yaml; give each recipe its own"),
         (("2_rm.yaml", "stage: sft"), [], "has the number 2 too"),
-        (("3_x.yaml", "seed: 1"), [], "r/3_x.yaml: stage: expected one of sft, reward, ppo, classify, mlm, evaluate, got nothing"),
+        (("3_x.yaml", "seed: 1"), [], f"r/3_x.yaml: stage: expected one of {', '.join(STAGES)}, got nothing"),
         (("11_x.yaml", "stage: sft\nlearning_rat: 1"), [], "r/11_x.yaml:2: learning_rat: unknown key; did you mean 'learning_rate'?"),
         (None, ["--train_batch_size", "6"], "r/1_sft.yaml: train_batch_size: expected a multiple of the 4 processes, got 6; use 4 or 8"),
     ],
