@@ -8,6 +8,7 @@ from pathlib import Path
 from align.report.findings import Finding, order
 from align.report.read import Run, is_run, read_run
 from align.report.signs_ppo import ppo_signs
+from align.report.signs_responses import response_signs
 from align.report.signs_training import reward_signs, training_signs
 
 FEWEST_LINES = 2
@@ -32,7 +33,7 @@ def diagnose(run: Run, others: Sequence[Run] = ()) -> list[Finding]:
             )
         )
     if run.stage == "ppo":
-        found += ppo_signs(run, reward_model_of(run, others))
+        found += [*ppo_signs(run), *response_signs(run, reward_model_of(run, others))]
     elif run.stage in ("sft", "reward", "classify", "mlm"):
         found += training_signs(run)
         if run.stage == "reward":

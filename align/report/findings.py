@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.report.read import Point, Run
+from align.runs.records import is_number
+
+FEWEST_UPDATES = 8  # before it is said that something does not happen
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,14 @@ class Finding:
 def order(finding: Finding) -> int:
     """Severe faults come first."""
     return 0 if finding.severity == "severe" else 1
+
+
+def updates(run: Run) -> str:
+    """Which updates the numbers are of, and how many responses each has."""
+    points = run.series("objective/score")
+    batch = run.recipe.get("rollout_batch_size")
+    of = f" of {batch} responses" if is_number(batch) else ""
+    return f"updates {points[0][0]:.0f} to {points[-1][0]:.0f}, {len(points)} logged{of}" if points else "no updates"
 
 
 def values(run: Run, name: str) -> list[float]:
