@@ -1,4 +1,4 @@
-"""Seconds of an update by phase."""
+"""Seconds and memory of an update by phase."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+import psutil
 import torch
 
 from align.engine.faults import during
 
 
 class Clock:
-    """Sums seconds by phase. Time in a nested phase counts for that phase only, so that phases sum to the total."""
+    """Sums seconds by phase, and keeps the most memory. What is in a nested phase counts for that phase only.
+
+    Memory is what torch has allocated on a GPU at its peak; on a CPU, which tells no peak, what the process occupies at the
+    phase's end.
+    """
 
     def __init__(self, device: torch.device | None = None):
         self.gpu = device if device is not None and device.type == "cuda" else None
         self.seconds: dict[str, float] = {}
+        self.bytes: dict[str, int] = {}
+        self.process = psutil.Process()
         self.running: list[str] = []
         self.since = 0.0
 
@@ -38,8 +45,22 @@ class Clock:
             torch.cuda.synchronize(self.gpu)  # else a phase would end once its kernels are queued
         now = time.perf_counter()
         if self.running:
-            self.seconds[self.running[-1]] = self.seconds.get(self.running[-1], 0.0) + now - self.since
+            phase = self.running[-1]
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.since
+            self.bytes[phase] = max(self.bytes.get(phase, 0), self._memory())
         self.since = now
+
+    def _memory(self) -> int:
+        if self.gpu is None:
+            return int(self.process.memory_info().rss)
+        most = torch.cuda.max_memory_allocated(self.gpu)
+        torch.cuda.reset_peak_memory_stats(self.gpu)
+        return most
+
+    def take_bytes(self) -> dict[str, int]:
+        """The most memory by phase since the last call."""
+        taken, self.bytes = self.bytes, {}
+        return taken
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call, which start again from 0."""

@@ -12,12 +12,13 @@ from align.runs.tracker import Tracker
 
 
 def timed_step(run: PPORun, update: int) -> dict[str, float]:
-    """`step`, with where its time went (seconds by phase) and how far the run is added to its metrics.
+    """`step`, with where its time and memory went (by phase) and how far the run is added to its metrics.
 
     Raises:
         UserError: the update failed; names it.
     """
     run.world.clock.take()
+    run.world.clock.take_bytes()
     began = time.perf_counter()
     try:
         metrics = step(run, update)
@@ -32,6 +33,7 @@ def timed_step(run: PPORun, update: int) -> dict[str, float]:
         "epoch": episodes / run.recipe.num_generations / len(run.prompts),
         "time/communication": 0.0,
         **{f"time/{phase}": seconds for phase, seconds in phases.items()},
+        **{f"memory/{phase}": size / 2**30 for phase, size in run.world.clock.take_bytes().items()},
         "time/other": elapsed - sum(phases.values()),
         "time/total": elapsed,
         "time/tokens_per_second": metrics["response/length"] * run.recipe.rollout_batch_size / elapsed,

@@ -11,6 +11,7 @@ from align.report.pipelines import Group
 from align.report.read import Run
 from align.runs.records import is_count
 
+MOST_PARTS = 7  # of a bar, one for each color but one; smaller ones together are the rest
 NOT_PHASES = ("time/total", "time/tokens_per_second", "time/self_checks")
 
 
@@ -25,7 +26,7 @@ def costs_table(groups: Sequence[Group]) -> Table:
             if speed is None and count and seconds:
                 speed = count / seconds
             memory = [
-                f"{name.split('/')[1]} {value:.3g} GiB" for name in sorted(run.metrics) if name.startswith("memory/")
+                f"{name[7:].replace('_', ' ')} {value:.3g} GiB" for name in sorted(run.metrics) if name.startswith("memory/")
                 if (value := max(value for _, value in run.series(name))) is not None
             ]  # fmt: skip
             rows.append([
@@ -55,12 +56,14 @@ def phases_figure(groups: Sequence[Group]) -> Figure | None:
     names = sorted({name for each in sums for name in each}, key=lambda name: -sum(each.get(name, 0) for each in sums))
     if not names:
         return None
-    rows = [
-        (each.label if len(runs) > 1 else each.run.name, [total.get(name, 0.0) for name in names])
-        for each, total in zip(runs, sums, strict=True)
-    ]
+    first, rest = names[:MOST_PARTS], names[MOST_PARTS:]
+    rows = []
+    for each, total in zip(runs, sums, strict=True):
+        parts = [total.get(name, 0.0) for name in first] + [sum(total.get(name, 0.0) for name in rest)] * bool(rest)
+        rows.append((each.label if len(runs) > 1 else each.run.name, parts))
+    titles = [name[5:].replace("_", " ") for name in first] + ["rest"] * bool(rest)
     about = "Sum over the updates in metrics.jsonl, without evaluation and saving."
-    return stacked_figure("Where PPO's time goes", "seconds", [name[5:] for name in names], rows, about=about)
+    return stacked_figure("Where PPO's time goes", "seconds", titles, rows, about=about)
 
 
 def wall_seconds(run: Run) -> float | None:
@@ -88,5 +91,5 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
+        return f"{hours}\u00a0h {minutes:02d}\u00a0min"
+    return (f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s").replace(" ", "\u00a0")

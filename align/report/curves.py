@@ -79,7 +79,7 @@ BEFORE = {
 MOST_CURVES = 8  # of a run in a chart
 GREY = 7
 LEFT_OUT = re.compile(
-    r"time/.+|self_check/.+|episode|epoch|train/epoch|train/num_tokens|eval/(min|max)_reward|eval/change_(low|high)/.+"
+    r"(time|memory)/.+|self_check/.+|episode|epoch|train/epoch|train/num_tokens|eval/(min|max)_reward|eval/change_(low|high)/.+"
 )
 
 
@@ -131,7 +131,7 @@ def _figures(
 
 def axis_title(unit: str) -> str:
     """What stands at an axis for a unit of metrics.md."""
-    return {"its own": "reward", "1": "no unit"}.get(unit, unit)
+    return {"its own": "reward", "that of the measure": "reward", "1": "no unit"}.get(unit, unit)
 
 
 def _matching(runs: Sequence[Labelled], patterns: Sequence[str]) -> list[str]:

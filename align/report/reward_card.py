@@ -66,7 +66,7 @@ def _lines(card: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _verdicts(card: Mapping[str, Any]) -> Table | None:
     names = ("line", "verdict", "measured", "reason", "go_back_to")
-    rows = [[str(each.get(name, "")) for name in names] for each in _lines(card)]
+    rows = [[str(each.get(name, "")).replace("`", "") for name in names] for each in _lines(card)]
     columns = ["line", "verdict", "measured", "reason", "go back to"]
     return Table("Verdict by line", columns, rows) if rows else None
 

@@ -16,7 +16,7 @@ from tests.campaign.process import Ended
 CANARY = "canary"  # a file that appears when code ran that came with data
 LONGEST = 4000  # characters of an error
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f\u202a-\u202e\u2066-\u2069]")
-_CLOCK = re.compile(r"^time")
+_CLOCK = re.compile(r"^(time|memory/)")
 
 WORST_FIRST = (
     "campaign broken",

@@ -1,5 +1,6 @@
 """Seconds by phase, on a clock that stands still between the steps of a test."""
 
+import psutil
 import pytest
 
 from align.engine import timer as clock
@@ -28,6 +29,10 @@ def test_phases_sum_to_the_whole(now):
     with counted.phase("outer"):
         now[0] += 4
     assert counted.take() == {"outer": 7, "inner": 30}
+    most = counted.take_bytes()
+    assert most.keys() == {"outer", "inner"}
+    assert all(2**24 < size <= psutil.virtual_memory().total for size in most.values()), "this process has torch in it"
+    assert counted.take_bytes() == {}
     assert counted.take() == {}
 
 

@@ -189,7 +189,7 @@ def assert_same_curve(ours: list[dict], theirs: list[dict], tolerance: float = 2
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"time"}:
-            if not name.startswith("time/"):
+            if not name.startswith(("time/", "memory/")):
                 assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), (a["step"], name)
 
 

@@ -106,7 +106,7 @@ def checkpoints(out: Path) -> list[str]:
 def metrics(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """Lines without what the clock says."""
     lines = (out / name).read_text().splitlines() if (out / name).exists() else []
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time", "memory/"))} for line in lines]
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
