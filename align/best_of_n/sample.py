@@ -156,6 +156,7 @@ class BestOfN:
         total = len(self.inputs.prompts) * self.recipe.num_generations
         samples = file.read() if world.is_main else []
         done = int(world.gather_text(str(len(samples)))[0])
+        score = sum(each.score for each in samples)
         display = Display("bon", total) if world.is_main else None
         with contextlib.ExitStack() as stack:
             if display is not None:
@@ -171,10 +172,11 @@ class BestOfN:
                 batches = [[Sample(**row) for row in json.loads(text)] for text in gathered[: len(starts)]]
                 if world.is_main:
                     file.append(done, batches)
-                    samples += [each for batch in batches for each in batch]
+                    samples += (new := [each for batch in batches for each in batch])
+                    score += sum(each.score for each in new)
                 done += sum(map(len, batches))
                 if display is not None:
-                    display.update(done, {"score": sum(each.score for each in samples) / len(samples)})
+                    display.update(done, {"score": score / len(samples)})
         return samples
 
     def _batch(self, numbers: Sequence[int]) -> list[Sample]:

@@ -23,7 +23,7 @@ def expected_best(scores: Tensor, values: Tensor) -> Tensor:
         values: [P, N], what is measured of it: another reward, or the scores themselves.
     """
     count = scores.shape[1]
-    return values.double().gather(1, _ranked(scores)) @ _choices(count, 1).T
+    return values.double().gather(1, _ranked(scores)) @ _choices(count)[0].T
 
 
 def expected_win_rate(scores: Tensor, values: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ def expected_win_rate(scores: Tensor, values: Tensor) -> Tensor:
     )  # [P, N] wins against lower ranks
     above = torch.stack([each[:, i + 1 :].sum(dim=1) for i, each in enumerate(won)], dim=1)
     others = count - torch.arange(1, count, dtype=torch.float64)
-    both = above @ _choices(count, 1)[:-1].T + below @ _choices(count, 2)[:-1].T
-    return both / others
+    shares, without_one = _choices(count)
+    return (above @ shares[:-1].T + below @ without_one[:-1].T) / others
 
 
 def kl_bound(n: int) -> float:
@@ -89,13 +89,15 @@ def _ranked(scores: Tensor) -> Tensor:
     return last - scores.flip(1).argsort(dim=1, stable=True)
 
 
-def _choices(count: int, apart: int) -> Tensor:
-    """C(i - apart, n - 1) / C(N, n) at [n - 1, i - 1]: the share of sets of n whose best has rank i, [N, N].
+def _choices(count: int) -> tuple[Tensor, Tensor]:
+    """C(i-1, n-1) / C(N, n) at [n - 1, i - 1], the share of sets of n whose best has rank i, [N, N]; and C(i-2, n-1) / C(N, n),
+    the share of those that also lack one given sample of a lower rank.
 
     Args:
         count: N.
-        apart: 1; or 2 for sets that also lack one given sample of a lower rank.
     """
-    ranks = range(1, count + 1)
-    rows = [[math.comb(i - apart, n - 1) / math.comb(count, n) if i >= apart else 0.0 for i in ranks] for n in ranks]
-    return torch.tensor(rows, dtype=torch.float64)
+    n, rank = torch.arange(1, count + 1, dtype=torch.float64)[:, None], torch.arange(1, count + 1, dtype=torch.float64)
+    lower = ((rank - n) / (rank - 1).clamp(min=1.0)).clamp(min=0.0)  # from C(i-1, n-1) to C(i-2, n-1)
+    from_last = torch.cat([n / count, lower[:, 1:].flip(1)], dim=1).cumprod(dim=1)  # C(N-1, n-1) / C(N, n) is n / N
+    shares = from_last.flip(1)
+    return shares, shares * lower

@@ -192,6 +192,10 @@ FILES = {
         ("results is a list", edit(results=[])), ("folder", become_folder))},
     **{f"results.json: {name}": Damage("evaluate", "results.json", harm, finished=True, must="refuse") for name, harm in (
         ("cut", cut), ("empty", write(b"")), ("list", write(b"[]")), ("nothing", write(b"{}")), ("results is text", edit(results="r")))},
+    **{f"results.json of best-of-n: {name}": Damage("bon", "results.json", harm, finished=True, must="refuse") for name, harm in (
+        ("cut", cut), ("nothing", write(b"{}")), ("frontier is text", edit(frontier="f")), ("an entry without n", edit(frontier=[{}])))},
+    **{f"samples of best-of-n: {name}": Damage("bon", "parts/*", harm) for name, harm in (
+        ("cut", cut), ("empty", write(b"")), ("list", write(b"[]")), ("garbage", garbage), ("bit", flip))},
     **{f"part of an evaluation: {name}": Damage("evaluate", "parts/*", harm) for name, harm in (
         ("cut", cut), ("empty", write(b"")), ("list", write(b"[]")), ("nothing", write(b"{}")), ("bit", flip))},
 }

@@ -106,7 +106,7 @@ PHASES = ("start", "checkpoint", "between", "final")
 TABLE = {
     **{f"{stage}, {phase}, {number}": Kill(stage, phase=phase) for stage in ("sft", "reward", "ppo") for phase in PHASES for number in (1, 2)},
     **{f"{stage}, {phase}": Kill(stage, phase=phase) for stage in ("classify", "mlm") for phase in PHASES},
-    **{f"evaluate, {number}": Kill("evaluate") for number in (1, 2, 3, 4)},
+    **{f"{stage}, {number}": Kill(stage) for stage in ("evaluate", "bon") for number in (1, 2, 3, 4)},
     **{f"{stage}, three times": Kill(stage, times=3) for stage in ("sft", "reward", "ppo", "classify", "mlm")},
     **{f"{stage}, Ctrl-C": Kill(stage, signum=INTERRUPT) for stage in ("sft", "reward", "ppo", "evaluate")},
     **{f"{stage}, SIGTERM": Kill(stage, signum=TERM) for stage in ("sft", "ppo")},

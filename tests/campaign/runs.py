@@ -57,7 +57,7 @@ def whole(place: Place, stage: str, layout: str = "alone") -> Run:
 
 def unfinished(place: Place, stage: str, layout: str = "alone") -> Run:
     """The same run, killed before it wrote its manifest, with all its checkpoints."""
-    last = {"evaluate": "results.json"}.get(stage, "stage.json")
+    last = {"evaluate": "results.json", "bon": "results.json"}.get(stage, "stage.json")
     made = whole(place, stage, layout).writes[0]
     number = 1 + next(index for index, line in enumerate(made) if last in line)
     return _made_once(place, f"unfinished-{stage}-{layout}", stage, layout, Stop(number))

@@ -143,7 +143,7 @@ def _rows(kind: str, words: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 ROWS_OF = {"sft": "answers", "reward": "pairs", "ppo": "prompts", "classify": "labels", "mlm": "texts"}
-STAGES = (*ROWS_OF, "evaluate")
+STAGES = (*ROWS_OF, "evaluate", "bon")
 _SAVING = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
 _TRAINER = {**_SAVING, "train_batch_size": 4, "per_device_train_batch_size": 2, "num_train_epochs": 2}
 
@@ -154,6 +154,11 @@ def recipe(stage: str) -> dict[str, Any]:
     keys: dict[str, Any] = {"stage": stage, "output_dir": "out", "eval_dataset": f"data/{rows}_eval.jsonl"}
     if stage == "evaluate":
         return {**keys, "models": ["base", "other"], "metrics": ["perplexity", "exact_match"], "max_new_tokens": 3}
+    if stage == "bon":
+        return {
+            "stage": stage, "output_dir": "out", "model_name_or_path": "base", "train_dataset": "data/prompts.jsonl",
+            "reward_funcs": ["functions:count_a"], "num_generations": 3, "response_length": 3, "per_device_eval_batch_size": 4,
+        }  # fmt: skip
     keys["train_dataset"] = f"data/{rows}.jsonl"
     if stage == "ppo":
         return {

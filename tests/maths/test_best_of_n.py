@@ -77,3 +77,10 @@ def test_many_equal_outcomes_reach_the_bound():
     assert exact_kl(law, uniform) == pytest.approx(kl_bound(4), abs=1e-3)
     assert kl_bound(1) == 0
     assert kl_bound(16) == pytest.approx(math.log(16) - 15 / 16)
+
+
+def test_many_samples_keep_their_precision():
+    """The estimates of the samples' own ranks 1..N are those of order statistics: (N + 1) n / (n + 1)."""
+    ranks = torch.arange(1.0, 513.0)[None]
+    want = [513 * n / (n + 1) for n in range(1, 513)]
+    torch.testing.assert_close(expected_best(ranks, ranks)[0].tolist(), want, rtol=1e-10, atol=0)
