@@ -21,11 +21,12 @@ from align.errors import UserError
 from align.evaluate.statistics import win_rate
 from align.generation.responses import decode_responses
 from align.generation.sampler import PromptBatch
+from align.ppo.frontier import FEWEST_DRAWN, describe_fit, draw_frontier, fit
 from align.ppo.metrics import member_scores, response_kl, response_metrics, score_length_correlation
 from align.ppo.outputs import save_model
 from align.ppo.ppo_run import PPORun, TokenizedPrompt
 from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
-from align.ppo.verdict import Change, change, fell, label, verdicts, warnings
+from align.ppo.verdict import Change, change, fell, label, mean, spread, verdicts, warnings, win_rate_of
 from align.runs.tracker import Tracker
 from reward_models.ensemble import disagreement
 
@@ -224,7 +225,17 @@ class Evaluation:
         if not self.metrics:
             return {"table": []}
         samples = [dict(zip(SAMPLE_COLUMNS, row, strict=True)) for row in self.samples[:3]]
-        return {**self.metrics, "table": self.table(), "verdict": verdicts(self.changes), "samples": samples}
+        law = fit(self.run.progress.history, best_metric(self.run.recipe))
+        verdict = verdicts(self.changes) + ([] if law is None else [describe_fit(law, self.metrics["eval/kl"])])
+        return {**self.metrics, "table": self.table(), "verdict": verdict, "fit": law, "samples": samples}
+
+    def chart(self) -> str | None:
+        """The frontier as an SVG; None without two evaluations."""
+        history = self.run.progress.history
+        if len(history) < FEWEST_DRAWN:
+            return None
+        spreads = {name: spread(values) for name, values in self.baseline.worth.items()}
+        return draw_frontier(history, spreads, fit(history, best_metric(self.run.recipe)))
 
     def table(self) -> list[list[Any]]:
         """SFT against the policy as last measured: rows of measure, before, after."""
@@ -241,14 +252,3 @@ class Evaluation:
             ["EOS rate", before["eval/eos_rate"], after["eval/eos_rate"]],
             ["repeated 3-grams", before["eval/repetition"], after["eval/repetition"]],
         ]
-
-
-def mean(values: Sequence[float]) -> float:
-    """Mean of those that are not NaN."""
-    return float(torch.tensor(values).nanmean())
-
-
-def win_rate_of(metric: str) -> str:
-    """The metric of the win rate by a measure."""
-    names = {SCORE: "eval/win_rate", JUDGE: "eval/judge_win_rate"}
-    return names.get(metric) or f"eval/true_win_rate/{metric.removeprefix(TRUE)}"

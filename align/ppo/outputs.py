@@ -12,9 +12,11 @@ from align.engine.ema import EMA
 from align.engine.engine import TrainEngine
 from align.engine.faults import during
 from align.models.saved_dtype import set_saved_dtype
+from align.ppo.frontier import CHART
 from align.ppo.ppo_run import PPORun
+from align.runs.files import write_text
 from align.runs.markdown import markdown_text, python_text
-from align.runs.own_files import new_files, new_folder
+from align.runs.own_files import new_files, new_folder, own
 from align.runs.stage import finish
 from align.terminal import say
 
@@ -22,7 +24,7 @@ CARD = """# Language model, trained by PPO
 
 From the SFT model {base}, with a KL penalty of {kl_coef} per nat against it. This folder holds the last policy{others}.
 
-{verdict}
+{verdict}{chart}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,12 +41,13 @@ def save_model(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
     run.world.barrier()
 
 
-def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any], frontier: str | None) -> None:
     """Write the last policy into `output_dir`, the value model and the moving average beside it, and close the stage.
 
     Args:
         data: counts and fingerprints of the rows.
         results: closing numbers.
+        frontier: an SVG for the card.
     """
     recipe, folder = run.recipe, Path(run.recipe.output_dir)
     with during("model", folder), new_files(folder) if run.world.is_main else nullcontext(folder) as target:
@@ -61,12 +64,15 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
             ", `value/` the value model": run.models.value is not None,
             ", `ema/` the moving average of its weights": run.ema is not None,
         }
+        if frontier is not None:
+            write_text(own(folder / CHART), frontier)
         card = CARD.format(
             folder=python_text(recipe.output_dir),
             base=markdown_text(recipe.sft_model_path),
             kl_coef=recipe.kl_coef,
             others="".join(text for text, is_there in others.items() if is_there),
             verdict="".join(f"- {markdown_text(line)}\n" for line in results.get("verdict", [])),
+            chart="" if frontier is None else f"\n![Gain over the square root of the KL from SFT]({CHART})\n",
         )
         finish(recipe, run.sampler.tokenizer, data, results, card)
     run.world.barrier()

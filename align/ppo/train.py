@@ -70,6 +70,6 @@ def run(recipe: PPORecipe) -> PPOResult:
             tracker.say(line)
         if ppo.progress.best is not None:
             tracker.say(f"best/ holds {best_in_words(ppo)}")
-        save_outputs(ppo, data.report, results)
+        save_outputs(ppo, data.report, results, evaluation.chart())
     disconnect()
     return PPOResult.from_json(recipe.output_dir, results)

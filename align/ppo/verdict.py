@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from align.config.judge import JUDGE, SCORE, TRUE
 from align.evaluate.bootstrap import mean_interval
 
@@ -106,3 +108,20 @@ def fell(metric: str, each: Change, best: int, score: float) -> str:
     while_score = f" while the score {'rose' if score > 0 else 'fell'} by {abs(score):.3g}" if metric != SCORE else ""
     kept = "the SFT model" if best == 0 else f"update {best}"
     return f"{label(metric)} is {each} from its best, of {kept}{while_score}; best/ keeps {kept}."
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of those that are not NaN."""
+    return float(torch.tensor(values).nanmean())
+
+
+def spread(values: Sequence[float]) -> float:
+    """Their standard deviation, without NaN."""
+    given = torch.tensor(values, dtype=torch.float64)
+    return float(given[~given.isnan()].std(correction=0))
+
+
+def win_rate_of(metric: str) -> str:
+    """The metric of the win rate by a measure."""
+    names = {SCORE: "eval/win_rate", JUDGE: "eval/judge_win_rate"}
+    return names.get(metric) or f"eval/true_win_rate/{metric.removeprefix(TRUE)}"

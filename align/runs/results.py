@@ -74,6 +74,7 @@ class PPOResult(StageResult):
     verdict: list[str] = dataclasses.field(
         default_factory=list
     )  # is it better than the SFT model? a line for each measure
+    fit: dict[str, Any] | None = None  # of the gain by the root of the KL (arXiv 2210.10760): a, b, peak_kl, peak_gain
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # some held-out prompts with responses
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from align.config.judge import SCORE
 from align.config.load import load_recipe
 from align.errors import UserError
 from align.evaluate.bootstrap import mean_interval
+from align.ppo.frontier import describe_fit, draw_frontier, fit
 from align.ppo.train import run
 from align.ppo.verdict import Change, change, verdicts, warnings
 from tests.ppo.test_train import make_recipe, metrics
@@ -55,6 +57,7 @@ class TestARewardThatTheJudgeContradicts:
         assert whole.verdict[1].startswith("better than SFT by score (the training reward): +")
         assert "judge is -" in said
         assert "from the SFT model's while the score rose" in said
+        assert "(frontier.svg)" in (tmp_path / "a/out/README.md").read_text()
         assert "early_stopping_patience: 2 evaluations in a row: training stops" in said
         (tmp_path / "sft").symlink_to(tmp_path / "a/policy")
         assert all(torch.equal(weights(tmp_path / "sft")[n], w) for n, w in weights(tmp_path / "a/out/best").items())
@@ -144,3 +147,35 @@ class TestVerdict:
         assert [*warnings({"eval/judge": down, SCORE: up}, up, 0.0, (20.0, 20.0))] == ["eval/judge"]
         assert warnings({"eval/judge": down, SCORE: down}, flat, 0.0, (20.0, 20.0)) == {}, "the score fell, too"
         assert [*warnings({SCORE: up}, down, 0.0, (20.0, 20.0))] == ["objective"]
+
+
+class TestFrontier:
+    def history(self, kls):
+        """Evaluations on the law d (1.2 - 0.7 ln d), whose peak is at d = exp(1.2 / 0.7 - 1) = 2.0427, d^2 = 4.1727."""
+        law = [d * (1.2 - 0.7 * math.log(d)) for d in (math.sqrt(max(kl, 1e-9)) for kl in kls)]
+        return [
+            {"eval/kl": kl, "eval/change/judge": gain, "eval/change/score": kl}
+            for kl, gain in zip(kls, law, strict=True)
+        ]
+
+    def test_the_fit_finds_the_law_and_says_where_its_peak_is(self):
+        found = fit(self.history([0.5, 1.0, 2.0, 4.0, 9.0]), "eval/judge")
+        assert [found[name] for name in ("a", "b", "peak_kl", "peak_gain")] == pytest.approx(
+            [1.2, 0.7, 4.1727, 1.4299], rel=1e-4
+        )
+        assert describe_fit(found, 9.0).endswith("its peak, at 4.17 nats, was passed (the last evaluation had 9)")
+        assert "lies ahead" in describe_fit(found, 3.0)
+
+    def test_too_few_points_are_not_fitted(self):
+        assert fit(self.history([0.5, 1.0, 2.0, 4.0]), "eval/judge") is None
+        assert fit(self.history([-0.01, 0.0, 1.0, 2.0, 4.0, 4.0]), "eval/judge") is None, "three distances"
+
+    def test_the_chart_has_a_line_for_each_measure_and_the_fit(self):
+        history = self.history([0.5, 2.0, 1.0, 4.0, 9.0])
+        svg = draw_frontier(history, {"eval/judge": 2.0, SCORE: 1.0}, fit(history, "eval/judge"))
+        root = ElementTree.fromstring(svg)
+        lines = [each.get("points").split() for each in root.iter("{http://www.w3.org/2000/svg}polyline")]
+        assert [len(line) for line in lines] == [6, 6, 6]
+        assert all(line == sorted(line, key=lambda point: float(point.split(",")[0])) for line in lines), "by distance"
+        assert lines[0] == lines[2], "the points lie on the law"
+        assert "square root of the KL" in svg

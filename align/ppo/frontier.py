@@ -1,0 +1,68 @@
+"""What was gained at which distance from the SFT model: a chart for the card, and the law of over-optimization fitted to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from align.maths.overoptimization import fit_rl_gain, rl_gain, rl_peak
+from align.runs.charts import draw
+
+CHART = "frontier.svg"  # in output_dir
+FEWEST_DRAWN, FEWEST_FITTED = 2, 5  # evaluations
+History = Sequence[Mapping[str, float]]
+
+
+def distances(history: History) -> list[float]:
+    """The square root of the KL of each evaluation, nats; an estimate below 0 counts as 0."""
+    return [math.sqrt(max(each["eval/kl"], 0.0)) for each in history]
+
+
+def fit(history: History, metric: str) -> dict[str, Any] | None:
+    """Gao et al.'s law of the gain by a measure, its peak in nats and the gain there; None with fewer than five evaluations.
+
+    Args:
+        history: metrics of evaluations.
+        metric: that of the measure, such as `eval/judge`; the gain is the change from the SFT model.
+    """
+    gains = [each.get(f"eval/change/{metric.removeprefix('eval/')}", math.nan) for each in history]
+    points = [(d, gain) for d, gain in zip(distances(history), gains, strict=True) if d > 0 and math.isfinite(gain)]
+    if len({d for d, _ in points}) < FEWEST_FITTED:
+        return None
+    a, b = fit_rl_gain(*torch.tensor(points, dtype=torch.float64).unbind(dim=1))
+    found: dict[str, Any] = {"metric": metric, "a": a, "b": b, "peak_kl": None, "peak_gain": None}
+    if (peak := rl_peak(a, b)) is not None:
+        found |= {"peak_kl": peak[0] ** 2, "peak_gain": peak[1]}
+    return found
+
+
+def describe_fit(found: Mapping[str, Any], last_kl: float) -> str:
+    """A line that says whether more KL would still gain, by the fit."""
+    law = f"fit of the gain by {found['metric']}: d ({found['a']:.3g} - {found['b']:.3g} ln d), d the root of the KL"
+    law = law.replace("- -", "+ ")
+    if found["peak_kl"] is None:
+        return f"{law}; it has no peak"
+    where = "was passed" if found["peak_kl"] < last_kl else "lies ahead"
+    return f"{law}; its peak, at {found['peak_kl']:.3g} nats, {where} (the last evaluation had {last_kl:.3g})"
+
+
+def draw_frontier(history: History, spreads: Mapping[str, float], found: Mapping[str, Any] | None) -> str:
+    """An SVG of the gains by each measure over the root of the KL, with the fit; the SFT model is at the origin.
+
+    Args:
+        spreads: standard deviation of the SFT model's responses by each measure, which makes their gains comparable.
+        found: `fit` of one of them.
+    """
+    ordered = sorted(zip(distances(history), history, strict=True), key=lambda each: each[0])
+    d = [0.0, *(distance for distance, _ in ordered)]
+    curves: dict[str, Sequence[float]] = {}
+    for metric, spread in spreads.items():
+        change = f"eval/change/{metric.removeprefix('eval/')}"
+        curves[metric] = [0.0, *(each.get(change, math.nan) / (spread or 1.0) for _, each in ordered)]
+    if found is not None:
+        law = rl_gain(torch.tensor(d, dtype=torch.float64), found["a"], found["b"])
+        curves[f"{found['metric']}, fit"] = (law / (spreads[found["metric"]] or 1.0)).tolist()
+    return draw(d, curves, "gain over SFT, in standard deviations of its responses", "square root of the KL from SFT")
