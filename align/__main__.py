@@ -88,11 +88,13 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     check.set_defaults(run=_check)
     merge = commands.add_parser(
         "merge",
-        help="merge an adapter into the model that it was trained on",
-        usage="align merge ADAPTER OUTPUT",
-        description="Merge an adapter into the model that it was trained on, and save that as a plain model.",
+        help="merge an adapter into the model that it was trained on, or average reward models",
+        usage="align merge ADAPTER OUTPUT\n       align merge REWARD_MODEL REWARD_MODEL ... --output FOLDER",
+        description="Merge an adapter into the model that it was trained on, and save that as a plain model; or, with --output, save "
+        "the mean of the weights of reward models that started from the same model, head included (WARM, arXiv 2401.12187).",
     )
     merge.add_argument("folders", nargs="*", help=argparse.SUPPRESS)
+    merge.add_argument("--output", metavar="FOLDER", help="a new folder, for the mean of several reward models")
     merge.set_defaults(run=_merge)
     verify = commands.add_parser(
         "verify",
@@ -150,6 +152,9 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _merge(arguments: argparse.Namespace, others: list[str]) -> int:
+    if arguments.output is not None and not others:
+        say(str(import_frozen("align.cli.merge_rewards").run(arguments.folders, arguments.output)), sys.stdout)
+        return 0
     if len(arguments.folders) != 2 or others:
         raise UserError(
             "align merge: expected an adapter's folder and a new folder, as in `align merge out/adapter merged`."

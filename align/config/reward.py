@@ -9,7 +9,9 @@ from align.config.keys import (
     ABOVE_0,
     AT_LEAST_0,
     AT_LEAST_1,
+    SEED,
     TOKENS,
+    Range,
     Where,
     key,
     required,
@@ -45,6 +47,12 @@ class RewardRecipe(TrainerRecipe):
     )
     response_length: int = key(64, "Maximum tokens of those completions.", TOKENS)
     score_reasoning: bool = score_reasoning()
+    ensemble_size: int = key(
+        1,
+        "Number of reward models, of the seeds from `seed` up, each in a folder of its own in `output_dir`: member_1, member_2, ... "
+        "They share the rows, of which `seed` decides which are held out.",
+        Range("from 1 to 100", lambda value: 1 <= value <= 100),
+    )
     eval_reward_funcs: list[str] = key(
         [],
         "`module:function` rewards that are the ground truth; their accuracy on the evaluation pairs is the ceiling.",
@@ -59,6 +67,10 @@ def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
         UserError: the first that is broken.
     """
     check_trainer_rules(recipe, where, METRICS)
+    if recipe.seed + recipe.ensemble_size - 1 > SEED.largest:
+        raise UserError(
+            f"{where('seed')}: with ensemble_size: {recipe.ensemble_size}, the last member's would be too large"
+        )
     for name in ("train_dataset", "eval_dataset"):
         for index, source in enumerate(getattr(recipe, name)):
             if source.templates:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.convert import shown
-from align.config.ensemble import places
+from align.config.ensemble import members, places
 from align.config.stages import Recipe, stage_of
 from align.config.text_file import check_regular, read_text
 from align.errors import UserError
@@ -72,10 +72,10 @@ def inspect_inputs(recipe: Recipe, made: Collection[Path] = ()) -> None:
     """
     for key in stage_of(recipe).input_models:
         value = getattr(recipe, key)
-        if isinstance(value, dict):
-            named = {f"{key}.{name}": path for name, path in value.items()}
+        if isinstance(value, list):
+            named = places(key, value)
         else:
-            named = places(key, value if isinstance(value, list) else [value] if value else [])
+            named = {f"{key}.{n}": path for n, path in value.items()} if isinstance(value, dict) else {key: value}
         for place, path in named.items():
             if path and Path(path).resolve() not in made:
                 inspect_folder(path, place)
@@ -100,6 +100,8 @@ def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> Mode
     is_adapter = os.path.lexists(folder / ADAPTER_CONFIG) and not os.path.lexists(folder / CONFIG)
     name = ADAPTER_CONFIG if is_adapter else CONFIG
     if not os.path.lexists(folder / name):
+        if (first := members(path)[0]) != path:
+            raise UserError(f"{key}: {path} holds an ensemble of reward models; name one of them, such as {first}.")
         raise UserError(
             f"{key}: no model at {path} ({CONFIG} is missing); run the stage that makes it first, or correct it."
         )

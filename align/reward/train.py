@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,12 @@ from align.config.reward import RewardRecipe
 from align.data.batches import pad_to_batches
 from align.data.duplicates import describe_duplicates
 from align.data.end_tokens import end_ids
-from align.data.load import DataSettings, load_rows
-from align.data.rows import Preference, Prompt
-from align.data.tokenize import tokenize_preferences
+from align.data.rows import Prompt
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during
-from align.errors import UserError
 from align.judge.card import brief, write_card
-from align.models.context_length import check_rows_fit
 from align.models.load import new_reward_model
 from align.models.model_types import is_encoder
 from align.models.scalar_head import start_reward_model
@@ -48,10 +43,11 @@ from align.reward.evaluation import (
     load_trained_reward,
     score_check,
     score_pairs,
-    true_margins,
 )
 from align.reward.inputs import RewardInputs, check_reward_inputs
+from align.reward.members import train_members
 from align.reward.normalization import chosen_responses, normalization_prompts, normalize_scores, sft_responses
+from align.reward.pairs import Pairs, load_pairs
 from align.reward.trainer import PairCollator, PairTrainer
 from align.runs.checkpoint import step_of
 from align.runs.files import write_json
@@ -70,43 +66,40 @@ from reward_models.linear_head import SequenceClassifier
 
 @one_run_per_folder
 def run(recipe: RewardRecipe) -> RewardResult:
-    """Train a reward model; returns the results, which are also in `stage.json`."""
+    """Train a reward model, or several; returns the results, which are also in `stage.json`."""
     quiet()
     if open_stage(recipe):
         return RewardResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
     world = connect(uses_deepspeed(recipe), recipe.reward_timeout)
     plan = batch_plan(recipe, world.size)
     inputs = check_reward_inputs(recipe)
-    rows = load_rows(DataSettings.from_recipe(recipe), Preference)
-    tokenize = partial(
-        tokenize_preferences,
-        tokenizer=inputs.tokenizer,
-        max_length=recipe.max_length,
-        on_bad_row=recipe.on_bad_row,
-        is_encoder=inputs.is_encoder,
-    )
-    skipped = {}
-    train_rows, skipped["train"] = tokenize(rows.train)
-    check_rows_fit(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
-    eval_rows = margins = None
-    if rows.evaluation:
-        eval_rows, skipped["evaluation"] = tokenize(rows.evaluation)
-        check_rows_fit(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
-        if "tie" in eval_rows.column_names and all(eval_rows["tie"][:]):
-            raise UserError("every pair that is held out is a tie; add pairs of which one response is better.")
-        margins = true_margins(inputs, rows.evaluation, eval_rows)
+    pairs = load_pairs(recipe, inputs)
+    world.check_rows(len(pairs.train))
+    if recipe.ensemble_size > 1:
+        results = train_members(recipe, inputs, pairs, world, partial(train_model, world=world, plan=plan))
+    else:
+        results = train_model(recipe, inputs, pairs, world=world, plan=plan)
+    world.barrier()
+    disconnect()
+    return RewardResult.from_json(recipe.output_dir, results)
+
+
+def train_model(
+    recipe: RewardRecipe, inputs: RewardInputs, pairs: Pairs, *, world: World, plan: BatchPlan
+) -> dict[str, Any]:
+    """Train one reward model into `output_dir`, and close the stage there; returns the results."""
+    train_rows, eval_rows = pairs.train, pairs.evaluation
     prompts = normalization_prompts(
         inputs,
-        rows.train,
+        pairs.rows.train,
         count=recipe.normalize_prompts,
         response_length=recipe.response_length,
         seed=recipe.seed,
     )
-    world.check_rows(len(train_rows))
     padded = pad_to_batches(train_rows, plan.batch_size)
     steps = total_steps(recipe, len(padded), plan)
 
-    checkpoint = last_checkpoint(recipe, world, rows.report)
+    checkpoint = last_checkpoint(recipe, world, pairs.rows.report)
     start = write_untrained(
         recipe.output_dir,
         recipe.seed,
@@ -117,7 +110,7 @@ def run(recipe: RewardRecipe) -> RewardResult:
     with Tracker(recipe, "reward", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         tracker.say(f"scalar head: {inputs.describe_head()}")
-        if (line := describe_duplicates(rows.report)) is not None:
+        if (line := describe_duplicates(pairs.rows.report)) is not None:
             tracker.say(line)
         before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
 
@@ -127,12 +120,14 @@ def run(recipe: RewardRecipe) -> RewardResult:
         judged = None
         if eval_rows is not None:
             scores = score_pairs(reward, world, eval_rows)
-            results |= evaluate_pairs(scores, eval_rows, margins)
+            results |= evaluate_pairs(scores, eval_rows, pairs.margins)
             tracker.log(
                 steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
             )
             results["table"] = before_after_table(before["eval_accuracy"], results)
-            judged = judge_held_out(recipe, inputs, reward, world, rows, eval_rows, scores, results.get("eval_ceiling"))
+            judged = judge_held_out(
+                recipe, inputs, reward, world, pairs.rows, eval_rows, scores, results.get("eval_ceiling")
+            )
             results["card"] = brief(judged[0])
         mean, std = normalize_scores(reward, world, normalization_rows(recipe, inputs, world, prompts, train_rows))
         check = score_check(reward, world, eval_rows or train_rows)
@@ -140,7 +135,7 @@ def run(recipe: RewardRecipe) -> RewardResult:
             config = Path(recipe.output_dir) / "config.json"
             scale = {"score_mean": mean, "score_std": std}
             write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **scale})
-            data = {**rows.report, "skipped": skipped}
+            data = {**pairs.rows.report, "skipped": pairs.skipped}
             card = (CARD if type(inputs.config) in SequenceClassifier.mapping else CARD_OF_LINEAR_HEAD).format(
                 folder=python_text(recipe.output_dir),
                 base=markdown_text(recipe.model_name_or_path),
@@ -156,9 +151,7 @@ def run(recipe: RewardRecipe) -> RewardResult:
                     write_json(folder / RESULTS, {**results["card"], "card": judged[0]})
             head = inputs.describe_head()
             finish(recipe, inputs.tokenizer, data, results, card, **scale, score_check=check, head=head)
-    world.barrier()
-    disconnect()
-    return RewardResult.from_json(recipe.output_dir, results)
+    return results
 
 
 def write_untrained_model(recipe: RewardRecipe, inputs: RewardInputs, folder: Path) -> None:

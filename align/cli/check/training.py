@@ -16,6 +16,7 @@ from align.cli.check.memory import Footprint, activations_line, count_parameters
 from align.cli.check.sample_rows import Sample, Start, sample_lines
 from align.cli.steps import processes
 from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
+from align.config.ensemble import MEMBER
 from align.config.load import resolve_function
 from align.config.stages import stage_of
 from align.data.duplicates import describe_duplicates
@@ -144,11 +145,16 @@ class TrainingCheck(Generic[R]):
         changes = {} if self.num_labels is None else {"num_labels": self.num_labels}
         model = skeleton(self.auto, start.config, recipe.trust_remote_code, **changes)
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(context.folder)
-        start.tokenizer.save_pretrained(context.folder)
         tokenizer = tokenizer_digest(start.tokenizer)
         manifest = {"stage": recipe.stage, "recipe": {}, "inputs": {}, "tokenizer": tokenizer, "results": {}}
-        write_json(context.folder / MANIFEST, manifest)
+        several = getattr(recipe, "ensemble_size", 1)
+        for name in [f"{MEMBER}{number}" for number in range(1, several + 1)] if several > 1 else [""]:
+            folder = context.folder / name
+            model.config.save_pretrained(folder)
+            start.tokenizer.save_pretrained(folder)
+            write_json(folder / MANIFEST, manifest)
+            context.stand_ins[(Path(recipe.output_dir) / name).resolve()] = folder
+            context.report.names[str(folder)] = f"{Path(recipe.output_dir) / name} (made by {context.name})"
         context.stand_ins[Path(recipe.output_dir).resolve()] = context.folder
         context.report.names[str(context.folder)] = f"{recipe.output_dir} (made by {context.name})"
 
