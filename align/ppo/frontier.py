@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from align.maths.overoptimization import fit_rl_gain, rl_gain, rl_peak
 from align.runs.charts import draw
 
@@ -30,9 +28,10 @@ def fit(history: History, metric: str) -> dict[str, Any] | None:
     """
     gains = [each.get(f"eval/change/{metric.removeprefix('eval/')}", math.nan) for each in history]
     points = [(d, gain) for d, gain in zip(distances(history), gains, strict=True) if d > 0 and math.isfinite(gain)]
-    if len({d for d, _ in points}) < FEWEST_FITTED:
+    coefficients = fit_rl_gain([d for d, _ in points], [gain for _, gain in points])
+    if len({d for d, _ in points}) < FEWEST_FITTED or coefficients is None:
         return None
-    a, b = fit_rl_gain(*torch.tensor(points, dtype=torch.float64).unbind(dim=1))
+    a, b = coefficients
     found: dict[str, Any] = {"metric": metric, "a": a, "b": b, "peak_kl": None, "peak_gain": None}
     if (peak := rl_peak(a, b)) is not None:
         found |= {"peak_kl": peak[0] ** 2, "peak_gain": peak[1]}
@@ -63,6 +62,6 @@ def draw_frontier(history: History, spreads: Mapping[str, float], found: Mapping
         change = f"eval/change/{metric.removeprefix('eval/')}"
         curves[metric] = [0.0, *(each.get(change, math.nan) / (spread or 1.0) for _, each in ordered)]
     if found is not None:
-        law = rl_gain(torch.tensor(d, dtype=torch.float64), found["a"], found["b"])
-        curves[f"{found['metric']}, fit"] = (law / (spreads[found["metric"]] or 1.0)).tolist()
+        scale = spreads[found["metric"]] or 1.0
+        curves[f"{found['metric']}, fit"] = [rl_gain(each, found["a"], found["b"]) / scale for each in d]
     return draw(d, curves, "gain over SFT, in standard deviations of its responses", "square root of the KL from SFT")
