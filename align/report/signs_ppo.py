@@ -14,6 +14,7 @@ from align.runs.records import is_number
 MOST_KL = 50.0  # nats per response; in longer responses, 1 nat per token
 LEAST_CHANGE = 1e-5  # policy/approx_kl of a policy that trains
 MOST_CHANGE = 0.05
+MOST_JUMP = 1.0  # of a single update: a spike that a run survives is below
 MOST_CLIPPED = 0.3
 LEAST_EXPLAINED = 0.05
 STRONG_PENALTY = 0.5  # kl_coef times one nat, in spreads of the score
@@ -108,10 +109,10 @@ def _divergence(run: Run) -> Iterator[Finding]:
             "Raise `kl_coef` or set `kl_target`, lower `learning_rate`; use `best/`, or bound it by `max_kl`.",
         )  # fmt: skip
     highest = max(values(run, "policy/approx_kl"), default=0.0)
-    if (moved is not None and moved > MOST_CHANGE) or highest > 10 * MOST_CHANGE:
+    if (moved is not None and moved > MOST_CHANGE) or highest > MOST_JUMP:
         rate = max(values(run, "policy/learning_rate"), default=0.0)
         yield Finding(
-            "severe" if highest > 10 * MOST_CHANGE else "warning", "learning rate too high",
+            "severe" if highest > MOST_JUMP else "warning", "learning rate too high",
             "single updates change the policy too much",
             f"policy/approx_kl is {highest:.3g} at most" + (f", {moved:.3g} in the median of the second half" if moved is not None
             else "") + f"; up to {MOST_CHANGE:g} is healthy. The highest learning rate is {rate:.2g}.",

@@ -36,7 +36,11 @@ def _endings(run: Run) -> Iterator[Finding]:
     if len(rates) < 4 or not start:
         return
     before, after = max(start[0][1], rates[0][1]), statistics.fmean(part(rates, -1))
-    if after < before - LOST_EOS:
+    # Standard error of the difference, of responses that are drawn with the rate of the start.
+    batch, last = run.recipe.get("rollout_batch_size"), len(part(rates, -1))
+    share = min(max(before, 0.02), 0.98)
+    error = math.sqrt(share * (1 - share) * (1 + 1 / last) / batch) if is_number(batch) and batch else 0.0
+    if after < before - max(LOST_EOS, 3 * error):
         yield Finding(
             "severe" if after < before / 2 else "warning", "EOS loss", "responses no longer end by themselves",
             f"response/eos_rate was {before:.3g} at the start and is {after:.3g} in the last quarter ({updates(run)}); mean length "
@@ -91,7 +95,8 @@ def _text(run: Run) -> Iterator[Finding]:
 def _out_of_data(run: Run, reward_model: Run | None) -> Iterator[Finding]:
     told = list(_truth_falls(run))
     score = part(run.series("objective/score"), -1) if run.series("objective/score") else []
-    if reward_model is not None and score:
+    enough = len(run.series("objective/score")) >= FEWEST_UPDATES
+    if reward_model is not None and score and enough:
         highest, zero = reward_model.last("eval/max_reward"), reward_model.record.get("score_mean", 0.0)
         weights = run.recipe.get("reward_weights")
         if highest is not None and not run.recipe.get("reward_funcs") and not weights:
@@ -102,7 +107,7 @@ def _out_of_data(run: Run, reward_model: Run | None) -> Iterator[Finding]:
                     "the reward model gave to its held-out pairs"
                 )
     cut, episodes = run.last("objective/truncated"), run.last("episode")
-    if cut and episodes and cut > 0.01 * episodes:
+    if cut and episodes and cut > 0.01 * episodes and enough:
         told.append(f"{cut:.0f} of {episodes:.0f} responses were truncated for the reward model")
     if told:
         yield Finding(

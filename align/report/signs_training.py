@@ -13,6 +13,7 @@ LEARNED = 0.01  # least share by which the loss falls
 CLIPPED = 0.9  # share of steps whose gradient is above max_grad_norm
 MOST_GAP = 0.25  # nats by which the held-out loss may rise above its lowest
 MEMORIZED = 0.15  # accuracy on training pairs above that on held-out ones
+FEWEST_PAIRS = 20  # of which an accuracy says something
 MOST_MARGIN = 4.0
 
 
@@ -48,7 +49,7 @@ def training_signs(run: Run) -> Iterator[Finding]:
                 "Lower `learning_rate`, or raise `max_grad_norm`: clipping sets the size of every step.",
             )  # fmt: skip
     held_out = run.series("eval/loss")
-    if len(held_out) >= 3:
+    if len(held_out) >= 3 and len(points) >= 8:
         best_step, best = min(held_out, key=lambda each: each[1])
         last_step, final = held_out[-1]
         train = [value for step, value in points if step >= best_step]
@@ -66,7 +67,8 @@ def reward_signs(run: Run) -> Iterator[Finding]:
     accuracy, low, ceiling = (run.last(f"eval/{name}") for name in ("accuracy", "accuracy_low", "ceiling"))
     pairs = run.results.get("pairs")
     of = f" of {pairs} held-out pairs" if is_number(pairs) else " of the held-out pairs"
-    if accuracy is not None and low is not None and low <= 0.5 and run.finished:
+    enough = pairs is None or not is_number(pairs) or pairs >= FEWEST_PAIRS
+    if accuracy is not None and low is not None and low <= 0.5 and run.finished and enough:
         yield Finding(
             "severe" if accuracy <= 0.5 else "warning", "no better than chance", "the reward model may know nothing",
             f"eval/accuracy is {accuracy:.3g}{of}, with an interval from {low:.3g}: 0.5 is chance.",
@@ -80,7 +82,8 @@ def reward_signs(run: Run) -> Iterator[Finding]:
             "It has learned what else the labels follow, such as length: see the card of the reward, and change the labels.",
         )  # fmt: skip
     train, margin = late(run, "train/accuracy"), late(run, "train/margin")
-    if train is not None and accuracy is not None and train > accuracy + MEMORIZED:
+    measured = run.series("eval/accuracy")[-1][0] > 0 if accuracy is not None else False  # step 0 is before training
+    if train is not None and measured and accuracy is not None and train > accuracy + MEMORIZED:
         yield Finding(
             "warning", "memorized", "the training pairs are known by heart",
             f"train/accuracy has a median of {train:.3g} in the second half, eval/accuracy is {accuracy:.3g}{of}.",

@@ -60,6 +60,14 @@ def test_it_ends_with_a_table_of_before_and_after(alone):
         assert measure in done.stdout
 
 
+def test_it_leaves_a_report(alone):
+    folder, done = alone
+    assert "report: outputs/quickstart/report.html" in done.stdout
+    html = (folder / "outputs" / "quickstart" / "report.html").read_text(encoding="utf-8")
+    for words in ("0_base", "1_sft", "2_reward", "3_ppo", "Report card of the reward", "Samples side by side", "GiB"):
+        assert words in html
+
+
 def test_nobody_else_chatters(alone):
     _, done = alone
     said = [

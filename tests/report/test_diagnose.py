@@ -25,6 +25,7 @@ FAULTS = {
     "value_model": ("value model explains nothing", 3),
     "length_growth": ("length growth", 4),
     "repeated_text": ("repeated text", 4),
+    "eos_loss": ("EOS loss", 4),
     "rate_too_low": ("learning rate too low", 3),
     "rate_too_high": ("learning rate too high", 4),
     "out_of_data": ("reward model out of its data", 4),

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from align.report.read import natural
 from tests.report.recorded import make_run
 from tests.worlds import write_jsonl
 
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 STAGES = ("0_base", "1_sft", "2_reward", "3_ppo")
 EVIL = "<script>alert(1)</script>\x1b[31m\u202e&\"'{{ 7 * 7 }}"
 
@@ -198,6 +200,15 @@ def test_thinned_curves_keep_their_extremes():
     assert len(kept) <= 200
     assert (4321.0, 100.0) in kept
     assert kept == sorted(kept)
+
+
+def test_a_folder_of_recipes_stands_for_what_they_have_written(pipeline, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(QUICKSTART)]) == 2
+    assert "have not been run" in capsys.readouterr().err
+    shutil.copytree(pipeline / "1_sft", "outputs/quickstart/1_sft")
+    assert main(["report", str(QUICKSTART)]) == 0
+    assert "report: outputs/quickstart/report.html" in capsys.readouterr().out
 
 
 def test_other_files_are_not_overwritten(pipeline, tmp_path, capsys):
