@@ -12,10 +12,13 @@ import pytest
 import torch
 import yaml
 from scipy import stats
+from transformers import LlamaForSequenceClassification
 
 from align.best_of_n import sample as stage
 from align.best_of_n.datasets import data_sets
+from align.best_of_n.frontier import frontier
 from align.best_of_n.progress import Sample, SampleFile
+from align.best_of_n.results import ESTIMATES
 from align.best_of_n.sample import run
 from align.cli.check import check
 from align.cli.run import already_done
@@ -42,6 +45,9 @@ def world(tmp_path_factory):
         patch.setattr(sys, "path", list(sys.path))
         for language, count in ((SMALL, 300), (LARGE, 4)):
             name = language.name
+            judged = {"judge_reward_model_path": str(folder / "judge"), "missing_eos_penalty": 1.0}
+            if language is SMALL:
+                judged = {"judge_reward_funcs": ["bon_rewards:length"]}
             language.reference().save_pretrained(folder / name)
             language.tokenizer().save_pretrained(folder / name)
             rows = [{"prompt": prompt, "topic": "t"} for prompt in language.prompts] * count
@@ -51,7 +57,7 @@ def world(tmp_path_factory):
                 "output_dir": str(folder / f"out-{name}"),
                 "model_name_or_path": str(folder / name),
                 "reward_funcs": [f"bon_rewards:{language.reward}"],
-                "judge_reward_funcs": ["bon_rewards:length"],
+                **judged,
                 "train_dataset": str(folder / f"{name}.jsonl"),
                 "num_generations": GENERATIONS[name],
                 "response_length": language.length,
@@ -59,11 +65,22 @@ def world(tmp_path_factory):
                 "bootstrap_iters": 20,
             }
             (folder / f"1_{name}.yaml").write_text(yaml.safe_dump(keys), encoding="utf-8")
+        judge_model(folder / "judge")
         judge = "\n\ndef length(prompts, completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n"
         (folder / "bon_rewards.py").write_text(REWARDS + judge, encoding="utf-8")
         for language in (SMALL, LARGE):
             run(recipe_of(folder, language))
         yield folder
+
+
+def judge_model(folder: Path) -> None:
+    """A reward model with random weights for the large language."""
+    config = LARGE.reference().config
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    LARGE.tokenizer().save_pretrained(folder)
 
 
 def recipe_of(folder: Path, language=LARGE, **changes):
@@ -135,8 +152,19 @@ def test_the_files_hold_what_they_say(world):
     for number, prompt in enumerate(LARGE.prompts * 4):
         group = answers[12 * number : 12 * number + 12]
         assert {row["prompt"] for row in group} == {prompt}
-        assert [row["judge"] for row in group] == [row["length"] for row in group], "the judge counts tokens"
+        assert [row["score"] for row in group] == [row["source_scores"][0] - (not row["ended"]) for row in group]
         assert all(row["usable"] == (row["ended"] and bool(row["completion"])) for row in group)
+    judge, end = LlamaForSequenceClassification.from_pretrained(world / "judge").eval(), 10
+    for row in answers[:20]:
+        ids = [
+            end,
+            *("abcdefghij".index(letter) for letter in row["prompt"] + row["completion"]),
+            *[end] * row["ended"],
+        ]
+        assert row["length"] == len(ids) - 1 - len(row["prompt"])
+        with torch.no_grad():  # without padding, the last token's score
+            wanted = judge.score(judge.model(torch.tensor([ids])).last_hidden_state[0, -1]).item()
+        assert row["judge"] == pytest.approx(wanted, abs=1e-5)
     groups = [answers[start : start + 12] for start in range(0, len(answers), 12)]
     usable = [group for group in ([row for row in group if row["usable"]] for group in groups) if group]
     assert [row["completion"] for row in best] == [max(g, key=lambda row: row["score"])["completion"] for g in usable]
@@ -163,12 +191,14 @@ def test_sft_and_reward_read_the_data_sets(world):
         assert len(data) == len(rows)
 
 
-def test_two_ranks_and_other_batches_give_the_same_files(world):
+def test_two_ranks_give_the_same_bytes_and_other_batches_the_same_responses(world):
     run_stage("bon", world / "1_large.yaml", "--output_dir", str(world / "out-two"), log=world / "two")
+    assert contents(world / "out-two") == contents(world / "out-large")
+    assert results(world / "out-two")["frontier"] == results(world / "out-large")["frontier"]
     run(recipe_of(world, output_dir=str(world / "out-batches"), per_device_eval_batch_size=5))
-    for other in (world / "out-two", world / "out-batches"):
-        assert contents(other) == contents(world / "out-large")
-        assert results(other)["frontier"] == results(world / "out-large")["frontier"]
+    mine, other = (lines(world / out / "responses.jsonl") for out in ("out-large", "out-batches"))
+    assert [(row["completion"], row["score"]) for row in mine] == [(row["completion"], row["score"]) for row in other]
+    assert [row["judge"] for row in mine] == pytest.approx([row["judge"] for row in other], abs=1e-5)
 
 
 class Killed(BaseException):
@@ -219,6 +249,23 @@ def test_samples_of_another_run_are_not_taken(tmp_path):
     assert SampleFile(file.path, "a").read() == [sample, sample]
     assert SampleFile(file.path, "b").read() == []
     assert SampleFile(file.path, "a").read() == [], "they were dropped"
+
+
+def test_prompts_that_repeat_are_resampled_together():
+    """Every prompt twice is no more evidence: the same intervals."""
+    torch.manual_seed(0)
+    groups = [
+        [Sample([0] * n, True, score, [score], score) for n, score in enumerate(torch.rand(4).tolist(), 1)]
+        for _ in range(9)
+    ]
+    names = [str(number) for number in range(9)]
+    once, twice = frontier(groups, names, 50, 0), frontier(groups * 2, names * 2, 50, 0)
+    assert [entry["prompts"] for entry in twice] == [18] * 4
+    for mine, other in zip(once, twice, strict=True):
+        for name in (f"{each}{end}" for each in ESTIMATES for end in ("", "_low", "_high")):
+            assert other[name] == (None if mine[name] is None else pytest.approx(mine[name])), name
+    assert once[1]["judge"] == once[1]["proxy"]
+    assert once[1]["proxy_low"] < once[1]["proxy"] < once[1]["proxy_high"]
 
 
 def test_which_responses_are_chosen():
@@ -275,7 +322,10 @@ def test_it_is_a_step_of_a_folder(world, tmp_path, capsys, monkeypatch):
     ("changes", "said"),
     [
         ({"reward_funcs": []}, "reward_model_path: expected a reward model, or `reward_funcs`, got neither"),
-        ({"judge_reward_funcs": ["bon_rewards:echo"]}, "judge_reward_funcs: bon_rewards:echo is also in reward_funcs"),
+        (
+            {"judge_reward_funcs": ["bon_rewards:echo"], "judge_reward_model_path": None},
+            "judge_reward_funcs: bon_rewards:echo is also in reward_funcs",
+        ),
         ({"reward_weights": [1, 2]}, "reward_weights: expected 1 weights"),
         ({"num_generations": 1}, "num_generations: expected a number at least 2, got 1"),
         ({"num_generations": 2000}, "num_generations: expected a number of at most 1,024"),
@@ -296,7 +346,9 @@ def test_what_is_refused(world, tmp_path, changes, said):
 
 def test_a_judge_that_fails_is_named(world, tmp_path):
     (world / "bon_none.py").write_text("def none(completions, **columns):\n    return [None] * len(completions)\n")
-    recipe = recipe_of(world, output_dir=str(tmp_path / "out"), judge_reward_funcs=["bon_none:none"])
+    recipe = recipe_of(
+        world, output_dir=str(tmp_path / "out"), judge_reward_model_path=None, judge_reward_funcs=["bon_none:none"]
+    )
     with pytest.raises(UserError, match=r"the judge: .*returned None"):
         run(recipe)
     assert not (tmp_path / "out").exists()
