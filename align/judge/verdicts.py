@@ -101,7 +101,7 @@ def _accuracy(accuracy: Mapping[str, Any]) -> Verdict:
         return Verdict("accuracy", DOUBTFUL, text, "all pairs have one prompt", "the data: hold out more prompts")
     if accuracy["low"] <= 0.5:
         why = "worse than chance" if accuracy["high"] < 0.5 else "not distinguishable from chance"
-        return Verdict("accuracy", BAD, text, why, f"{MORE_PAIRS}; check that `chosen` is the better one")
+        return Verdict("accuracy", BAD, text, why, f"{MORE_PAIRS}; check that chosen is the better response")
     if accuracy["value"] < LOW_ACCURACY:
         return Verdict("accuracy", DOUBTFUL, text, f"above chance, below {LOW_ACCURACY}", MORE_PAIRS)
     return Verdict("accuracy", GOOD, text, "above chance")

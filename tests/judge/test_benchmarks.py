@@ -40,6 +40,8 @@ def test_reward_bench_2():
     assert b.best_of([0.7], [0.8, 0.1, 0.2]) == 0
     ties = {"ref:1": ([0.9], [0.2]), "tied:1": ([0.8, 0.7], [0.3])}
     assert b.ties_score(ties) == pytest.approx(1.00995, abs=1e-5)
+    near = {**ties, "ref:1": ([0.25], [0.2])}  # its gap is below the spread of the tied
+    assert b.ties_score(near) == pytest.approx(0.8 + 0.01 * np.tanh(0.05 / 0.1 - 1))
     assert b.ties_score({"ref:1": ([1.0], [0.0]), "tied:1": ([1.0, 1.0], [1.0])}) == pytest.approx(0.3)  # 0 / 0 adds 0
     row = {"prompt": "p", "num_correct": 1, "total_completions": 4, "subset": "Math", "id": "1"}
     tied = {**row, "subset": "Ties", "chosen": [".8", ".7"], "rejected": [".3"], "id": "tied:1"}
@@ -71,8 +73,11 @@ def test_judge_bench_counts_equal_scores_as_wrong():
             "source": "mmlu-pro-law",
         }
 
-    found = scored([row("1", "0", "A>B"), row("1", "0", "B>A"), row("1", "1", "A>B"), row("0", "1", "B>A")], chat=False)
-    assert (found["overall"], found["parts"]) == (0.5, {"mmlu-pro": 0.5})
+    found = scored(
+        [row("1", "0", "A>B"), row("1", "0", "B>A"), row("1", "1", "A>B"), row("1", "1", "B>A"), row("0", "1", "B>A")],
+        chat=False,
+    )
+    assert (found["overall"], found["parts"]) == (0.4, {"mmlu-pro": 0.4})
 
 
 @pytest.mark.parametrize(
