@@ -31,8 +31,10 @@ def run(directories: Sequence[str], output: str | None = None) -> int:
         UserError: no runs, a damaged record, or the file is there and is no report.
     """
     folders = [Path(expand(each, "align report")) for each in directories]
-    pipelines = [pipeline for folder in folders for pipeline in _pipelines(folder)]
-    path = Path(expand(output, "--output")) if output is not None else _default(folders, pipelines)
+    found = [_find(folder) for folder in folders]
+    pipelines = [pipeline for runs, _ in found for pipeline in runs]
+    path = found[0][1] if len(found) == 1 else Path(os.path.commonpath([each.resolve() for each in folders])) / REPORT
+    path = path if output is None else Path(expand(output, "--output"))
     title = (
         folders[0].resolve().name if len(folders) == 1 else " and ".join(each.resolve().name for each in folders[:4])
     )
@@ -42,24 +44,16 @@ def run(directories: Sequence[str], output: str | None = None) -> int:
     return 0
 
 
-def _pipelines(folder: Path) -> list[list[Path]]:
+def _find(folder: Path) -> tuple[list[list[Path]], Path]:
+    """Output folders of runs, a list for each pipeline, and where their report goes."""
     try:
         recipes = numbered_recipes(str(folder))
     except UserError:
-        return find_runs(folder)
+        return find_runs(folder), folder / REPORT
     outputs = [Path(load_recipe(read_stage(recipe), recipe).output_dir) for recipe in recipes]
     if not (found := [each for each in outputs if is_run(each)]):
         raise UserError(f"{folder}: its recipes have not been run: there is nothing in {outputs[0]} and the others.")
-    return [found]
-
-
-def _default(folders: Sequence[Path], pipelines: Sequence[Sequence[Path]]) -> Path:
-    if len(folders) > 1:
-        return Path(os.path.commonpath([each.resolve() for each in folders])) / REPORT
-    (folder,) = folders
-    if folder in pipelines[0] or any(each.parent == folder or each.parent.parent == folder for each in pipelines[0]):
-        return folder / REPORT
-    return report_path(pipelines[0])
+    return [found], report_path(outputs)
 
 
 def report_path(outputs: Sequence[Path]) -> Path:
