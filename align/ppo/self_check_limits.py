@@ -219,3 +219,25 @@ def beats_chance(scores: Tensor, results: dict[str, Any]) -> Check:
         f"{'It does no better than chance' if chance else 'It may do no better than chance: hold out more pairs'}; {remedy}",
         required=chance,
     )
+
+
+def below_ceiling(results: dict[str, Any]) -> list[Check]:
+    """The reward model is not righter about the annotators than the true reward is; nothing where it is not, or that is not known.
+
+    Args:
+        results: closing numbers of the reward stage.
+    """
+    ceiling = results.get("eval_ceiling")
+    if ceiling is None or results["eval_accuracy_low"] <= ceiling:
+        return []
+    low, accuracy = results["eval_accuracy_low"], results["eval_accuracy"]
+    return [
+        Check(
+            False,
+            f"reward accuracy {accuracy:.3g} ({low:.3g} to {results['eval_accuracy_high']:.3g})",
+            f"at most {ceiling:.3g}, that of the true reward on the same pairs",
+            "It has learned what the annotators prefer for another reason, such as length, and PPO will follow that: look at "
+            "the report card of the reward stage, and go back to its pairs.",
+            required=False,
+        )
+    ]

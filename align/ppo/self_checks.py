@@ -31,6 +31,7 @@ from align.ppo.self_check_limits import (
     Check,
     all_finite,
     beats_chance,
+    below_ceiling,
     entropy_sufficient,
     generation_matches_training,
     matches_manifest,
@@ -218,4 +219,5 @@ def check_reward_model(
     if "eval_accuracy" in manifest["results"]:
         accuracy = manifest["results"]["eval_accuracy"]
         metrics["self_check/reward_accuracy"] = min(accuracy, metrics.get("self_check/reward_accuracy", 1.0))
-    return [matches_manifest(path, scores, manifest, bf16), beats_chance(scores, manifest["results"])]
+    told = manifest["results"]
+    return [matches_manifest(path, scores, manifest, bf16), beats_chance(scores, told), *below_ceiling(told)]

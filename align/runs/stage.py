@@ -34,6 +34,7 @@ from align.runs.checkpoint import (
 )
 from align.runs.files import write_text
 from align.runs.manifest import read_manifest, write_manifest
+from align.runs.markdown import markdown_text
 from align.runs.output_folder import share
 from align.runs.own_files import delete, new_folder, own
 from align.runs.run_record import check_rows, record_run
@@ -200,16 +201,19 @@ def finish(
         tokenizer, data, results, more: as for `align.runs.manifest.write_manifest`.
         card: Markdown that says what the model is and how to load it.
     """
+    skipped = {reason: each["count"] for reason, each in data.get("skipped", {}).get("train", {}).items()}
+    used = data["train_rows"] - sum(skipped.values())
+    left_out = "".join(f"; {count} were skipped: {markdown_text(reason)}" for reason, count in skipped.items())
     sources = [[source["source"], source["rows"], source["fingerprint"][:16]] for source in data["sources"]]
     table = markdown_table(["measure", "before", "after"], results["table"]) if results["table"] else "Not evaluated.\n"
     text = (
         f"---\nlibrary_name: transformers\ntags: [align, {stage_of(recipe).name}]\n---\n\n{card}\n"
         f"## Results\n\n{table}\n## Data\n\n{markdown_table(['source', 'rows', 'fingerprint'], sources)}\n"
-        f"{data['train_rows']} rows were trained on. The recipe, seed and package versions are in `stage.json`, the "
+        f"{used} rows were trained on{left_out}. The recipe, seed and package versions are in `stage.json`, the "
         "metrics of the run in `metrics.jsonl`.\n"
     )
     folder = Path(recipe.output_dir)
     with during("records", folder):
         write_text(own(folder / "README.md"), text)
         delete(folder / UNTRAINED)
-        write_manifest(recipe, tokenizer, data, results, **more)
+        write_manifest(recipe, tokenizer, {**data, "trained_rows": used}, results, **more)

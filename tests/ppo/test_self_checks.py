@@ -38,6 +38,7 @@ from align.ppo.rollout import Rollout
 from align.ppo.self_check_limits import (
     FLOAT32,
     beats_chance,
+    below_ceiling,
     generation_matches_training,
     reference_matches_policy,
     responses_terminate,
@@ -398,6 +399,14 @@ class TestLimits:
             assert (check.passed, check.required) == (False, stops)
         assert (beats_chance(scores, {}).passed, beats_chance(scores, {}).required) == (False, False)
         assert beats_chance(torch.tensor([2.0, 1.0]), {}).passed
+
+    def test_an_accuracy_above_what_the_truth_reaches(self):
+        told = {"eval_accuracy": 0.88, "eval_accuracy_low": 0.86, "eval_accuracy_high": 0.9}
+        (check,) = below_ceiling({**told, "eval_ceiling": 0.57})
+        assert (check.passed, check.required) == (False, False)
+        assert "reward accuracy 0.88 (0.86 to 0.9); expected at most 0.57" in str(check)
+        assert below_ceiling({**told, "eval_ceiling": 0.87}) == [], "within the interval"
+        assert below_ceiling(told) == []
 
     def test_scores_that_differ(self):
         nothing = float("nan")  # the source does not apply to the row
