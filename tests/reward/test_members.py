@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import align.__main__ as cli
+from align.cli.check.check import run as check
 from align.cli.merge_rewards import run as merge
 from align.config.ensemble import members
 from align.errors import UserError
@@ -21,8 +23,9 @@ from align.reward import members as members_module
 from align.reward.train import run
 from align.runs.manifest import read_manifest
 from reward_models.load import load_reward_model
+from tests.ranks import run_stage
 from tests.reward.test_train import HELD_OUT, recipe
-from tests.worlds import unfinished
+from tests.worlds import deepspeed_file, save_recipe, unfinished
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -148,3 +151,32 @@ def test_models_without_the_same_start_are_refused(trained, tmp_path, capsys):
     refused(r"other architectures \(config.json: rope_theta\)", warm[0], str(other))
     assert cli.main(["merge", *warm, "--seed", "1"]) == 2
     assert "expected an adapter's folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_at_zero_3_train_the_same_members(trained, tmp_path):
+    keys = {"deepspeed": deepspeed_file(tmp_path / "ds.json", 3), "per_device_train_batch_size": 2}
+    settings = recipe(trained, eval_rows=HELD_OUT, ensemble_size=2, output_dir=str(tmp_path / "out"), **keys)
+    done = run_stage("reward", save_recipe(settings, tmp_path / "recipe.yaml"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for number in (1, 2):
+        ours, theirs = (weights(folder / "out" / f"member_{number}") for folder in (trained, tmp_path))
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=0)
+
+
+def test_align_check_counts_the_members_that_are_yet_to_be_made(trained, tmp_path, capsys):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    settings = recipe(trained, output_dir=str(tmp_path / "rm"), ensemble_size=2)
+    save_recipe(settings, folder / "1_reward.yaml")
+    ppo = {"stage": "ppo", "output_dir": str(tmp_path / "ppo"), "sft_model_path": str(trained / "base")}
+    ppo |= {"reward_model_path": str(tmp_path / "rm"), "train_dataset": str(trained / "train.jsonl")}
+    (folder / "2_ppo.yaml").write_text(
+        yaml.safe_dump({**ppo, "rollout_batch_size": 4, "minibatch_size": 4, "total_episodes": 4})
+    )
+    code = check(str(folder))
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert "reward model 2: its head is" in said
+    assert "reward 2" in said, "in the table of memory"
