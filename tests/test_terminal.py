@@ -90,9 +90,11 @@ class TestExits:
         assert exit_code(lambda: sys.exit(code)) == 2
         assert capsys.readouterr().err.startswith(f"error: sys.exit({code!r}) in {__file__}, line ")
 
-    def test_other_ends(self, capsys):
+    def test_other_ends(self, capfd):
         assert exit_code(lambda: CommandParser(prog="x").parse_args(["--help"])) == 0
-        assert capsys.readouterr().out.startswith("usage: x")
+        assert capfd.readouterr().out.startswith("usage: x")
         assert exit_code(lambda: fail(KeyboardInterrupt())) == 130
+        with pytest.raises(BrokenPipeError):  # of another pipe than standard output
+            exit_code(lambda: fail(BrokenPipeError()))
         with pytest.raises(SystemExit):  # of a signal's handler
             exit_code(lambda: sys.exit(143))

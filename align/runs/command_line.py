@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import sys
 import time
@@ -59,6 +60,9 @@ class CommandParser(argparse.ArgumentParser):
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         raise Printed(status)
 
+    def print_help(self, file: Any = None) -> None:
+        sys.stdout.write(self.format_help())  # argparse's own hides that nobody reads it
+
     def format_help(self) -> str:
         if self.recipe is None:
             return super().format_help()
@@ -82,14 +86,20 @@ def stage_arguments(stage: Stage) -> dict[str, Any]:
 def exit_code(command: Callable[[], int]) -> int:
     """What `command` returns; 0 after `--help`, 2 after a UserError, printed in one line, and 130 after Ctrl-C.
 
-    2 also if anything calls `sys.exit`: its code would be taken for that of the command.
+    2 also if anything calls `sys.exit`: its code would be taken for that of the command. 141, and not a word, if nobody
+    reads the output any more.
     """
     try:
         with during("start"):
-            return command()
-    except Printed:
-        return 0
+            try:
+                code = command()
+            except Printed:
+                code = 0
+            sys.stdout.flush()  # now, since an error of writing would have a traceback at exit
+            return code
     except BrokenPipeError:  # `align ... | head`: whoever read the output has seen enough
+        if _is_read(sys.stdout.fileno()):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is not written at exit either
         return BROKEN_PIPE
     except SystemExit as ended:
@@ -113,3 +123,10 @@ def exit_code(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130
+
+
+def _is_read(pipe: int) -> bool:
+    """Whether the other end of a pipe is open."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))

@@ -22,6 +22,10 @@ class _Console(Console):
     def print(self, *objects: Any, **kwargs: Any) -> None:
         super().print(*map(_shown, objects), **kwargs)
 
+    def on_broken_pipe(self) -> None:
+        """Leaves the end to `align.runs.command_line.exit_code`; rich would end the process here."""
+        raise BrokenPipeError
+
 
 class _Table(Table):
     def add_row(self, *cells: Any, **kwargs: Any) -> None:

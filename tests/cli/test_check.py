@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers import (
     LlamaConfig,
 )
 
+from align.__main__ import main
 from align.cli.check import check
 from align.cli.check.memory import (
     Footprint,
@@ -525,3 +527,18 @@ def test_a_classifier_that_would_not_run(world, capsys):
     code, said = outcome(capsys, "c.yaml", "--train_dataset", "gone.jsonl")
     assert code == 2
     assert "gone.jsonl: no such file" in said
+
+
+# --- output that is not read to its end
+
+
+@pytest.mark.parametrize("argv", [["check", "r.yaml"], ["ppo", "--help"], ["--version"]])
+def test_output_that_nobody_reads_ends_the_command_without_a_word(argv, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("stage: sft\n")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as pipe, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", pipe)
+        assert main(argv) == 141
+    assert capfd.readouterr() == ("", "")
