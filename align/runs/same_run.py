@@ -144,9 +144,8 @@ def with_defaults(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
             filled[each.name] = json.loads(json.dumps(each.metadata["before"]))
     for name, annotation in get_type_hints(cls).items():
         if get_origin(annotation) is list and not isinstance(value := filled[name], list):
-            filled[name] = (
-                [] if value is None else [value]
-            )  # the key took one when the run began, and takes several now
+            # The key took one when the run began, and takes several now.
+            filled[name] = [] if value is None else [value]
     for name in dataset_keys(cls):
         sources = filled[name]
         if isinstance(sources, list):

@@ -224,6 +224,8 @@ def test_rewards_are_normalized_in_their_groups_before_they_are_added():
     # A scale of one reward or of one group does not matter, and one that is the same for all of a group adds nothing.
     stretched = torch.cat([scores * torch.tensor([1.0, 1000.0]), scores * torch.tensor([7.0, 0.0]) + 0.1])
     assert normalize_then_sum(stretched, ones, 4).tolist() == pytest.approx([0, 2, 0, -2, 1, 1, -1, -1])
+    # Nor does one whose mean is rounded.
+    assert normalize_then_sum(torch.full((7, 1), 0.3), torch.ones(1), 7).tolist() == [0.0] * 7
     # NaN: does not apply to a row, and counts neither in its sum nor in the group.
     absent = torch.tensor([[1.0, torch.nan], [0.0, torch.nan], [1.0, 3.0], [0.0, 1.0]])
     assert normalize_then_sum(absent, ones, 4).tolist() == pytest.approx([1, -1, 2, -2])
