@@ -22,6 +22,7 @@ from align.engine.distributed import World
 from align.engine.engine import Engine
 from align.engine.sharding import sharded_load
 from align.errors import UserError
+from align.evaluate.bootstrap import mean_interval
 from align.evaluate.statistics import preference_accuracy
 from align.generation.scoring import score_ids
 from align.judge.measure import confident_errors, measure_pairs
@@ -78,12 +79,15 @@ def score_pairs(reward: ModelReward, world: World, pairs: Dataset) -> tuple[Tens
     return chosen, rejected
 
 
-def evaluate_pairs(scores: tuple[Tensor, Tensor], pairs: Dataset, margins: Tensor | None) -> dict[str, float]:
+def evaluate_pairs(
+    scores: tuple[Tensor, Tensor], pairs: Dataset, margins: Tensor | None, prompts: Sequence[str] = ()
+) -> dict[str, float]:
     """Loss and accuracy on held-out pairs, and measures against the true reward where it is known.
 
     Args:
         scores: `score_pairs` of them.
         margins: `true_margins` of the pairs, [B].
+        prompts: `prompts_of` the pairs; where some repeat, the interval is bootstrapped by prompt.
 
     Returns:
         eval_loss (nats per pair, with the rows' own `margin` and `tie` as in training), eval_accuracy (of the pairs that are
@@ -98,6 +102,11 @@ def evaluate_pairs(scores: tuple[Tensor, Tensor], pairs: Dataset, margins: Tenso
     if tie is not None:
         loss, decided = loss + tie * (chosen - rejected) / 2, tie == 0
     accuracy = preference_accuracy(chosen[decided].tolist(), rejected[decided].tolist())
+    if len(set(prompts)) < len(prompts):
+        right = ((chosen - rejected).sign()[decided] + 1) / 2  # a tie counts 1/2
+        groups = [prompt for prompt, keep in zip(prompts, decided.tolist(), strict=True) if keep]
+        _, accuracy["low"], accuracy["high"] = mean_interval(right.tolist(), groups)
+        accuracy["low"], accuracy["high"] = max(accuracy["low"], 0.0), min(accuracy["high"], 1.0)
     results = {
         "eval_loss": float(loss.mean()),
         "eval_accuracy": accuracy["accuracy"],
@@ -172,6 +181,11 @@ def _response_ids(inputs: RewardInputs, row: Preference, response: Turns) -> lis
     return encode_example(inputs.tokenizer, row.prompt, response, tools_of(row))[1][:-1]
 
 
+def prompts_of(inputs: RewardInputs, rows: Sequence[Preference], pairs: Dataset) -> list[str]:
+    """The prompt of each pair, as text. Arguments as for `true_margins`."""
+    return [render_text(row.prompt) for row in _rows_of_pairs(rows, pairs, inputs)]
+
+
 def _rows_of_pairs(rows: Sequence[Preference], pairs: Dataset, inputs: RewardInputs) -> list[Preference]:
     """The row of each pair: all rows but the bad ones that were skipped."""
     if len(rows) == len(pairs):
@@ -192,9 +206,10 @@ def _rows_of_pairs(rows: Sequence[Preference], pairs: Dataset, inputs: RewardInp
     ]
 
 
-def before_after_table(accuracy_before: float, results: dict[str, Any]) -> list[list[Any]]:
-    """Rows of measure, value before training, value after."""
-    table: list[list[Any]] = [["held-out pair accuracy", accuracy_before, results["eval_accuracy"]]]
+def before_after_table(accuracy_before: float, results: dict[str, Any], skipped: int) -> list[list[Any]]:
+    """Rows of measure, value before training, value after. `skipped`: held-out pairs that could not be used."""
+    of_pairs = f" ({results['pairs']} pairs; {skipped} skipped)" * bool(skipped)
+    table: list[list[Any]] = [[f"held-out pair accuracy{of_pairs}", accuracy_before, results["eval_accuracy"]]]
     if "eval_ceiling" in results:
         table.append(["accuracy ceiling (annotator noise)", None, results["eval_ceiling"]])
         table.append(["agreement with the true preference", None, results["agreement"]])

@@ -41,6 +41,7 @@ from align.reward.evaluation import (
     judge_held_out,
     load_sft_model,
     load_trained_reward,
+    prompts_of,
     score_check,
     score_pairs,
 )
@@ -120,11 +121,14 @@ def train_model(
         judged = None
         if eval_rows is not None:
             scores = score_pairs(reward, world, eval_rows)
-            results |= evaluate_pairs(scores, eval_rows, pairs.margins)
+            held_out = prompts_of(inputs, pairs.rows.evaluation, eval_rows)
+            results |= evaluate_pairs(scores, eval_rows, pairs.margins, held_out)
             tracker.log(
                 steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
             )
-            results["table"] = before_after_table(before["eval_accuracy"], results)
+            results["table"] = before_after_table(
+                before["eval_accuracy"], results, sum(each["count"] for each in pairs.skipped["evaluation"].values())
+            )
             judged = judge_held_out(
                 recipe, inputs, reward, world, pairs.rows, eval_rows, scores, results.get("eval_ceiling")
             )

@@ -291,6 +291,13 @@ def test_accuracy_ceiling_and_agreement_by_hand():
     assert results["eval_accuracy"] == pytest.approx((1 + 0 + 0.5 + 1 + 1) / 5)
     assert results["eval_ceiling"] == pytest.approx((1 + 0 + 1 + 0 + 0.5) / 5)
     assert results["agreement"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    apart, together = (
+        evaluate_pairs(score_pairs(Fixed(), world, ids), ids, None, [f"{i}" for i in p])
+        for p in (range(5), (0, 0, 0, 1, 1))
+    )
+    assert apart == {name: value for name, value in results.items() if name in apart}, "Wilson's interval"
+    # Two prompts: 1.5 of 3 right and 2 of 2; drawn whole, the accuracy is that of one of them or of both.
+    assert (together["eval_accuracy_low"], together["eval_accuracy_high"]) == (0.5, 1.0)
     losses = [0.313262, 1.313262, 0.693147, 0.126928, 0.313262]
     assert results["eval_loss"] == pytest.approx(sum(losses) / 5, abs=1e-6)
 
@@ -298,11 +305,15 @@ def test_accuracy_ceiling_and_agreement_by_hand():
 def test_skipped_rows_do_not_shift_the_truth(tmp_path):
     """The first held-out row is too long; the truth must judge the others' responses."""
     settings = recipe(
-        tmp_path, eval_rows=[("e" * 40, "f", "zg"), *HELD_OUT], max_length=30, on_bad_row="skip",
-        eval_reward_funcs=["tests.reward.test_train:true_score"],
+        tmp_path, rows=[*ROWS, ("f" * 40, "f", "zg")], eval_rows=[("e" * 40, "f", "zg"), *HELD_OUT], max_length=30,
+        on_bad_row="skip", eval_reward_funcs=["tests.reward.test_train:true_score"],
     )  # fmt: skip
     results = run(settings)
     assert results.metrics["pairs"] == 4
+    assert results.table[0].measure == "held-out pair accuracy (4 pairs; 1 skipped)"
+    card = (Path(settings.output_dir) / "README.md").read_text()
+    assert f"{len(ROWS)} rows were trained on; 1 were skipped: longer than 30 tokens" in card
+    assert read_manifest(settings.output_dir)["data"]["trained_rows"] == len(ROWS)
     assert results.metrics["eval_ceiling"] == 0.75
 
 
