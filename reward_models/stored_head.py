@@ -101,7 +101,9 @@ def stored_head(path: str, config: PretrainedConfig, skeleton: PreTrainedModel) 
     }
     if not found:
         return None
-    described = ", ".join(f"{each} {list(tensors[each].shape)}" for each in sorted(found))
+    if below := min(found).rpartition(".")[0].rpartition(".")[0]:  # other layers of the same head, of whatever shape
+        found |= {each for each in tensors if each.startswith(f"{below}.") and each not in mine}
+    described = ", ".join(f"{each} {list(tensors[each].shape)}" for each in sorted(found)[:6])
     if len({each.split(".")[0] for each in found}) > 1:
         raise ValueError(f"{path}: holds several heads, where one is expected: {described}")
     layer = min(found).rpartition(".")[0]

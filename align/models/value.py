@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from align.maths.estimators import ESTIMATORS
 from align.models.load import load_pretrained
-from align.models.scalar_head import find_head, settle_head
+from align.models.scalar_head import find_head, scalar_skeleton, settle_head
 from reward_models.heads import score_head
-from reward_models.linear_head import TokenClassifier
-from reward_models.stored_head import StoredHead
+from reward_models.linear_head import SequenceClassifier, TokenClassifier
+from reward_models.stored_head import StoredHead, stored_head
 
 
 def find_value_head(
     path: str, config: PretrainedConfig, key: str, trust_remote_code: bool = False
 ) -> StoredHead | None:
     """The head in `path` from which the value model starts; None: a new one.
+
+    A head that reads other layers than the backbone's would not give its scores as values.
 
     Args:
         config: of the model in `path`.
@@ -29,7 +32,31 @@ def find_value_head(
         "Name a reward model, a value model or a language model by value_model_path, or choose an advantage_estimator "
         f"without a value model: {', '.join(without)}."
     )
+    if layers_below_head(path, config, trust_remote_code):
+        scalar_skeleton(path, config, TokenClassifier, key, remedy, trust_remote_code)
+        return None
     return find_head(path, config, TokenClassifier, key, remedy, trust_remote_code)
+
+
+def layers_below_head(path: str, config: PretrainedConfig, trust_remote_code: bool = False) -> list[str]:
+    """Names of the layers between backbone and head of the reward model in `path`, which a value model lacks.
+
+    ModernBERT's decoder has them. Empty where `path` holds no reward model of transformers' own class.
+    """
+    key = "value_model_path"
+    scorer = scalar_skeleton(path, config, SequenceClassifier, key, "Name another model.", trust_remote_code)
+    name, backbone = score_head(scorer)[0], f"{scorer.base_model_prefix}."
+    between = [
+        each
+        for each, module in scorer.named_modules()
+        if not f"{each}.".startswith(backbone) and each != name and not isinstance(module, nn.Dropout | nn.Identity)
+        if not [*module.children()]
+    ]
+    try:
+        head = stored_head(path, config, scorer) if between else None
+    except ValueError:  # no head of this class
+        return []
+    return between if head is not None and head.native else []
 
 
 def load_value_model(

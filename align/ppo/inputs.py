@@ -18,7 +18,7 @@ from align.models.check_files import check_files
 from align.models.load import load_config
 from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer
-from align.models.value import find_value_head
+from align.models.value import find_value_head, layers_below_head
 from align.runs.manifest import check_tokenizer, read_manifest, tokenizer_digest
 from reward_models.linear_head import TokenClassifier
 from reward_models.stored_head import StoredHead
@@ -34,6 +34,7 @@ class PPOInputs:
     judge: RewardModel | None
     value_path: str  # unused without a value model, as is the next
     value_head: StoredHead | None  # None: a new one
+    value_lacks: list[str]  # layers between backbone and head in `value_path`
 
     def describe_heads(self, advantage_estimator: str) -> list[str]:
         """Where the scalar heads of reward and value model come from."""
@@ -47,6 +48,8 @@ class PPOInputs:
         ]
         if ESTIMATORS[advantage_estimator].value_model:
             head = "a new head" if self.value_head is None else f"the head {self.value_head.name}"
+            if self.value_lacks:
+                head += f", since the model's own reads layers that a value model lacks: {', '.join(self.value_lacks)}"
             lines.append(f"value model: starts from {self.value_path} with {head}")
         return lines
 
@@ -87,6 +90,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
 
     judge = value_head = None
+    value_lacks: list[str] = []
     for path in recipe.reward_model_path:
         read_manifest(path)  # of a folder of members: whether all have been trained
     rewards = [
@@ -112,6 +116,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             )
         if value_path != recipe.sft_model_path:
             check_causal(value_config, key, value_path, recipe.trust_remote_code)
+        value_lacks = layers_below_head(value_path, value_config, recipe.trust_remote_code)
         value_head = find_value_head(value_path, value_config, key, recipe.trust_remote_code)
         check_files(TokenClassifier, value_path, key, value_config, new_head=True, attn_implementation=kernel)
     return PPOInputs(
@@ -121,4 +126,5 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         judge=judge,
         value_path=value_path,
         value_head=value_head,
+        value_lacks=value_lacks,
     )

@@ -27,13 +27,18 @@ Sums = dict[str, Tensor]  # scalars by metric: sums over the tokens of a microba
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Policy and value model are trained, the others frozen. Only GAE has a value model; the judge never enters training."""
+    """Policy and value model are trained, the others frozen. Only GAE has a value model; the judge never enters training.
+
+    Attributes:
+        values_are_scores: whether the value model starts as the reward model, its head included.
+    """
 
     policy: TrainEngine
     value: TrainEngine | None
     reference: Engine
     rewards: RewardSum
     judge: RewardSum | None = None
+    values_are_scores: bool = False
 
     @property
     def reward_names(self) -> list[str]:

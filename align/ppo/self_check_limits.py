@@ -112,6 +112,18 @@ def values_match_rollout(gap: float, limits: Limits) -> Check:
     )
 
 
+def values_match_scores(gap: float, scores: Tensor, limits: Limits) -> Check:
+    """Values of a value model that starts as the reward model. `gap`: from the `scores` [B] of the same tokens, mean."""
+    allowed = limits.score * max(1.0, float(scores.std(correction=0)))
+    return Check(
+        gap <= allowed,
+        f"values {gap:.1g} off the scores",
+        f"the value model, which starts as the reward model, to give its scores, to {allowed:.2g}",
+        "Likely cause: the model computes more than its head on its last hidden states; name sft_model_path by value_model_path, so "
+        "that all values start at 0.",
+    )
+
+
 def entropy_sufficient(entropy: float) -> Check:
     """Enough entropy to explore. `entropy`: the policy's mean, nats per token."""
     return Check(

@@ -29,6 +29,7 @@ from align.ppo.self_check_limits import (
     BFLOAT16,
     FLOAT32,
     Check,
+    Limits,
     all_finite,
     beats_chance,
     below_ceiling,
@@ -40,6 +41,7 @@ from align.ppo.self_check_limits import (
     scores_vary,
     training_matches_rollout,
     values_match_rollout,
+    values_match_scores,
     what_ended,
 )
 from align.ppo.update import optimize
@@ -51,6 +53,7 @@ from reward_models.trained import ModelReward
 
 MOST_RESPONSES = 32  # over all ranks
 EACH = 2  # responses to a prompt
+MOST_VALUES = 8  # that are compared with scores
 NAMES = "KL 0, ratio 1, generation against training, finite numbers, EOS rate, scores, the reward model's record"
 
 
@@ -152,6 +155,8 @@ def check_policy(run: PPORun, rollout: Rollout, metrics: dict[str, float]) -> li
     if run.models.value is not None:
         size = max(1.0, float(masked_mean(rollout.values**2, rollout.mask)) ** 0.5)
         checks.insert(2, values_match_rollout((2 * trained["value/loss"]) ** 0.5 / size, limits))
+        if checks[2].passed and run.models.values_are_scores:
+            checks += check_first_values(run, rollout, limits, metrics)
     return checks
 
 
@@ -174,6 +179,25 @@ def metrics_without_update(run: PPORun, rollout: Rollout) -> dict[str, float]:
         metrics = optimize(fixed, rollout, torch.zeros_like(rollout.values), rollout.values, 0)
     names = ("policy/approx_kl", "policy/ratio", "objective/entropy", "value/loss")
     return {name: metrics.get(name, math.nan) for name in names}  # a loss that is not finite has no metrics
+
+
+def check_first_values(run: PPORun, rollout: Rollout, limits: Limits, metrics: dict[str, float]) -> list[Check]:
+    """Whether values are the scores of what they see, of a value model that starts as the reward model."""
+    source = _plain(run.models.rewards.models[0])
+    last = rollout.values.gather(1, rollout.lengths[:, None] - 1).squeeze(1)  # [B], of all but the last token
+    rows = [row[:-1] for row in unpadded(*rollout.sequences())]
+    short = [index for index, row in enumerate(rows) if source.max_length is None or len(row) <= source.max_length]
+    if not (short := short[:MOST_VALUES]):
+        return []
+    scores = score_ids(source, run.world, [rows[index] for index in short])
+    gap = float((last[short].cpu() - scores).abs().mean())
+    metrics["self_check/value_gap"] = gap
+    return [values_match_scores(gap, scores, limits)]
+
+
+def _plain(source: ModelReward) -> ModelReward:
+    """A reward model that scores token ids as they are, and whose count of truncated rows is its own."""
+    return ModelReward(source.name, source.model, batch_size=source.batch_size, max_length=source.max_length)
 
 
 def check_ends(run: PPORun, rollout: Rollout) -> Check:
@@ -211,8 +235,7 @@ def check_reward_model(
         raise UserError(
             f"{path}/{MANIFEST}: score_check: expected token ids below {vocabulary}, got {largest}; go back to the reward stage."
         )
-    plain = ModelReward(source.name, source.model, batch_size=source.batch_size, max_length=source.max_length)
-    scores = score_ids(plain, world, manifest["score_check"]["ids"])
+    scores = score_ids(_plain(source), world, manifest["score_check"]["ids"])
     recorded = torch.tensor(manifest["score_check"]["scores"])
     gap = float((scores - recorded).abs().max())
     metrics["self_check/reward_gap"] = max(gap, metrics.get("self_check/reward_gap", 0.0))

@@ -117,7 +117,9 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
         *([] if inputs.judge is None else [load_reward("judge_reward_model", inputs.judge, recipe, world)]),
         *(user_function(name, "judge_reward_funcs", recipe.reward_timeout) for name in recipe.judge_reward_funcs),
     ]
-    return Models(policy, value, reference, sources, RewardSum(judges) if judges else None)
+    starts_as_reward = bool(inputs.rewards) and inputs.value_path == inputs.rewards[0].path
+    same = value is not None and inputs.value_head is not None and starts_as_reward
+    return Models(policy, value, reference, sources, RewardSum(judges) if judges else None, values_are_scores=same)
 
 
 def start_value_head(value: PreTrainedModel, missing: set[str]) -> None:

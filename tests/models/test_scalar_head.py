@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, GPT2Config, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForTokenClassification,
+    GPT2Config,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from transformers import GPT2ForSequenceClassification as GPT2Scorer
 
 from align.cli.check import check
@@ -25,7 +34,7 @@ from align.runs.manifest import read_manifest
 from reward_models import score_sequences
 from reward_models.load import load_reward_model
 from tests.reward.test_train import recipe, untrained
-from tests.worlds import save_recipe, save_tiny_policy, write_jsonl
+from tests.worlds import letter_tokenizer, save_recipe, save_tiny_policy, write_jsonl
 
 W = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
 V_HEAD = {
@@ -106,6 +115,32 @@ def test_a_value_model_from_a_reward_model_starts_at_its_score_and_is_saved_unde
     again, report = AutoModelForTokenClassification.from_pretrained(tmp_path / "value", output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(again.classifier.weight, scorer.score.weight)
+
+
+def test_a_value_model_has_no_head_that_reads_other_layers(tmp_path, capsys, monkeypatch):
+    """ModernBERT's decoder scores by dense layer, activation, norm and head: values by its head alone would be no scores."""
+    monkeypatch.syspath_prepend(tmp_path)
+    save_tiny_policy(tmp_path / "sft")
+    sizes = {
+        "vocab_size": 29,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    scorer = ModernBertDecoderForSequenceClassification(ModernBertDecoderConfig(**sizes, **special, num_labels=1))
+    scorer.save_pretrained(tmp_path / "reward")
+    letter_tokenizer().save_pretrained(tmp_path / "reward")
+    reward = str(tmp_path / "reward")
+    with torch.no_grad():
+        assert not response_values(value_model(reward), IDS, MASK, 3).any()
+    settings = ppo_recipe(tmp_path, value_model_path=reward)
+    check.run(str(save_recipe(settings, tmp_path / "recipe.yaml")))
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"{reward} with a new head, since the model's own reads layers that a value model lacks: head.dense, " in said
+    )
 
 
 # -- the reward stage

@@ -49,6 +49,7 @@ from align.ppo.train import run
 from align.ppo.update import optimize
 from align.runs.manifest import open_stage
 from align.runs.output_folder import release
+from reward_models.heads import score_head
 from reward_models.trained import ModelReward
 from tests import ranks
 from tests.engine.discard_worker import discard_at_each_stage
@@ -148,6 +149,7 @@ class TestSoundRun:
         assert first["self_check/ratio_gap"] < 1e-5
         assert first["self_check/sampler_gap"] < 1e-5
         assert first["self_check/reward_gap"] < 1e-5
+        assert first["self_check/value_gap"] < 1e-5
         assert first["self_check/reward_accuracy"] == 0.7
 
     def test_it_is_the_run_without_checks_to_the_bit(self, tmp_path, monkeypatch):
@@ -278,6 +280,12 @@ class TestFaults:
         )
         (line,) = failures(refused(tmp_path, **rewarded(reward), gradient_checkpointing=True))
         assert "value gap" in line
+
+    def test_a_value_model_that_does_not_start_at_the_scores(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(ppo_setup, "start_value_head", lambda value, _: score_head(value)[1].bias.data.zero_())
+        (line,) = failures(refused(tmp_path, **rewarded(save_decoder_reward(tmp_path / "reward"))))
+        assert f"values {SCORE_MEAN:.1g} off the scores" in line
+        assert "name sft_model_path by value_model_path" in line
 
     def test_reward_weights_that_changed_since_they_were_judged(self, tmp_path):
         reward = recorded_reward(tmp_path / "reward")

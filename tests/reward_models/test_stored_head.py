@@ -156,6 +156,7 @@ def test_a_head_in_a_file_of_its_own(tmp_path):
         ({"score.weight": W[:, :8]}, r"a head for another width: score.weight \[1, 8\], where 32 is needed"),
         ({"score.weight": W.repeat(2, 1)}, r"a head with 2 outputs instead of one: score.weight \[2, 32\]"),
         ({"v_head.0.weight": W.repeat(8, 1), "v_head.2.weight": W}, "not one linear layer: v_head.0.weight"),
+        ({"mlp.0.weight": W.repeat(32, 1), "mlp.out.weight": W}, "not one linear layer: mlp.0.weight"),
         ({"score.weight": W, "v_head.weight": W + 1}, "several heads, .*: score.weight .*, v_head.weight"),
         ({"v_head.weight": W * torch.nan}, "the head v_head hold NaN"),
         ({}, "LlamaForCausalLM, which has no sequence class"),

@@ -146,19 +146,19 @@ def measure_scores(models: Models, reward_folder: str, rows: Rows) -> dict[str, 
         models: of a run whose value model starts from the reward model in `reward_folder`.
 
     Returns:
-        `scores` of padded rows; `values` before the last token of each row, which are the scores of what is before it.
+        `scores` of padded rows; `values` before the last token of each row, which are the scores of what is before it,
+        where the value model starts with the reward model's head.
     """
-    assert models.value is not None
     score = plain_score(reward_folder)
     texts = [""] * len(rows.prompts)
     batch = Responses([*texts], texts, [*texts], prompt_ids=rows.prompts, response_ids=rows.responses)
-    ids, mask, real = rows.batch()
-    values = response_values(models.value.module, ids, mask, real.shape[1])
-    last = values[torch.arange(len(ids)), real.sum(dim=1) - 1]
-    return {
-        "scores": _gap(models.rewards.sources[0].score(batch), torch.tensor([score(row) for row in rows.whole])),
-        "values": _gap(last, torch.tensor([score(row[:-1]) for row in rows.whole])),
-    }
+    gaps = {"scores": _gap(models.rewards.sources[0].score(batch), torch.tensor([score(row) for row in rows.whole]))}
+    if models.value is not None and models.values_are_scores:
+        ids, mask, real = rows.batch()
+        values = response_values(models.value.module, ids, mask, real.shape[1])
+        last = values[torch.arange(len(ids)), real.sum(dim=1) - 1]
+        gaps["values"] = _gap(last, torch.tensor([score(row[:-1]) for row in rows.whole]))
+    return gaps
 
 
 def plain_score(folder: str) -> Callable[[list[int]], float]:
