@@ -9,16 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from align.best_of_n.results import RESULTS_RECORD as BEST_OF_N
 from align.config.json_file import parse_json, read_file, read_json
 from align.config.stages import STAGES
 from align.errors import BadFile, UserError
-from align.evaluate.results import RESULTS_RECORD
+from align.evaluate.results import RESULTS_RECORD as EVALUATION
+from align.judge.results import RESULTS_RECORD as CARD
 from align.runs.output_folder import RESULTS
 from align.runs.own_files import MANIFEST, RUN
 from align.runs.records import Record, is_count, is_number, read_record
 from align.runs.schemas import MANIFEST_RECORD, METRICS, RUN_RECORD, SAMPLES
 
 ERRORS = "confident_errors.jsonl"
+EVALUATIONS = {"evaluate": EVALUATION, "judge-reward": CARD, "bon": BEST_OF_N}  # by stage, what results.json holds
 MOST_BYTES = 256 << 20  # of metrics.jsonl and samples.jsonl
 MOST = 1e100  # of a value: larger ones are no measurement, and differences of theirs no number
 MOST_RUNS = 60  # in one report
@@ -166,8 +169,8 @@ def read_run(folder: Path) -> Run:
     name, record = next(((name, kind) for name, kind in records if os.path.lexists(folder / name)), (RESULTS, None))
     path = folder / name
     content = read_record(path, record) if record is not None else _read_results(path)
-    if content["stage"] == "evaluate":
-        content = read_record(path, RESULTS_RECORD)
+    if (kind := EVALUATIONS.get(content["stage"])) is not None and name == RESULTS:
+        content = read_record(path, kind)
     samples = read_lines(folder / SAMPLES, _is_sample, problems)
     if STAGES.get(content["stage"]) is None:
         problems.append(f"{path}: stage {content['stage']} is unknown to this version")

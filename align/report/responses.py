@@ -10,7 +10,7 @@ from typing import Any
 from align.evaluate.statistics import repetition
 from align.report.curves import Labelled
 from align.report.figures import Figure, histogram_figure
-from align.report.read import Run
+from align.report.read import MOST, Run
 from align.runs.records import is_number
 
 LONGEST = 2000  # characters of a text that are shown
@@ -43,7 +43,7 @@ def last_rows(run: Run) -> list[dict[str, Any]]:
 
 def _is_pair(row: Mapping[str, Any]) -> bool:
     return all(isinstance(row.get(name), str) for name in TEXTS) and all(
-        is_number(row.get(name)) for name in ("score", "score_sft")
+        is_number(row.get(name)) and abs(row[name]) < MOST for name in ("score", "score_sft")
     )
 
 

@@ -39,7 +39,7 @@ def cards(run: Run, name: str) -> Iterator[RewardCard]:
             _verdicts(card),
             [table for table in (_measured(card), _errors(run)) if table is not None],
             [figure for figure in (_reliability(card), _margins(card)) if figure is not None],
-            [note for note in card.get("notes", []) if isinstance(note, str)],
+            [note for note in notes if isinstance(note, str)] if isinstance(notes := card.get("notes"), list) else [],
         )
     brief = run.results.get("card")
     if not found and isinstance(brief, dict) and isinstance(lines := brief.get("lines"), dict):

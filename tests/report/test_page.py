@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from align.__main__ import main
+from align.best_of_n.results import ESTIMATES
 from align.cli.report import update
 from align.maths.overoptimization import rl_gain
 from align.report.figures import thinned
@@ -167,9 +168,27 @@ def test_the_frontier_has_best_of_n_and_the_fitted_law(tmp_path):
         for step in range(8)
     ]
     write_jsonl(run / "metrics.jsonl", lines)
-    sampled = {"stage": "bon", "recipe": {"judge_reward_funcs": ["f"]}, "inputs": {}}
-    points = [{"n": n, "kl": n / 10, "proxy": 0.1 * n, "judge": 1 + 0.2 * n} for n in (1, 2, 4)]
-    write_jsonl(tmp_path / "4_bon" / "results.json", [{**sampled, "frontier": points}])
+    measures = {f"{name}{end}": None for name in ESTIMATES for end in ("", "_low", "_high")}
+    points = [
+        {
+            **measures,
+            "n": n,
+            "prompts": 9,
+            "kl": n / 10,
+            "win_rate_bound": n / (n + 1),
+            "proxy": 0.1 * n,
+            "judge": 1 + 0.2 * n,
+        }
+        for n in (1, 2, 4)
+    ]
+    sampled = {
+        "stage": "bon",
+        "recipe": {"judge_reward_funcs": ["f"]},
+        "inputs": {},
+        "prompts": 9,
+        "num_generations": 4,
+    }
+    write_jsonl(tmp_path / "4_bon" / "results.json", [{**sampled, "datasets": {}, "data": {}, "frontier": points}])
     assert main(["report", str(tmp_path)]) == 0
     text = Parsed((tmp_path / "report.html").read_text()).text
     assert text.count("best of n (4_bon)") == 4  # legend and table of two charts
