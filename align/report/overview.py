@@ -53,7 +53,9 @@ def stages_table(pipelines: Sequence[Pipeline]) -> Table:
 
 def name_of(pipeline: Pipeline, run: Run, several: bool) -> str:
     """A run's name, with that of its pipeline where there are several."""
-    return f"{pipeline.label}: {run.name}" if several and pipeline.label != run.name else run.name
+    if not several:
+        return run.name
+    return pipeline.label if pipeline.label.endswith(run.name) else f"{pipeline.label}: {run.name}"
 
 
 def state(run: Run) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from align.best_of_n.results import tables as best_of_n_tables
 from align.errors import UserError
 from align.evaluate.results import tables as evaluation_tables
 from align.report.costs import costs_table, phases_figure
@@ -40,6 +41,7 @@ from align.terminal import printable
 
 MOST_BYTES = 1_500_000
 MARK = '<meta name="generator" content="align report">'  # in the first line of our files, which may be overwritten
+TABLES = {"evaluate": evaluation_tables, "bon": best_of_n_tables}  # of stages without curves
 TEMPLATES = Path(__file__).parent / "templates"
 # Points of a curve and samples of all runs, from the usual to what fits also with sixty runs.
 SIZES = ((240, 240), (120, 160), (60, 80), (30, 40), (16, 16), (8, 0))
@@ -139,7 +141,7 @@ def render(pipelines: Sequence[Pipeline], title: str, most_points: int, most_sam
             for run in each.runs
         ],
         checks=_self_checks(groups),
-        curves=[_stage(each, most_points) for each in groups],
+        curves=[_stage(each, most_points) for each in groups if each.stage != "judge-reward"],
         cards=[
             card
             for each in pipelines
@@ -170,8 +172,8 @@ def _stage(each: Group, most_points: int) -> Stage:
     tables = [
         Table(table.title, table.columns, table.rows)
         for labelled in each.runs
-        if each.stage == "evaluate"
-        for table in evaluation_tables(labelled.run.record)
+        if each.stage in TABLES
+        for table in TABLES[each.stage](labelled.run.record)
     ]
     return Stage(each.key, each.title, each.stage, first, then, tables)
 
