@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.dialogues import DialogueText, Tools, dialogue_texts, generation_text
+from align.data.dialogues import DialogueText, dialogue_texts, generation_text
 from align.data.end_tokens import end_texts, split_at_end
 from align.data.reasoning import split_text
 from align.data.rows import Turns, as_response, render_text
+from align.data.template_input import Tools
 from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
 
@@ -163,8 +164,10 @@ def labels_of_turns(
 def _turn_until_end(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int]:
     """A rendered turn before the token that the chat template ends it with, and that token's id: EOS if it writes none."""
     text, end, rest = split_at_end(tokenizer, text)
-    for token, id in end_texts(tokenizer).items():  # some templates write EOS after the token that ends the turn
-        rest = rest if id == end else rest.replace(token, "")
+    if end is not None and tokenizer.added_tokens_decoder[end].lstrip:  # the token takes the spaces before it
+        text = text.rstrip()
+    for token in end_texts(tokenizer):  # some templates write EOS after the token that ends the turn
+        rest = rest.replace(token, "")
     return _checked(tokenizer, text, int(tokenizer.eos_token_id) if end is None else end, rest)
 
 

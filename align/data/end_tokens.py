@@ -16,7 +16,17 @@ ATTRIBUTE = "model_end_tokens"  # of the tokenizer: text and id of the model's e
 def set_model_ends(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
     """Have the model's end tokens `ids` end responses beside the tokenizer's EOS. Ids without a token are never sampled."""
     others = [token for token in ids if token != tokenizer.eos_token_id]
-    setattr(tokenizer, ATTRIBUTE, {token: tokenizer.added_tokens_decoder.get(token) for token in others})
+    texts = {token: tokenizer.added_tokens_decoder.get(token) for token in others}
+    setattr(tokenizer, ATTRIBUTE, {id: text if text and is_read(tokenizer, id) else None for id, text in texts.items()})
+
+
+def is_read(tokenizer: PreTrainedTokenizerBase, id: int) -> bool:
+    """Whether the tokenizer reads the text of an added token as that token, also after a word.
+
+    Where the token is normalized as text is, a normalizer that puts a space before it may hide it.
+    """
+    text = f"a{tokenizer.added_tokens_decoder[id]}"
+    return id in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -25,7 +35,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def end_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Ids of these tokens by their text, EOS first; without those that ordinary text consists of."""
+    """Ids of these tokens by their text, EOS first; without those that ordinary text consists of, or is read as."""
     others = getattr(tokenizer, ATTRIBUTE, {}).items()
     return {str(tokenizer.eos_token): int(tokenizer.eos_token_id)} | {str(token): id for id, token in others if token}
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.dialogues import END_OF_THINK, THINK, DialogueText
+from align.data.dialogues import DialogueText
 from align.data.rows import Demonstration, Message, Prompt, Row
+from align.data.template_input import END_OF_THINK, THINK
 from align.data.token_ids import special_tokens
 from align.data.turn_end import turn_end_note
 from align.errors import UserError

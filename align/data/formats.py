@@ -7,7 +7,6 @@ rows hold their text unchanged.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from align.data.rows import (
 )
 from align.errors import BadRow, UserError, first_few, nearest
 
+LARGEST_MARGIN = 1e6  # of scores, which are of a few units
 Format = tuple[str, ...]  # the columns a row is read from
 PAIR: Format = ("chosen", "rejected")  # with or without a `prompt` column
 SHAREGPT: Format = ("conversations",)  # with or without a column `system`
@@ -114,9 +114,9 @@ def _check_columns(extra: Mapping[str, Any], row_type: type) -> None:
         raise BadRow("`chat_template_kwargs` in a row; set the key of that name in the recipe, for all rows")
     margin = extra.get("margin") if row_type is Preference else None
     if margin is not None and (
-        isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf
+        isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin <= LARGEST_MARGIN
     ):
-        raise BadRow("`margin` is not a number of at least 0")
+        raise BadRow("`margin` is not a number of at least 0, or too large a one")
     tie = extra.get("tie") if row_type is Preference else None
     if tie not in (None, False, True):  # 0 and 1 equal them
         raise BadRow("`tie` is not true, false, 1 or 0")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.dialogues import END_OF_THINK, THINK
 from align.data.end_tokens import without_end
 from align.data.rows import Turns
+from align.data.template_input import END_OF_THINK, THINK
 
 ATTRIBUTE = "scores_reasoning"  # of the tokenizer, which every place that encodes or decodes responses has
 

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from align.data.dialogues import DialogueText, Tools
+from align.data.dialogues import DialogueText
 from align.data.encode import (
     check_plain,
     example_texts,
@@ -24,6 +24,7 @@ from align.data.encode import (
 from align.data.findings import Findings
 from align.data.reasoning import scored_turns
 from align.data.rows import BadRows, Demonstration, Preference, Prompt, Row, Turns, render_text
+from align.data.template_input import Tools
 from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
 

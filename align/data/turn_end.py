@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from align.data.chat_template import render_chat
-from align.data.dialogues import PROBE
-from align.data.end_tokens import end_ids, set_model_ends, split_at_end
+from align.data.end_tokens import end_ids, is_read, set_model_ends, split_at_end
+from align.data.template_input import PROBE
 from align.errors import BadRow, TemplateFailure
 
 _SAID = "turn_end_was_said"  # attribute of the tokenizer
@@ -19,7 +19,7 @@ def add_template_end(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     text = _text_after_words(tokenizer).strip()
     ids = [id for id, token in tokenizer.added_tokens_decoder.items() if text and str(token) == text]
-    if ids and ids[0] not in end_ids(tokenizer):
+    if ids and ids[0] not in end_ids(tokenizer) and is_read(tokenizer, ids[0]):
         set_model_ends(tokenizer, [*end_ids(tokenizer), *ids])
 
 

@@ -252,6 +252,8 @@ def test_messages_keep_what_has_a_value() -> None:
         (Preference, {"margin": "1"}, "`margin` is not a number of at least 0"),
         (Preference, {"margin": True}, "`margin` is not a number of at least 0"),
         (Preference, {"margin": float("nan")}, "`margin` is not a number of at least 0"),
+        (Preference, {"margin": 1e300}, "`margin` is not a number of at least 0, or too large"),  # infinite as float32
+        (Preference, {"margin": 10**400}, "`margin` is not a number of at least 0, or too large"),
         (Preference, {"weight": 0.5}, "a row's `weight` other than 1; give the whole source a `weight`, or each turn"),
         (Demonstration, {"weight": 0}, "a row's `weight` other than 1; give the whole source a `weight`, or each turn"),
         (Prompt, {"chat_template_kwargs": {"a": 1}}, "`chat_template_kwargs` in a row; set the key of that name"),

@@ -1,0 +1,189 @@
+"""What a chat template reads: messages in the form in which it writes all that they hold, and what it would leave out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from align.data.chat_template import render_chat
+from align.data.end_tokens import end_texts
+from align.data.messages import alternates
+from align.data.rows import Message
+from align.errors import BadRow, UserError
+
+THINK, END_OF_THINK = "<think>", "</think>"
+PROBE = "\N{SYMBOL FOR RECORD SEPARATOR}"  # the content of a turn that shows where a template puts contents
+_OF_CALLS = ("tool_call_id", "name")  # keys of a tool's result that repeat its call; many templates leave them out
+Tools = list[dict[str, Any]] | None
+
+
+def as_template_reads(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools
+) -> Sequence[Message]:
+    """The messages in the form in which the template writes all of them, tool calls among them.
+
+    Raises:
+        BadRow: there is none; names the key that the template ignores.
+    """
+    messages = _with_thoughts_apart(tokenizer, messages)
+    if not alternates(messages):
+        _check_contents_written(tokenizer, messages, tools)
+    if not tools and all(len(message) == 2 and message["role"] != "tool" for message in messages):
+        return messages
+    failure: BadRow | None = None
+    for form in _forms(messages):
+        try:
+            _check_all_written(tokenizer, form, tools)
+        except BadRow as error:
+            failure = error if failure is None or not isinstance(failure, _Ignored) else failure
+        else:
+            return form
+    assert failure is not None
+    raise failure
+
+
+def check_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools, text: str) -> None:
+    """Check that the template writes what system messages say.
+
+    Args:
+        text: that it writes for the messages.
+
+    Raises:
+        BadRow: it ignores one.
+    """
+    for index, message in enumerate(messages):
+        if message["role"] == "system" and message["content"].strip() not in text:
+            without = [*messages[:index], *messages[index + 1 :]]
+            if render(tokenizer, messages, tools) == _rendered_or_none(tokenizer, without, tools):
+                raise BadRow(
+                    "the chat template ignores messages of role system; write them into the first user turn, or give another "
+                    "template"
+                )
+
+
+def _with_thoughts_apart(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages with the reasoning in their content as `reasoning_content`, where the template reads it there alone.
+
+    Such a template would write an empty thought before the one in the content.
+    """
+
+    def thinks(message: Message) -> bool:
+        return (
+            message["role"] == "assistant" and END_OF_THINK in message["content"] and "reasoning_content" not in message
+        )
+
+    if not any(map(thinks, messages)):
+        return messages
+    answers = [
+        {"content": "?"},
+        {"content": f"{THINK}\n?\n{END_OF_THINK}\n\n?"},
+        {"content": "?", "reasoning_content": PROBE},
+    ]
+    asked = {"role": "user", "content": "?"}
+    texts = [_rendered_or_none(tokenizer, [asked, {"role": "assistant", **answer}], None) or "" for answer in answers]
+    none, inside, apart = (text.count(END_OF_THINK) for text in texts)
+    if not (none and inside > none and apart == none and PROBE in texts[2]):
+        return messages
+    found: list[Message] = []
+    for message in messages:
+        if thinks(message):
+            thought, _, answer = message["content"].rpartition(END_OF_THINK)
+            thought = thought.strip().removeprefix(THINK).strip()
+            message = {**message, "content": answer.lstrip(), "reasoning_content": thought}
+        found.append(message)
+    return found
+
+
+class _Ignored(BadRow):
+    """The template leaves something out, rather than failing on it."""
+
+
+def _forms(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The messages, and with the arguments of tool calls as JSON text, which some templates ask for."""
+    yield list(messages)
+    if any(message.get("tool_calls") for message in messages):
+        yield [
+            {**message, "tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in messages
+        ]
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function", call)
+    function = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+    return {**call, "function": function} if "function" in call else function
+
+
+def _check_all_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools) -> None:
+    """Check by rendering without it that the template writes the last of each key beyond role and content, tool, and `tools`.
+
+    Raises:
+        BadRow: it ignores one.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    for index, message in enumerate(messages):
+        for key in message:
+            if key not in ("role", "content") and (message["role"] != "tool" or key not in _OF_CALLS):
+                seen[message["role"], key] = index
+        if message["role"] == "tool":
+            seen["tool", ""] = index
+    for (role, key), index in seen.items():
+        before, message = messages[:index], messages[index]
+        without = [*before, {name: value for name, value in message.items() if name != key}] if key else before
+        if render(tokenizer, [*before, message], tools) == _rendered_or_none(tokenizer, without, tools):
+            what = f"`{key}` in a message" if key else f"messages of role {role}"
+            remedy = f"; write it into `content`, before {END_OF_THINK}" if key == "reasoning_content" else ""
+            raise _Ignored(f"the chat template ignores {what}{remedy}; leave it out, or give another template")
+    if tools and render(tokenizer, messages, tools) == _rendered_or_none(tokenizer, messages, None):
+        raise _Ignored("the chat template ignores `tools`; leave the column out, or give another template")
+
+
+def _check_contents_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools) -> None:
+    """Check that no message is left out by a template that may not be made for turns that do not alternate.
+
+    Raises:
+        BadRow: one is.
+    """
+    text = render(tokenizer, messages, tools)
+    for message in messages:
+        if message["role"] != "tool" and message["content"].rpartition(END_OF_THINK)[2].strip() not in text:
+            raise BadRow(
+                f"the chat template leaves out a message of role {message['role']} where turns do not alternate; "
+                "join such turns, or give another template"
+            )
+
+
+def _rendered_or_none(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools) -> str | None:
+    try:
+        return render(tokenizer, messages, tools)
+    except BadRow:
+        return None
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools, add_generation_prompt: bool = False
+) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path or 'tokenizer'}: the rows are messages, and the tokenizer has no chat template to render "
+            "them with; name a Jinja file as `chat_template_path`."
+        )
+    for token in (tokenizer.bos_token, *end_texts(tokenizer)):
+        if token and any(token in text for message in messages for text in _written(message)):
+            raise BadRow(f"the text of the special token {token} in a message")
+    text = render_chat(tokenizer, messages, add_generation_prompt, tools)
+    if tokenizer.bos_token and text.startswith(2 * tokenizer.bos_token):
+        raise BadRow(f"the chat template writes the begin-of-text token {tokenizer.bos_token} twice")
+    return text
+
+
+def _written(message: Message) -> Iterator[str]:
+    """All text of a message."""
+    for key, value in message.items():
+        if key != "role" and value is not None:
+            yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
