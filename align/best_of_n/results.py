@@ -87,7 +87,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 def _with_interval(entry: Mapping[str, Any], name: str) -> str:
     if entry[name] is None:
         return "-"
-    return f"{entry[name]:.4g} [{entry[f'{name}_low']:.4g}, {entry[f'{name}_high']:.4g}]"
+    low, high = entry[f"{name}_low"], entry[f"{name}_high"]
+    return f"{entry[name]:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else "")
 
 
 def report_text(results: Mapping[str, Any]) -> str:

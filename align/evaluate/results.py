@@ -145,4 +145,6 @@ def _with_interval(entry: dict[str, Any], key: str) -> str:
         return "-"
     sign = "+" if key == "difference" else ""
     text = f"{entry[key]:{sign}.4g}"
-    return text if entry["low"] is None else f"{text} [{entry['low']:.4g}, {entry['high']:.4g}]"
+    return (
+        text if entry["low"] is None or entry["high"] is None else f"{text} [{entry['low']:.4g}, {entry['high']:.4g}]"
+    )
