@@ -148,6 +148,15 @@ class TestTransformers:
         assert not of_transformers.loads_sharded()
         del alive
 
+    def test_unlogged_loss(self):
+        source = inspect.getsource(transformers.Trainer)
+        assert "self._tr_loss = torch.tensor" in source
+        assert "self._globalstep_last_logged = self.state.global_step" in source
+        state = SimpleNamespace(global_step=7)
+        trainer = SimpleNamespace(state=state, _tr_loss=torch.tensor(0.0), _globalstep_last_logged=7)
+        of_transformers.set_unlogged_loss(trainer, 2, 0.5)
+        assert of_transformers.unlogged_loss(trainer) == (2, 0.5)
+
     def test_the_layers_of_a_cache(self):
         cache = transformers.DynamicCache(config=tiny_llama().config)
         layer_class = load("transformers.cache_utils.DynamicLayer")

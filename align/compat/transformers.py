@@ -173,6 +173,17 @@ def loads_sharded() -> bool:
     return bool(is_deepspeed_zero3_enabled())
 
 
+def unlogged_loss(trainer: Any) -> tuple[int, float]:
+    """Steps since a Trainer has logged, and the sum of its losses in them on this rank."""
+    return trainer.state.global_step - trainer._globalstep_last_logged, trainer._tr_loss.item()
+
+
+def set_unlogged_loss(trainer: Any, steps: int, loss: float) -> None:
+    """Set what `unlogged_loss` gives, once a Trainer has begun to train."""
+    trainer._globalstep_last_logged = trainer.state.global_step - steps
+    trainer._tr_loss.fill_(loss)
+
+
 def stop_sharded_loading() -> None:
     """Have `from_pretrained` load whole models again after a Trainer has trained under ZeRO-3."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config

@@ -59,9 +59,9 @@ class StageCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.stopping = stop_asked(_world())
-        control.should_save |= self.stopping
-        # Logging comes before saving, so no checkpoint is saved before its loss has been checked.
+        # Logging comes before saving, so no checkpoint is saved before its loss has been checked. A stop adds no line.
         control.should_log |= control.should_save or control.should_training_stop
+        control.should_save |= self.stopping
         if control.should_save:
             if self.tracker.is_main:
                 own(Path(args.output_dir) / f"checkpoint-{state.global_step}")

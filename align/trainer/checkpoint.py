@@ -3,7 +3,7 @@
 `checkpoint-N/` is a Hugging Face folder of the model at step N, and beside it
 
     state/                 weights, optimizer and schedule, of each rank a file (`align.engine.state`)
-    random/R-of-S.json     the random generators of rank R of S
+    random/R-of-S.json     the random generators of rank R of S, and what it has summed since the last log
     trainer_state.json     steps, logs, the best checkpoint and the callbacks, as transformers writes it
 """
 
@@ -32,6 +32,7 @@ from align.models.tokenizer import saved_pad_id
 from align.runs.checkpoint import find_corruption, synced_sums
 from align.runs.files import fingerprint, write_text
 from align.runs.records import COUNT, LIST, MAPPING, Record, or_null, read_record
+from align.trainer.unlogged import restore_unlogged, unlogged
 from reward_models.heads import hf_model
 
 STATE, RANDOM = "state", "random"
@@ -110,7 +111,7 @@ class SafeCheckpoints(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         path = self._generators_file(output_dir)
-        write_generators(path)
+        write_generators(path, unlogged=unlogged(self))
         self._sums[f"{RANDOM}/{path.name}"] = fingerprint(path)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
@@ -141,6 +142,7 @@ class SafeCheckpoints(Trainer):
         else:  # written by another number of ranks
             place = [self.args.seed, self.state.global_step, self.args.process_index]
             set_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        restore_unlogged(self, [file] if file.is_file() else sorted(file.parent.glob("*.json")))
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
@@ -191,8 +193,8 @@ def check_trainer_state(checkpoint: Path) -> None:
         raise BadFile(f"{path}: global_step: expected that of {checkpoint.name}, got {step}")
 
 
-def write_generators(path: Path) -> None:
-    """Write the state of this process's random generators: Python's, numpy's and torch's, on its GPU too."""
+def write_generators(path: Path, **more: Any) -> None:
+    """Write the state of this process's random generators: Python's, numpy's and torch's, on its GPU too; and `more`."""
     version, words, gauss = random.getstate()
     algorithm, keys, *rest = np.random.get_state(legacy=True)
     state = {
@@ -202,7 +204,7 @@ def write_generators(path: Path) -> None:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state().tolist()
-    write_text(path, json.dumps(state))
+    write_text(path, json.dumps(state | more))
 
 
 def read_generators(path: Path) -> None:

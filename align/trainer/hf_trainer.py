@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
-from align.compat.transformers import stop_sharded_loading
+from align.compat.transformers import stop_sharded_loading, unlogged_loss
 from align.compat.trl import pending_metrics, raise_token_count
 from align.config.base import TrainerRecipe
 from align.data.batches import ResumableLengthGroupedSampler
@@ -111,6 +111,7 @@ class ExactEvaluation(SafeCheckpoints):
     accuracy: str  # the name under which TRL logs it
     sums: Tensor
     sums_shape: tuple[int, ...] = (3,)
+    train_sums: Tensor = torch.zeros(0)  # since the last log, where a trainer keeps any beside TRL's metrics
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.sums = torch.zeros(self.sums_shape, dtype=torch.float64, device=self.args.device)
@@ -119,6 +120,8 @@ class ExactEvaluation(SafeCheckpoints):
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self._world().any_rank(not math.isfinite(unlogged_loss(self)[1])):
+            self.log({"loss": math.nan})  # which ends the run: nothing is saved before its loss has been checked
         with during("checkpoint", Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)
 

@@ -52,7 +52,7 @@ class RowTrainer(Trainer):
         super().__init__(**kwargs)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
         self._total_train_tokens = 0
-        self._train_sums = self._zeros()
+        self.train_sums = self._zeros()
 
     def loss_and_correct(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the loss (with gradients) and number of correct items, from float32 logits [B, ...]."""
@@ -76,7 +76,7 @@ class RowTrainer(Trainer):
         if self.model.training:
             items = num_items_in_batch
             tokens = (batch["attention_mask"].sum(dim=1) * (weight > 0)).sum()
-            self._train_sums += torch.stack([correct.detach(), weight.sum(), tokens]).double()
+            self.train_sums += torch.stack([correct.detach(), weight.sum(), tokens]).double()
         else:
             items = weight.sum()
             self.sums += torch.stack([total, correct, weight.sum()]).double()
@@ -87,8 +87,8 @@ class RowTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "eval" if "eval_loss" in logs else "train"
         if "loss" in logs:
-            correct, items, tokens = self.accelerator.reduce(self._train_sums, "sum").tolist()
-            self._train_sums = self._zeros()
+            correct, items, tokens = self.accelerator.reduce(self.train_sums, "sum").tolist()
+            self.train_sums = self._zeros()
             self._total_train_tokens += int(tokens)
             self._metrics["train"] = {"num_tokens": [self._total_train_tokens]}
             if items:

@@ -23,7 +23,7 @@ from align.runs.checkpoint import complete_checkpoints, mark_complete, read_stat
 from align.trainer.checkpoint import SafeCheckpoints, check_trainer_state, read_generators, write_generators
 from tests import ranks as ranks_of
 from tests.encoders.test_classify import save_tiny_bert
-from tests.runs.test_resume import WORDS
+from tests.runs.test_resume import WORDS, assert_same
 from tests.trainer.leg_worker import leg
 from tests.worlds import deepspeed_file, save_tiny_policy, write_jsonl
 
@@ -71,11 +71,11 @@ def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: A
     return path
 
 
-def run(recipe: Path, ranks: int = 1, last: int | None = None) -> ranks_of.Ranks:
-    """Run its stage, up to the checkpoint of step `last` or to its end."""
+def run(recipe: Path, ranks: int = 1, last: int | None = None, stop: int | None = None) -> ranks_of.Ranks:
+    """Run its stage, up to the checkpoint of step `last`, to a SIGTERM during step `stop`, or to its end."""
     stage = yaml.safe_load(recipe.read_text())["stage"]
-    started = ranks_of.start(leg, stage, str(recipe), last, ranks=ranks, log=recipe.with_name("rank"))
-    assert started.wait() == [0] * ranks, started.stderr[-3000:]
+    started = ranks_of.start(leg, stage, str(recipe), last, stop, ranks=ranks, log=recipe.with_name("rank"))
+    assert started.wait() == [143 if stop else 0] * ranks, started.stderr[-3000:]
     return started
 
 
@@ -140,6 +140,20 @@ def test_intervals_are_those_of_the_recipe_that_goes_on(tmp_path):
     assert [path.name for path in complete_checkpoints(tmp_path / "out")] == ["checkpoint-5", "checkpoint-10"]
     logged = [line["step"] for line in metrics(tmp_path) if "train/loss" in line]
     assert logged == [1, 2, 3, 4, 5, 6, 9, 10]  # what is saved is logged, too
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [("sft", [2, 2]), ("classify", [2, 1])])
+def test_a_stop_adds_nothing_to_the_metrics(tmp_path, stage, ranks):
+    """The steps before it count in the means that are logged after it, on the same ranks to the bit."""
+    ours, theirs = (
+        write_recipe(stage, tmp_path / name, save_steps=None, logging_steps=4, max_steps=5) for name in "ab"
+    )
+    run(ours, ranks[0], stop=3)
+    run(ours, ranks[1])
+    run(theirs, ranks[1])
+    assert_close(tmp_path / "a", tmp_path / "b", tolerance=2e-6)
+    if ranks[0] == ranks[1]:
+        assert_same(tmp_path / "a" / "out", tmp_path / "b" / "out")
 
 
 def test_a_rank_sums_and_syncs_its_own_files_alone(tmp_path, monkeypatch):

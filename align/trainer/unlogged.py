@@ -1,0 +1,48 @@
+"""What a Trainer has summed since it last logged. A stop between two logs adds none: its checkpoint hands the sums on."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from align.compat.transformers import set_unlogged_loss, unlogged_loss
+from align.compat.trl import pending_metrics, raise_token_count
+from align.config.json_file import read_json
+from align.errors import BadFile
+
+if TYPE_CHECKING:
+    from align.trainer.hf_trainer import ExactEvaluation
+
+
+def unlogged(trainer: ExactEvaluation) -> dict[str, Any]:
+    """The sums of this rank, as JSON."""
+    steps, loss = unlogged_loss(trainer)
+    metrics = {name: list(values) for name, values in pending_metrics(trainer, "train").items()}
+    return {"steps": steps, "loss": loss, "metrics": metrics, "sums": trainer.train_sums.tolist()}
+
+
+def restore_unlogged(trainer: ExactEvaluation, files: Sequence[Path]) -> None:
+    """Go on with what `files` keep under `unlogged`.
+
+    Args:
+        files: this rank's; those of all ranks if there were more or fewer: then each gets an equal part.
+
+    Raises:
+        UserError: a file holds something else.
+    """
+    found = [(file, read_json(file, follow_links=False).get("unlogged")) for file in files]
+    ranks = [each for _, each in found if each is not None]
+    if not ranks or not ranks[0]["steps"]:
+        return  # what is saved every `save_steps` has been logged
+    try:
+        set_unlogged_loss(trainer, ranks[0]["steps"], statistics.fmean(each["loss"] for each in ranks))
+        pending_metrics(trainer, "train").update(ranks[0]["metrics"])  # which are those of all ranks
+        raise_token_count(trainer, max(ranks[0]["metrics"].get("num_tokens", [0])))
+        share = 1.0 if len(files) == 1 else 1 / trainer.args.world_size
+        trainer.train_sums.copy_(torch.tensor([each["sums"] for each in ranks], dtype=torch.float64).sum(dim=0) * share)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise BadFile(f"{found[0][0]}: expected sums since the last log ({type(error).__name__}: {error})") from error
