@@ -106,7 +106,7 @@ class SafeCheckpoints(Trainer):
         note = {"schedule": self.lr_scheduler.state_dict()}
         if self.is_deepspeed_enabled:
             note["counters"] = counters(self.model_wrapped)
-        sums = save_state(Path(output_dir) / STATE, self.model, self._optimizer(), self._world(), note)
+        sums = save_state(Path(output_dir) / STATE, self.model, self._optimizer(), self.world(), note)
         self._sums = {f"{STATE}/{name}": told for name, told in sums.items()}
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -155,7 +155,7 @@ class SafeCheckpoints(Trainer):
         Raises:
             UserError: it is not.
         """
-        world = self._world()
+        world = self.world()
         wrong = find_corruption(best) if world.is_main else None
         if world.any_rank(wrong is not None):
             raise UserError(
@@ -174,7 +174,7 @@ class SafeCheckpoints(Trainer):
         wrapped: Any = self.optimizer
         return wrapped.optimizer
 
-    def _world(self) -> World:
+    def world(self) -> World:
         return World(self.args.process_index, self.args.world_size, self.args.device)
 
     def _generators_file(self, checkpoint: str) -> Path:

@@ -120,7 +120,7 @@ class ExactEvaluation(SafeCheckpoints):
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._world().any_rank(not math.isfinite(unlogged_loss(self)[1])):
+        if self.world().any_rank(not math.isfinite(unlogged_loss(self)[1])):
             self.log({"loss": math.nan})  # which ends the run: nothing is saved before its loss has been checked
         with during("checkpoint", Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"):
             super()._save_checkpoint(model, trial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,18 +14,19 @@ from align.compat.trl import pending_metrics, raise_token_count
 from align.config.json_file import read_json
 from align.errors import BadFile
 
-if TYPE_CHECKING:
-    from align.trainer.hf_trainer import ExactEvaluation
 
+def unlogged(trainer: Any) -> dict[str, Any]:
+    """The sums of this rank, as JSON.
 
-def unlogged(trainer: ExactEvaluation) -> dict[str, Any]:
-    """The sums of this rank, as JSON."""
+    Args:
+        trainer: a Trainer with `train_sums`, its own sums beside the metrics of TRL.
+    """
     steps, loss = unlogged_loss(trainer)
     metrics = {name: list(values) for name, values in pending_metrics(trainer, "train").items()}
     return {"steps": steps, "loss": loss, "metrics": metrics, "sums": trainer.train_sums.tolist()}
 
 
-def restore_unlogged(trainer: ExactEvaluation, files: Sequence[Path]) -> None:
+def restore_unlogged(trainer: Any, files: Sequence[Path]) -> None:
     """Go on with what `files` keep under `unlogged`.
 
     Args:
