@@ -68,6 +68,12 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
         raise UserError(
             f"{key}: {path}: no stage supports models of type {config.model_type}; name another causal decoder."
         )
+    if hasattr(config, "default_language") and config.default_language not in config.languages:  # X-MOD
+        raise UserError(
+            f"{key}: {path}: its {CONFIG} gives {config.default_language!r} as default_language, and a model of type "
+            f"{config.model_type} has layers for each language: set default_language to that of the rows, one of "
+            f"{', '.join(config.languages)}."
+        )
     composite = "text_config" in getattr(config, "sub_configs", {}) and not getattr(config, "auto_map", None)
     if composite and config.model_type not in causal_lm_types():
         raise UserError(

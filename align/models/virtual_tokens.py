@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from align.compat.peft import active_adapter_config
 from align.compat.transformers import keeps_state
+from align.data.collate import pad_left
 from align.errors import UserError, reason
+from align.models.forward import position_ids
 from align.models.load import adapter_settings, load_policy
 from align.models.packing import TOLERANCE, VOCABULARY, example_rows
 from align.models.small_model import small_model
@@ -77,13 +80,12 @@ def _virtual_token_gap(model: PreTrainedModel, method: str) -> float:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         adapted = get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=2))
         assert isinstance(adapted, PeftModel)
-        ids = torch.tensor(example_rows((12, 12), VOCABULARY))
-        mask, length = torch.ones_like(ids), ids.shape[1]
-        trained = adapted(input_ids=ids, attention_mask=mask).logits
-        positions = torch.arange(length).expand(2, -1)
-        ours = VirtualTokenModel(adapted)(ids, mask, positions, use_cache=False).logits
-    trained, ours = (each[:, -length:].log_softmax(dim=-1) for each in (trained, ours))
-    return float((trained - ours).abs().max())
+        rows = example_rows((12, 7), VOCABULARY)
+        ids, mask = pad_left(rows, 0)
+        ours = VirtualTokenModel(adapted)(ids, mask.long(), position_ids(mask), use_cache=False).logits
+        trained = [adapted(input_ids=torch.tensor([row])).logits[0, -len(row) :] for row in rows]
+        pairs = [(found[-len(row) :], alone) for row, found, alone in zip(rows, ours, trained, strict=True)]
+    return max(float((a.log_softmax(dim=-1) - b.log_softmax(dim=-1)).abs().max()) for a, b in pairs)
 
 
 def load_language_model(
@@ -109,8 +111,8 @@ def load_language_model(
 class VirtualTokenModel(nn.Module):
     """A language model whose rows begin with the virtual tokens of its adapter, with any padding and with a cache.
 
-    PEFT's own forward pass takes no `position_ids`, so the virtual tokens of a left-padded row would be further away
-    from the row than they were in training.
+    They come right before a row's first real token, after the padding on its left: a sliding window counts columns, and
+    in training there are none between them and the row.
     """
 
     def __init__(self, adapted: PeftModel):
@@ -135,21 +137,56 @@ class VirtualTokenModel(nn.Module):
             attention_mask: [B, past + S], the cached tokens included, the virtual tokens not.
             past_key_values: a cache; if it is empty, the virtual tokens are added to it first.
         """
-        inputs: dict[str, Any] = {"input_ids": input_ids}
+        first = attention_mask.long().argmax(dim=1)[:, None]  # [B, 1], columns of padding on the left
+        columns = torch.arange(attention_mask.shape[1] + self.length, device=first.device)
+        virtual = (columns >= first) & (columns < first + self.length)  # [B, length + past + S]
+        mask = self._insert(attention_mask, virtual, 1)
         positions = position_ids + self.length
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        kept: Any = contextlib.nullcontext()
         if past_key_values is None or past_key_values.get_seq_length() == 0:
-            virtual = self.adapted.get_prompt(batch_size=input_ids.shape[0])
-            if isinstance(virtual, Tensor):  # embeddings [B, v, H]
+            prompt = self.adapted.get_prompt(batch_size=len(input_ids))
+            places = torch.arange(self.length, device=first.device).expand(len(input_ids), -1)
+            positions = self._insert(positions, virtual, places)
+            if isinstance(prompt, Tensor):  # embeddings [B, v, H]
                 rows = self.model.get_input_embeddings()(input_ids)
-                inputs = {"inputs_embeds": torch.cat([virtual.to(rows.dtype), rows], dim=1)}
-                first = torch.arange(self.length, device=positions.device).expand(len(positions), -1)
-                positions = torch.cat([first, positions], dim=1)
-            else:  # keys and values of every layer
+                inputs = {"inputs_embeds": self._insert(rows, virtual, prompt.to(rows.dtype))}
+            else:  # keys and values of every layer: tokens of any id, whose own keys and values they replace
+                inputs = {"input_ids": self._insert(input_ids, virtual, 0)}
                 if past_key_values is None:
                     past_key_values = DynamicCache(config=self.config)
-                for index, layer in enumerate(virtual.layers):
-                    past_key_values.update(layer.keys, layer.values, index)
-        mask = F.pad(attention_mask, (self.length, 0), value=1)
-        return self.model(
-            **inputs, attention_mask=mask, position_ids=positions, past_key_values=past_key_values, **settings
-        )
+                kept = _keys_and_values_at(past_key_values, virtual, prompt)
+        with kept:
+            return self.model(
+                **inputs, attention_mask=mask, position_ids=positions, past_key_values=past_key_values, **settings
+            )
+
+    def _insert(self, rows: Tensor, virtual: Tensor, content: Any) -> Tensor:
+        """Rows [B, S, ...] with `content` at the columns `virtual` [B, length + S]."""
+        longer = rows.new_zeros(len(rows), rows.shape[1] + self.length, *rows.shape[2:])
+        longer[~virtual] = rows.flatten(0, 1)
+        longer[virtual] = content.flatten(0, 1).to(rows.dtype) if isinstance(content, Tensor) else content
+        return longer
+
+
+@contextlib.contextmanager
+def _keys_and_values_at(cache: Any, virtual: Tensor, prompt: Any) -> Iterator[None]:
+    """While rows of every layer are added to a cache, those at the columns `virtual` [B, S] are the ones in `prompt`."""
+    update = cache.update
+    number = virtual.cumsum(dim=1)  # counts the virtual tokens of a row
+
+    def with_prompt(keys: Tensor, values: Tensor, layer: int, *rest: Any, **settings: Any) -> Any:
+        replaced = []
+        for states, given in ((keys, prompt.layers[layer].keys), (values, prompt.layers[layer].values)):
+            longer = states.transpose(1, 2).clone()  # [B, S, heads, size]
+            # PEFT keeps as many as fit into a sliding window: the last ones.
+            places = virtual & (number > number[:, -1:] - given.shape[2])
+            longer[places] = given.transpose(1, 2).flatten(0, 1).to(states.dtype)
+            replaced.append(longer.transpose(1, 2))
+        return update(*replaced, layer, *rest, **settings)
+
+    cache.update = with_prompt
+    try:
+        yield
+    finally:
+        del cache.update

@@ -254,6 +254,17 @@ def test_as_many_positions_as_the_model_has(name):
         model(input_ids=torch.full((1, limit + 1), 5))
 
 
+def test_weights_that_are_trained_as_plain_ones_are_told(tmp_path, capsys):
+    config = AutoConfig.for_model("llama", quantization_config={"quant_method": "fp8", "dequantize": True})
+    config.save_pretrained(tmp_path)
+    recipe = SFTRecipe(stage="sft", output_dir="o", model_name_or_path=str(tmp_path), train_dataset=[])
+    check(tmp_path)
+    assert not capsys.readouterr().err
+    check(tmp_path, trained_by=recipe)
+    told = f"note: model_name_or_path: {tmp_path}: the `quantization_config` in its config.json is used to load it, and not kept"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_weights_that_are_quantized_in_a_way_that_cannot_be_loaded_here(tmp_path, method):
     path = save_tiny_policy(tmp_path / "m")

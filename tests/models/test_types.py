@@ -14,6 +14,7 @@ from align.errors import UserError
 from align.models.causality import check_causal
 from align.models.dropout import disable_dropout
 from align.models.inspect_folder import inspect_folder
+from align.models.load import load_config
 from align.models.packing import check_packing, example_rows
 from align.models.small_model import small_model
 from align.models.tokenizer import load_tokenizer, saved_pad_id
@@ -77,6 +78,37 @@ def test_dropout_that_a_layer_reads_from_the_configuration(name):
         assert torch.allclose(model.train()(input_ids=ids).logits, expected, atol=1e-5)
     assert rates
     assert model.config.to_dict().items() >= rates.items()
+
+
+def test_a_model_with_layers_for_each_language_needs_to_know_which(tmp_path):
+    config = AutoConfig.for_model("xmod", languages=["en_XX", "de_DE"])
+    for language in (None, "fr_XX"):
+        config.default_language = language
+        config.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=rf"^k: .*: its config.json gives {language!r} .* one of en_XX, de_DE\."):
+            load_config(str(tmp_path), "k")
+    config.default_language = "de_DE"
+    config.save_pretrained(tmp_path)
+    assert load_config(str(tmp_path), "k").default_language == "de_DE"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "minimax_m2", "phimoe"])
+def test_no_noise_routes_tokens_to_experts_in_training(name):
+    """Phi-MoE draws experts at random whatever its noise is."""
+    config = AutoConfig.for_model(name)
+    config.update({key: 0.3 for key in config.to_dict() if "jitter" in key})
+    model, ids = small_model(config, 64), torch.tensor(example_rows((9,), 64))
+    expected = model(input_ids=ids).logits.detach()
+    disable_dropout(model)
+    logits = model.train()(input_ids=ids).logits
+    torch.testing.assert_close(logits.detach(), expected)
+    logits[0, -1, 3].backward()
+    routers = [
+        weight.grad for name, weight in model.named_parameters() if "gate.weight" in name or "router.weight" in name
+    ]
+    assert routers
+    assert all(grad.abs().max() > 0 for grad in routers)
+    assert all(module.training for module in model.modules() if not any("jitter" in name for name in vars(module)))
 
 
 def test_the_padding_id_of_a_saved_model(tmp_path):

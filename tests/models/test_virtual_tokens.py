@@ -15,9 +15,14 @@ from transformers import AutoConfig
 
 import align.generation.responses
 from align.__main__ import main
+from align.data.collate import pad_left
 from align.errors import UserError
 from align.evaluate.compare import run
 from align.evaluate.inputs import prepare_inputs
+from align.generation.decoder import decoder
+from align.models.packing import example_rows
+from align.models.small_model import small_model
+from align.models.virtual_tokens import VirtualTokenModel
 from align.sft.inputs import load_config_and_tokenizer
 from tests.evaluate.test_compare import ROWS, judged, predictions, recipe, rows, values
 from tests.sft.letter_rows import recipe as sft_recipe
@@ -83,6 +88,23 @@ def test_they_do_what_they_do_in_peft_under_padding_too(tmp_path, monkeypatch, k
     lines = predictions(tmp_path)
     assert {line["prompt"]: line["prediction"] for line in lines if line["model"] == "virtual"} == written
     assert {line["prompt"]: line["prediction"] for line in lines if line["model"] == "base"} != written
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_no_padding_takes_their_place_in_a_sliding_window(name, kind):
+    """Of 4 tokens, in rows of 3 and 9 with 5 virtual tokens, as PEFT reads each row alone."""
+    adapted = get_peft_model(small_model(AutoConfig.for_model(name, sliding_window=8), 64), copy.copy(KINDS[kind]))
+    torch.nn.init.normal_(adapted.prompt_encoder["default"].embedding.weight)
+    rows = example_rows((3, 9), 64)
+    decoding = decoder(VirtualTokenModel(adapted).eval(), *pad_left(rows, 0), 3)
+    with torch.no_grad():
+        for _ in range(3):
+            expected = torch.stack([adapted(input_ids=torch.tensor([row])).logits[0, -1] for row in rows])
+            torch.testing.assert_close(decoding.logits(), expected, atol=1e-4, rtol=1e-4)
+            tokens = expected.argmax(dim=-1)
+            decoding.append(tokens)
+            rows = [[*row, token] for row, token in zip(rows, tokens.tolist(), strict=True)]
 
 
 def test_they_take_room_in_the_model(tmp_path):

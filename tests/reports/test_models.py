@@ -124,7 +124,7 @@ def test_a_generation_config_that_transformers_refuses(tmp_path, settings):
     """https://github.com/huggingface/transformers/issues/25388: a traceback of validation, which names no file."""
     letter_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=rf"generation_config.json: transformers refuses it.*{next(iter(settings))}"):
+    with pytest.raises(UserError, match=rf"generation_config.json: {next(iter(settings))}: transformers refuses it"):
         load_tokenizer(str(tmp_path))
 
 
