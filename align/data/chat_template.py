@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KWARGS = "chat_template_kwargs"  # attribute of the tokenizer
-OURS = {"messages", "tools", "add_generation_prompt"}  # variables of a template that are none of the recipe's
 # The date that templates write as today's (by `strftime_now`), so that ids do not change overnight. Llama 3's own default.
 TODAY = date(2024, 7, 26)
 
@@ -69,8 +68,6 @@ def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, values: Mapping[str,
     name = f"chat_template_kwargs: {tokenizer.name_or_path or 'the tokenizer'}"
     if values and not tokenizer.chat_template:
         raise UserError(f"{name} has no chat template that could read them; leave the key out.")
-    for each in sorted(values.keys() & OURS):
-        raise UserError(f"{name}: `{each}` comes from the rows and this program; leave it out.")
     words = set(re.findall(r"[^\W\d]\w*", str(tokenizer.chat_template)))
     for each in values:
         if each not in words:

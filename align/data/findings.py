@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.dialogues import DialogueText
 from align.data.rows import Demonstration, Message, Prompt, Row
 from align.data.template_input import END_OF_THINK, THINK
+from align.data.templates import TEMPLATE
 from align.data.token_ids import special_tokens
 from align.data.turn_end import turn_end_note
 from align.errors import UserError
@@ -23,6 +24,10 @@ CONTROL = "the text of {token} in a message is read as that special token, which
 GREETING = "an assistant turn before the first user turn answers nothing: it is trained only with `completion_only_loss: false`"
 UNTHOUGHT = f"the chat template opens a thought ({THINK}) and the row has none: it is trained to close it at once"
 REPEATED = "a response repeats the whole prompt"
+UNREAD = "the column `{name}` is not read: the model never sees it"
+# Columns that change what a row says or asks for in the formats of other tools.
+TELLING = {"system", "system_prompt", "image", "images", "video", "videos", "audio", "audios", "documents", "train", "label",
+           "reasoning", "reasoning_content", "thinking"}  # fmt: skip
 SHORT = 8  # characters of a prompt that a response may begin with by chance
 
 
@@ -56,6 +61,9 @@ class Findings:
         """
         if own_ids != before:
             self._note(JOINED if isinstance(row, Prompt) else SPANNED, row.where)
+        for name in sorted(TELLING & row.extra.keys()):
+            if TEMPLATE not in row.extra and not _is_read(row, name):
+                self._note(UNREAD.format(name=name), row.where)
         if not isinstance(row.prompt, str):
             for token in self._control_tokens(row):
                 self._note(CONTROL.format(token=token), row.where)
@@ -103,6 +111,14 @@ class Findings:
                     "twice; give responses without their prompts, or pairs without the column `prompt`."
                 )
             say_note(f"{text}: {places}")
+
+
+def _is_read(row: Row, name: str) -> bool:
+    """Whether a column holds nothing, or the row's system message, as beside `conversations`."""
+    value = row.extra[name]
+    if name == "label":  # of a response that is not desired, in rows for KTO; others are for graders
+        return value is not False or isinstance(row, Prompt)
+    return value in (None, "", [], {}) or [{"role": "system", "content": value}] == list(row.prompt[:1])
 
 
 def say_note(text: str) -> None:

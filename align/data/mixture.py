@@ -38,7 +38,7 @@ def task_counts(training: Sequence[Row], evaluation: Sequence[Row]) -> dict[str,
     return {
         task: {
             "train_rows": counts[0][task],
-            "share": counts[0][task] / len(training),
+            "share": counts[0][task] / len(training) if training else 0.0,
             "evaluation_rows": counts[1][task],
         }
         for task, _ in (counts[0] + counts[1]).most_common(MAX_REPORTED_TASKS)

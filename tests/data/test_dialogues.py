@@ -440,11 +440,6 @@ class TestTemplateKwargs:
             set_template_kwargs(chatml(template), {"enable_thinkin": False})  # type: ignore[arg-type]  # none
         assert reason in str(caught.value)
 
-    @pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
-    def test_one_that_is_not_the_recipes_is_refused(self, name: str) -> None:
-        with pytest.raises(UserError, match=f"`{name}` comes from the rows and this program; leave it out"):
-            set_template_kwargs(tokenizer_for(QWEN3, "<|im_end|>"), {name: []})
-
     def test_later_stages_must_agree(self, tmp_path: Path) -> None:
         tokenizer = tokenizer_for(QWEN3, "<|im_end|>")
         digest = tokenizer_digest(tokenizer)

@@ -110,3 +110,21 @@ def test_an_end_token_with_flags_is_trained_as_the_whole_text_has_it(flags: dict
     whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
     assert before + response == whole + after  # hidden behind a space, the end is mere text, and EOS follows
     assert (turn_end_note(tokenizer) is not None) == bool(after)
+
+
+@pytest.mark.parametrize("name", ["system", "images", "label", "reasoning_content"])
+def test_a_column_that_the_model_never_sees_is_said(name: str, capsys: Any) -> None:
+    tokenizer = tokenizer_for(QWEN3, "<|im_end|>")
+    rows = [
+        row_of([user("one"), assistant("I")], **{name: value}) for value in (False if name == "label" else "x", None)
+    ]
+    tokenize_demonstrations(rows, tokenizer, max_length=99)
+    assert (
+        capsys.readouterr().err
+        == f"note: the column `{name}` is not read: the model never sees it: 1 of 2 rows (f:1)\n"
+    )
+    turns = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "I"}]
+    values = {"conversations": turns, "system": "Be kind."}
+    row = read_row(values, "f:1", Demonstration, choose_formats("f", list(values), Demonstration))
+    tokenize_demonstrations([row], tokenizer, max_length=99)  # type: ignore[list-item]
+    assert not capsys.readouterr().err
