@@ -42,7 +42,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
         fused_head: whether TRL's fused head is exact for the model (`align.sft.fused_head`); otherwise losses come from logits.
         evaluation: the rows to evaluate on; `eval_dataset` must hold them, padded to full batches.
         responses: the responses to evaluate, if any.
-        tracker: logs the table of responses.
+        tracker: logs the table of responses; needed where there are any.
         max_forgetting: most percent by which the retention loss of the best checkpoint may exceed the initial one.
     """
 
@@ -55,7 +55,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
         fused_head: bool = True,
         evaluation: EvalRows | None = None,
         responses: ResponseEvaluation | None = None,
-        tracker: Tracker,
+        tracker: Tracker | None,
         max_forgetting: float | None = None,
         **kwargs: Any,
     ):
@@ -146,6 +146,7 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
                 texts = self.responses.generate(self.model)
             logs |= {f"eval_{name}": value for name, value in self.responses.score(texts).items()}
             check_best(self.args, logs)  # before anything is recorded
+            assert self.tracker is not None
             self.tracker.table(self.state.global_step, "samples", RESPONSE_COLUMNS, self.responses.table(texts))
 
     def early_stopping_callback(self, patience: int) -> TrainerCallback:

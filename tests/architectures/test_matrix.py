@@ -12,7 +12,7 @@ from align.cli.architectures.cases import Case, make_cases
 from align.cli.architectures.examine import FAILED, OK, REFUSED, Found, examine
 from align.errors import UserError
 
-EXACT = {"sampling", "training", "padded", "scores", "values"}
+EXACT = {"sampling", "training", "padded", "loss", "scores", "values"}
 
 
 @pytest.mark.parametrize(

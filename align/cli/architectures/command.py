@@ -31,7 +31,7 @@ from align.terminal import say
 SECONDS = 15  # that a small model takes on one core, about
 # Columns of the table: the parts of a row that each covers, and the gaps of which it shows the largest.
 COLUMNS = {
-    "sft": (("sft",), ("padded",)),
+    "sft": (("sft",), ("loss", "padded")),
     "packed": (("packing",), ("packed",)),
     "reward": (("reward",), ("scores",)),
     "ppo": (("exact", "ppo", "scores"), ("sampling", "training", "values")),

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from align.cli.architectures.cases import random_prompts
+from align.cli.architectures.sft_loss import sft_losses
 from align.compat.transformers import has_sequence_classifier
 from align.data.collate import pad_left, pad_right
 from align.data.end_tokens import end_ids, set_model_ends
@@ -89,8 +90,8 @@ def measure_policy(folder: str, tokenizer: PreTrainedTokenizerBase, packs: bool)
 
     Returns:
         the rows; `sampling` with a cache, of rows that end early; `training`, the forward passes of PPO, with and without a
-        gradient; `padded`, all tokens of right-padded rows, as in SFT and PPO-ptx; `packed`, if the model `packs`. And
-        the model's number of parameters.
+        gradient; `padded`, all tokens of right-padded rows, as in PPO-ptx; `loss`, the mean that SFT's trainer computes;
+        `packed`, all tokens, if the model `packs`. And the model's number of parameters.
     """
     model = load_policy(folder).eval()
     rows = sample_rows(model, tokenizer)
@@ -110,6 +111,7 @@ def measure_policy(folder: str, tokenizer: PreTrainedTokenizerBase, packs: bool)
         lengths = (min(PACKED[0], positions), *PACKED[1:])
         gaps["packed"] = packing_gap(model, example_rows(lengths, _vocabulary(model)))
     parameters = sum(weight.numel() for weight in model.parameters())
+    trained = sft_losses(model, tokenizer, rows.prompts, rows.responses, packs)
     del model
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -126,6 +128,11 @@ def measure_policy(folder: str, tokenizer: PreTrainedTokenizerBase, packs: bool)
         gaps[name] = max(gaps.get(name, 0.0), _gap(found, expected))
     masked = torch.cat([_chosen(each, row) for each, row in zip(batch, rows.whole, strict=True)])
     gaps["padded"] = max(_gap(labelled, alone), _gap(masked, alone))
+    responses = [
+        _chosen(each, row)[-len(said) :] for each, row, said in zip(logits, rows.whole, rows.responses, strict=True)
+    ]
+    mean = -float(torch.cat(responses).mean())
+    gaps["loss"] = max(abs(loss - mean) for loss in trained)
     return rows, gaps, parameters
 
 
