@@ -22,6 +22,7 @@ from align.runs.lock_record import LOCK, heartbeat_period, in_use, in_words, is_
 from align.terminal import say
 
 PATIENCE = 3.0  # seconds: the ranks of a killed launcher end within one
+SETTLED = 1.5  # periods of the heartbeat after which of several that took a lock over at once only the last lives
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +154,7 @@ def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse 
         return False
     if not _is_current(folder, descriptor):  # deleted by its owner between opening and locking
         return False
-    owner = read(folder)
+    owner, period = read(folder), 0.0
     if owner and is_alive(owner, reliable):
         if pulse is None or not (period := heartbeat_period(owner)):
             if last_try:
@@ -171,13 +172,20 @@ def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse 
         if alive is None:
             return False
         say(f"{folder}: that run has shown no sign of life for {seconds:.0f} s; its lock is taken over")
+    mine = myself()
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, (json.dumps(myself()) + "\n").encode(), 0)
+    os.pwrite(descriptor, (json.dumps(mine) + "\n").encode(), 0)
     os.fsync(descriptor)
     try:
         _flock(descriptor, fcntl.LOCK_SH)  # for the other ranks
     except BlockingIOError:  # from exclusive to shared is no single step
         return False
+    if period:
+        # A third machine may have waited as long, and have written its name over ours, or before us, and started: then it ends
+        # at its next heartbeat.
+        time.sleep(SETTLED * period)
+        if (now := read(folder)) != mine:
+            raise in_use(folder, now, alive=True)
     return True
 
 

@@ -659,6 +659,22 @@ class TestLock:
         claim(out, IDENTITY, resuming=True)
         assert "has shown no sign of life for 0 s; its lock is taken over" in capsys.readouterr().err
 
+    def test_of_two_machines_that_take_it_over_at_once_the_last_to_write_starts(self, out, monkeypatch):
+        told = json.loads((out / "run.lock").read_text()) | {"boot": "another", "heartbeat": 0.05}
+        release(out)
+        (out / "run.lock").write_text(json.dumps(told))
+        sleep = time.sleep
+
+        def third_machine_writes(seconds: float) -> None:
+            if json.loads((out / "run.lock").read_text())["boot"] != "another":
+                (out / "run.lock").write_text(json.dumps({**told, "host": "third"}))
+            sleep(seconds)
+
+        monkeypatch.setattr(time, "sleep", third_machine_writes)
+        with pytest.raises(UserError, match="is in use by process .* on third .*; wait until it has ended"):
+            claim(out, IDENTITY, resuming=True)
+        assert json.loads((out / "run.lock").read_text())["host"] == "third"
+
     def test_where_there_is_no_flock_the_record_counts(self, out, monkeypatch):
         monkeypatch.setattr(lock, "_flock", lambda *_: False)
         mine = json.loads((out / "run.lock").read_text())
