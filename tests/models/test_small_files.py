@@ -101,6 +101,15 @@ def test_values_that_people_have(model):
     load_tokenizer("model")
 
 
+def test_what_is_saved_does_not_tell_how_it_was_loaded(model, monkeypatch):
+    saved = []
+    for offline in (False, True):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        load_tokenizer("model").save_pretrained("saved")
+        saved.append(Path("saved/tokenizer_config.json").read_text())
+    assert saved[0] == saved[1]
+
+
 def test_no_vocabulary(model):
     (model / "tokenizer.json").unlink()
     with pytest.raises(
