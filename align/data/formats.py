@@ -65,8 +65,8 @@ def choose_formats(source: str, columns: Sequence[str], row_type: type) -> list[
 def missing_column(source: str, missing: str, columns: Sequence[str], more: str = "") -> UserError:
     """The error for a column that a source does not have."""
     return UserError(
-        f"{source}: no column `{missing}`; its columns are {first_few(columns)}{nearest(missing, columns)}{more}. "
-        "Name the right one under `columns:` (ours: theirs) in the recipe."
+        f"{source}: no column `{missing}`; its columns are {first_few(columns)}{more}"
+        f"{nearest(missing, columns) or '.'} Name the right one under `columns:` (ours: theirs) in the recipe."
     )
 
 

@@ -150,8 +150,8 @@ def _check_not_empty(
     if not train:
         raise EmptySplit(
             f"train_dataset: no training row is left: {len(evaluation)} are for evaluation, {dropped} were dropped because "
-            f"eval_dataset has their prompt, and these are bad rows: {bad.summary()}. Give more or other rows, or lower "
-            "`eval_fraction`."
+            f"eval_dataset has their prompt, and these are bad rows: {bad.summary()}. Give more or other rows"
+            f"{'.' if settings.eval_dataset else ', or lower `eval_fraction`.'}"
         )
     if not evaluation and settings.eval_dataset:
         raise EmptySplit(f"eval_dataset: no evaluation row is left; bad rows: {bad.summary()}. Give other rows.")

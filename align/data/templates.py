@@ -67,7 +67,7 @@ class SourceTemplates:
         if source.labels and source.label_column not in columns:
             raise UserError(
                 f"{self.name}: no column `{source.label_column}` for `labels`; its columns are {first_few(columns)}"
-                f"{nearest(source.label_column, columns)}. Name the right one as `label_column` in the recipe."
+                f"{nearest(source.label_column, columns) or '.'} Name the right one as `label_column` in the recipe."
             )
 
     def apply(self, line: bytes, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -124,7 +124,7 @@ class SourceTemplates:
         if missing[0] == LABEL_VARIABLE and not hint:
             hint = "; the column with the labels is named as `label_column`"
         raise UserError(
-            f"{where}: {place} reads `{missing[0]}`, which no row has; the columns are {first_few(self.columns)}{hint}."
+            f"{where}: {place} reads `{missing[0]}`, which no row has; the columns are {first_few(self.columns)}{hint or '.'}"
         )
 
 

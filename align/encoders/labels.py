@@ -65,7 +65,7 @@ class LabelSet:
             if label not in self.ids:
                 raise UserError(
                     f"{row.where}: label {label!r} of an evaluation row occurs in no training row; these have "
-                    f"{_first_few(self.ids)}{nearest(str(label), map(str, self.ids))}. Correct it, or give training rows "
+                    f"{_first_few(self.ids)}{nearest(str(label), map(str, self.ids)) or '.'} Correct it, or give training rows "
                     "that have it."
                 )
         ids = [self.ids[label] for label in _labels_of(row)]

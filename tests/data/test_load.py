@@ -470,7 +470,7 @@ class TestSplit:
             load(path, eval_fraction=1e-6)
         with pytest.raises(UserError, match=r"no training row is left: 4 are for evaluation"):
             load(path, eval_fraction=1 - 1e-9)
-        with pytest.raises(UserError, match=r"no training row is left: .*4 were dropped"):
+        with pytest.raises(UserError, match=r"no training row is left: .*4 were dropped.* Give more or other rows\.$"):
             load(path, eval_dataset=[DataSource(path=path)])
         assert load(path, eval_fraction=0.0).evaluation == []
 

@@ -171,7 +171,7 @@ class TestJinja:
         said = refusal(load, rows, {"prompt": "x", "completion": "{{ txt }}"}, on_bad_row="skip")
         assert said.endswith(
             "a.jsonl:1: templates[0].completion reads `txt`, which no row has; the columns are text, label; "
-            "did you mean 'text'?."
+            "did you mean 'text'?"
         )
         said = refusal(load, [{"text": "a", "stars": 1}], SENTIMENT)
         assert "templates[0].completion reads `label`" in said

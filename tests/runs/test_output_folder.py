@@ -671,7 +671,7 @@ class TestLock:
             sleep(seconds)
 
         monkeypatch.setattr(time, "sleep", third_machine_writes)
-        with pytest.raises(UserError, match="is in use by process .* on third .*; wait until it has ended"):
+        with pytest.raises(UserError, match=r"is in use by process .* on third .*; wait until it has ended"):
             claim(out, IDENTITY, resuming=True)
         assert json.loads((out / "run.lock").read_text())["host"] == "third"
 
