@@ -51,7 +51,10 @@ def load_tokenizer(
             ) from error
         file = _check_tokenizer_json(path)
         raise UserError(f"{file}: the tokenizer cannot be loaded. {reason(error)}") from error
-    for how in ("is_local", "local_files_only"):  # it was loaded; saved with it, they would tell a start offline from others
+    for how in (
+        "is_local",
+        "local_files_only",
+    ):  # it was loaded; saved with it, they would tell a start offline from others
         tokenizer.init_kwargs.pop(how, None)
     end = tokenizer.eos_token or tokenizer.sep_token  # an encoder's rows end with the separator
     if end is None:
