@@ -14,7 +14,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align.compat.transformers import write_unchecked
-from align.config.paths import expand, overlap
+from align.config.paths import expand, expand_output, overlap
 from align.errors import UserError, reason
 from align.models.check_files import check_files
 from align.models.check_weights import check_finite
@@ -36,7 +36,7 @@ def run(adapter: str, output: str) -> str:
         UserError: no adapter, one that cannot be merged, a missing base model, or an output folder that exists.
     """
     quiet()
-    adapter, output = (expand(path, "align merge") for path in (adapter, output))
+    adapter, output = expand(adapter, "align merge"), expand_output(output, "align merge")
     folder = Path(adapter) / "adapter" if (Path(adapter) / "adapter").is_dir() else Path(adapter)
     file = folder / "adapter_config.json"
     if not file.is_file():

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from align.cli.merge import _new_folder
-from align.config.paths import expand, overlap
+from align.config.paths import expand, expand_output, overlap
 from align.errors import UserError
 from align.models.inspect_folder import (
     CONFIG,
@@ -48,7 +48,7 @@ def run(paths: Sequence[str], output: str) -> str:
             the same one, or an output folder that exists.
     """
     quiet()
-    paths, output = [expand(path, "align merge") for path in paths], expand(output, "--output")
+    paths, output = [expand(path, "align merge") for path in paths], expand_output(output, "--output")
     if len(paths) < 2:
         raise UserError("align merge: expected two reward models or more before --output, got one.")
     if os.path.lexists(output):

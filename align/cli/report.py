@@ -9,7 +9,7 @@ from pathlib import Path
 
 from align.cli.steps import numbered_recipes
 from align.config.load import load_recipe
-from align.config.paths import expand
+from align.config.paths import expand, expand_output
 from align.config.stages import read_stage
 from align.errors import UserError, reason
 from align.report.page import write_report
@@ -30,11 +30,12 @@ def run(directories: Sequence[str], output: str | None = None) -> int:
     Raises:
         UserError: no runs, a damaged record, or the file is there and is no report.
     """
+    given = None if output is None else Path(expand_output(output, "--output"))
     folders = [Path(expand(each, "align report")) for each in directories]
     found = [_find(folder) for folder in folders]
     pipelines = [pipeline for runs, _ in found for pipeline in runs]
     path = found[0][1] if len(found) == 1 else Path(os.path.commonpath([each.resolve() for each in folders])) / REPORT
-    path = path if output is None else Path(expand(output, "--output"))
+    path = given or path
     title = (
         folders[0].resolve().name if len(folders) == 1 else " and ".join(each.resolve().name for each in folders[:4])
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.json_file import read_json
-from align.config.paths import expand
+from align.config.paths import expand_output
 from align.errors import BadFile, UserError
 from align.runs.files import write_json
 
@@ -22,7 +22,7 @@ def report_path(json_path: str | None) -> str | None:
     """
     if json_path in (None, "-"):
         return json_path
-    path = expand(str(json_path), "--json")
+    path = expand_output(str(json_path), "--json")
     check_report(Path(path))
     return path
 

@@ -27,7 +27,7 @@ from align.config.keys import (
     TOKENS,
     Where,
     check_best_metric,
-    check_function_name,
+    check_function_names,
     check_ranges,
     key,
     required,
@@ -208,8 +208,7 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
         if path := getattr(recipe, name, None):
             read_deepspeed_file(path, where(name))
     for name in FUNCTION_KEYS:
-        for index, spec in enumerate(getattr(recipe, name, [])):
-            check_function_name(spec, f"{where(name)}[{index}]")
+        check_function_names(getattr(recipe, name, []), where(name))
 
 
 def check_trainer_rules(recipe: TrainerRecipe, where: Where, metrics: Sequence[str] = ()) -> None:

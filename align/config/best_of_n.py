@@ -16,7 +16,7 @@ from align.config.keys import (
     TOKENS,
     Range,
     Where,
-    check_function_name,
+    check_function_names,
     check_ranges,
     key,
     required,
@@ -101,8 +101,7 @@ def check_best_of_n_rules(recipe: BestOfNRecipe, where: Where) -> None:
     """
     check_ranges(recipe, where)
     for name in ("reward_funcs", "judge_reward_funcs"):
-        for index, spec in enumerate(getattr(recipe, name)):
-            check_function_name(spec, f"{where(name)}[{index}]")
+        check_function_names(getattr(recipe, name), where(name))
     sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
     if not sources:
         raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")

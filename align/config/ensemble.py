@@ -5,12 +5,15 @@ Functions take the recipe of PPO, whose file imports this one.
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from align.config.keys import AT_LEAST_0, Where, key
 from align.errors import UserError
 
+NUMBERED = re.compile(r"member_([1-9][0-9]{0,8})", re.ASCII)
 MEMBER = "member_"  # and a number from 1: a member's folder in the `output_dir` of a reward stage with `ensemble_size`
 
 
@@ -44,7 +47,8 @@ def check_ensemble_rules(recipe: Any, where: Where) -> None:
         UserError: the first that is broken.
     """
     paths = [each for path in recipe.reward_model_path for each in members(path)]
-    if repeated := next((path for path in paths if paths.count(path) > 1), None):
+    same = list(map(identity, paths))
+    if repeated := next((path for path, each in zip(paths, same, strict=True) if same.count(each) > 1), None):
         raise UserError(f"{where('reward_model_path')}: {repeated} is written twice; name each member once")
     if recipe.reward_ensemble != "mean" and not paths:
         raise UserError(f"{where('reward_ensemble')}: combines reward models, and reward_model_path names none")
@@ -83,10 +87,17 @@ def check_normalized_rewards(recipe: Any, where: Where, sources: list[str]) -> N
 def members(path: str) -> list[str]:
     """The members in the `output_dir` of a reward stage with `ensemble_size`, by number; any other path as it is."""
     folder = Path(path)
-    numbers = [each.name.removeprefix(MEMBER) for each in folder.glob(f"{MEMBER}*") if each.is_dir()]
+    numbers = [
+        found[1] for each in folder.glob(f"{MEMBER}*") if each.is_dir() and (found := NUMBERED.fullmatch(each.name))
+    ]
     if not numbers or (folder / "config.json").exists():
         return [path]
-    return [str(folder / f"{MEMBER}{number}") for number in sorted(map(int, filter(str.isdecimal, numbers)))]
+    return [str(folder / f"{MEMBER}{number}") for number in sorted(map(int, numbers))]
+
+
+def identity(path: str) -> str:
+    """What two names of one model have in common: the folder that they lead to, or a hub id."""
+    return os.path.realpath(path) if os.path.isdir(path) else path
 
 
 def places(name: str, paths: list[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.config.ensemble import members
+from align.config.ensemble import identity, members
 from align.config.keys import AT_LEAST_1, Where, key
 from align.errors import UserError, nearest
 
@@ -95,7 +95,8 @@ def check_judge_is_another(recipe: Any, where: Where) -> None:
         UserError: it is the same.
     """
     trained_on = [recipe.reward_model_path] if isinstance(recipe.reward_model_path, str) else recipe.reward_model_path
-    if recipe.judge_reward_model_path in [each for path in trained_on or [] for each in members(path)]:
+    judge = recipe.judge_reward_model_path
+    if judge and identity(judge) in [identity(each) for path in trained_on or [] for each in members(path)]:
         raise UserError(
             f"{where('judge_reward_model_path')}: {recipe.judge_reward_model_path} is the reward that is trained on; a judge is "
             "one that training never sees"

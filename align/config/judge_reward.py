@@ -16,7 +16,7 @@ from align.config.keys import (
     TOKENS,
     Range,
     Where,
-    check_function_name,
+    check_function_names,
     check_ranges,
     key,
     required,
@@ -105,10 +105,7 @@ def check_judge_reward_rules(recipe: JudgeRewardRecipe, where: Where) -> None:
     check_ranges(recipe, where)
     for prefix in ("", "second_"):
         path, functions = getattr(recipe, f"{prefix}reward_model_path"), getattr(recipe, f"{prefix}reward_funcs")
-        for name in functions:
-            check_function_name(name, where(f"{prefix}reward_funcs"))
-        if len(set(functions)) < len(functions):
-            raise UserError(f"{where(f'{prefix}reward_funcs')}: expected different functions, got {functions}")
+        check_function_names(functions, where(f"{prefix}reward_funcs"))
         if path and functions:
             raise UserError(f"{where(f'{prefix}reward_funcs')}: expected them or {prefix}reward_model_path, got both")
     if not recipe.reward_model_path and not recipe.reward_funcs:

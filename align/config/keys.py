@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -103,6 +103,18 @@ def check_function_name(spec: str, where: str) -> None:
     module, _, function = spec.partition(":")
     if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise UserError(f"{where}: expected `module:function`, got {spec!r}")
+
+
+def check_function_names(names: Sequence[str], where: str) -> None:
+    """Check the `module:function`s of one key, which tell its rewards apart.
+
+    Raises:
+        UserError: as `check_function_name`, or one is written twice; begins with `where`.
+    """
+    for index, name in enumerate(names):
+        check_function_name(name, f"{where}[{index}]")
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: expected different functions, got {', '.join(names)}")
 
 
 def check_best_metric(name: str, metrics: Iterable[str], place: str) -> None:

@@ -64,6 +64,22 @@ def expand(path: str, where: str) -> str:
     return expanded
 
 
+def expand_output(path: str, where: str) -> str:
+    """As `expand`, of a file or folder that is written.
+
+    Raises:
+        UserError: as `expand`; or a folder before `..` is not there, so that whoever makes it gives the path another meaning.
+    """
+    expanded = expand(path, where)
+    parts = Path(expanded).parts
+    for index, part in enumerate(parts):
+        if part == ".." and not Path(*parts[:index]).is_dir():
+            raise UserError(
+                f"{where}: {expanded} has `..` after {Path(*parts[:index])}, which is no folder; leave both out."
+            )
+    return expanded
+
+
 def dataset_keys(cls: type[Any]) -> list[str]:
     """The keys of a recipe class that hold data sources."""
     return [name for name, annotation in get_type_hints(cls).items() if annotation == list[DataSource]]
@@ -83,7 +99,7 @@ def resolve_paths(recipe: Any, stage: Stage, folder: Path, where: Where) -> Any:
         return str(folder / path) if not glob(path) and glob(str(folder / path)) else path
 
     found = _map_inputs(recipe, stage, where, find)
-    return dataclasses.replace(found, output_dir=expand(recipe.output_dir, where("output_dir")))
+    return dataclasses.replace(found, output_dir=expand_output(recipe.output_dir, where("output_dir")))
 
 
 def check_overlap(recipe: Any, stage: Stage, where: Where, recipe_file: str) -> None:

@@ -33,7 +33,7 @@ def _is_entry(value: Any, *numbers: str) -> bool:
 
 def _are_values(value: Any) -> bool:
     return isinstance(value, list) and all(
-        _is_entry(each, "value") and is_count(each.get("n")) and isinstance(each.get("task"), str | NoneType)
+        _is_entry(each, "value") and is_count(each.get("n")) and isinstance(each.get("task", 0), str | NoneType)
         for each in value
     )
 

@@ -13,7 +13,7 @@ from align.config.judge_reward import JudgeRewardRecipe
 from align.data.encode import encode_pair
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import scored_turns, set_scores_reasoning
-from align.data.rows import BadRows, Demonstration, Preference
+from align.data.rows import BadRows, Demonstration, Preference, render_text
 from align.data.sources import read_source
 from align.data.tokenize import tools_of
 from align.engine.distributed import World
@@ -85,6 +85,8 @@ def prepare_inputs(recipe: JudgeRewardRecipe) -> JudgeInputs:
     if recipe.samples_dataset:
         settings = DataSettings(train_dataset=recipe.samples_dataset, on_bad_row=recipe.on_bad_row, seed=recipe.seed)
         samples = load_rows(settings, Demonstration, "samples_dataset").train
+        if len({render_text(row.prompt) for row in samples}) == len(samples):
+            raise UserError("samples_dataset: no prompt has two completions, and their spread is what is measured.")
     benchmarks = [
         read_benchmark(str(source.path or source.generator), list(read_source(source, "benchmarks")))
         for source in recipe.benchmarks
@@ -114,6 +116,12 @@ def _policy(recipe: JudgeRewardRecipe, path: str) -> Policy:
     check_files(AutoModelForCausalLM, path, key, config, tokenizer, attn_implementation=recipe.attn_implementation)
     check_causal(config, key, path, recipe.trust_remote_code)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
+    limit = max_positions(config)
+    if limit is not None and recipe.response_length >= limit:
+        raise UserError(
+            f"response_length: {path} (policy_path) reads {limit} tokens, prompt and response together, got "
+            f"{recipe.response_length}; lower it."
+        )
     return Policy(path, config, tokenizer)
 
 

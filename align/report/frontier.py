@@ -94,7 +94,9 @@ def _of_best_of_n(name: str, cards: Sequence[tuple[str, dict[str, Any]]]) -> Ite
         ]:
             continue  # its judge measures something else
         points, band = [], []
-        for entry in card.get("frontier", []):
+        given = card.get("frontier")
+        entries: list[Any] = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+        for entry in entries:
             kl, value, low, high = (entry.get(each) for each in ("kl", column, f"{column}_low", f"{column}_high"))
             if is_number(kl) and is_number(value):
                 points.append((math.sqrt(max(kl, 0.0)), value))

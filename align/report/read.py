@@ -18,10 +18,12 @@ from align.judge.results import RESULTS_RECORD as CARD
 from align.runs.output_folder import RESULTS
 from align.runs.own_files import MANIFEST, RUN
 from align.runs.records import Record, is_count, is_number, read_record
-from align.runs.schemas import MANIFEST_RECORD, METRICS, RUN_RECORD, SAMPLES
+from align.runs.schemas import IDENTITY, MANIFEST_RECORD, METRICS, SAMPLES
 
 ERRORS = "confident_errors.jsonl"
 EVALUATIONS = {"evaluate": EVALUATION, "judge-reward": CARD, "bon": BEST_OF_N}  # by stage, what results.json holds
+# What run.json and results.json must have; the rest as in a manifest.
+OTHER_RECORD = Record(IDENTITY, MANIFEST_RECORD.optional)
 MOST_BYTES = 256 << 20  # of metrics.jsonl and samples.jsonl
 MOST = 1e100  # of a value: larger ones are no measurement, and differences of theirs no number
 MOST_RUNS = 60  # in one report
@@ -165,12 +167,13 @@ def read_run(folder: Path) -> Run:
         UserError: there is no readable `stage.json`, `run.json` or `results.json`.
     """
     problems: list[str] = []
-    records: list[tuple[str, Record]] = [(MANIFEST, MANIFEST_RECORD), (RUN, RUN_RECORD)]
-    name, record = next(((name, kind) for name, kind in records if os.path.lexists(folder / name)), (RESULTS, None))
+    name = next((name for name in (MANIFEST, RUN) if os.path.lexists(folder / name)), RESULTS)
     path = folder / name
-    content = read_record(path, record) if record is not None else _read_results(path)
+    content = read_record(path, MANIFEST_RECORD if name == MANIFEST else OTHER_RECORD)
     if (kind := EVALUATIONS.get(content["stage"])) is not None and name == RESULTS:
         content = read_record(path, kind)
+    if name != MANIFEST and isinstance(content.get("results"), dict):
+        del content["results"]  # closing numbers are a manifest's
     samples = read_lines(folder / SAMPLES, _is_sample, problems)
     if STAGES.get(content["stage"]) is None:
         problems.append(f"{path}: stage {content['stage']} is unknown to this version")
@@ -185,15 +188,6 @@ def read_run(folder: Path) -> Run:
         errors=[pair for at in (".", "card") for pair in read_lines(folder / at / ERRORS, _is_mapping, problems)],
         problems=problems,
     )
-
-
-def _read_results(path: Path) -> dict[str, Any]:
-    content = read_json(path, follow_links=False)
-    if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
-        raise BadFile(f"{path}: `stage` is missing")
-    if not isinstance(content.get("recipe"), dict):
-        raise BadFile(f"{path}: `recipe` is missing")
-    return content
 
 
 def _cards(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:

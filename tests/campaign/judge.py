@@ -143,5 +143,5 @@ def _content(path: Path) -> Any:
         ]
     if path.name in ("stage.json", "results.json"):
         found = json.loads(path.read_text())
-        return found["frontier" if found["stage"] == "bon" else "results"]
+        return found[{"bon": "frontier", "judge-reward": "card"}.get(found["stage"], "results")]
     return hashlib.sha256(path.read_bytes()).hexdigest()

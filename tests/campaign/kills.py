@@ -103,10 +103,18 @@ PHASES = ("start", "checkpoint", "between", "final")
 TABLE = {
     **{f"{stage}, {phase}, {number}": Kill(stage, phase=phase) for stage in ("sft", "reward", "ppo") for phase in PHASES for number in (1, 2)},
     **{f"{stage}, {phase}": Kill(stage, phase=phase) for stage in ("classify", "mlm") for phase in PHASES},
-    **{f"{stage}, {number}": Kill(stage) for stage in ("evaluate", "bon") for number in (1, 2, 3, 4)},
+    **{f"{stage}, {number}": Kill(stage) for stage in ("evaluate", "bon", "judge-reward") for number in (1, 2, 3, 4)},
     **{f"{stage}, three times": Kill(stage, times=3) for stage in ("sft", "reward", "ppo", "classify", "mlm")},
     **{f"{stage}, Ctrl-C": Kill(stage, signum=INTERRUPT) for stage in ("sft", "reward", "ppo", "evaluate")},
     **{f"{stage}, SIGTERM": Kill(stage, signum=TERM) for stage in ("sft", "ppo")},
+    **{f"ppo, judged, {phase}, {number}": Kill("ppo", "judged", phase) for phase in PHASES for number in (1, 2)},
+    "ppo, judged, three times": Kill("ppo", "judged", times=3),
+    "ppo, judged, SIGTERM": Kill("ppo", "judged", signum=TERM),
+    **{f"{stage}, SIGTERM": Kill(stage, signum=TERM) for stage in ("reward", "classify", "mlm", "evaluate", "bon", "judge-reward")},
+    **{f"{stage}, Ctrl-C": Kill(stage, signum=INTERRUPT) for stage in ("bon", "judge-reward")},
+    **{f"{stage} at two, rank {rank}": Kill(stage, "two", "any", rank) for stage in ("bon", "judge-reward") for rank in (0,)},
+    **{f"ppo at {layout}, rank {rank} in {phase}": Kill("ppo", layout, phase, rank)
+       for layout in ("judged two", "judged zero3") for rank, phase in ((0, "checkpoint"), (1, "checkpoint"), (0, "final"))},
     **{f"{stage} at {layout}, rank {rank} in {phase}": Kill(stage, layout, phase, rank)
        for stage, layout in (("sft", "zero2"), ("reward", "zero0"), ("ppo", "zero2"), ("ppo", "zero3"), ("sft", "two"))
        for rank, phase in ((0, "checkpoint"), (1, "checkpoint"), (0, "final"))},

@@ -21,9 +21,16 @@ class Layout(NamedTuple):
     keys: Mapping[str, Any] = {}
 
 
+JUDGED = {
+    "reward_model_path": ["scorer", "second_scorer"], "reward_ensemble": "uwo", "reward_variance_coef": 0.5,
+    "judge_reward_model_path": "judge", "judge_reward_funcs": ["functions:grade"], "early_stopping_patience": 9,
+}  # fmt: skip
 LAYOUTS = {
     "alone": Layout(),
     "two": Layout(2),
+    "judged": Layout(1, JUDGED),
+    "judged two": Layout(2, JUDGED),
+    "judged zero3": Layout(2, {**JUDGED, "deepspeed": "zero3.json"}),
     "zero0": Layout(2, {"deepspeed": "zero0.json"}),
     "zero2": Layout(2, {"deepspeed": "zero2.json"}),
     "zero3": Layout(2, {"deepspeed": "zero3.json"}),
@@ -57,7 +64,7 @@ def whole(place: Place, stage: str, layout: str = "alone") -> Run:
 
 def unfinished(place: Place, stage: str, layout: str = "alone") -> Run:
     """The same run, killed before it wrote its manifest, with all its checkpoints."""
-    last = {"evaluate": "results.json", "bon": "results.json"}.get(stage, "stage.json")
+    last = dict.fromkeys(("evaluate", "bon", "judge-reward"), "results.json").get(stage, "stage.json")
     made = whole(place, stage, layout).writes[0]
     number = 1 + next(index for index, line in enumerate(made) if last in line)
     return _made_once(place, f"unfinished-{stage}-{layout}", stage, layout, Stop(number))

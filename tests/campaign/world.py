@@ -143,7 +143,7 @@ def _rows(kind: str, words: list[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 ROWS_OF = {"sft": "answers", "reward": "pairs", "ppo": "prompts", "classify": "labels", "mlm": "texts"}
-STAGES = (*ROWS_OF, "evaluate", "bon")
+STAGES = (*ROWS_OF, "evaluate", "bon", "judge-reward")
 _SAVING = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
 _TRAINER = {**_SAVING, "train_batch_size": 4, "per_device_train_batch_size": 2, "num_train_epochs": 2}
 
@@ -158,6 +158,12 @@ def recipe(stage: str) -> dict[str, Any]:
         return {
             "stage": stage, "output_dir": "out", "model_name_or_path": "base", "train_dataset": "data/prompts.jsonl",
             "reward_funcs": ["functions:count_a"], "num_generations": 3, "response_length": 3, "per_device_eval_batch_size": 4,
+        }  # fmt: skip
+    if stage == "judge-reward":
+        return {
+            "stage": stage, "output_dir": "out", "reward_model_path": "scorer", "second_reward_funcs": ["functions:count_a"],
+            "train_dataset": "data/pairs.jsonl", "eval_dataset": "data/pairs_eval.jsonl", "policy_path": "base", "num_prompts": 3,
+            "num_generations": 2, "response_length": 3, "bootstrap_iters": 10, "per_device_eval_batch_size": 4,
         }  # fmt: skip
     keys["train_dataset"] = f"data/{rows}.jsonl"
     if stage == "ppo":
@@ -183,9 +189,12 @@ def make(folder: Path) -> None:
         save_tiny_policy(folder / name, seed=seed, hidden_size=16, layers=1)
     config = tiny_llama(hidden_size=16, layers=1).config
     config.num_labels = 1
-    torch.manual_seed(2)
-    LlamaForSequenceClassification(config).save_pretrained(folder / "scorer")
-    letter_tokenizer().save_pretrained(folder / "scorer")
+    for seed, name in enumerate(("scorer", "second_scorer", "judge"), 2):
+        torch.manual_seed(seed)
+        LlamaForSequenceClassification(config).save_pretrained(folder / name)
+        letter_tokenizer().save_pretrained(folder / name)
+    (folder / "link_to_scorer").symlink_to("scorer")
+    (folder / "members" / "member_mine").mkdir(parents=True)
     encoder = BertConfig(
         vocab_size=30, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, initializer_range=0.3,

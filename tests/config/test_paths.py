@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from align.cli import report
+from align.cli.report_file import report_path
 from align.config.load import as_recipe, load_recipe
-from align.config.paths import expand, overlap
+from align.config.paths import expand, expand_output, overlap
 from align.config.sft import SFTRecipe
 from align.errors import UserError
 from tests.worlds import write_jsonl
@@ -58,6 +60,22 @@ def test_not_expanded(here, path, said):
     with pytest.raises(UserError) as error:
         expand(path, "key")
     assert str(error.value).startswith(said)
+
+
+def test_a_path_that_is_written_does_not_change_its_meaning_once_its_folders_are_made(here):
+    (here / "there").mkdir()
+    (here / "link").symlink_to("there")
+    for path in ("a/b", "../x", "there/../b", "link/../b", "../there/b"):
+        assert expand_output(path, "key") == path
+    for path in ("new/../there", "there/new/../b", "/nowhere/../b"):
+        with pytest.raises(UserError, match=r"^key: \S+ has `\.\.` after \S+, which is no folder; leave both out\.$"):
+            expand_output(path, "key")
+    (here / "notes.txt").write_text("mine")
+    for write in (lambda path: report_path(path), lambda path: report.run(["there"], path)):
+        with pytest.raises(UserError, match=r"has `\.\.` after new"):
+            write("new/../notes.txt")
+    assert (here / "notes.txt").read_text() == "mine"
+    assert not (here / "new").exists()
 
 
 def test_every_path_of_a_recipe_is_expanded(here):

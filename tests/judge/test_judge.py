@@ -17,6 +17,7 @@ from align.data.rows import Preference
 from align.errors import UserError
 from align.judge import judge
 from align.judge.baselines import words_margins
+from align.judge.inputs import prepare_inputs
 from align.judge.rows import Scored
 from align.judge.spread import spread
 from align.judge.verdicts import summary
@@ -155,6 +156,16 @@ def test_spread_of_a_file_of_samples(place):
     assert found["flat_prompts"]["value"] == pytest.approx(1 / 7)
     assert found["flat_prompts"]["n"] == 7
     assert found["samples"] == 26
+
+
+def test_samples_that_have_no_spread(place):
+    save_tiny_policy(place / "base")
+    for keys, said in (
+        ({"policy_path": "base", "response_length": 256}, r"response_length: base \(policy_path\) reads 256 tokens"),
+        ({"samples_dataset": "pairs.jsonl"}, "samples_dataset: no prompt has two completions"),
+    ):
+        with pytest.raises(UserError, match=said):
+            prepare_inputs(recipe(train_dataset="pairs.jsonl", **keys))
 
 
 def test_spread_by_hand():

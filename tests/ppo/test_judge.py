@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -28,6 +29,7 @@ def other(prompts, completions, **columns):
 def same(prompts, completions, **columns):
     return [text.count("a") / max(len(text), 4) for text in completions]
 """
+HERE = str(Path(__file__).parent)
 HELD_OUT = [{"prompt": a + b} for a in "vwxyz" for b in "abcdefgh"]  # none is trained on
 
 
@@ -93,6 +95,12 @@ def test_an_honest_reward_does_not_stop_and_the_judge_chooses_the_best(tmp_path)
     [
         ({"judge_reward_funcs": ["rules_for_test:count_a"]}, "also in reward_funcs; a judge is a reward that training"),
         ({"reward_model_path": "rm", "judge_reward_model_path": "rm"}, "rm is the reward that is trained on"),
+        (
+            {"reward_model_path": HERE, "judge_reward_model_path": f"{HERE}/../ppo"},
+            "ppo is the reward that is trained on",
+        ),
+        ({"judge_reward_funcs": ["m:f", "m:f"]}, "judge_reward_funcs: expected different functions, got m:f, m:f"),
+        ({"reward_funcs": ["m:f", "m:f"]}, "reward_funcs: expected different functions"),
         ({"metric_for_best_model": "eval/judge"}, "no metric eval/judge.*can be chosen by eval/score"),
         ({"early_stopping_patience": 2, "eval_steps": None}, "counts the evaluations of `eval_steps`"),
         (

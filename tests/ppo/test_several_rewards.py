@@ -33,6 +33,8 @@ from tests.ppo.runs import ppo_run, rollout_of
 from tests.ppo.test_train import make_recipe, metrics
 from tests.worlds import letter_tokenizer, manifest, tiny_llama, unfinished
 
+HERE = str(Path(__file__).parent)
+
 
 def save_member(folder: Path, seed: int) -> str:
     config = tiny_llama().config
@@ -162,7 +164,10 @@ def test_a_folder_of_members_is_a_list_of_them(tmp_path):
     folder = tmp_path / "ensemble"
     folder.mkdir()
     paths = [save_member(folder / f"member_{number}", number) for number in (1, 2, 10)]
+    (folder / "member_mine").mkdir()
     assert members(str(folder)) == paths, "by number"
+    (tmp_path / "others" / "member_mine").mkdir(parents=True)
+    assert members(str(tmp_path / "others")) == [str(tmp_path / "others")], "not dropped"
     recipe = recipe_of(tmp_path, reward_model_path=str(folder))
     assert [model.name for model in ppo_run(recipe).models.rewards.models] == [
         f"reward_model_{number}" for number in (1, 2, 3)
@@ -176,6 +181,7 @@ def test_a_folder_of_members_is_a_list_of_them(tmp_path):
     ("changes", "message"),
     [
         ({"reward_model_path": ["a", "a"]}, "reward_model_path: a is written twice"),
+        ({"reward_model_path": [HERE, f"{HERE}/../ppo"]}, "reward_model_path: .* is written twice"),
         ({"reward_funcs": ["m:f"], "reward_ensemble": "wco"}, "reward_ensemble: .*reward_model_path names none"),
         ({"reward_model_path": ["a", "b"], "reward_ensemble": "min"}, 'one of mean, wco, uwo, got "min"'),
         ({"reward_model_path": ["a", "b"], "reward_ensemble": "uwo"}, "reward_variance_coef: expected a number"),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import shutil
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import pytest
 from align.__main__ import main
 from align.best_of_n.results import ESTIMATES
 from align.cli.report import update
+from align.errors import BadFile
 from align.maths.overoptimization import rl_gain
 from align.report.figures import thinned
 from align.report.page import MOST_BYTES, write_report
 from align.report.read import natural
+from align.runs.files import write_json
 from tests.report.recorded import make_run
 from tests.worlds import write_jsonl
 
@@ -138,6 +141,22 @@ def test_a_record_that_holds_markup(tmp_path):
     assert page.count("script") == 1
     assert page.text.count("<script>alert(1)</script>") > 8
     assert "2 lines are damaged" in page.text
+
+
+def test_a_record_that_no_stage_wrote(tmp_path):
+    """Of another program, or of a stage that this version does not know."""
+    wrong = {"inputs": {"model": 3}, "versions": {"torch": [1]}, "data": [], "results": {"table": [1], "verdict": 5}}
+    for name, value in wrong.items():
+        for file in ("results.json", "run.json"):
+            run = tmp_path / name / file
+            record = {"stage": "taste", "recipe": {}, "inputs": {}, name: value}
+            write_json(run / file, record)
+            write = partial(write_report, [[run]], tmp_path / "report.html", "x")
+            if name == "results":
+                assert len(write()) == 1, "they are a manifest's, and are not shown"
+                continue
+            with pytest.raises(BadFile, match=rf"{file}: {name}: expected"):
+                write()
 
 
 def test_several_seeds_are_drawn_over_each_other(tmp_path):
