@@ -165,7 +165,7 @@ def test_samples_that_have_no_spread(place):
         ({"samples_dataset": "pairs.jsonl"}, "samples_dataset: no prompt has two completions"),
     ):
         with pytest.raises(UserError, match=said):
-            prepare_inputs(recipe(train_dataset="pairs.jsonl", **keys))
+            prepare_inputs(recipe(**keys))
 
 
 def test_spread_by_hand():
