@@ -9,6 +9,7 @@ from typing import Any
 
 from align.config.ppo import PPORecipe
 from align.engine.faults import during
+from align.engine.stopping import stop, stop_asked
 from align.maths.running_moments import RunningMoments
 from align.ppo.ppo_run import PPORun, Progress
 from align.runs.checkpoint import mark_complete, read_state
@@ -33,14 +34,27 @@ PROGRESS = Record(
 )
 
 
-def checkpoint_folder(recipe: PPORecipe, step: int) -> Path:
+def save_if_due(run: PPORun, done: int) -> None:
+    """Save a checkpoint if `save_steps` asks for one after `done` updates; at a SIGTERM in any case, and end then.
+
+    Raises:
+        Stopped: at a SIGTERM.
+    """
+    stopping, save_steps = stop_asked(run.world), run.recipe.save_steps
+    if stopping or (save_steps and done % save_steps == 0):
+        save_checkpoint(run, done)
+    if stopping:
+        stop(_folder(run.recipe, done), run.world)
+
+
+def _folder(recipe: PPORecipe, step: int) -> Path:
     return Path(recipe.output_dir) / f"checkpoint-{step}"
 
 
 def save_checkpoint(run: PPORun, step: int) -> None:
     """Write all that a resume needs. Data order and sampling noise are functions of the step: no generator is saved."""
     recipe, world = run.recipe, run.world
-    folder = checkpoint_folder(recipe, step)
+    folder = _folder(recipe, step)
     if world.is_main:
         own(folder)
     world.barrier()

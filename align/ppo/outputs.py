@@ -78,6 +78,12 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
     run.world.barrier()
 
 
+def in_words(run: PPORun, results: Mapping[str, Any]) -> list[str]:
+    """What the terminal shows of the closing numbers: the verdict, and where the best policy is."""
+    best = [] if run.progress.best is None else [f"best/ holds {best_in_words(run)}"]
+    return [*results.get("verdict", []), *best]
+
+
 def best_in_words(run: PPORun) -> str:
     """Which policy is in `best/`."""
     if (best := run.progress.best) is None:

@@ -12,13 +12,13 @@ from align.config.ppo import PPORecipe
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
-from align.engine.stopping import stop, stop_asked, stops_between_steps
-from align.ppo.checkpoint import checkpoint_folder, save_checkpoint
+from align.engine.stopping import stops_between_steps
+from align.ppo.checkpoint import save_if_due
 from align.ppo.collapse import CollapseWatch
 from align.ppo.data import load_data
 from align.ppo.evaluation import Evaluation
 from align.ppo.inputs import check_ppo_inputs
-from align.ppo.outputs import best_in_words, save_outputs
+from align.ppo.outputs import in_words, save_outputs
 from align.ppo.self_checks import check_start
 from align.ppo.setup import set_up
 from align.ppo.tracking import timed_step, track
@@ -60,16 +60,10 @@ def run(recipe: PPORecipe) -> PPOResult:
                     evaluation.track(tracker, done)
                 if evaluation.stops or done == ppo.updates:
                     break
-                stopping = stop_asked(world)
-                if stopping or (recipe.save_steps and done % recipe.save_steps == 0):
-                    save_checkpoint(ppo, done)
-                if stopping:
-                    stop(checkpoint_folder(recipe, done), world)
+                save_if_due(ppo, done)
         results = {"updates": done, "best": ppo.progress.best, **evaluation.results()}
-        for line in results.get("verdict", []):
+        for line in in_words(ppo, results):
             tracker.say(line)
-        if ppo.progress.best is not None:
-            tracker.say(f"best/ holds {best_in_words(ppo)}")
         save_outputs(ppo, data.report, results, evaluation.chart())
     disconnect()
     return PPOResult.from_json(recipe.output_dir, results)

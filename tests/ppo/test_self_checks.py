@@ -7,6 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from align.ppo import setup as ppo_setup
 from align.ppo import train as ppo
 from align.ppo import update as ppo_update
 from align.ppo.collapse import CollapseWatch
+from align.ppo.inputs import PPOInputs
 from align.ppo.kl_permitted import describe_kl_coef, permitted_kl, spreads
 from align.ppo.rollout import Rollout
 from align.ppo.self_check_limits import (
@@ -302,7 +304,7 @@ class TestFaults:
 
     def test_a_reward_model_perhaps_better_than_chance_is_said_and_used(self, tmp_path, capsys):
         start(tmp_path, **rewarded(recorded_reward(tmp_path / "reward", accuracy=0.55, low=0.46)))
-        assert "self-check: reward accuracy 0.55 (0.46 to 0.64)" in capsys.readouterr().err
+        assert "warning: self-check: reward accuracy 0.55 (0.46 to 0.64)" in capsys.readouterr().err
 
     def test_a_policy_that_never_ends(self, tmp_path):
         endless_policy(tmp_path / "policy")
@@ -326,7 +328,7 @@ class TestFaults:
         )
         start(tmp_path, reward_funcs=["flat_rule_for_test:flat", "rules_for_test:count_a"])
         said = capsys.readouterr().err
-        assert "self-check: flat_rule_for_test:flat gave all 16 responses 2.5" in said
+        assert "warning: self-check: flat_rule_for_test:flat gave all 16 responses 2.5" in said
         assert "rules_for_test:count_a varies" in said
 
     def test_a_foreign_reward_model_is_said_not_to_be_checked(self, tmp_path, capsys):
@@ -623,3 +625,12 @@ def test_two_ranks_at_zero_3_are_checked_and_go_on_as_without(tmp_path):
         weights.append(load_file(folder / "out" / "model.safetensors"))
     assert_same_curve(*curves, tolerance=0)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_reward_model_with_another_tokenizer_is_said():
+    rewards = [SimpleNamespace(head=SimpleNamespace(name="score"), same_tokenizer=same) for same in (True, False)]
+    assert PPOInputs.describe_heads(SimpleNamespace(rewards=rewards, judge=None), "rloo") == [
+        "reward model 1: its head is score",
+        "reward model 2: its head is score; its tokenizer is another than the policy's, so it reads responses rendered and "
+        "tokenized anew",
+    ]
