@@ -113,6 +113,14 @@ def metrics(recipe: StageRecipe) -> list[dict]:
     return [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
+def measured(recipe: StageRecipe) -> list[dict]:
+    """Those lines without time and memory, which no two runs have alike."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time", "memory/"))}
+        for line in metrics(recipe)
+    ]
+
+
 def trained(recipe: StageRecipe) -> dict[str, torch.Tensor]:
     """The weights that a run has written."""
     return load_file(Path(recipe.output_dir) / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Seconds and memory of an update by phase."""
+"""Seconds and memory by phase: of a PPO update, or of a Trainer's training and evaluation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Clock:
     """Sums seconds by phase, and keeps the most memory. What is in a nested phase counts for that phase only.
 
     Memory is what torch has allocated on a GPU at its peak; on a CPU, which tells no peak, what the process occupies at the
-    phase's end.
+    phase's end, or when it is asked for.
     """
 
     def __init__(self, device: torch.device | None = None):
@@ -58,7 +58,8 @@ class Clock:
         return most
 
     def take_bytes(self) -> dict[str, int]:
-        """The most memory by phase since the last call."""
+        """The most memory by phase since the last call, also of a phase that still runs."""
+        self._charge()
         taken, self.bytes = self.bytes, {}
         return taken
 

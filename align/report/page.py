@@ -67,17 +67,30 @@ def write_report(folders: Sequence[Sequence[Path]], path: Path, title: str) -> l
     """
     check_free(path)
     pipelines = read_pipelines(folders)
-    for most_points, most_samples in SIZES:
-        html = render(pipelines, title, most_points, most_samples)
-        if len(html.encode()) <= MOST_BYTES:
-            break
-    else:
+    if (html := fitting(pipelines, title)) is None:
         raise UserError(f"{path}: the report would be larger than {MOST_BYTES / 1e6:g} MB; name fewer runs.")
     try:
         write_text(path, html)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --output.") from None
     return [problem for each in pipelines for run in each.runs for problem in run.problems]
+
+
+def fitting(pipelines: Sequence[Pipeline], title: str) -> str | None:
+    """The page with as many points and samples as fit into `MOST_BYTES`; None if it is too large without any."""
+    pages = (render(pipelines, title, *sizes) for sizes in SIZES)
+    return next((page for page in pages if len(page.encode()) <= MOST_BYTES), None)
+
+
+def report_of(folder: Path) -> str:
+    """The report of one run as HTML, for those who look at it elsewhere than in its folder.
+
+    Raises:
+        UserError: a record is damaged, or there is too much to show.
+    """
+    if (html := fitting(read_pipelines([[folder]]), folder.resolve().name)) is None:
+        raise UserError(f"{folder}: its report would be larger than {MOST_BYTES / 1e6:g} MB.")
+    return html
 
 
 def check_free(path: Path) -> None:

@@ -7,6 +7,7 @@ writes or shows anything, so that stages may call a `Tracker` on every rank.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -17,11 +18,15 @@ from typing import Any
 
 from align.config.base import StageRecipe
 from align.engine.faults import during, removed
+from align.errors import UserError, reason
 from align.runs.files import write_text
 from align.runs.own_files import own
 from align.runs.progress import Display
 from align.runs.schemas import METRICS, SAMPLES
 from align.runs.wandb_run import WandbRun
+
+# What makes the report of a run. It reads the records of all stages and so lies above them: found by name, as a stage is.
+REPORT = "align.report.page"
 
 
 class Tracker:
@@ -33,7 +38,7 @@ class Tracker:
 
     def __init__(self, recipe: StageRecipe, stage: str, total_steps: int, resume_step: int = 0):
         self.recipe, self.stage = recipe, stage
-        self.resume_step = resume_step
+        self.resume_step = self._last_step = resume_step
         self.is_main = os.environ.get("RANK", "0") == "0"
         self._folder = Path(recipe.output_dir)
         self._display = Display(stage, total_steps)
@@ -58,6 +63,8 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._display.stop()
         if self._wandb is not None:
+            if kind is None:
+                self._log_report(self._wandb)
             self._wandb.finish(0 if kind is None else 1)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -66,6 +73,7 @@ class Tracker:
             return
         numbers = {name: float(value) for name, value in metrics.items()}
         written = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._last_step = step
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         self._append(METRICS, [{"step": step, "time": now, **written}])
         if self._wandb is not None:
@@ -98,6 +106,13 @@ class Tracker:
         """Print text on stderr, above the progress bar."""
         if self.is_main:
             self._display.say(text)
+
+    def _log_report(self, run: WandbRun) -> None:
+        """Log the run's report, with the charts of `align report`; no run ends by it."""
+        try:
+            run.page(self._last_step, "report", importlib.import_module(REPORT).report_of(self._folder))
+        except Exception as error:
+            self.say(f"no report in W&B: {error if isinstance(error, UserError) else reason(error)}")
 
     def _check_folder(self) -> None:
         # A checkpoint would make the folder anew, without the records of the run.

@@ -80,6 +80,16 @@ class WandbRun:
 
         self._calls.put(call)
 
+    def page(self, step: int, name: str, html: str) -> None:
+        """Log a page of HTML as it is."""
+
+        def call() -> None:
+            import wandb
+
+            self._log(step, {name: wandb.Html(html, inject=False, data_is_not_path=True)})
+
+        self._calls.put(call)
+
     def finish(self, exit_code: int) -> None:
         """End the run; gives up after `FINISH` seconds, with what there is on the disk."""
         self._calls.put(lambda: self._run.finish(exit_code=exit_code))

@@ -17,6 +17,7 @@ from align.config.sft import SFTRecipe
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.engine.stopping import stop, stop_asked
+from align.engine.timer import Clock
 from align.errors import UserError
 from align.maths.perplexity import perplexity
 from align.runs.checkpoint import mark_complete
@@ -36,15 +37,20 @@ class StageCallback(TrainerCallback):
 
     Args:
         own_sums: given a checkpoint, size and CRC-32 of each file that this rank wrote, by its path, once on the disk.
+        clock: of the phases whose memory is logged.
 
     Raises:
         UserError: in the training loop, if the loss or gradient norm is NaN or infinite, before a checkpoint is saved.
     """
 
     def __init__(
-        self, tracker: Tracker, recipe: TrainerRecipe, own_sums: Callable[[Path], dict[str, list[int]]]
+        self,
+        tracker: Tracker,
+        recipe: TrainerRecipe,
+        own_sums: Callable[[Path], dict[str, list[int]]],
+        clock: Clock,
     ) -> None:
-        self.tracker, self.recipe, self.own_sums = tracker, recipe, own_sums
+        self.tracker, self.recipe, self.own_sums, self.clock = tracker, recipe, own_sums, clock
         self.shown: dict[str, float] = {}
         self.stopping = False
 
@@ -79,7 +85,8 @@ class StageCallback(TrainerCallback):
         check_best(args, logs)
         metrics = trainer_metrics(logs, with_perplexity=isinstance(self.recipe, SFTRecipe | MLMRecipe))
         if metrics:
-            self.tracker.log(state.global_step, metrics)
+            memory = {f"memory/{phase}": size / 2**30 for phase, size in self.clock.take_bytes().items()}
+            self.tracker.log(state.global_step, metrics | memory)
         self.shown |= {key.removeprefix("train/"): metrics[key] for key in SHOWN if key in metrics}
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

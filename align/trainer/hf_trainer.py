@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.engine.stopping import stops_between_steps
+from align.engine.timer import Clock
 from align.models.inspect_folder import CONFIG
 from align.models.saved_dtype import set_saved_dtype
 from align.models.trainable import MERGEABLE
@@ -113,9 +115,14 @@ class ExactEvaluation(SafeCheckpoints):
     sums_shape: tuple[int, ...] = (3,)
     train_sums: Tensor = torch.zeros(0)  # since the last log, where a trainer keeps any beside TRL's metrics
 
+    @cached_property
+    def clock(self) -> Clock:
+        """Of the phases `training` and `evaluation`."""
+        return Clock(self.args.device)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.sums = torch.zeros(self.sums_shape, dtype=torch.float64, device=self.args.device)
-        with during("evaluation"):
+        with self.clock.phase("evaluation"):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
@@ -172,12 +179,12 @@ def train(
         TRL's evaluation logs before the first step and after the last; both empty without evaluation rows.
     """
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(StageCallback(tracker, recipe, trainer.own_sums))
+    trainer.add_callback(StageCallback(tracker, recipe, trainer.own_sums, trainer.clock))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(trainer.early_stopping_callback(recipe.early_stopping_patience))
     if checkpoint is not None:
         check_trainer_state(checkpoint)
-    with during("training"), stops_between_steps():
+    with trainer.clock.phase("training"), stops_between_steps():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.eval_dataset is None:
         return {}, {}

@@ -39,6 +39,7 @@ from tests.worlds import (
     deepspeed_file,
     letter_ids,
     letter_tokenizer,
+    measured,
     metrics,
     save_recipe,
     save_tiny_policy,
@@ -252,6 +253,8 @@ def test_evaluation_is_exact_and_its_masks_are_fixed(tmp_path, batch, capsys):
     first = {name for name in logged[0] if name.startswith("eval/")}
     assert first == {f"eval/{name}" for name in (*MLM_METRICS, "perplexity")}
     assert undocumented(name for line in logged for name in line if name not in ("step", "time")) == []
+    for phase, metric in (("training", "train/loss"), ("evaluation", "eval/loss")):
+        assert all(0.05 < line[f"memory/{phase}"] < 1000 for line in logged if metric in line), "GiB"
 
 
 def test_an_encoder_without_a_head_gets_one_by_the_seed_and_other_stages_go_on_from_there(tmp_path):
@@ -326,7 +329,7 @@ def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     results = run(whole)
     assert all(torch.equal(weight, trained(whole)[name]) for name, weight in trained(settings).items())
     assert MLMResult.from_json(whole.output_dir, read_manifest(folder)["results"]) == results
-    assert [{**line, "time": 0} for line in metrics(settings)] == [{**line, "time": 0} for line in metrics(whole)]
+    assert measured(settings) == measured(whole)
 
 
 def test_two_processes_with_zero2_train_the_same_model(tmp_path):

@@ -34,6 +34,8 @@ def test_phases_sum_to_the_whole(now):
     assert all(2**24 < size <= psutil.virtual_memory().total for size in most.values()), "this process has torch in it"
     assert counted.take_bytes() == {}
     assert counted.take() == {}
+    with counted.phase("outer"):
+        assert counted.take_bytes().keys() == {"outer"}, "of a phase that still runs"
 
 
 def test_a_phase_ends_with_an_error(now):

@@ -111,7 +111,7 @@ def test_equal_members_train_the_policy_of_one_to_the_bit_and_a_killed_run_goes_
     run(two)
     one, out = load_file(tmp_path / "one" / "model.safetensors"), tmp_path / "out"
     assert all(torch.equal(one[name], weight) for name, weight in load_file(out / "model.safetensors").items())
-    lines = [{k: v for k, v in line.items() if not k.startswith("time")} for line in metrics(out)]
+    lines = [{k: v for k, v in line.items() if not k.startswith(("time", "memory/"))} for line in metrics(out)]
     assert not undocumented(set().union(*lines) - {"step"})
     inputs = json.loads((out / "stage.json").read_text())["inputs"]
     assert {place for place in inputs if place.startswith("reward")} == {"reward_model_path[0]", "reward_model_path[1]"}
@@ -127,7 +127,10 @@ def test_equal_members_train_the_policy_of_one_to_the_bit_and_a_killed_run_goes_
     killed = dataclasses.replace(two, output_dir=str(tmp_path / "killed"))
     run(killed)
     assert "update 3" in capsys.readouterr().err
-    again = [{k: v for k, v in line.items() if not k.startswith("time")} for line in metrics(tmp_path / "killed")]
+    again = [
+        {k: v for k, v in line.items() if not k.startswith(("time", "memory/"))}
+        for line in metrics(tmp_path / "killed")
+    ]
     assert again == lines
     theirs = load_file(tmp_path / "killed" / "model.safetensors")
     assert all(torch.equal(one[name], weight) for name, weight in theirs.items())

@@ -214,6 +214,14 @@ def test_the_frontier_has_best_of_n_and_the_fitted_law(tmp_path):
     assert "a = 0.5, b = 0.4; its peak is at √KL 1.28, with a gain of 0.514." in text
 
 
+def test_costs_have_the_most_memory_of_each_phase(tmp_path):
+    run = make_run("quickstart_1_sft", tmp_path / "1_sft")
+    lines = [{"step": s, "memory/training": 1 + s % 2, "memory/evaluation": 0.5} for s in range(4)]
+    write_jsonl(run / "metrics.jsonl", lines)
+    assert main(["report", str(run)]) == 0
+    assert "evaluation 0.5 GiB, training 2 GiB" in Parsed((run / "report.html").read_text()).text
+
+
 def test_an_unfinished_run_with_a_damaged_neighbor(tmp_path):
     run = make_run("quickstart_3_ppo", tmp_path / "3_ppo")
     (run / "stage.json").rename(run / "run.json")

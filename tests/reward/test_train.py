@@ -45,6 +45,7 @@ from tests.worlds import (
     letter_ids,
     letter_tokenizer,
     manifest,
+    measured,
     metrics,
     save_recipe,
     save_tiny_policy,
@@ -448,7 +449,7 @@ def test_a_run_killed_twice_ends_with_the_same_weights_to_the_bit(tmp_path):
     resumed, uninterrupted = read_manifest(folder), read_manifest(whole.output_dir)
     assert RewardResult.from_json(whole.output_dir, resumed["results"]) == results
     assert resumed["score_mean"] == uninterrupted["score_mean"]
-    assert [{**line, "time": 0} for line in metrics(settings)] == [{**line, "time": 0} for line in metrics(whole)]
+    assert measured(settings) == measured(whole)
 
 
 def test_two_processes_with_zero3_train_the_same_model(tmp_path):

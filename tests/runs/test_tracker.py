@@ -18,11 +18,13 @@ from typing import Any
 
 import pytest
 
+import align.engine.timer
 import align.runs.progress
 from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.errors import UserError
+from align.report.page import report_of
 from align.runs.checkpoint import complete_checkpoints, synced_sums
 from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback, trainer_metrics
@@ -246,7 +248,8 @@ def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> Non
 
     # Rows of both processes, the later one's in the place of steps done again, against the file.
     rows = [row for row in history(first) if row["step"] <= 2] + history(second)
-    numbers = [{name: value for name, value in row.items() if name[0] != "_"} for row in rows if "samples" not in row]
+    plain = [row for row in rows if not {"samples", "report"} & row.keys()]
+    numbers = [{name: value for name, value in row.items() if name[0] != "_"} for row in plain]
     written = [
         {name: value for name, value in line.items() if name != "time"} for line in lines(folder / "metrics.jsonl")
     ]
@@ -269,6 +272,16 @@ def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> Non
     assert table == {"columns": ["prompt", "response", "score"], "data": [["a", "b", 1.5], ["c", "d", 2.5]]} | {
         key: table[key] for key in table.keys() - {"columns", "data"}
     }
+
+    # The run's report, charts and all; the process that died has none.
+    assert not any("report" in row for row in history(first))
+    (report,) = [row for row in history(second) if "report" in row]
+    assert (report["step"], report["report"]["_type"]) == (5, "html-file")
+    page = (pieces[1] / "files" / report["report"]["path"]).read_text(encoding="utf-8")
+    charts = re.findall(r"<svg.*?</svg>", page)
+    assert len(charts) >= 4
+    assert charts == re.findall(r"<svg.*?</svg>", report_of(folder))
+    assert "app.wandb.ai" not in page  # W&B would add a style sheet from the network
 
 
 def test_wandb_without_an_account_is_the_users_to_mend(tmp_path: Path) -> None:
@@ -471,7 +484,7 @@ def sft_trainer(tracker: Tracker, recipe: SFTRecipe, **arguments: Any) -> Any:
         LlamaForCausalLM(tiny_config()),
         args=SFTConfig(recipe.output_dir, **ARGUMENTS, **arguments),
         train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
-        callbacks=[StageCallback(tracker, recipe, synced_sums)],
+        callbacks=[StageCallback(tracker, recipe, synced_sums, align.engine.timer.Clock())],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -544,7 +557,7 @@ def test_reward_trainer(tmp_path: Path) -> None:
                 eval_steps=3, save_strategy="no",
             ),
             train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
-            callbacks=[StageCallback(tracker, recipe, synced_sums)],
+            callbacks=[StageCallback(tracker, recipe, synced_sums, align.engine.timer.Clock())],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
