@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,15 @@ from align.evaluate.statistics import win_rate
 from align.generation.responses import decode_responses
 from align.generation.sampler import PromptBatch
 from align.ppo.frontier import FEWEST_DRAWN, describe_fit, draw_frontier, fit
-from align.ppo.metrics import member_scores, response_kl, response_metrics, score_length_correlation
+from align.ppo.measured import SAMPLE_COLUMNS, Measured, measure_columns, member_columns, sample_rows
+from align.ppo.metrics import response_kl, response_metrics, score_length_correlation
 from align.ppo.outputs import save_model
-from align.ppo.ppo_run import PPORun, TokenizedPrompt
-from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
+from align.ppo.ppo_run import PPORun, TokenizedPrompt, truncated
+from align.ppo.rollout import gather_rollout, sample_responses, score_responses
 from align.ppo.verdict import Change, change, fell, label, mean, spread, verdicts, warnings, win_rate_of
 from align.runs.tracker import Tracker
-from reward_models.ensemble import disagreement
 
-SAMPLE_COLUMNS = ["prompt", "sft", "response", "score_sft", "score", "kl"]
 MOST_RESPONSES = 500  # of the last evaluation that are kept, for the report
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A model's responses to all held-out prompts, their text, and what each is worth by metric, [B], the most trustworthy first.
-
-    The metrics are `eval/judge` with a judge, `eval/true/<function>`, where NaN says that the function does not apply, and
-    `eval/score`.
-    """
-
-    rollout: Rollout
-    texts: list[str]
-    worth: dict[str, list[float]]
 
 
 class Evaluation:
@@ -93,7 +79,9 @@ class Evaluation:
         """Measure the policy after `step` updates, log it, and save it in `best/` if no evaluation before was better."""
         run, policy = self.run, self._respond(self.run.models.policy)
         self.metrics = self.measure(policy)
-        self.samples, self.measures = self._samples(policy)
+        self.samples = sample_rows(self.texts, self.baseline, policy)
+        self.of_members = member_columns(policy, run.models.rewards)
+        self.measures = {**measure_columns(self.baseline, policy), **self.of_members}
         tracker.log(step, self.metrics)
         columns = [*SAMPLE_COLUMNS, *self.of_members]
         rows = [[*sample, *more] for sample, *more in zip(self.samples, *self.of_members.values(), strict=True)]
@@ -135,23 +123,6 @@ class Evaluation:
             }
         return metrics
 
-    def _samples(self, policy: Measured) -> tuple[list[list[Any]], dict[str, list[float | None]]]:
-        """A row per prompt (columns `SAMPLE_COLUMNS`), and `measures`."""
-        both = ((self.baseline, "_sft"), (policy, ""))
-        more: dict[str, list[float | None]] = {f"length{whose}": [*m.rollout.lengths.tolist()] for m, whose in both}
-        for name in policy.worth:
-            for model, whose in both if name != SCORE else ():
-                values = model.worth[name]
-                more[f"{name[5:]}{whose}"] = [None if math.isnan(value) else value for value in values]
-        self.of_members = {}
-        for ensemble, scores in member_scores(policy.rollout, self.run.models.rewards).items():
-            self.of_members |= {f"score/{ensemble}_{n}": each.tolist() for n, each in enumerate(scores, start=1)}
-            self.of_members[f"disagreement/{ensemble}"] = disagreement(scores).tolist()
-        more |= self.of_members
-        kl = response_kl(policy.rollout).tolist()
-        columns = (self.texts, self.baseline.texts, policy.texts, self.baseline.worth[SCORE], policy.worth[SCORE], kl)
-        return [list(row) for row in zip(*columns, strict=True)], more
-
     def _warn(self, tracker: Tracker, step: int, policy: Measured) -> None:
         """Say, each kind once, what shows that the gain is not real."""
         run, before = self.run, self.baseline
@@ -162,6 +133,7 @@ class Evaluation:
             change(objective, before.worth[SCORE], self.texts),
             self.metrics["eval/score_length_correlation"],
             (lengths[0], lengths[1]),
+            before.truncated + policy.truncated,
         )
         for kind in found.keys() - self.warned:
             tracker.say(f"update {step}: {found[kind]}")
@@ -206,19 +178,22 @@ class Evaluation:
         rollout = gathered.rows(torch.arange(count, device=world.device))
         responses = decode_responses(run.sampler.tokenizer, self.prompts, rollout)
         worth: dict[str, Tensor] = {SCORE: rollout.scores}
+        cut = 0.0
         try:
             worth |= {f"{TRUE}{function.name}": function.score(responses) for function in self.true_rewards}
         except ValueError as error:  # the message names the function and the row
             raise UserError(f"eval_reward_funcs: {error}") from error
         if (judge := run.models.judge) is not None:
+            before = truncated(judge, world)
             try:
                 judged, _, _ = judge.score(decode_responses(run.sampler.tokenizer, batch.prompts, samples))
             except ValueError as error:
                 raise UserError(f"the judge: {error}") from error
             worth[JUDGE] = world.gather(judged.to(world.device))[:count]
+            cut = truncated(judge, world) - before
         sums = {name: values if values.dim() == 1 else values.sum(dim=1) for name, values in worth.items()}
         ordered = {name: sums[name].tolist() for name in best_metrics(run.recipe)}
-        return Measured(rollout, responses.texts, ordered)
+        return Measured(rollout, responses.texts, ordered, cut)
 
     def results(self) -> dict[str, Any]:
         """Closing numbers: the last metrics, a table of SFT against the policy, what it says, and three samples."""

@@ -51,10 +51,11 @@ class Models:
         if self.value is not None:
             self.value.discard()
 
-    def truncated(self, world: World) -> float:
-        """Responses of this process so far that a reward model with another tokenizer had to cut, summed over all ranks."""
-        count = sum(model.truncated for model in self.rewards.models)
-        return float(world.sum(torch.tensor(float(count), device=world.device)))
+
+def truncated(rewards: RewardSum, world: World) -> float:
+    """Responses so far that a reward model had to truncate, since it has fewer positions, summed over all ranks."""
+    count = sum(model.truncated for model in rewards.models)
+    return float(world.sum(torch.tensor(float(count), device=world.device)))
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import time
 
 from align.errors import UserError
 from align.ppo.collapse import CollapseWatch
-from align.ppo.ppo_run import PPORun
+from align.ppo.ppo_run import PPORun, truncated
 from align.ppo.step import step
 from align.runs.tracker import Tracker
 
@@ -28,10 +28,11 @@ def timed_step(run: PPORun, update: int) -> dict[str, float]:
     phases = run.world.clock.take()
     episodes = (update + 1) * run.recipe.rollout_batch_size
     return metrics | {
-        "objective/truncated": run.models.truncated(run.world),
+        "objective/truncated": truncated(run.models.rewards, run.world),
         "episode": episodes,
         "epoch": episodes / run.recipe.num_generations / len(run.prompts),
-        "time/communication": 0.0,
+        "time/communication": 0.0,  # of one process, which has none
+        "memory/communication": 0.0,
         **{f"time/{phase}": seconds for phase, seconds in phases.items()},
         **{f"memory/{phase}": size / 2**30 for phase, size in run.world.clock.take_bytes().items()},
         "time/other": elapsed - sum(phases.values()),

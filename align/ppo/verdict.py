@@ -66,19 +66,24 @@ def verdicts(changes: Mapping[str, Change]) -> list[str]:
 
 
 def warnings(
-    changes: Mapping[str, Change], objective: Change, correlation: float, lengths: tuple[float, float]
+    changes: Mapping[str, Change],
+    objective: Change,
+    correlation: float,
+    lengths: tuple[float, float],
+    truncated: float = 0,
 ) -> dict[str, str]:
-    """Signs, by kind, that the gain is not real.
+    """Signs, by kind, that the gain is not real, or not measured.
 
     Args:
         changes: as for `verdicts`.
         objective: change of score - `kl_coef` * KL.
         correlation: of score and length over the responses of both models.
         lengths: mean length of the SFT model's responses and of the policy's, tokens.
+        truncated: responses of both models that the judge could not read whole.
     """
     score, found = changes[SCORE], {}
     for metric, each in changes.items():
-        if metric != SCORE and each.word == "worse than" and score.mean > 0:
+        if each.word == "worse than" and score.mean > 0:
             found[metric] = (
                 f"{label(metric)} is {each} from the SFT model's while the score rose by {score.mean:.3g}: the reward is "
                 "exploited. Read samples.jsonl, raise kl_coef, or mend the reward."
@@ -94,6 +99,11 @@ def warnings(
         found["objective"] = (
             f"the objective, score - kl_coef * KL, is {objective} from the SFT model's: the policy moves away and gains less "
             "than that costs. Lower learning_rate or kl_coef, and see value/explained_variance."
+        )
+    if truncated:
+        found["truncated"] = (
+            f"{truncated:.0f} prompts with a response, of the SFT model or the policy, are longer than the judge's model can "
+            "read, and lost their beginning there. Lower max_prompt_length or response_length, or take another judge."
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from align.data.encode import encode_example, encode_pair
 from align.data.load import Rows
 from align.data.reasoning import scored_turns
 from align.data.rows import Preference, Turns, render_text
+from align.data.templates import TASK
 from align.data.tokenize import tools_of
 from align.engine.build import frozen_engine
 from align.engine.distributed import World
@@ -36,6 +38,7 @@ from reward_models.responses import Responses
 from reward_models.trained import ModelReward
 
 RESAMPLES = 1000  # for each interval of the report card
+MOST_SOURCES = 20  # whose accuracies are told apart
 CHECKED_PAIRS = 8  # pairs whose ids and scores the manifest records
 
 
@@ -101,12 +104,7 @@ def evaluate_pairs(
     decided = torch.ones(len(chosen), dtype=torch.bool)
     if tie is not None:
         loss, decided = loss + tie * (chosen - rejected) / 2, tie == 0
-    accuracy = preference_accuracy(chosen[decided].tolist(), rejected[decided].tolist())
-    if len(set(prompts)) < len(prompts):
-        right = ((chosen - rejected).sign()[decided] + 1) / 2  # a tie counts 1/2
-        groups = [prompt for prompt, keep in zip(prompts, decided.tolist(), strict=True) if keep]
-        _, accuracy["low"], accuracy["high"] = mean_interval(right.tolist(), groups)
-        accuracy["low"], accuracy["high"] = max(accuracy["low"], 0.0), min(accuracy["high"], 1.0)
+    accuracy = _accuracy(scores, decided.nonzero().flatten().tolist(), prompts)
     results = {
         "eval_loss": float(loss.mean()),
         "eval_accuracy": accuracy["accuracy"],
@@ -121,6 +119,35 @@ def evaluate_pairs(
         agreement = preference_accuracy((sign * chosen)[decided].tolist(), (sign * rejected)[decided].tolist())
         results["agreement"] = agreement["accuracy"]
     return results
+
+
+def _accuracy(scores: tuple[Tensor, Tensor], used: Sequence[int], prompts: Sequence[str]) -> dict[str, float]:
+    """`preference_accuracy` of some pairs, with the interval by prompt where prompts repeat among all."""
+    chosen, rejected = (each[list(used)] for each in scores)
+    accuracy = preference_accuracy(chosen.tolist(), rejected.tolist())
+    if len(set(prompts)) < len(prompts):
+        right = ((chosen - rejected).sign() + 1) / 2  # a tie counts 1/2
+        _, low, high = mean_interval(right.tolist(), [prompts[index] for index in used])
+        accuracy |= {"low": max(low, 0.0), "high": min(high, 1.0)}
+    return accuracy
+
+
+def accuracy_by_source(
+    inputs: RewardInputs, rows: Sequence[Preference], pairs: Dataset, scores: tuple[Tensor, Tensor]
+) -> dict[str, dict[str, float]]:
+    """accuracy, its 95% interval low and high, and n of the pairs of each source that are no ties; {} with one source.
+
+    Arguments as for `true_margins` and `evaluate_pairs`. All but the most common sources count together as "others".
+    """
+    kept = _rows_of_pairs(rows, pairs, inputs)
+    names, prompts = [str(row.extra[TASK]) for row in kept], [render_text(row.prompt) for row in kept]
+    common = [name for name, _ in Counter(names).most_common(MOST_SOURCES)]
+    ties = pairs["tie"][:] if "tie" in pairs.column_names else [0.0] * len(names)
+    used: dict[str, list[int]] = {}
+    for index, (name, tie) in enumerate(zip(names, ties, strict=True)):
+        if not tie:
+            used.setdefault(name if name in common else "others", []).append(index)
+    return {name: _accuracy(scores, each, prompts) for name, each in used.items()} if len(used) > 1 else {}
 
 
 def judge_held_out(
@@ -210,6 +237,8 @@ def before_after_table(accuracy_before: float, results: dict[str, Any], skipped:
     """Rows of measure, value before training, value after. `skipped`: held-out pairs that could not be used."""
     of_pairs = f" ({results['pairs']} pairs; {skipped} skipped)" * bool(skipped)
     table: list[list[Any]] = [[f"held-out pair accuracy{of_pairs}", accuracy_before, results["eval_accuracy"]]]
+    for name, each in results["by_source"].items():
+        table.append([f"accuracy of {name} ({each['n']} pairs)", None, each["accuracy"]])
     if "eval_ceiling" in results:
         table.append(["accuracy ceiling (annotator noise)", None, results["eval_ceiling"]])
         table.append(["agreement with the true preference", None, results["agreement"]])

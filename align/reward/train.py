@@ -36,6 +36,7 @@ from align.models.scalar_head import start_reward_model
 from align.models.tokenizer import saved_pad_id
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.reward.evaluation import (
+    accuracy_by_source,
     before_after_table,
     evaluate_pairs,
     judge_held_out,
@@ -123,6 +124,7 @@ def train_model(
             scores = score_pairs(reward, world, eval_rows)
             held_out = prompts_of(inputs, pairs.rows.evaluation, eval_rows)
             results |= evaluate_pairs(scores, eval_rows, pairs.margins, held_out)
+            results["by_source"] = accuracy_by_source(inputs, pairs.rows.evaluation, eval_rows, scores)
             tracker.log(
                 steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
             )

@@ -63,6 +63,8 @@ class RewardResult(StageResult):
     card: dict[str, Any] | None = (
         None  # of its report card on the held-out pairs: verdict, summary, and verdicts by line
     )
+    # Of the held-out pairs: accuracy, low, high and n of each, where there are several.
+    by_source: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,3 +33,6 @@ def test_points_of_the_law_give_its_coefficients():
     # Two points by hand: gain(1) = a, gain(e) = e (a - b).
     assert fit_rl_gain([1.0, math.e], [2.0, math.e]) == pytest.approx((2.0, 1.0), abs=1e-9)
     assert fit_rl_gain([0.0, 1.0], [0.0, 2.0]) is None, "one point"
+    assert fit_rl_gain([2.0, 2.0], [1.0, 1.1]) is None, "one distance"
+    assert fit_rl_gain([2.0, 2.0 + 1e-9], [1.0, 1.1]) is None, "nearly one"
+    assert fit_rl_gain([], []) is None

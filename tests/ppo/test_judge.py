@@ -19,7 +19,7 @@ from align.errors import UserError
 from align.evaluate.bootstrap import mean_interval
 from align.ppo.frontier import describe_fit, draw_frontier, fit
 from align.ppo.train import run
-from align.ppo.verdict import Change, change, verdicts, warnings
+from align.ppo.verdict import Change, change, fell, mean, spread, verdicts, warnings
 from tests.ppo.test_train import make_recipe, metrics
 
 JUDGES = """
@@ -88,6 +88,8 @@ def test_an_honest_reward_does_not_stop_and_the_judge_chooses_the_best(tmp_path)
     assert results.verdict[0].startswith("better than SFT by judge: +")
     (row,) = [row for row in results.table if row.measure == "judge"]
     assert row.after == pytest.approx(by_judge[6])
+    (row,) = [row for row in results.table if row.measure == "win rate by judge"]
+    assert 0.5 < row.after == results.metrics["eval/judge_win_rate"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,9 @@ class TestVerdict:
         assert told.high <= 3.0
 
     def test_one_prompt_proves_nothing(self):
-        assert change([9.0, 9.0], [1.0, 1.0], ["a", "a"]).word == "no different from"
+        told = change([9.0, 9.0], [1.0, 1.0], ["a", "a"])
+        assert (told.word, told.prompts) == ("no different from", 1)
+        assert Change(-0.1, -0.5, 0.3, 50).word == "no different from"
 
     def test_prompts_are_drawn_whole(self):
         """40 prompts with 5 rows that are all alike: the interval is that of 40 rows, not of 200."""
@@ -147,7 +151,10 @@ class TestVerdict:
 
     def test_warnings(self):
         up, down, flat = Change(1.0, 0.8, 1.2, 50), Change(-0.5, -0.9, -0.1, 50), Change(0.0, -0.2, 0.2, 50)
+        lower = Change(-0.1, -0.5, 0.3, 50)  # perhaps
         assert warnings({SCORE: up}, up, 0.5, (20.0, 30.0)) == {}
+        assert warnings({"eval/judge": lower, SCORE: up}, lower, 0.0, (20.0, 20.0)) == {}
+        assert warnings({SCORE: down}, flat, 0.96, (18.0, 32.0)) == {}, "no gain that length could explain"
         assert warnings({SCORE: up}, flat, 0.96, (20.0, 24.0)) == {}, "which grew by a fifth"
         assert warnings({"eval/judge": flat, SCORE: up}, flat, float("nan"), (20.0, 40.0)) == {}
         (length,) = warnings({SCORE: up}, up, 0.96, (18.0, 32.0)).values()
@@ -155,6 +162,22 @@ class TestVerdict:
         assert [*warnings({"eval/judge": down, SCORE: up}, up, 0.0, (20.0, 20.0))] == ["eval/judge"]
         assert warnings({"eval/judge": down, SCORE: down}, flat, 0.0, (20.0, 20.0)) == {}, "the score fell, too"
         assert [*warnings({SCORE: up}, down, 0.0, (20.0, 20.0))] == ["objective"]
+        assert warnings({SCORE: up}, up, 0.0, (20.0, 20.0), 3.0)["truncated"].startswith("3 prompts with a response")
+
+    def test_a_fall_from_the_best(self):
+        down = Change(-0.5, -0.9, -0.1, 50)
+        told = "judge is -0.5 (-0.9 to -0.1) from its best, of"
+        assert fell("eval/judge", down, 0, 1.5) == (
+            f"{told} the SFT model while the score rose by 1.5; best/ keeps the SFT model."
+        )
+        assert fell("eval/judge", down, 8, -1.5) == (
+            f"{told} update 8 while the score fell by 1.5; best/ keeps update 8."
+        )
+        assert fell(SCORE, down, 8, -0.5).endswith("from its best, of update 8; best/ keeps update 8.")
+
+    def test_rows_that_were_not_judged_count_nowhere(self):
+        values = [1.0, float("nan"), 3.0]
+        assert (mean(values), spread(values)) == (2.0, 1.0)
 
 
 class TestFrontier:
@@ -177,6 +200,22 @@ class TestFrontier:
     def test_too_few_points_are_not_fitted(self):
         assert fit(self.history([0.5, 1.0, 2.0, 4.0]), "eval/judge") is None
         assert fit(self.history([-0.01, 0.0, 1.0, 2.0, 4.0, 4.0]), "eval/judge") is None, "three distances"
+        assert fit(self.history([0.0, 1.0, 2.0, 3.0, 4.0]), "eval/judge") is None, "four, and the SFT model"
+
+    def test_an_evaluation_that_could_not_be_judged_is_left_out(self):
+        history = self.history([0.5, 1.0, 2.0, 4.0, 9.0, 3.0])
+        del history[5]["eval/change/judge"]
+        found = fit(history, "eval/judge")
+        assert found["peak_kl"] == pytest.approx(4.1727, rel=1e-4)
+        draw_frontier(history, {"eval/judge": 0.0}, found)  # nor can one gain be drawn that has no spread
+        history[5]["eval/change/judge"] = float("nan")
+        assert fit(history, "eval/judge") == found
+
+    def test_a_gain_that_only_rises(self):
+        rising = {"metric": "eval/judge", "a": 0.5, "b": -0.1, "peak_kl": None, "peak_gain": None}
+        assert describe_fit(rising, 9.0) == (
+            "fit of the gain by eval/judge: d (0.5 + 0.1 ln d), d the root of the KL; it has no peak"
+        )
 
     def test_the_chart_has_a_line_for_each_measure_and_the_fit(self):
         history = self.history([0.5, 2.0, 1.0, 4.0, 9.0])

@@ -465,6 +465,7 @@ class TestCollapse:
 
     def test_long_responses_and_a_target_may_have_more_kl(self, watch, tmp_path):
         assert self.said(watch, 2, objective_kl=120.0, response_length=128.0) == []
+        assert len(self.said(watch, 3, objective_kl=129.0, response_length=128.0)) == 1
         target = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, kl_target=40.0)), 0.9)
         assert self.said(target, 2, objective_kl=79.0) == []
         assert len(self.said(target, 3, objective_kl=81.0)) == 1
@@ -502,6 +503,7 @@ class TestCoefficient:
     def test_spreads_over_all_responses_and_within_prompts(self):
         # Prompts with (0, 2) and (4, 4): variance 2.75 over all; within (unbiased) 2 and 0.
         assert spreads(torch.tensor([0.0, 2.0, 4.0, 4.0]), 2) == pytest.approx((2.75**0.5, 1.0))
+        assert spreads(torch.tensor([0.0, 2.0, 4.0, 4.0, 9.0]), 2)[1] == pytest.approx(1.0), "a prompt by half"
 
     def test_the_normal_law(self):
         scores = torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.7
@@ -513,17 +515,24 @@ class TestCoefficient:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"kl_coef": 0.2, "normalize_scores": False}, "0.2 score per nat; .* it permits about 0.5 nats .*, hardly any change"),
+            ({"kl_coef": 0.2, "normalize_scores": False}, "0.2 score per nat; .* it permits about 0.5 nats .*, hardly any change: lower it, or set normalize_scores: true$"),
             ({"kl_coef": 0.2, "normalize_scores": True}, "0.2 standard deviations of the score per nat; .* about 8 nats per response$"),
-            ({"kl_coef": 0.01}, "about 2e.02 nats per response, which is hardly a limit"),
+            ({"kl_coef": 0.8, "normalize_scores": True}, "about 0.5 nats per response, hardly any change: lower it$"),
+            ({"kl_coef": 0.01}, "about 2e.02 nats per response, which is hardly a limit: raise it, or set max_kl$"),
             ({"kl_coef": 0.0}, "nothing holds the policy"),
             ({"kl_coef": 0.2, "kl_target": 2.0}, "at most 1.002 times in this run .too little to get there: lower kl_horizon"),
+            ({"kl_coef": 0.02, "kl_target": 2.0, "kl_horizon": 10}, r"at most 5.29 times in this run$"),
+            ({"kl_coef": 0.2, "kl_target": 50.0}, "to get there: lower kl_horizon"),
             ({"kl_coef": 0.2, "kl_target": 2.0, "kl_horizon": 10}, r"at most 5.29 times in this run$"),
         ],
     )  # fmt: skip
     def test_the_line(self, tmp_path, changes, words):
         recipe = load_recipe("ppo", make_recipe(tmp_path, **changes))
         assert re.search(words, describe_kl_coef(recipe, spread=0.25, within=0.2))
+
+    def test_equal_responses(self, tmp_path):
+        recipe = load_recipe("ppo", make_recipe(tmp_path))
+        assert describe_kl_coef(recipe, spread=0.25, within=0.0).endswith("there is nothing to learn")
 
     def test_a_run_says_it(self, tmp_path, capsys):
         start(tmp_path, total_episodes=16)

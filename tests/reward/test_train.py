@@ -318,6 +318,29 @@ def test_skipped_rows_do_not_shift_the_truth(tmp_path):
     assert results.metrics["eval_ceiling"] == 0.75
 
 
+def test_accuracy_of_each_source_where_there_are_several(tmp_path):
+    """By the saved model on the rows of each; a pair that is skipped or a tie counts nowhere."""
+    names = ("prompt", "chosen", "rejected")
+    held_out = {"one": [("e" * 40, "f", "zg"), *HELD_OUT[:1]], "two": HELD_OUT[1:]}
+    sources = []
+    for task, rows in held_out.items():
+        pairs = [dict(zip(names, row, strict=True)) | {"tie": row[1] == "zb"} for row in rows]
+        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+        sources.append(DataSource(path=str(tmp_path / f"{task}.jsonl"), task=task))
+    settings = recipe(tmp_path, max_steps=1, max_length=30, on_bad_row="skip", eval_dataset=sources)
+    results = run(settings)
+    model = untrained()
+    for name, weight in trained(settings).items():
+        model.get_parameter(name).data.copy_(weight)
+    right = [float(score(model, prompt, good) > score(model, prompt, bad)) for prompt, good, bad in HELD_OUT[:3]]
+    expected = {"one": (right[0], 1), "two": (sum(right[1:]) / 2, 2)}
+    assert {name: (each["accuracy"], each["n"]) for name, each in results.by_source.items()} == expected
+    assert {row.measure: row.after for row in results.table[1:3]} == {
+        "accuracy of one (1 pairs)": right[0],
+        "accuracy of two (2 pairs)": sum(right[1:]) / 2,
+    }
+
+
 def save_tiny_bert(folder: Path) -> str:
     config = BertConfig(
         vocab_size=29,
