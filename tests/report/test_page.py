@@ -140,6 +140,10 @@ def test_a_record_that_holds_markup(tmp_path):
     page = Parsed((run / "report.html").read_text(encoding="utf-8"))
     assert page.count("script") == 1
     assert page.text.count("<script>alert(1)</script>") > 8
+    shown = "<script>alert(1)</script>\\x1b[31m\\u202e&\"'{{ 7 * 7 }}"
+    assert f"eval/true/{shown}" in {attributes.get("data-name") for _, attributes in page.tags}, (
+        "escaped as an attribute"
+    )
     assert "2 lines are damaged" in page.text
 
 
