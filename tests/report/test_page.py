@@ -238,9 +238,9 @@ def test_an_unfinished_run_with_a_damaged_neighbor(tmp_path):
 
 
 def test_much_stays_within_the_size(tmp_path):
-    run = make_run("sound_seed1", tmp_path / "run", "many words " * 150)
+    run = make_run("sound_seed1", tmp_path / "run", "πολλές λέξεις " * 150)  # the first choice of sizes is too large
     path = tmp_path / "report.html"
-    write_report([[run]] * 8, path, "long")  # 8 times 96 samples of 3000 characters
+    write_report([[run]] * 8, path, "long")  # 8 times 96 samples of 4000 characters
     assert 0.3 * MOST_BYTES < path.stat().st_size < MOST_BYTES
 
 
