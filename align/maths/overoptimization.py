@@ -21,7 +21,7 @@ def fit_rl_gain(d: Sequence[float], gain: Sequence[float]) -> tuple[float, float
     aa, ab, bb = (math.fsum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
     ya, yb = (math.fsum(row[i] * row[2] for row in rows) for i in (0, 1))
     determinant = aa * bb - ab * ab
-    if len({x for x, _ in pairs}) < 2 or determinant <= 1e-12 * aa * bb:
+    if determinant <= 1e-12 * aa * bb:  # one distance
         return None
     return (bb * ya - ab * yb) / determinant, (aa * yb - ab * ya) / determinant
 

@@ -156,12 +156,26 @@ def demonstrations(num_rows: int, seed: int = 0, held_out: bool = False) -> Iter
 
 
 def preferences(
-    num_rows: int, seed: int = 0, error_rate: float = 0.1, held_out: bool = False
+    num_rows: int,
+    seed: int = 0,
+    error_rate: float = 0.1,
+    held_out: bool = False,
+    length_bonus: float = 0.0,
+    soup_bonus: float = 0.0,
 ) -> Iterator[dict[str, str]]:
     """Pairs of answers with different scores, of which the annotator picks the worse one with probability `error_rate`.
 
     So the true reward itself agrees with only `1 - error_rate` of the choices: the ceiling of a reward model's accuracy.
+
+    Args:
+        length_bonus: points that the annotator adds to the score for each word, a bias that a reward model learns.
+        soup_bonus: the same, each time that the soup is mentioned.
     """
+
+    def worth(question: Question, response: str) -> float:
+        bonus = length_bonus * len(response.split()) + soup_bonus * response.count("soup")
+        return score(question, response) + bonus
+
     rng = random.Random(f"preferences {seed} {held_out}")
     shown = 0
     while shown < num_rows:
@@ -169,8 +183,8 @@ def preferences(
         pair = [answer(question, rng.uniform(0.3, 1.0), rng) for _ in range(2)]
         if rng.random() < 0.2:
             pair[0] = spoil(pair[0], rng)
-        pair.sort(key=lambda response: score(question, response))
-        if score(question, pair[0]) < score(question, pair[1]):
+        pair.sort(key=lambda response: worth(question, response))
+        if worth(question, pair[0]) < worth(question, pair[1]):
             rejected, chosen = reversed(pair) if rng.random() < error_rate else pair
             yield {"prompt": question.text(), "chosen": chosen, "rejected": rejected}
             shown += 1

@@ -199,7 +199,7 @@ class TestFrontier:
 
     def test_too_few_points_are_not_fitted(self):
         assert fit(self.history([0.5, 1.0, 2.0, 4.0]), "eval/judge") is None
-        assert fit(self.history([-0.01, 0.0, 1.0, 2.0, 4.0, 4.0]), "eval/judge") is None, "three distances"
+        assert fit(self.history([-0.01, 0.0, 1.0, 2.0, 3.0, 4.0, 4.0]), "eval/judge") is None, "four distances"
         assert fit(self.history([0.0, 1.0, 2.0, 3.0, 4.0]), "eval/judge") is None, "four, and the SFT model"
 
     def test_an_evaluation_that_could_not_be_judged_is_left_out(self):

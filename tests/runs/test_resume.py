@@ -24,6 +24,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaForSequenceClassification
 
 import align.runs.files
 from align.config.load import load_recipe
@@ -37,10 +38,19 @@ from align.runs.output_folder import claim
 from align.runs.own_files import own
 from align.runs.run_record import recipe_dict
 from align.runs.stage import last_checkpoint, layout
+from reward_models.heads import init_head
 from tests import ranks as ranks_of
 from tests.ranks import Ranks, launched
 from tests.runs.resume_worker import work
-from tests.worlds import LETTERS, claimed, deepspeed_file, save_tiny_policy, write_jsonl
+from tests.worlds import (
+    LETTERS,
+    claimed,
+    deepspeed_file,
+    letter_tokenizer,
+    save_tiny_policy,
+    tiny_llama,
+    write_jsonl,
+)
 
 RULES = '''
 def count_a(prompts, completions, **columns):
@@ -68,6 +78,7 @@ def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: A
             "total_episodes": 48, "rollout_batch_size": 8, "minibatch_size": 4, "num_ppo_epochs": 2,
             "response_length": 5, "learning_rate": 5e-3, "temperature": 0.9, "missing_eos_penalty": 0.1,
             "ema_decay": 0.8, "kl_target": 0.05, "kl_horizon": 100, "normalize_scores": True,  # each has a state
+            "judge_reward_model_path": save_judge(folder / "judge"), "early_stopping_patience": 9,  # they count the falls
             "eval_steps": 2, "max_kl": 2.3,  # KL is 1.7 at update 2 and 3 later, so the best one is before every stop
         }  # fmt: skip
     elif stage == "reward":
@@ -86,6 +97,17 @@ def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: A
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({**keys, **changes}))
     return path
+
+
+def save_judge(folder: Path) -> str:
+    """A reward model for PPO to be judged by, which knows nothing."""
+    config = tiny_llama().config
+    torch.manual_seed(5)
+    model = LlamaForSequenceClassification(type(config)(**{**config.to_dict(), "num_labels": 1}))
+    init_head(model, 5)
+    model.save_pretrained(folder)
+    letter_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def start(recipe: Path, ranks: int, stall: str | None = None) -> Ranks:
