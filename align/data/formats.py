@@ -51,22 +51,29 @@ def choose_formats(source: str, columns: Sequence[str], row_type: type) -> list[
     known = set(columns)
     formats = [names for names in FORMATS[row_type] if set(names) <= known]
     if not formats:
-        closest = min(FORMATS[row_type], key=lambda names: len(set(names) - known))
-        missing = next(name for name in closest if name not in known)
-        raise missing_column(
-            source,
-            missing,
-            columns,
-            f"; this stage reads {' or '.join('+'.join(names) for names in FORMATS[row_type])}",
+        size = min(
+            len(known), 2
+        )  # with no column of any format: the one of as many columns as `question` and `answer` are
+        closest = min(
+            FORMATS[row_type],
+            key=lambda names: len(set(names) - known) if set(names) & known else 9 + abs(len(names) - size),
         )
+        missing = [name for name in closest if name not in known]
+        reads = " or ".join("+".join(names) for names in FORMATS[row_type])
+        raise missing_column(source, missing, columns, f"; this stage reads {reads}", ours=missing)
     return formats
 
 
-def missing_column(source: str, missing: str, columns: Sequence[str], more: str = "") -> UserError:
-    """The error for a column that a source does not have."""
+def missing_column(
+    source: str, missing: Sequence[str], columns: Sequence[str], more: str = "", *, ours: Sequence[str]
+) -> UserError:
+    """The error for columns that a source does not have. `ours`: names that the recipe can map to the source's."""
+    hint = next(filter(None, (nearest(name, columns) for name in missing)), ".")
+    example = ", ".join(f"{name}: ..." for name in ours)
     return UserError(
-        f"{source}: no column `{missing}`; its columns are {first_few(columns)}{more}"
-        f"{nearest(missing, columns) or '.'} Name the right one under `columns:` (ours: theirs) in the recipe."
+        f"{source}: no column {' and no '.join(f'`{name}`' for name in missing)}; its columns are {first_few(columns)}{more}"
+        f"{hint} Name the right {'ones' if missing[1:] else 'one'} under `columns:` (ours: theirs) in the recipe: "
+        f"`columns: {{{example}}}`."
     )
 
 
@@ -121,7 +128,7 @@ def _check_columns(extra: Mapping[str, Any], row_type: type) -> None:
     if tie not in (None, False, True):  # 0 and 1 equal them
         raise BadRow("`tie` is not true, false, 1 or 0")
     if tie and margin:
-        raise BadRow("a `tie` with a `margin`, by which one response would be better")
+        raise BadRow("a `tie` with a `margin`, by which one response would be better; write 0 there, or nothing")
 
 
 def _demonstration(context: list[Message], target: list[Message], where: str, extra: dict[str, Any]) -> Demonstration:

@@ -172,9 +172,9 @@ def _load_source(
         raise UserError(f"{name}: expected rows, found none; name a source that holds data.")
     mappings = [values for _, values in raw if isinstance(values, Mapping)]
     columns = list(dict.fromkeys(str(column) for values in mappings for column in values))
-    for theirs in source.columns.values():
+    for mapped, theirs in source.columns.items():
         if mappings and theirs not in columns:
-            raise missing_column(name, theirs, columns)
+            raise missing_column(name, [theirs], columns, ours=[mapped])
     renamed = set(source.columns.values())
     templates = SourceTemplates(source, seed, columns) if source.templates and mappings else None
     readable = ["prompt", "completion"] if templates else [*source.columns, *(c for c in columns if c not in renamed)]

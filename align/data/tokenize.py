@@ -28,6 +28,7 @@ from align.data.template_input import Tools
 from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
 
+NO_MARGIN = "no `margin`, which other rows have; write 0 for none"
 IGNORE_INDEX = -100  # label of a token that the loss ignores
 BATCH = 1000  # rows per call of the tokenizer
 Report = dict[str, dict[str, Any]]
@@ -117,14 +118,32 @@ def tokenize_preferences(
                 _check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
                     raise BadRow("`chosen` and `rejected` have the same tokens")
-                if has_margin and row.extra.get("margin") is None and not is_tie(row):
-                    raise BadRow("no `margin`, which other rows have; write 0 for none")
+                if has_margin and _lacks_margin(row):
+                    raise BadRow(NO_MARGIN)
                 margin = [float(row.extra.get("margin") or 0.0)] if has_margin else []
                 yield [*sequences, *margin, *([float(is_tie(row))] if has_tie else [])]
 
     more = [name for name, has in (("margin", has_margin), ("tie", has_tie)) if has]
     dataset = _dataset(("chosen_ids", "rejected_ids", *more), records())
     return dataset, _report(bad, on_bad_row, len(rows), len(dataset))
+
+
+def check_margins(parts: Sequence[Sequence[Preference]], on_bad_row: str) -> None:
+    """Check that all rows of a part, training or held-out ones, have a `margin`, or none; one error counts those of all parts.
+
+    Raises:
+        UserError: some have none, and `on_bad_row` is "error".
+    """
+    bad = BadRows()
+    if any(
+        any(row.extra.get("margin") is not None for row in rows) and any(map(_lacks_margin, rows)) for rows in parts
+    ):
+        bad.by_reason[NO_MARGIN] = [row.where for rows in parts for row in rows if _lacks_margin(row)]
+    bad.raise_or_report(on_bad_row)
+
+
+def _lacks_margin(row: Preference) -> bool:
+    return row.extra.get("margin") is None and not is_tie(row)
 
 
 def tokenize_prompts(

@@ -6,9 +6,11 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.chat_template import render_chat
 from align.data.end_tokens import end_ids, is_read, set_model_ends, split_at_end
+from align.data.rows import Message
 from align.data.template_input import PROBE
 from align.errors import BadRow, TemplateFailure
 
+QUESTION: Message = {"role": "user", "content": "?"}
 _SAID = "turn_end_was_said"  # attribute of the tokenizer
 
 
@@ -17,37 +19,50 @@ def add_template_end(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Models whose template was added later, as to a base model, lack it in `eos_token_id`.
     """
-    text = _text_after_words(tokenizer).strip()
+    text = (_text_after_words(tokenizer) or "").strip()
     ids = [id for id, token in tokenizer.added_tokens_decoder.items() if text and str(token) == text]
     if ids and ids[0] not in end_ids(tokenizer) and is_read(tokenizer, ids[0]):
         set_model_ends(tokenizer, [*end_ids(tokenizer), *ids])
 
 
 def turn_end_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What is to be said, once for a tokenizer, where the chat template ends a turn with text that is no end token."""
+    """What is to be said, once for a tokenizer, where the chat template ends a turn with text that is no end token, or not at all."""
     if getattr(tokenizer, _SAID, False):
         return None
     setattr(tokenizer, _SAID, True)
     text = _text_after_words(tokenizer)
-    if not text.strip() or split_at_end(tokenizer, text)[1] is not None:
+    if text is None or split_at_end(tokenizer, text)[1] is not None:
         return None
+    if not text.strip():
+        if split_at_end(tokenizer, _text_after_words(tokenizer, QUESTION) or "")[1] is not None:
+            return None  # the next turn opens with it
+        behind = f", behind the {text!r} that the template writes, which is trained as a part of it" if text else ""
+        return (
+            f"the chat template writes no end after a turn: {tokenizer.eos_token} is added to a row's last response{behind}. "
+            f"To end every turn, and without more, have the template write {tokenizer.eos_token} right after the content"
+        )
     ids = tokenizer(text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
     return (
         f"the chat template ends a turn with {text!r}, which is no end token of the tokenizer but text ({len(ids)} ids: "
         f"{', '.join(map(str, ids[:12]))}{', ...' if ids[12:] else ''}): models write it as a part of the response, and end "
-        f"with {tokenizer.eos_token} after it. To end with it, add it to the tokenizer as a special token, resize the model's "
-        "embeddings, and add its id to `eos_token_id` in generation_config.json; or have the template write "
+        f"with {tokenizer.eos_token} after it. To end with it, add it to the tokenizer as a special token and resize the "
+        f"model's embeddings, before the first stage: it then ends responses. Or have the template write "
         f"{tokenizer.eos_token} there"
     )
 
 
-def _text_after_words(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes after the words of a last assistant turn; empty where it cannot be told."""
+def after_turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes after the token that ends a last assistant turn; empty without such a token."""
+    return split_at_end(tokenizer, _text_after_words(tokenizer) or "")[2]
+
+
+def _text_after_words(tokenizer: PreTrainedTokenizerBase, *after: Message) -> str | None:
+    """What the chat template writes after the words of an assistant turn, the last but for `after`; None where it cannot be told."""
     if not tokenizer.chat_template:
-        return ""
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
+        return None
+    messages = [QUESTION, {"role": "assistant", "content": PROBE}, *after]
     try:
-        _, words, after = render_chat(tokenizer, messages, add_generation_prompt=False).rpartition(PROBE)
+        _, words, written = render_chat(tokenizer, messages, add_generation_prompt=False).rpartition(PROBE)
     except (BadRow, TemplateFailure):  # rows will say so
-        return ""
-    return after if words else ""
+        return None
+    return written if words else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from align.config.reward import RewardRecipe
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.rows import Preference
-from align.data.tokenize import tokenize_preferences
+from align.data.tokenize import check_margins, tokenize_preferences
 from align.errors import UserError
 from align.models.context_length import check_rows_fit
 from align.reward.evaluation import true_margins
@@ -44,6 +44,7 @@ def load_pairs(recipe: RewardRecipe, inputs: RewardInputs) -> Pairs:
         UserError: rows that cannot be used.
     """
     rows = load_rows(DataSettings.from_recipe(recipe), Preference)
+    check_margins((rows.train, rows.evaluation), recipe.on_bad_row)
     tokenize = partial(
         tokenize_preferences,
         tokenizer=inputs.tokenizer,

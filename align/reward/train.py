@@ -48,13 +48,13 @@ from align.reward.evaluation import (
 )
 from align.reward.inputs import RewardInputs, check_reward_inputs
 from align.reward.members import train_members
+from align.reward.model_card import reward_card
 from align.reward.normalization import chosen_responses, normalization_prompts, normalize_scores, sft_responses
 from align.reward.pairs import Pairs, load_pairs
 from align.reward.trainer import PairCollator, PairTrainer
 from align.runs.checkpoint import step_of
 from align.runs.files import write_json
 from align.runs.manifest import open_stage
-from align.runs.markdown import code_span, markdown_text, python_text
 from align.runs.output_folder import RESULTS, one_run_per_folder
 from align.runs.own_files import new_folder
 from align.runs.quiet import quiet
@@ -63,7 +63,6 @@ from align.runs.stage import finish, finished_results, last_checkpoint, write_un
 from align.runs.tracker import Tracker
 from align.trainer.hf_trainer import eval_batch_size, save_trained, total_steps, train, training_arguments
 from reward_models.heads import keep_head_float32, score_head
-from reward_models.linear_head import SequenceClassifier
 
 
 @one_run_per_folder
@@ -142,15 +141,7 @@ def train_model(
             scale = {"score_mean": mean, "score_std": std}
             write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **scale})
             data = {**pairs.rows.report, "skipped": pairs.skipped}
-            card = (CARD if type(inputs.config) in SequenceClassifier.mapping else CARD_OF_LINEAR_HEAD).format(
-                folder=python_text(recipe.output_dir),
-                base=markdown_text(recipe.model_name_or_path),
-                ids=ENCODER_IDS if inputs.is_encoder else DECODER_IDS,
-                pad=code_span(str(inputs.tokenizer.pad_token)),
-                centred_on=f"responses of {markdown_text(inputs.sft.path)}"
-                if inputs.sft
-                else "chosen responses of the training rows",
-            )
+            card = reward_card(recipe, inputs)
             if judged is not None:
                 with during("records", config), new_folder(Path(recipe.output_dir) / "card") as folder:
                     write_card(folder, *judged, f"{recipe.output_dir}, on its held-out pairs")
@@ -235,50 +226,3 @@ def fit(
         ),
     )
     return before
-
-
-TITLE = """# A reward model
-
-Trained from {base} by the `reward` stage of align: it scores a response to a prompt, higher is better.
-"""
-CARD = (
-    TITLE
-    + """
-```python
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-model = AutoModelForSequenceClassification.from_pretrained({folder})
-tokenizer = AutoTokenizer.from_pretrained({folder})
-ids = {ids}
-score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
-```
-
-`config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Pad batches on the right, with an
-attention mask and the tokenizer's own padding token, {pad}: not end-of-text, the position at which the score is read.
-"""
-)
-# transformers has no sequence classifier of this architecture.
-CARD_OF_LINEAR_HEAD = (
-    TITLE
-    + """
-It is a linear layer, `score`, on the last hidden state of the base model at the last token. transformers has no sequence
-classifier of this architecture, so align's package `reward_models` loads it:
-
-```python
-import torch
-from reward_models import load_reward_model
-from transformers import AutoTokenizer
-
-model = load_reward_model({folder})
-tokenizer = AutoTokenizer.from_pretrained({folder})
-ids = {ids}
-score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
-```
-
-`config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Batches need an attention mask.
-"""
-)
-ENCODER_IDS = 'tokenizer(prompt, response)["input_ids"]'
-DECODER_IDS = """tokenizer(prompt + response)["input_ids"]
-ids += [tokenizer.eos_token_id] * (ids[-1] != tokenizer.eos_token_id)  # some tokenizers add it"""

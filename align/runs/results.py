@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from align.errors import UserError
+from align.runs.files import finite
 
 T = TypeVar("T", bound="StageResult")
 
@@ -25,7 +26,7 @@ class StageResult:
 
     output_dir: str  # the trained model, as `from_pretrained` loads it
     table: list[BeforeAfter]  # empty when nothing was evaluated
-    metrics: dict[str, float]  # all other numbers by the names that they have in `stage.json`
+    metrics: dict[str, float]  # all other numbers by their names in `stage.json`, but for those that are undefined
 
     @classmethod
     def from_json(cls: type[T], output_dir: str, results: Mapping[str, Any]) -> T:
@@ -40,9 +41,10 @@ class StageResult:
                 f"{output_dir}/stage.json: results: `{missing[0]}` is missing; restore the file from a copy, or delete the "
                 "folder to run the stage again."
             )
+        results = finite(results)  # as the manifest holds them
         names = {field.name for field in dataclasses.fields(cls)}
         own = {name: value for name, value in results.items() if name in names}
-        metrics = {name: value for name, value in results.items() if name not in names}
+        metrics = {name: value for name, value in results.items() if name not in names and value is not None}
         table = [BeforeAfter(*row) for row in results["table"]]
         return cls(**{**own, "output_dir": output_dir, "table": table, "metrics": metrics})
 
@@ -120,7 +122,7 @@ class MetricDifference:
     difference: float | None
     low: float | None
     high: float | None
-    p_value: float
+    p_value: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,7 @@ class EvaluationResult:
     @classmethod
     def from_json(cls, output_dir: str, results: Mapping[str, Any]) -> EvaluationResult:
         """The result of an evaluation from its `results.json`."""
+        results = finite(results)
         return cls(
             output_dir=output_dir,
             baseline=results["baseline"],
@@ -170,6 +173,7 @@ class JudgeResult:
     @classmethod
     def from_json(cls, output_dir: str, results: Mapping[str, Any]) -> JudgeResult:
         """The result from its `results.json`."""
+        results = finite(results)
         return cls(output_dir=output_dir, **{name: results[name] for name in ("verdict", "summary", "card")})
 
 
@@ -187,5 +191,6 @@ class BestOfNResult:
     @classmethod
     def from_json(cls, output_dir: str, results: Mapping[str, Any]) -> BestOfNResult:
         """The result from its `results.json`."""
+        results = finite(results)
         names = [each.name for each in dataclasses.fields(cls) if each.name != "output_dir"]
         return cls(output_dir=output_dir, **{name: results[name] for name in names})

@@ -38,7 +38,7 @@ from align.runs.markdown import markdown_text
 from align.runs.output_folder import share
 from align.runs.own_files import delete, new_folder, own
 from align.runs.run_record import check_rows, record_run
-from align.runs.tables import markdown_table
+from align.runs.tables import cell, markdown_table
 from align.terminal import say
 
 SEEN_WITHIN = 10.0  # seconds until a file is seen on all nodes; network file systems cache names
@@ -217,3 +217,17 @@ def finish(
         write_text(own(folder / "README.md"), text)
         delete(folder / UNTRAINED)
         write_manifest(recipe, tokenizer, {**data, "trained_rows": used}, results, **more)
+    for line in closing_lines(results):
+        say(f"{folder}: {line}")
+
+
+def closing_lines(results: Mapping[str, Any]) -> list[str]:
+    """What a stage says at its end: before and after, the report card's verdict, and where to read more."""
+    lines = [
+        f"{measure}: {f'{cell(before)} before, ' if before is not None else ''}{cell(after) or 'undefined'} after training"
+        for measure, before, after in results["table"]
+    ]
+    if isinstance(card := results.get("card"), Mapping):
+        lines.append(f"report card: {card['summary']}, in card/card.md")
+    evaluated = "" if results["table"] else "; nothing was evaluated"
+    return [*lines, f"finished, with its results in README.md{evaluated}"]

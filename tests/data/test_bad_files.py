@@ -87,7 +87,7 @@ FILES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "many columns": (
         "a.jsonl",
         write(json.dumps(dict.fromkeys(map(str, range(100_000)), 0))),
-        "no column `messages`; its columns are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11",
+        "no column `prompt` and no `completion`; its columns are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11",
     ),
     "no gzip": ("a.jsonl.gz", write(GOOD), "a.jsonl.gz: cannot be read as jsonl: BadGzipFile"),
     "cut gzip": ("a.jsonl.gz", write(cut(gzip.compress(os.urandom(9999)))), "a.jsonl.gz: cannot be read as jsonl: EOFError"),

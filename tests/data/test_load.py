@@ -173,6 +173,19 @@ class TestRefused:
             assert part in message
         assert "`columns:`" in message
 
+    @pytest.mark.parametrize(
+        ("row", "form", "expected"),
+        [
+            ({"question": "p", "response": "c"}, Demonstration, "{prompt: ..., completion: ...}"),
+            ({"question": "p", "better": "c", "worse": "d"}, Preference, "{chosen: ..., rejected: ...}"),
+            ({"dialogue": []}, Demonstration, "{messages: ...}"),
+        ],
+    )
+    def test_columns_of_other_names_are_all_to_be_mapped(self, tmp_path, row, form, expected):
+        with pytest.raises(UserError) as caught:
+            load(write_jsonl(tmp_path / "a.jsonl", [row]), form=form)
+        assert f"(ours: theirs) in the recipe: `columns: {expected}`" in str(caught.value)
+
     def test_mapped_column_that_is_missing(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [{"question": "p", "answer": "c"}])
         with pytest.raises(UserError, match=r"no column `awnser`.*question, answer; did you mean 'answer'.*`columns:`"):

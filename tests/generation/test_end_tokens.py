@@ -125,10 +125,15 @@ def test_a_turn_ends_by_the_token_that_the_template_ends_it_with(tmp_path, speci
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (CHATML, True),
-        (CHATML.replace("<|im_end|>", "</s>"), False),
-        (CHATML.replace("<|im_end|>", ""), False),  # a line break alone
-        ("{{ raise_exception('no') }}", False),
+        (CHATML, "ends a turn with '<|im_end|>\\n', which is no end token"),
+        (CHATML.replace("<|im_end|>", "</s>"), ""),
+        (
+            CHATML.replace("<|im_end|>", ""),
+            r"no end after a turn: </s> is added to a row's last response, behind the '\n'",
+        ),
+        (CHATML.replace("<|im_end|>\n", ""), "no end after a turn: </s> is added to a row's last response. "),
+        (CHATML.replace("<|im_end|>\n", "").replace("<|im_start|>", "</s>"), ""),  # the next turn opens with it
+        ("{{ raise_exception('no') }}", ""),
     ],
 )
 def test_a_turn_that_the_template_ends_by_text_is_said_once(tmp_path, capsys, template, said):
@@ -139,7 +144,9 @@ def test_a_turn_that_the_template_ends_by_text_is_said_once(tmp_path, capsys, te
     for _ in range(2):
         if "raise" not in template:
             tokenize_demonstrations([row], tokenizer, max_length=999)
-    assert capsys.readouterr().err.count("ends a turn with '<|im_end|>\\n', which is no end token") == said
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: the chat template")]
+    assert len(notes) == bool(said)
+    assert all(said in note for note in notes)
 
 
 def test_the_token_that_ended_is_no_text(tmp_path):

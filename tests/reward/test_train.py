@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import logsigmoid
 from transformers import (
     AutoModelForSequenceClassification,
@@ -21,6 +22,7 @@ from transformers import (
 
 from align.config.data_source import DataSource
 from align.config.reward import METRICS, RewardRecipe
+from align.data.encode import encode_pair
 from align.data.end_tokens import end_ids
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Preference
@@ -32,6 +34,7 @@ from align.generation.sampling import uniforms
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.reward.evaluation import evaluate_pairs, score_pairs
 from align.reward.inputs import check_reward_inputs
+from align.reward.model_card import decoder_ids
 from align.reward.normalization import PURPOSE, normalization_prompts
 from align.reward.train import run
 from align.runs.manifest import read_manifest
@@ -52,6 +55,7 @@ from tests.worlds import (
     tiny_llama,
     trained,
     training_keys,
+    write_jsonl,
 )
 
 # Prompt, chosen, rejected; a letter is a token. The truth: responses with more z are better.
@@ -433,6 +437,91 @@ def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_p
     assert float(names["score"]) == pytest.approx(float(ours), abs=1e-6)
     assert run(settings) == results
     assert "finished already" in capsys.readouterr().err
+
+
+CHATS = {
+    "an end token, then more": ("{% for m in messages %}a{{ m.content }}</s>{{ '\n' }}{% endfor %}{{ 'a' if add_generation_prompt }}", {}),
+    "no end": ("<s>{% for m in messages %}{{ m.content }}b{% endfor %}", {}),
+    "a variable": ("{% for m in messages %}{{ letter }}{{ m.content }}</s>{% endfor %}{{ letter if add_generation_prompt }}",
+                   {"letter": "q"}),
+    "a thought": ("{% for m in messages %}a{{ m.content }}</s>{% endfor %}{{ 'a<think>' if add_generation_prompt }}", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_the_code_of_the_card_gives_the_ids_of_this_package(tmp_path, name):
+    """Text and messages, under a tokenizer that adds BOS to text, which the template has written already."""
+    template, kwargs = CHATS[name]
+    tokenizer = letter_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), chat_template_kwargs=kwargs)
+    code = decoder_ids(str(tmp_path), tokenizer)
+    assert ("encode_pair" in code) == (name == "a thought")
+    asked = [{"role": "user", "content": "x"}]
+    for prompt in ("ab", asked, [*asked, {"role": "assistant", "content": "y"}, *asked]):
+        names: dict = {"prompt": prompt, "response": "zc", "tokenizer": AutoTokenizer.from_pretrained(tmp_path)}
+        exec(code, names)
+        assert names["ids"] == encode_pair(tokenizer, prompt, "zc")
+
+
+def test_the_card_of_a_model_of_messages_gives_its_scores(tmp_path, capsys):
+    """By the classes of transformers and by `load_reward_model`, as the run recorded them."""
+    turns = [
+        {
+            "prompt": [{"role": "user", "content": x}],
+            **{k: [{"role": "assistant", "content": v}] for k, v in rest.items()},
+        }
+        for x, rest in ((x, {"chosen": good, "rejected": bad}) for x, good, bad in ROWS)
+    ]
+    settings = recipe(tmp_path, eval_rows=HELD_OUT)
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHATS["an end token, then more"][0])
+    for key, rows in (("train", turns), ("eval", turns[:2])):
+        write_jsonl(tmp_path / f"{key}.jsonl", rows)
+    settings = dataclasses.replace(settings, chat_template_path=str(template), max_steps=1)
+    results = run(settings)
+    said = capsys.readouterr().err.splitlines()
+    before, after = results.table[0][1:]
+    assert said[-3:] == [
+        f"{settings.output_dir}: held-out pair accuracy: {before:.4g} before, {after:.4g} after training",
+        f"{settings.output_dir}: report card: {results.card['summary']}, in card/card.md",
+        f"{settings.output_dir}: finished, with its results in README.md",
+    ]
+    code = (Path(settings.output_dir) / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    recorded = read_manifest(settings.output_dir)["score_check"]
+    for row in turns[:2]:
+        for side in ("chosen", "rejected"):
+            names: dict = {"prompt": row["prompt"], "response": row[side][0]["content"]}
+            exec(code, names)
+            expected = recorded["scores"][recorded["ids"].index(names["ids"])]
+            assert float(names["score"]) == pytest.approx(expected, abs=1e-6)
+            model = load_reward_model(settings.output_dir)
+            assert float(model(torch.tensor([names["ids"]])).logits[0, 0] - model.config.score_mean) == pytest.approx(
+                expected, abs=1e-6
+            )
+
+
+def test_one_error_counts_the_margins_that_are_missing_in_training_and_held_out_rows(tmp_path):
+    settings = recipe(tmp_path, eval_rows=HELD_OUT)
+    for key, some in (("train", ROWS), ("eval", HELD_OUT)):
+        rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in some]
+        write_jsonl(tmp_path / f"{key}.jsonl", [rows[0] | {"margin": 1}, *rows[1:3], rows[3] | {"tie": True}])
+    with pytest.raises(UserError, match=r"^4 rows cannot be used:\n  no `margin`.*write 0 for none: 4 \("):
+        run(settings)
+
+
+def test_an_undefined_number_is_left_out_of_the_result():
+    """As when it is read back from the manifest, which has null."""
+    nan = float("nan")
+    fresh, stored = (
+        RewardResult.from_json("out", {"steps": 1, "table": [["loss", x, 1.0]], "agreement": x, "eval_loss": 2.0})
+        for x in (nan, None)
+    )
+    assert fresh == stored
+    assert (fresh.metrics, fresh.table) == ({"eval_loss": 2.0}, [("loss", None, 1.0)])
 
 
 def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, monkeypatch):
