@@ -59,7 +59,11 @@ class TestARewardThatTheJudgeContradicts:
         assert whole.verdict[1].startswith("better than SFT by score (the training reward): +")
         assert "judge is -" in said
         assert "from the SFT model's while the score rose" in said
-        assert "(frontier.svg)" in (tmp_path / "a/out/README.md").read_text()
+        card, names = (tmp_path / "a/out/README.md").read_text(), {}
+        assert "(frontier.svg)" in card
+        exec(card.split("```python\n")[1].split("```")[0], names)  # what the card says is what was trained
+        trained = names["model"].state_dict()
+        assert all(torch.equal(trained[name], weight) for name, weight in weights(tmp_path / "a/out").items())
         assert "early_stopping_patience: 2 evaluations in a row: training stops" in said
         (tmp_path / "sft").symlink_to(tmp_path / "a/policy")
         assert all(torch.equal(weights(tmp_path / "sft")[n], w) for n, w in weights(tmp_path / "a/out/best").items())

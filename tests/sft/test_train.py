@@ -135,7 +135,10 @@ def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_p
     assert not (folder / "run.json").exists()
     card = (folder / "README.md").read_text()
     assert "held-out loss" in card
-    assert "AutoModelForCausalLM" in card
+    names: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)  # what the card says is what was trained
+    assert all(torch.equal(names["model"].get_parameter(name), weight) for name, weight in trained(settings).items())
+    assert names["tokenizer"]("ab")["input_ids"] == letter_ids("ab")
     manifest = read_manifest(folder)
     assert SFTResult.from_json(settings.output_dir, manifest["results"]) == results
     assert manifest["data"]["train_rows"] == len(ROWS)
