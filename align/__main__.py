@@ -9,7 +9,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from align.cli.merge_folders import adapter_folder, reward_manifests
 from align.cli.run import run as run_folder
+from align.config.paths import expand, expand_output
 from align.config.stages import STAGES
 from align.errors import UserError, nearest
 from align.runs.command_line import CommandParser, exit_code, stage_arguments
@@ -42,7 +44,9 @@ def _run(words: list[str]) -> int:
     known = [*commands, "--version", "--help"]
     if not words or words[0] not in [*known, "-h"]:
         problem = f"unknown command {words[0]!r}{nearest(words[0], known)}" if words else "no command given"
-        print(f"error: {printable(problem, one_line=True)}\n{parser.format_help()}", end="", file=sys.stderr)
+        print(
+            f"{parser.format_usage()}error: {printable(problem, one_line=True)}; see `align --help`.", file=sys.stderr
+        )
         return 2
     arguments, overrides = parser.parse_known_args(words)
     if words[0] not in STAGES:
@@ -153,12 +157,18 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _merge(arguments: argparse.Namespace, others: list[str]) -> int:
     if arguments.output is not None and not others:
+        folders = [expand(each, "align merge") for each in arguments.folders]
+        reward_manifests(
+            folders, expand_output(arguments.output, "--output")
+        )  # mistakes are told before torch is imported
         say(str(import_frozen("align.cli.merge_rewards").run(arguments.folders, arguments.output)), sys.stdout)
         return 0
     if len(arguments.folders) != 2 or others:
         raise UserError(
             "align merge: expected an adapter's folder and a new folder, as in `align merge out/adapter merged`."
         )
+    adapter, output = arguments.folders
+    adapter_folder(expand(adapter, "align merge"), expand_output(output, "align merge"))
     say(str(import_frozen("align.cli.merge").run(*arguments.folders)), sys.stdout)
     return 0
 

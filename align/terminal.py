@@ -27,3 +27,8 @@ def _escape(match: re.Match[str]) -> str:
 def say(text: str, file: TextIO | None = None) -> None:
     """Print one line, on stderr if no file is given, at once."""
     print(printable(text, one_line=True), file=file or sys.stderr, flush=True)
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: `1 row`, `2 rows`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"

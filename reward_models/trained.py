@@ -27,6 +27,7 @@ class ModelReward:
 
     Attributes:
         truncated: number of sequences truncated to `max_length` so far.
+        on_pass: called after each forward pass with its number of sequences, to show progress.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ModelReward:
         self.encode = encode
         self.reads_ids = reads_ids
         self.truncated = 0
+        self.on_pass: Callable[[int], None] = lambda count: None
 
     @torch.no_grad()
     def score(self, batch: Responses) -> Tensor:
@@ -63,6 +65,7 @@ class ModelReward:
             ids = torch.zeros(mask.shape, dtype=torch.int64)
             ids[mask] = torch.tensor([token for row in rows for token in sequences[row]])
             scores[rows] = score_sequences(self.model, ids.to(device), mask.to(device)).cpu()
+            self.on_pass(len(rows))
         for row in (~scores.isfinite()).nonzero().flatten().tolist():
             raise row_error(self.name, batch, row, f"the model's score is {scores[row]}; expected a finite number.")
         return scores

@@ -76,6 +76,25 @@ def data_sets(
     return lines
 
 
+def left_out(lines: dict[str, list[str]], size: int) -> dict[str, int]:
+    """Why prompts have no row in `best.jsonl` and `random.jsonl`, or none in `pairs.jsonl`: prompts by reason.
+
+    Args:
+        lines: what `data_sets` returned.
+        size: responses to a prompt.
+    """
+    responses = [json.loads(line) for line in lines[RESPONSES]]
+    groups = [responses[start : start + size] for start in range(0, len(responses), size)]
+    unused = [group for group in groups if not any(each["usable"] for each in group)]
+    endless = sum(not any(each["ended"] for each in group) for group in unused)
+    reasons = {
+        f"{BEST}, {RANDOM}, {PAIRS}: no response ended by itself within response_length": endless,
+        f"{BEST}, {RANDOM}, {PAIRS}: no response that ended has an answer": len(unused) - endless,
+        f"{PAIRS} only: no second usable response with a lower score": len(lines[BEST]) - len(lines[PAIRS]),
+    }
+    return {reason: count for reason, count in reasons.items() if count}
+
+
 def _choice(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, prompt_ids: list[int], sample: Sample) -> Choice:
     text = decode_response(tokenizer, prompt.prompt, prompt_ids, sample.ids)
     _, answer = split_sampled(tokenizer, text, prompt_ids, sample.ids)

@@ -13,12 +13,13 @@ from align.evaluate.results import Table
 from align.runs.charts import draw
 from align.runs.markdown import markdown_text
 from align.runs.output_folder import RESULTS
-from align.runs.records import COUNT, MAPPING, Kind, Record, is_count, is_number, mapping_of, read_record
+from align.runs.records import COUNT, MAPPING, NUMBER, Kind, Record, is_count, is_number, mapping_of, read_record
 from align.runs.run_record import identity
 from align.runs.same_run import changes, check_same
 from align.runs.schemas import IDENTITY, OF_IDENTITY
 from align.runs.tables import markdown_table
 
+LOW_EOS_RATE = 0.3
 REPORT, CHART = "results.md", "frontier.svg"
 ESTIMATES = ("proxy", "judge", "win_rate", "judge_win_rate", "length")
 
@@ -47,7 +48,11 @@ RESULTS_RECORD = Record(
         "datasets": mapping_of("a mapping of files to rows", lambda name: isinstance(name, str), is_count),
         "data": MAPPING,
     },
-    OF_IDENTITY,
+    {
+        **OF_IDENTITY,
+        "eos_rate": NUMBER,
+        "left_out": mapping_of("prompts by reason", lambda why: isinstance(why, str), is_count),
+    },
     "restore the file from a copy, or delete it to sample again",
 )
 
@@ -68,7 +73,7 @@ def finished(recipe: BestOfNRecipe) -> dict[str, Any] | None:
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """The frontier at powers of two and at the largest n, and the rows of the data sets."""
+    """The frontier at powers of two and at the largest n, the rows of the data sets, and why prompts are not in them."""
     frontier = results["frontier"]
     has_judge = any(each["judge"] is not None for each in frontier)
     has_judge_columns = ["judge", "win rate by judge"] if has_judge else []
@@ -79,9 +84,25 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
         for each in frontier
         if each["n"] & (each["n"] - 1) == 0 or each is frontier[-1]
     ]
-    title = f"Best of n, {results['prompts']} prompts with {results['num_generations']} responses each"
+    title = f"Best of n, {results['prompts']} prompts with {results['num_generations']} responses each (-: no further response to compare with)"
     files = [[name, str(count)] for name, count in results["datasets"].items()]
-    return [Table(title, columns, rows), Table("Data sets", ["file", "rows"], files)]
+    found = [Table(title, columns, rows), Table("Data sets", ["file", "rows"], files)]
+    if why := results.get("left_out"):
+        left_out = [[*reason.split(": ", 1), str(count)] for reason, count in why.items()]
+        title = f"Prompts left out, of {results['prompts']}"
+        found.append(Table(title, ["files", "because", "prompts"], left_out))
+    return found
+
+
+def eos_warning(results: Mapping[str, Any]) -> str | None:
+    """A warning that too few responses end by themselves, by the limit of PPO's self-checks; None where enough do."""
+    rate = results["eos_rate"]
+    if rate >= LOW_EOS_RATE:
+        return None
+    return (
+        f"warning: {rate:.0%} of the responses end by themselves; expected {LOW_EOS_RATE:.0%} or more, and others are in no data "
+        f"set. response_length {results['recipe']['response_length']} is too short, or the model did not learn to stop."
+    )
 
 
 def _with_interval(entry: Mapping[str, Any], name: str) -> str:
@@ -98,6 +119,8 @@ def report_text(results: Mapping[str, Any]) -> str:
         "the prompts. The KL divergence is from the model that was sampled. Win rates are against one more response, so that "
         "there is none for all of them.\n"
     )
+    if "eos_rate" in results and (warning := eos_warning(results)):
+        text += f"\n{markdown_text(warning)}\n"
     for table in tables(results):
         text += f"\n## {markdown_text(table.title)}\n\n{markdown_table(table.columns, table.rows)}"
     return f"{text}\n![Score against the square root of KL]({CHART})\n"

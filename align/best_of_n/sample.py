@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.best_of_n.datasets import BEST, PAIRS, RANDOM, RESPONSES, data_sets
+from align.best_of_n.datasets import BEST, PAIRS, RANDOM, RESPONSES, data_sets, left_out
 from align.best_of_n.frontier import frontier
 from align.best_of_n.inputs import Inputs, prepare_inputs
 from align.best_of_n.progress import Sample, SampleFile
-from align.best_of_n.results import CHART, REPORT, chart, finished, report_text, tables
+from align.best_of_n.results import CHART, REPORT, chart, eos_warning, finished, report_text, tables
 from align.config.best_of_n import BestOfNRecipe
 from align.data.rows import render_text
 from align.engine.distributed import World, connect, disconnect
@@ -94,6 +94,8 @@ def run(recipe: BestOfNRecipe) -> BestOfNResult | None:
             "prompts": len(groups),
             "num_generations": size,
             "frontier": frontier(groups, names, recipe.bootstrap_iters, recipe.seed),
+            "eos_rate": sum(each.ended for each in samples) / len(samples),
+            "left_out": left_out(lines, size),
             "datasets": {name: len(rows) for name, rows in lines.items()},
             "data": inputs.report,
         }
@@ -110,6 +112,8 @@ def run(recipe: BestOfNRecipe) -> BestOfNResult | None:
         console = make_console()
         for table in tables(results):
             console.print(table.to_rich())
+        if warning := eos_warning(results):
+            say(warning)
     world.barrier()
     disconnect()
     return result

@@ -8,8 +8,8 @@ from pathlib import Path
 from align.config.paths import expand
 from align.report.diagnose import diagnose
 from align.report.overview import state
-from align.report.read import find_runs, read_run
-from align.terminal import say
+from align.report.read import EVALUATIONS, Run, find_runs, read_run
+from align.terminal import counted, say
 
 WARNING, SEVERE = 3, 4  # exit codes; 0: nothing was found
 
@@ -27,8 +27,13 @@ def run(directory: str) -> int:
             found = diagnose(each, runs)
             counts = [sum(finding.severity == kind for finding in found) for kind in ("severe", "warning")]
             told = f"{counts[0]} severe, {counts[1]} warning" + "s" * (counts[1] != 1)
-            told = told if found else f"nothing found in {len(each.lines)} lines of metrics"
+            if not found:
+                told = f"nothing found in {counted(len(each.lines), 'line')} of metrics"
+            if each.stage in EVALUATIONS:
+                told = _of_evaluation(each) + f"; {told}" * bool(found)
             say(f"{each.folder} ({each.stage}, {state(each)}): {told}", sys.stdout)
+            for line in each.verdict:
+                say(f"  verdict: {line}", sys.stdout)
             for finding in found:
                 say(f"  {finding.severity}: {finding.name}: {finding.title}", sys.stdout)
                 say(f"    {finding.evidence}", sys.stdout)
@@ -37,3 +42,10 @@ def run(directory: str) -> int:
             for problem in each.problems:
                 say(problem)
     return worst
+
+
+def _of_evaluation(run: Run) -> str:
+    """What the folder of a stage without training metrics is."""
+    if run.stage == "judge-reward":
+        return "a report card of a reward" + (f", verdict {run.record['verdict']}" if run.finished else "")
+    return "results of an evaluation, which has no training metrics" + "; see results.md" * run.finished

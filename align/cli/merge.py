@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from align.cli.merge_folders import adapter_folder
 from align.compat.transformers import write_unchecked
 from align.config.paths import expand, expand_output, overlap
 from align.errors import UserError, reason
@@ -37,21 +37,14 @@ def run(adapter: str, output: str) -> str:
     """
     quiet()
     adapter, output = expand(adapter, "align merge"), expand_output(output, "align merge")
-    folder = Path(adapter) / "adapter" if (Path(adapter) / "adapter").is_dir() else Path(adapter)
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(f"{adapter}: no adapter (adapter_config.json is missing); name the folder of an adapter.")
-    if os.path.lexists(output):
-        raise UserError(f"{output}: exists already; name a new folder.")
-    if overlap(output, str(folder)):
-        raise UserError(f"{output}: lies in the folder of the adapter; name a new folder elsewhere.")
+    folder = adapter_folder(adapter, output)
     inspect_folder(str(folder), "align merge")
     base = adapter_base(str(folder))
     if base is not None and overlap(output, base):
         raise UserError(
             f"{output}: lies in the folder of the adapter's base model {base}; name a new folder elsewhere."
         )
-    task = read_object(file, "align merge").get("task_type")
+    task = read_object(folder / "adapter_config.json", "align merge").get("task_type")
     auto = AUTO.get(str(task))
     if auto is None:
         raise UserError(f"{folder}: expected an adapter of {' or '.join(AUTO)}, got {task}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from align.cli.merge import _new_folder
-from align.config.paths import expand, expand_output, overlap
+from align.cli.merge_folders import reward_manifests
+from align.config.paths import expand, expand_output
 from align.errors import UserError
 from align.models.inspect_folder import (
     CONFIG,
@@ -27,7 +27,6 @@ from align.models.inspect_folder import (
 )
 from align.models.small_files import JSON_FILES
 from align.runs.files import digest, write_json, write_text
-from align.runs.manifest import read_manifest
 from align.runs.own_files import MANIFEST
 from align.runs.quiet import quiet
 from align.runs.records import SCHEMA_VERSION
@@ -49,14 +48,7 @@ def run(paths: Sequence[str], output: str) -> str:
     """
     quiet()
     paths, output = [expand(path, "align merge") for path in paths], expand_output(output, "--output")
-    if len(paths) < 2:
-        raise UserError("align merge: expected two reward models or more before --output, got one.")
-    if os.path.lexists(output):
-        raise UserError(f"{output}: exists already; name a new folder.")
-    for path in paths:
-        if problem := overlap(output, path):
-            raise UserError(f"{output}: {problem} {path}; name a new folder elsewhere.")
-    manifests = [_manifest(path) for path in paths]
+    manifests = reward_manifests(paths, output)
     folders = [inspect_folder(path, "align merge") for path in paths]
     models = [folder for folder in folders if folder is not None]
     for path, manifest, model in zip(paths[1:], manifests[1:], models[1:], strict=True):
@@ -72,15 +64,6 @@ def run(paths: Sequence[str], output: str) -> str:
         write_text(fresh / "README.md", f"# A reward model\n\nThe mean of the weights of {json.dumps(paths)}.\n")
         write_json(fresh / MANIFEST, _merged_manifest(paths, manifests, scale, fresh))
     return f"the mean of {', '.join(paths)}: {output}"
-
-
-def _manifest(path: str) -> dict[str, Any]:
-    manifest = read_manifest(path) if Path(path).is_dir() else None
-    if manifest is None or manifest["stage"] != "reward" or "score_check" not in manifest:
-        raise UserError(
-            f"align merge: {path}: expected the output of the reward stage, whose {MANIFEST} says where it started."
-        )
-    return manifest
 
 
 def _other(one: dict[str, Any], two: dict[str, Any]) -> str | None:

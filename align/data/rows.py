@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.errors import BadRow, TemplateFailure, UserError
+from align.terminal import counted
 
 Message = dict[str, Any]
 """`role` (system, user, assistant, tool) and `content`, both text, and keys that only some messages have, as `tool_calls`."""
@@ -136,7 +137,7 @@ class BadRows:
                 f"  {reason}: {len(rows)} ({', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''})"
                 for reason, rows in self.by_reason.items()
             ]
-            lines.insert(0, f"{len(self)} rows cannot be used:")
+            lines.insert(0, f"{counted(len(self), 'row')} cannot be used:")
             what = "them or the template" if any("template" in reason for reason in self.by_reason) else "them"
             raise UserError("\n".join([*lines, f"Fix {what}, or leave them out with `on_bad_row: skip`."]))
         return {reason: {"count": len(rows), "first": rows[:5]} for reason, rows in self.by_reason.items()}

@@ -49,7 +49,7 @@ def read_source(source: DataSource, key: str) -> Iterator[tuple[str, Any]]:
     if files:
         return
     if glob.has_magic(path) or path.startswith(("/", ".", "~")) or path.removesuffix(".gz").endswith(SUFFIXES):
-        raise UserError(f"{key}: {path}: no such file; fix the path in the recipe.")
+        raise UserError(f"{key}: {path}: no such file; fix the path.")
     try:
         rows = datasets.load_dataset(path, source.name, split=source.split)
     except Exception as error:  # the network, the hub and the data set's own files fail in many ways

@@ -133,7 +133,10 @@ def tables(results: dict[str, Any]) -> list[Table]:
     ]
     found = [Table("Results", ["metric", *columns], overall)]
     if differences:
-        title = f"Differences from {results['baseline']}, on the same rows"
+        title = (
+            f"Differences from {results['baseline']}, on the same rows; interval: bootstrap over the rows, p: random swaps "
+            "of the two models' results. These are two tests, which may disagree near p = 0.05"
+        )
         found.append(Table(title, ["metric", "model", "against", "difference", "p"], differences))
     if by_task:
         found.append(Table("Results by task", ["task", "rows", "metric", *columns], by_task))

@@ -54,6 +54,16 @@ class Benchmark:
     kind: str
     rows: list[tuple[str, Mapping[str, Any]]]
 
+    def sides(self, row: Mapping[str, Any]) -> list[list[str]]:
+        """The right and the wrong responses of a row."""
+        names = ("response_A", "response_B") if self.kind == JUDGE_BENCH else ("chosen", "rejected")
+        return [[row[name]] if isinstance(row[name], str) else list(row[name]) for name in names]
+
+    @property
+    def responses(self) -> int:
+        """Responses to score."""
+        return sum(len(side) for _, row in self.rows for side in self.sides(row))
+
 
 def detect(source: str, columns: Sequence[str]) -> str:
     """Which benchmark a file is, by its columns and the form of `chosen`.
@@ -142,12 +152,11 @@ def score_benchmark(benchmark: Benchmark, scorer: Scorer, chat: bool) -> dict[st
         chat: whether prompts become user messages, for a model with a chat template; otherwise they stay text.
     """
     judge = benchmark.kind == JUDGE_BENCH
-    right, wrong = ("response_A", "response_B") if judge else ("chosen", "rejected")
     rows: list[Preference] = []
     sizes: list[tuple[int, int]] = []
     for where, row in benchmark.rows:
         prompt = row["question" if judge else "prompt"]
-        sides = [[row[name]] if isinstance(row[name], str) else list(row[name]) for name in (right, wrong)]
+        sides = benchmark.sides(row)
         sizes.append((len(sides[0]), len(sides[1])))
         for text in sides[0] + sides[1]:
             rows.append(as_pair([{"role": "user", "content": prompt}] if chat else prompt, text, text, where))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,14 +147,19 @@ def _encodable(
     return usable, report
 
 
-def load_scorer(reward: RewardModel | RewardSum, recipe: JudgeRewardRecipe, world: World) -> Scorer:
+def load_scorer(
+    reward: RewardModel | RewardSum, recipe: JudgeRewardRecipe, world: World, on_pass: Callable[[int], None]
+) -> Scorer:
     """A reward that is ready to score, its model in the memory of every process.
+
+    Args:
+        on_pass: called after each batch with its number of responses.
 
     Raises:
         UserError: weights do not fit, or are not finite.
     """
     if isinstance(reward, RewardSum):
-        return FunctionScorer(reward, world, recipe.score_reasoning, recipe.per_device_eval_batch_size)
+        return FunctionScorer(reward, world, recipe.score_reasoning, recipe.per_device_eval_batch_size, on_pass)
     try:
         model = load_reward_model(
             reward.path,
@@ -171,4 +176,5 @@ def load_scorer(reward: RewardModel | RewardSum, recipe: JudgeRewardRecipe, worl
         batch_size=recipe.per_device_eval_batch_size,
         max_length=max_positions(reward.config),
     )
+    source.on_pass = on_pass
     return ModelScorer(source, world, reward.tokenizer, is_encoder(reward.config))

@@ -20,18 +20,20 @@ import torch
 
 from align.config.judge_reward import JudgeRewardRecipe
 from align.data.rows import Prompt, render_text
-from align.engine.distributed import World, connect, disconnect
+from align.engine.distributed import connect, disconnect
 from align.engine.faults import during
 from align.judge.agreement import agreement
 from align.judge.benchmarks import score_benchmark
 from align.judge.card import FILES, tables, verdict_table, write_card
 from align.judge.inputs import JudgeInputs, Policy, load_scorer, prepare_inputs
 from align.judge.measure import confident_errors, measure_pairs
+from align.judge.probes import most_probed
 from align.judge.results import finished
 from align.judge.rows import ModelScorer, Scored, Scorer
 from align.judge.slices import FEWEST_PAIRS
 from align.judge.spread import Sampling, rows_of_file, sampled_rows, spread
 from align.judge.verdicts import judge, overall, summary
+from align.judge.work import Work
 from align.models.context_length import max_positions
 from align.models.inspect_folder import inspect_inputs
 from align.models.virtual_tokens import load_language_model
@@ -64,10 +66,14 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
     folder = Path(recipe.output_dir)
     if not world.is_main:
         share(folder)
-    scorer = load_scorer(inputs.rewards[0], recipe, world)
+    with_samples = bool(inputs.policy or inputs.samples)
+    parts = bool(inputs.pairs) * len(inputs.rewards) + with_samples + bool(inputs.policy) + len(inputs.benchmarks)
+    work = Work(world, parts)
+    scorer = load_scorer(inputs.rewards[0], recipe, world, work.add)
     card: dict[str, Any] = {}
     errors: list[dict[str, Any]] = []
     if inputs.pairs:
+        work.start("pairs and probes", 2 * len(inputs.pairs) + most_probed(inputs.pairs))
         scored = Scored.by(scorer, inputs.pairs)
         card |= measure_pairs(
             scored,
@@ -79,12 +85,17 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
         )
         errors = confident_errors(scored)
         if inputs.rewards[1:]:
-            second = Scored.by(load_scorer(inputs.rewards[1], recipe, world), inputs.pairs)
+            work.start("second reward", 2 * len(inputs.pairs))
+            second = Scored.by(load_scorer(inputs.rewards[1], recipe, world, work.add), inputs.pairs)
             card["agreement"] = agreement(scored, second, recipe.bootstrap_iters, recipe.seed)
-    if inputs.policy or inputs.samples:
-        card["spread"] = measure_spread(recipe, inputs, scorer, world)
+    if with_samples:
+        card["spread"] = measure_spread(recipe, inputs, scorer, work)
     chat = isinstance(scorer, ModelScorer) and not scorer.is_encoder and bool(scorer.tokenizer.chat_template)
-    card["benchmarks"] = [score_benchmark(each, scorer, chat) for each in inputs.benchmarks]
+    card["benchmarks"] = []
+    for each in inputs.benchmarks:
+        work.start(each.kind, each.responses)
+        card["benchmarks"].append(score_benchmark(each, scorer, chat))
+    work.stop()
     card["notes"] = notes(scorer, inputs, [name for name in recipe.slice_by if name not in card.get("slices", {})])
     card["verdicts"] = judge(card)
     result = None
@@ -111,16 +122,18 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
     return result
 
 
-def measure_spread(recipe: JudgeRewardRecipe, inputs: JudgeInputs, scorer: Scorer, world: World) -> dict[str, Any]:
+def measure_spread(recipe: JudgeRewardRecipe, inputs: JudgeInputs, scorer: Scorer, work: Work) -> dict[str, Any]:
     """The spread of scores among the samples of the file, or of the policy."""
-    rows = rows_of_file(inputs.samples) if inputs.policy is None else sample(recipe, inputs.policy, inputs, world)
+    rows = rows_of_file(inputs.samples) if inputs.policy is None else sample(recipe, inputs.policy, inputs, work)
+    work.start("scores of samples", len(rows))
     return spread(rows, scorer.score(rows, [row.chosen for row in rows]), recipe.bootstrap_iters, recipe.seed)
 
 
-def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, world: World) -> list[Any]:
+def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, work: Work) -> list[Any]:
     """Responses of the policy to some of the judged prompts."""
     prompts = list({render_text(row.prompt): Prompt(row.prompt, row.where, row.extra) for row in inputs.pairs}.values())
     drawn = random.Random(f"{recipe.seed} prompts").sample(prompts, min(recipe.num_prompts, len(prompts)))
+    work.start("samples of the policy", len(drawn) * recipe.num_generations)
     model = load_language_model(
         policy.path,
         dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
@@ -129,9 +142,9 @@ def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, world
     )
     limits = [policy.tokenizer.model_max_length, max_positions(policy.config) or policy.tokenizer.model_max_length]
     return sampled_rows(
-        model.to(world.device).eval(),
+        model.to(work.world.device).eval(),
         policy.tokenizer,
-        world,
+        work.world,
         drawn,
         int(min(limits)) - recipe.response_length,
         Sampling(
@@ -141,6 +154,7 @@ def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, world
             recipe.per_device_eval_batch_size,
             recipe.seed,
         ),
+        work.add,
     )
 
 

@@ -35,6 +35,11 @@ def changed(text: str, other: str) -> dict[str, str]:
     }
 
 
+def most_probed(rows: Sequence[Preference]) -> int:
+    """Responses that `run_probes` scores, at most."""
+    return (1 + len(changed("", ""))) * min(MOST_ROWS, len(rows))
+
+
 def run_probes(scorer: Scorer, rows: Sequence[Preference], iterations: int, seed: int) -> dict[str, dict[str, Any]]:
     """By probe, the share of rows whose score rises strictly, and the mean change in standard deviations of the scores.
 

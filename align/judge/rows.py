@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,6 +62,7 @@ class FunctionScorer:
     world: World
     score_reasoning: bool
     batch_size: int
+    on_pass: Callable[[int], None] = lambda count: None
 
     def score(self, rows: Sequence[Preference], responses: Sequence[Turns]) -> Floats:
         """Scores [n], on every rank.
@@ -77,6 +78,7 @@ class FunctionScorer:
                     scores[part] = self.rewards.score(self._batch(rows[part], responses[part]))[0].double()
                 except ValueError as error:
                     raise UserError(f"reward_funcs: {error}") from error
+                self.on_pass(len(rows[part]))
         return np.asarray(self.world.sum(scores.to(self.world.device)).cpu().numpy())
 
     def _batch(self, rows: Sequence[Preference], responses: Sequence[Turns]) -> Responses:

@@ -48,6 +48,10 @@ def slices(scored: Scored, names: Sequence[str], iterations: int, seed: int) -> 
     for name, values in columns.items():
         common = [value for value, n in Counter(values).most_common(MOST_VALUES) if n >= FEWEST_PAIRS]
         places = np.array([value if value in common else OTHERS for value in values])
+        if name == "length":
+            common.sort(key=lambda each: longest[places == each].min())
+        elif name == "turn":
+            common.sort()
         kept = [*common, *([OTHERS] if OTHERS in places else [])]
         if len(kept) > 1:
             found[name] = [_slice(each, places == each, right, prompts, iterations, seed) for each in kept]
@@ -70,8 +74,8 @@ def _slice(value: str, inside: Any, right: Floats, prompts: Any, iterations: int
 
 def thirds(lengths: Floats) -> list[str]:
     """The third of the pairs that each belongs to by the characters of its longer response."""
-    low, high = (float(each) for each in np.quantile(lengths, [1 / 3, 2 / 3])) if len(lengths) else (0.0, 0.0)
-    names = (f"up to {low:.0f} characters", f"up to {high:.0f}", f"above {high:.0f}")
+    low, high = (int(each) for each in np.quantile(lengths, [1 / 3, 2 / 3])) if len(lengths) else (0, 0)
+    names = (f"up to {low} characters", f"{low + 1} to {high}", f"{high + 1} or more")
     return [names[int(length > low) + int(length > high)] for length in lengths]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,14 @@ def sampled_rows(
     prompts: Sequence[Prompt],
     max_prompt_length: int,
     sampling: Sampling,
+    on_batch: Callable[[int], None] = lambda count: None,
 ) -> list[Preference]:
     """`num_generations` responses of a policy to each prompt, as `chosen` of a row each. On every rank.
 
     Prompts that leave no room for a response are skipped.
+
+    Args:
+        on_batch: called after each batch with its number of responses.
     """
     usable, _ = tokenize_prompts(prompts, tokenizer, max_prompt_length, "skip")
     repeated = [each for each in usable for _ in range(sampling.num_generations)]
@@ -54,6 +58,7 @@ def sampled_rows(
         noise = uniforms(sampling.seed, "spread of scores", part, sampling.response_length).to(world.device)
         with torch.no_grad():
             responses += respond_to_batch(model, tokenizer, [repeated[i][1] for i in part], noise, sampling.temperature)
+        on_batch(len(part))
     responses = gather_responses(world, responses, sampling.response_length)[: len(repeated)]
     rows = []
     for (prompt, prompt_ids), ids in zip(repeated, responses, strict=True):

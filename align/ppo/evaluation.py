@@ -135,8 +135,9 @@ class Evaluation:
             (lengths[0], lengths[1]),
             before.truncated + policy.truncated,
         )
-        for kind in found.keys() - self.warned:
-            tracker.say(f"update {step}: {found[kind]}")
+        for kind, text in found.items():
+            if kind not in self.warned:
+                tracker.warn(step, kind, f"update {step}: {text}")
         self.warned |= found.keys()
 
     def _choose(self, tracker: Tracker, step: int, policy: Measured) -> None:
@@ -153,7 +154,7 @@ class Evaluation:
         if progress.falls:
             assert progress.best is not None
             score = self.metrics[SCORE] - progress.best[SCORE]
-            tracker.say(f"update {step}: {fell(name, since, progress.best['update'], score)}")
+            tracker.warn(step, "fell", f"update {step}: {fell(name, since, progress.best['update'], score)}")
         if recipe.early_stopping_patience is not None and progress.falls >= recipe.early_stopping_patience:
             self.stops = True
             tracker.say(f"early_stopping_patience: {progress.falls} evaluations in a row: training stops")

@@ -26,8 +26,8 @@ def permitted_kl(within: float, kl_coef: float) -> float:
     return (within / kl_coef) ** 2 / 2
 
 
-def describe_kl_coef(recipe: PPORecipe, spread: float, within: float) -> str:
-    """What the coefficient permits, with the remedy where it forbids nearly everything or nothing.
+def describe_kl_coef(recipe: PPORecipe, spread: float, within: float) -> tuple[str, str]:
+    """What the coefficient permits, and the remedy where it forbids nearly everything or nothing; else an empty text.
 
     Args:
         spread, within: as from `spreads`, in units of score.
@@ -35,17 +35,17 @@ def describe_kl_coef(recipe: PPORecipe, spread: float, within: float) -> str:
     unit = "standard deviations of the score" if recipe.scores_are_normalized else "score"
     line = f"kl_coef {recipe.kl_coef:g} {unit} per nat; the SFT model's scores spread by {spread:.3g}, {within:.3g} within a prompt"
     if not within > 0:
-        return f"{line}: there is nothing to learn"
+        return line, ": there is nothing to learn"
     if not recipe.kl_coef:
-        return f"{line}: nothing holds the policy near the SFT model"
+        return line, ": nothing holds the policy near the SFT model"
     kl = permitted_kl(within / (spread if recipe.scores_are_normalized else 1.0), recipe.kl_coef)
     line += f": it permits about {kl:.2g} nats per response"
     if recipe.kl_target is not None:
         factor = math.pow(1 + 0.2 * recipe.rollout_batch_size / recipe.kl_horizon, recipe.num_updates)
         line += f", and kl_target {recipe.kl_target:g} changes it by at most {factor:.4g} times in this run"
         too_slow = max(kl / recipe.kl_target, recipe.kl_target / kl) > factor**2  # KL goes with 1 / kl_coef^2
-        return line + " (too little to get there: lower kl_horizon)" * too_slow
+        return line, " (too little to get there: lower kl_horizon)" * too_slow
     if kl < LEAST_KL:
         remedy = "lower it" if recipe.scores_are_normalized else "lower it, or set normalize_scores: true"
-        return f"{line}, hardly any change: {remedy}"
-    return line + ", which is hardly a limit: raise it, or set max_kl" * (kl > MOST_KL)
+        return line, f", hardly any change: {remedy}"
+    return line, ", which is hardly a limit: raise it, or set max_kl" * (kl > MOST_KL)

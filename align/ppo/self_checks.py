@@ -84,11 +84,15 @@ def check_start(run: PPORun, tracker: Tracker, start: int) -> dict[str, float]:
             f"self-checks: {len(failed)} of {len(checks)} failed before the first update.\n{listed}\n"
             "Nothing has been trained. To train nevertheless, add --skip_self_checks."
         )
-    for check in checks:
+    for number, check in enumerate(checks):
         if not check.passed:
-            tracker.say(f"warning: self-check: {check}")
+            tracker.warn(0, f"self-check {number}", f"warning: self-check: {check}")
     spread = [metrics[f"self_check/score_std{which}"] for which in ("", "_within_prompt")]
-    tracker.say(describe_kl_coef(run.recipe, *spread))
+    about_kl, remedy = describe_kl_coef(run.recipe, *spread)
+    if remedy:
+        tracker.warn(0, "kl_coef", about_kl + remedy)
+    else:
+        tracker.say(about_kl)
     tracker.say(f"self-checks: {', '.join(check.found for check in checks if check.passed)}; in {seconds:.1f} s")
     return {**metrics, "time/self_checks": seconds}
 

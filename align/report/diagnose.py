@@ -1,4 +1,4 @@
-"""What is wrong with a run, by the metrics it has left: each fault with its evidence and the remedy, nothing for a sound run."""
+"""What is wrong with a run, by the metrics it has left and by what it said itself: each fault with its evidence and the remedy, nothing for a sound run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align.report.findings import Finding, order
-from align.report.read import Run, is_run, read_run
+from align.report.read import EVALUATIONS, Run, is_run, read_run
 from align.report.signs_ppo import ppo_signs
 from align.report.signs_responses import response_signs
+from align.report.signs_said import said_signs
 from align.report.signs_training import reward_signs, training_signs
 
 FEWEST_LINES = 2
@@ -38,7 +39,8 @@ def diagnose(run: Run, others: Sequence[Run] = ()) -> list[Finding]:
         found += training_signs(run)
         if run.stage == "reward":
             found += reward_signs(run)
-    if not run.finished and not run.lines:
+    found += said_signs(run)
+    if not run.finished and not run.lines and run.stage not in EVALUATIONS:
         found.append(
             Finding(
                 "warning",

@@ -14,11 +14,9 @@ import yaml
 from align.config.stages import STAGES
 from align.report.costs import duration, wall_seconds
 from align.report.figures import Table
-from align.report.pipelines import Group, Pipeline
+from align.report.pipelines import Group, Pipeline, starts_from
 from align.report.read import Run
 from align.runs.tables import cell
-
-MODELS = ("model_name_or_path", "sft_model_path", "reward_model_path", "value_model_path", "models")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,18 +107,11 @@ def headline(pipeline: Pipeline) -> list[Headline]:
 
 def verdict_lines(run: Run) -> list[str]:
     """What a stage says itself about its result."""
-    lines = run.results.get("verdict", [])
-    return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
+    return run.verdict
 
 
 def _models(recipe: Mapping[str, Any]) -> str:
-    found = []
-    for name in MODELS:
-        value = recipe.get(name)
-        if not value:
-            continue
-        values = value if isinstance(value, list) else [value]
-        found += [str(each[-1]) if isinstance(each, list) and each else str(each) for each in values]
+    found = starts_from(recipe)
     if not found and recipe.get("model_config"):
         found = ["from scratch"]
     return ", ".join(dict.fromkeys(found[:8]))

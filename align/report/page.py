@@ -197,7 +197,16 @@ def _self_checks(groups: Sequence[Group]) -> Table | None:
     if not names:
         return None
     rows = [[name[11:], *(_number(each.run.last(name)) for each in runs)] for name in names]
-    columns = [each.label for each in runs] if len(runs) > 1 else ["value"]
+    labels = {each.label for each in runs}
+    columns = [
+        each.run.name
+        if len(labels) == 1
+        else each.label
+        if len(labels) == len(runs)
+        else f"{each.label}: {each.run.name}"
+        for each in runs
+    ]
+    columns = columns if len(runs) > 1 else ["value"]
     return Table("PPO's self-checks before the first update", ["check", *columns], rows)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from align.report.curves import Labelled
 from align.report.read import Run, read_run
+
+MODELS = ("model_name_or_path", "sft_model_path", "reward_model_path", "value_model_path", "models")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,37 @@ def read_pipelines(folders: Sequence[Sequence[Path]]) -> list[Pipeline]:
     Raises:
         UserError: a record is damaged.
     """
-    read = [[read_run(folder) for folder in each] for each in folders]
+    read = [_in_order([read_run(folder) for folder in each]) for each in folders]
     return [Pipeline(label, runs) for label, runs in zip(_labels(read), read, strict=True)]
+
+
+def _in_order(runs: Sequence[Run]) -> list[Run]:
+    """Runs after those whose models their recipes name, by the names of the folders; otherwise as they come."""
+    by_name = {run.name: run for run in runs}
+    found: dict[str, Run] = {}
+
+    def add(run: Run, waiting: tuple[str, ...] = ()) -> None:
+        if run.name in (*found, *waiting):
+            return
+        for path in starts_from(run.recipe):
+            for part in Path(path).parts:
+                if part in by_name:
+                    add(by_name[part], (*waiting, run.name))
+        found[run.name] = run
+
+    for run in runs:
+        add(run)
+    return list(found.values()) if len(found) == len(runs) else list(runs)
+
+
+def starts_from(recipe: Mapping[str, Any]) -> list[str]:
+    """The models that a recipe names."""
+    found: list[str] = []
+    for name in MODELS:
+        if value := recipe.get(name):
+            values = value if isinstance(value, list) else [value]
+            found += [str(each[-1]) if isinstance(each, list) and each else str(each) for each in values]
+    return found
 
 
 def _labels(pipelines: Sequence[Sequence[Run]]) -> list[str]:

@@ -71,6 +71,12 @@ class Run:
         found = self.record.get("results", {})
         return found if isinstance(found, dict) else {}
 
+    @property
+    def verdict(self) -> list[str]:
+        """What a finished stage says of its result, a line for each measure."""
+        lines = self.results.get("verdict", [])
+        return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
+
     @cached_property
     def metrics(self) -> dict[str, list[Point]]:
         """Points by metric, of the values that are finite, by step; of a step with two lines the last counts."""

@@ -27,6 +27,7 @@ COMPLETE = "complete.json"
 WANDB_RUN = "wandb_run.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+WARNINGS = "warnings"  # name of the table in samples.jsonl that has what the run warned of
 OF_TOKENIZER = ("vocabulary", "bos_token_id", "eos_token_id", "chat_template")
 RECORD_FILES = (MANIFEST, RUN, WANDB_RUN, METRICS, SAMPLES)
 

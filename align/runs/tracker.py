@@ -22,7 +22,7 @@ from align.errors import UserError, reason
 from align.runs.files import write_text
 from align.runs.own_files import own
 from align.runs.progress import Display
-from align.runs.schemas import METRICS, SAMPLES
+from align.runs.schemas import METRICS, SAMPLES, WARNINGS
 from align.runs.wandb_run import WandbRun
 
 # What makes the report of a run. It reads the records of all stages and so lies above them: found by name, as a stage is.
@@ -43,6 +43,7 @@ class Tracker:
         self._folder = Path(recipe.output_dir)
         self._display = Display(stage, total_steps)
         self._wandb: WandbRun | None = None
+        self._warned: set[str] = set()
 
     def __enter__(self) -> Tracker:
         """
@@ -55,6 +56,7 @@ class Tracker:
                 self._identity = _identity(self._folder)
                 for name in (METRICS, SAMPLES):
                     _drop_after(self._folder / name, self.resume_step)
+                self._warned = _kinds(self._folder / SAMPLES)
             if self.recipe.report_to == "wandb":
                 self._wandb = WandbRun(self.recipe, self.stage, self._folder, self.say)
             self._display.start(self.resume_step)
@@ -114,6 +116,13 @@ class Tracker:
         except Exception as error:
             self.say(f"no report in W&B: {error if isinstance(error, UserError) else reason(error)}")
 
+    def warn(self, step: int, kind: str, text: str) -> None:
+        """Say a warning, and keep the first of its kind in `samples.jsonl`, for `align report` and `align diagnose`."""
+        self.say(text)
+        if self.is_main and kind not in self._warned:
+            self._warned.add(kind)
+            self._append(SAMPLES, [{"step": step, "name": WARNINGS, "kind": kind, "text": text}])
+
     def _check_folder(self) -> None:
         # A checkpoint would make the folder anew, without the records of the run.
         if _identity(self._folder) != self._identity:
@@ -132,6 +141,15 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _kinds(path: Path) -> set[str]:
+    """Kinds of warnings that `path` has."""
+    if not path.is_file():
+        return set()
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {str(row.get("kind")) for row in rows if row.get("name") == WARNINGS}
 
 
 def _drop_after(path: Path, step: int) -> None:

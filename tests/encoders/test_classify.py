@@ -465,7 +465,7 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, row, said):
     settings = recipe(tmp_path, max_length=30, max_steps=1)
     with open(settings.train_dataset[0].path, "a") as file:
         file.write(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match=rf"1 rows cannot be used:\n  {said} \(.*train.jsonl:8\)"):
+    with pytest.raises(UserError, match=rf"1 row cannot be used:\n  {said} \(.*train.jsonl:8\)"):
         run(settings)
     run(dataclasses.replace(settings, on_bad_row="skip", output_dir=str(tmp_path / "skipped")))
     data = read_manifest(tmp_path / "skipped")["data"]

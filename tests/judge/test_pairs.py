@@ -22,6 +22,7 @@ from align.judge.pairs import (
     share,
     temperature,
 )
+from align.judge.slices import thirds
 
 MARGINS = np.array([2.0, 1.0, 0.5, -0.5, -1.0, 3.0])
 
@@ -117,3 +118,10 @@ def test_a_reward_that_is_the_length():
     a, b = random.normal(size=50), random.integers(0, 5, 50).astype(np.float64)
     assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert np.isnan(spearman(a, np.ones(50)))
+
+
+def test_thirds_by_length_have_bounds_that_hold():
+    lengths = np.array([10.0, 20.0, 30.0, 40.0, 50.0, 61.0])
+    names = thirds(lengths)
+    assert list(dict.fromkeys(names)) == ["up to 26 characters", "27 to 43", "44 or more"]
+    assert names == ["up to 26 characters"] * 2 + ["27 to 43"] * 2 + ["44 or more"] * 2

@@ -528,7 +528,7 @@ class TestCoefficient:
     )  # fmt: skip
     def test_the_line(self, tmp_path, changes, words):
         recipe = load_recipe("ppo", make_recipe(tmp_path, **changes))
-        assert re.search(words, describe_kl_coef(recipe, spread=0.25, within=0.2))
+        assert re.search(words, "".join(describe_kl_coef(recipe, spread=0.25, within=0.2)))
 
     def test_equal_responses(self, tmp_path):
         recipe = load_recipe("ppo", make_recipe(tmp_path))

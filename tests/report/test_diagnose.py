@@ -14,9 +14,10 @@ from scipy.stats import spearmanr
 from align.__main__ import main
 from align.report.diagnose import diagnose
 from align.report.findings import correlation
+from align.report.pipelines import read_pipelines
 from align.report.read import read_run
 from tests.report.recorded import RUNS, make_run
-from tests.worlds import write_jsonl
+from tests.worlds import manifest, write_jsonl
 
 # Recorded run -> the fault by its name, and how severe the worst is.
 FAULTS = {
@@ -142,3 +143,33 @@ def test_rank_correlation():
     xs, ys = ([numbers.choice([1.0, 2.0, 3.0, math.pi]) for _ in range(50)] for _ in range(2))
     assert correlation(xs, ys) == pytest.approx(spearmanr(xs, ys).statistic, abs=1e-12)
     assert correlation([1.0, 2.0], [3.0, 3.0]) == 0
+
+
+def test_what_the_run_said_itself_is_told(tmp_path, capsys):
+    """Its warnings, finished or not, a verdict of no gain, and that best/ is the SFT model."""
+    run = make_run("sound_seed1", tmp_path / "run")
+    record = json.loads((run / "stage.json").read_text())
+    record["results"] |= {
+        "verdict": ["no different from SFT by judge: -0.03", "better than SFT by score: +0.7"],
+        "best": {"update": 0},
+    }
+    (run / "stage.json").write_text(json.dumps(record))
+    lines = (run / "samples.jsonl").read_text() if (run / "samples.jsonl").exists() else ""
+    said = json.dumps({"step": 0, "name": "warnings", "kind": "kl_coef", "text": "kl_coef 0.05: hardly a limit"}) + "\n"
+    (run / "samples.jsonl").write_text(lines + said * 2)
+    found = {each.name: each.evidence for each in diagnose(read_run(run))}
+    assert set(found) == {"said by the run", "no gain over SFT", "best is SFT"}
+    assert found["said by the run"] == "kl_coef 0.05: hardly a limit"
+    assert main(["diagnose", str(run)]) == 3
+    assert "verdict: better than SFT by score: +0.7" in capsys.readouterr().out
+
+
+def test_runs_come_after_what_they_start_from(tmp_path):
+    names = {"kill": ("ppo", "out/sft"), "sft": ("sft", "base")}
+    for name, (stage, start) in names.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        key = "sft_model_path" if stage == "ppo" else "model_name_or_path"
+        (folder / "stage.json").write_text(json.dumps(manifest(stage, recipe={key: start}, results={"table": []})))
+    (pipeline,) = read_pipelines([[tmp_path / "kill", tmp_path / "sft"]])
+    assert [run.name for run in pipeline.runs] == ["sft", "kill"]

@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 
 from align.cli.architectures.cases import Case, make_cases
-from align.cli.architectures.examine import FAILED, REFUSED, Found, examine
+from align.cli.architectures.examine import FAILED, PARTS, REFUSED, Found, examine
 from align.cli.architectures.stages import RECIPES
 from align.cli.processes import describe_exit_code
 from align.cli.report_file import report_path, write_report
@@ -94,7 +94,13 @@ def examine_all(cases: Sequence[Case], overrides: Sequence[str]) -> list[Found]:
                     running[receiver] = (case, process)
                 for results in wait(list(running)):
                     case, process = running.pop(results)
-                    found[case] = _result(case, process, results)
+                    result = _result(case, process, results)
+                    if isinstance(result, str):
+                        running[results] = case, process
+                        if len(cases) == 1:
+                            say(_progress(case, result, time.monotonic() - began), sys.stderr)
+                        continue
+                    found[case] = result
                     left = (time.monotonic() - began) / len(found) * (len(cases) - len(found))
                     say(
                         f"{len(found)}/{len(cases)} {case.name}: {found[case].verdict}; about {left:.0f} s left",
@@ -123,17 +129,28 @@ def _work(case: Case, folder: Path, overrides: Sequence[str], threads: int, send
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
     torch.set_num_threads(max(threads, 1))
+    Found.tell = sender.send
     sender.send(examine(case, folder, overrides))
     shutil.rmtree(folder)
 
 
-def _result(case: Case, process: BaseProcess, results: Any) -> Found:
+def _progress(case: Case, part: str, seconds: float) -> str:
+    """That a part begins, and how long the others may take."""
+    done = PARTS.index(part)
+    left = f", about {seconds / done * (len(PARTS) - done):.0f} s left" if done else ""
+    return f"{case.name}: {done + 1}/{len(PARTS)} {part}, after {seconds:.0f} s{left}"
+
+
+def _result(case: Case, process: BaseProcess, results: Any) -> Found | str:
+    """What a process has sent: the name of the part that it begins, or at last what it found."""
     try:
-        found: Found = results.recv()
+        found: Found | str = results.recv()
     except EOFError:
         process.join()
         how = describe_exit_code(process.exitcode or 0)
         return Found(case.name, stages={"process": FAILED}, notes={"process": f"the process of this row {how}"})
+    if isinstance(found, str):
+        return found
     process.join()
     return found
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -25,6 +25,7 @@ OWN_LIMIT = 1e-4  # ... and of a user's, whose depth and sharper distributions r
 LARGE = 100_000_000  # parameters, above which the stages run on a small model of the same configuration
 OK, REFUSED, FAILED = "ok", "refused", "FAILED"
 STAGES = ("sft", "reward", "ppo")
+PARTS = ("model", "packing", "exact", "check", *STAGES, "scores", "saved")  # in their order
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class Found:
     gaps: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    tell: ClassVar[Callable[[str], None]] = staticmethod(lambda part: None)  # called at the start of each part
 
     @property
     def verdict(self) -> str:
@@ -59,6 +61,7 @@ class Found:
     def part(self, name: str, refused: str = "") -> Iterator[None]:
         """A part that may fail; `refused`: what `align check` found, so that an error here is a refusal."""
         self.stages[name] = OK
+        type(self).tell(name)
         try:
             yield
         except Exception as error:

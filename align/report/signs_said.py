@@ -1,0 +1,70 @@
+"""What a run said of itself, as findings: its warnings, its verdict against the SFT model, the verdict of a report card."""
+
+from __future__ import annotations
+
+from align.report.findings import Finding
+from align.report.read import EVALUATIONS, Run
+from align.runs.schemas import WARNINGS
+
+NOT_BETTER = ("worse than", "no different from")  # how a line of PPO's verdict begins
+
+
+def said_signs(run: Run) -> list[Finding]:
+    """Findings of what the run itself has said, finished or not."""
+    said = [row.get("text") for row in run.samples if row["name"] == WARNINGS]
+    found = [
+        Finding("warning", "said by the run", "the run itself warned", text, "As the line says; the run went on.")
+        for text in dict.fromkeys(said)
+        if isinstance(text, str)
+    ]
+    if run.stage == "ppo":
+        found += _ppo(run)
+    if run.stage in EVALUATIONS and not run.finished:
+        found.append(
+            Finding(
+                "warning",
+                "no results",
+                "there are no results yet",
+                f"results.json is missing; {run.stage} logs no metrics while it runs.",
+                "Wait for it; if it no longer runs, run the command again.",
+            )
+        )
+    elif run.stage == "judge-reward" and run.record["verdict"] != "good":
+        lines = run.record["card"]["verdicts"]
+        back = dict.fromkeys(each["go_back_to"] for each in lines if each["verdict"] == run.record["verdict"])
+        found.append(
+            Finding(
+                "severe" if run.record["verdict"] == "bad" else "warning",
+                "reward card",
+                f"the report card's verdict on the reward is {run.record['verdict']}",
+                run.record["summary"],
+                "Go back to " + "; ".join(filter(None, back)) if any(back) else "See card.md.",
+            )
+        )
+    return found
+
+
+def _ppo(run: Run) -> list[Finding]:
+    found = [
+        Finding(
+            "warning",
+            "no gain over SFT",
+            "the policy is no better than the SFT model",
+            line,
+            "Keep the SFT model; look at the reward first (`align judge-reward`), then at `kl_coef` and `total_episodes`, or "
+            "hold out more prompts (`eval_fraction`).",
+        )
+        for line in run.verdict
+        if line.startswith(NOT_BETTER)
+    ]
+    if (run.results.get("best") or {}).get("update") == 0:
+        found.append(
+            Finding(
+                "warning",
+                "best is SFT",
+                "best/ holds the SFT model",
+                "No evaluation was better by metric_for_best_model (within max_kl, if it is set) than the SFT model's.",
+                "Do not take `best/` for a trained policy; see what else is found, or train longer.",
+            )
+        )
+    return found
