@@ -44,9 +44,7 @@ def _run(words: list[str]) -> int:
     known = [*commands, "--version", "--help"]
     if not words or words[0] not in [*known, "-h"]:
         problem = f"unknown command {words[0]!r}{nearest(words[0], known)}" if words else "no command given"
-        print(
-            f"{parser.format_usage()}error: {printable(problem, one_line=True)}; see `align --help`.", file=sys.stderr
-        )
+        print(f"error: {printable(problem, one_line=True)}\n{parser.format_usage()}see: align --help", file=sys.stderr)
         return 2
     arguments, overrides = parser.parse_known_args(words)
     if words[0] not in STAGES:

@@ -68,6 +68,15 @@ def test_samples_file(tmp_path: Path) -> None:
     ]
 
 
+def test_the_first_warning_of_a_kind_is_kept_also_over_a_resume(tmp_path: Path) -> None:
+    for step, kinds in ((0, ["kl", "kl"]), (2, ["kl", "length"])):
+        with Tracker(ppo_recipe(tmp_path), "ppo", 4, resume_step=step) as tracker:
+            for kind in kinds:
+                tracker.warn(step, kind, f"{kind} at {step}")
+    kept = [(line["step"], line["kind"], line["text"]) for line in lines(tmp_path / "samples.jsonl")]
+    assert kept == [(0, "kl", "kl at 0"), (2, "length", "length at 2")]
+
+
 def test_resume_drops_what_is_done_again(tmp_path: Path) -> None:
     recipe = ppo_recipe(tmp_path)
     with Tracker(recipe, "ppo", 4) as tracker:
