@@ -117,6 +117,7 @@ def test_equal_members_train_the_policy_of_one_to_the_bit_and_a_killed_run_goes_
     assert {place for place in inputs if place.startswith("reward")} == {"reward_model_path[0]", "reward_model_path[1]"}
 
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    samples = [row for row in samples if row["name"] != "warnings"]
     assert len(samples) >= 6
     for row in samples:
         assert row["score"] == row["score/reward_model_1"] == row["score/reward_model_2"]

@@ -137,7 +137,9 @@ class TestOneProcess:
 
     def test_samples_show_both_responses(self, finished):
         rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
-        assert {"prompt", "sft", "response", "score_sft", "score", "kl"} <= set(rows[0])
+        assert {"prompt", "sft", "response", "score_sft", "score", "kl"} <= set(
+            next(row for row in rows if row["name"] == "samples")
+        )
 
     def test_all_responses_of_the_last_evaluation_are_kept_with_their_lengths(self, finished):
         rows = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
