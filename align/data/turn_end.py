@@ -39,7 +39,7 @@ def turn_end_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
         behind = f", behind the {text!r} that the template writes, which is trained as a part of it" if text else ""
         return (
             f"the chat template writes no end after a turn: {tokenizer.eos_token} is added to a row's last response{behind}. "
-            f"To end every turn, and without more, have the template write {tokenizer.eos_token} right after the content"
+            "To end every turn, and with nothing before it, have the template write {{ eos_token }} right after the content"
         )
     ids = tokenizer(text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
     return (
