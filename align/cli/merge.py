@@ -63,7 +63,7 @@ def run(adapter: str, output: str) -> str:
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded on its base {base}: {reason(error)}") from error
     check_finite(model, str(folder))
-    with _new_folder(Path(output)) as fresh:
+    with new_folder(Path(output)) as fresh:
         merged = model.merge_and_unload()
         if getattr(merged, "generation_config", None) is not None:
             write_unchecked(merged.generation_config)
@@ -74,7 +74,7 @@ def run(adapter: str, output: str) -> str:
 
 
 @contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the name `path` after the block without an error; otherwise nothing is left.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from align.cli.merge import _new_folder
+from align.cli.merge import new_folder
 from align.cli.merge_folders import reward_manifests
 from align.config.paths import expand, expand_output
 from align.errors import UserError
@@ -54,7 +54,7 @@ def run(paths: Sequence[str], output: str) -> str:
     for path, manifest, model in zip(paths[1:], manifests[1:], models[1:], strict=True):
         if what := _other(manifests[0], manifest) or _unlike(models[0], model):
             raise UserError(f"align merge: {path} and {paths[0]} have {what}; {REMEDY}.")
-    with _new_folder(Path(output)) as fresh:
+    with new_folder(Path(output)) as fresh:
         _write_weights(models, fresh)
         scale = {name: statistics.mean(float(each.get(name, 0.0)) for each in manifests) for name in sorted(OWN)}
         write_json(fresh / CONFIG, {**models[0].config, **scale})

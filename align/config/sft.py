@@ -59,6 +59,10 @@ class SFTRecipe(TrainerRecipe):
     completion_only_loss: bool = key(
         True, "Train on responses only (in `messages`: every assistant turn); false trains on prompts too."
     )
+    train_on_reasoning: bool = key(
+        True,
+        "Whether assistant turns keep their reasoning (`reasoning_content`, or all up to `</think>`); false leaves it out.",
+    )
     retention: list[DataSource] = key(
         [],
         "Rows that the model already handles well, in any format of `train_dataset`: the loss on `eval_fraction` of "

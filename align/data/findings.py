@@ -46,6 +46,7 @@ class Findings:
         written = [re.escape(token) for token in sorted(special - {THINK, END_OF_THINK}) if token in template]
         self.control = re.compile("|".join(written)) if written else None
         self.found: dict[str, list[str]] = {}
+        self.short_repeats: list[str] = []  # counted only where most rows repeat their prompts
         self.tokenizer = tokenizer
         self.messages = False  # whether a row has messages
 
@@ -74,8 +75,11 @@ class Findings:
         if self.bos is not None and (row.prompt or texts[0].response).startswith(self.bos):
             self._note(DOUBLED.format(bos=self.bos), row.where)
         prompt = row.prompt.strip()
-        if len(prompt) >= SHORT and any(text.response.lstrip().startswith(prompt) for text in texts):
+        repeats = [text.response.lstrip().startswith(prompt) for text in texts]
+        if len(prompt) >= SHORT and any(repeats):
             self._note(REPEATED, row.where)
+        elif prompt and all(repeats):
+            self.short_repeats.append(row.where)
 
     def _look_at_turns(self, row: Demonstration, prompt: Sequence[Message], texts: Sequence[DialogueText]) -> None:
         roles = [message["role"] for message in prompt]
@@ -103,6 +107,8 @@ class Findings:
         """
         if self.messages and (note := turn_end_note(self.tokenizer)):
             say_note(note)
+        if 2 * (len(self.short_repeats) + len(self.found.get(REPEATED, ()))) > total:
+            self.found.setdefault(REPEATED, []).extend(self.short_repeats)
         for text, rows in self.found.items():
             places = f"{len(rows)} of {total} rows ({', '.join(rows[:5])}{', ...' if len(rows) > 5 else ''})"
             if text == REPEATED and 2 * len(rows) > total:

@@ -5,13 +5,15 @@ By default they read the answer alone (`score_reasoning`). A response that begin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from align.data.end_tokens import without_end
-from align.data.rows import Turns
+from align.data.rows import Demonstration, Message, Turns, render_text
 from align.data.template_input import END_OF_THINK, THINK
+from align.errors import BadRow
 
 ATTRIBUTE = "scores_reasoning"  # of the tokenizer, which every place that encodes or decodes responses has
 
@@ -37,15 +39,34 @@ def split_text(text: str) -> tuple[str, str]:
 
 def scored_turns(tokenizer: PreTrainedTokenizerBase, response: Turns) -> Turns:
     """A response of the data as rewards and metrics read it."""
-    if scores_reasoning(tokenizer):
-        return response
+    return response if scores_reasoning(tokenizer) else answer_of(response)
+
+
+def answer_of(response: Turns) -> Turns:
+    """A response of the data without its reasoning."""
     if isinstance(response, str):
         return split_text(response)[1]
-    return [
-        {key: value for key, value in turn.items() if key != "reasoning_content"}
-        | {"content": split_text(turn["content"])[1]}
-        for turn in response
-    ]
+    return [_answer_of_turn(turn) for turn in response]
+
+
+def without_reasoning(row: Demonstration) -> Demonstration:
+    """The row without the reasoning of any assistant turn.
+
+    Raises:
+        BadRow: its completion is reasoning alone.
+    """
+    completion, prompt = answer_of(row.completion), row.prompt
+    calls = not isinstance(completion, str) and any(turn.get("tool_calls") for turn in completion)
+    if not render_text(completion).strip() and not calls:
+        raise BadRow("no answer after the reasoning; `train_on_reasoning: true` would train the reasoning")
+    if not isinstance(prompt, str):
+        prompt = [_answer_of_turn(turn) if turn["role"] == "assistant" else turn for turn in prompt]
+    return dataclasses.replace(row, prompt=prompt, completion=completion)
+
+
+def _answer_of_turn(turn: Message) -> Message:
+    kept = {key: value for key, value in turn.items() if key != "reasoning_content"}
+    return kept | {"content": split_text(turn["content"])[1]}
 
 
 def split_sampled(

@@ -22,7 +22,7 @@ from align.data.encode import (
     prompt_text,
 )
 from align.data.findings import Findings
-from align.data.reasoning import scored_turns
+from align.data.reasoning import scored_turns, without_reasoning
 from align.data.rows import BadRows, Demonstration, Preference, Prompt, Row, Turns, render_text
 from align.data.template_input import Tools
 from align.data.token_ids import text_ids, whole_ids
@@ -42,6 +42,7 @@ def tokenize_demonstrations(
     on_bad_row: str = "error",
     completion_only_loss: bool = True,
     packing: bool = False,
+    train_on_reasoning: bool = True,
     kept: list[Demonstration] | None = None,
 ) -> tuple[Dataset, Report]:
     """`input_ids` and `labels` (-100 where the loss ignores a token) of each row, and the bad rows by reason.
@@ -51,6 +52,7 @@ def tokenize_demonstrations(
         on_bad_row: "error" or "skip".
         completion_only_loss: whether the loss ignores prompts.
         packing: whether the rows will be packed; plain text may then exceed `max_length`, since packing cuts it.
+        train_on_reasoning: whether assistant turns keep their reasoning.
         kept: if given, is extended by the rows in the data set, in its order.
 
     Raises:
@@ -60,6 +62,7 @@ def tokenize_demonstrations(
     bad = BadRows()
 
     def texts(row: Demonstration) -> list[DialogueText]:
+        row = row if train_on_reasoning else without_reasoning(row)
         trained = row.trained if completion_only_loss else ()  # without it, the last text trains all turns
         return example_texts(tokenizer, row.prompt, row.completion, tools_of(row), trained)
 

@@ -50,6 +50,7 @@ def tokenize_rows(
         on_bad_row=recipe.on_bad_row,
         completion_only_loss=recipe.completion_only_loss,
         packing=recipe.packing,
+        train_on_reasoning=recipe.train_on_reasoning,
     )
     cut_at = recipe.max_length if recipe.packing else None
     skipped: dict[str, Report] = {}

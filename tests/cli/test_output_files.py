@@ -65,7 +65,7 @@ class TestMerge:
 
     def test_one_of_two_wins_and_an_error_leaves_nothing(self, here):
         def write(text: str, meanwhile: Callable[[], None] = lambda: None) -> None:
-            with merge._new_folder(Path("a/b/merged")) as fresh:
+            with merge.new_folder(Path("a/b/merged")) as fresh:
                 (fresh / "weights").write_text(text)
                 meanwhile()
 
@@ -73,7 +73,7 @@ class TestMerge:
             write("second", meanwhile=lambda: write("first"))
         assert [path.as_posix() for path in Path("a").rglob("*")] == ["a/b", "a/b/merged", "a/b/merged/weights"]
         assert Path("a/b/merged/weights").read_text() == "first"
-        with pytest.raises(ZeroDivisionError), merge._new_folder(Path("c/d/merged")):
+        with pytest.raises(ZeroDivisionError), merge.new_folder(Path("c/d/merged")):
             raise ZeroDivisionError
         assert not Path("c").exists()
 

@@ -9,8 +9,8 @@ import torch
 
 from align.data.encode import encode_example, encode_pair, encode_prompt
 from align.data.reasoning import scored_turns, set_scores_reasoning, split_sampled, split_text
-from align.data.rows import Preference, Prompt
-from align.data.tokenize import tokenize_preferences
+from align.data.rows import Demonstration, Preference, Prompt
+from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
 from align.errors import UserError
 from align.evaluate.reward_model import encode_for_reward
 from align.generation.responses import decode_responses
@@ -132,3 +132,27 @@ def test_the_reference_is_measured_by_its_answer() -> None:
 def test_whatever_is_sampled_can_be_scored(said: str) -> None:
     tokenizer = tokenizer_for(R1_OPENS + "{% if true %}</think>{% endif %}", "</s>")
     assert encode_pair(tokenizer, [user("one")], said)[-1] == tokenizer.eos_token_id
+
+
+def test_reasoning_can_be_left_out_of_what_is_trained() -> None:
+    tokenizer = tokenizer_for(QWEN3, "<|im_end|>")
+
+    def trained(turns: list[list[dict[str, Any]]], **more: Any) -> list[str]:
+        rows = [Demonstration([user("one"), *each[:-1]], each[-1:], "f:1", trained_turns=2) for each in turns]
+        return [
+            tokenizer.decode(ids)
+            for ids in tokenize_demonstrations(rows, tokenizer, max_length=512, **more)[0]["input_ids"]
+        ]
+
+    thoughts = [assistant("hm</think>I"), user("two"), {**assistant("you"), "reasoning_content": "ah"}]
+    answers = [assistant("I"), user("two"), assistant("you")]
+    assert trained([thoughts], train_on_reasoning=False) == trained([answers])
+    assert any("hm" in text for text in trained([thoughts]))
+    with pytest.raises(UserError, match="no answer after the reasoning; `train_on_reasoning: true`"):
+        trained([[assistant("hm</think>")]], train_on_reasoning=False)
+    text = [Demonstration("one ", "hm</think>I", "f:1")], [Demonstration("one ", "I", "f:1")]
+    ids = [
+        tokenize_demonstrations(rows, tokenizer, max_length=512, train_on_reasoning=False)[0]["input_ids"]
+        for rows in text
+    ]
+    assert list(ids[0]) == list(ids[1])

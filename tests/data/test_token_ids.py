@@ -243,8 +243,12 @@ class TestFindings:
         assert "note: a response repeats the whole prompt: 1 of 2 rows (f:1)" in capsys.readouterr().err
         with pytest.raises(UserError, match="repeats it"):
             tokenize_demonstrations([Demonstration(prompt, f"\n{prompt} two", "f:1")], tokenizer, max_length=1024)
-        tokenize_preferences([Preference("two", "two the", "two and", "f:1")], tokenizer, max_length=1024)
+        short = Preference("two", "two the", "two and", "f:1")
+        tokenize_preferences([short, other], tokenizer, max_length=1024)  # by chance
         assert not capsys.readouterr().err
+        rows = [short, other, Preference(prompt, f"{prompt} two", " and", "f:3")]
+        with pytest.raises(UserError, match=r"2 of 3 rows \(f:3, f:1\) repeats it"):
+            tokenize_preferences(rows, tokenizer, max_length=1024)
 
     def test_text_that_begins_with_bos(self, capsys):
         for row in (Demonstration("<s>the cat", " sat", "f:1"), Demonstration("", "<s>the cat sat", "f:1")):

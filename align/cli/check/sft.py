@@ -52,6 +52,7 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
             on_bad_row=recipe.on_bad_row,
             completion_only_loss=recipe.completion_only_loss,
             packing=recipe.packing,
+            train_on_reasoning=recipe.train_on_reasoning,
         )
         first = data[0]
         shown = {"row": (first["input_ids"], [label != IGNORE_INDEX for label in first["labels"]])}
