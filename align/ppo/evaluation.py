@@ -36,6 +36,12 @@ MOST_RESPONSES = 500  # of the last evaluation that are kept, for the report
 class Evaluation:
     """Held-out prompts with the SFT model's responses. Both models get the same noise, prompt by prompt.
 
+    Before the first update the SFT model, which the policy still is, is the best so far.
+
+    Args:
+        prompts: held out; may be none.
+        start: the update that the run begins with, or goes on from.
+
     Attributes:
         metrics, changes, samples: of the last evaluation; empty before the first. Changes are those from the SFT model, by
             metric.
@@ -44,7 +50,7 @@ class Evaluation:
         stops: whether `early_stopping_patience` is at its end.
     """
 
-    def __init__(self, run: PPORun, prompts: Sequence[TokenizedPrompt]):
+    def __init__(self, run: PPORun, prompts: Sequence[TokenizedPrompt], start: int):
         self.run = run
         self.prompts, self.ids = [prompt for prompt, _ in prompts], [ids for _, ids in prompts]
         self.texts = [render_text(prompt.prompt) for prompt in self.prompts]
@@ -59,21 +65,19 @@ class Evaluation:
             names, timeout = run.recipe.eval_reward_funcs, run.recipe.reward_timeout
             self.true_rewards = [user_function(name, "eval_reward_funcs", timeout) for name in names]
             self.baseline = self._respond(run.models.reference)
+            if start == 0:
+                self._keep_best(0, self.measure(self.baseline), self.baseline)
 
     @property
     def sft_eos_rate(self) -> float | None:
         """Share of the SFT model's responses that end by themselves; None without prompts."""
         return float(self.baseline.rollout.ended.float().mean()) if self.prompts else None
 
-    def start(self) -> None:
-        """Before the first update: the SFT model, which the policy still is, is the best so far."""
-        if self.prompts:
-            self._keep_best(0, self.measure(self.baseline), self.baseline)
-
-    def is_due(self, done: int) -> bool:
-        """Whether to evaluate after `done` updates: every `eval_steps`, and after the last; never without prompts."""
+    def track_if_due(self, tracker: Tracker, done: int) -> None:
+        """`track`, if an evaluation is due after `done` updates: every `eval_steps`, and after the last; never without prompts."""
         every = self.run.recipe.eval_steps
-        return bool(self.prompts) and (done == self.run.updates or (every is not None and done % every == 0))
+        if self.prompts and (done == self.run.updates or (every is not None and done % every == 0)):
+            self.track(tracker, done)
 
     def track(self, tracker: Tracker, step: int) -> None:
         """Measure the policy after `step` updates, log it, and save it in `best/` if no evaluation before was better."""

@@ -18,6 +18,7 @@ from align.runs.files import write_text
 from align.runs.markdown import markdown_text, python_text
 from align.runs.own_files import new_files, new_folder, own
 from align.runs.stage import finish
+from align.runs.tracker import Tracker
 from align.terminal import say
 
 CARD = """# Language model, trained by PPO
@@ -41,14 +42,19 @@ def save_model(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
     run.world.barrier()
 
 
-def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any], frontier: str | None) -> None:
-    """Write the last policy into `output_dir`, the value model and the moving average beside it, and close the stage.
+def save_outputs(
+    run: PPORun, tracker: Tracker, data: Mapping[str, Any], results: Mapping[str, Any], frontier: str | None
+) -> None:
+    """Say the verdict, write the last policy into `output_dir`, value model and moving average beside it, and close the stage.
 
     Args:
+        tracker: prints the verdict, and which policy is in `best/`.
         data: counts and fingerprints of the rows.
         results: closing numbers.
         frontier: an SVG for the card.
     """
+    best = [] if run.progress.best is None else [f"best/ holds {best_in_words(run)}"]
+    tracker.say(*results.get("verdict", []), *best)
     recipe, folder = run.recipe, Path(run.recipe.output_dir)
     with during("model", folder), new_files(folder) if run.world.is_main else nullcontext(folder) as target:
         dtype = _write(run, run.models.policy, target)
@@ -76,12 +82,6 @@ def save_outputs(run: PPORun, data: Mapping[str, Any], results: Mapping[str, Any
         )
         finish(recipe, run.sampler.tokenizer, data, results, card)
     run.world.barrier()
-
-
-def in_words(run: PPORun, results: Mapping[str, Any]) -> list[str]:
-    """What the terminal shows of the closing numbers: the verdict, and where the best policy is."""
-    best = [] if run.progress.best is None else [f"best/ holds {best_in_words(run)}"]
-    return [*results.get("verdict", []), *best]
 
 
 def best_in_words(run: PPORun) -> str:

@@ -11,6 +11,20 @@ from align.ppo.step import step
 from align.runs.tracker import Tracker
 
 
+def tracked_step(run: PPORun, tracker: Tracker, watch: CollapseWatch, done: int, more: dict[str, float]) -> None:
+    """The update after which `done` are done, and its metrics with `more`, shown; logged if due, the first and the last always.
+
+    Raises:
+        UserError: the update failed; names it.
+    """
+    metrics = timed_step(run, done - 1) | more
+    for warning in watch.warnings(done, metrics):
+        tracker.say(warning)
+    if done % run.recipe.logging_steps == 0 or done in (1, run.updates):
+        tracker.log(done, metrics)
+    tracker.progress(done, score=metrics["objective/score"], kl=metrics["objective/kl"])
+
+
 def timed_step(run: PPORun, update: int) -> dict[str, float]:
     """`step`, with where its time and memory went (by phase) and how far the run is added to its metrics.
 
@@ -39,12 +53,3 @@ def timed_step(run: PPORun, update: int) -> dict[str, float]:
         "time/total": elapsed,
         "time/tokens_per_second": metrics["response/length"] * run.recipe.rollout_batch_size / elapsed,
     }
-
-
-def track(run: PPORun, tracker: Tracker, watch: CollapseWatch, done: int, metrics: dict[str, float]) -> None:
-    """Show and log the metrics of an update, after which `done` are done; log the first and the last in any case."""
-    for warning in watch.warnings(done, metrics):
-        tracker.say(warning)
-    if done % run.recipe.logging_steps == 0 or done in (1, run.updates):
-        tracker.log(done, metrics)
-    tracker.progress(done, score=metrics["objective/score"], kl=metrics["objective/kl"])

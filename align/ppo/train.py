@@ -1,9 +1,6 @@
-"""Stage 3: PPO against the reward, with a KL penalty against the frozen SFT reference.
+"""Stage 3: PPO against the reward, with a KL penalty against the frozen SFT reference; one update is `align/ppo/step.py`.
 
-    align ppo recipes/quickstart/3_ppo.yaml
-    deepspeed --num_gpus 8 --module align.ppo recipes/hh-rlhf/3_ppo.yaml
-
-Policy and value model are trained, reference and reward models are frozen. One update is `align/ppo/step.py`.
+Run by `align ppo recipes/quickstart/3_ppo.yaml` or `deepspeed --num_gpus 8 --module align.ppo recipes/hh-rlhf/3_ppo.yaml`.
 """
 
 from __future__ import annotations
@@ -18,10 +15,10 @@ from align.ppo.collapse import CollapseWatch
 from align.ppo.data import load_data
 from align.ppo.evaluation import Evaluation
 from align.ppo.inputs import check_ppo_inputs
-from align.ppo.outputs import in_words, save_outputs
+from align.ppo.outputs import save_outputs
 from align.ppo.self_checks import check_start
 from align.ppo.setup import set_up
-from align.ppo.tracking import timed_step, track
+from align.ppo.tracking import tracked_step
 from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
@@ -44,26 +41,19 @@ def run(recipe: PPORecipe) -> PPOResult:
     checkpoint = last_checkpoint(recipe, world, data.report)
     start = step_of(checkpoint)
     with Tracker(recipe, "ppo", recipe.num_updates, resume_step=start) as tracker:
-        for line in (plan.describe(), *inputs.describe_heads(recipe.advantage_estimator)):
-            tracker.say(line)
+        tracker.say(plan.describe(), *inputs.describe_heads(recipe.advantage_estimator))
         ppo = set_up(recipe, inputs, data, plan, world, checkpoint)
         checks = check_start(ppo, tracker, start)
-        evaluation = Evaluation(ppo, data.held_out)
-        if start == 0:
-            evaluation.start()
+        evaluation = Evaluation(ppo, data.held_out, start)
         watch = CollapseWatch(recipe, evaluation.sft_eos_rate or checks.get("self_check/eos_rate"))
         with stops_between_steps():
-            for update in range(start, ppo.updates):
-                metrics, done = timed_step(ppo, update), update + 1
-                track(ppo, tracker, watch, done, metrics | (checks if done == 1 else {}))
-                if evaluation.is_due(done):
-                    evaluation.track(tracker, done)
+            for done in range(start + 1, ppo.updates + 1):
+                tracked_step(ppo, tracker, watch, done, checks if done == 1 else {})
+                evaluation.track_if_due(tracker, done)
                 if evaluation.stops or done == ppo.updates:
                     break
                 save_if_due(ppo, done)
         results = {"updates": done, "best": ppo.progress.best, **evaluation.results()}
-        for line in in_words(ppo, results):
-            tracker.say(line)
-        save_outputs(ppo, data.report, results, evaluation.chart())
+        save_outputs(ppo, tracker, data.report, results, evaluation.chart())
     disconnect()
     return PPOResult.from_json(recipe.output_dir, results)

@@ -104,10 +104,10 @@ class Tracker:
             self._check_folder()
             self._display.update(step, fields)
 
-    def say(self, text: str) -> None:
-        """Print text on stderr, above the progress bar."""
-        if self.is_main:
-            self._display.say(text)
+    def say(self, *lines: str) -> None:
+        """Print lines on stderr, above the progress bar."""
+        for line in lines if self.is_main else ():
+            self._display.say(line)
 
     def _log_report(self, run: WandbRun) -> None:
         """Log the run's report, with the charts of `align report`; no run ends by it."""

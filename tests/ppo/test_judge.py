@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import align.ppo.train
+import align.ppo.tracking
 from align.config.judge import SCORE
 from align.config.load import load_recipe
 from align.errors import UserError
@@ -73,9 +73,9 @@ class TestARewardThatTheJudgeContradicts:
                 raise KeyboardInterrupt
             return step(ppo, update)
 
-        recipe, step = judged(tmp_path / "b", "other", early_stopping_patience=2), align.ppo.train.timed_step
+        recipe, step = judged(tmp_path / "b", "other", early_stopping_patience=2), align.ppo.tracking.timed_step
         with monkeypatch.context() as patch:
-            patch.setattr(align.ppo.train, "timed_step", cut_off)
+            patch.setattr(align.ppo.tracking, "timed_step", cut_off)
             with pytest.raises(KeyboardInterrupt):
                 run(recipe)
         resumed = run(recipe)
