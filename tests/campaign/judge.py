@@ -143,5 +143,6 @@ def _content(path: Path) -> Any:
         ]
     if path.name in ("stage.json", "results.json"):
         found = json.loads(path.read_text())
-        return found[{"bon": "frontier", "judge-reward": "card"}.get(found["stage"], "results")]
+        key = {"bon": "frontier", "judge-reward": "card"}.get(found.get("stage"), "results")
+        return found.get(key, found)  # the card of a reward stage is numbers alone
     return hashlib.sha256(path.read_bytes()).hexdigest()

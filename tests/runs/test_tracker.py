@@ -288,7 +288,7 @@ def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> Non
     assert (report["step"], report["report"]["_type"]) == (5, "html-file")
     page = (pieces[1] / "files" / report["report"]["path"]).read_text(encoding="utf-8")
     charts = re.findall(r"<svg.*?</svg>", page)
-    assert len(charts) >= 4
+    assert len(charts) >= 3
     assert charts == re.findall(r"<svg.*?</svg>", report_of(folder))
     assert "app.wandb.ai" not in page  # W&B would add a style sheet from the network
 
