@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from align.config.best_of_n import BestOfNRecipe
 from align.evaluate.results import Table
 from align.runs.charts import draw
 from align.runs.markdown import markdown_text
-from align.runs.output_folder import RESULTS
-from align.runs.records import COUNT, MAPPING, NUMBER, Kind, Record, is_count, is_number, mapping_of, read_record
-from align.runs.run_record import identity
-from align.runs.same_run import changes, check_same
+from align.runs.measurement import finished_measurement
+from align.runs.records import COUNT, MAPPING, NUMBER, Kind, Record, is_count, is_number, mapping_of
 from align.runs.schemas import IDENTITY, OF_IDENTITY
 from align.runs.tables import markdown_table
 
@@ -63,13 +59,7 @@ def finished(recipe: BestOfNRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, of another recipe, or a model, the data or a function has changed since.
     """
-    file = Path(recipe.output_dir) / RESULTS
-    if not os.path.lexists(file):
-        return None
-    results = read_record(file, RESULTS_RECORD)
-    different = changes(results, identity(recipe, results.get("sums")), recipe)
-    check_same(different, recipe, "results that differ", "sample again")
-    return results
+    return finished_measurement(recipe, RESULTS_RECORD, "sample again")
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,15 +38,14 @@ from align.evaluate.reward_model import load_whole_reward
 from align.generation.responses import decode_responses, unpadded
 from align.generation.sampler import PromptBatch, Sampler
 from align.maths.advantages import missing_eos_scores
-from align.models.inspect_folder import inspect_inputs
 from align.models.load import load_policy
 from align.runs.files import digest, write_json, write_text
-from align.runs.output_folder import PARTS, RESULTS, claim, clear_finished, one_run_per_folder, share
+from align.runs.measurement import claim_measurement, say_finished
+from align.runs.output_folder import PARTS, RESULTS, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
 from align.runs.quiet import quiet
 from align.runs.results import BestOfNResult
-from align.runs.run_record import identity
 from align.runs.same_run import COSMETIC_KEYS
 from align.runs.tables import make_console
 from align.terminal import say
@@ -63,16 +61,10 @@ SAMPLES = "samples.jsonl"  # in the folder of an unfinished run
 def run(recipe: BestOfNRecipe) -> BestOfNResult | None:
     """Sample, score and write; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
-    is_main = int(os.environ.get("RANK", "0")) == 0
     if (earlier := finished(recipe)) is not None:
-        if is_main:
-            clear_finished(recipe.output_dir)
-        say(f"{recipe.output_dir}: sampled already; see {REPORT} there")
+        say_finished(recipe, f"sampled already; see {REPORT} there")
         return BestOfNResult.from_json(recipe.output_dir, earlier)
-    inspect_inputs(recipe)
-    this = identity(recipe)
-    if is_main:
-        claim(recipe.output_dir, this, resuming=False)
+    this = claim_measurement(recipe)
     inputs = prepare_inputs(recipe)
     world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout)
     folder = Path(recipe.output_dir)

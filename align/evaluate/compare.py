@@ -35,16 +35,15 @@ from align.evaluate.predict import ModelOutputs, decode_predictions, run_model
 from align.evaluate.report import SettingResult, summarize, write_report
 from align.evaluate.results import REPORT, finished
 from align.maths.perplexity import perplexity
-from align.models.inspect_folder import inspect_inputs
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
-from align.runs.output_folder import PARTS, claim, clear_finished, one_run_per_folder, share
+from align.runs.measurement import claim_measurement, say_finished
+from align.runs.output_folder import PARTS, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
 from align.runs.quiet import quiet
 from align.runs.records import TEXT, Record, is_count, is_number, list_of_lists, read_record
 from align.runs.results import EvaluationResult
-from align.runs.run_record import identity
 from align.runs.same_run import COSMETIC_KEYS
 from align.runs.tables import make_console
 from align.terminal import say
@@ -65,16 +64,10 @@ PART_RECORD = Record(
 def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     """Evaluate; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
-    is_main = int(os.environ.get("RANK", "0")) == 0
     if (earlier := finished(recipe)) is not None:
-        if is_main:
-            clear_finished(recipe.output_dir)
-        say(f"{recipe.output_dir}: evaluated already; see {REPORT} there")
+        say_finished(recipe, f"evaluated already; see {REPORT} there")
         return EvaluationResult.from_json(recipe.output_dir, earlier)
-    inspect_inputs(recipe)
-    evaluation = identity(recipe)
-    if is_main:
-        claim(recipe.output_dir, evaluation, resuming=False)
+    evaluation = claim_measurement(recipe)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
     grader = user_function(recipe.grader, "grader", recipe.reward_timeout) if recipe.grader else None
     generates = bool(metrics) or grader is not None

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from pathlib import Path
 from types import NoneType
 from typing import Any
 
 from rich.table import Table as RichTable
 
 from align.config.evaluate import EvaluateRecipe
-from align.runs.output_folder import RESULTS
-from align.runs.records import COUNT, MAPPING, TEXT, Kind, Record, is_count, is_number, read_record
-from align.runs.run_record import identity
-from align.runs.same_run import changes, check_same
+from align.runs.measurement import finished_measurement
+from align.runs.records import COUNT, MAPPING, TEXT, Kind, Record, is_count, is_number
 from align.runs.schemas import IDENTITY, OF_IDENTITY
 from align.runs.tables import make_table
 
@@ -85,16 +81,14 @@ def finished(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, from another evaluation, or a model, the data or a function has changed since.
     """
-    file = Path(recipe.output_dir) / RESULTS
-    if not os.path.lexists(file):
-        return None
-    results = read_record(file, RESULTS_RECORD)
-    found = results
-    if "schema_version" not in results:
-        found = {**results, "inputs": {f"models.{name}": each for name, each in results["inputs"].items()}}
-    different = changes(found, identity(recipe, results.get("sums")), recipe)
-    check_same(different, recipe, "results that differ", "evaluate again")
-    return results
+    return finished_measurement(recipe, RESULTS_RECORD, "evaluate again", _identity)
+
+
+def _identity(results: dict[str, Any]) -> dict[str, Any]:
+    """The identity in results; versions before `schema_version` named the models alone."""
+    if "schema_version" in results:
+        return results
+    return {**results, "inputs": {f"models.{name}": each for name, each in results["inputs"].items()}}
 
 
 def tables(results: dict[str, Any]) -> list[Table]:

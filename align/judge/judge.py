@@ -10,7 +10,6 @@ the recipe names them. Each process holds the whole model and scores its share. 
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,32 +34,24 @@ from align.judge.spread import Sampling, rows_of_file, sampled_rows, spread
 from align.judge.verdicts import judge, overall, summary
 from align.judge.work import Work
 from align.models.context_length import max_positions
-from align.models.inspect_folder import inspect_inputs
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import write_json
-from align.runs.output_folder import RESULTS, claim, clear_finished, one_run_per_folder, share
+from align.runs.measurement import claim_measurement, say_finished
+from align.runs.output_folder import RESULTS, one_run_per_folder, share
 from align.runs.own_files import RUN, own
 from align.runs.quiet import quiet
 from align.runs.results import JudgeResult
-from align.runs.run_record import identity
 from align.runs.tables import make_console
-from align.terminal import say
 
 
 @one_run_per_folder
 def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
     """Judge a reward; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
-    is_main = int(os.environ.get("RANK", "0")) == 0
     if (earlier := finished(recipe)) is not None:
-        if is_main:
-            clear_finished(recipe.output_dir)
-        say(f"{recipe.output_dir}: judged already; see card.md there")
+        say_finished(recipe, "judged already; see card.md there")
         return JudgeResult.from_json(recipe.output_dir, earlier)
-    inspect_inputs(recipe)
-    this = identity(recipe)
-    if is_main:
-        claim(recipe.output_dir, this, resuming=False)
+    this = claim_measurement(recipe)
     inputs = prepare_inputs(recipe)
     world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout)
     folder = Path(recipe.output_dir)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from align.config.judge_reward import JudgeRewardRecipe
 from align.evaluate.results import Table
 from align.judge.card import tables as card_tables
-from align.runs.output_folder import RESULTS
-from align.runs.records import MAPPING, TEXT, Kind, Record, read_record
-from align.runs.run_record import identity
-from align.runs.same_run import changes, check_same
+from align.runs.measurement import finished_measurement
+from align.runs.records import MAPPING, TEXT, Kind, Record
 from align.runs.schemas import IDENTITY, OF_IDENTITY
 
 VERDICT = ("line", "verdict", "measured", "reason", "go_back_to")
@@ -42,13 +38,7 @@ def finished(recipe: JudgeRewardRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, of another recipe, or a model, the data or a function has changed since.
     """
-    file = Path(recipe.output_dir) / RESULTS
-    if not os.path.lexists(file):
-        return None
-    results = read_record(file, RESULTS_RECORD)
-    different = changes(results, identity(recipe, results.get("sums")), recipe)
-    check_same(different, recipe, "results that differ", "judge again")
-    return results
+    return finished_measurement(recipe, RESULTS_RECORD, "judge again")
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
