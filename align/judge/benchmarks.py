@@ -119,7 +119,7 @@ def _problem(kind: str, row: Mapping[str, Any]) -> str | None:
     sides = [row.get("chosen"), row.get("rejected")]
     if kind == REWARD_BENCH:
         texts = all(isinstance(side, str) for side in sides)
-        known = row.get("subset") in COUNTS
+        known = isinstance(row.get("subset"), str) and row["subset"] in COUNTS
         return (
             None
             if texts and known

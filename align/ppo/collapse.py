@@ -18,12 +18,12 @@ class CollapseWatch:
     lasts.
 
     Args:
-        sft_eos_rate: share of the SFT model's responses that end by themselves, where it has been measured; otherwise all of
-            them are taken to.
+        sft_eos_rates: measurements of the share of the SFT model's responses that end by themselves, the best first, None
+            where there is none; without any, all of them are taken to.
     """
 
-    def __init__(self, recipe: PPORecipe, sft_eos_rate: float | None):
-        self.eos_rate = 1.0 if sft_eos_rate is None else sft_eos_rate  # the SFT model's, or the highest since
+    def __init__(self, recipe: PPORecipe, *sft_eos_rates: float | None):
+        self.eos_rate = next((rate for rate in sft_eos_rates if rate is not None), 1.0)  # or the highest since
         self.response_length = recipe.response_length
         self.kl_target = recipe.kl_target or 0.0
         self.warned: set[str] = set()

@@ -100,3 +100,9 @@ def test_judge_bench_counts_equal_scores_as_wrong():
 def test_bad_rows(row, said):
     with pytest.raises(UserError, match=said):
         b.read_benchmark("f", [("f:1", row)])
+
+
+def test_a_later_row_of_other_types():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "subset": "alpacaeval-easy", "id": 1}
+    with pytest.raises(UserError, match=r"f:2: no text .* unknown `subset` \['alpacaeval-easy'\]"):
+        b.read_benchmark("f", [("f:1", row), ("f:2", {**row, "subset": ["alpacaeval-easy"]})])

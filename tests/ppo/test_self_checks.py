@@ -430,7 +430,7 @@ SOUND = {"objective/kl": 8.0, "response/length": 30.0, "response/eos_rate": 0.9,
 class TestCollapse:
     @pytest.fixture
     def watch(self, tmp_path):
-        return CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, response_length=53)), sft_eos_rate=0.9)
+        return CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, response_length=53)), 0.9)
 
     def said(self, watch, update, **changes):
         return watch.warnings(update, {**SOUND, **{name.replace("_", "/", 1): n for name, n in changes.items()}})
@@ -457,10 +457,17 @@ class TestCollapse:
         assert "mean length is 52.5 of 53 tokens" in length
 
     def test_an_sft_model_that_seldom_ends_was_told_by_the_self_checks(self, tmp_path):
-        rarely = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path)), sft_eos_rate=0.04)
+        rarely = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path)), 0.04)
         assert self.said(rarely, 7, response_eos_rate=0.0) == []
         assert self.said(rarely, 8, response_eos_rate=0.5) == []
         assert len(self.said(rarely, 9, response_eos_rate=0.01)) == 1, "it had learned to"
+
+    def test_the_first_rate_that_was_measured_counts(self, tmp_path):
+        recipe = load_recipe("ppo", make_recipe(tmp_path))
+        assert self.said(CollapseWatch(recipe, 0.0, 0.9), 2, response_eos_rate=0.0) == [], "0 is a measurement"
+        for rates in ((None, 0.8), (None, None)):
+            (length,) = self.said(CollapseWatch(recipe, *rates), 2, response_eos_rate=0.3)
+            assert f"where {rates[1] or 1.0:.1%} did" in length
 
     def test_long_responses_and_a_target_may_have_more_kl(self, watch, tmp_path):
         assert self.said(watch, 2, objective_kl=120.0, response_length=128.0) == []
