@@ -17,11 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 COUNTS = 1024  # tokens of the longest response
 PAD, BOS, EOS = 0, 1, 2  # the words of these three ids are never part of a countdown
-SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary: shapes as of Pythia's small models
+SIZES = {  # hidden size, layers, heads, intermediate size, vocabulary: as of Pythia's small models, and Qwen2.5's smallest
     "1M": (64, 8, 4, 172, 4096),
     "10M": (128, 8, 4, 344, 32768),
     "60M": (512, 8, 8, 1376, 32768),
     "160M": (768, 12, 12, 3072, 50304),
+    "0.5B": (896, 24, 14, 4864, 151936),
 }
 LOGIT = 40.0  # of the next token; the others' are about 0, the highest of them half of it
 

@@ -6,7 +6,7 @@
 
 Runs the stage as a user would, on synthetic models and prompts (`countdown.py`). Rounds alternate between the programs, and
 medians over all updates of all rounds are reported; the first update of a process is a warm-up. Peak memory is that of the
-largest process, including libraries.
+largest process, including libraries; on a GPU also the most that torch allocated there in each phase.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ def measure(arguments: argparse.Namespace, size: str, folder: Path, machine: dic
         for words in (json.loads(line)["prompt"].split() for line in prompts.read_text().splitlines())
     ]
     mine = found["align"]
+    if torch.cuda.is_available():
+        mine["gpu_peak_gib"] = gpu_peaks(folder.glob("align-*/metrics.jsonl"))
     mine["response_tokens_per_second"] = sum(r for _, r in lengths) / mine["seconds"]["total"]
     mine["share_of_limit"] = share_of_limit(arguments, size, lengths, machine, mine["seconds"])
     if arguments.against_trl:
@@ -100,6 +102,17 @@ def measure(arguments: argparse.Namespace, size: str, folder: Path, machine: dic
         found["ratio"] = {phase: theirs["seconds"][phase] / mine["seconds"][phase] for phase in theirs["seconds"]}
         found["ratio"]["peak_memory"] = mine["peak_gib"] / theirs["peak_gib"]
     return found
+
+
+def gpu_peaks(files: Iterable[Path]) -> dict[str, float]:
+    """The most memory that torch allocated on the GPU in each phase, in GiB."""
+    most: dict[str, float] = {}
+    for file in files:
+        for line in map(json.loads, file.read_text().splitlines()):
+            for name in (name for name in line if name.startswith("memory/")):
+                phase = name.removeprefix("memory/")
+                most[phase] = max(most.get(phase, 0.0), line[name])
+    return most
 
 
 def share_of_limit(
