@@ -14,6 +14,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and these models gain nothing from threads
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+# Right answers here hold to the CPU's rounding, and ranks that are forked cannot share a GPU. Tests of a GPU say so.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 # Modules with the longest tests, which begin: a worker that is done takes half of what another has left, from the end, so

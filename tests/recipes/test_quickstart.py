@@ -1,4 +1,4 @@
-"""The quickstart, cut to seconds: all four stages alone, and under launchers on two nodes."""
+"""The quickstart, cut to seconds: all four stages alone, under launchers on two nodes, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -38,6 +38,24 @@ def align(folder: Path, *more: str, env: Mapping[str, str] = {}) -> subprocess.C
 
 def manifests(folder: Path) -> list[dict]:
     return [json.loads((folder / "outputs" / "quickstart" / stage / "stage.json").read_text()) for stage in STAGES]
+
+
+def has_gpu() -> bool:
+    """Whether the machine has one; the tests' own processes are kept from it (`tests/conftest.py`)."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    return subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, check=False).returncode == 0
+
+
+def assert_same_tables(ours: Path, theirs: Path) -> None:
+    """The closing tables of two quickstarts, in these folders, are the same but for rounding."""
+    for one, other in zip(manifests(ours), manifests(theirs), strict=True):
+        for mine, its in zip(one["results"]["table"], other["results"]["table"], strict=True):
+            assert [value is None for value in mine] == [value is None for value in its]
+            numbers = [(a, b) for a, b in zip(mine[1:], its[1:], strict=True) if a is not None]
+            assert numbers
+            for a, b in numbers:
+                assert a == pytest.approx(b, abs=0.02, rel=0.01), (one["stage"], mine[0])
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +149,22 @@ def test_two_processes_and_zero_give_the_results_of_one(alone, tmp_path, monkeyp
     else:
         monkeypatch.chdir(tmp_path)
         run_recipes(RECIPES, 2, [*CUT, "--deepspeed", settings])
-    for ours, theirs in zip(manifests(folder), manifests(tmp_path), strict=True):
-        for mine, other in zip(ours["results"]["table"], theirs["results"]["table"], strict=True):
-            assert [value is None for value in mine] == [value is None for value in other]
-            numbers = [(a, b) for a, b in zip(mine[1:], other[1:], strict=True) if a is not None]
-            assert numbers
-            for a, b in numbers:
-                assert a == pytest.approx(b, abs=0.02, rel=0.01), (ours["stage"], mine[0])
+    assert_same_tables(folder, tmp_path)
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+
+
+@pytest.mark.skipif(not has_gpu(), reason="this machine has no GPU")
+@pytest.mark.parametrize("ranks", [[], ["--num_gpus", "1"]], ids=["alone", "zero3"])
+def test_a_gpu_gives_the_results_of_the_cpu(alone, tmp_path, ranks):
+    folder, _ = alone
+    settings = ["--deepspeed", deepspeed_file(tmp_path / "ds.json", 3)] if ranks else []
+    done = align(tmp_path, *ranks, *settings, env={"CUDA_VISIBLE_DEVICES": "0"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_tables(folder, tmp_path)
+
+
+@pytest.mark.skipif(not has_gpu(), reason="this machine has no GPU")
+def test_bfloat16_on_a_gpu_passes_the_self_checks(tmp_path):
+    done = align(tmp_path, "--bf16", "true", env={"CUDA_VISIBLE_DEVICES": "0"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "self-checks: all finite" in done.stdout + done.stderr
