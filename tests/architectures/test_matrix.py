@@ -6,9 +6,11 @@ import os
 import signal
 
 import pytest
+from transformers import GPT2Config
 
 from align.cli.architectures import command
-from align.cli.architectures.cases import Case, make_cases
+from align.cli.architectures.cases import Case, make_cases, write_small_model
+from align.cli.architectures.exactness import PACKED, packed_lengths, room
 from align.cli.architectures.examine import FAILED, OK, REFUSED, Found, examine
 from align.errors import UserError
 
@@ -17,7 +19,7 @@ EXACT = {"sampling", "training", "padded", "loss", "scores", "values"}
 
 @pytest.mark.parametrize(
     ("name", "packs"),
-    [("mistral", True), ("gemma2", True), ("gpt2", True), ("qwen3_moe", True), ("bloom", False), ("mamba2", False)],
+    [("mistral", True), ("gemma2", True), ("qwen3_moe", True), ("bloom", False), ("mamba2", False)],
 )
 def test_an_architecture(name, packs, tmp_path):
     found = examine(Case(name), tmp_path)
@@ -25,6 +27,19 @@ def test_an_architecture(name, packs, tmp_path):
     assert found.gaps.keys() == (EXACT | {"packed"} if packs else EXACT)
     assert found.stages.pop("packing") == (OK if packs else REFUSED)
     assert set(found.stages.values()) == {OK}, found
+
+
+def test_a_model_that_reads_few_tokens(tmp_path):
+    write_small_model("gpt2", tmp_path / "base", positions=16)
+    (tmp_path / "work").mkdir()
+    found = examine(Case("gpt2", str(tmp_path / "base")), tmp_path / "work")
+    assert found.verdict == OK, found
+    assert found.gaps.keys() == EXACT | {"packed"}
+    assert set(found.stages.values()) == {OK}, found
+    assert packed_lengths(GPT2Config(n_positions=222)) == PACKED
+    assert sum(packed_lengths(GPT2Config(n_positions=221))) <= 221
+    with pytest.raises(UserError, match="the model reads 15 tokens; examining it takes at least 16"):
+        room(GPT2Config(n_positions=15))
 
 
 def test_a_process_that_dies_is_a_row_that_failed(monkeypatch):

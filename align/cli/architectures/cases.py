@@ -15,7 +15,7 @@ from align.config.paths import expand
 from align.errors import UserError, nearest, reason
 from align.models.from_scratch import SPECIAL_TOKENS, train_tokenizer
 from align.models.inspect_folder import inspect_folder
-from align.models.small_model import small_model
+from align.models.small_model import POSITIONS, small_model
 
 ATTENTION = "full_attention"
 # Model types of transformers, with the settings that differ from the defaults of their configurations.
@@ -90,10 +90,11 @@ def make_cases(names: Sequence[str] | None, folder: str | None) -> list[Case]:
     return cases
 
 
-def write_small_model(name: str, folder: Path, **settings: Any) -> None:
+def write_small_model(name: str, folder: Path, positions: int = POSITIONS, **settings: Any) -> None:
     """Write a small random model of a type, and a byte-level tokenizer, as a user's folder.
 
     Args:
+        positions: that it has, where its configuration sets a limit.
         settings: of its configuration, in place of those of ARCHITECTURES.
 
     Raises:
@@ -101,7 +102,7 @@ def write_small_model(name: str, folder: Path, **settings: Any) -> None:
     """
     try:
         config = AutoConfig.for_model(name, **(settings or ARCHITECTURES.get(name, {})))
-        model = small_model(config, VOCABULARY)
+        model = small_model(config, VOCABULARY, positions=positions)
     except Exception as error:  # whatever transformers raises for a configuration
         raise UserError(f"{name}: no small model of this type can be made. {reason(error)}") from error
     pad, bos, eos = range(len(SPECIAL_TOKENS))

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,6 +26,7 @@ from align.cli.architectures.sft_loss import sft_losses
 from align.compat.transformers import has_sequence_classifier
 from align.data.collate import pad_left, pad_right
 from align.data.end_tokens import end_ids, set_model_ends
+from align.errors import UserError
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
@@ -41,6 +43,7 @@ PROMPTS = (5, 11, 2, 8)  # tokens of each
 RESPONSE = 16
 TEMPERATURE = 0.7
 PACKED = (200, 9, 1, 12)  # tokens of the packed examples
+FEWEST_POSITIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +69,29 @@ class Rows:
         return torch.cat([left, right], dim=1), torch.cat([left_mask, right_mask], dim=1), right_mask
 
 
+def room(config: PretrainedConfig, most: int = RESPONSE) -> int:
+    """Tokens of a response, at most `most`, for which the model has positions after the longest of PROMPTS.
+
+    Raises:
+        UserError: it has too few positions.
+    """
+    positions = max_positions(config)
+    if positions is not None and positions < FEWEST_POSITIONS:
+        raise UserError(f"the model reads {positions} tokens; examining it takes at least {FEWEST_POSITIONS}.")
+    return min(most, (positions or most + max(PROMPTS)) - max(PROMPTS))
+
+
+def packed_lengths(config: PretrainedConfig) -> tuple[int, ...]:
+    """Tokens of the packed examples; all together no more than the model reads, as GPT-Neo's mask ends there."""
+    positions = max_positions(config) or sum(PACKED)
+    return PACKED if positions >= sum(PACKED) else (positions - 8, 5, 1, 2)
+
+
 def sample_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Rows:
     """Responses of `model`. The third token of the first one is taken for EOS, so that some row ends early for sure."""
     prompts = random_prompts(min(len(tokenizer), _vocabulary(model)), PROMPTS)
     ids, mask = pad_left(prompts, 0)
-    noise = uniforms(0, "architectures", range(len(prompts)), RESPONSE)
+    noise = uniforms(0, "architectures", range(len(prompts)), room(model.config))
     free, _, _ = generate(model, ids, mask, noise, TEMPERATURE, Ending(tokenizer))
     early = copy.copy(tokenizer)
     set_model_ends(early, [*end_ids(tokenizer), int(free[0, :3][-1])])
@@ -107,9 +128,7 @@ def measure_policy(folder: str, tokenizer: PreTrainedTokenizerBase, packs: bool)
         _, labelled = label_loss(model, padded, padded.masked_fill(~inside, -100), 1.0)
     batch = model(input_ids=padded, attention_mask=inside.long(), use_cache=False).logits.float().log_softmax(dim=-1)
     if packs:
-        positions = max_positions(model.config) or sum(PACKED)
-        lengths = (min(PACKED[0], positions), *PACKED[1:])
-        gaps["packed"] = packing_gap(model, example_rows(lengths, _vocabulary(model)))
+        gaps["packed"] = packing_gap(model, example_rows(packed_lengths(model.config), _vocabulary(model)))
     parameters = sum(weight.numel() for weight in model.parameters())
     trained = sft_losses(model, tokenizer, rows.prompts, rows.responses, packs)
     del model

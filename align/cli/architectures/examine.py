@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 from transformers import AutoTokenizer, GenerationConfig
 
 from align.cli.architectures.cases import Case, write_small_model
-from align.cli.architectures.exactness import measure_policy, measure_scores
+from align.cli.architectures.exactness import measure_policy, measure_scores, room
 from align.cli.architectures.stages import check_generates, check_recipes, ppo_models, run_recipe, write_recipes
 from align.errors import UserError, reason
+from align.models.context_length import max_positions
 from align.models.load import load_config
 from align.models.packing import check_packing
 from align.models.small_model import small_model
@@ -98,7 +99,8 @@ def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Found:
 
 def run_stages(found: Found, base: str, folder: Path, packs: bool, rows: Any, overrides: Sequence[str]) -> None:
     """The three stages one after the other, as far as they go; then what the folders that they saved hold."""
-    write_recipes(base, folder, packs)
+    config = load_config(base, "--model")
+    write_recipes(base, folder, packs, max_positions(config))
     mistakes = ""
     with found.part("check"):
         mistakes = check_recipes(folder, overrides)
@@ -113,7 +115,7 @@ def run_stages(found: Found, base: str, folder: Path, packs: bool, rows: Any, ov
         with found.part("scores"):
             found.gaps |= measure_scores(ppo_models(folder, overrides), str(folder / "reward"), rows)
         with found.part("saved"):
-            check_generates(str(folder / "ppo"), rows.prompts)
+            check_generates(str(folder / "ppo"), rows.prompts, room(config, 8))
 
 
 def write_small_copy(base: str, folder: Path) -> str:

@@ -31,25 +31,40 @@ from align.ppo.setup import load_models
 PROMPTS = ("Who was here", "Say", "Tell me of the sea and of the hills", "Where is it now", "A word", "Please go on")
 ANSWERS = (" It was the old man", " Yes", " The sea is wide and the hills are green", " Here", " No", " I do not know")
 RECIPES = {"sft": "1_sft.yaml", "reward": "2_reward.yaml", "ppo": "3_ppo.yaml"}
-SIZES: dict[str, Any] = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 1}
-TRAINER: dict[str, Any] = {**SIZES, "train_batch_size": 4, "max_steps": 2, "max_length": 96, "eval_fraction": 0.3}
+BATCH, LENGTH, RESPONSE = 4, 96, 12  # rows on the device, tokens of a row and of a response, at most
+TRAINER: dict[str, Any] = {"train_batch_size": BATCH, "max_steps": 2, "eval_fraction": 0.3}
 
 
-def write_recipes(base: str, folder: Path, packs: bool) -> None:
-    """Write the recipes of three stages that start from the model in `base`, and their rows."""
+def write_recipes(base: str, folder: Path, packs: bool, positions: int | None) -> None:
+    """Write the recipes of three stages that start from the model in `base`, and their rows.
+
+    Args:
+        positions: that the model has. Rows are cut so that they, and batches of packed ones, have no more tokens than that.
+    """
+    length = min(LENGTH, positions or LENGTH)
+    response = min(RESPONSE, length // 4)
+    batch = max(1, min(BATCH, (positions or BATCH * LENGTH) // length))
+    answered, prompted = length // 3, length - length // 3 - 3  # a character is a token at most; BOS, EOS, a space
     rows = [
-        {"prompt": prompt, "completion": answer, "chosen": answer, "rejected": other}
+        {
+            "prompt": prompt[:prompted],
+            "completion": answer[:answered],
+            "chosen": answer[:answered],
+            "rejected": other[:answered],
+        }
         for prompt, answer, other in zip(PROMPTS, ANSWERS, ANSWERS[::-1], strict=True)
     ]
     forms = {"sft": ("prompt", "completion"), "reward": ("prompt", "chosen", "rejected"), "ppo": ("prompt",)}
     for stage, names in forms.items():
         lines = [json.dumps({name: row[name] for name in names}) + "\n" for row in rows]
         (folder / f"{stage}.jsonl").write_text("".join(lines), encoding="utf-8")
+    sizes = {"per_device_train_batch_size": batch, "learning_rate": 1e-3, "logging_steps": 1}
+    trainer = {**TRAINER, **sizes, "per_device_eval_batch_size": batch, "max_length": length}
     keys: dict[str, dict[str, Any]] = {
-        "sft": {**TRAINER, "model_name_or_path": base, "packing": packs, "eval_metrics": ["exact_match"]},
-        "reward": {**TRAINER, "model_name_or_path": str(folder / "sft"), "normalize_prompts": 4, "eval_fraction": 0},
+        "sft": {**trainer, "model_name_or_path": base, "packing": packs, "eval_metrics": ["exact_match"]},
+        "reward": {**trainer, "model_name_or_path": str(folder / "sft"), "normalize_prompts": 4, "eval_fraction": 0},
         "ppo": {
-            **SIZES,
+            **sizes,
             "sft_model_path": str(folder / "sft"),
             "reward_model_path": str(folder / "reward"),
             "eval_fraction": 0,
@@ -60,7 +75,7 @@ def write_recipes(base: str, folder: Path, packs: bool) -> None:
         },
     }
     for stage, name in RECIPES.items():
-        keys[stage] |= {"stage": stage, "output_dir": str(folder / stage), "response_length": 12}
+        keys[stage] |= {"stage": stage, "output_dir": str(folder / stage), "response_length": response}
         keys[stage]["train_dataset"] = str(folder / f"{stage}.jsonl")
         (folder / name).write_text(yaml.safe_dump(keys[stage]), encoding="utf-8")
 
@@ -92,19 +107,19 @@ def ppo_models(folder: Path, overrides: Sequence[str]) -> Models:
 
 
 @torch.no_grad()
-def check_generates(folder: str, prompts: Sequence[list[int]]) -> None:
-    """Check that plain transformers' greedy responses from a saved folder are those of the stages.
+def check_generates(folder: str, prompts: Sequence[list[int]], length: int) -> None:
+    """Check that plain transformers' greedy responses of `length` tokens from a saved folder are those of the stages.
 
     Raises:
         ValueError: they are not.
     """
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-    ours = respond_to_batch(load_policy(folder).eval(), tokenizer, prompts, torch.zeros(len(prompts), 8), 0.0)
+    ours = respond_to_batch(load_policy(folder).eval(), tokenizer, prompts, torch.zeros(len(prompts), length), 0.0)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, response in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         said = plain.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, pad_token_id=0
         )
         if (found := said[0, len(prompt) :].tolist()) != response:
             raise ValueError(f"transformers continues {prompt} by {found}, the stages by {response}")
