@@ -12,7 +12,8 @@ from align.config.base import StageRecipe
 from align.config.load import load_recipe
 from align.config.paths import expand, overlap
 from align.config.read import read_yaml
-from align.config.stages import STAGES, Recipe, read_stage
+from align.config.recipe import Recipe
+from align.config.stages import STAGES, read_stage
 from align.engine.batch_plan import batch_plan
 from align.errors import UserError, nearest
 from align.runs.output_folder import find_mark

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from align.cli.report_file import report_path, write_report
 from align.cli.run import run as run_folder
 from align.cli.verify_languages import LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
-from align.config.load import load_recipe, resolve_function
+from align.config.functions import resolve_function
+from align.config.load import load_recipe
 from align.config.ppo import PPORecipe
 from align.ppo.train import run as run_ppo
 from align.runs.quiet import quiet

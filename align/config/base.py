@@ -8,13 +8,12 @@ is per device, and gradient accumulation is derived (`align.engine.batch_plan.Ba
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from align.config.data_source import DataSource
-from align.config.deepspeed_file import read_deepspeed_file, zero_stage_of
+from align.config.deepspeed_file import read_deepspeed_file
 from align.config.keys import (
     ABOVE_0,
     AT_LEAST_0,
@@ -32,6 +31,7 @@ from align.config.keys import (
     key,
     required,
 )
+from align.config.recipe import Recipe
 from align.errors import UserError, nearest
 
 SCHEDULES = (
@@ -53,13 +53,12 @@ DEEPSPEED_KEYS = ("deepspeed", "value_deepspeed", "reference_deepspeed", "reward
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageRecipe:
-    """Keys that all stages share."""
+class StageRecipe(Recipe):
+    """Keys that all stages that train share."""
 
     output_dir: str = required(
         "Folder for the trained model, `stage.json`, `metrics.jsonl` and checkpoints: a new or empty one, or that of the same run."
     )
-    stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
     accept_changes: list[str] = key(
         [],
         "Keys such as train_dataset, reward_funcs or model_name_or_path: what they name may have changed since the run in "
@@ -84,14 +83,6 @@ class StageRecipe:
         0.05, "Share of the prompts held out when there is no `eval_dataset`.", FROM_0_TO_BELOW_1
     )
     max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.", AT_LEAST_1)
-    on_bad_row: Literal["error", "skip"] = key(
-        "error", "What to do with rows that cannot be used: raise an error, or skip and count them."
-    )
-    chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
-    chat_template_kwargs: dict[str, Any] = key(
-        {},
-        "Values for variables that the chat template reads, such as {enable_thinking: false}; the same in all stages.",
-    )
 
     learning_rate: float = key(2e-5, "Peak learning rate of AdamW.", ABOVE_0)
     weight_decay: float = key(0.0, "AdamW weight decay.", AT_LEAST_0)
@@ -106,15 +97,9 @@ class StageRecipe:
     per_device_train_batch_size: int = key(
         8, "Maximum sequences in one forward-backward pass per device; affects memory only.", BATCH
     )
-    per_device_eval_batch_size: int = key(
-        16, "Maximum sequences in one forward pass without gradients per device.", BATCH
-    )
 
     bf16: bool = key(False, "Train in bfloat16 mixed precision with float32 master weights.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
-    attn_implementation: str | None = key(
-        None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
-    )
     method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
         "full",
         "What is trained: all weights, some layers, the head, or an adapter, which is saved both as an adapter and "
@@ -136,7 +121,6 @@ class StageRecipe:
         20, "Virtual tokens that `method: prompt` or `prefix` learns and prepends to each row.", TOKENS
     )
     deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
-    trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
     logging_steps: int = key(10, "Log training metrics every this many steps.", AT_LEAST_1)
     eval_steps: int | None = key(
@@ -234,44 +218,3 @@ def check_trainer_rules(recipe: TrainerRecipe, where: Where, metrics: Sequence[s
         )
     if metrics:
         check_best_metric(recipe.metric_for_best_model, metrics, where("metric_for_best_model"))
-
-
-def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) -> None:
-    """Check `method` and the keys that go with it.
-
-    Args:
-        supported: the values of `method` that the recipe's stage takes.
-
-    Raises:
-        UserError: another method, or keys of another one.
-    """
-    virtual = recipe.method in ("prompt", "prefix")
-    if recipe.method not in supported:
-        why = "cannot be merged, so later stages could not start from it" if virtual else "is not supported here"
-        raise UserError(
-            f"{where('method')}: expected one of {', '.join(supported)} in the {recipe.stage} stage, got "
-            f"{recipe.method}, which {why}"
-        )
-    partial = bool(recipe.freeze_layers) + (recipe.trainable_pattern is not None)
-    if recipe.method == "freeze" and partial != 1:
-        raise UserError(
-            f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got "
-            f"{'both' if partial else 'neither'}"
-        )
-    if recipe.method != "freeze" and partial:
-        name = "freeze_layers" if recipe.freeze_layers else "trainable_pattern"
-        raise UserError(f"{where(name)}: is for method: freeze, got method: {recipe.method}")
-    if recipe.trainable_pattern is not None:
-        try:
-            re.compile(recipe.trainable_pattern)
-        except re.error as error:
-            raise UserError(f"{where('trainable_pattern')}: not a regular expression: {error}") from None
-    if virtual and (getattr(recipe, "packing", False) or getattr(recipe, "padding_free", False)):
-        raise UserError(
-            f"{where('method')}: {recipe.method} prepends virtual tokens to each row, which does not work with packed "
-            "rows"
-        )
-    if virtual and zero_stage_of(recipe.deepspeed) == 3:
-        raise UserError(
-            f"{where('method')}: {recipe.method} is not supported at ZeRO 3; use ZeRO 2, it trains few parameters"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from align.config.data_source import DataSource
 from align.config.judge import check_judge_is_another, judge_reward_funcs, judge_reward_model_path
@@ -23,13 +23,15 @@ from align.config.keys import (
     reward_timeout,
     score_reasoning,
 )
+from align.config.recipe import Recipe
+from align.config.responses import check_scored_responses
 from align.errors import UserError
 
 SAMPLES = Range("at least 2", lambda value: value >= 2, 1024)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BestOfNRecipe:
+class BestOfNRecipe(Recipe):
     """`align bon`: best-of-n sampling, its frontier of reward against KL, and data sets of the best responses.
 
     Each prompt gets `num_generations` responses, which are scored as PPO scores them. Nothing is trained.
@@ -39,7 +41,6 @@ class BestOfNRecipe:
         "Folder for `results.json`, `results.md`, `frontier.svg`, and the data sets `best.jsonl`, `random.jsonl`, `pairs.jsonl` and "
         "`responses.jsonl`."
     )
-    stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
     accept_changes: list[str] = key(
         [],
         "Keys such as train_dataset or reward_funcs: what they name may have changed since the results in `output_dir`.",
@@ -62,14 +63,6 @@ class BestOfNRecipe:
     train_dataset: list[DataSource] = required(
         "Prompts: those that PPO is evaluated on for a frontier to compare with PPO's, those to train on for data sets."
     )
-    on_bad_row: Literal["error", "skip"] = key(
-        "error", "What to do with rows that cannot be used: raise an error, or skip and count them."
-    )
-    chat_template_path: str | None = key(None, "Jinja file with the chat template, for tokenizers that have none.")
-    chat_template_kwargs: dict[str, Any] = key(
-        {},
-        "Values for variables that the chat template reads, such as {enable_thinking: false}; the same in all stages.",
-    )
 
     num_generations: int = key(16, "Responses to each prompt, N; estimates are for every n up to N.", SAMPLES)
     max_prompt_length: int = key(512, "Maximum tokens of a prompt; longer prompts are bad rows.", TOKENS)
@@ -86,11 +79,6 @@ class BestOfNRecipe:
     bootstrap_iters: int = key(1000, "Resamples of the prompts for each interval.", RESAMPLES)
 
     per_device_eval_batch_size: int = key(16, "Responses decoded and scored at once per device.", BATCH)
-    bf16: bool = key(False, "Run the models in bfloat16.")
-    attn_implementation: str | None = key(
-        None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
-    )
-    trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
 
 def check_best_of_n_rules(recipe: BestOfNRecipe, where: Where) -> None:
@@ -103,20 +91,7 @@ def check_best_of_n_rules(recipe: BestOfNRecipe, where: Where) -> None:
     for name in ("reward_funcs", "judge_reward_funcs"):
         check_function_names(getattr(recipe, name), where(name))
     sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
-    if not sources:
-        raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
-    if recipe.reward_weights and len(recipe.reward_weights) != len(sources):
-        raise UserError(
-            f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got "
-            f"{len(recipe.reward_weights)}"
-        )
+    check_scored_responses(recipe, sources, where)
     check_judge_is_another(recipe, where)
     if not recipe.train_dataset:
         raise UserError(f"{where('train_dataset')}: expected prompts, got nothing; name the rows to respond to.")
-    if "" in recipe.stop_strings:
-        raise UserError(f"{where('stop_strings')}: expected text that ends a response, got an empty string")
-    if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
-        raise UserError(
-            f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score "
-            "(replaces), got both"
-        )

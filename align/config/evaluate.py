@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from align.config.data_source import DataSource
 from align.config.keys import (
     AT_LEAST_1,
-    BATCH,
     FROM_0_TO_BELOW_1,
     MAX_LENGTH,
     RESAMPLES,
@@ -22,11 +21,12 @@ from align.config.keys import (
     reward_timeout,
     score_reasoning,
 )
+from align.config.recipe import Recipe
 from align.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateRecipe:
+class EvaluateRecipe(Recipe):
     """`align evaluate`: comparison of models on the same rows, with and without examples in the prompt.
 
     Rows are read and split as in the training stages: with the same sources, `seed` and `eval_fraction`, the rows that
@@ -34,7 +34,6 @@ class EvaluateRecipe:
     """
 
     output_dir: str = required("Folder for `results.json`, `results.md` and `predictions.jsonl`.")
-    stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
     accept_changes: list[str] = key(
         [],
         "Keys such as eval_dataset, models or grader: what they name may have changed since the results in `output_dir`.",
@@ -61,11 +60,6 @@ class EvaluateRecipe:
         "What to do with rows that cannot be used by one of the models or with one of `num_shots`: raise an error, or "
         "skip.",
     )
-    chat_template_path: str | None = key(None, "Jinja file with the chat template, for models that have none.")
-    chat_template_kwargs: dict[str, Any] = key(
-        {},
-        "Values for variables that the chat template reads, such as {enable_thinking: false}; the same in all stages.",
-    )
 
     metrics: list[str] = key(
         ["perplexity", "token_accuracy"],
@@ -90,13 +84,6 @@ class EvaluateRecipe:
     temperature: float = key(0.0, "0 is greedy decoding; above 0, sampling at this temperature.")
     stop_strings: list[str] = key([], "A prediction also ends before the first of these strings.")
     bootstrap_iters: int = key(1000, "Resamples of the rows for each interval and p-value.", RESAMPLES)
-
-    per_device_eval_batch_size: int = key(16, "Maximum rows in one forward pass per device.", BATCH)
-    bf16: bool = key(False, "Run the models in bfloat16.")
-    attn_implementation: str | None = key(
-        None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
-    )
-    trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
 
 def check_evaluate_rules(recipe: EvaluateRecipe, where: Where) -> None:

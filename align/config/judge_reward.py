@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from align.config.data_source import DataSource
 from align.config.keys import (
     ABOVE_0,
     AT_LEAST_1,
-    BATCH,
     FROM_0_TO_BELOW_1,
     RESAMPLES,
     SEED,
@@ -23,13 +21,14 @@ from align.config.keys import (
     reward_timeout,
     score_reasoning,
 )
+from align.config.recipe import Recipe
 from align.errors import UserError
 
 AT_LEAST_2 = Range("at least 2", lambda value: value >= 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JudgeRewardRecipe:
+class JudgeRewardRecipe(Recipe):
     """`align judge-reward`: report card for a reward model or a Python reward, on pairs that it has not seen.
 
     Rows are read and split as in the reward stage: with the same sources, `seed` and `eval_fraction`, the pairs that it
@@ -37,7 +36,6 @@ class JudgeRewardRecipe:
     """
 
     output_dir: str = required("Folder for `results.json`, `card.md` with its charts, and `confident_errors.jsonl`.")
-    stage: str | None = key(None, "Which stage this recipe is for; `align run` and `align check` need it.")
     accept_changes: list[str] = key(
         [], "Keys such as eval_dataset: what they name may have changed since the results in `output_dir`."
     )
@@ -64,17 +62,10 @@ class JudgeRewardRecipe:
         0.05, "Share of the prompts held out when there is no `eval_dataset`.", FROM_0_TO_BELOW_1
     )
     max_eval_rows: int | None = key(None, "Judge on at most this many pairs.", AT_LEAST_1)
-    on_bad_row: Literal["error", "skip"] = key(
-        "error", "What to do with rows that cannot be used: raise an error, or skip."
-    )
     benchmarks: list[DataSource] = key(
         [], "Files of RewardBench, RewardBench 2, RM-Bench or JudgeBench, recognised by their columns."
     )
     slice_by: list[str] = key([], "Columns by whose values accuracy is shown, besides source, subset, length and turn.")
-    chat_template_path: str | None = key(None, "Jinja file with the chat template, for models that have none.")
-    chat_template_kwargs: dict[str, Any] = key(
-        {}, "Values for variables that the chat template reads; the same as in the reward stage."
-    )
     score_reasoning: bool = score_reasoning()
     reward_timeout: float = reward_timeout()
 
@@ -88,12 +79,6 @@ class JudgeRewardRecipe:
     temperature: float = key(1.0, "Temperature at which they are sampled.", ABOVE_0)
 
     bootstrap_iters: int = key(1000, "Resamples of the prompts for each interval and p-value.", RESAMPLES)
-    per_device_eval_batch_size: int = key(16, "Maximum rows in one forward pass per device.", BATCH)
-    bf16: bool = key(False, "Run the models in bfloat16.")
-    attn_implementation: str | None = key(
-        None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."
-    )
-    trust_remote_code: bool = key(False, "Allow code from the model's repository to run.")
 
 
 def check_judge_reward_rules(recipe: JudgeRewardRecipe, where: Where) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import os
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from align.config.base import DEEPSPEED_KEYS, FUNCTION_KEYS, StageRecipe, check_method, check_training_rules
+from align.config.base import DEEPSPEED_KEYS, FUNCTION_KEYS, StageRecipe, check_training_rules
 from align.config.convert import build
 from align.config.data_source import check_source
+from align.config.functions import make_importable
 from align.config.keys import Where
+from align.config.method import check_method
 from align.config.paths import check_overlap, dataset_keys, expand, resolve_paths
 from align.config.read import apply_overrides, read_yaml
-from align.config.stages import STAGES, Recipe, Stage
+from align.config.recipe import Recipe
+from align.config.stages import STAGES, Stage
 from align.config.unknown_keys import METHODS_ELSEWHERE, explain
 from align.errors import UserError, nearest
 
@@ -38,8 +38,6 @@ OF_TEMPLATES = {
     *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
 }
 ACCEPTABLE_RECORDS = ("run.json", "metrics.jsonl", "samples.jsonl")
-
-_recipe_folders: list[str] = []  # those that recipes have added to `sys.path` so far, the newest first
 
 
 def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -142,7 +140,7 @@ def _checked(stage: Stage, values: dict[str, Any], where: Where, folder: Path, p
     recipe = resolve_paths(recipe, stage, folder, where)
     check_values(recipe, stage, where)
     check_overlap(recipe, stage, where, path)
-    _make_importable(folder, _function_modules(recipe, stage))
+    make_importable(folder, _function_modules(recipe, stage))
     return recipe
 
 
@@ -152,25 +150,6 @@ def _function_modules(recipe: Any, stage: Stage) -> set[str]:
     names = [*(source.generator for source in sources), getattr(recipe, "grader", None)]
     names += [name for key in FUNCTION_KEYS for name in getattr(recipe, key, [])]
     return {name.partition(":")[0].partition(".")[0] for name in names if name}
-
-
-def _make_importable(folder: Path, modules: Iterable[str]) -> None:
-    """Let `module:function` name a file in a recipe's folder: the newest recipe's folder is searched before older ones'.
-
-    Python keeps what it has imported. A module that came from the folder of a recipe makes way for the file of its name
-    in this folder, so that each recipe of a program gets its own functions, as they are now.
-    """
-    if str(folder) in _recipe_folders or str(folder) not in sys.path:
-        _recipe_folders[:] = [str(folder), *(path for path in _recipe_folders if path != str(folder))]
-        searched = [str(folder), *(path for path in _recipe_folders[1:] if path in sys.path)]
-        sys.path[:] = [*(path for path in sys.path if path not in _recipe_folders), *searched]
-    for name in modules:
-        file = getattr(sys.modules.get(name), "__file__", None)
-        here = (folder / f"{name}.py").is_file() or (folder / name).is_dir()
-        if file and here and str(Path(file).resolve().parent) in (str(folder), *_recipe_folders):
-            for imported in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
-                del sys.modules[imported]
-            importlib.invalidate_caches()
 
 
 def _named(models: Any, where: str) -> Any:
@@ -191,54 +170,6 @@ def acceptable_keys(stage: Stage) -> list[str]:
     """What `accept_changes` may name: keys whose files or rows a run starts from, and records of the run itself."""
     keys = {*stage.input_models, *dataset_keys(stage.recipe), *FILE_KEYS}
     return [*(each.name for each in dataclasses.fields(stage.recipe) if each.name in keys), *ACCEPTABLE_RECORDS]
-
-
-def resolve_function(spec: str, key: str) -> Callable[..., Any]:
-    """The function that `module:function` names; the module is installed or is a file beside the recipe.
-
-    Raises:
-        UserError: begins with `key`; no such module, an error inside it, no such function.
-    """
-    module_name, _, function_name = spec.partition(":")
-    if not module_name or not function_name:
-        raise UserError(f"{key}: expected `module:function`, got {spec!r}")
-    _check_not_hidden(module_name.partition(".")[0], key)
-    try:
-        module = importlib.import_module(module_name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # whatever the user's module raises, `sys.exit` too, is theirs to fix
-        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
-            raise UserError(f"{key}: no module {module_name!r}; put {module_name}.py beside the recipe.") from error
-        raise UserError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        callables = [name for name, value in vars(module).items() if callable(value)]
-        problem = "no function" if function is None else "not a function:"
-        raise UserError(f"{key}: {problem} {function_name!r} in {module.__file__}{nearest(function_name, callables)}")
-    return function  # type: ignore[no-any-return]  # callable() has just checked it
-
-
-def _check_not_hidden(name: str, key: str) -> None:
-    """Refuse a module beside the newest recipe that Python would not import, because it finds another one of this name."""
-    files = [
-        file
-        for folder in _recipe_folders[:1]
-        for file in (Path(folder, f"{name}.py"), Path(folder, name, "__init__.py"))
-    ]
-    beside = [file for file in files if file.is_file()]
-    if not beside:
-        return
-    try:
-        spec = importlib.util.find_spec(name)
-    except ValueError:  # a module that was made by hand
-        return
-    found = Path(spec.origin) if spec is not None and spec.origin else None
-    if found is not None and not any(found.exists() and found.samefile(file) for file in beside):
-        raise UserError(
-            f"{key}: {name} is also the name of a module that Python finds before {beside[0]}: {found}. Rename the file "
-            "beside the recipe."
-        )
 
 
 def check_values(recipe: Recipe, stage: Stage, where: Where) -> None:

@@ -36,6 +36,7 @@ from align.config.keys import (
     reward_timeout,
     score_reasoning,
 )
+from align.config.responses import check_scored_responses
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
 
@@ -213,22 +214,9 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     check_ensemble_rules(recipe, where)
     models = recipe.reward_model_path
     sources = [*models[:1], *recipe.reward_funcs] if len(models) < 2 else ["the ensemble", *recipe.reward_funcs]
-    if not sources:
-        raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")
-    if recipe.reward_weights and len(recipe.reward_weights) != len(sources):
-        raise UserError(
-            f"{where('reward_weights')}: expected {len(sources)} weights, one each for {', '.join(sources)}, got "
-            f"{len(recipe.reward_weights)}"
-        )
+    check_scored_responses(recipe, sources, where)
     if recipe.multi_objective_aggregation == "normalize_then_sum":
         check_normalized_rewards(recipe, where, sources)
-    if "" in recipe.stop_strings:
-        raise UserError(f"{where('stop_strings')}: expected text that ends a response, got an empty string")
-    if recipe.missing_eos_penalty is not None and recipe.missing_eos_score is not None:
-        raise UserError(
-            f"{where('missing_eos_score')}: expected only one of missing_eos_penalty (subtracts) and missing_eos_score "
-            "(replaces), got both"
-        )
 
 
 def _check_objective(recipe: PPORecipe, where: Where) -> None:

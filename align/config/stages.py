@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-from align.config.base import StageRecipe
 from align.config.best_of_n import BestOfNRecipe, check_best_of_n_rules
 from align.config.encoders import ClassifyRecipe, MLMRecipe, check_classify_rules, check_mlm_rules
 from align.config.ensemble import places
@@ -15,11 +14,10 @@ from align.config.judge_reward import JudgeRewardRecipe, check_judge_reward_rule
 from align.config.keys import Where
 from align.config.ppo import PPORecipe, check_ppo_rules
 from align.config.read import read_yaml
+from align.config.recipe import Recipe
 from align.config.reward import RewardRecipe, check_reward_rules
 from align.config.sft import SFTRecipe, check_sft_rules
 from align.errors import UserError, nearest
-
-Recipe: TypeAlias = StageRecipe | EvaluateRecipe | JudgeRewardRecipe | BestOfNRecipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

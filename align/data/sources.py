@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import datasets
 
 from align.config.data_source import ROW_COLUMNS, DataSource
-from align.config.load import resolve_function
+from align.config.functions import resolve_function
 from align.config.text_file import check_regular
 from align.data.compressed import BoundedGzip, characters, check_expansion
 from align.errors import BadRow, UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from align.config.load import resolve_function
+from align.config.functions import resolve_function
 from align.engine.rank_errors import give_up
 from reward_models.functions import FunctionReward
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
-from align.config.stages import Recipe
+from align.config.recipe import Recipe
 from align.data.encode import encode_pair
 from align.data.reasoning import set_scores_reasoning
 from align.data.rows import Turns, as_response

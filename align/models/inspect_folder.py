@@ -14,7 +14,8 @@ from typing import Any
 
 from align.config.convert import shown
 from align.config.ensemble import members, places
-from align.config.stages import Recipe, stage_of
+from align.config.recipe import Recipe
+from align.config.stages import stage_of
 from align.config.text_file import check_regular, read_text
 from align.errors import UserError
 from align.models.adapter_patterns import check_patterns

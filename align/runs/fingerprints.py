@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 from align.config.base import DEEPSPEED_KEYS, FUNCTION_KEYS, StageRecipe
 from align.config.deepspeed_file import read_deepspeed_file
 from align.config.paths import dataset_keys
-from align.config.stages import Recipe
+from align.config.recipe import Recipe
 from align.config.text_file import read_json
 from align.errors import UserError
 from align.runs.files import digest

@@ -18,7 +18,8 @@ from typing import Any
 
 from align.config.base import DEEPSPEED_KEYS
 from align.config.load import load_recipe
-from align.config.stages import STAGES, Recipe, stage_of
+from align.config.recipe import Recipe
+from align.config.stages import STAGES, stage_of
 from align.engine.faults import during, unless_removed
 from align.engine.rank_errors import reported
 from align.engine.stopping import ask_to_stop

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.config.stages import Recipe
+from align.config.recipe import Recipe
 from align.models.inspect_folder import inspect_inputs
 from align.runs.output_folder import RESULTS, claim, clear_finished
 from align.runs.records import Record, read_record

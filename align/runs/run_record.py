@@ -11,7 +11,8 @@ from typing import Any
 
 from align.config.base import StageRecipe
 from align.config.evaluate import EvaluateRecipe
-from align.config.stages import Recipe, input_models, stage_of
+from align.config.recipe import Recipe
+from align.config.stages import input_models, stage_of
 from align.errors import BadFile, OtherRun, UserError
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.files import digest, write_json

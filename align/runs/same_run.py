@@ -11,7 +11,8 @@ from typing import Any, get_origin, get_type_hints
 from align.config.data_source import DataSource
 from align.config.load import acceptable_keys
 from align.config.paths import dataset_keys
-from align.config.stages import Recipe, stage_of
+from align.config.recipe import Recipe
+from align.config.stages import stage_of
 from align.errors import OtherRun
 from align.runs.fingerprints import Inputs
 

@@ -14,7 +14,8 @@ import pytest
 
 from align.config.deepspeed_file import TOP_TYPES, ZERO_TYPES, read_deepspeed_file
 from align.config.evaluate import EvaluateRecipe
-from align.config.load import as_recipe, load_recipe, resolve_function
+from align.config.functions import resolve_function
+from align.config.load import as_recipe, load_recipe
 from align.config.sft import SFTRecipe
 from align.config.text_file import read_text
 from align.errors import UserError

@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-from align.config import load
-from align.config.load import resolve_function
+from align.config import functions
+from align.config.functions import resolve_function
 from align.errors import UserError
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(load, "_recipe_folders", [])
-    load._make_importable(tmp_path, [])
+    monkeypatch.setattr(functions, "_recipe_folders", [])
+    functions.make_importable(tmp_path, [])
     before = {*sys.modules}
     yield tmp_path
     for name in {*sys.modules} - before:

@@ -13,7 +13,8 @@ import yaml
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
-from align.config.load import as_recipe, load_recipe, resolve_function
+from align.config.functions import resolve_function
+from align.config.load import as_recipe, load_recipe
 from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe

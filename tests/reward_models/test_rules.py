@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from align.config.load import resolve_function
+from align.config.functions import resolve_function
 from reward_models.functions import FunctionReward
 from reward_models.responses import Responses
 from reward_models.rules import final_number, numeric_answer

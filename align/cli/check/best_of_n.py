@@ -13,7 +13,7 @@ from align.best_of_n.results import finished
 from align.cli.check.findings import Context, describe, writable
 from align.cli.check.sample_rows import marked
 from align.config.best_of_n import BestOfNRecipe
-from align.config.load import resolve_function
+from align.config.functions import resolve_function
 from align.config.stages import input_models
 from align.models.inspect_folder import inspect_inputs
 from align.runs.output_folder import find_mark

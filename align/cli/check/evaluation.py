@@ -10,7 +10,7 @@ from rich.text import Text
 from align.cli.check.findings import Context, describe, writable
 from align.cli.check.sample_rows import marked
 from align.config.evaluate import EvaluateRecipe
-from align.config.load import resolve_function
+from align.config.functions import resolve_function
 from align.evaluate.inputs import EvalInputs, prepare_inputs
 from align.evaluate.metrics import TOKEN_METRICS, load_metric
 from align.evaluate.results import finished

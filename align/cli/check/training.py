@@ -17,7 +17,7 @@ from align.cli.check.sample_rows import Sample, Start, sample_lines
 from align.cli.steps import processes
 from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
 from align.config.ensemble import MEMBER
-from align.config.load import resolve_function
+from align.config.functions import resolve_function
 from align.config.stages import stage_of
 from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, Rows, load_rows
