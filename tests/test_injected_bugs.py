@@ -104,7 +104,7 @@ BUGS = {
         "tests/generation/test_generate.py::test_dropout_is_off_in_training_mode",
     ),
     "stale old log-probabilities": (
-        "align/ppo/rollout.py",
+        "align/ppo/sample.py",
         'in_passes("score_policy", logprobs, models.policy) if recompute else samples.logprobs',
         'in_passes("score_policy", logprobs, models.reference)',
         "tests/ppo/test_train.py::TestOneProcess::test_the_first_ratio_of_every_update_is_one_and_the_first_kl_zero",

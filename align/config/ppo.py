@@ -36,9 +36,10 @@ from align.config.keys import (
     reward_timeout,
     score_reasoning,
 )
+from align.config.objective import check_objective, gradient_steps, objective, replay_size
 from align.config.responses import check_scored_responses
 from align.errors import UserError
-from align.maths.estimators import ESTIMATORS
+from align.maths.estimators import ESTIMATORS, TRAJECTORY_BALANCE, Estimator
 
 if TYPE_CHECKING:
     EstimatorName: TypeAlias = str
@@ -81,6 +82,9 @@ class PPORecipe(StageRecipe):
     reward_timeout: float = reward_timeout()
     score_reasoning: bool = score_reasoning()
 
+    objective: Literal["ppo", "trajectory_balance"] = objective()
+    replay_size: int = replay_size()
+    gradient_steps: int = gradient_steps()
     total_episodes: int = key(10_000, "Responses sampled in the run.", AT_LEAST_1)
     rollout_batch_size: int = key(64, "Responses per update over all devices.", BATCH)
     num_generations: int = key(
@@ -183,6 +187,18 @@ class PPORecipe(StageRecipe):
         return self.total_episodes // self.rollout_batch_size
 
     @property
+    def estimator(self) -> Estimator:
+        """What the objective needs: a value model, several responses to a prompt, how its loss is summed."""
+        return ESTIMATORS[self.advantage_estimator] if self.objective == "ppo" else TRAJECTORY_BALANCE
+
+    @property
+    def steps_per_update(self) -> int:
+        """Optimizer steps of an update."""
+        if self.objective == "trajectory_balance":
+            return self.gradient_steps
+        return self.num_ppo_epochs * (self.rollout_batch_size // self.minibatch_size)
+
+    @property
     def scores_are_normalized(self) -> bool:
         """`normalize_scores`, or its default."""
         return bool(self.reward_model_path) if self.normalize_scores is None else self.normalize_scores
@@ -194,11 +210,6 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     Raises:
         UserError: the first that is broken.
     """
-    if recipe.rollout_batch_size % recipe.minibatch_size:
-        raise UserError(
-            f"{where('minibatch_size')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got "
-            f"{recipe.minibatch_size}"
-        )
     if recipe.total_episodes < recipe.rollout_batch_size:
         raise UserError(
             f"{where('total_episodes')}: expected at least rollout_batch_size ({recipe.rollout_batch_size}), got "
@@ -209,7 +220,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
             f"{where('num_generations')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got "
             f"{recipe.num_generations}"
         )
-    _check_objective(recipe, where)
+    check_objective(recipe, where)
     check_judge_rules(recipe, where)
     check_ensemble_rules(recipe, where)
     models = recipe.reward_model_path
@@ -217,35 +228,3 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     check_scored_responses(recipe, sources, where)
     if recipe.multi_objective_aggregation == "normalize_then_sum":
         check_normalized_rewards(recipe, where, sources)
-
-
-def _check_objective(recipe: PPORecipe, where: Where) -> None:
-    estimator = recipe.advantage_estimator
-    if ESTIMATORS[estimator].compares_group and recipe.num_generations < 2:
-        raise UserError(
-            f"{where('num_generations')}: expected 2 or more with advantage_estimator: {estimator}, which compares the "
-            f"responses to one prompt, got {recipe.num_generations}"
-        )
-    if not ESTIMATORS[estimator].value_model and (
-        named := [n for n in ("value_model_path", "value_deepspeed") if getattr(recipe, n)]
-    ):
-        raise UserError(f"{where(named[0])}: advantage_estimator: {estimator} has no value model; leave it out.")
-    if not ESTIMATORS[estimator].value_model and recipe.value_warmup_updates:
-        raise UserError(
-            f"{where('value_warmup_updates')}: advantage_estimator: {estimator} has no value model; leave it out."
-        )
-    if recipe.use_kl_loss and recipe.kl_estimator == "k1":
-        raise UserError(
-            f"{where('kl_estimator')}: k1 as a loss has an expected gradient of 0, so nothing would hold the policy; "
-            "use k2 (whose gradient is that of KL(policy || reference)) or k3, or use_kl_loss: false"
-        )
-    if not recipe.use_kl_loss and recipe.kl_estimator != "k1":
-        why = "is biased" if recipe.kl_estimator == "k2" else "has a gradient that vanishes near the reference"
-        raise UserError(
-            f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {why}; use k1, or use_kl_loss: true"
-        )
-    if recipe.method != "full" and recipe.reference_deepspeed:
-        raise UserError(
-            f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and "
-            "has no engine of its own; leave it out."
-        )

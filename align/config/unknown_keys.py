@@ -99,6 +99,7 @@ OF_STAGE = {
         "load_best_model_at_end": "derived: with evaluation prompts the best policy is in best/, the last in output_dir",
         "beta": "called kl_coef here",
         "adv_estimator": "called advantage_estimator here",
+        "buffer_size": "called replay_size here, in rollout batches",
         "use_score_scaling": "called normalize_scores here",
         "use_score_norm": "called normalize_scores here",
         "scale_rewards": "derived: advantage_estimator grpo divides by the standard deviation of a prompt's scores, "

@@ -24,3 +24,7 @@ ESTIMATORS = {
     "dr_grpo": Estimator(compares_group=True, aggregation="constant"),
     "reinforce_plus_plus": Estimator(),
 }
+
+TRAJECTORY_BALANCE = Estimator(
+    compares_group=True, aggregation="constant"
+)  # an objective of its own, with its own advantages

@@ -58,7 +58,7 @@ def save_checkpoint(run: PPORun, step: int) -> None:
     if world.is_main:
         own(folder)
     world.barrier()
-    saved = {"policy": run.models.policy, "value": run.models.value, "ema": run.ema}
+    saved = {"policy": run.models.policy, "value": run.models.value, "ema": run.ema, "replay": run.replay}
     sums: dict[str, list[int]] = {}
     with during("checkpoint", folder):
         for name, saveable in saved.items():
@@ -69,12 +69,14 @@ def save_checkpoint(run: PPORun, step: int) -> None:
 
 
 def load_checkpoint(run: PPORun, checkpoint: Path) -> None:
-    """Continue from a checkpoint: weights, optimizer states, moving average and progress."""
+    """Continue from a checkpoint: weights, optimizer states, moving average, kept responses and progress."""
     run.models.policy.load_checkpoint(checkpoint / "policy")
     if run.models.value is not None:
         run.models.value.load_checkpoint(checkpoint / "value")
     if run.ema is not None:
         run.ema.load_checkpoint(checkpoint / "ema")
+    if run.replay is not None:
+        run.replay.load_checkpoint(checkpoint / "replay")
     state: Any = read_state(checkpoint).get("progress")
     check_record(state, PROGRESS, f"{checkpoint / COMPLETE}: progress")
     moments = state["score_moments"]

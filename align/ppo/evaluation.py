@@ -26,7 +26,8 @@ from align.ppo.measured import SAMPLE_COLUMNS, Measured, measure_columns, member
 from align.ppo.metrics import response_kl, response_metrics, score_length_correlation
 from align.ppo.outputs import save_model
 from align.ppo.ppo_run import PPORun, TokenizedPrompt, truncated
-from align.ppo.rollout import gather_rollout, sample_responses, score_responses
+from align.ppo.rollout import gather_rollout
+from align.ppo.sample import sample_responses, score_responses
 from align.ppo.verdict import Change, change, fell, label, mean, spread, verdicts, warnings, win_rate_of
 from align.runs.tracker import Tracker
 

@@ -12,7 +12,6 @@ from align.config.stages import STAGES
 from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.evaluate.reward_model import RewardModel, check_reward_model
-from align.maths.estimators import ESTIMATORS
 from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.load import load_config
@@ -36,7 +35,7 @@ class PPOInputs:
     value_head: StoredHead | None  # None: a new one
     value_lacks: list[str]  # layers between backbone and head in `value_path`
 
-    def describe_heads(self, advantage_estimator: str) -> list[str]:
+    def describe_heads(self, value_model: bool) -> list[str]:
         """Where the scalar heads of reward and value model come from."""
         several = len(self.rewards) > 1
         named = {f"reward model{f' {n}' * several}": model for n, model in enumerate(self.rewards, start=1)}
@@ -46,7 +45,7 @@ class PPOInputs:
             f"{name}: its head is {model.head.name}{'' if model.same_tokenizer else anew}"
             for name, model in named.items()
         ]
-        if ESTIMATORS[advantage_estimator].value_model:
+        if value_model:
             head = "a new head" if self.value_head is None else f"the head {self.value_head.name}"
             if self.value_lacks:
                 head += f", since the model's own reads layers that a value model lacks: {', '.join(self.value_lacks)}"
@@ -105,7 +104,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         theirs = tokenizer_digest(load_tokenizer(value_path, recipe.chat_template_path, recipe.trust_remote_code))
         if theirs["vocabulary"] != mine["vocabulary"]:
             raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
-    if ESTIMATORS[recipe.advantage_estimator].value_model:
+    if recipe.estimator.value_model:
         others = "reward_model_path" if same_tokenizer else "sft_model_path"
         key = "value_model_path" if recipe.value_model_path is not None else others
         value_config = load_config(value_path, key, recipe.trust_remote_code)

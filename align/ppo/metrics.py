@@ -12,8 +12,8 @@ from reward_models.combine import RewardSum
 from reward_models.ensemble import disagreement
 
 
-def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor) -> dict[str, float]:
-    """Metrics of a rollout and its returns [B, T], before the optimizer steps."""
+def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor | None = None) -> dict[str, float]:
+    """Metrics of a rollout and its returns [B, T], if there is a value model, before the optimizer steps."""
     kl = response_kl(rollout)
     metrics = {
         **response_metrics(rollout, run.models.rewards, ""),
@@ -23,7 +23,7 @@ def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor) -> dict[str,
         "objective/reward": float((rollout.scores - run.kl_price * kl).mean()),
         "policy/sampler_gap": run.progress.sampler_gap,
     }
-    if run.models.value is not None:
+    if run.models.value is not None and returns is not None:
         metrics |= value_metrics(rollout, returns)
     return metrics
 

@@ -21,7 +21,7 @@ from align.runs.stage import finish
 from align.runs.tracker import Tracker
 from align.terminal import say
 
-CARD = """# Language model, trained by PPO
+CARD = """# Language model, trained by {objective}
 
 From the SFT model {base}, with a KL penalty of {kl_coef} per nat against it. This folder holds the last policy{others}.
 
@@ -74,6 +74,7 @@ def save_outputs(
             write_text(own(folder / CHART), frontier)
         card = CARD.format(
             folder=python_text(recipe.output_dir),
+            objective={"ppo": "PPO", "trajectory_balance": "trajectory balance"}[recipe.objective],
             base=markdown_text(recipe.sft_model_path),
             kl_coef=recipe.kl_coef,
             others="".join(text for text, is_there in others.items() if is_there),

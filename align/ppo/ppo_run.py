@@ -19,6 +19,7 @@ from align.engine.ema import EMA
 from align.engine.engine import Engine, TrainEngine
 from align.generation.sampler import Sampler
 from align.maths.running_moments import RunningMoments
+from align.ppo.replay import Replay
 from reward_models.combine import RewardSum
 
 TokenizedPrompt = tuple[Prompt, list[int]]
@@ -90,6 +91,7 @@ class PPORun:
         scoring_passes: least number of forward passes, of rows of similar length, in which a rollout is scored.
         learning_rates: of policy and value model, for each update.
         ptx: tokenized rows of `ptx_dataset`.
+        replay: the responses that `objective: trajectory_balance` keeps.
         skipped_in_a_row: minibatches skipped since the last one with a finite loss.
     """
 
@@ -104,6 +106,7 @@ class PPORun:
     progress: Progress
     ema: EMA | None = None
     ptx: Dataset | None = None
+    replay: Replay | None = None
     skipped_in_a_row: int = 0
 
     @property

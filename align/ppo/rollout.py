@@ -1,8 +1,7 @@
-"""Sample responses and measure them: the Rollout that the rest of an update is computed from."""
+"""The Rollout that an update is computed from: responses and what was measured of them, in tensors that pad and gather alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -11,15 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from align.engine.distributed import World
-from align.engine.engine import Engine
-from align.errors import UserError
-from align.evaluate.statistics import repetition
-from align.generation.responses import decode_responses
-from align.generation.sampler import PromptBatch, Samples
-from align.maths.advantages import missing_eos_scores
-from align.models.forward import response_logprobs, response_values
-from align.ppo.ppo_run import PPORun
-from reward_models.responses import passes
 
 ROW, PROMPT_TOKEN, RESPONSE_TOKEN = "row", "prompt token", "response token"
 AnyRollout = TypeVar("AnyRollout", bound="Rollout")
@@ -92,71 +82,6 @@ class Rollout:
         return type(self)(**{name: getattr(self, name)[index][columns[axis]] for name, axis in self.axes().items()})
 
 
-def sample_responses(run: PPORun, batch: PromptBatch) -> Samples:
-    """Responses of the policy to this rank's b prompts, up to T tokens each."""
-    with run.world.clock.phase("generate"):
-        return run.sampler.sample(run.models.policy, run.world, batch)
-
-
-@torch.no_grad()
-def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Rollout:
-    """Log-probabilities under policy and reference, values and scores of this rank's b responses.
-
-    Policy and reference run the same forward pass as in training, not the decoding loop, so that the first ratio of an
-    update is exactly 1.
-
-    Args:
-        recompute: run that pass for the policy too; false takes the log-probabilities of the decoding loop.
-
-    Raises:
-        UserError: a reward function failed; the message shows the row.
-    """
-    models, sampler, world = run.models, run.sampler, run.world
-    ids = torch.cat([samples.prompt_ids, samples.response_ids], dim=1)  # [b, S]
-    real = torch.cat([samples.prompt_mask, samples.mask], dim=1)  # [b, S]
-    mask, length = samples.mask, samples.mask.shape[1]
-
-    def in_passes(phase: str, forward: Callable[..., Tensor], engine: Engine) -> Tensor:
-        measured = torch.zeros(mask.shape, device=world.device)
-        with world.clock.phase(phase):
-            for rows in passes(real.sum(dim=1).tolist(), sampler.batch_size, run.scoring_passes):
-                measured[rows] = forward(engine, ids[rows], real[rows], length)
-        return measured  # [b, T]
-
-    def logprobs(engine: Engine, ids: Tensor, mask: Tensor, length: int) -> Tensor:
-        return response_logprobs(engine, ids, mask, length, sampler.temperature)
-
-    responses = decode_responses(sampler.tokenizer, samples.prompts, samples)
-    try:
-        with world.clock.phase("score_reward"):
-            scores, sources, token_scores = models.rewards.score(responses)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    recipe = run.recipe
-    return Rollout(
-        prompt_ids=samples.prompt_ids,
-        prompt_mask=samples.prompt_mask,
-        response_ids=samples.response_ids,
-        mask=mask,
-        ended=samples.ended,
-        sampled_logprobs=samples.logprobs,
-        old_logprobs=in_passes("score_policy", logprobs, models.policy) if recompute else samples.logprobs,
-        ref_logprobs=in_passes("score_reference", logprobs, models.reference),
-        values=torch.zeros_like(samples.logprobs)
-        if models.value is None
-        else in_passes("score_value", response_values, models.value),
-        scores=missing_eos_scores(
-            scores.to(world.device), samples.ended, recipe.missing_eos_penalty, recipe.missing_eos_score
-        ),
-        token_scores=F.pad(token_scores, (0, length - token_scores.shape[1])).to(world.device),
-        source_scores=torch.stack([score.to(world.device) for score in sources.values()], dim=1),
-        repetition=torch.tensor(
-            [repetition(text) for text in map("".join, zip(responses.reasoning, responses.texts, strict=True))],
-            device=world.device,
-        ),
-    )
-
-
 def gather_rollout(rollout: AnyRollout, world: World, pad_token_id: int) -> AnyRollout:
     """All ranks' rows in rank order, on every rank: [b, ...] each -> [B, ...].
 
@@ -167,12 +92,18 @@ def gather_rollout(rollout: AnyRollout, world: World, pad_token_id: int) -> AnyR
         return rollout
     widest = world.max(torch.tensor([rollout.prompt_ids.shape[1], rollout.mask.shape[1]], device=world.device))
     prompt_width, response_width = widest.tolist()
-    gathered = {}
+    wide = widened(rollout, prompt_width, response_width, pad_token_id)
+    return type(rollout)(**{name: world.gather(getattr(wide, name)) for name in rollout.axes()})
+
+
+def widened(rollout: AnyRollout, prompt_width: int, response_width: int, pad_token_id: int) -> AnyRollout:
+    """A rollout padded to `prompt_width` on the left and `response_width` on the right."""
+    padded = {}
     for part in fields(rollout):
         tensor, axis = getattr(rollout, part.name), part.metadata["axis"]
         if axis != ROW:
             left = prompt_width - tensor.shape[1] if axis == PROMPT_TOKEN else 0
             right = response_width - tensor.shape[1] if axis == RESPONSE_TOKEN else 0
             tensor = F.pad(tensor, (left, right), value=pad_token_id if part.metadata["ids"] else 0)
-        gathered[part.name] = world.gather(tensor)
-    return type(rollout)(**gathered)
+        padded[part.name] = tensor
+    return type(rollout)(**padded)

@@ -24,7 +24,8 @@ from align.generation.scoring import score_ids
 from align.maths.masked import masked_mean
 from align.ppo.kl_permitted import describe_kl_coef, spreads
 from align.ppo.ppo_run import PPORun, Progress
-from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
+from align.ppo.rollout import Rollout, gather_rollout
+from align.ppo.sample import sample_responses, score_responses
 from align.ppo.self_check_limits import (
     BFLOAT16,
     FLOAT32,
@@ -172,12 +173,23 @@ def metrics_without_update(run: PPORun, rollout: Rollout) -> dict[str, float]:
     returns are the values, so that the value loss is half the mean square of the difference between the two passes.
     """
     recipe = replace(
-        run.recipe, minibatch_size=len(rollout), num_ppo_epochs=1, value_warmup_updates=0, max_approx_kl=None
+        run.recipe,
+        objective="ppo",
+        minibatch_size=len(rollout),
+        num_ppo_epochs=1,
+        value_warmup_updates=0,
+        max_approx_kl=None,
     )
     value = run.models.value and NoUpdateEngine(run.models.value)
     models = replace(run.models, policy=NoUpdateEngine(run.models.policy), value=value)
     fixed = replace(
-        run, recipe=recipe, models=models, ptx=None, progress=Progress(kl_coef=0.0), learning_rates=[(0.0, 0.0)]
+        run,
+        recipe=recipe,
+        models=models,
+        ptx=None,
+        replay=None,
+        progress=Progress(kl_coef=0.0),
+        learning_rates=[(0.0, 0.0)],
     )
     with torch.no_grad():
         metrics = optimize(fixed, rollout, torch.zeros_like(rollout.values), rollout.values, 0)

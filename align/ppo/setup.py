@@ -19,7 +19,6 @@ from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.user_functions import user_function
 from align.evaluate.reward_model import load_reward
 from align.generation.sampler import Sampler
-from align.maths.estimators import ESTIMATORS
 from align.models.load import load_policy
 from align.models.tokenizer import keep_ends
 from align.models.trainable import add_adapter
@@ -28,6 +27,7 @@ from align.ppo.checkpoint import load_checkpoint
 from align.ppo.data import PPOData
 from align.ppo.inputs import PPOInputs
 from align.ppo.ppo_run import Models, PPORun, Progress
+from align.ppo.replay import Replay
 from reward_models.combine import RewardSum
 from reward_models.ensemble import RewardEnsemble
 from reward_models.heads import keep_head_float32, score_head
@@ -71,6 +71,8 @@ def set_up(
         ema=EMA(models.policy, recipe.ema_decay) if recipe.ema_decay is not None else None,
         ptx=data.ptx,
     )
+    if recipe.objective == "trajectory_balance":
+        run.replay = Replay(recipe.replay_size * recipe.rollout_batch_size, world, run.sampler.pad_token_id)
     if checkpoint is not None:
         load_checkpoint(run, checkpoint)
     return run
@@ -100,7 +102,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
             )
         reference = frozen_engine(frozen, recipe, world, "reference")
     value = None
-    if ESTIMATORS[recipe.advantage_estimator].value_model:
+    if recipe.estimator.value_model:
         with sharded_load(recipe, "value"):
             model, missing = load_value_model(
                 inputs.value_path,

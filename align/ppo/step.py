@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from align.data.batches import PromptLoader
-from align.errors import UserError
 from align.generation.sampler import PromptBatch
 from align.maths import advantages as advantage_functions
-from align.maths.advantages import missing_eos_scores, normalize_then_sum, token_rewards
-from align.maths.estimators import ESTIMATORS
+from align.maths.advantages import token_rewards
 from align.maths.kl import adapted_kl_coef, k1
 from align.maths.masked import masked_whiten
 from align.ppo.metrics import response_kl, rollout_metrics
 from align.ppo.ppo_run import PPORun
-from align.ppo.rollout import Rollout, gather_rollout, sample_responses, score_responses
+from align.ppo.rollout import Rollout, gather_rollout
+from align.ppo.sample import sample_responses, score_responses
+from align.ppo.scores import normalize_and_clip_scores
+from align.ppo.trajectory_balance import balance
 from align.ppo.update import optimize, trains_policy
 
 SAME_LOGPROB = 1e-5  # nats: log-probabilities this close differ by rounding only
@@ -43,13 +44,17 @@ def step(run: PPORun, update: int) -> dict[str, float]:
     rollout = gather_rollout(scored, run.world, run.sampler.pad_token_id)  # [B, T] and [B], identical on every rank
     record_sampler_gap(run, rollout, recompute)
     scores = normalize_and_clip_scores(run, rollout)  # [B]
-    rewards = compute_rewards(run, rollout, scores)  # [B, T]
-    advantages, returns = estimate_advantages(
-        run, rollout, rewards
-    )  # [B, T], [B, T]: returns are what values are fitted to
-    metrics = rollout_metrics(run, rollout, returns)
-    # Losses of policy, value and, in the loss, KL: epochs x minibatches x microbatches of [m, S], split over the ranks.
-    metrics |= optimize(run, rollout, advantages, returns, update)
+    if run.replay is not None:  # another objective, on this rollout and earlier ones
+        metrics = rollout_metrics(run, rollout)
+        metrics |= balance(run, run.replay, rollout, update)
+    else:
+        rewards = compute_rewards(run, rollout, scores)  # [B, T]
+        advantages, returns = estimate_advantages(
+            run, rollout, rewards
+        )  # [B, T], [B, T]: returns are what values are fitted to
+        metrics = rollout_metrics(run, rollout, returns)
+        # Losses of policy, value and, in the loss, KL: epochs x minibatches x microbatches of [m, S], split over the ranks.
+        metrics |= optimize(run, rollout, advantages, returns, update)
     if trains_policy(run, update):
         update_ema(run)
         adapt_kl_coef(run, rollout)
@@ -88,40 +93,6 @@ def record_sampler_gap(run: PPORun, rollout: Rollout, recomputed: bool) -> None:
         run.progress.sampler_gap = float(gap.masked_fill(~rollout.mask, 0.0).max())
 
 
-def normalize_and_clip_scores(run: PPORun, rollout: Rollout) -> Tensor:
-    """Scores as they enter the rewards, [B]: normalized by their running moments (this batch included), then clipped.
-
-    With `multi_objective_aggregation: normalize_then_sum` they are the sum of the sources' scores that were each normalized
-    within the responses to a prompt. Updates the moments, in `run.progress`.
-    """
-    scores, progress = rollout.scores, run.progress
-    if run.recipe.multi_objective_aggregation == "normalize_then_sum":
-        scores = sum_of_normalized_scores(run, rollout)
-    if run.recipe.scores_are_normalized:
-        progress.score_moments = progress.score_moments.include(scores)
-        scores = (scores - progress.score_moments.mean) / max(progress.score_moments.std, 1e-8)
-    if run.recipe.score_clip is not None:
-        scores = scores.clamp(-run.recipe.score_clip, run.recipe.score_clip)
-    return scores
-
-
-def sum_of_normalized_scores(run: PPORun, rollout: Rollout) -> Tensor:
-    """GDPO's scores, [B], after the missing-EOS rule.
-
-    Raises:
-        UserError: a source scores tokens, whose sum has another scale.
-    """
-    if rollout.token_scores.any():
-        raise UserError(
-            "multi_objective_aggregation: normalize_then_sum takes one score for each response, and a reward function gave one "
-            "for each token; use sum_then_normalize."
-        )
-    recipe, weights = run.recipe, torch.tensor(run.models.rewards.weights, device=rollout.scores.device)
-    sources = rollout.source_scores[:, : len(weights)]
-    scores = normalize_then_sum(sources, weights, recipe.num_generations)
-    return missing_eos_scores(scores, rollout.ended, recipe.missing_eos_penalty, recipe.missing_eos_score)
-
-
 def compute_rewards(run: PPORun, rollout: Rollout, scores: Tensor) -> Tensor:
     """Normalized and clipped scores [B] to rewards [B, T]: the KL penalty on every token, and the score.
 
@@ -146,7 +117,7 @@ def estimate_advantages(run: PPORun, rollout: Rollout, rewards: Tensor) -> tuple
     """
     recipe, mask = run.recipe, rollout.mask
     estimate = getattr(advantage_functions, recipe.advantage_estimator)
-    if ESTIMATORS[recipe.advantage_estimator].value_model:
+    if recipe.estimator.value_model:
         advantages, returns = estimate(rewards, rollout.values, mask, recipe.gamma, recipe.lam)
         return masked_whiten(advantages, mask), returns
     advantages = estimate(rewards, mask, recipe.num_generations, recipe.gamma)  # rows are grouped by prompt

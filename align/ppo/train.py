@@ -41,7 +41,7 @@ def run(recipe: PPORecipe) -> PPOResult:
     checkpoint = last_checkpoint(recipe, world, data.report)
     start = step_of(checkpoint)
     with Tracker(recipe, "ppo", recipe.num_updates, resume_step=start) as tracker:
-        tracker.say(plan.describe(), *inputs.describe_heads(recipe.advantage_estimator))
+        tracker.say(plan.describe(), *inputs.describe_heads(recipe.estimator.value_model))
         ppo = set_up(recipe, inputs, data, plan, world, checkpoint)
         checks = check_start(ppo, tracker, start)
         evaluation = Evaluation(ppo, data.held_out, start)

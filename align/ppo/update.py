@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from align.data.collate import chunks
+from align.engine.distributed import World
 from align.generation.sampling import generator
-from align.maths.estimators import ESTIMATORS
 from align.maths.kl import LOSS_ESTIMATORS
 from align.maths.losses import loss_weights, policy_loss, value_loss
+from align.maths.trajectory_balance import balance_loss
 from align.models.forward import response_loss, response_values
 from align.ppo.bad_batches import skip_minibatch
 from align.ppo.ppo_run import PPORun, Sums
@@ -36,12 +37,21 @@ class Experience(Rollout):
 
 
 def optimize(run: PPORun, rollout: Rollout, advantages: Tensor, returns: Tensor, update: int) -> dict[str, float]:
-    """`num_ppo_epochs` epochs over the rollout. Returns metrics: means over the tokens of the minibatches stepped on.
+    """PPO's `num_ppo_epochs` epochs over the rollout, and their metrics, as `take_steps` has them.
+
+    Args:
+        advantages, returns: [B, T].
+    """
+    return take_steps(run, minibatches(run, rollout, advantages, returns, update), update)
+
+
+def take_steps(run: PPORun, batches: Iterable[Experience], update: int) -> dict[str, float]:
+    """An optimizer step on each minibatch. Returns metrics: means over the tokens of the minibatches stepped on.
 
     A minibatch whose loss is NaN or infinite is saved under `bad_batches/` and skipped.
 
     Args:
-        advantages, returns: [B, T].
+        batches: the next is asked for once the step on the one before is done.
 
     Raises:
         UserError: the losses of several minibatches in a row were not finite.
@@ -50,7 +60,7 @@ def optimize(run: PPORun, rollout: Rollout, advantages: Tensor, returns: Tensor,
     policy_rate, value_rate = run.learning_rates[update]
     totals: dict[str, float] = defaultdict(float)
     first_ratio, steps, skipped = None, 0, 0
-    for number, minibatch in enumerate(minibatches(run, rollout, advantages, returns, update)):
+    for number, minibatch in enumerate(batches):
         sums = accumulate_gradients(run, minibatch, update, number)
         if not all(map(math.isfinite, sums.values())):
             skipped += 1
@@ -92,36 +102,41 @@ def minibatches(
 ) -> Iterator[Experience]:
     """`num_ppo_epochs` times all rows of the rollout in a new seeded order, `minibatch_size` of them at a time."""
     recipe = run.recipe
-    aggregation = ESTIMATORS[recipe.advantage_estimator].aggregation
     measured = {part.name: getattr(rollout, part.name) for part in fields(rollout)}
     experience = Experience(**measured, advantages=advantages, returns=returns, weights=torch.zeros_like(advantages))
     for epoch in range(recipe.num_ppo_epochs):
         order = torch.randperm(len(rollout), generator=generator(recipe.seed, "minibatches", update, epoch))
         for index in order.to(run.world.device).view(-1, recipe.minibatch_size):
             minibatch = experience.rows(index)
-            minibatch.weights = loss_weights(minibatch.mask, aggregation, recipe.response_length)
+            minibatch.weights = loss_weights(minibatch.mask, recipe.estimator.aggregation, recipe.response_length)
             yield minibatch
 
 
 def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number: int) -> dict[str, float]:
     """Forward and backward of this rank's rows of a minibatch, and of PPO-ptx; returns the sums over all ranks, by metric."""
     tokens = minibatch.mask.sum()
-    # Sorted by length, rows that share a microbatch need little padding, and ranks have the same work.
-    by_length = (minibatch.prompt_mask.sum(dim=1) + minibatch.lengths).argsort(stable=True)
-    mine = by_length[run.world.rank :: run.world.size]
+    mine = shares(minibatch, run.world)[run.world.rank]
     parts: list[Sums] = []
     for part in chunks(len(mine), run.plan.micro_batch_size):
         batch = minibatch.rows(mine[part])
         sums = {"tokens": batch.mask.sum()}
-        if trains_policy(run, update):
+        if run.replay is not None:
+            sums |= balance_gradient(run, batch)
+        elif trains_policy(run, update):
             sums |= policy_gradient(run, batch, tokens)
         if run.models.value is not None:
             sums |= value_gradient(run, batch, tokens)
         parts.append(sums)
     if run.ptx is not None and trains_policy(run, update):
-        steps = run.recipe.num_ppo_epochs * (run.recipe.rollout_batch_size // run.recipe.minibatch_size)
-        parts += ptx_gradient(run, run.ptx, update * steps + number)
-    return sum_over_ranks(run, parts)
+        parts += ptx_gradient(run, run.ptx, update * run.recipe.steps_per_update + number)
+    total = sum_over_ranks(run, parts)
+    return total | balance_sums(run, minibatch, total["tokens"]) if run.replay is not None else total
+
+
+def shares(rollout: Rollout, world: World) -> list[Tensor]:
+    """Indices of the rows of each rank: sorted by length, microbatches need little padding, and ranks have the same work."""
+    by_length = (rollout.prompt_mask.sum(dim=1) + rollout.lengths).argsort(stable=True)
+    return [by_length[rank :: world.size] for rank in range(world.size)]
 
 
 def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
@@ -155,6 +170,31 @@ def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
         if recipe.use_kl_loss:
             sums["policy/kl_loss"] = LOSS_ESTIMATORS[recipe.kl_estimator](logprobs, reference).sum()
     return sums
+
+
+def balance_gradient(run: PPORun, batch: Experience) -> Sums:
+    """Forward and backward of the policy on m responses of `trajectory_balance`, whose advantages are of the policy of now."""
+    with run.world.clock.phase("update_policy"):
+        ids, mask = batch.sequences()  # [m, S]
+        scaled = (batch.advantages * batch.weights)[batch.mask]  # [n]
+
+        def objective(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
+            return -(scaled[part] * logprobs).sum()
+
+        length = batch.mask.shape[1]
+        loss, _, entropy = response_loss(run.models.policy, ids, mask, length, run.recipe.temperature, objective)
+        run.models.policy.backward(loss)
+    return {"objective/entropy": entropy.sum()}
+
+
+def balance_sums(run: PPORun, minibatch: Experience, tokens: float) -> dict[str, float]:
+    """Loss and residual of a minibatch of `trajectory_balance`, times its tokens, as the others are sums over them."""
+    recipe, kl_coef = run.recipe, run.progress.kl_coef
+    loss = float(balance_loss(minibatch.advantages[:, 0], kl_coef, recipe.num_generations))
+    return {
+        "policy/loss": loss / recipe.response_length * tokens,
+        "policy/residual": (2 * loss / kl_coef) ** 0.5 * tokens,
+    }
 
 
 def value_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:

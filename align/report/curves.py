@@ -61,6 +61,7 @@ THEN = (
     ("Mean value", ("value/mean",)),
     ("Spread of advantages", ("advantage/std",)),
     ("Policy loss", ("policy/loss",)),
+    ("Residual of the balance", ("policy/residual",)),
     ("Gradient norm", ("train/grad_norm", "policy/grad_norm")),
     ("Gradient norm of the value model", ("value/grad_norm",)),
     ("Learning rate", ("train/learning_rate", "policy/learning_rate", "value/learning_rate")),

@@ -396,19 +396,22 @@ def same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
     assert any(not torch.equal(a[name], b[name]) for name in a), "the average lags behind"
 
 
+def assert_resumes(make, whole_run: Path, folder: Path) -> None:
+    """What a SIGKILL right after the checkpoint of update 2 leaves behind; KL coefficient, moments and EMA go on."""
+    recipe = load_recipe("ppo", make(folder), ["--accept_changes", "run.json"])  # it names the other folder
+    out = folder / "out"
+    shutil.copytree(whole_run / "checkpoint-2", out / "checkpoint-2")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        shutil.copy(whole_run / name, out)
+    run(recipe)
+    assert read_mark(out / "stage.json")["accepted"][0]["at"] == "checkpoint-2"
+    same_weights(whole_run, out, 0.0)
+    assert_same_curve(metrics(whole_run), metrics(out), 0.0)
+
+
 class TestTogether:
     def test_resumed_to_the_bit(self, finished, tmp_path):
-        """What a SIGKILL right after the checkpoint of update 2 leaves behind; KL coefficient, moments and EMA go on."""
-        make, whole_run = finished
-        recipe = load_recipe("ppo", make(tmp_path), ["--accept_changes", "run.json"])  # it names the other folder
-        out = tmp_path / "out"
-        shutil.copytree(whole_run / "checkpoint-2", out / "checkpoint-2")
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            shutil.copy(whole_run / name, out)
-        run(recipe)
-        assert read_mark(out / "stage.json")["accepted"][0]["at"] == "checkpoint-2"
-        same_weights(whole_run, out, 0.0)
-        assert_same_curve(metrics(whole_run), metrics(out), 0.0)
+        assert_resumes(*finished, tmp_path)
 
     @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
     def test_two_ranks_do_what_one_does(self, finished, tmp_path, stage):
@@ -426,10 +429,26 @@ class TestTogether:
         same_weights(alone, tmp_path / "out", 5e-4)
 
 
+UNBALANCED = [
+    *(({name: value}, rf"{name}: objective: trajectory_balance does not read it, got {value}; leave it out") for name, value in (
+        ("advantage_estimator", "rloo"), ("num_ppo_epochs", 3), ("cliprange", 0.1), ("dual_clip", 3.0), ("max_approx_kl", 0.1),
+        ("gamma", 0.9), ("lam", 1.0), ("whiten_rewards", True), ("entropy_coef", 0.1), ("use_kl_loss", True),
+        ("kl_estimator", "k3"), ("cliprange_value", 1.0), ("value_learning_rate", 0.1), ("value_warmup_updates", 1),
+    )),
+    ({"value_model_path": "x"}, r"value_model_path: objective: trajectory_balance does not read it"),
+    ({}, r"num_generations: expected 2 or more with objective: trajectory_balance, .* got 1"),
+    ({"num_generations": 4, "minibatch_size": 6}, r"minibatch_size: expected a multiple of num_generations \(4\) .* got 6"),
+    ({"num_generations": 4, "kl_coef": 0}, r"kl_coef: expected a number above 0 with objective: trajectory_balance.* got 0"),
+]  # fmt: skip
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
+            *(({"objective": "trajectory_balance", "num_ppo_epochs": 4, **more}, words) for more, words in UNBALANCED),
+            ({"replay_size": 3}, r"replay_size: objective: ppo does not read it, got 3; leave it out"),
+            ({"gradient_steps": 3}, r"gradient_steps: objective: ppo does not read it, got 3; leave it out"),
             ({"kl_estimator": "k3"}, r"kl_estimator: k3 inside the reward has a gradient that vanishes.*use k1"),
             ({"kl_estimator": "k2"}, r"kl_estimator: k2 inside the reward is biased"),
             ({"use_kl_loss": True}, r"kl_estimator: k1 as a loss has an expected gradient of 0.*use k2"),

@@ -14,7 +14,6 @@ from align.config.ppo import PPORecipe
 from align.data.load import Rows
 from align.data.rows import Prompt
 from align.data.tokenize import tokenize_prompts
-from align.maths.estimators import ESTIMATORS
 from align.models.context_length import check_responses_fit
 from align.models.load import load_config
 from align.ppo.inputs import check_ppo_inputs
@@ -36,7 +35,7 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         others |= {f"reward{f' {n}' * several}": model.config for n, model in enumerate(inputs.rewards, start=1)}
         others |= {"judge": inputs.judge.config} if inputs.judge is not None else {}
         policy = load_config(recipe.sft_model_path, "sft_model_path", recipe.trust_remote_code)
-        notes = inputs.describe_heads(recipe.advantage_estimator)
+        notes = inputs.describe_heads(recipe.estimator.value_model)
         return Start(policy, inputs.tokenizer, others=others, notes=notes)
 
     def sample(self, recipe: PPORecipe, rows: Sequence[Prompt], start: Start) -> Sample:
@@ -51,7 +50,7 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         model = skeleton(AutoModelForCausalLM, start.config, code)
         size = count_parameters(model)
         models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
-        if ESTIMATORS[recipe.advantage_estimator].value_model:
+        if recipe.estimator.value_model:
             config = start.others["value"]
             value = count_parameters(skeleton(TokenClassifier, config, code, num_labels=1))
             models.append(Footprint("value", value, value))

@@ -1,0 +1,116 @@
+"""Keys that choose the objective of PPO's stage, and the rules between it and the keys that it reads.
+
+Functions take the recipe of PPO, whose file imports this one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from align.config.keys import AT_LEAST_1, Where, key
+from align.errors import UserError
+
+# Keys that an objective does not read.
+UNREAD = {
+    "ppo": ("replay_size", "gradient_steps"),
+    "trajectory_balance": (
+        *("advantage_estimator", "num_ppo_epochs", "cliprange", "dual_clip", "max_approx_kl", "gamma", "lam"),
+        *("whiten_rewards", "entropy_coef", "use_kl_loss", "kl_estimator", "cliprange_value", "value_learning_rate"),
+        *("value_model_path", "value_deepspeed", "value_warmup_updates"),
+    ),
+}
+
+
+def objective() -> Any:
+    """The key `objective` of PPO's stage."""
+    return key(
+        "ppo",
+        "ppo, or trajectory_balance: the variance of score - kl_coef * log(policy / reference) over the responses to a prompt "
+        "(VarGrad, arXiv 2503.18929), which is 0 at the optimum whatever policy sampled them, so that earlier rollouts are "
+        "trained on again; needs num_generations of 2 or more.",
+    )
+
+
+def replay_size() -> Any:
+    """The key `replay_size` of PPO's stage."""
+    return key(
+        10, "With trajectory_balance: rollout batches that are kept and trained on, the newest included.", AT_LEAST_1
+    )
+
+
+def gradient_steps() -> Any:
+    """The key `gradient_steps` of PPO's stage."""
+    return key(
+        8, "With trajectory_balance: optimizer steps an update, each on minibatch_size kept responses.", AT_LEAST_1
+    )
+
+
+def check_objective(recipe: Any, where: Where) -> None:
+    """The rules between the objective of PPO's stage and other keys.
+
+    Raises:
+        UserError: the first that is broken.
+    """
+    for each in fields(recipe):
+        if each.name in UNREAD[recipe.objective] and (got := getattr(recipe, each.name)) != each.default:
+            raise UserError(
+                f"{where(each.name)}: objective: {recipe.objective} does not read it, got {got}; leave it out."
+            )
+    rules = _check_ppo if recipe.objective == "ppo" else _check_trajectory_balance
+    rules(recipe, where)
+    if recipe.method != "full" and recipe.reference_deepspeed:
+        raise UserError(
+            f"{where('reference_deepspeed')}: with an adapter the reference is the policy with its adapter off, and "
+            "has no engine of its own; leave it out."
+        )
+
+
+def _check_ppo(recipe: Any, where: Where) -> None:
+    if recipe.rollout_batch_size % recipe.minibatch_size:
+        raise UserError(
+            f"{where('minibatch_size')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got "
+            f"{recipe.minibatch_size}"
+        )
+    name, estimator = recipe.advantage_estimator, recipe.estimator
+    if estimator.compares_group and recipe.num_generations < 2:
+        raise UserError(
+            f"{where('num_generations')}: expected 2 or more with advantage_estimator: {name}, which compares the "
+            f"responses to one prompt, got {recipe.num_generations}"
+        )
+    if not estimator.value_model and (
+        named := [n for n in ("value_model_path", "value_deepspeed") if getattr(recipe, n)]
+    ):
+        raise UserError(f"{where(named[0])}: advantage_estimator: {name} has no value model; leave it out.")
+    if not estimator.value_model and recipe.value_warmup_updates:
+        raise UserError(
+            f"{where('value_warmup_updates')}: advantage_estimator: {name} has no value model; leave it out."
+        )
+    if recipe.use_kl_loss and recipe.kl_estimator == "k1":
+        raise UserError(
+            f"{where('kl_estimator')}: k1 as a loss has an expected gradient of 0, so nothing would hold the policy; "
+            "use k2 (whose gradient is that of KL(policy || reference)) or k3, or use_kl_loss: false"
+        )
+    if not recipe.use_kl_loss and recipe.kl_estimator != "k1":
+        why = "is biased" if recipe.kl_estimator == "k2" else "has a gradient that vanishes near the reference"
+        raise UserError(
+            f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {why}; use k1, or use_kl_loss: true"
+        )
+
+
+def _check_trajectory_balance(recipe: Any, where: Where) -> None:
+    if recipe.num_generations < 2:
+        raise UserError(
+            f"{where('num_generations')}: expected 2 or more with objective: trajectory_balance, which compares the responses "
+            f"to one prompt, got {recipe.num_generations}"
+        )
+    if recipe.minibatch_size % recipe.num_generations:
+        raise UserError(
+            f"{where('minibatch_size')}: expected a multiple of num_generations ({recipe.num_generations}) with objective: "
+            f"trajectory_balance, got {recipe.minibatch_size}"
+        )
+    if not recipe.kl_coef:
+        raise UserError(
+            f"{where('kl_coef')}: expected a number above 0 with objective: trajectory_balance, whose optimum is the reference "
+            "times exp(score / kl_coef), got 0"
+        )

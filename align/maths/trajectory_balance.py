@@ -1,0 +1,38 @@
+"""Trajectory balance with the variance over a prompt's responses (VarGrad, arXiv 2010.10436; of language models: 2503.18929).
+
+The optimum of J = E[score] - beta KL(pi || ref) is pi*(y) = ref(y) exp(score(y) / beta) / Z, at which the excess
+
+    d(y) = score(y) - beta (log pi(y) - log ref(y))
+
+is beta log Z for every response y to a prompt. So the variance of d over any responses is 0 there, whatever policy sampled
+them: no correction is needed for responses of earlier policies.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def leave_one_out_excess(scores: Tensor, kl: Tensor, kl_coef: float, group_size: int) -> Tensor:
+    """d of each response less the mean d of the others of its prompt, [B], in units of score.
+
+    Args:
+        scores: [B]; the K = `group_size` responses to a prompt are consecutive rows.
+        kl: [B], log pi - log ref of each response under the policy as it is now, nats.
+        kl_coef: beta, score per nat.
+    """
+    groups = (scores - kl_coef * kl).view(-1, group_size)
+    deviations = groups - groups.mean(dim=1, keepdim=True)
+    return deviations.flatten() * (group_size / (group_size - 1))
+
+
+def balance_loss(excess: Tensor, kl_coef: float, group_size: int) -> Tensor:
+    """Mean over prompts of the unbiased variance of d over its K responses, divided by 2 beta: a scalar, in units of score.
+
+    Its gradient is that of -mean(excess * log pi), excess held fixed: REINFORCE of J with the mean of the other responses as
+    baseline. (The gradient of a group's mean d cancels, since the deviations from it sum to 0.)
+
+    Args:
+        excess: [B] from `leave_one_out_excess`.
+    """
+    return excess.square().mean() * (group_size - 1) / group_size / (2 * kl_coef)

@@ -1,0 +1,82 @@
+"""The rollouts that are trained on again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align.engine.distributed import World
+from align.engine.parts import Part, SavedParts, write_parts
+from align.generation.sampling import generator
+from align.ppo.rollout import Rollout, widened
+
+VALUE = "value"
+
+
+@dataclass(slots=True)
+class Replay:
+    """The newest responses, the oldest first, as they were sampled and scored; the same on every rank, as a rollout is.
+
+    Attributes:
+        size: most responses that are kept.
+        rows: None before the first rollout.
+    """
+
+    size: int
+    world: World
+    pad_token_id: int
+    rows: Rollout | None = None
+
+    def add(self, rollout: Rollout) -> None:
+        """Keep a rollout, and drop what is older than `size` responses."""
+        if self.rows is not None:
+            pair = (self.rows, rollout)
+            prompt_width, response_width = (
+                max(getattr(each, name).shape[1] for each in pair) for name in ("prompt_mask", "mask")
+            )
+            wide = [widened(each, prompt_width, response_width, self.pad_token_id) for each in pair]
+            rollout = Rollout(**{name: torch.cat([getattr(each, name) for each in wide]) for name in Rollout.axes()})
+        newest = torch.arange(max(0, len(rollout) - self.size), len(rollout), device=self.world.device)
+        self.rows = rollout.rows(newest)
+
+    def draw(self, seed: int, update: int, steps: int, count: int, group_size: int) -> Iterator[Tensor]:
+        """Indices [`count`] of rows for each of `steps`, whole groups of consecutive rows, which are responses to one prompt.
+
+        Groups are taken from seeded permutations of all of them, one after another, so that none is drawn twice as often as
+        another in an update.
+        """
+        assert self.rows is not None
+        groups, each = len(self.rows) // group_size, count // group_size
+        order = torch.empty(0, dtype=torch.int64)
+        permutations = 0
+        for _ in range(steps):
+            while len(order) < each:
+                more = torch.randperm(groups, generator=generator(seed, "replay", update, permutations))
+                order, permutations = torch.cat([order, more]), permutations + 1
+            chosen, order = order[:each], order[each:]
+            yield (chosen[:, None] * group_size + torch.arange(group_size)).flatten().to(self.world.device)
+
+    def save_checkpoint(self, folder: Path) -> dict[str, list[int]]:
+        """Write the rows, each rank its share; returns size and CRC-32 of each file that this rank wrote."""
+        rows = {} if self.rows is None else {name: getattr(self.rows, name) for name in Rollout.axes()}
+        parts = {name: Part(tuple(rows[name].shape), 0, {VALUE: rows[name]}, replicated=True) for name in rows}
+        return write_parts(folder, parts, self.world)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Restore what any number of ranks wrote.
+
+        Raises:
+            UserError: the files are damaged.
+        """
+        saved = SavedParts(folder)
+        with saved.readable():
+            rows = {
+                name: saved.read(name, VALUE, 0, math.prod(shape)).view(shape).to(self.world.device)
+                for name, shape in saved.shapes.items()
+            }
+            self.rows = Rollout(**rows)
