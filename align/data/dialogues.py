@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from align.data.end_tokens import end_texts, split_at_end
-from align.data.rows import Message
-from align.data.template_input import END_OF_THINK, PROBE, THINK, Tools, as_template_reads, check_system, render
+from align.data.rows import Message, Tools
+from align.data.template_input import END_OF_THINK, PROBE, THINK, as_template_reads, check_system, render
 from align.errors import BadRow
 
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.dialogues import DialogueText, dialogue_texts, generation_text
 from align.data.end_tokens import end_texts, split_at_end
 from align.data.reasoning import split_text
-from align.data.rows import Turns, as_response, render_text
-from align.data.template_input import Tools
+from align.data.rows import Tools, Turns, as_response, render_text
 from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
 

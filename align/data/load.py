@@ -12,8 +12,9 @@ from typing import Any
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
+from align.data.columns import choose_formats, missing_column
 from align.data.duplicates import find_duplicates
-from align.data.formats import choose_formats, missing_column, read_row
+from align.data.formats import read_row
 from align.data.mixture import repeat_rows, seeded_sample, task_counts, times_used
 from align.data.rows import BadRows, Row
 from align.data.sources import MAX_ROW, read_source

@@ -16,6 +16,8 @@ Message = dict[str, Any]
 """`role` (system, user, assistant, tool) and `content`, both text, and keys that only some messages have, as `tool_calls`."""
 Turns = str | list[Message]
 """Plain text, or messages."""
+Tools = list[dict[str, Any]] | None
+"""The functions that a row lists for the model, as JSON schemas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,3 +205,13 @@ def _more(message: Message) -> str:
     """What a message holds besides role, content and flags, as text; empty for most."""
     more = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
     return json.dumps(more, sort_keys=True, default=str) if more else ""
+
+
+def tools_of(row: Row) -> Tools:
+    """The functions that the row lists for the model."""
+    return row.extra.get("tools") if isinstance(row.prompt, list) else None
+
+
+def is_tie(row: Preference) -> bool:
+    """Whether the row says that neither response is better."""
+    return bool(row.extra.get("tie"))

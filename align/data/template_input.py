@@ -11,13 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from align.data.chat_template import render_chat
 from align.data.end_tokens import end_texts
 from align.data.messages import alternates
-from align.data.rows import Message
+from align.data.rows import Message, Tools
 from align.errors import BadRow, UserError
 
 THINK, END_OF_THINK = "<think>", "</think>"
 PROBE = "\N{SYMBOL FOR RECORD SEPARATOR}"  # the content of a turn that shows where a template puts contents
 _OF_CALLS = ("tool_call_id", "name")  # keys of a tool's result that repeat its call; many templates leave them out
-Tools = list[dict[str, Any]] | None
 
 
 def as_template_reads(

@@ -6,7 +6,7 @@ bad row; nothing is truncated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,22 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.dialogues import DialogueText
 from align.data.encode import (
-    check_plain,
     example_texts,
     labels_of_turns,
-    pair_ids,
     prompt_text,
 )
-from align.data.findings import Findings
-from align.data.reasoning import scored_turns, without_reasoning
-from align.data.rows import BadRows, Demonstration, Preference, Prompt, Row, Turns, render_text
-from align.data.template_input import Tools
-from align.data.token_ids import text_ids, whole_ids
+from align.data.encode_rows import BATCH, encoded, encoded_pairs
+from align.data.reasoning import without_reasoning
+from align.data.rows import BadRows, Demonstration, Preference, Prompt, is_tie, tools_of
 from align.errors import BadRow, UserError
 
 NO_MARGIN = "no `margin`, which other rows have; write 0 for none"
 IGNORE_INDEX = -100  # label of a token that the loss ignores
-BATCH = 1000  # rows per call of the tokenizer
 Report = dict[str, dict[str, Any]]
 
 
@@ -67,7 +62,7 @@ def tokenize_demonstrations(
         return example_texts(tokenizer, row.prompt, row.completion, tools_of(row), trained)
 
     def records() -> Iterator[tuple[list[int], list[int]]]:
-        for row, examples in _encoded(tokenizer, rows, bad, texts):
+        for row, examples in encoded(tokenizer, rows, bad, texts):
             made = []
             with bad.catch(row.where):
                 for text, _, before, response in examples:
@@ -116,7 +111,7 @@ def tokenize_preferences(
     has_tie = any(map(is_tie, rows))
 
     def records() -> Iterator[list[Any]]:
-        for row, sequences in _encoded_pairs(tokenizer, rows, bad, is_encoder):
+        for row, sequences in encoded_pairs(tokenizer, rows, bad, is_encoder):
             with bad.catch(row.where):
                 _check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
@@ -168,83 +163,13 @@ def tokenize_prompts(
             DialogueText(text, "the" if ends_in_space else "")
         ]  # a word shows whether the space would be joined to it
 
-    for row, [(_, ids, *_)] in _encoded(tokenizer, rows, bad, texts):
+    for row, [(_, ids, *_)] in encoded(tokenizer, rows, bad, texts):
         with bad.catch(row.where):
             if row.prompt and not ids:
                 raise BadRow("the tokenizer leaves nothing of the prompt")
             _check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
             prompts.append((row, ids))
     return prompts, _report(bad, on_bad_row, len(rows), len(prompts))
-
-
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], bad: BadRows, texts_of: Callable[[Any], list[DialogueText]]
-) -> Iterator[tuple[Any, list[tuple[DialogueText, list[int], list[int], list[int]]]]]:
-    """Yield each row with its texts: (text, ids of the prompt alone, ids before the response, the response's ids)."""
-    findings = Findings(tokenizer)
-    for start in range(0, len(rows), BATCH):
-        rendered: list[tuple[Any, list[DialogueText]]] = []
-        for row in rows[start : start + BATCH]:
-            with bad.catch(row.where):
-                texts = texts_of(row)
-                if not isinstance(row, Prompt) and not all(text.response.strip() for text in texts):  # only EOS
-                    raise BadRow("empty response")
-                rendered.append((row, texts))
-        flat = [text for _, texts in rendered for text in texts]
-        are_plain = [isinstance(row.prompt, str) for row, texts in rendered for _ in texts]
-        own_ids = text_ids(tokenizer, [text.prompt for text in flat], are_plain)
-        encoded = iter(zip(flat, own_ids, whole_ids(tokenizer, flat, are_plain, own_ids), strict=True))
-        for row, texts in rendered:
-            found = list(islice(encoded, len(texts)))
-            findings.look(row, texts, [own for _, own, _ in found], [before for *_, (before, _) in found])
-            yield row, [(text, own, *ids) for text, own, ids in found]
-    findings.report(len(rows))
-
-
-def tools_of(row: Row) -> Tools:
-    """The functions that the row lists for the model."""
-    return row.extra.get("tools") if isinstance(row.prompt, list) else None
-
-
-def is_tie(row: Preference) -> bool:
-    """Whether the row says that neither response is better."""
-    return bool(row.extra.get("tie"))
-
-
-def _encoded_pairs(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], bad: BadRows, is_encoder: bool
-) -> Iterator[tuple[Preference, list[list[int]]]]:
-    """Yield (row, [ids of prompt + chosen, ids of prompt + rejected])."""
-    if not is_encoder:
-
-        def texts(row: Preference) -> list[DialogueText]:
-            pair = [_scored(tokenizer, response) for response in (row.chosen, row.rejected)]
-            return [text for each in pair for text in example_texts(tokenizer, row.prompt, each, tools_of(row))]
-
-        for row, examples in _encoded(tokenizer, rows, bad, texts):
-            yield row, [before + response for *_, before, response in examples]
-        return
-    findings = Findings(tokenizer)
-    for start in range(0, len(rows), BATCH):
-        batch: list[tuple[Preference, list[Turns]]] = []
-        for row in rows[start : start + BATCH]:
-            with bad.catch(row.where):
-                answers = [_scored(tokenizer, response) for response in (row.chosen, row.rejected)]
-                for answer in answers:
-                    check_plain(row.prompt, answer, tools_of(row))
-                batch.append((row, answers))
-                findings.look(row, [DialogueText("", render_text(answer)) for answer in answers], [], [])
-        prompts = [render_text(row.prompt) for row, _ in batch]
-        sides = [pair_ids(tokenizer, prompts, [render_text(pair[side]) for _, pair in batch]) for side in (0, 1)]
-        yield from ((row, list(ids)) for (row, _), *ids in zip(batch, *sides, strict=True))
-    findings.report(len(rows))
-
-
-def _scored(tokenizer: PreTrainedTokenizerBase, response: Turns) -> Turns:
-    answer = scored_turns(tokenizer, response)
-    if not render_text(answer).strip():
-        raise BadRow("no answer after the reasoning; `score_reasoning: true` would score the reasoning")
-    return answer
 
 
 def _dataset(names: tuple[str, ...], records: Iterator[Sequence[Any]]) -> Dataset:

@@ -47,16 +47,9 @@ from align.runs.results import ClassifyResult
 from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
+from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
 from align.trainer.callback import StageCallback
-from align.trainer.hf_trainer import (
-    ExactEvaluation,
-    eval_batch_size,
-    save_trained,
-    total_steps,
-    train,
-    training_arguments,
-    untrained_is_best,
-)
+from align.trainer.hf_trainer import ExactEvaluation, save_trained, train, untrained_is_best
 from align.trainer.row_trainer import RowCollator, RowTrainer, row_training_arguments
 
 

@@ -17,8 +17,7 @@ from align.data.encode import encode_example, encode_prompt
 from align.data.findings import say_note
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import scored_turns, scores_reasoning, set_scores_reasoning
-from align.data.rows import BadRows, Demonstration, Turns, render_text
-from align.data.tokenize import tools_of
+from align.data.rows import BadRows, Demonstration, Turns, render_text, tools_of
 from align.data.turn_end import turn_end_note
 from align.errors import BadRow, UserError
 from align.evaluate.few_shot import (

@@ -13,8 +13,7 @@ from align.config.base import StageRecipe
 from align.config.recipe import Recipe
 from align.data.encode import encode_pair
 from align.data.reasoning import set_scores_reasoning
-from align.data.rows import Turns, as_response
-from align.data.template_input import Tools
+from align.data.rows import Tools, Turns, as_response
 from align.engine.build import frozen_engine
 from align.engine.distributed import World
 from align.engine.sharding import sharded_load

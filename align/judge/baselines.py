@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from align.data.rows import Preference, render_text
-from align.data.tokenize import is_tie
+from align.data.rows import Preference, is_tie, render_text
 from align.evaluate.bootstrap import Floats
 from align.judge.pairs import Outcomes
 

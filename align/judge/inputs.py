@@ -13,9 +13,8 @@ from align.config.judge_reward import JudgeRewardRecipe
 from align.data.encode import encode_pair
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import scored_turns, set_scores_reasoning
-from align.data.rows import BadRows, Demonstration, Preference, render_text
+from align.data.rows import BadRows, Demonstration, Preference, render_text, tools_of
 from align.data.sources import read_source
-from align.data.tokenize import tools_of
 from align.engine.distributed import World
 from align.engine.user_functions import user_function
 from align.errors import UserError

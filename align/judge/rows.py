@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.encode import encode_pair
 from align.data.reasoning import scored_turns, split_text
-from align.data.rows import Preference, Turns, as_response, render_text
-from align.data.tokenize import is_tie, tools_of
+from align.data.rows import Preference, Turns, as_response, is_tie, render_text, tools_of
 from align.engine.distributed import World
 from align.errors import UserError
 from align.evaluate.bootstrap import Floats

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from align.compat.transformers import has_causal_lm
 from align.data.rows import Demonstration, render_text
 from align.errors import UserError, nearest
+from align.models.config_sizes import check_sizes
 from align.models.context_length import max_positions
-from align.models.inspect_folder import check_sizes
 from align.models.tokenizer import read_chat_template
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]

@@ -19,6 +19,7 @@ from align.config.stages import stage_of
 from align.config.text_file import check_regular, read_text
 from align.errors import UserError
 from align.models.adapter_patterns import check_patterns
+from align.models.config_sizes import check_sizes
 from align.models.safetensors_header import StoredTensor, read_header
 from align.models.small_files import JSON_FILES, check_small_file
 
@@ -28,16 +29,6 @@ WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
 OTHER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-# Largest values of sizes in a configuration. Beyond them, a model is built for ever or for no memory in the world.
-_LAYERS, _HEADS, _WIDTH, _LENGTH = 10_000, 2**16, 2**20, 2**28
-SIZES = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), _LAYERS),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head", "n_heads", "num_heads"), _HEADS),
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "head_dim", "embedding_size"), _WIDTH),
-    **dict.fromkeys(("intermediate_size", "n_inner", "hidden_dim"), _WIDTH),
-    "num_labels": 1_000_000,
-    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), _LENGTH),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,22 +170,6 @@ def check_adapter(config: Mapping[str, Any], path: str, key: str) -> str:
             "of Megatron's layers are not supported."
         )
     return str(config["base_model_name_or_path"])
-
-
-def check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Check the sizes in a model's configuration, those of a text model inside it too.
-
-    Raises:
-        UserError: one is no whole number, below 1 or absurd.
-    """
-    for name, largest in SIZES.items():
-        value = config.get(name)
-        if value is None or isinstance(value, list):  # one for each layer
-            continue
-        if type(value) is not int or not 1 <= value <= largest:
-            raise UserError(f"{where}: {name}: expected a whole number from 1 to {largest:,}, got {shown(value)}")
-    if isinstance(config.get("text_config"), dict):
-        check_sizes(config["text_config"], f"{where}: text_config")
 
 
 def _check_files(folder: Path, key: str) -> None:

@@ -6,91 +6,40 @@ transformers takes over any value of most keys, and fails much later, or saves i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from align.config.convert import shown
 from align.errors import UserError
+from align.models.json_kinds import (
+    FLAG,
+    FLAG_OR_TEXT,
+    ID_OR_NONE,
+    IDS,
+    MAPPING,
+    NUMBER,
+    ONE_ID_OR_NONE,
+    TEXT,
+    TOKEN,
+    TOKENS,
+    WHOLE,
+    Rule,
+    is_added_tokens,
+    is_chat_template,
+    is_mapping,
+    is_number,
+    is_text,
+    is_token,
+    is_token_id,
+    list_of,
+    one_or_list,
+)
 
 JSON_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-LARGEST_ID = 2**31 - 1  # of a token; the tokenizers library has ids of 32 bits
-Check = Callable[[Any], bool]
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e38  # neither NaN nor infinite
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**63
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _mapping(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def _token_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= LARGEST_ID
-
-
-def _token(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
-
-
-def _list_of(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def _one_or_list(check: Check) -> Check:
-    return lambda value: check(value) or _list_of(check)(value)
-
-
-def _no_id(value: Any) -> bool:
-    return type(value) is int and value == -1  # some models have it where they have no such token
-
-
-def _chat_template(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(each, dict) and _text(each.get("name")) and _text(each.get("template")) for each in value)
-    return isinstance(value, str) or (isinstance(value, dict) and all(map(_text, value.values())))
-
-
-def _added_tokens(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        index.isascii() and index.isdigit() and int(index[:20]) <= LARGEST_ID and _token(token) and _mapping(token)
-        for index, token in value.items()
-    )
-
-
-NUMBER, WHOLE, FLAG, TEXT, MAPPING = (
-    (_number, "a number"),
-    (_whole, "a whole number"),
-    (_flag, "true or false"),
-    (_text, "text"),
-    (_mapping, "a mapping"),
-)
-FLAG_OR_TEXT = (lambda value: _flag(value) or _text(value), "true, false or text")
-ID_OR_NONE = (
-    lambda value: _no_id(value) or _one_or_list(_token_id)(value),
-    "a token id or a list of token ids",
-)
-ONE_ID_OR_NONE = (lambda value: _no_id(value) or _token_id(value), "a token id")
-IDS = (_list_of(_token_id), "a list of token ids")
-TOKEN = (_token, "text, or a mapping with the text `content`")
-TOKENS = (_list_of(_token), "a list of texts")
-Rule = tuple[Check, str]
 # What a key may hold beside null, which stands for its default. Other keys are the business of a model's own code.
 GENERATION: Mapping[str, Rule] = {
-    "eos_token_id": (_one_or_list(_token_id), "a token id or a list of token ids"),
+    "eos_token_id": (one_or_list(is_token_id), "a token id or a list of token ids"),
     "pad_token_id": ONE_ID_OR_NONE,
     **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), ID_OR_NONE),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"), ID_OR_NONE),
@@ -161,30 +110,30 @@ GENERATION: Mapping[str, Rule] = {
         FLAG,
     ),
     "early_stopping": FLAG_OR_TEXT,
-    "stop_strings": (_one_or_list(_text), "text or a list of texts"),
+    "stop_strings": (one_or_list(is_text), "text or a list of texts"),
     **dict.fromkeys(("cache_implementation", "num_assistant_tokens_schedule", "transformers_version"), TEXT),
     **dict.fromkeys(("cache_config", "compile_config", "watermarking_config"), MAPPING),
     "sequence_bias": (lambda value: isinstance(value, list | dict), "a list or a mapping"),
-    "exponential_decay_length_penalty": (_list_of(_number), "a list of numbers"),
+    "exponential_decay_length_penalty": (list_of(is_number), "a list of numbers"),
 }
 SPECIAL_TOKENS: Mapping[str, Rule] = {
     **{f"{name}_token": TOKEN for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")},
     "additional_special_tokens": TOKENS,
     "extra_special_tokens": (
-        lambda value: _list_of(_token)(value) or (isinstance(value, dict) and all(map(_token, value.values()))),
+        lambda value: list_of(is_token)(value) or (isinstance(value, dict) and all(map(is_token, value.values()))),
         "a mapping or a list of texts",
     ),
 }
 TYPED_TOKEN: Rule = (
-    lambda value: _token(value) and (_text(value) or value.get("__type") == "AddedToken"),
+    lambda value: is_token(value) and (is_text(value) or value.get("__type") == "AddedToken"),
     "text, or a mapping with `content` and `__type: AddedToken`",
 )
 SIDE: Rule = (lambda value: value in ("left", "right"), "left or right")
 TOKENIZER: Mapping[str, Rule] = {
     **{name: TYPED_TOKEN if rule is TOKEN else rule for name, rule in SPECIAL_TOKENS.items()},
-    "model_max_length": (lambda value: _number(value) and value > 0, "a number above 0"),
-    "chat_template": (_chat_template, "text, or templates by name"),
-    "added_tokens_decoder": (_added_tokens, "tokens, mappings with the text `content`, by their ids"),
+    "model_max_length": (lambda value: is_number(value) and value > 0, "a number above 0"),
+    "chat_template": (is_chat_template, "text, or templates by name"),
+    "added_tokens_decoder": (is_added_tokens, "tokens, mappings with the text `content`, by their ids"),
     **dict.fromkeys(("padding_side", "truncation_side"), SIDE),
     **dict.fromkeys(("tokenizer_class", "name_or_path", "backend", "processor_class", "errors"), TEXT),
     **dict.fromkeys(
@@ -204,14 +153,14 @@ TOKENIZER: Mapping[str, Rule] = {
         FLAG,
     ),
     **dict.fromkeys(("sp_model_kwargs", "auto_map"), MAPPING),
-    "model_input_names": (_list_of(_text), "a list of texts"),
+    "model_input_names": (list_of(is_text), "a list of texts"),
     "init_inputs": (lambda value: isinstance(value, list), "a list"),
 }
-OBJECT: Rule = (_mapping, "a JSON object")
+OBJECT: Rule = (is_mapping, "a JSON object")
 TOKENIZER_JSON: Mapping[str, Rule] = {
     "version": TEXT,
     "added_tokens": (
-        lambda value: _list_of(lambda each: _mapping(each) and _text(each.get("content")))(value),
+        lambda value: list_of(lambda each: is_mapping(each) and is_text(each.get("content")))(value),
         "a list of tokens with ids and the text `content`",
     ),
     **dict.fromkeys(
@@ -241,7 +190,7 @@ def check_small_file(path: Path, content: Mapping[str, Any], key: str) -> None:
         UserError: a value is of another type, or out of range; names file and key.
     """
     if path.name == "added_tokens.json":
-        rules: Mapping[str, Rule] = dict.fromkeys(content, (_token_id, "a token id"))
+        rules: Mapping[str, Rule] = dict.fromkeys(content, (is_token_id, "a token id"))
     else:
         rules = RULES.get(path.name, {})
     for name, value in content.items():

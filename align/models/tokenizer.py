@@ -24,8 +24,9 @@ from align.data.end_tokens import end_ids, set_model_ends
 from align.data.turn_end import add_template_end
 from align.errors import TemplateFailure, UserError, reason
 from align.models.inspect_folder import read_object
+from align.models.json_kinds import LARGEST_ID
 from align.models.load import adapter_settings
-from align.models.small_files import LARGEST_ID, check_small_file, has_vocabulary
+from align.models.small_files import check_small_file, has_vocabulary
 
 
 def load_tokenizer(

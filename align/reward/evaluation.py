@@ -16,9 +16,8 @@ from align.config.reward import RewardRecipe
 from align.data.encode import encode_example, encode_pair
 from align.data.load import Rows
 from align.data.reasoning import scored_turns
-from align.data.rows import Preference, Turns, render_text
+from align.data.rows import Preference, Turns, render_text, tools_of
 from align.data.templates import TASK
-from align.data.tokenize import tools_of
 from align.engine.build import frozen_engine
 from align.engine.distributed import World
 from align.engine.engine import Engine

@@ -10,9 +10,9 @@ from datasets import Dataset
 
 from align.data.encode import encode_pair
 from align.data.reasoning import split_sampled
-from align.data.rows import Preference, Prompt, render_text
+from align.data.rows import Preference, Prompt, render_text, tools_of
 from align.data.token_ids import decode_response
-from align.data.tokenize import tokenize_prompts, tools_of
+from align.data.tokenize import tokenize_prompts
 from align.engine.distributed import World, rows_of_rank
 from align.engine.engine import Engine
 from align.generation.responses import gather_responses, unpadded

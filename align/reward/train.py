@@ -61,7 +61,8 @@ from align.runs.quiet import quiet
 from align.runs.results import RewardResult
 from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tracker import Tracker
-from align.trainer.hf_trainer import eval_batch_size, save_trained, total_steps, train, training_arguments
+from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
+from align.trainer.hf_trainer import save_trained, train
 from reward_models.heads import keep_head_float32, score_head
 
 

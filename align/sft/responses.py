@@ -16,8 +16,7 @@ from align.data.encode import encode_prompt
 from align.data.end_tokens import decode_responses
 from align.data.mixture import seeded_sample
 from align.data.reasoning import scored_turns, split_sampled
-from align.data.rows import Demonstration, render_text
-from align.data.tokenize import tools_of
+from align.data.rows import Demonstration, render_text, tools_of
 from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
 from align.evaluate.metrics import foreign_scores, load_metric, measure

@@ -55,14 +55,8 @@ from align.sft.responses import response_evaluation
 from align.sft.retention import load_with_retention
 from align.sft.rows import tokenize_rows
 from align.sft.trainer import DemonstrationTrainer
-from align.trainer.hf_trainer import (
-    eval_batch_size,
-    evaluation_logs,
-    save_trained,
-    total_steps,
-    train,
-    training_arguments,
-)
+from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
+from align.trainer.hf_trainer import evaluation_logs, save_trained, train
 
 
 @one_run_per_folder

@@ -1,4 +1,4 @@
-"""Arguments, exact evaluation, training and saving for the stages that run a Hugging Face Trainer."""
+"""Exact evaluation, training and saving for the stages that run a Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
@@ -19,8 +18,6 @@ from align.compat.transformers import stop_sharded_loading, unlogged_loss
 from align.compat.trl import pending_metrics, raise_token_count
 from align.config.base import TrainerRecipe
 from align.data.batches import ResumableLengthGroupedSampler
-from align.engine.batch_plan import BatchPlan
-from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.engine.stopping import stops_between_steps
@@ -34,72 +31,6 @@ from align.terminal import say
 from align.trainer.callback import StageCallback
 from align.trainer.checkpoint import SafeCheckpoints, check_trainer_state
 from reward_models.heads import hf_model
-
-LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting", "mse")  # endings of the names of metrics to minimize
-
-
-def total_steps(recipe: TrainerRecipe, rows: int, plan: BatchPlan) -> int:
-    """Optimizer steps of the run over `rows` training rows, including padding rows."""
-    return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * (rows // plan.batch_size))
-
-
-def eval_batch_size(recipe: TrainerRecipe, rows: int, world: World) -> int:
-    """Evaluation rows per process and forward pass: at most this process's share of the rows."""
-    return max(1, min(recipe.per_device_eval_batch_size, -(-rows // world.size)))
-
-
-def training_arguments(
-    recipe: TrainerRecipe, plan: BatchPlan, world: World, evaluation: Dataset | None, resuming: bool
-) -> dict[str, Any]:
-    """Arguments for TRL's configs. All that affect the result, or whose default has changed over versions, are explicit."""
-    choosing = recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
-    saving = recipe.eval_steps if recipe.load_best_model_at_end else recipe.save_steps
-    return {
-        "output_dir": recipe.output_dir,
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        "num_train_epochs": recipe.num_train_epochs,
-        "max_steps": recipe.max_steps,
-        "per_device_train_batch_size": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.accumulation,
-        "average_tokens_across_devices": True,
-        "optim": "adamw_torch_fused",
-        "learning_rate": recipe.learning_rate,
-        "weight_decay": recipe.weight_decay,
-        "adam_beta1": recipe.adam_beta1,
-        "adam_beta2": recipe.adam_beta2,
-        "adam_epsilon": recipe.adam_epsilon,
-        "max_grad_norm": recipe.max_grad_norm,
-        "lr_scheduler_type": recipe.lr_scheduler_type,
-        "warmup_steps": recipe.warmup_steps,
-        "max_length": None,  # rows are already tokenized, and none is too long
-        "bf16": recipe.bf16,
-        "gradient_checkpointing": recipe.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "deepspeed": trainer_deepspeed_config(recipe.deepspeed),
-        "ddp_find_unused_parameters": False,
-        "use_cpu": world.device.type == "cpu",
-        "dataloader_pin_memory": world.device.type != "cpu",
-        "dataloader_num_workers": 0,
-        "remove_unused_columns": False,
-        "train_sampling_strategy": recipe.train_sampling_strategy,
-        "per_device_eval_batch_size": eval_batch_size(recipe, len(evaluation), world) if evaluation else 1,
-        "eval_on_start": evaluation is not None and not resuming,
-        "eval_strategy": "steps" if evaluation is not None and recipe.eval_steps else "no",
-        "eval_steps": recipe.eval_steps,
-        "save_strategy": "steps" if saving else "no",
-        "save_steps": saving or 500,
-        "load_best_model_at_end": recipe.load_best_model_at_end,
-        "metric_for_best_model": recipe.metric_for_best_model if choosing else None,
-        "greater_is_better": not recipe.metric_for_best_model.endswith(LOWER_IS_BETTER),
-        "restore_callback_states_from_checkpoint": True,  # the counter of early stopping
-        "save_total_limit": None,  # `align.runs.checkpoint.mark_complete` deletes old ones
-        "logging_steps": recipe.logging_steps,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
 
 
 class ExactEvaluation(SafeCheckpoints):

@@ -12,9 +12,10 @@ from datasets import Dataset
 
 from align.config.data_source import DataSource
 from align.data.chat_template import set_template_kwargs
+from align.data.columns import choose_formats
 from align.data.encode import encode_pair, encode_prompt
 from align.data.end_tokens import set_model_ends
-from align.data.formats import choose_formats, read_row
+from align.data.formats import read_row
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import set_scores_reasoning
 from align.data.rows import Demonstration, Preference, Prompt

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from align.data.formats import choose_formats, read_row
+from align.data.columns import choose_formats
+from align.data.formats import read_row
 from align.data.rows import Demonstration, Preference, Prompt, as_response, render_text
 from align.errors import BadRow
 from tests.data.messages import assistant, user

@@ -8,9 +8,10 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from align.data.columns import choose_formats
 from align.data.encode import encode_example, encode_prompt
 from align.data.end_tokens import set_model_ends
-from align.data.formats import choose_formats, read_row
+from align.data.formats import read_row
 from align.data.rows import Demonstration, Preference, Prompt
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences, tokenize_prompts
 from align.data.turn_end import turn_end_note

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from align.errors import UserError
+from align.judge import benchmark_scores as published
 from align.judge import benchmarks as b
 from align.judge.rows import render_text
 
@@ -31,18 +32,20 @@ def test_reward_bench_weights_subsets_by_published_counts():
     assert found["parts"]["Reasoning"] == pytest.approx((984 * 1 + 164 * 0.5) / (984 + 164))
     assert found["parts"]["Chat Hard"] == 0, "equal scores are wrong"
     assert found["overall"] == pytest.approx(found["parts"]["Reasoning"] / 2)
-    assert sum(b.COUNTS.values()) == 2985 + 984 - 447  # the published set has 2,985 rows
-    assert {name for names in b.SECTIONS.values() for name in names} == b.COUNTS.keys()
+    assert sum(published.COUNTS.values()) == 2985 + 984 - 447  # the published set has 2,985 rows
+    assert {name for names in published.SECTIONS.values() for name in names} == published.COUNTS.keys()
 
 
 def test_reward_bench_2():
-    assert b.best_of([0.7], [0.7, 0.1, 0.2]) == 0.5
-    assert b.best_of([0.7], [0.8, 0.1, 0.2]) == 0
+    assert published.best_of([0.7], [0.7, 0.1, 0.2]) == 0.5
+    assert published.best_of([0.7], [0.8, 0.1, 0.2]) == 0
     ties = {"ref:1": ([0.9], [0.2]), "tied:1": ([0.8, 0.7], [0.3])}
-    assert b.ties_score(ties) == pytest.approx(1.00995, abs=1e-5)
+    assert published.ties_score(ties) == pytest.approx(1.00995, abs=1e-5)
     near = {**ties, "ref:1": ([0.25], [0.2])}  # its gap is below the spread of the tied
-    assert b.ties_score(near) == pytest.approx(0.8 + 0.01 * np.tanh(0.05 / 0.1 - 1))
-    assert b.ties_score({"ref:1": ([1.0], [0.0]), "tied:1": ([1.0, 1.0], [1.0])}) == pytest.approx(0.3)  # 0 / 0 adds 0
+    assert published.ties_score(near) == pytest.approx(0.8 + 0.01 * np.tanh(0.05 / 0.1 - 1))
+    assert published.ties_score({"ref:1": ([1.0], [0.0]), "tied:1": ([1.0, 1.0], [1.0])}) == pytest.approx(
+        0.3
+    )  # 0 / 0 adds 0
     row = {"prompt": "p", "num_correct": 1, "total_completions": 4, "subset": "Math", "id": "1"}
     tied = {**row, "subset": "Ties", "chosen": [".8", ".7"], "rejected": [".3"], "id": "tied:1"}
     reference = {**row, "subset": "Ties", "chosen": [".9"], "rejected": [".2"], "id": "ref:1"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from align.data.chat_template import set_template_kwargs
+from align.data.columns import choose_formats
 from align.data.encode import encode_example, encode_prompt
-from align.data.formats import choose_formats, read_row
+from align.data.formats import read_row
 from align.data.reasoning import set_scores_reasoning, split_sampled
 from align.data.rows import Demonstration, Preference
 from align.data.token_ids import decode_response
