@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,7 @@ from align.data.duplicates import find_duplicates
 from align.data.formats import read_row
 from align.data.mixture import repeat_rows, seeded_sample, task_counts, times_used
 from align.data.rows import BadRows, Row
-from align.data.sources import MAX_ROW, read_source
+from align.data.sources import MAX_ROW, files_of, read_source
 from align.data.split import EmptySplit, NoHeldOutRows, is_held_out, prompts_of, without_prompts
 from align.data.templates import TASK, TEMPLATE, SourceTemplates, task_name
 from align.errors import BadRow, UserError
@@ -181,7 +182,9 @@ def _load_source(
     readable = ["prompt", "completion"] if templates else [*source.columns, *(c for c in columns if c not in renamed)]
     formats = choose_formats(name, readable, row_type) if mappings else []  # without, all rows are bad rows
     if source.max_rows is not None:
-        raw = seeded_sample(raw, source.max_rows, f"{seed} rows of {name}")
+        # Of the same file in another folder, the same rows.
+        drawn_by = os.path.basename(name) if source.path and files_of(source.path) else name
+        raw = seeded_sample(raw, source.max_rows, f"{seed} rows of {drawn_by}")
     rows: list[Row] = []
     digest = hashlib.sha256()
     for where, values in raw:

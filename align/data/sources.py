@@ -30,6 +30,11 @@ MAX_GENERATED_ROWS = 2_000_000  # without a larger `max_rows`; all rows are held
 REPORT_SECONDS = 10.0
 
 
+def files_of(path: str) -> list[str]:
+    """The files that a path or a glob names; none for a hub id."""
+    return sorted(glob.glob(path, recursive=True)) or ([path] if os.path.exists(path) else [])
+
+
 def read_source(source: DataSource, key: str) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) for each raw row of a source; the row is a `BadRow` where it cannot be read.
 
@@ -43,7 +48,7 @@ def read_source(source: DataSource, key: str) -> Iterator[tuple[str, Any]]:
         yield from _generated(source.generator, source.generator_kwargs, max(MAX_GENERATED_ROWS, source.max_rows or 0))
         return
     path = str(source.path)
-    files = sorted(glob.glob(path, recursive=True)) or ([path] if os.path.exists(path) else [])
+    files = files_of(path)
     for file in files:
         yield from _read_file(file, source, key)
     if files:

@@ -99,7 +99,7 @@ def _check_quantizer(config: PretrainedConfig, path: str, key: str, trains: bool
 
 
 def _load_without_storage(
-    cls: Any, path: str, key: str, config: PretrainedConfig, tensors: Mapping[str, StoredTensor], new_head: bool,
+    cls: Any, path: str, key: str, given: PretrainedConfig, tensors: Mapping[str, StoredTensor], new_head: bool,
     attn_implementation: str | None, num_labels: int | None,
 ) -> PreTrainedModel:  # fmt: skip
     """Load tensors without storage into a model without storage, and check what transformers reports of it."""
@@ -108,7 +108,7 @@ def _load_without_storage(
     elsewhere = any(part in (attn_implementation or "") for part in ("flash", "/", "|"))
     kernel = None if elsewhere else attn_implementation
     try:
-        config = copy.deepcopy(config_of(cls, config))
+        config = copy.deepcopy(config_of(cls, given))
         if num_labels is not None:
             config.num_labels = num_labels
         empty = {
@@ -127,7 +127,12 @@ def _load_without_storage(
         )
     except Exception as error:  # whatever transformers raises for these files
         raise UserError(f"{key}: {path}: its weights cannot be loaded with its config.json. {reason(error)}") from error
-    check_report(model, report, f"{key}: {path}", new_head)
+    left_out = check_report(model, report, f"{key}: {path}", new_head)
+    if left_out and not new_head and config_of(cls, given) is given:  # of a text model alone, the caller says so
+        _note(
+            f"{key}: {path}: this {cls.__name__} has no place for some of the weights in its files, and leaves them out: "
+            f"{', '.join(left_out[:4])}{f' and {len(left_out) - 4} more' * (len(left_out) > 4)}"
+        )
     return model
 
 

@@ -19,12 +19,15 @@ POOLER = "pooler"  # layer of encoders between backbone and head, which only som
 OLD_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", "position_ids", "token_type_ids")
 
 
-def check_report(model: PreTrainedModel, report: Mapping[str, Any], path: str, new_head: bool) -> None:
+def check_report(model: PreTrainedModel, report: Mapping[str, Any], path: str, new_head: bool) -> list[str]:
     """Check that files held the weights of the model's configuration; transformers draws others with a warning alone.
 
     Args:
         report: `output_loading_info` of `from_pretrained`.
         new_head: whether the model may get a new head.
+
+    Returns:
+        names of weights in the files that the model has no place for, such as those of another head.
 
     Raises:
         UserError: the files lack one, hold one that the backbone has no place for, or of another shape.
@@ -65,6 +68,7 @@ def check_report(model: PreTrainedModel, report: Mapping[str, Any], path: str, n
         raise UserError(
             f"{path}: {what} hold {_first(bad)}, which its config.json has no place for; correct config.json, or {again}"
         )
+    return sorted(name for name in report["unexpected_keys"] if not name.endswith(OLD_BUFFERS))
 
 
 def _first(names: list[str]) -> str:

@@ -294,6 +294,9 @@ class TestSources:
         assert some == prompts(load(DataSource(path=path, max_rows=10)).train)
         assert some != prompts(load(DataSource(path=path, max_rows=10), seed=1).train)
         assert len(load(DataSource(path=path, max_rows=1000)).train) == 100
+        (tmp_path / "elsewhere").mkdir()
+        moved = write_jsonl(tmp_path / "elsewhere/a.jsonl", pairs(100))
+        assert some == prompts(load(DataSource(path=moved, max_rows=10)).train)
 
     def test_columns(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [{"question": "p", "completion": "c", "prompt": "not this", "id": 3}])

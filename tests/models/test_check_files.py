@@ -152,6 +152,18 @@ def test_weights_on_the_hub_are_refused_once_loaded(folders, tmp_path):
         load_pretrained(HEADED, str(folder), ignore_mismatched_sizes=True)
 
 
+def test_a_head_that_a_language_model_leaves_out_is_told(folders, tmp_path, capsys):
+    shutil.copytree(folders / "llama", tmp_path / "m")
+    head = {"v_head.summary.weight": torch.ones(1, 16), "v_head.summary.bias": torch.ones(1)}
+    weights = load_file(tmp_path / "m/model.safetensors")
+    old_buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    for more in ({}, old_buffer, head):
+        save_file({**weights, **more}, tmp_path / "m/model.safetensors", {"format": "pt"})
+        check_files(AutoModelForCausalLM, str(tmp_path / "m"), "k", AutoConfig.from_pretrained(tmp_path / "m"))
+        told = "LlamaForCausalLM has no place for some of the weights in its files, and leaves them out: v_head.summary.bias, v_"
+        assert (told in capsys.readouterr().err) == (more is head)
+
+
 def test_an_adapters_base_is_checked(tmp_path):
     save_tiny_policy(tmp_path / "base")
     adapted = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GPTNeoConfig, LlamaConfig
 from align.cli.architectures.cases import write_small_model
 from align.cli.architectures.exactness import measure_policy
 from align.errors import UserError
+from align.models import virtual_tokens
 from align.models.causality import check_causal
 from align.models.dropout import disable_dropout
 from align.models.inspect_folder import inspect_folder
@@ -64,6 +65,15 @@ def test_virtual_tokens_that_do_not_fit_the_layers(name):
 )
 def test_virtual_tokens_that_fit(name, method):
     check_takes_virtual_tokens(AutoConfig.for_model(name), method, "m")
+
+
+def test_virtual_tokens_that_evaluation_would_compute_otherwise_than_training(monkeypatch):
+    positions = virtual_tokens.position_ids
+    monkeypatch.setattr(virtual_tokens, "position_ids", lambda mask: positions(mask) + 1)
+    with pytest.raises(
+        UserError, match=r"m \(gpt2\): PEFT's virtual tokens give log-probabilities that are off by up to [\d.]+ nats"
+    ):
+        check_takes_virtual_tokens(AutoConfig.for_model("gpt2"), "prompt", "m")
 
 
 @pytest.mark.parametrize("name", ["falcon", "persimmon", "gpt_neo", "gptj"])
