@@ -116,11 +116,19 @@ def connect(deepspeed_files: bool, reward_timeout: float = 0.0) -> World:
     Args:
         deepspeed_files: whether a model has a DeepSpeed file, so that one process alone needs a group too.
         reward_timeout: seconds that a user's function may take on one rank while the others wait for it.
+
+    Raises:
+        UserError: more processes were started on this machine than there are GPUs.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     gpu = torch.cuda.is_available()
     if gpu:
+        if local_rank >= torch.cuda.device_count():  # CUDA would say "invalid device ordinal"
+            raise UserError(
+                f"LOCAL_RANK is {local_rank}, and torch sees {torch.cuda.device_count()} GPU(s) (CUDA_VISIBLE_DEVICES: "
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start one process for each GPU of a machine."
+            )
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     configure_cpu()
