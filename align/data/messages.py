@@ -15,11 +15,12 @@ from typing import Any
 from align.data.rows import Message, Turns
 from align.errors import BadRow
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+INSTRUCTING = ("system", "developer")  # the roles that open a dialogue, and answer nothing
 FLAGS = ("train", "weight")  # whether an assistant turn is trained
 # The roles that follow each where turns alternate.
 _AFTER = {
-    "system": ("user", "assistant"),
+    **dict.fromkeys(INSTRUCTING, ("user", "assistant")),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
@@ -71,7 +72,7 @@ def read_messages(value: Sequence[Any], name: str) -> list[Message]:
         raise wrong
     for message in value:
         if message["role"] not in ROLES:
-            raise BadRow(f"role {message['role']!r} is not system, user, assistant or tool")
+            raise BadRow(f"role {message['role']!r} is not system, developer, user, assistant or tool")
     messages = [_read_message(message) for message in value]
     if any(not isinstance(message["content"], str) for message in messages):
         raise wrong
@@ -184,7 +185,7 @@ def check_order(messages: Sequence[Message]) -> None:
     Raises:
         BadRow: the first rule that is broken.
     """
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    turns = messages[1:] if messages and messages[0]["role"] in INSTRUCTING else messages
     for index, message in enumerate(turns):
         role, before = message["role"], turns[index - 1]["role"] if index else None
         if role == "tool" and before not in ("assistant", "tool"):

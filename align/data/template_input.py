@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.chat_template import render_chat
 from align.data.end_tokens import end_texts
-from align.data.messages import alternates
+from align.data.messages import INSTRUCTING, alternates
 from align.data.rows import Message, Tools
 from align.errors import BadRow, UserError
 
@@ -45,7 +45,7 @@ def as_template_reads(
 
 
 def check_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools, text: str) -> None:
-    """Check that the template writes what system messages say.
+    """Check that the template writes what messages of role system or developer say.
 
     Args:
         text: that it writes for the messages.
@@ -54,11 +54,11 @@ def check_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
         BadRow: it ignores one.
     """
     for index, message in enumerate(messages):
-        if message["role"] == "system" and message["content"].strip() not in text:
-            without = [*messages[:index], *messages[index + 1 :]]
-            if render(tokenizer, messages, tools) == _rendered_or_none(tokenizer, without, tools):
+        if message["role"] in INSTRUCTING and message["content"].strip() not in text:
+            probed = [*messages[:index], {**message, "content": PROBE}, *messages[index + 1 :]]
+            if PROBE not in (_rendered_or_none(tokenizer, probed, tools) or ""):
                 raise BadRow(
-                    "the chat template ignores messages of role system; write them into the first user turn, or give another "
+                    f"the chat template ignores messages of role {message['role']}; write them into the first user turn, or give another "
                     "template"
                 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from align.data.messages import INSTRUCTING
 from align.data.rows import Demonstration, Turns
 from align.data.templates import TASK
 from align.errors import UserError
@@ -56,17 +57,17 @@ def few_shot_prompt(row: Demonstration, examples: Sequence[Demonstration]) -> Tu
     """The row's prompt after the examples.
 
     Text: prompt and completion of each example, as in training, separated by blank lines. Messages: the examples'
-    turns without their system messages, after the row's own system message.
+    turns without their system (or developer) messages, after the row's own.
     """
     if isinstance(row.prompt, str):
         texts = [f"{example.prompt}{example.completion}".rstrip() for example in examples]
         return SEPARATOR.join([*texts, row.prompt])
-    system = [turn for turn in row.prompt[:1] if turn["role"] == "system"]
+    system = [turn for turn in row.prompt[:1] if turn["role"] in INSTRUCTING]
     turns = [
         turn
         for example in examples
         for turn in (*example.prompt, *example.completion)
-        if isinstance(turn, dict) and turn["role"] != "system"
+        if isinstance(turn, dict) and turn["role"] not in INSTRUCTING
     ]
     return [*system, *turns, *row.prompt[len(system) :]]
 

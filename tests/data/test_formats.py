@@ -160,7 +160,7 @@ NO_COMMON = "`chosen` and `rejected` have no common prompt"
         (
             Demonstration,
             {"messages": [user("a"), {"role": "bot", "content": "b"}]},
-            "role 'bot' is not system, user, assistant or tool",
+            "role 'bot' is not system, developer, user, assistant or tool",
         ),
         (Demonstration, {"prompt": "", "completion": "b"}, "empty prompt"),
         (Prompt, {"prompt": ""}, "empty prompt"),
@@ -214,7 +214,7 @@ def test_sharegpt_rows_are_messages() -> None:
     assert (row.prompt, row.completion) == ([{"role": "system", "content": "Be kind."}, user("a")], [assistant("b")])
     assert read({"conversations": said}, Prompt).prompt == [user("a")]
     assert read({"prompt": said[:1], "chosen": said[1:], "rejected": "c"}, Preference).chosen == [assistant("b")]
-    with pytest.raises(BadRow, match="role 'function_call' is not system, user, assistant or tool"):
+    with pytest.raises(BadRow, match="role 'function_call' is not system, developer, user, assistant or tool"):
         read({"conversations": [{"from": "function_call", "value": "f()"}]}, Demonstration)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -52,6 +53,24 @@ def test_a_system_message_that_the_template_leaves_out_is_refused(row_type: Any,
     ):
         tokenize([row], tokenizer_for(NO_SYSTEM, "<|im_end|>"), *limits, **keys)
     tokenize([row], tokenizer_for(DEFAULT_SYSTEM, "<|im_end|>"), *limits, **keys)
+
+
+def test_a_message_of_role_developer_is_written_or_refused() -> None:
+    developer = {"role": "developer", "content": "Be terse."}
+    rows = [row_of([developer, user("one"), assistant("I")]), row_of([SYSTEM, developer, user("one"), assistant("I")])]
+    for name, written in (("gptoss", True), ("llama3", True), ("cohere2", False), ("qwen3", False)):
+        tokenizer = tokenizer_for(shipped(name), "<|return|>")
+        tokenizer.bos_token = "<|im_start|>"
+        with (
+            contextlib.nullcontext()
+            if written
+            else pytest.raises(UserError, match="ignores messages of role developer")
+        ):
+            assert "Be terse." in trained(tokenizer, rows[0])[0][0]
+    with pytest.raises(
+        UserError, match="leaves out a message of role developer"
+    ):  # gpt-oss's reads the first one alone
+        trained(tokenizer_for(shipped("gptoss"), "<|return|>"), rows[1])
 
 
 def test_a_thought_is_given_where_the_template_reads_it() -> None:
