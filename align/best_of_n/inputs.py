@@ -14,7 +14,7 @@ from align.data.reasoning import set_scores_reasoning
 from align.data.rows import Prompt
 from align.data.tokenize import tokenize_prompts
 from align.errors import UserError
-from align.evaluate.reward_model import RewardModel, check_reward_model
+from align.evaluate.reward_model import RewardModel, check_reward_model, check_reward_models
 from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.context_length import check_responses_fit
@@ -30,7 +30,7 @@ class Inputs:
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    reward: RewardModel | None
+    rewards: list[RewardModel]  # none, one, or the members of an ensemble
     judge: RewardModel | None
     prompts: list[tuple[Prompt, list[int]]]
     report: dict[str, Any]
@@ -57,13 +57,14 @@ def prepare_inputs(recipe: BestOfNRecipe) -> Inputs:
     check_tokenizer(path, tokenizer, key, may_add_template=False)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
 
-    def reward(name: str) -> RewardModel | None:
-        path = getattr(recipe, name)
-        return None if path is None else check_reward_model(path, name, recipe, recipe.score_reasoning, tokenizer)
+    rewards = check_reward_models(recipe, recipe.score_reasoning, tokenizer)
+    judge = None
+    if (judge_path := recipe.judge_reward_model_path) is not None:
+        judge = check_reward_model(judge_path, "judge_reward_model_path", recipe, recipe.score_reasoning, tokenizer)
 
     settings = DataSettings(train_dataset=recipe.train_dataset, on_bad_row=recipe.on_bad_row, seed=recipe.seed)
     rows = load_rows(settings, Prompt)
     prompts, skipped = tokenize_prompts(rows.train, tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
     check_responses_fit([ids for _, ids in prompts], recipe.response_length, config)
     report = {**rows.report, "skipped": skipped}
-    return Inputs(config, tokenizer, reward("reward_model_path"), reward("judge_reward_model_path"), prompts, report)
+    return Inputs(config, tokenizer, rewards, judge, prompts, report)

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from align.engine.engine import WholeModel
 from align.engine.faults import during
 from align.engine.user_functions import user_function
 from align.errors import UserError
-from align.evaluate.reward_model import load_whole_reward
+from align.evaluate.reward_model import RewardModel, load_whole_reward, model_sources
 from align.generation.responses import decode_responses, unpadded
 from align.generation.sampler import PromptBatch, Sampler
 from align.maths.advantages import missing_eos_scores
@@ -50,9 +51,7 @@ from align.runs.same_run import COSMETIC_KEYS
 from align.runs.tables import make_console
 from align.terminal import say
 from reward_models.combine import RewardSum
-from reward_models.functions import FunctionReward
-from reward_models.responses import Responses
-from reward_models.trained import ModelReward
+from reward_models.responses import Responses, RewardSource
 
 SAMPLES = "samples.jsonl"  # in the folder of an unfinished run
 
@@ -123,8 +122,8 @@ class BestOfN:
             trust_remote_code=recipe.trust_remote_code,
         )
         self.model = WholeModel(model, world)
-        self.rewards = RewardSum(self._sources("reward"), recipe.reward_weights or None)
-        judges = self._sources("judge_reward")
+        self.rewards = RewardSum(self._sources("reward", inputs.rewards), recipe.reward_weights or None)
+        judges = self._sources("judge_reward", [] if inputs.judge is None else [inputs.judge])
         self.judge = RewardSum(judges) if judges else None
         self.sampler = Sampler(
             tokenizer=inputs.tokenizer,
@@ -135,11 +134,11 @@ class BestOfN:
             stop_strings=recipe.stop_strings,
         )
 
-    def _sources(self, kind: str) -> list[ModelReward | FunctionReward]:
-        """The sources of the keys `{kind}_model_path` and `{kind}_funcs`, the model first."""
-        recipe, given = self.recipe, self.inputs.reward if kind == "reward" else self.inputs.judge
-        models = [] if given is None else [load_whole_reward(f"{kind}_model", given, recipe, self.world)]
-        key = f"{kind}_funcs"
+    def _sources(self, kind: str, given: Sequence[RewardModel]) -> list[RewardSource]:
+        """The sources of the keys `{kind}_model_path`, whose models are `given`, and `{kind}_funcs`, in this order."""
+        recipe, key = self.recipe, f"{kind}_funcs"
+        load = partial(load_whole_reward, recipe=recipe, world=self.world)
+        models = model_sources(f"{kind}_model", given, load, recipe.reward_ensemble, recipe.reward_variance_coef or 0.0)
         return models + [user_function(name, key, recipe.reward_timeout) for name in getattr(recipe, key)]
 
     def sample(self, file: SampleFile) -> list[Sample]:

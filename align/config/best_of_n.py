@@ -6,6 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.config.data_source import DataSource
+from align.config.ensemble import (
+    check_ensemble_rules,
+    list_reward_models,
+    reward_ensemble,
+    reward_model_path,
+    reward_names,
+    reward_variance_coef,
+)
 from align.config.judge import check_judge_is_another, judge_reward_funcs, judge_reward_model_path
 from align.config.keys import (
     ABOVE_0,
@@ -48,12 +56,14 @@ class BestOfNRecipe(Recipe):
     seed: int = key(42, "Seed of sampling, of random choices and of resampling.", SEED)
 
     model_name_or_path: str = required("Language model to sample from: an SFT model, or a policy.")
-    reward_model_path: str | None = key(None, "Reward model that chooses the best response.")
+    reward_model_path: list[str] = reward_model_path()
+    reward_ensemble: Literal["mean", "wco", "uwo"] = reward_ensemble()
+    reward_variance_coef: float | None = reward_variance_coef()
     reward_funcs: list[str] = key(
         [], "`module:function` rewards with TRL's signature; the module may be a file beside the recipe."
     )
     reward_weights: list[float] = key(
-        [], "Weights of the reward model (first, if any) and of `reward_funcs`; 1 each by default."
+        [], "Weights of the reward model or ensemble (first, if any) and of `reward_funcs`; 1 each by default."
     )
     judge_reward_model_path: str | None = judge_reward_model_path()
     judge_reward_funcs: list[str] = judge_reward_funcs()
@@ -80,6 +90,9 @@ class BestOfNRecipe(Recipe):
 
     per_device_eval_batch_size: int = key(16, "Responses decoded and scored at once per device.", BATCH)
 
+    def __post_init__(self) -> None:
+        list_reward_models(self)
+
 
 def check_best_of_n_rules(recipe: BestOfNRecipe, where: Where) -> None:
     """The ranges of the numbers, and the rules between the keys.
@@ -90,8 +103,8 @@ def check_best_of_n_rules(recipe: BestOfNRecipe, where: Where) -> None:
     check_ranges(recipe, where)
     for name in ("reward_funcs", "judge_reward_funcs"):
         check_function_names(getattr(recipe, name), where(name))
-    sources = [*([recipe.reward_model_path] if recipe.reward_model_path else []), *recipe.reward_funcs]
-    check_scored_responses(recipe, sources, where)
+    check_ensemble_rules(recipe, where)
+    check_scored_responses(recipe, reward_names(recipe), where)
     check_judge_is_another(recipe, where)
     if not recipe.train_dataset:
         raise UserError(f"{where('train_dataset')}: expected prompts, got nothing; name the rows to respond to.")

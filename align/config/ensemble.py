@@ -1,6 +1,6 @@
-"""Keys of several reward models in PPO, the rules between them, and the folders of its members.
+"""Keys of several reward models in PPO and best-of-n, the rules between them, and the folders of an ensemble's members.
 
-Functions take the recipe of PPO, whose file imports this one.
+Functions take the recipe of either, whose files import this one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MEMBER = "member_"  # and a number from 1: a member's folder in the `output_dir`
 
 
 def reward_model_path() -> Any:
-    """The key `reward_model_path` of PPO."""
+    """The key `reward_model_path`."""
     return key(
         [],
         "Reward model of stage 2 (or any sequence classifier with one label); a list of them, or the output_dir of a "
@@ -27,7 +27,7 @@ def reward_model_path() -> Any:
 
 
 def reward_ensemble() -> Any:
-    """The key `reward_ensemble` of PPO."""
+    """The key `reward_ensemble`."""
     return key(
         "mean",
         "Score of an ensemble (arXiv 2310.02743): mean of the members' scores, wco (worst case: their minimum) or uwo "
@@ -36,12 +36,24 @@ def reward_ensemble() -> Any:
 
 
 def reward_variance_coef() -> Any:
-    """The key `reward_variance_coef` of PPO."""
+    """The key `reward_variance_coef`."""
     return key(None, "With `reward_ensemble: uwo`: weight of the variance, in 1 / score; often 0.1 to 0.5.", AT_LEAST_0)
 
 
+def list_reward_models(recipe: Any) -> None:
+    """Make a list of the one reward model, or None, that a recipe made in Python names."""
+    if not isinstance(recipe.reward_model_path, list):
+        object.__setattr__(recipe, "reward_model_path", [recipe.reward_model_path] if recipe.reward_model_path else [])
+
+
+def reward_names(recipe: Any) -> list[str]:
+    """The names of the rewards in errors, in the order of `reward_weights`."""
+    models = recipe.reward_model_path
+    return [*(models if len(models) < 2 else ["the ensemble"]), *recipe.reward_funcs]
+
+
 def check_ensemble_rules(recipe: Any, where: Where) -> None:
-    """The rules for the reward models of PPO.
+    """The rules for the reward models.
 
     Raises:
         UserError: the first that is broken.

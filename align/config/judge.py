@@ -94,9 +94,8 @@ def check_judge_is_another(recipe: Any, where: Where) -> None:
     Raises:
         UserError: it is the same.
     """
-    trained_on = [recipe.reward_model_path] if isinstance(recipe.reward_model_path, str) else recipe.reward_model_path
     judge = recipe.judge_reward_model_path
-    if judge and identity(judge) in [identity(each) for path in trained_on or [] for each in members(path)]:
+    if judge and identity(judge) in [identity(each) for path in recipe.reward_model_path for each in members(path)]:
         raise UserError(
             f"{where('judge_reward_model_path')}: {recipe.judge_reward_model_path} is the reward that is trained on; a judge is "
             "one that training never sees"

@@ -10,8 +10,10 @@ from align.config.data_source import DataSource
 from align.config.ensemble import (
     check_ensemble_rules,
     check_normalized_rewards,
+    list_reward_models,
     reward_ensemble,
     reward_model_path,
+    reward_names,
     reward_variance_coef,
 )
 from align.config.judge import (
@@ -178,8 +180,7 @@ class PPORecipe(StageRecipe):
     skip_self_checks: bool = key(False, "Skip the checks of models and rewards before the first update.")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.reward_model_path, list):  # a recipe made in Python that names one, or None
-            object.__setattr__(self, "reward_model_path", [self.reward_model_path] if self.reward_model_path else [])
+        list_reward_models(self)
 
     @property
     def num_updates(self) -> int:
@@ -223,8 +224,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     check_objective(recipe, where)
     check_judge_rules(recipe, where)
     check_ensemble_rules(recipe, where)
-    models = recipe.reward_model_path
-    sources = [*models[:1], *recipe.reward_funcs] if len(models) < 2 else ["the ensemble", *recipe.reward_funcs]
+    sources = reward_names(recipe)
     check_scored_responses(recipe, sources, where)
     if recipe.multi_objective_aggregation == "normalize_then_sum":
         check_normalized_rewards(recipe, where, sources)

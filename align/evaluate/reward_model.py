@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
+from align.config.ensemble import places
 from align.config.recipe import Recipe
 from align.data.encode import encode_pair
 from align.data.reasoning import set_scores_reasoning
@@ -26,8 +28,10 @@ from align.models.model_types import is_encoder
 from align.models.scalar_head import find_head
 from align.models.tokenizer import load_tokenizer
 from align.runs.manifest import check_same_tokenizer, check_template_kwargs, read_manifest, tokenizer_digest
+from reward_models.ensemble import RewardEnsemble
 from reward_models.linear_head import SequenceClassifier
 from reward_models.load import load_reward_model
+from reward_models.responses import RewardSource
 from reward_models.stored_head import StoredHead
 from reward_models.trained import ModelReward
 
@@ -42,6 +46,22 @@ class RewardModel:
     tokenizer: PreTrainedTokenizerBase
     same_tokenizer: bool  # it reads the policy's ids as they are
     head: StoredHead
+
+
+def check_reward_models(
+    recipe: Any, score_reasoning: bool, tokenizer: PreTrainedTokenizerBase | None
+) -> list[RewardModel]:
+    """`check_reward_model` of each that `reward_model_path` lists, members of folders included.
+
+    Raises:
+        UserError: as of `check_reward_model`, or the folder of an ensemble whose members have not all been trained.
+    """
+    for path in recipe.reward_model_path:
+        read_manifest(path)
+    return [
+        check_reward_model(path, place, recipe, score_reasoning, tokenizer)
+        for place, path in places("reward_model_path", recipe.reward_model_path).items()
+    ]
 
 
 def check_reward_model(
@@ -124,6 +144,24 @@ def load_whole_reward(name: str, given: RewardModel, recipe: Recipe, world: Worl
         UserError: the weights cannot be used.
     """
     return _source(name, given, _load(given, recipe).to(world.device).eval(), recipe)
+
+
+def model_sources(
+    name: str, given: Sequence[RewardModel], load: Callable[[str, RewardModel], ModelReward], method: str, coef: float
+) -> list[RewardSource]:
+    """No source, one reward model called `name`, or an ensemble of that name whose members have numbers from 1.
+
+    Args:
+        load: loads a member, by its name.
+        method, coef: `reward_ensemble` and `reward_variance_coef`.
+
+    Raises:
+        UserError: weights cannot be used.
+    """
+    if len(given) < 2:
+        return [load(name, model) for model in given]
+    members = [load(f"{name}_{number}", model) for number, model in enumerate(given, start=1)]
+    return [RewardEnsemble(name, members, method, coef)]
 
 
 def _load(given: RewardModel, recipe: Recipe) -> Any:

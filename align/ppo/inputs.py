@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from align.config.ensemble import places
 from align.config.ppo import PPORecipe
 from align.config.stages import STAGES
 from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
-from align.evaluate.reward_model import RewardModel, check_reward_model
+from align.evaluate.reward_model import RewardModel, check_reward_model, check_reward_models
 from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.load import load_config
@@ -90,12 +89,7 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
 
     judge = value_head = None
     value_lacks: list[str] = []
-    for path in recipe.reward_model_path:
-        read_manifest(path)  # of a folder of members: whether all have been trained
-    rewards = [
-        check_reward_model(path, place, recipe, recipe.score_reasoning, tokenizer)
-        for place, path in places("reward_model_path", recipe.reward_model_path).items()
-    ]
+    rewards = check_reward_models(recipe, recipe.score_reasoning, tokenizer)
     if (judge_path := recipe.judge_reward_model_path) is not None:
         judge = check_reward_model(judge_path, "judge_reward_model_path", recipe, recipe.score_reasoning, tokenizer)
     same_tokenizer = bool(rewards) and rewards[0].same_tokenizer

@@ -17,7 +17,7 @@ from align.engine.engine import AdapterOff, Engine
 from align.engine.optimizer import learning_rates
 from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.user_functions import user_function
-from align.evaluate.reward_model import load_reward
+from align.evaluate.reward_model import load_reward, model_sources
 from align.generation.sampler import Sampler
 from align.models.load import load_policy
 from align.models.tokenizer import keep_ends
@@ -29,7 +29,6 @@ from align.ppo.inputs import PPOInputs
 from align.ppo.ppo_run import Models, PPORun, Progress
 from align.ppo.replay import Replay
 from reward_models.combine import RewardSum
-from reward_models.ensemble import RewardEnsemble
 from reward_models.heads import keep_head_float32, score_head
 from reward_models.responses import RewardSource
 
@@ -142,11 +141,8 @@ def start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
 
 
 def _sources(recipe: PPORecipe, inputs: PPOInputs, world: World) -> list[RewardSource]:
-    models: list[RewardSource] = []
-    if len(inputs.rewards) == 1:
-        models = [load_reward(REWARD_MODEL, inputs.rewards[0], recipe, world)]
-    elif inputs.rewards:
-        named = enumerate(inputs.rewards, start=1)
-        members = [load_reward(f"{REWARD_MODEL}_{number}", model, recipe, world) for number, model in named]
-        models = [RewardEnsemble(REWARD_MODEL, members, recipe.reward_ensemble, recipe.reward_variance_coef or 0.0)]
-    return models + [user_function(name, "reward_funcs", recipe.reward_timeout) for name in recipe.reward_funcs]
+    load = partial(load_reward, recipe=recipe, world=world)
+    coef = recipe.reward_variance_coef or 0.0
+    return model_sources(REWARD_MODEL, inputs.rewards, load, recipe.reward_ensemble, coef) + [
+        user_function(name, "reward_funcs", recipe.reward_timeout) for name in recipe.reward_funcs
+    ]

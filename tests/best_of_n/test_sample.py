@@ -73,12 +73,12 @@ def world(tmp_path_factory):
         yield folder
 
 
-def judge_model(folder: Path) -> None:
+def judge_model(folder: Path, seed: int = 1) -> None:
     """A reward model with random weights for the large language."""
     config = LARGE.reference().config
     config.num_labels = 1
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         LlamaForSequenceClassification(config).save_pretrained(folder)
     LARGE.tokenizer().save_pretrained(folder)
 
@@ -189,6 +189,26 @@ def test_sft_and_reward_read_the_data_sets(world):
         tokenize = tokenize_demonstrations if row_type is Demonstration else tokenize_preferences
         data, _ = tokenize(rows, tokenizer, max_length=32)
         assert len(data) == len(rows)
+
+
+def test_an_ensemble_counts_as_one_reward(world, tmp_path):
+    judge_model(tmp_path / "other", seed=2)
+    models = [str(world / "judge"), str(tmp_path / "other")]
+    scored = {}
+    for name, paths in {"first": models[:1], "second": models[1:], "mean": models, "wco": models}.items():
+        method = {"reward_ensemble": "wco"} if name == "wco" else {}
+        sources = {"reward_model_path": paths, "reward_funcs": [], "judge_reward_model_path": None}
+        run(
+            recipe_of(
+                world, output_dir=str(tmp_path / name), num_generations=2, missing_eos_penalty=None, **sources, **method
+            )
+        )
+        scored[name] = lines(tmp_path / name / "responses.jsonl")
+    for first, second, mean, worst in zip(*scored.values(), strict=True):
+        pair = [first["score"], second["score"]]
+        assert mean["score"] == pytest.approx(sum(pair) / 2, abs=1e-6)
+        assert worst["score"] == pytest.approx(min(pair), abs=1e-6)
+        assert mean["source_scores"] == pytest.approx([mean["score"], *pair], abs=1e-6)
 
 
 def test_two_ranks_give_the_same_bytes_and_other_batches_the_same_responses(world):
@@ -330,6 +350,10 @@ def test_it_is_a_step_of_a_folder(world, tmp_path, capsys, monkeypatch):
             "judge_reward_funcs: bon_rewards:echo is also in reward_funcs",
         ),
         ({"reward_weights": [1, 2]}, "reward_weights: expected 1 weights"),
+        (
+            {"reward_model_path": "judge", "reward_ensemble": "uwo"},
+            "reward_variance_coef: expected a number with reward_ensemble",
+        ),
         ({"num_generations": 1}, "num_generations: expected a number at least 2, got 1"),
         ({"num_generations": 2000}, "num_generations: expected a number of at most 1,024"),
         ({"train_dataset": []}, "train_dataset: expected prompts, got nothing"),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 from rich.text import Text
 
 from align.best_of_n.inputs import prepare_inputs
 from align.best_of_n.results import finished
-from align.cli.check.findings import Context, describe, writable
+from align.cli.check.findings import Context, describe, with_stand_ins, writable
 from align.cli.check.sample_rows import marked
 from align.config.best_of_n import BestOfNRecipe
 from align.config.functions import resolve_function
-from align.config.stages import input_models
 from align.models.inspect_folder import inspect_inputs
 from align.runs.output_folder import find_mark
 
@@ -33,15 +30,13 @@ def check(recipe: BestOfNRecipe, context: Context) -> None:
                 report.say(f"{key}: {spec}")
     with report.part():
         inspect_inputs(recipe, context.stand_ins)
-        stand_ins: dict[str, Any] = {
-            key: str(context.stand_ins.get(Path(path).resolve(), path)) for key, path in input_models(recipe).items()
-        }
-        inputs = prepare_inputs(dataclasses.replace(recipe, **stand_ins))
+        inputs = prepare_inputs(with_stand_ins(recipe, context.stand_ins, report))
         report.say(f"model: {recipe.model_name_or_path}, {describe(inputs.tokenizer)}; all inputs fit together")
-        named = {"reward model": inputs.reward, "judge": inputs.judge}
+        several = len(inputs.rewards) > 1
+        named = {f"reward model{f' {n}' * several}": model for n, model in enumerate(inputs.rewards, start=1)}
+        named |= {"judge": inputs.judge} if inputs.judge is not None else {}
         for name, model in named.items():
-            if model is not None:
-                report.say(f"{name}: its head is {model.head.name}")
+            report.say(f"{name}: its head is {model.head.name}")
         bad = "".join(
             f"; {entry['count']} skipped: {reason}"
             for reports in (inputs.report["bad_rows"], inputs.report["skipped"])

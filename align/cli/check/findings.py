@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from align.config.recipe import Recipe
+from align.config.stages import stage_of
 from align.data.chat_template import TODAY, writes_date
 from align.data.end_tokens import end_ids
 from align.errors import UserError
 from align.terminal import printable
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
 class Report:
@@ -76,3 +81,22 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> str:
     if writes_date(tokenizer):
         template += f" that writes the date, in all stages {TODAY}"
     return f"tokenizer of {len(tokenizer)} tokens, {template}" + (f", responses end with {names}" if ends[1:] else "")
+
+
+def with_stand_ins(recipe: AnyRecipe, stand_ins: dict[Path, Path], report: Report) -> AnyRecipe:
+    """The recipe with folders of `stand_ins`, which hold all but the weights, in place of models not yet trained."""
+    changes: dict[str, Any] = {}
+
+    def replaced(key: str, path: str) -> str:
+        if (stand_in := stand_ins.get(Path(path).resolve())) is None:
+            return path
+        report.say(f"{key}: {stand_in}")
+        return str(stand_in)
+
+    for key in stage_of(recipe).input_models:
+        value = getattr(recipe, key)
+        if isinstance(value, list):
+            changes[key] = [replaced(key, path) for path in value]
+        elif value:
+            changes[key] = replaced(key, value)
+    return dataclasses.replace(recipe, **changes)

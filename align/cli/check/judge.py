@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-from align.cli.check.findings import Context, describe, writable
+from align.cli.check.findings import Context, describe, with_stand_ins, writable
 from align.config.judge_reward import JudgeRewardRecipe
 from align.evaluate.reward_model import RewardModel
 from align.judge.inputs import prepare_inputs
@@ -13,8 +12,6 @@ from align.judge.results import finished
 from align.judge.verdicts import FEWEST_PAIRS
 from align.models.inspect_folder import inspect_inputs
 from align.runs.output_folder import find_mark
-
-MODELS = ("reward_model_path", "second_reward_model_path", "policy_path")
 
 
 def check(recipe: JudgeRewardRecipe, context: Context) -> None:
@@ -26,9 +23,7 @@ def check(recipe: JudgeRewardRecipe, context: Context) -> None:
         report.say(f"output_dir: {writable(Path(recipe.output_dir))}, {state}")
     with report.part():
         inspect_inputs(recipe, context.stand_ins)
-        paths = {name: getattr(recipe, name) for name in MODELS if getattr(recipe, name)}
-        found = {name: str(context.stand_ins.get(Path(path).resolve(), path)) for name, path in paths.items()}
-        inputs = prepare_inputs(dataclasses.replace(recipe, **found))  # type: ignore[arg-type]
+        inputs = prepare_inputs(with_stand_ins(recipe, context.stand_ins, report))
         for name, reward in zip(("judged", "second"), inputs.rewards, strict=False):
             what = f"{reward.path}, {describe(reward.tokenizer)}" if isinstance(reward, RewardModel) else ", ".join(
                 source.name for source in reward.sources

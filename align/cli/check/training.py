@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 from rich.text import Text
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from align.cli.check.findings import Context, Report, describe, writable
+from align.cli.check.findings import Context, describe, with_stand_ins, writable
 from align.cli.check.memory import Footprint, activations_line, count_parameters, memory_table, skeleton
 from align.cli.check.sample_rows import Sample, Start, sample_lines
 from align.cli.steps import processes
 from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
 from align.config.ensemble import MEMBER
 from align.config.functions import resolve_function
-from align.config.stages import stage_of
 from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import describe_task_shares
@@ -109,7 +107,7 @@ class TrainingCheck(Generic[R]):
                 report.say(repeated, "warning")
         with report.part():
             inspect_inputs(recipe, context.stand_ins)
-            recipe = _with_stand_ins(recipe, context.stand_ins, report)
+            recipe = with_stand_ins(recipe, context.stand_ins, report)
             start = self.start(recipe, rows, context.folder)
             if start is not None:
                 report.say(f"model: {start.config.model_type}, {describe(start.tokenizer)}; all inputs fit together")
@@ -180,21 +178,3 @@ def _check_unfinished(recipe: StageRecipe, report: Mapping[str, Any] | None) -> 
     check_rows(recipe, report)
     if found := complete_checkpoints(recipe.output_dir):
         check_records(recipe, found[-1])
-
-
-def _with_stand_ins(recipe: R, stand_ins: dict[Path, Path], report: Report) -> R:
-    changes: dict[str, Any] = {}
-
-    def replaced(key: str, path: str) -> str:
-        if (stand_in := stand_ins.get(Path(path).resolve())) is None:
-            return path
-        report.say(f"{key}: {stand_in}")
-        return str(stand_in)
-
-    for key in stage_of(recipe).input_models:
-        value = getattr(recipe, key)
-        if isinstance(value, list):
-            changes[key] = [replaced(key, path) for path in value]
-        elif value:
-            changes[key] = replaced(key, value)
-    return dataclasses.replace(recipe, **changes)
