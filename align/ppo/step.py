@@ -38,9 +38,8 @@ def step(run: PPORun, update: int) -> dict[str, float]:
     prompts = draw_prompts(run, update)  # b prompts of this rank
     samples = sample_responses(run, prompts)  # response_ids, mask, logprobs of the decoding loop [b, T]
     recompute = must_recompute_logprobs(run, update)
-    scored = score_responses(
-        run, samples, recompute
-    )  # old and ref logprobs, values if any, token_scores [b, T]; scores [b]
+    # old and ref logprobs, values if any, token_scores [b, T]; scores [b]
+    scored = score_responses(run, samples, recompute)
     rollout = gather_rollout(scored, run.world, run.sampler.pad_token_id)  # [B, T] and [B], identical on every rank
     record_sampler_gap(run, rollout, recompute)
     scores = normalize_and_clip_scores(run, rollout)  # [B]
@@ -49,9 +48,8 @@ def step(run: PPORun, update: int) -> dict[str, float]:
         metrics |= balance(run, run.replay, rollout, update)
     else:
         rewards = compute_rewards(run, rollout, scores)  # [B, T]
-        advantages, returns = estimate_advantages(
-            run, rollout, rewards
-        )  # [B, T], [B, T]: returns are what values are fitted to
+        # [B, T], [B, T]: returns are what values are fitted to
+        advantages, returns = estimate_advantages(run, rollout, rewards)
         metrics = rollout_metrics(run, rollout, returns)
         # Losses of policy, value and, in the loss, KL: epochs x minibatches x microbatches of [m, S], split over the ranks.
         metrics |= optimize(run, rollout, advantages, returns, update)
