@@ -63,7 +63,7 @@ class EvaluateRecipe(Recipe):
 
     metrics: list[str] = key(
         ["perplexity", "token_accuracy"],
-        "perplexity, token_accuracy (of the reference), exact_match, accuracy, f1, bleu, rouge, chrf (of the "
+        "perplexity, token_accuracy, bits_per_byte (of the reference), exact_match, accuracy, f1, bleu, rouge, chrf (of the "
         "prediction), or anything that `evaluate.load` accepts, such as the path of a metric script. accuracy and f1 "
         "compare labels, which they recover from templates.",
     )

@@ -186,6 +186,9 @@ def _measure_setting(
     for name in recipe.metrics:
         if name == "perplexity":
             result.measures.append(Measure(tokens[:, [0, 2]], _perplexity))
+        elif name == "bits_per_byte":
+            sizes = [len(text.encode()) for text in inputs.references]
+            result.measures.append(Measure(np.stack([tokens[:, 0] / math.log(2), sizes], axis=1), _mean(name)))
         elif name == "token_accuracy":
             result.measures.append(Measure(tokens[:, [1, 2]], _mean(name)))
         elif text_measure := measure(metrics[name], inputs.rows, predictions, inputs.references):

@@ -121,6 +121,8 @@ def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
                 examples = draw_examples(pool_for(row, pools), num_shots, f"{recipe.seed} examples {index}")
                 if index in usable:
                     with bad.catch(row.where):
+                        if generates or "bits_per_byte" in recipe.metrics:
+                            _check_reference(row)
                         encoded[index] = _encode(row, examples, tokenizer, limit, max_new_tokens, recipe.stop_strings)
                     if encoded[index] is None:
                         usable.discard(index)
@@ -209,6 +211,11 @@ def _load_tokenizer(path: str, recipe: EvaluateRecipe) -> tuple[PreTrainedTokeni
     return tokenizer, min(limits)
 
 
+def _check_reference(row: Demonstration) -> None:
+    if not isinstance(row.completion, str) and row.completion[-1].get("tool_calls"):
+        raise BadRow("a tool call as the reference of a text; evaluate it by perplexity and token_accuracy alone")
+
+
 def _encode(
     row: Demonstration,
     examples: Sequence[Demonstration],
@@ -222,8 +229,6 @@ def _encode(
     Raises:
         BadRow: no response, or more than `limit` tokens.
     """
-    if max_new_tokens and not isinstance(row.completion, str) and row.completion[-1].get("tool_calls"):
-        raise BadRow("a tool call as the reference of a text; evaluate it by perplexity and token_accuracy alone")
     prompt = few_shot_prompt(row, examples)
     prompt_ids = encode_prompt(tokenizer, prompt, tools_of(row))
     if prompt and not prompt_ids:

@@ -17,7 +17,11 @@ from align.data.templates import LABEL, LABELS, TEMPLATE, parse_label
 from align.errors import UserError, nearest
 from align.evaluate.bootstrap import Measure
 
-TOKEN_METRICS = ("perplexity", "token_accuracy")  # of the reference's tokens; nothing is generated for them
+TOKEN_METRICS = (
+    "perplexity",
+    "token_accuracy",
+    "bits_per_byte",
+)  # of the reference's tokens; nothing is generated for them
 
 
 def load_metric(name: str, known: Sequence[str] = (), key: str = "metrics") -> Any:

@@ -15,7 +15,7 @@ from align.data.templates import TASK
 from align.engine.faults import during
 from align.evaluate.bootstrap import Measure, bootstrap_intervals, compare
 from align.evaluate.inputs import EvalInputs, EvalSetting
-from align.evaluate.results import REPORT, Table, tables
+from align.evaluate.results import PER_TOKEN, REPORT, Table, tables
 from align.runs.files import write_json, write_text
 from align.runs.manifest import tokenizer_digest
 from align.runs.markdown import markdown_text
@@ -24,7 +24,6 @@ from align.runs.own_files import own
 from align.runs.tables import markdown_table
 
 PREDICTIONS = "predictions.jsonl"
-PER_TOKEN = {"perplexity", "token_accuracy"}  # not comparable between tokenizers: their units differ
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,8 +53,10 @@ def summarize(recipe: EvaluateRecipe, inputs: EvalInputs, results: Sequence[Sett
         for task, rows in tasks.items()
         for value in _values(result, rows, task, recipe.bootstrap_iters, recipe.seed)
     ]
+    vocabularies = {tokenizer_digest(each.setting.tokenizer)["vocabulary"] for each in results}
     return {
         "baseline": results[0].setting.model,
+        "vocabularies": len(vocabularies),
         "rows": len(inputs.rows),
         "results": values,
         "comparisons": _comparisons(results, recipe.bootstrap_iters, recipe.seed),

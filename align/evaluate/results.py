@@ -15,6 +15,7 @@ from align.runs.schemas import IDENTITY, OF_IDENTITY
 from align.runs.tables import make_table
 
 REPORT = "results.md"
+PER_TOKEN = {"perplexity", "token_accuracy"}  # not comparable between tokenizers: their units differ
 
 
 def _is_entry(value: Any, *numbers: str) -> bool:
@@ -125,7 +126,11 @@ def tables(results: dict[str, Any]) -> list[Table]:
         ]
         for entry in results["comparisons"]
     ]
-    found = [Table("Results", ["metric", *columns], overall)]
+    title = "Results"
+    measured = sorted(PER_TOKEN & {entry["metric"] for entry in results["results"]})
+    if measured and results.get("vocabularies", 1) > 1:
+        title += f"; {' and '.join(measured)}: not to be compared between models of different tokenizers, as bits_per_byte may"
+    found = [Table(title, ["metric", *columns], overall)]
     if differences:
         title = (
             f"Differences from {results['baseline']}, on the same rows; interval: bootstrap over the rows, p: random swaps "

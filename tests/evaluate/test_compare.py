@@ -229,13 +229,17 @@ def test_by_task(tmp_path):
 
 def test_two_tokenizers_have_no_common_tokens(tmp_path):
     """Per-token measures are then in different units; what is of texts still compares."""
-    settings = recipe(tmp_path, metrics=["perplexity", "exact_match"])
+    settings = recipe(tmp_path, metrics=["perplexity", "bits_per_byte", "exact_match"])
     other = json.loads((tmp_path / "tuned" / "tokenizer.json").read_text())
     vocabulary = other["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "tuned" / "tokenizer.json").write_text(json.dumps(other))
     results = run(settings)
-    assert {compared.metric for compared in results.comparisons} == {"exact_match"}
+    assert {compared.metric for compared in results.comparisons} == {"exact_match", "bits_per_byte"}
+    nll = sum(judged(tiny_llama(0), *row)[0] for row in ROWS)
+    size = sum(len(completion) for _, completion in ROWS)
+    assert values(results, "bits_per_byte")["base", 0] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
+    assert "## Results; perplexity: not to be compared between models of different tokenizers" in (tmp_path / "out" / "results.md").read_text()
     assert len(values(results, "perplexity")) == 2
 
 
