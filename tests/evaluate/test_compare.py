@@ -239,7 +239,10 @@ def test_two_tokenizers_have_no_common_tokens(tmp_path):
     nll = sum(judged(tiny_llama(0), *row)[0] for row in ROWS)
     size = sum(len(completion) for _, completion in ROWS)
     assert values(results, "bits_per_byte")["base", 0] == pytest.approx(nll / math.log(2) / size, rel=1e-5)
-    assert "## Results; perplexity: not to be compared between models of different tokenizers" in (tmp_path / "out" / "results.md").read_text()
+    assert (
+        "## Results; perplexity: not to be compared between models of different tokenizers"
+        in (tmp_path / "out" / "results.md").read_text()
+    )
     assert len(values(results, "perplexity")) == 2
 
 
