@@ -55,7 +55,7 @@ class ModelScorer:
 
 @dataclass(frozen=True, slots=True)
 class FunctionScorer:
-    """The sum of Python rewards, called on rank 0. There is no tokenizer: `completion_ids` are empty lists."""
+    """The sum of Python rewards, each batch on one rank. There is no tokenizer: `completion_ids` are empty lists."""
 
     rewards: RewardSum
     world: World
@@ -69,16 +69,20 @@ class FunctionScorer:
         Raises:
             UserError: a function fails, or gives a row no score.
         """
-        scores = torch.zeros(len(rows), dtype=torch.float64)
-        if self.world.is_main:
-            for start in range(0, len(rows), self.batch_size):
-                part = slice(start, start + self.batch_size)
+        scores = torch.zeros(len(rows), dtype=torch.float64, device=self.world.device)
+        size = self.batch_size
+        for start in range(0, len(rows), size * self.world.size):
+            mine = slice(start + self.world.rank * size, start + (self.world.rank + 1) * size)
+            all_ranks = slice(start, start + size * self.world.size)
+            if rows[mine]:
                 try:
-                    scores[part] = self.rewards.score(self._batch(rows[part], responses[part]))[0].double()
+                    found = self.rewards.score(self._batch(rows[mine], responses[mine]))[0]
                 except ValueError as error:
                     raise UserError(f"reward_funcs: {error}") from error
-                self.on_pass(len(rows[part]))
-        return np.asarray(self.world.sum(scores.to(self.world.device)).cpu().numpy())
+                scores[mine] = found.double().to(scores.device)
+            scores[all_ranks] = self.world.sum(scores[all_ranks])  # now: ranks wait for one call, which `reward_timeout` limits
+            self.on_pass(len(rows[mine]))
+        return np.asarray(scores.cpu().numpy())
 
     def _batch(self, rows: Sequence[Preference], responses: Sequence[Turns]) -> Responses:
         if not self.score_reasoning:

@@ -75,6 +75,14 @@ def edit(**changes: Any) -> Harm:
     return harm
 
 
+def progress(**changes: Any) -> Harm:
+    """Entries of what a checkpoint of PPO says of the run so far."""
+    def harm(path: Path, draw: random.Random) -> None:
+        found = json.loads(path.read_text())["progress"] | changes
+        edit(progress={name: value for name, value in found.items() if value is not None})(path, draw)
+    return harm
+
+
 def _write_signed(path: Path, content: dict[str, Any]) -> None:
     """Whoever can write the file can write its sums too."""
     if "digest" in content:
@@ -174,6 +182,20 @@ FILES = {
         ("negative record", edit(records={"metrics.jsonl": -1})), ("no records", edit(records=None)), ("files is a number", edit(files=5)), ("no files", edit(files=None)),
         ("files outside", edit(files={"../../notes.txt": [6, 0]})), ("best outside", edit(best_checkpoint="../../data")), ("no layout", edit(layout=None)), ("layout is a list", edit(layout=[1])))},
     "complete.json: absolute record": Damage("ppo", "checkpoint-3/complete.json", lambda path, draw: edit(records={str(_case_of(path) / "notes.txt"): 0})(path, draw)),
+    # What a judged run has chosen, and counted
+    **{f"ppo, judged: {harm.__name__} {files}": Damage("ppo", f"checkpoint-3/{files}", harm, "judged", must="resume")
+       for files, harm in (("complete.json", flip), ("**/*", cut), ("policy/*", garbage), ("ema/*", zero), ("value/*", lose))},
+    "ppo, judged at two: flip a shard": Damage("ppo", "checkpoint-3/**/*", flip, "judged two", must="resume"),
+    **{f"ppo, judged: progress: {name}": Damage("ppo", "checkpoint-3/complete.json", progress(**changes), "judged", must="refuse") for name, changes in (
+        ("worth of other prompts", {"best_worth": [0.5]}), ("worth of text", {"best_worth": ["a", "b", "c", "d"]}), ("worth is a number", {"best_worth": 1}), ("best is empty", {"best": {}}),
+        ("best of text", {"best": {"update": "one", "eval/judge": "good", "eval/score": []}}), ("falls of text", {"falls": "two"}), ("negative falls", {"falls": -1}), ("history of numbers", {"history": [1]}),
+        ("history of nothing", {"history": [{}]}), ("history of text", {"history": [{"update": "a", "eval/judge": "b", "eval/kl": "c"}]}), ("moments of text", {"score_moments": {"count": "a", "mean": 0, "squares": 0}}))},
+    **{f"ppo, judged: {harm.__name__} best/{name}": Damage("ppo", f"best/{name}", harm, "judged") for name, harm in (
+        ("model.safetensors", flip), ("model.safetensors", cut), ("model.safetensors", lose), ("config.json", cut), ("*", link_to_notes))},
+    **{f"members: {harm.__name__} {name}": Damage("reward", name, harm, "members", must=must) for name, harm, must in (
+        ("member_1/checkpoint-4/*", flip, "resume"), ("member_1/checkpoint-4/*", cut, "resume"), ("member_1/run.json", lose, "refuse"), ("member_1/run.json", cut, "refuse"), ("run.json", cut, "refuse"), ("member_1/metrics.jsonl", cut, "say"))},
+    **{f"finished members: {harm.__name__} {name}": Damage("reward", name, harm, "members", finished=True, must="refuse") for name, harm in (
+        ("stage.json", cut), )},
     # Other records of a killed run
     **{f"run.json: {name}": Damage("sft", "run.json", harm) for name, harm in (
         ("cut", cut), ("empty", write(b"")), ("bit", flip), ("garbage", garbage), ("list", write(b"[]")), ("nothing", write(b"{}")), ("no recipe", edit(recipe=None)),

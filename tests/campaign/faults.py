@@ -122,7 +122,7 @@ def removed(stage: str, what: str = OUT) -> Check:
         prepare(place, stage)
 
         def remove(pid: int) -> None:
-            if (place.folder / OUT / "checkpoint-1" / "complete.json").exists() or (stage == "evaluate" and list((place.folder / OUT).rglob("0.json"))):
+            if (place.folder / OUT / BEGUN.get(stage, "checkpoint-1/complete.json")).exists():
                 os.kill(pid, signal.SIGSTOP)
                 shutil.rmtree(place.folder / what, ignore_errors=True)
                 os.kill(pid, signal.SIGCONT)
@@ -195,6 +195,9 @@ def hiding(name: str, *words: str) -> Check:
     return check
 
 
+BEGUN = {"bon": "parts/samples.jsonl", "judge-reward": "run.json", "evaluate": "parts"}  # a file that a run makes early
+
+
 def two_at_once(stage: str, killed: bool = False) -> Check:
     """A second run in the same folder is refused while the first is there, and possible once that is dead."""
     def check(place: Place) -> list[str]:
@@ -202,7 +205,7 @@ def two_at_once(stage: str, killed: bool = False) -> Check:
         seen: list[Ended] = []
 
         def second(pid: int) -> None:
-            if seen or not (place.folder / OUT / "metrics.jsonl").exists():
+            if seen or not (place.folder / OUT / BEGUN.get(stage, "metrics.jsonl")).exists():
                 return
             os.kill(pid, signal.SIGSTOP)
             seen.append(place.__class__.run(_Beside(place), stage, f"{stage}.yaml"))

@@ -129,8 +129,8 @@ def _contents(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if "checkpoint-" in name.split("/")[0] and path.suffix != ".safetensors":
-            found[name.split("/")[0]] = "checkpoint"
+        if (checkpoint := re.match(r"(.*?checkpoint-[^/]*)", name)) and path.suffix != ".safetensors":
+            found[checkpoint[1]] = "checkpoint"
         elif path.is_file():
             found[name] = _content(path)
     return found

@@ -19,7 +19,7 @@ from tests.campaign.judge import ended_badly
 from tests.campaign.process import Stop
 from tests.campaign.runs import LAYOUTS, OUT, prepare, resumes, start, whole
 
-CHECKPOINT = f"{OUT}/checkpoint-"
+CHECKPOINT = "/checkpoint-"
 KILL, TERM, INTERRUPT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
@@ -110,6 +110,10 @@ TABLE = {
     **{f"ppo, judged, {phase}, {number}": Kill("ppo", "judged", phase) for phase in PHASES for number in (1, 2)},
     "ppo, judged, three times": Kill("ppo", "judged", times=3),
     "ppo, judged, SIGTERM": Kill("ppo", "judged", signum=TERM),
+    **{f"reward, members, {phase}, {number}": Kill("reward", "members", phase) for phase in PHASES for number in (1, 2)},
+    "reward, members, three times": Kill("reward", "members", times=3),
+    "reward, members, SIGTERM": Kill("reward", "members", signum=TERM),
+    **{f"reward of members at zero2, rank {rank} in {phase}": Kill("reward", "members zero2", phase, rank) for rank, phase in ((0, "checkpoint"), (1, "checkpoint"), (0, "final"), (0, "any"))},
     **{f"{stage}, SIGTERM": Kill(stage, signum=TERM) for stage in ("reward", "classify", "mlm", "evaluate", "bon", "judge-reward")},
     **{f"{stage}, Ctrl-C": Kill(stage, signum=INTERRUPT) for stage in ("bon", "judge-reward")},
     **{f"{stage} at two, rank {rank}": Kill(stage, "two", "any", rank) for stage in ("bon", "judge-reward") for rank in (0,)},

@@ -46,9 +46,9 @@ class Ended(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Send a signal to one rank just before its n-th write (from 1) in its working directory."""
+    """Send a signal to one rank just before a write in its working directory: the n-th (from 1), or the first of a file's name."""
 
-    write: int
+    write: int | str
     rank: int = 0
     signum: int = signal.SIGKILL
 
@@ -235,7 +235,7 @@ def _count_writes(folder: str, record: int, stop: Stop | None) -> None:
             return
         count += 1
         os.write(record, f"{event} {place[len(inside) :]}\n".encode(errors="replace"))
-        if stop is not None and count == stop.write:
+        if stop is not None and (count == stop.write or (isinstance(stop.write, str) and stop.write in os.path.basename(place))):
             os.kill(os.getpid(), stop.signum)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:

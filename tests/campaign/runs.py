@@ -31,6 +31,8 @@ LAYOUTS = {
     "judged": Layout(1, JUDGED),
     "judged two": Layout(2, JUDGED),
     "judged zero3": Layout(2, {**JUDGED, "deepspeed": "zero3.json"}),
+    "members": Layout(1, {"ensemble_size": 2}),
+    "members zero2": Layout(2, {"ensemble_size": 2, "deepspeed": "zero2.json"}),
     "zero0": Layout(2, {"deepspeed": "zero0.json"}),
     "zero2": Layout(2, {"deepspeed": "zero2.json"}),
     "zero3": Layout(2, {"deepspeed": "zero3.json"}),
@@ -65,9 +67,7 @@ def whole(place: Place, stage: str, layout: str = "alone") -> Run:
 def unfinished(place: Place, stage: str, layout: str = "alone") -> Run:
     """The same run, killed before it wrote its manifest, with all its checkpoints."""
     last = dict.fromkeys(("evaluate", "bon", "judge-reward"), "results.json").get(stage, "stage.json")
-    made = whole(place, stage, layout).writes[0]
-    number = 1 + next(index for index, line in enumerate(made) if last in line)
-    return _made_once(place, f"unfinished-{stage}-{layout}", stage, layout, Stop(number))
+    return _made_once(place, f"unfinished-{stage}-{layout}", stage, layout, Stop(last))  # at several ranks numbers vary
 
 
 def _made_once(place: Place, name: str, stage: str, layout: str, stop: Stop | None) -> Run:
