@@ -37,7 +37,7 @@ OF_TEMPLATES = {
     *("chat_template", "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
     *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens"),
 }
-ACCEPTABLE_RECORDS = ("run.json", "metrics.jsonl", "samples.jsonl")
+ACCEPTABLE_RECORDS = ("run.json", "metrics.jsonl", "samples.jsonl", "best")
 
 
 def load_recipe(stage: str, path: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -80,7 +80,9 @@ class FunctionScorer:
                 except ValueError as error:
                     raise UserError(f"reward_funcs: {error}") from error
                 scores[mine] = found.double().to(scores.device)
-            scores[all_ranks] = self.world.sum(scores[all_ranks])  # now: ranks wait for one call, which `reward_timeout` limits
+            scores[all_ranks] = self.world.sum(
+                scores[all_ranks]
+            )  # now: ranks wait for one call, which `reward_timeout` limits
             self.on_pass(len(rows[mine]))
         return np.asarray(scores.cpu().numpy())
 

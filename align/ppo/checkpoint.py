@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from align.config.judge import SCORE, best_metric
 from align.config.ppo import PPORecipe
 from align.engine.faults import during
 from align.engine.stopping import stop, stop_asked
@@ -14,24 +15,49 @@ from align.maths.running_moments import RunningMoments
 from align.ppo.ppo_run import PPORun, Progress
 from align.runs.checkpoint import mark_complete, read_state
 from align.runs.own_files import own
-from align.runs.records import COUNT, MAPPING, NUMBER, Record, check_record, is_number, list_of, or_null
+from align.runs.records import COUNT, MAPPING, NUMBER, Kind, Record, check_record, is_number, list_of, or_null
 from align.runs.schemas import COMPLETE
 from align.runs.stage import layout
 
 MOMENTS = Record(dict.fromkeys(("count", "mean", "squares"), NUMBER))
-PROGRESS = Record(
-    {
-        "kl_coef": NUMBER,
-        "score_moments": MAPPING,
-        "best": or_null(MAPPING),
-    },
-    {  # earlier versions lack them
-        "sampler_gap": or_null(NUMBER),
-        "best_worth": list_of("a list of numbers or null", lambda each: each is None or is_number(each)),
-        "falls": COUNT,
-        "history": list_of("a list of mappings", lambda each: isinstance(each, dict)),
-    },
-)
+NAMES = list_of("a list of texts", lambda each: isinstance(each, str))
+
+
+def progress_record(metric: str, held_out: int) -> Record:
+    """What a checkpoint says of the run so far.
+
+    Args:
+        metric: that chooses the best checkpoint.
+        held_out: prompts on which it is measured.
+    """
+
+    def is_evaluation(value: Any) -> bool:
+        numbers = isinstance(value, dict) and all(each is None or is_number(each) for each in value.values())
+        return numbers and {"update", "eval/kl", SCORE, metric} <= value.keys()
+
+    def is_worth(value: Any) -> bool:
+        return (
+            isinstance(value, list)
+            and all(each is None or is_number(each) for each in value)
+            and len(value) in (0, held_out)
+        )
+
+    return Record(
+        {
+            "kl_coef": NUMBER,
+            "score_moments": MAPPING,
+            "best": or_null(Kind(f"metrics of an evaluation, {metric} among them", is_evaluation)),
+        },
+        {  # earlier versions lack them
+            "sampler_gap": or_null(NUMBER),
+            "best_worth": Kind(f"a list of {held_out} numbers or null", is_worth),
+            "falls": COUNT,
+            "history": list_of("a list of metrics of evaluations", is_evaluation),
+            "eos_rate": or_null(NUMBER),
+            "warned": NAMES,
+            "inherited": NAMES,
+        },
+    )
 
 
 def save_if_due(run: PPORun, done: int) -> None:
@@ -68,8 +94,15 @@ def save_checkpoint(run: PPORun, step: int) -> None:
         mark_complete(folder, state, recipe.save_total_limit, world, sums)
 
 
-def load_checkpoint(run: PPORun, checkpoint: Path) -> None:
-    """Continue from a checkpoint: weights, optimizer states, moving average, kept responses and progress."""
+def load_checkpoint(run: PPORun, checkpoint: Path, held_out: int) -> None:
+    """Continue from a checkpoint: weights, optimizer states, moving average, kept responses and progress.
+
+    Args:
+        held_out: number of held-out prompts.
+
+    Raises:
+        UserError: it is damaged.
+    """
     run.models.policy.load_checkpoint(checkpoint / "policy")
     if run.models.value is not None:
         run.models.value.load_checkpoint(checkpoint / "value")
@@ -77,17 +110,38 @@ def load_checkpoint(run: PPORun, checkpoint: Path) -> None:
         run.ema.load_checkpoint(checkpoint / "ema")
     if run.replay is not None:
         run.replay.load_checkpoint(checkpoint / "replay")
-    state: Any = read_state(checkpoint).get("progress")
-    check_record(state, PROGRESS, f"{checkpoint / COMPLETE}: progress")
-    moments = state["score_moments"]
-    check_record(moments, MOMENTS, f"{checkpoint / COMPLETE}: progress.score_moments")
-    gap = state.get("sampler_gap")
-    run.progress = Progress(
-        state["kl_coef"],
-        RunningMoments(**{name: moments[name] for name in MOMENTS.required}),
-        state["best"],
-        [math.nan if each is None else each for each in state.get("best_worth", [])],
-        state.get("falls", 0),
-        state.get("history", []),
-        math.inf if gap is None else gap,  # infinite before the first comparison, which JSON cannot hold
+    told = read_state(checkpoint).get("progress")
+    run.progress = read_progress(told, f"{checkpoint / COMPLETE}: progress", best_metric(run.recipe), held_out)
+
+
+def read_progress(told: Any, where: str, metric: str, held_out: int) -> Progress:
+    """Progress from what a checkpoint says of it.
+
+    Args:
+        where: begins errors.
+        metric, held_out: as for `progress_record`.
+
+    Raises:
+        BadFile: it is damaged.
+    """
+    check_record(told, progress_record(metric, held_out), where)
+    moments = told["score_moments"]
+    check_record(moments, MOMENTS, f"{where}.score_moments")
+    gap = told.get("sampler_gap")
+    return Progress(
+        kl_coef=told["kl_coef"],
+        score_moments=RunningMoments(**{name: moments[name] for name in MOMENTS.required}),
+        best=None if told["best"] is None else _numbers(told["best"]),
+        best_worth=[math.nan if each is None else each for each in told.get("best_worth", [])],
+        falls=told.get("falls", 0),
+        history=[_numbers(each) for each in told.get("history", [])],
+        sampler_gap=math.inf if gap is None else gap,  # infinite before the first comparison, which JSON cannot hold
+        eos_rate=told.get("eos_rate"),
+        warned=told.get("warned", []),
+        inherited=told.get("inherited", []),
     )
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics with NaN where JSON has null."""
+    return {name: math.nan if value is None else value for name, value in metrics.items()}

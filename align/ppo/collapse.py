@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from align.config.ppo import PPORecipe
+from align.ppo.ppo_run import Progress
 
 MOST_KL = 50.0  # nats per response; in longer responses, 1 nat per token
 LEAST_EOS_RATE = 0.05  # of the SFT model, for which the self-checks warn
@@ -18,24 +19,25 @@ class CollapseWatch:
     lasts.
 
     Args:
+        progress: of the run, in which the watch keeps what it has seen, so that a resumed run is told the same.
         sft_eos_rates: measurements of the share of the SFT model's responses that end by themselves, the best first, None
             where there is none; without any, all of them are taken to.
     """
 
-    def __init__(self, recipe: PPORecipe, *sft_eos_rates: float | None):
-        self.eos_rate = next((rate for rate in sft_eos_rates if rate is not None), 1.0)  # or the highest since
+    def __init__(self, recipe: PPORecipe, progress: Progress, *sft_eos_rates: float | None):
+        self.progress = progress
+        if progress.eos_rate is None:
+            progress.eos_rate = next((rate for rate in sft_eos_rates if rate is not None), 1.0)
         self.response_length = recipe.response_length
         self.kl_target = recipe.kl_target or 0.0
-        self.warned: set[str] = set()
-        self.inherited: set[str] = set()  # signs that the SFT model showed, until they are absent once
 
-    def warnings(self, update: int, metrics: Mapping[str, float]) -> list[str]:
-        """New warnings for the metrics of an update, which counts from 1; empty for a healthy one."""
-        signs = self._signs(metrics)
-        self.inherited = set(signs) if update == 1 else self.inherited & signs.keys()
-        new = [kind for kind in signs if kind not in self.warned | self.inherited]
-        self.warned |= set(new)
-        return [f"update {update}: {signs[kind]}" for kind in new]
+    def warnings(self, update: int, metrics: Mapping[str, float]) -> dict[str, str]:
+        """New warnings for the metrics of an update, which counts from 1, by kind; empty for a healthy one."""
+        progress, signs = self.progress, self._signs(metrics)
+        progress.inherited = [kind for kind in signs if update == 1 or kind in progress.inherited]
+        new = [kind for kind in signs if kind not in progress.warned + progress.inherited]
+        progress.warned += new
+        return {kind: f"update {update}: {signs[kind]}" for kind in new}
 
     def _signs(self, metrics: Mapping[str, float]) -> dict[str, str]:
         signs = {}
@@ -46,10 +48,10 @@ class CollapseWatch:
                 f"objective/kl is {kl:.3g} nats per response, above {bound:.3g}: the policy has left the SFT model, and the "
                 "score means little there. Raise kl_coef, lower learning_rate, or stop at the best checkpoint (max_kl)."
             )
-        self.eos_rate = max(self.eos_rate, ended)
-        if self.eos_rate >= LEAST_EOS_RATE and ended < self.eos_rate / 2:
+        self.progress.eos_rate = highest = max(self.progress.eos_rate or 0.0, ended)
+        if highest >= LEAST_EOS_RATE and ended < highest / 2:
             signs["length"] = (
-                f"{ended:.1%} of the responses end by themselves, where {self.eos_rate:.1%} did, of the SFT model or since; their "
+                f"{ended:.1%} of the responses end by themselves, where {highest:.1%} did, of the SFT model or since; their "
                 f"mean length is {length:.4g} of {self.response_length} tokens: the policy no longer stops. Set "
                 "missing_eos_penalty, or see whether the reward favors length."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from align.generation.sampler import PromptBatch
 from align.ppo.frontier import FEWEST_DRAWN, describe_fit, draw_frontier, fit
 from align.ppo.measured import SAMPLE_COLUMNS, Measured, measure_columns, member_columns, sample_rows
 from align.ppo.metrics import response_kl, response_metrics, score_length_correlation
-from align.ppo.outputs import save_model
+from align.ppo.outputs import check_best, save_best
 from align.ppo.ppo_run import PPORun, TokenizedPrompt, truncated
 from align.ppo.rollout import gather_rollout
 from align.ppo.sample import sample_responses, score_responses
@@ -63,6 +62,7 @@ class Evaluation:
         self.warned: set[str] = set()
         self.stops = False
         if self.prompts:
+            check_best(run)
             names, timeout = run.recipe.eval_reward_funcs, run.recipe.reward_timeout
             self.true_rewards = [user_function(name, "eval_reward_funcs", timeout) for name in names]
             self.baseline = self._respond(run.models.reference)
@@ -168,7 +168,7 @@ class Evaluation:
         run = self.run
         run.progress.best, run.progress.falls = {"update": step, **metrics}, 0
         run.progress.best_worth = model.worth[best_metric(run.recipe)]
-        save_model(run, run.models.policy, Path(run.recipe.output_dir) / "best")
+        save_best(run)
 
     @during("evaluation")
     def _respond(self, engine: Engine) -> Measured:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from align.config.judge import best_metric
+from align.engine.distributed import World
 from align.engine.ema import EMA
 from align.engine.engine import TrainEngine
 from align.engine.faults import during
+from align.errors import BadFile, UserError
 from align.models.saved_dtype import set_saved_dtype
 from align.ppo.frontier import CHART
 from align.ppo.ppo_run import PPORun
-from align.runs.files import write_text
+from align.runs.files import difference, fingerprints, write_json, write_text
 from align.runs.markdown import markdown_text, python_text
-from align.runs.own_files import new_files, new_folder, own
+from align.runs.own_files import new_files, new_folder, own, put_back
+from align.runs.records import read_record
+from align.runs.schemas import BEST, SUMS, SUMS_RECORD
 from align.runs.stage import finish
 from align.runs.tracker import Tracker
 from align.terminal import say
@@ -40,6 +45,51 @@ def save_model(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
     with during("model", folder), new_folder(folder) if run.world.is_main else nullcontext(folder) as target:
         _write(run, engine, target)
     run.world.barrier()
+
+
+def save_best(run: PPORun) -> None:
+    """Write the policy, the best so far, into `best/`, with the sums of its files, by which a resume sees that it is whole."""
+    folder = Path(run.recipe.output_dir) / BEST
+    with during("model", folder), new_folder(folder) if run.world.is_main else nullcontext(folder) as target:
+        _write(run, run.models.policy, target)
+        if run.world.is_main:
+            write_json(target / SUMS, {"files": fingerprints(target)})
+    run.world.barrier()
+
+
+def check_best(run: PPORun) -> None:
+    """Check that `best/` is as it was written, when a run goes on. Each rank reads a share of it.
+
+    `accept_changes: [best]` forgets it: the best is then the best of the evaluations to come.
+
+    Raises:
+        UserError: it is not, on every rank.
+    """
+    folder, world = Path(run.recipe.output_dir) / BEST, run.world
+    if run.progress.best is None:
+        return
+    if world.is_main:
+        put_back(folder)
+    world.barrier()
+    if not (found := next(filter(None, world.gather_text(_damage(folder, world))), None)):
+        return
+    if BEST not in run.recipe.accept_changes:
+        raise UserError(
+            f"{folder}: {found}; put it back from a copy, or add `accept_changes: [{BEST}]` to choose the best among the "
+            f"evaluations to come alone, or delete {folder.parent} to start over."
+        )
+    run.progress.best, run.progress.best_worth, run.progress.falls = None, [], 0
+
+
+def _damage(folder: Path, world: World) -> str:
+    """What is wrong with this rank's share of the files, in words."""
+    if not os.path.lexists(folder / SUMS):  # of an earlier version
+        return "" if (folder / "config.json").is_file() else "is missing"
+    try:
+        sums = read_record(folder / SUMS, SUMS_RECORD)["files"]
+        return difference(folder, dict(list(sums.items())[world.rank :: world.size])) or ""
+    except (BadFile, OSError) as error:
+        return str(error)
 
 
 def save_outputs(

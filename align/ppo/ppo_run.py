@@ -71,6 +71,8 @@ class Progress:
         history: metrics of all evaluations, with their update.
         sampler_gap: largest difference between a log-probability of the decoding loop and of the training forward pass
             when they were last compared, nats.
+        eos_rate: highest share of responses that end by themselves so far, of the SFT model or since; None before the first.
+        warned, inherited: signs of collapse that were warned of, and those that the SFT model showed and that have lasted.
     """
 
     kl_coef: float
@@ -80,6 +82,9 @@ class Progress:
     falls: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     sampler_gap: float = math.inf
+    eos_rate: float | None = None
+    warned: list[str] = field(default_factory=list)
+    inherited: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)

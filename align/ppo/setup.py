@@ -73,7 +73,7 @@ def set_up(
     if recipe.objective == "trajectory_balance":
         run.replay = Replay(recipe.replay_size * recipe.rollout_batch_size, world, run.sampler.pad_token_id)
     if checkpoint is not None:
-        load_checkpoint(run, checkpoint)
+        load_checkpoint(run, checkpoint, len(data.held_out))
     return run
 
 

@@ -18,8 +18,8 @@ def tracked_step(run: PPORun, tracker: Tracker, watch: CollapseWatch, done: int,
         UserError: the update failed; names it.
     """
     metrics = timed_step(run, done - 1) | more
-    for warning in watch.warnings(done, metrics):
-        tracker.say(warning)
+    for kind, warning in watch.warnings(done, metrics).items():
+        tracker.warn(done, f"collapse: {kind}", warning)
     if done % run.recipe.logging_steps == 0 or done in (1, run.updates):
         tracker.log(done, metrics)
     tracker.progress(done, score=metrics["objective/score"], kl=metrics["objective/kl"])

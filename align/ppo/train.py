@@ -45,7 +45,7 @@ def run(recipe: PPORecipe) -> PPOResult:
         ppo = set_up(recipe, inputs, data, plan, world, checkpoint)
         checks = check_start(ppo, tracker, start)
         evaluation = Evaluation(ppo, data.held_out, start)
-        watch = CollapseWatch(recipe, evaluation.sft_eos_rate, checks.get("self_check/eos_rate"))
+        watch = CollapseWatch(recipe, ppo.progress, evaluation.sft_eos_rate, checks.get("self_check/eos_rate"))
         with stops_between_steps():
             for done in range(start + 1, ppo.updates + 1):
                 tracked_step(ppo, tracker, watch, done, checks if done == 1 else {})

@@ -17,7 +17,7 @@ from typing import Any
 
 from align.config.json_file import parse_json, read_file
 from align.errors import BadFile, UserError
-from align.runs.files import follow_umask, write_json
+from align.runs.files import follow_umask, sync_all, write_json
 from align.runs.others_files import keep_others
 from align.runs.records import is_inner_path
 
@@ -167,7 +167,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = _start_partial(path)
     yield temporary
-    follow_umask(temporary.rglob("*.safetensors"))
+    _settle(temporary)
     _put_folder(temporary, path)
 
 
@@ -180,7 +180,7 @@ def new_files(folder: Path) -> Iterator[Path]:
     """
     temporary = _start_partial(folder / "model")
     yield temporary
-    follow_umask(temporary.rglob("*.safetensors"))
+    _settle(temporary)
     entries = sorted(temporary.iterdir())
     if files := [folder / entry.name for entry in entries if not entry.is_dir()]:
         own(*files)
@@ -190,6 +190,12 @@ def new_files(folder: Path) -> Iterator[Path]:
         else:
             os.replace(entry, folder / entry.name)
     delete(temporary)
+
+
+def _settle(folder: Path) -> None:
+    """Files that are whole on the disk before they get their names, so that a crash of the machine leaves no half of one."""
+    follow_umask(folder.rglob("*.safetensors"))
+    sync_all(path for path in folder.rglob("*") if path.is_file())
 
 
 def new_files_in(folder: Path) -> Path:
@@ -213,7 +219,7 @@ def _start_partial(path: Path) -> Path:
 def _put_folder(source: Path, path: Path) -> None:
     """Move a folder that the run has written to `path` in the output folder, in place of what it has written there before."""
     folder, files = path.parent, owned(path.parent)
-    retired = path.with_name(f".{path.name}.retired")
+    retired = _retired(path)
     fresh = {f"{path.name}/{name}" for name in _files_in(source)}
     old = _names(files, path.name)
     others: set[str] = set()
@@ -240,6 +246,16 @@ def _put_folder(source: Path, path: Path) -> None:
     delete(retired)
     kept = owned(folder) - _names(owned(folder), path.name) - _names(owned(folder), source.name)
     _record(folder, kept | fresh)
+
+
+def put_back(path: Path) -> None:
+    """Give a folder its name again, if a run was killed while it put another one in its place."""
+    if not os.path.lexists(path) and _names(owned(path.parent), _retired(path).name) and _retired(path).is_dir():
+        os.replace(_retired(path), path)
+
+
+def _retired(path: Path) -> Path:
+    return path.with_name(f".{path.name}.retired")
 
 
 def _files_in(folder: Path) -> set[str]:

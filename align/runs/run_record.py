@@ -20,7 +20,7 @@ from align.runs.fingerprints import FileSums, Inputs, input_fingerprints, row_fi
 from align.runs.own_files import MANIFEST, RUN, owned
 from align.runs.records import SCHEMA_VERSION, fingerprint_of, read_record
 from align.runs.same_run import changes, check_same, input_changes
-from align.runs.schemas import COMPLETE, MANIFEST_RECORD, METRICS, RUN_RECORD, SAMPLES
+from align.runs.schemas import BEST, COMPLETE, MANIFEST_RECORD, METRICS, RUN_RECORD, SAMPLES, SUMS, SUMS_RECORD
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
@@ -104,11 +104,19 @@ def required_run(recipe: StageRecipe) -> dict[str, Any] | None:
             ) from None
     found = identity(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
-        mine = [*checkpoints, *(path.name for path in (folder / METRICS, folder / SAMPLES, folder / "untrained"))]
+        mine = [*checkpoints, METRICS, SAMPLES, "untrained", *_best_files(folder)]
         told = [{"at": checkpoints[-1] if checkpoints else "the beginning", "changes": [f"{RUN} was lost or damaged"]}]
         files = [name for name in mine if os.path.lexists(folder / name)]
         write_json(folder / RUN, {**found, "accepted": told, "files": files})
     return found
+
+
+def _best_files(folder: Path) -> list[str]:
+    """The files of `best/`, by its own sums."""
+    try:
+        return [f"{BEST}/{name}" for name in (SUMS, *read_record(folder / BEST / SUMS, SUMS_RECORD)["files"])]
+    except BadFile:
+        return []
 
 
 def check_rows(recipe: StageRecipe, report: Mapping[str, Any]) -> None:

@@ -28,6 +28,8 @@ WANDB_RUN = "wandb_run.json"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 WARNINGS = "warnings"  # name of the table in samples.jsonl that has what the run warned of
+BEST = "best"  # folder of PPO's best policy
+SUMS = ".sums"  # file in it
 OF_TOKENIZER = ("vocabulary", "bos_token_id", "eos_token_id", "chat_template")
 RECORD_FILES = (MANIFEST, RUN, WANDB_RUN, METRICS, SAMPLES)
 
@@ -123,6 +125,8 @@ MANIFEST_RECORD = Record(
     },
     "restore the file from a copy, or run the stage that writes the folder again",
 )
+FILE_SUMS = mapping_of("a mapping of paths inside the folder to size and CRC-32", is_inner_path, _is_sum)
+SUMS_RECORD = Record({"files": FILE_SUMS})
 COMPLETE_RECORD = Record(
     {
         "step": COUNT,
@@ -130,7 +134,7 @@ COMPLETE_RECORD = Record(
         "records": mapping_of(
             "a mapping of names of files to size and CRC-32", is_bare_name, lambda each: _is_sum(each) or is_count(each)
         ),
-        "files": mapping_of("a mapping of paths inside the checkpoint to size and CRC-32", is_inner_path, _is_sum),
+        "files": FILE_SUMS,
         "digest": TEXT,
     },
     {"version": COUNT, "best_checkpoint": CHECKPOINT, "progress": MAPPING},

@@ -20,9 +20,9 @@ from tests.campaign.judge import severity
 
 
 def all_cases() -> list[Case]:
-    from tests.campaign import damage, faults, keys, kills, measured, models, recipes, rows, templates
+    from tests.campaign import damage, faults, keys, kills, measured, models, recipes, reports, rows, templates
 
-    tables = (recipes, keys, rows, models, templates, kills, damage, faults, measured)
+    tables = (recipes, keys, rows, models, templates, kills, damage, faults, measured, reports)
     cases = [case for table in tables for case in table.cases()]
     names = [(case.kind, case.name) for case in cases]
     assert len(set(names)) == len(names), sorted(name for name in names if names.count(name) > 1)

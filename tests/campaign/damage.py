@@ -190,7 +190,7 @@ FILES = {
         ("worth of other prompts", {"best_worth": [0.5]}), ("worth of text", {"best_worth": ["a", "b", "c", "d"]}), ("worth is a number", {"best_worth": 1}), ("best is empty", {"best": {}}),
         ("best of text", {"best": {"update": "one", "eval/judge": "good", "eval/score": []}}), ("falls of text", {"falls": "two"}), ("negative falls", {"falls": -1}), ("history of numbers", {"history": [1]}),
         ("history of nothing", {"history": [{}]}), ("history of text", {"history": [{"update": "a", "eval/judge": "b", "eval/kl": "c"}]}), ("moments of text", {"score_moments": {"count": "a", "mean": 0, "squares": 0}}))},
-    **{f"ppo, judged: {harm.__name__} best/{name}": Damage("ppo", f"best/{name}", harm, "judged") for name, harm in (
+    **{f"ppo, {layout}: {harm.__name__} best/{name}": Damage("ppo", f"best/{name}", harm, layout) for layout in ("judged", "better") for name, harm in (
         ("model.safetensors", flip), ("model.safetensors", cut), ("model.safetensors", lose), ("config.json", cut), ("*", link_to_notes))},
     **{f"members: {harm.__name__} {name}": Damage("reward", name, harm, "members", must=must) for name, harm, must in (
         ("member_1/checkpoint-4/*", flip, "resume"), ("member_1/checkpoint-4/*", cut, "resume"), ("member_1/run.json", lose, "refuse"), ("member_1/run.json", cut, "refuse"), ("run.json", cut, "refuse"), ("member_1/metrics.jsonl", cut, "say"))},

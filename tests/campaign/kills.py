@@ -32,6 +32,7 @@ def chosen(place: Place, made: list[str], phase: str) -> int:
         "checkpoint": saving,
         "between": [index for index in range(saving[0], saving[-1]) if CHECKPOINT not in made[index]],
         "final": range(saving[-1] + 1, len(made)),
+        "best": [index for index, line in enumerate(made) if "best" in line],
     }[phase]
     return 1 + place.random.choice(list(numbers) or list(range(len(made))))
 
@@ -108,6 +109,9 @@ TABLE = {
     **{f"{stage}, Ctrl-C": Kill(stage, signum=INTERRUPT) for stage in ("sft", "reward", "ppo", "evaluate")},
     **{f"{stage}, SIGTERM": Kill(stage, signum=TERM) for stage in ("sft", "ppo")},
     **{f"ppo, judged, {phase}, {number}": Kill("ppo", "judged", phase) for phase in PHASES for number in (1, 2)},
+    **{f"ppo, better and better, {number}": Kill("ppo", "better", "best") for number in (1, 2, 3, 4)},
+    "ppo, better and better, three times": Kill("ppo", "better", "best", times=3),
+    **{f"ppo at better two, rank {rank} in best": Kill("ppo", "better two", "best", rank) for rank in (0, 1)},
     "ppo, judged, three times": Kill("ppo", "judged", times=3),
     "ppo, judged, SIGTERM": Kill("ppo", "judged", signum=TERM),
     **{f"reward, members, {phase}, {number}": Kill("reward", "members", phase) for phase in PHASES for number in (1, 2)},

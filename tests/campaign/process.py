@@ -235,7 +235,9 @@ def _count_writes(folder: str, record: int, stop: Stop | None) -> None:
             return
         count += 1
         os.write(record, f"{event} {place[len(inside) :]}\n".encode(errors="replace"))
-        if stop is not None and (count == stop.write or (isinstance(stop.write, str) and stop.write in os.path.basename(place))):
+        if stop is not None and (
+            count == stop.write or (isinstance(stop.write, str) and stop.write in os.path.basename(place))
+        ):
             os.kill(os.getpid(), stop.signum)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:

@@ -25,8 +25,12 @@ JUDGED = {
     "reward_model_path": ["scorer", "second_scorer"], "reward_ensemble": "uwo", "reward_variance_coef": 0.5,
     "judge_reward_model_path": "judge", "judge_reward_funcs": ["functions:grade"], "early_stopping_patience": 9,
 }  # fmt: skip
+# Several evaluations in a row are the best.
+BETTER = {"eval_steps": 1, "learning_rate": 0.1, "kl_coef": 0.0, "kl_target": None, "seed": 11}
 LAYOUTS = {
     "alone": Layout(),
+    "better": Layout(1, BETTER),
+    "better two": Layout(2, BETTER),
     "two": Layout(2),
     "judged": Layout(1, JUDGED),
     "judged two": Layout(2, JUDGED),

@@ -400,18 +400,25 @@ def assert_resumes(make, whole_run: Path, folder: Path) -> None:
     """What a SIGKILL right after the checkpoint of update 2 leaves behind; KL coefficient, moments and EMA go on."""
     recipe = load_recipe("ppo", make(folder), ["--accept_changes", "run.json"])  # it names the other folder
     out = folder / "out"
-    shutil.copytree(whole_run / "checkpoint-2", out / "checkpoint-2")
+    for name in ("checkpoint-2", "best"):
+        shutil.copytree(whole_run / name, out / name)
     for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(whole_run / name, out)
+    (out / "best" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"best: model.safetensors has 7 bytes, not \d+; put it back from a copy, or add"):
+        run(recipe)
+    shutil.copy(whole_run / "best" / "model.safetensors", out / "best")
     run(recipe)
     assert read_mark(out / "stage.json")["accepted"][0]["at"] == "checkpoint-2"
     same_weights(whole_run, out, 0.0)
     assert_same_curve(metrics(whole_run), metrics(out), 0.0)
+    assert (out / "samples.jsonl").read_text() == (whole_run / "samples.jsonl").read_text()
 
 
 class TestTogether:
     def test_resumed_to_the_bit(self, finished, tmp_path):
         assert_resumes(*finished, tmp_path)
+        assert '"kind": "collapse: length"' in (tmp_path / "out/samples.jsonl").read_text()
 
     @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
     def test_two_ranks_do_what_one_does(self, finished, tmp_path, stage):

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from align.ppo import update as ppo_update
 from align.ppo.collapse import CollapseWatch
 from align.ppo.inputs import PPOInputs
 from align.ppo.kl_permitted import describe_kl_coef, permitted_kl, spreads
+from align.ppo.ppo_run import Progress
 from align.ppo.rollout import Rollout
 from align.ppo.self_check_limits import (
     FLOAT32,
@@ -48,6 +50,7 @@ from align.ppo.self_check_limits import (
 )
 from align.ppo.train import run
 from align.ppo.update import optimize
+from align.runs.files import finite
 from align.runs.manifest import open_stage
 from align.runs.output_folder import release
 from reward_models.heads import score_head
@@ -430,10 +433,11 @@ SOUND = {"objective/kl": 8.0, "response/length": 30.0, "response/eos_rate": 0.9,
 class TestCollapse:
     @pytest.fixture
     def watch(self, tmp_path):
-        return CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, response_length=53)), 0.9)
+        return CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, response_length=53)), Progress(0.0), 0.9)
 
     def said(self, watch, update, **changes):
-        return watch.warnings(update, {**SOUND, **{name.replace("_", "/", 1): n for name, n in changes.items()}})
+        metrics = {**SOUND, **{name.replace("_", "/", 1): n for name, n in changes.items()}}
+        return list(watch.warnings(update, metrics).values())
 
     def test_a_sound_run_hears_nothing(self, watch):
         assert [self.said(watch, update) for update in (1, 2, 3)] == [[], [], []]
@@ -457,22 +461,24 @@ class TestCollapse:
         assert "mean length is 52.5 of 53 tokens" in length
 
     def test_an_sft_model_that_seldom_ends_was_told_by_the_self_checks(self, tmp_path):
-        rarely = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path)), 0.04)
+        rarely = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path)), Progress(0.0), 0.04)
         assert self.said(rarely, 7, response_eos_rate=0.0) == []
         assert self.said(rarely, 8, response_eos_rate=0.5) == []
         assert len(self.said(rarely, 9, response_eos_rate=0.01)) == 1, "it had learned to"
 
     def test_the_first_rate_that_was_measured_counts(self, tmp_path):
         recipe = load_recipe("ppo", make_recipe(tmp_path))
-        assert self.said(CollapseWatch(recipe, 0.0, 0.9), 2, response_eos_rate=0.0) == [], "0 is a measurement"
+        assert self.said(CollapseWatch(recipe, Progress(0.0), 0.0, 0.9), 2, response_eos_rate=0.0) == [], (
+            "0 is a measurement"
+        )
         for rates in ((None, 0.8), (None, None)):
-            (length,) = self.said(CollapseWatch(recipe, *rates), 2, response_eos_rate=0.3)
+            (length,) = self.said(CollapseWatch(recipe, Progress(0.0), *rates), 2, response_eos_rate=0.3)
             assert f"where {rates[1] or 1.0:.1%} did" in length
 
     def test_long_responses_and_a_target_may_have_more_kl(self, watch, tmp_path):
         assert self.said(watch, 2, objective_kl=120.0, response_length=128.0) == []
         assert len(self.said(watch, 3, objective_kl=129.0, response_length=128.0)) == 1
-        target = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, kl_target=40.0)), 0.9)
+        target = CollapseWatch(load_recipe("ppo", make_recipe(tmp_path, kl_target=40.0)), Progress(0.0), 0.9)
         assert self.said(target, 2, objective_kl=79.0) == []
         assert len(self.said(target, 3, objective_kl=81.0)) == 1
 
@@ -482,11 +488,34 @@ class TestCollapse:
         assert self.said(watch, 3, objective_entropy=0.5) == []
         assert len(self.said(watch, 4, objective_entropy=0.01)) == 1
 
-    def test_a_resumed_run_is_told_at_once(self, watch):
-        assert len(self.said(watch, 7, response_eos_rate=0.01)) == 1
+    @pytest.mark.parametrize("killed_after", [1, 2, 3, 4])
+    def test_a_resumed_run_is_told_what_the_whole_one_is(self, tmp_path, killed_after):
+        recipe = load_recipe("ppo", make_recipe(tmp_path))
+        updates = [
+            {"objective_entropy": 0.01, "response_eos_rate": 0.3},
+            {"objective_entropy": 0.01, "response_eos_rate": 0.8},
+            {"objective_entropy": 0.01, "response_eos_rate": 0.35, "objective_kl": 99.0},
+            {"objective_entropy": 0.01, "objective_kl": 99.0},
+            {"objective_entropy": 0.5, "response_eos_rate": 0.1},
+            {"objective_entropy": 0.01, "objective_kl": 99.0},
+        ]
+
+        def run(killed_after):
+            progress = Progress(0.0)
+            told = []
+            for update, changes in enumerate(updates, 1):
+                if update == 1 or update == killed_after + 1:
+                    saved = json.loads(json.dumps(finite(asdict(progress))))
+                    progress = checkpoint.read_progress(saved, "", "eval/score", held_out=0)
+                    watch = CollapseWatch(recipe, progress, 0.2)
+                told += self.said(watch, update, **changes)
+            return told
+
+        assert [each.split(":")[0] for each in run(0)] == ["update 3", "update 3", "update 6"]
+        assert run(killed_after) == run(0)
 
     def test_an_update_of_the_value_model_alone_has_no_entropy(self, watch):
-        assert watch.warnings(2, {name: n for name, n in SOUND.items() if name != "objective/entropy"}) == []
+        assert watch.warnings(2, {name: n for name, n in SOUND.items() if name != "objective/entropy"}) == {}
 
     def test_a_real_run_says_it(self, tmp_path, capsys):
         """A learning rate a hundred times too high: the policy leaves for one letter and stops ending."""
