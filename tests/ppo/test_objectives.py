@@ -405,7 +405,9 @@ def assert_resumes(make, whole_run: Path, folder: Path) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         shutil.copy(whole_run / name, out)
     (out / "best" / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"best: model.safetensors has 7 bytes, not \d+; put it back from a copy, or add"):
+    with pytest.raises(
+        UserError, match=r"best: model.safetensors has 7 bytes, not \d+; put it back from a copy, or add"
+    ):
         run(recipe)
     shutil.copy(whole_run / "best" / "model.safetensors", out / "best")
     run(recipe)
