@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from rich.table import Table
@@ -22,10 +22,12 @@ from transformers import AutoModelForCausalLM
 
 from align.cli.report_file import report_path, write_report
 from align.cli.run import run as run_folder
-from align.cli.verify_languages import LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
+from align.cli.verify_languages import DENSE, LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
 from align.config.functions import resolve_function
 from align.config.load import load_recipe
+from align.config.objective import UNREAD
 from align.config.ppo import PPORecipe
+from align.config.read import apply_overrides
 from align.ppo.train import run as run_ppo
 from align.runs.quiet import quiet
 from align.runs.tables import cell, make_console, make_table
@@ -51,7 +53,7 @@ SETTINGS: dict[str, Any] = {
     "lam": 1.0,
     "logging_steps": 10,
 }
-UPDATES = {SMALL.name: 100, LARGE.name: 150}
+UPDATES = {SMALL.name: 100, LARGE.name: 150, DENSE.name: 80}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def write_case(folder: Path, language: Language, beta: float, overrides: Sequenc
     """Write models, prompts, reward functions and a numbered recipe into `folder`, and read the recipe as a user's.
 
     Args:
-        changes: recipe keys in place of SETTINGS.
+        changes: recipe keys in place of SETTINGS, of which those are left out that the objective does not read.
 
     Raises:
         UserError: a wrong override.
@@ -151,8 +153,11 @@ def write_case(folder: Path, language: Language, beta: float, overrides: Sequenc
     prompts = folder / f"{language.name}.jsonl"
     prompts.write_text("".join(rows) * 8, encoding="utf-8")  # every process wants a row
     number = len(list(folder.glob("*.yaml"))) + 1
+    chosen = dict(changes)
+    apply_overrides(chosen, overrides, get_type_hints(PPORecipe))
+    unread = UNREAD.get(chosen.get("objective", "ppo"), ())
     keys = {
-        **SETTINGS,
+        **{name: value for name, value in SETTINGS.items() if name not in unread},
         "output_dir": str(folder / f"out-{number}"),
         "sft_model_path": str(start),
         "reward_funcs": [f"{MODULE}:{language.reward}"],

@@ -25,6 +25,9 @@ END = "<end>"  # opens a prompt and closes a response, as in GPT-2: without an o
 # The reward functions: written beside the recipes as a file, as a user's would be.
 REWARDS = '''"""Scores of responses as token ids: a is 0, b is 1, ...; the id after the last letter's is end-of-text."""
 
+import functools
+import random
+
 
 def letters(prompts, completion_ids, **columns):
     """A point for each a, half a point off for each b; 0.3 for an end, one off without it."""
@@ -39,6 +42,23 @@ def echo(prompts, completion_ids, **columns):
         twice = sum(former == latter for former, latter in zip(ids, ids[1:]))
         end = 0.5 if ids[-1] == 10 else -0.5
         scores.append(2.0 * ids.count("abcdefghij".index(prompt[-1])) - 0.5 * twice + end)
+    return scores
+
+
+@functools.cache
+def normal(*key):
+    """A number of the standard normal distribution, the same for the same key."""
+    return random.Random(str(key)).gauss(0, 1)
+
+
+def arbitrary(prompts, completion_ids, **columns):
+    """The sum of arbitrary numbers: 0.3 times one for each token at its place, and for each two in a row, and 0.22 times
+    one for the whole response, which no part of it tells."""
+    scores = []
+    for prompt, ids in zip(prompts, completion_ids):
+        parts = sum(normal(prompt, place, token) for place, token in enumerate(ids))
+        pairs = sum(normal(prompt, former, latter, "pair") for former, latter in zip(ids, ids[1:]))
+        scores.append(0.3 * (parts + pairs) + 0.22 * normal(prompt, *ids, "whole"))
     return scores
 '''
 
@@ -175,3 +195,4 @@ def exact_result(log_p: Tensor, log_q: Tensor, score: Tensor, beta: float) -> Ex
 
 SMALL = Language("small", "abc", 3, prompts=("a",), reward="letters", spread=0.2, table=True)
 LARGE = Language("large", "abcdefghij", 3, prompts=("a", "b", "cd"), reward="echo", spread=0.08)
+DENSE = Language("dense", "abcdefghijk", 3, prompts=("a", "b", "cd", "efg"), reward="arbitrary", spread=0.08)

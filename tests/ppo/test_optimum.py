@@ -20,6 +20,7 @@ import torch
 
 from align.cli import verify
 from align.cli.verify_languages import (
+    DENSE,
     LARGE,
     REWARDS,
     SMALL,
@@ -60,12 +61,12 @@ def table_logprobs(temperature: float = 1.0) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def references() -> dict:
-    return {language.name: language.reference() for language in (SMALL, LARGE)}
+    return {language.name: language.reference() for language in (SMALL, LARGE, DENSE)}
 
 
 class TestEnumeration:
     def test_every_response_is_there_once(self, references):
-        for language, count in ((SMALL, 40), (LARGE, 1111)):
+        for language, count in ((SMALL, 40), (LARGE, 1111), (DENSE, 1464)):
             responses, end = language.responses(), len(language.letters)
             assert len(set(responses)) == len(responses) == count
             for response in responses:
@@ -85,6 +86,8 @@ class TestEnumeration:
         assert after["b"][responses.index((1, 1, 10))] == 4 - 0.5 + 0.5
         assert after["cd"][responses.index((3, 2, 3))] == 4 - 0.5
         assert after["cd"][responses.index((2, 2, 2))] == -1 - 0.5
+        dense = DENSE.scores(reward("arbitrary"))
+        assert [float(dense[0, 0]), float(dense[3, 700])] == pytest.approx([0.33058038243, -0.14103078659], abs=1e-9)
 
     def test_the_transformer_is_the_table(self, references):
         torch.testing.assert_close(SMALL.logprobs(references["small"]), table_logprobs(), atol=1e-5, rtol=0)

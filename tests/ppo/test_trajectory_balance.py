@@ -247,7 +247,7 @@ def test_it_reaches_the_optimum(tmp_path):
     """With a tenth of the episodes that PPO has in `align verify`."""
     case = verify.write_case(
         tmp_path, SMALL, 0.5, objective="trajectory_balance", num_generations=64, gradient_steps=8, warmup_steps=0,
-        total_episodes=2560, num_ppo_epochs=4, cliprange_value=0.2, lam=0.95, value_learning_rate=None,
+        total_episodes=2560,
     )  # fmt: skip
     verify.train(str(tmp_path), [case])
     found = verify.measure(case)
