@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import episodes  # noqa: E402
 import panels  # noqa: E402
 import programs  # noqa: E402
 import scaling  # noqa: E402
@@ -255,3 +256,14 @@ def test_scaling_measures_and_draws_every_axis(forked, tmp_path, monkeypatch):
     shown = [[text.text for text in group.findall("{*}text")] for group in root.findall("{*}g")]
     assert all(title in texts for title, texts in zip(scaling.TITLES.values(), shown, strict=True))
     assert all("ms per response token" in texts for texts in shown)
+
+
+def test_scores_by_episodes(capsys):
+    """A run of three updates, and what the table makes of it."""
+    found = episodes.measure("trajectory_balance", 0.5, 768, 1, gradient_steps=8)
+    assert 0.1 < found["score"] < 0.9
+    assert found["kl_to_optimum"] > 0
+    episodes.show([found | {"score": 0.5}, found | {"score": 0.7}, found | {"objective": "rloo", "episodes": 10}])
+    table = capsys.readouterr().err
+    assert "0.600 (0.500 to 0.700)" in table
+    assert "rloo" in table
