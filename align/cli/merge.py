@@ -21,6 +21,7 @@ from align.models.check_weights import check_finite
 from align.models.inspect_folder import inspect_folder, read_object
 from align.models.load import adapter_base, load_config
 from align.models.saved_dtype import set_saved_dtype
+from align.models.tokenizer_file import split_as_in_file
 from align.runs.files import follow_umask
 from align.runs.own_files import remove_empty
 from align.runs.quiet import quiet
@@ -59,7 +60,9 @@ def run(adapter: str, output: str) -> str:
         else:
             model = auto.from_pretrained(str(folder), **settings)
         with_tokenizer = (folder / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if with_tokenizer else base, trust_remote_code=False)
+        source = str(base) if not with_tokenizer else str(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        split_as_in_file(tokenizer, source)
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded on its base {base}: {reason(error)}") from error
     check_finite(model, str(folder))

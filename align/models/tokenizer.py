@@ -27,6 +27,7 @@ from align.models.inspect_folder import read_object
 from align.models.json_kinds import LARGEST_ID
 from align.models.load import adapter_settings
 from align.models.small_files import check_small_file, has_vocabulary
+from align.models.tokenizer_file import split_as_in_file
 
 
 def load_tokenizer(
@@ -52,6 +53,7 @@ def load_tokenizer(
             ) from error
         file = _check_tokenizer_json(path)
         raise UserError(f"{file}: the tokenizer cannot be loaded. {reason(error)}") from error
+    split_as_in_file(tokenizer, path)
     for how in (
         "is_local",
         "local_files_only",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 from align.data.chat_template import set_template_kwargs
 from align.data.columns import choose_formats
@@ -13,6 +15,7 @@ from align.data.rows import Demonstration, Preference
 from align.data.token_ids import decode_response
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
 from align.errors import BadRow, UserError
+from align.models.tokenizer import load_tokenizer
 from align.runs.manifest import tokenizer_digest
 from tests.data.messages import assistant, encode_response, user
 from tests.data.test_dialogues import GPT_OSS, PHI3, QWEN3, R1_OPENS, row_of, tokenizer_for, trained
@@ -30,6 +33,35 @@ def preference(**columns) -> Preference:
 
 
 # -- Ids of the whole
+
+
+@pytest.mark.parametrize("family", ["by three digits", "SentencePiece BPE, prepend always"])
+def test_transformers_5_gives_other_ids_than_the_tokenizers_file(family, tmp_path, capsys):
+    """https://github.com/huggingface/transformers/issues/45701, https://github.com/generative-computing/mellea/issues/947:
+    its class for the model type builds the splits anew; GSM8K falls from 64% to 26%."""
+    tokenizer = make("SentencePiece BPE, prepend always", "BOS")
+    file = tokenizer.backend_tokenizer
+    if family == "by three digits":  # as Llama 3's, where Qwen2 has one
+        file = Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|[^\p{N}]+"), "isolated")
+        file.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tokens = ["<unk>", "<s>", "</s>"]
+        trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, special_tokens=tokens)
+        file.train_from_iterator(["In 2024, 1234567 people"] * 9, trainer)
+    tokenizer.save_pretrained(tmp_path)
+    file.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    text = "In 2024, 1234567 people" if family == "by three digits" else "the cat and two"
+    expected = file.encode(text, add_special_tokens=False).ids
+    assert AutoTokenizer.from_pretrained(tmp_path)(text, add_special_tokens=False)["input_ids"] != expected
+    for folder in (tmp_path, tmp_path / "saved"):
+        loaded = load_tokenizer(str(folder))
+        assert loaded(text, add_special_tokens=False)["input_ids"] == expected
+        assert loaded.decode(expected).strip() == text
+        assert "the Qwen2Tokenizer that transformers 5 makes of it would give other ids" in capsys.readouterr().err
+        loaded.save_pretrained(tmp_path / "saved")
+        (tmp_path / "saved/config.json").write_text('{"model_type": "qwen2"}')
 
 
 @pytest.mark.parametrize("family", ["SentencePiece BPE, prepend always", "SentencePiece BPE, legacy"])
