@@ -1,4 +1,4 @@
-"""The reasoning of a response, all up to the last `</think>`, and the answer that follows: what rewards and metrics read.
+"""The reasoning of a response, all up to the last `</think>` or gpt-oss's final channel, and the answer that follows: what rewards and metrics read.
 
 By default they read the answer alone (`score_reasoning`). A response that begins to think and does not end it has no answer.
 """
@@ -15,6 +15,9 @@ from align.data.rows import Demonstration, Message, Turns, render_text
 from align.data.template_input import END_OF_THINK, THINK
 from align.errors import BadRow
 
+KEYS = ("reasoning_content", "thinking", "reasoning")  # of messages
+CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
+FINAL = f"{CHANNEL}final{MESSAGE}"  # gpt-oss's: it thinks, and calls tools, in the channels before
 ATTRIBUTE = "scores_reasoning"  # of the tokenizer, which every place that encodes or decodes responses has
 
 
@@ -30,8 +33,8 @@ def scores_reasoning(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def split_text(text: str) -> tuple[str, str]:
     """Reasoning, with its marks and the white space after it, and answer; a text without reasoning is an answer."""
-    thought, closes, answer = text.rpartition(END_OF_THINK)
-    if not closes and text.lstrip().startswith(THINK):
+    thought, closes, answer = text.rpartition(FINAL if text.startswith(CHANNEL) else END_OF_THINK)
+    if not closes and text.lstrip().startswith((THINK, CHANNEL)):
         return text, ""
     size = len(thought + closes) + (len(answer) - len(answer.lstrip()) if closes else 0)
     return text[:size], text[size:]
@@ -65,7 +68,7 @@ def without_reasoning(row: Demonstration) -> Demonstration:
 
 
 def _answer_of_turn(turn: Message) -> Message:
-    kept = {key: value for key, value in turn.items() if key != "reasoning_content"}
+    kept = {key: value for key, value in turn.items() if key not in KEYS}
     return kept | {"content": split_text(turn["content"])[1]}
 
 
@@ -82,6 +85,11 @@ def split_sampled(
     if scores_reasoning(tokenizer):
         return "", with_marks(tokenizer, text, ids)
     vocabulary = tokenizer.get_added_vocab()
+    if CHANNEL in vocabulary and ids[:1] == [vocabulary[CHANNEL]]:
+        marked = [end for end, id in enumerate(ids, 1) if id == vocabulary.get(MESSAGE)]
+        final = next((end for end in reversed(marked) if str(tokenizer.decode(ids[:end])).endswith(FINAL)), len(ids))
+        answer = str(tokenizer.decode(ids[final:], skip_special_tokens=True))
+        return "" if [final] == marked[:1] else text.removesuffix(answer) or CHANNEL, answer
     closing = vocabulary.get(END_OF_THINK)
     if closing in ids:
         answer = str(tokenizer.decode(ids[len(ids) - ids[::-1].index(closing) :], skip_special_tokens=True)).lstrip()

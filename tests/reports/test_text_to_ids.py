@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from align.data.chat_template import set_template_kwargs
 from align.data.columns import choose_formats
-from align.data.encode import encode_example, encode_prompt
+from align.data.encode import encode_example, encode_pair, encode_prompt
 from align.data.formats import read_row
-from align.data.reasoning import set_scores_reasoning, split_sampled
+from align.data.reasoning import scored_turns, set_scores_reasoning, split_sampled
 from align.data.rows import Demonstration, Preference
 from align.data.token_ids import decode_response
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
@@ -18,7 +18,7 @@ from align.errors import BadRow, UserError
 from align.models.tokenizer import load_tokenizer
 from align.runs.manifest import tokenizer_digest
 from tests.data.messages import assistant, encode_response, user
-from tests.data.test_dialogues import GPT_OSS, PHI3, QWEN3, R1_OPENS, row_of, tokenizer_for, trained
+from tests.data.test_dialogues import GPT_OSS, PHI3, QWEN3, R1_OPENS, row_of, shipped, tokenizer_for, trained
 from tests.data.test_token_ids import make, plain_ids
 from tests.data.test_tokenize import CHATML, chatml, make_tokenizer
 
@@ -250,3 +250,23 @@ def test_a_reward_never_sees_the_marks_of_a_thought(special):
     assert split_sampled(tokenizer, text, [], ids)[1].strip() == "I"
     set_scores_reasoning(tokenizer, True)
     assert split_sampled(tokenizer, text, [], ids) == ("", said)
+
+
+def test_the_analysis_channel_leaks_into_the_answer():
+    """https://github.com/Augustas11/macprovider/issues/743, https://github.com/sgl-project/sglang/pull/9190: "analysisWe need
+    ... assistantfinalfour" where the answer is "four", so that no metric and no reward finds it."""
+    marks = ["<|return|>", "<|end|>", "<|start|>", "<|channel|>", "<|message|>"]
+    tokenizer = make_tokenizer(marks, shipped("gptoss"), eos_token="<|return|>", pad_token="<|return|>")
+    final = "<|channel|>final<|message|>four<|return|>"
+    thought = "<|channel|>analysis<|message|>easy"
+    for text, expected in ((final, "four"), (f"{thought}<|end|><|start|>assistant{final}", "four"), (thought, "")):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        reasoning, answer = split_sampled(tokenizer, tokenizer.decode(ids, skip_special_tokens=True), [], ids)
+        assert (bool(reasoning), answer) == ("easy" in text, expected)
+    for key in ("thinking", "reasoning_content"):
+        said = [{**assistant("four"), key: "easy"}]
+        assert encode_pair(tokenizer, ASKED, scored_turns(tokenizer, said)) == encode_pair(
+            tokenizer, ASKED, [assistant("four")]
+        )
+        _, answer_ids = encode_example(tokenizer, ASKED, said, answer_only=True)
+        assert tokenizer.decode(answer_ids) == "four<|return|>"
