@@ -283,6 +283,20 @@ def test_sacrebleu_statistics():
         assert score == pytest.approx(metric.corpus_score(predictions, [references]).score)
 
 
+def test_hub_can_be_set_off():
+    import datasets
+    from huggingface_hub import constants, is_offline_mode
+
+    was = of_others.hub_is_off()
+    try:
+        for off in (False, True):
+            of_others.set_hub_off(off)
+            assert of_others.hub_is_off() is is_offline_mode() is datasets.config.HF_HUB_OFFLINE is off
+    finally:
+        of_others.set_hub_off(was)
+    assert of_others.hub_address() == constants.ENDPOINT
+
+
 def private_names(tree: ast.Module) -> set[str]:
     """Underscore attributes that a module reaches on anything but what its own classes define."""
     own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}

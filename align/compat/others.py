@@ -29,3 +29,28 @@ def bleu_statistics(metric: Any, predictions: list[str], references: list[str]) 
 def bleu_score(metric: Any, statistics: list[int]) -> float:
     """A sacrebleu metric's score of a corpus, from the sums of its rows' statistics."""
     return float(metric._compute_score_from_stats(statistics).score)
+
+
+# huggingface_hub, datasets
+
+
+def hub_address() -> str:
+    """The URL of the hub (`HF_ENDPOINT`)."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def hub_is_off() -> bool:
+    """Whether only the hub's cache is used (`HF_HUB_OFFLINE`)."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def set_hub_off(off: bool) -> None:
+    """Use only the hub's cache from now on in this process, or the hub again; `HF_HUB_OFFLINE` is read at import alone."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = off

@@ -6,12 +6,14 @@ together they take longer to import than a small evaluation takes to run.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from align.data.hub import look_for_hub
 from align.data.rows import Demonstration
 from align.data.templates import LABEL, LABELS, TEMPLATE, parse_label
 from align.errors import UserError, nearest
@@ -43,6 +45,8 @@ def load_metric(name: str, known: Sequence[str] = (), key: str = "metrics") -> A
         if name in METRICS:
             metric: Any = METRICS[name](keep_in_memory=True, cache_dir=folder.name)
         else:
+            if not os.path.exists(name):
+                look_for_hub()
             metric = evaluate.load(name, keep_in_memory=True, cache_dir=folder.name)
     except (Exception, SystemExit) as error:  # the script's own imports, the network, the hub
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -119,7 +119,7 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
     ("reward", {"seed": 2**32 - 1, "ensemble_size": 2}),
     *[("bon", {"num_generations": value}) for value in (0, 1, -2, 2.5, 10**12, "many", 1025)],
     *[("bon", {"model_name_or_path": value}) for value in ("", "no/such/model", "encoder", "data", 5, ["base"], "a\0b", MISSING)],
-    *[("bon", {"reward_model_path": value}) for value in ("base", "encoder", "no/such/scorer", ["scorer"], 5)],
+    *[("bon", {"reward_model_path": value}) for value in ("base", "encoder", "no/such/scorer", ["scorer", "scorer"], 5)],
     *[("bon", {"reward_funcs": value}) for value in ([], ["functions"], ["functions:nosuch"], ["nomodule:f"], [5], {"a": "b"}, 5, [None], MISSING)],
     *[("bon", {"reward_weights": value}) for value in ([1, 2], [float("nan")], ["x"])],
     *[("bon", {"judge_reward_funcs": value}) for value in (["functions:count_a"], ["functions:nosuch"], [5], "grade")],

@@ -1,0 +1,62 @@
+"""The hub of models and data sets, asked for seconds whether it can be reached: each download would try for a minute."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+import urllib.request
+from urllib.parse import urlsplit
+
+from align.compat.others import hub_address, hub_is_off, set_hub_off
+from align.terminal import say
+
+PATIENCE = 5.0  # seconds that one try may take
+TRIES = (0.0, 1.0, 2.0)  # seconds before each try, for a network that fails at once
+KNOWN_FOR = 60.0  # seconds
+
+_asked: tuple[float, bool] | None = None  # when, and whether it was off
+
+
+def look_for_hub() -> None:
+    """Before something is fetched: if the hub cannot be reached, take what is in its cache, and say so.
+
+    For a minute the answer holds. `HF_HUB_OFFLINE=1` asks nothing.
+    """
+    global _asked
+    if _asked is not None and time.monotonic() < _asked[0] + KNOWN_FOR:
+        return
+    if _asked is not None and _asked[1]:
+        set_hub_off(False)
+    if hub_is_off():
+        return
+    off = not any(map(_reached, TRIES))
+    _asked = time.monotonic(), off
+    if off:
+        set_hub_off(True)
+        say(f"{hub_address()} cannot be reached: only models and data in its cache are found")
+
+
+def _reached(wait: float) -> bool:
+    time.sleep(wait)
+    found = threading.Event()
+
+    def connect() -> None:
+        with contextlib.suppress(OSError), socket.create_connection(_place(), PATIENCE):
+            found.set()
+
+    thread = threading.Thread(target=connect, daemon=True)  # names are looked up without a limit of time
+    thread.start()
+    thread.join(PATIENCE)
+    return found.is_set()
+
+
+def _place() -> tuple[str, int]:
+    """Host and port of the hub, or of the proxy on the way to it."""
+    address = urlsplit(hub_address())
+    host, proxies = address.hostname or "", urllib.request.getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(host):
+        address = urlsplit(proxy if "://" in proxy else f"//{proxy}")
+    return address.hostname or "", address.port or (443 if address.scheme == "https" else 80)
