@@ -10,6 +10,7 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers.Trainer": {
         "_run_epoch": ("epoch",),
         "_get_train_sampler": ("train_dataset",),
+        "_get_eval_sampler": ("eval_dataset",),
         "_determine_best_metric": ("metrics", "trial"),
         "_save_checkpoint": ("model", "trial"),
         "_get_num_items_in_batch": ("batch_samples", "device"),

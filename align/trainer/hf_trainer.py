@@ -89,9 +89,16 @@ class ExactEvaluation(SafeCheckpoints):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy == "random":
             return super()._get_train_sampler(train_dataset)
-        rows: Any = self.train_dataset
-        column = next(name for name in ("input_ids", "chosen_ids") if name in rows.column_names)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return self._by_length(self.train_dataset, batch)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy == "random" or "input_ids" in eval_dataset.column_names:
+            return super()._get_eval_sampler(eval_dataset)
+        return self._by_length(eval_dataset, self.args.eval_batch_size)  # transformers' knows no pairs
+
+    def _by_length(self, rows: Any, batch: int) -> ResumableLengthGroupedSampler:
+        column = next(name for name in ("input_ids", "chosen_ids") if name in rows.column_names)
         return ResumableLengthGroupedSampler([len(ids) for ids in rows[column]], batch, self.args.seed)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

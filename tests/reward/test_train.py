@@ -176,6 +176,17 @@ def test_margins_and_ties_in_the_loss(tmp_path, name, values, loss_of, decided):
     assert results.metrics["eval_accuracy"] == pytest.approx(float((after[decided] > 0).float().mean()))
 
 
+def test_pairs_of_like_length_share_a_batch_and_all_are_evaluated(tmp_path):
+    settings = recipe(tmp_path, eval_rows=HELD_OUT, train_sampling_strategy="group_by_length")
+    run(settings)
+    model = untrained()
+    by_hand = [
+        logsigmoid(score(model, prompt, good) - score(model, prompt, bad)).item() for prompt, good, bad in HELD_OUT
+    ]
+    before = next(line for line in metrics(settings) if "eval/loss" in line)
+    assert before["eval/loss"] == pytest.approx(-sum(by_hand) / len(by_hand), abs=1e-5)
+
+
 def test_cutting_the_batch_up_changes_nothing(tmp_path):
     weights = []
     for size in (4, 2, 1):
