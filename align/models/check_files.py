@@ -25,7 +25,7 @@ from align.errors import UserError, reason
 from align.models.check_weights import check_report
 from align.models.inspect_folder import ADAPTER_CONFIG, stored_tensors
 from align.models.safetensors_header import StoredTensor
-from align.models.trainable import check_trainable
+from align.models.trainable import check_trainable, without_adapter
 from align.terminal import say
 from reward_models.linear_head import AnyBackbone
 
@@ -70,6 +70,11 @@ def check_files(
     if (Path(path) / ADAPTER_CONFIG).is_file() and folder != path:
         _check_adapter(model, path, key)
     if trained_by is not None:
+        if experts := without_adapter(model, trained_by):
+            _note(
+                f"method: {trained_by.method}: the experts of {path} get no adapter, and stay as they are: their weights are not in linear "
+                f"layers, but whole ({experts[0]} and {len(experts) - 1} more). To train them, use method: full or freeze"
+            )
         check_trainable(model, trained_by)
         if config_of(cls, config) is not config:
             _note(f"{key}: {path}: of this {config.model_type} model the text model alone is loaded, trained and saved")

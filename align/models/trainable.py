@@ -28,6 +28,7 @@ from align.config.base import StageRecipe
 from align.errors import UserError, first_few, nearest, reason
 
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, Conv1D)
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # of configurations
 MERGEABLE = ("lora", "dora", "qlora", "ia3")  # methods whose adapter can be merged into the weights
 
 
@@ -128,6 +129,21 @@ def check_trainable(model: PreTrainedModel, recipe: StageRecipe) -> None:
                 get_peft_model(model, adapter)
         except ValueError as error:
             raise UserError(f"method: {recipe.method} does not fit this model: {reason(error)}") from error
+
+
+def without_adapter(model: PreTrainedModel, recipe: StageRecipe) -> list[str]:
+    """Names of the weights of experts that an adapter of all linear layers leaves out, since they are in no layer of their own."""
+    if recipe.method not in MERGEABLE or recipe.lora_target_modules:
+        return []
+    config = model.config.get_text_config()
+    counts = {getattr(config, name, None) for name in EXPERTS}
+    return [
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if not isinstance(module, ADAPTABLE)
+        for weight, values in module.named_parameters(recurse=False)
+        if values.ndim == 3 and values.shape[0] in counts
+    ]
 
 
 def check_target_modules(model: nn.Module, targets: Sequence[str]) -> None:

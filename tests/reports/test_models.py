@@ -23,6 +23,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
+from align.cli.architectures.cases import write_small_model
 from align.cli.check import check
 from align.config.sft import SFTRecipe
 from align.engine.engine import AdapterOff
@@ -299,3 +300,16 @@ def test_a_tied_head_is_merged_away_or_trained_unasked(tmp_path, keys, said):
     recipe = SFTRecipe(output_dir="out", train_dataset=[], **keys)
     with pytest.raises(UserError, match=said):
         check_files(AutoModelForCausalLM, str(tmp_path), "model_name_or_path", config, trained_by=recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "told"), [("qwen3_moe", "lora", True), ("qwen3_moe", "full", False), ("llama", "lora", False)]
+)
+def test_no_expert_gets_an_adapter(tmp_path, capsys, name, method, told):
+    """https://github.com/NVIDIA-NeMo/Automodel/issues/1151, https://github.com/unslothai/unsloth/pull/6936: transformers 5
+    stores all experts in one tensor, which "all linear layers" leaves frozen without a word."""
+    write_small_model(name, tmp_path)
+    recipe = SFTRecipe(output_dir="out", train_dataset=[], method=method)
+    config = AutoConfig.from_pretrained(tmp_path)
+    check_files(AutoModelForCausalLM, str(tmp_path), "model_name_or_path", config, trained_by=recipe)
+    assert (f"experts of {tmp_path} get no adapter" in capsys.readouterr().err) == told
