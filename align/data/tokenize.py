@@ -92,6 +92,7 @@ def tokenize_preferences(
     max_length: int,
     on_bad_row: str = "error",
     is_encoder: bool = False,
+    kept: list[Preference] | None = None,
 ) -> tuple[Dataset, Report]:
     """`chosen_ids` and `rejected_ids` (prompt and response each) of each row, and the bad rows by reason.
 
@@ -101,6 +102,7 @@ def tokenize_preferences(
     Args:
         max_length: most tokens of prompt and response; rows with a longer one are bad rows.
         is_encoder: join prompt and response in the tokenizer's format for pairs, which encoders are trained on.
+        kept: gets the row of each pair of the data set.
 
     Raises:
         UserError: there are bad rows and `on_bad_row` is "error"; no row is left; rows are messages and the tokenizer
@@ -119,6 +121,8 @@ def tokenize_preferences(
                 if has_margin and _lacks_margin(row):
                     raise BadRow(NO_MARGIN)
                 margin = [float(row.extra.get("margin") or 0.0)] if has_margin else []
+                if kept is not None:
+                    kept.append(row)
                 yield [*sequences, *margin, *([float(is_tie(row))] if has_tie else [])]
 
     more = [name for name, has in (("margin", has_margin), ("tie", has_tie)) if has]

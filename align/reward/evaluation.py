@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from align.config.reward import RewardRecipe
-from align.data.encode import encode_example, encode_pair
-from align.data.load import Rows
+from align.data.encode import encode_example
 from align.data.reasoning import scored_turns
-from align.data.rows import Preference, Turns, render_text, tools_of
+from align.data.rows import Preference, Turns, is_tie, render_text, tools_of
 from align.data.templates import TASK
 from align.engine.build import frozen_engine
 from align.engine.distributed import World
@@ -131,67 +130,65 @@ def _accuracy(scores: tuple[Tensor, Tensor], used: Sequence[int], prompts: Seque
     return accuracy
 
 
-def accuracy_by_source(
-    inputs: RewardInputs, rows: Sequence[Preference], pairs: Dataset, scores: tuple[Tensor, Tensor]
-) -> dict[str, dict[str, float]]:
+def accuracy_by_source(rows: Sequence[Preference], scores: tuple[Tensor, Tensor]) -> dict[str, dict[str, float]]:
     """accuracy, its 95% interval low and high, and n of the pairs of each source that are no ties; {} with one source.
 
-    Arguments as for `true_margins` and `evaluate_pairs`. All but the most common sources count together as "others".
+    All but the most common sources count together as "others".
+
+    Args:
+        rows: the row of each pair.
+        scores: `score_pairs` of them.
     """
-    kept = _rows_of_pairs(rows, pairs, inputs)
-    names, prompts = [str(row.extra[TASK]) for row in kept], [render_text(row.prompt) for row in kept]
+    names, prompts = [str(row.extra[TASK]) for row in rows], prompts_of(rows)
     common = [name for name, _ in Counter(names).most_common(MOST_SOURCES)]
-    ties = pairs["tie"][:] if "tie" in pairs.column_names else [0.0] * len(names)
     used: dict[str, list[int]] = {}
-    for index, (name, tie) in enumerate(zip(names, ties, strict=True)):
-        if not tie:
+    for index, (name, row) in enumerate(zip(names, rows, strict=True)):
+        if not is_tie(row):
             used.setdefault(name if name in common else "others", []).append(index)
     return {name: _accuracy(scores, each, prompts) for name, each in used.items()} if len(used) > 1 else {}
 
 
 def judge_held_out(
-    recipe: RewardRecipe, inputs: RewardInputs, reward: ModelReward, world: World, rows: Rows, pairs: Dataset,
-    scores: tuple[Tensor, Tensor], ceiling: float | None,
+    recipe: RewardRecipe, inputs: RewardInputs, reward: ModelReward, world: World, trained: Sequence[Preference],
+    held_out: Sequence[Preference], scores: tuple[Tensor, Tensor], ceiling: float | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """The report card of the held-out pairs, and those that are most confidently wrong. For all ranks.
 
     Args:
-        scores: `score_pairs` of them.
+        trained, held_out: the row of each pair that was trained on and that is judged.
+        scores: `score_pairs` of the latter.
         ceiling: accuracy of the true reward, where it is known.
     """
-    kept = _rows_of_pairs(rows.evaluation, pairs, inputs)
-    scored = Scored(kept, *(np.asarray(each.double().numpy()) for each in scores))
+    scored = Scored(list(held_out), *(np.asarray(each.double().numpy()) for each in scores))
     scorer = ModelScorer(reward, world, inputs.tokenizer, inputs.is_encoder)
-    card = measure_pairs(scored, scorer, rows.train, iterations=RESAMPLES, seed=recipe.seed)
+    card = measure_pairs(scored, scorer, trained, iterations=RESAMPLES, seed=recipe.seed)
     if ceiling is not None:
         card["ceiling"] = ceiling
     card["verdicts"] = judge(card)
     return card, confident_errors(scored)
 
 
-def true_margins(inputs: RewardInputs, rows: Sequence[Preference], pairs: Dataset) -> Tensor | None:
+def true_margins(inputs: RewardInputs, rows: Sequence[Preference]) -> Tensor | None:
     """True reward of each chosen response less that of the rejected one, [B] float32; None without a true reward.
 
     A margin is negative where the annotator preferred the worse response.
 
     Args:
-        rows: the held-out rows.
-        pairs: the same in ids, without those that were skipped.
+        rows: the row of each pair.
 
     Raises:
         UserError: a reward function failed.
     """
     if inputs.true_reward is None:
         return None
-    kept = _rows_of_pairs(rows, pairs, inputs)
-    names = dict.fromkeys(name for row in kept for name in row.extra)
-    columns = {name: [row.extra.get(name) for row in kept] for name in names}
+    names = dict.fromkeys(name for row in rows for name in row.extra)
+    columns = {name: [row.extra.get(name) for row in rows] for name in names}
     scores = []
     for side in ("chosen", "rejected"):
-        responses: list[Turns] = [scored_turns(inputs.tokenizer, getattr(row, side)) for row in kept]
+        responses: list[Turns] = [scored_turns(inputs.tokenizer, getattr(row, side)) for row in rows]
         texts = [render_text(response) for response in responses]
-        token_ids = [_response_ids(inputs, row, response) for row, response in zip(kept, responses, strict=True)]
-        batch = Responses([row.prompt for row in kept], texts, responses, [[] for _ in kept], token_ids, columns)
+        token_ids = [_response_ids(inputs, row, response) for row, response in zip(rows, responses, strict=True)]
+        batch = Responses([row.prompt for row in rows], texts, responses, [[] for _ in rows], token_ids, columns)
         try:
             scores.append(inputs.true_reward.score(batch)[0])
         except ValueError as error:
@@ -207,29 +204,9 @@ def _response_ids(inputs: RewardInputs, row: Preference, response: Turns) -> lis
     return encode_example(inputs.tokenizer, row.prompt, response, tools_of(row))[1][:-1]
 
 
-def prompts_of(inputs: RewardInputs, rows: Sequence[Preference], pairs: Dataset) -> list[str]:
-    """The prompt of each pair, as text. Arguments as for `true_margins`."""
-    return [render_text(row.prompt) for row in _rows_of_pairs(rows, pairs, inputs)]
-
-
-def _rows_of_pairs(rows: Sequence[Preference], pairs: Dataset, inputs: RewardInputs) -> list[Preference]:
-    """The row of each pair: all rows but the bad ones that were skipped."""
-    if len(rows) == len(pairs):
-        return list(rows)
-    remaining = iter(rows)
-
-    def encode(row: Preference, response: Turns) -> list[int]:
-        answer = scored_turns(inputs.tokenizer, response)
-        return encode_pair(inputs.tokenizer, row.prompt, answer, inputs.is_encoder, tools_of(row))
-
-    return [
-        next(
-            row
-            for row in remaining
-            if encode(row, row.chosen) == pair["chosen_ids"] and encode(row, row.rejected) == pair["rejected_ids"]
-        )
-        for pair in pairs
-    ]
+def prompts_of(rows: Sequence[Preference]) -> list[str]:
+    """The prompt of each row, as text."""
+    return [render_text(row.prompt) for row in rows]
 
 
 def before_after_table(accuracy_before: float, results: dict[str, Any], skipped: int) -> list[list[Any]]:

@@ -26,6 +26,7 @@ class Pairs:
 
     Attributes:
         evaluation: held-out pairs; None without any.
+        trained_rows, held_out_rows: the row of each pair.
         margins: `true_margins` of them.
         skipped: counts of bad rows by reason, by `train` and `evaluation`.
     """
@@ -33,6 +34,8 @@ class Pairs:
     rows: Rows
     train: Dataset
     evaluation: Dataset | None
+    trained_rows: list[Preference]
+    held_out_rows: list[Preference]
     margins: Tensor | None
     skipped: dict[str, Any]
 
@@ -53,13 +56,15 @@ def load_pairs(recipe: RewardRecipe, inputs: RewardInputs) -> Pairs:
         is_encoder=inputs.is_encoder,
     )
     skipped = {}
-    train_rows, skipped["train"] = tokenize(rows.train)
+    trained: list[Preference] = []
+    held_out: list[Preference] = []
+    train_rows, skipped["train"] = tokenize(rows.train, kept=trained)
     check_rows_fit(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
     eval_rows = margins = None
     if rows.evaluation:
-        eval_rows, skipped["evaluation"] = tokenize(rows.evaluation)
+        eval_rows, skipped["evaluation"] = tokenize(rows.evaluation, kept=held_out)
         check_rows_fit(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
         if "tie" in eval_rows.column_names and all(eval_rows["tie"][:]):
             raise UserError("every pair that is held out is a tie; add pairs of which one response is better.")
-        margins = true_margins(inputs, rows.evaluation, eval_rows)
-    return Pairs(rows, train_rows, eval_rows, margins, skipped)
+        margins = true_margins(inputs, held_out)
+    return Pairs(rows, train_rows, eval_rows, trained, held_out, margins, skipped)

@@ -122,9 +122,8 @@ def train_model(
         judged = None
         if eval_rows is not None:
             scores = score_pairs(reward, world, eval_rows)
-            held_out = prompts_of(inputs, pairs.rows.evaluation, eval_rows)
-            results |= evaluate_pairs(scores, eval_rows, pairs.margins, held_out)
-            results["by_source"] = accuracy_by_source(inputs, pairs.rows.evaluation, eval_rows, scores)
+            results |= evaluate_pairs(scores, eval_rows, pairs.margins, prompts_of(pairs.held_out_rows))
+            results["by_source"] = accuracy_by_source(pairs.held_out_rows, scores)
             tracker.log(
                 steps, {f"eval/{name[5:]}": value for name, value in results.items() if name.startswith("eval_")}
             )
@@ -132,7 +131,14 @@ def train_model(
                 before["eval_accuracy"], results, sum(each["count"] for each in pairs.skipped["evaluation"].values())
             )
             judged = judge_held_out(
-                recipe, inputs, reward, world, pairs.rows, eval_rows, scores, results.get("eval_ceiling")
+                recipe,
+                inputs,
+                reward,
+                world,
+                pairs.trained_rows,
+                pairs.held_out_rows,
+                scores,
+                results.get("eval_ceiling"),
             )
             results["card"] = brief(judged[0])
         mean, std = normalize_scores(reward, world, normalization_rows(recipe, inputs, world, prompts, train_rows))

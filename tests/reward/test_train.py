@@ -318,18 +318,23 @@ def test_accuracy_ceiling_and_agreement_by_hand():
     assert results["eval_loss"] == pytest.approx(sum(losses) / 5, abs=1e-6)
 
 
-def test_skipped_rows_do_not_shift_the_truth(tmp_path):
-    """The first held-out row is too long; the truth must judge the others' responses."""
+def test_skipped_rows_do_not_shift_the_truth(tmp_path, monkeypatch):
+    """The first held-out rows are too long, or contain EOS; the truth must judge the others' responses, and the words of
+    what was not trained on count in no baseline."""
+    monkeypatch.setattr("align.reward.evaluation.RESAMPLES", 5)
+    end = letter_tokenizer().eos_token
     settings = recipe(
-        tmp_path, rows=[*ROWS, ("f" * 40, "f", "zg")], eval_rows=[("e" * 40, "f", "zg"), *HELD_OUT], max_length=30,
-        on_bad_row="skip", eval_reward_funcs=["tests.reward.test_train:true_score"],
+        tmp_path, rows=[*ROWS * 2, ("f" * 40, "f", "zg")], eval_rows=[("e" * 40, "f", "zg"), ("e", f"f{end}f", "zg"), *HELD_OUT * 8],
+        max_length=30, max_steps=1, on_bad_row="skip", eval_reward_funcs=["tests.reward.test_train:true_score"],
     )  # fmt: skip
     results = run(settings)
-    assert results.metrics["pairs"] == 4
-    assert results.table[0].measure == "held-out pair accuracy (4 pairs; 1 skipped)"
+    assert results.metrics["pairs"] == 32
+    assert results.table[0].measure == "held-out pair accuracy (32 pairs; 2 skipped)"
+    judged = json.loads((Path(settings.output_dir) / "card/results.json").read_text())["card"]
+    assert judged["baselines"]["words alone"]["fitted_on"] == f"{2 * len(ROWS)} training pairs"
     card = (Path(settings.output_dir) / "README.md").read_text()
-    assert f"{len(ROWS)} rows were trained on; 1 were skipped: longer than 30 tokens" in card
-    assert read_manifest(settings.output_dir)["data"]["trained_rows"] == len(ROWS)
+    assert f"{2 * len(ROWS)} rows were trained on; 1 were skipped: longer than 30 tokens" in card
+    assert read_manifest(settings.output_dir)["data"]["trained_rows"] == 2 * len(ROWS)
     assert results.metrics["eval_ceiling"] == 0.75
 
 
