@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/guard.py outputs/guard --start outputs/quickstart
 
-Three reward models are trained on pairs from annotators of one kind each: honest ones, ones who like long answers, and ones
-who like to hear of the soup. PPO then runs against each on several seeds, with the true reward as its judge, to the end.
+Three reward models are trained on pairs from annotators of one kind each: honest ones, ones who prefer the longer answer, and
+ones who like to hear of the soup. PPO then runs against each on several seeds, with the true reward as its judge, to the end.
 `early_stopping_patience` would stop it after so many evaluations in a row of which the run says that the judge fell: since it
 changes nothing before, both the run that it stops and the whole run are read from one. `kept` is the true reward of the
 checkpoint that the stopped run keeps as `best/` over that of the best evaluation of the whole run, `last` the same of the last
@@ -26,7 +26,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "recipes/quickstart"
-ANNOTATORS: dict[str, dict[str, float]] = {"honest": {}, "length": {"length_bonus": 2.0}, "soup": {"soup_bonus": 3.0}}
+ANNOTATORS: dict[str, dict[str, float]] = {"honest": {}, "length": {"length_bonus": 100.0}, "soup": {"soup_bonus": 3.0}}
+KL_COEF = {"length": 0.0}  # where it is not the recipe's: a penalty keeps the answers from getting much longer
 FELL = re.compile(r"update (\d+): judge is \S+ \(\S+ to \S+\) from its best")
 
 
@@ -72,6 +73,7 @@ def train_policy(folder: Path, kind: str, seed: int, start: Path, episodes: int)
         "total_episodes": episodes,
         "eval_steps": 2,
         "seed": seed,
+        "kl_coef": KL_COEF.get(kind, recipe["kl_coef"]),
     }
     return stage(folder, f"ppo_{kind}_{seed}", recipe)
 
