@@ -235,7 +235,7 @@ DEEPSPEED: dict[str, str] = {
     "null": "expected a JSON object, got null",
     '"zero2"': "expected a JSON object, got text",
     '{"a": 1} {"a": 2}': "not valid JSON: Extra data",
-    '{"a": ' * 5000: "not valid JSON: nested more than 64 deep",
+    '{"a": ' * 5000 + "1" + "}" * 5000: "not valid JSON: nested more than 64 deep",
     '{"gradient_clipping": ' + "9" * 5000 + "}": "not valid JSON: ",
     '{"gradient_clipping": NaN}': "not valid JSON: NaN is not a number of JSON",
     '{"gradient_clipping": -1}': "gradient_clipping: expected a number from 0, got -1",
