@@ -37,7 +37,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "trajectory_balance": {
         **COMMON,
         "objective": "trajectory_balance",
-        "minibatch_size": 256,
+        "warmup_steps": 0.4,  # a policy that moves late has seen more of the reference's responses
+        "minibatch_size": 1024,
         "gradient_steps": 16,
         "replay_size": 20,
     },
