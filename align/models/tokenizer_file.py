@@ -30,8 +30,8 @@ def split_as_in_file(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     tokenizer_config.json: where ids differ from the file's, that is said.
     """
     ours: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if ours is None or (file := _file(path)) is None:
-        return
+    if ours is None or (file := _file(path)) is None or getattr(tokenizer, "fix_mistral_regex", False):
+        return  # that key of tokenizer_config.json asks for other splits than the file's
     theirs = Tokenizer.from_file(str(file))
     if not isinstance(theirs.model, models.BPE) or not isinstance(ours.model, models.BPE):
         return
