@@ -22,6 +22,7 @@ from align.runs.lock_record import LOCK, heartbeat_period, in_use, in_words, is_
 from align.terminal import say
 
 PATIENCE = 3.0  # seconds: the ranks of a killed launcher end within one
+NO_FLOCK = 0.5  # seconds after which of several that took a lock at once, where there is no flock, only the last lives
 SETTLED = 1.5  # periods of the heartbeat after which of several that took a lock over at once only the last lives
 
 
@@ -49,11 +50,14 @@ def acquire(folder: Path, wait: bool = True) -> Held:
     """
     deadline = time.monotonic() + PATIENCE
     pulse = heartbeat.Pulse() if wait else None
+    made: os.stat_result | None = None  # the lock file, if it was made here
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open(folder)
+        descriptor, is_new = _open(folder)
         try:
-            if descriptor is not None and _take(folder, descriptor, time.monotonic() > deadline, pulse):
+            made = os.fstat(descriptor) if is_new and descriptor is not None else made
+            mine = descriptor is not None and made is not None and os.path.samestat(made, os.fstat(descriptor))
+            if descriptor is not None and _take(folder, descriptor, time.monotonic() > deadline, pulse, mine):
                 return _hold(folder, descriptor)
         except BaseException:
             if descriptor is not None:
@@ -120,11 +124,14 @@ def remove_stale(folder: Path) -> None:
             release(acquire(folder, wait=False), delete=True)
 
 
-def _open(folder: Path) -> int | None:
-    try:
-        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except FileNotFoundError:  # its owner has just deleted the folder
-        return None
+def _open(folder: Path) -> tuple[int | None, bool]:
+    """The lock file, opened, and whether this call made it, which of all machines one alone does; None to try again."""
+    for how in (os.O_CREAT | os.O_EXCL, 0):
+        with contextlib.suppress(
+            FileExistsError, FileNotFoundError
+        ):  # its owner may just have deleted it, or the folder
+            return os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | how, 0o644), bool(how)
+    return None, False
 
 
 def _hold(folder: Path, descriptor: int) -> Held:
@@ -144,7 +151,7 @@ def _hold(folder: Path, descriptor: int) -> Held:
     return held
 
 
-def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse | None) -> bool:
+def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse | None, made_here: bool) -> bool:
     """Try once; False to try again."""
     try:
         reliable = _flock(descriptor, fcntl.LOCK_EX)
@@ -155,6 +162,8 @@ def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse 
     if not _is_current(folder, descriptor):  # deleted by its owner between opening and locking
         return False
     owner, period = read(folder), 0.0
+    if not owner and not made_here and not last_try:
+        return False  # whoever made it is about to write its name, on a machine that flock does not reach perhaps
     if owner and is_alive(owner, reliable):
         if pulse is None or not (period := heartbeat_period(owner)):
             if last_try:
@@ -180,10 +189,10 @@ def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse 
         _flock(descriptor, fcntl.LOCK_SH)  # for the other ranks
     except BlockingIOError:  # from exclusive to shared is no single step
         return False
-    if period:
+    if period or not reliable:
         # A third machine may have waited as long, and have written its name over ours, or before us, and started: then it ends
         # at its next heartbeat.
-        time.sleep(SETTLED * period)
+        time.sleep(SETTLED * period or NO_FLOCK)
         if (now := read(folder)) != mine:
             raise in_use(folder, now, alive=True)
     return True

@@ -513,6 +513,26 @@ class TestLock:
             each.join(30)
         assert not (tmp_path / "out" / "run.lock").exists()
 
+    def test_a_start_that_has_made_the_file_and_not_written_its_name_is_waited_for(self, tmp_path, monkeypatch):
+        """Where flock does not reach from one to the other."""
+        monkeypatch.setattr(lock, "_flock", lambda *_: False)
+        monkeypatch.setattr(lock, "NO_FLOCK", 0.05)
+        monkeypatch.setattr(lock, "PATIENCE", 2.0)
+        context = multiprocessing.get_context("fork")
+        ready, go = context.Queue(), context.Event()
+        myself = lock.myself
+        monkeypatch.setattr(lock, "myself", lambda: time.sleep(0.2) or myself())
+        first = context.Process(target=hold, args=(str(tmp_path / "out"), ready, go))
+        first.start()
+        monkeypatch.setattr(lock, "myself", myself)
+        while not (tmp_path / "out" / "run.lock").exists():
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=f"in use by process {first.pid} "):
+            claim(tmp_path / "out", IDENTITY, resuming=False)
+        assert ready.get(timeout=30) == ""
+        go.set()
+        first.join()
+
     @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
     def test_that_of_a_dead_run_is_taken_over(self, tmp_path, signum, monkeypatch):
         context = multiprocessing.get_context("fork")
