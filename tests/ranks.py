@@ -1,18 +1,21 @@
 """Run stages in processes of their own, alone or as the ranks of a launch, without importing the libraries each time.
 
 Importing torch, transformers, TRL and DeepSpeed takes seven seconds of CPU time, and the `deepspeed` launcher adds two
-processes of its own that do so. The processes here are forks of one that has imported these libraries and nothing of ours;
-they import `align` themselves and get the environment that the launcher sets. Python's hash seed is the one thing that
-ranks share here and not under the launcher, so that one test of each stage goes through the launcher: the quickstart at
-ZeRO 3 (sft, reward, ppo), and those that call `launch` or `launched`.
+processes of its own that do so. The processes here are forks of one that has imported these libraries and then `align`, and
+get the environment that the launcher sets. Those of another folder than this one forget our modules first, and import that
+folder's. Python's hash seed is the one thing that ranks share here and not under the launcher, so that one test of each stage
+goes through the launcher: the quickstart at ZeRO 3 (sft, reward, ppo), and those that call `launch` or `launched`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import pickle
+import pty
 import random
 import runpy
 import signal
@@ -20,6 +23,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
@@ -107,7 +111,7 @@ class Ranks:
 
 def start(
     function: Callable[..., Any], *args: Any, ranks: int = 1, log: Path, root: Path = ROOT, cwd: Path | None = None,
-    env: Mapping[str, str] = {},
+    env: Mapping[str, str] = {}, without: Sequence[str] = (),
 ) -> Ranks:  # fmt: skip
     """Call `function(*args)` in each of `ranks` forked processes; what it returns is the exit code (None is 0).
 
@@ -115,14 +119,16 @@ def start(
         log: start of the path of the files that their output goes to.
         root: the folder whose `align`, `reward_models` and `tests` they import; `function` too is looked up there.
         env: more environment variables.
+        without: names of variables of ours that they do not get.
     """
-    given = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    given = {name: value for name, value in os.environ.items() if name not in (*LAUNCHER_VARIABLES, *without)}
     places = [{}] if ranks == 1 else [_launched(rank, ranks, port) for port in [free_port()] for rank in range(ranks)]
+    call = pickle.dumps((function, args))
     paths, sys.path = sys.path, [str(root), *PATHS]
     try:
         processes = []
         for rank, place in enumerate(places):
-            arguments = (function, args, {**given, **place, **env}, str(cwd or Path.cwd()), str(log), rank)
+            arguments = (str(root), call, {**given, **place, **env}, str(cwd or Path.cwd()), str(log), rank)
             processes.append(server().Process(target=_rank, args=arguments))
             processes[-1].start()  # with `sys.path` as it is now
     finally:
@@ -163,6 +169,32 @@ def python(*words: str) -> None:
     else:
         sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
+
+
+def execute(code: str, *arguments: str) -> None:
+    """What `python -c CODE ARGUMENTS` does, for `start` and `run`."""
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
+
+
+def execute_on_terminal(shown: str, code: str, *arguments: str) -> int:
+    """`execute` in a fork with stdin and stderr on a terminal of 120 columns, whose text goes to the file `shown`; its exit code."""
+    stdout = os.dup(1)
+    child, terminal = pty.fork()
+    if not child:
+        os.dup2(stdout, 1)
+        os.environ.update(TERM="xterm", COLUMNS="120")
+        try:
+            execute(code, *arguments)
+        except BaseException as error:
+            traceback.print_exc()
+            os._exit(1 if not isinstance(error, SystemExit) else int(error.code or 0))
+        sys.stdout.flush()
+        os._exit(0)
+    with open(shown, "wb") as file, contextlib.suppress(OSError):  # Linux's word for the end of a terminal
+        while piece := os.read(terminal, 65536):
+            file.write(piece)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def stop_after_checkpoint(
@@ -236,9 +268,9 @@ def two_nodes(folder: Path) -> tuple[Path, dict[str, str]]:
 
 @functools.cache
 def server() -> ForkServerContext:
-    """A context whose processes are forks of one that has imported the libraries, and nothing of ours."""
+    """A context whose processes are forks of one that has imported the libraries, and `align`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["libraries"])  # in a folder of its own: the server may import nothing of ours
+    context.set_forkserver_preload(["libraries"])  # in a folder of its own, without the tests
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(Path(__file__).parent / "preload")
     try:
@@ -258,10 +290,8 @@ def _output(log: Path, rank: int, kind: str) -> Path:
     return log.with_name(f"{log.name}{rank}.{kind}")
 
 
-def _rank(
-    function: Callable[..., Any], args: Sequence[Any], environment: dict[str, str], cwd: str, log: str, rank: int
-) -> None:
-    """One forked process."""
+def _rank(root: str, call: bytes, environment: dict[str, str], cwd: str, log: str, rank: int) -> None:
+    """One forked process, which calls the pickled function in `call` with the arguments there."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring it
     for descriptor, kind in ((1, "out"), (2, "err")):
         file = os.open(_output(Path(log), rank, kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -270,11 +300,15 @@ def _rank(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    if Path(str(sys.modules["align"].__file__)).parents[1] != Path(root):
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("align", "reward_models", "tests")]:
+            del sys.modules[name]
     import numpy
     import torch
 
     for seed in (random.seed, numpy.random.seed, torch.manual_seed):
         seed(os.getpid())  # generators differ between processes, as if each had been started anew
+    function, args = pickle.loads(call)
     sys.exit(function(*args))
 
 

@@ -7,9 +7,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import os
-import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +27,7 @@ from align.compat import others as of_others
 from align.compat import peft as of_peft
 from align.compat import transformers as of_transformers
 from align.compat import trl as of_trl
+from tests import ranks
 from tests.worlds import tiny_llama
 
 ROOT = Path(__file__).parents[1]
@@ -233,14 +231,8 @@ print(json.dumps(found))
 
 
 class TestDeepSpeed:
-    def test_a_sharded_parameter(self):
-        done = subprocess.run(
-            [sys.executable, "-c", SHARDED],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
+    def test_a_sharded_parameter(self, tmp_path):
+        done = ranks.run(ranks.execute, SHARDED, ranks=1, log=tmp_path / "rank")
         assert done.returncode == 0, done.stderr[-2000:]
         assert json.loads(done.stdout.splitlines()[-1]) == [True, [5, 3], 15, 0, True]
 

@@ -5,6 +5,7 @@ the bad minibatch; `moved` is how far the discard itself moved the weights.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,37 +31,38 @@ def difference(ours: dict, theirs: dict) -> float:
     return max((float((ours[name] - theirs[name]).abs().max()) for name in ours), default=0.0)
 
 
-def measure(world, folder: Path, stage: int, bad: list[float | None]) -> dict[str, float]:
-    """`bad`: scale of the loss of each minibatch that is discarded; None discards one that had no backward pass."""
+def train(world, folder: Path, stage: int, bad: Sequence[float | None]) -> tuple[float, dict[str, torch.Tensor]]:
+    """How far discards moved the weights, and what the weights are two good steps later.
+
+    `bad`: scale of the loss of each minibatch that is discarded; None discards one that had no backward pass.
+    """
     path = folder / f"zero{stage}-{world.rank}.json"
     recipe = PPORecipe(output_dir="out", sft_model_path="sft", deepspeed=deepspeed_file(path, stage))
-    weights = []
     moved = 0.0
-    for sees in (True, False):
-        engine = train_engine(tiny_llama(), recipe, world, 1e-2, ACCUMULATION)
-        backward(engine, world, 0.5)  # optimizer states are there already
-        engine.step(1e-2)
-        for scale in bad if sees else []:
-            before = engine.state_dict()
-            if scale is not None:
-                backward(engine, world, scale)
-            engine.discard()
-            moved = max(moved, difference(before, engine.state_dict()))
-        for scale in (1.0, 0.3):
+    engine = train_engine(tiny_llama(), recipe, world, 1e-2, ACCUMULATION)
+    backward(engine, world, 0.5)  # optimizer states are there already
+    engine.step(1e-2)
+    for scale in bad:
+        before = engine.state_dict()
+        if scale is not None:
             backward(engine, world, scale)
-            engine.step(1e-2)
-        weights.append(engine.state_dict())
-    return {"moved": moved, "after": difference(*weights)}
+        engine.discard()
+        moved = max(moved, difference(before, engine.state_dict()))
+    for scale in (1.0, 0.3):
+        backward(engine, world, scale)
+        engine.step(1e-2)
+    return moved, engine.state_dict()
 
 
 def discard_at_each_stage(folder: Path) -> None:
     world = connect(deepspeed_files=False)
     cases = {"finite": [3.0], "nan": [float("nan")], "twice": [float("nan"), 3.0], "nothing": [None]}
-    found = {
-        f"zero{stage} {name}": measure(world, folder, stage, bad)
-        for stage in (0, 1, 2, 3)
-        for name, bad in cases.items()
-    }
+    found = {}
+    for stage in (0, 1, 2, 3):
+        _, expected = train(world, folder, stage, [])
+        for name, bad in cases.items():
+            moved, weights = train(world, folder, stage, bad)
+            found[f"zero{stage} {name}"] = {"moved": moved, "after": difference(weights, expected)}
     if world.is_main:
         (folder / "found.json").write_text(json.dumps(found))
     disconnect()

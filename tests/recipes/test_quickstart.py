@@ -135,7 +135,8 @@ def test_a_second_run_does_nothing_but_show_the_table(alone):
     assert "win rate by true reward" in again.stdout
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_processes_and_zero_give_the_results_of_one(alone, tmp_path, monkeypatch, stage):
     folder, _ = alone
     settings = deepspeed_file(tmp_path / "ds.json", stage)

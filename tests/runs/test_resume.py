@@ -281,6 +281,7 @@ def test_adapters_resume_too(tmp_path, stage):
     assert_same(tmp_path / "killed" / "out", tmp_path / "whole" / "out")
 
 
+@pytest.mark.slow
 def test_the_whole_process_group_of_the_launcher_killed(whole, tmp_path):
     recipe = write_recipe("ppo", tmp_path, 2)
     process = subprocess.Popen(**launched("align.ppo", str(recipe)), stderr=subprocess.DEVNULL, start_new_session=True)

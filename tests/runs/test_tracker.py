@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import pty
 import re
 import struct
 import subprocess
@@ -28,6 +26,7 @@ from align.report.page import report_of
 from align.runs.checkpoint import complete_checkpoints, synced_sums
 from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback, trainer_metrics
+from tests import ranks
 from tests.documented_metrics import METRICS, documented_metrics, undocumented
 from tests.worlds import claimed
 
@@ -202,29 +201,35 @@ with contextlib.suppress(ZeroDivisionError), tracker:
 
 
 def environment(tmp_path: Path, **more: str) -> dict[str, str]:
-    """Ours without any W&B settings or account."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    return {**kept, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "OMP_NUM_THREADS": "1", **more}
+    """Variables that lead to no W&B account."""
+    return {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), **more}
+
+
+def wandb_variables() -> list[str]:
+    return [name for name in os.environ if name.startswith("WANDB")]
 
 
 def run_python(code: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name not in wandb_variables()}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, env={**kept, **env}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def run_fork(code: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`run_python`, but in a process that has imported the libraries already."""
+    log = Path(env["HOME"], "fork")
+    return ranks.run(ranks.execute, code, *arguments, ranks=1, log=log, env=env, without=wandb_variables())
 
 
 def run_on_terminal(code: str, *arguments: str, env: dict[str, str]) -> tuple[int, str, str]:
-    """Run with stdin and stderr on a terminal of 120 columns; returns exit code, stdout and what the terminal showed."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", code, *arguments]
-    env = {**env, "TERM": "xterm", "COLUMNS": "120"}
-    done = subprocess.run(command, env=env, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
-    os.close(theirs)
-    shown = b""
-    with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
-        while piece := os.read(ours, 65536):
-            shown += piece
-    os.close(ours)
-    return done.returncode, done.stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    """`run_fork` with stdin and stderr on a terminal; returns exit code, stdout and what the terminal showed."""
+    log = Path(env["HOME"], "fork")
+    words = (str(log.with_name("shown")), code, *arguments)
+    done = ranks.run(
+        ranks.execute_on_terminal, *words, ranks=1, log=log, env=env, without=wandb_variables(), timeout=60
+    )
+    shown = log.with_name("shown").read_text(encoding="utf-8")
+    return done.returncode, done.stdout, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
 
 
 @pytest.mark.slow
@@ -233,7 +238,7 @@ def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> Non
     for resume_step, group in ((0, {}), (2, {"WANDB_RUN_GROUP": "mine"})):
         # The first process dies after step 3, when its last checkpoint is of step 2.
         time.sleep(1.0 if resume_step else 0.0)  # W&B names its folders by the second
-        done = run_python(
+        done = run_fork(
             WANDB_RUN, str(folder), str(resume_step), env=environment(tmp_path, WANDB_MODE="offline", **group)
         )
         assert (done.returncode, done.stdout) == (0, "")
@@ -324,7 +329,7 @@ for folder, how in (("dies", signal.SIGKILL), ("hangs", signal.SIGSTOP)):
 
 
 def test_wandb_may_die_or_hang(tmp_path: Path) -> None:
-    done = run_python(WANDB_LOST, str(tmp_path), env=environment(tmp_path, WANDB_MODE="offline"))
+    done = run_fork(WANDB_LOST, str(tmp_path), env=environment(tmp_path, WANDB_MODE="offline"))
     assert done.returncode == 0, done.stderr
     told = [line for line in done.stderr.splitlines() if not line.startswith(("W&B offline", "ppo "))]
     assert len(told) == 2, done.stderr
@@ -415,7 +420,7 @@ import time
 from align.config.ppo import PPORecipe
 from align.runs.tracker import Tracker
 from tests.worlds import claimed
-with Tracker(claimed(PPORecipe(output_dir={str(tmp_path)!r}, sft_model_path="sft")), "ppo", 4) as tracker:
+with Tracker(claimed(PPORecipe(output_dir={str(tmp_path / "ppo")!r}, sft_model_path="sft")), "ppo", 4) as tracker:
     tracker.progress(1, score=1.25)
     time.sleep(0.2)
     tracker.say("[a]word")
@@ -643,7 +648,7 @@ datasets.Dataset.from_list([{"a": 1}]).map(lambda row: row)
 
 
 def test_quiet_after_the_imports(tmp_path: Path) -> None:
-    done = run_python(CHATTY_IMPORTED, str(tmp_path), env=environment(tmp_path))
+    done = run_fork(CHATTY_IMPORTED, str(tmp_path), env=environment(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
