@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from align.evaluate.statistics import preference_accuracy, repetition, wilson_interval, win_rate
 from align.runs.tables import markdown_table
+from tests import ranks
 
 
 @pytest.mark.parametrize(
@@ -104,23 +102,7 @@ def test_markdown_table_survives_what_models_write() -> None:
     assert markdown_table(["text"], [["a|b\n<s>\\|"]]).splitlines()[2] == r"| a\|b<br>&lt;s>\\\| |"
 
 
-def test_metric_libraries_are_imported_only_when_a_metric_is_loaded() -> None:
-    """In one process: the statistics alone, then every stage, then a metric, then one with a library of its own."""
-    code = """
-import sys
-seen = []
-def look(*more):
-    seen.append(sorted({"evaluate", "sklearn", "nltk", "sacrebleu", "rouge_score", *more} & set(sys.modules)))
-import align.evaluate.statistics
-look("datasets", "numpy", "torch")
-import align.sft.train, align.reward.train, align.ppo.train, align.encoders.classify, align.encoders.mlm
-import align.evaluate.compare
-look()
-from align.evaluate.metrics import load_metric
-for name in ("exact_match", "bleu"):
-    load_metric(name).compute(predictions=["a"], references=["a"])
-    look()
-print(seen)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_metric_libraries_are_imported_only_when_a_metric_is_loaded(tmp_path) -> None:
+    """In the server of forks: the statistics alone, then every stage, then a metric, then one with a library of its own."""
+    done = ranks.run(ranks.execute, "import libraries; print(libraries.imported)", ranks=1, log=tmp_path / "fork")
     assert done.stdout.splitlines()[-1] == "[[], [], ['evaluate'], ['evaluate', 'sacrebleu']]"

@@ -75,11 +75,11 @@ def write_recipe(stage: str, folder: Path, zero: int | None = None, **changes: A
         rows = [{"prompt": LETTERS[i : i + 1 + i % 3]} for i in range(10)]
         keys = {
             **COMMON, "per_device_train_batch_size": 2, "sft_model_path": str(folder / "base"), "reward_funcs": ["resume_rules:count_a"], "kl_coef": 0.02,
-            "total_episodes": 48, "rollout_batch_size": 8, "minibatch_size": 4, "num_ppo_epochs": 2,
-            "response_length": 5, "learning_rate": 5e-3, "temperature": 0.9, "missing_eos_penalty": 0.1,
+            "total_episodes": 48, "rollout_batch_size": 8, "minibatch_size": 4, "num_ppo_epochs": 1,
+            "response_length": 5, "learning_rate": 9e-3, "temperature": 0.9, "missing_eos_penalty": 0.1,
             "ema_decay": 0.8, "kl_target": 0.05, "kl_horizon": 100, "normalize_scores": True,  # each has a state
             "judge_reward_model_path": save_judge(folder / "judge"), "early_stopping_patience": 9,  # they count the falls
-            "eval_steps": 2, "max_kl": 2.3,  # KL is 1.7 at update 2 and 3 later, so the best one is before every stop
+            "eval_steps": 2, "max_kl": 2.7,  # KL is 2.3 at update 2 and above 3 later, so the best one is before every stop
         }  # fmt: skip
     elif stage == "reward":
         rows = [{"prompt": prompt, "chosen": word + "z", "rejected": word} for prompt, word in WORDS]
@@ -553,7 +553,10 @@ class TestLayout:
         for model in ("model.safetensors", "ema/model.safetensors", "best/model.safetensors"):
             a, b = load_file(out / model), load_file(theirs / model)
             assert max(float((a[name] - b[name]).abs().max()) for name in b) < 2e-5, model
-        ours, expected = metrics(out), metrics(theirs)
+        ours, expected = (  # a correlation of equal scores is None
+            [{name: value for name, value in line.items() if value is not None} for line in metrics(each)]
+            for each in (out, theirs)
+        )
         assert [line.keys() for line in ours] == [line.keys() for line in expected]
         for line, other in zip(ours, expected, strict=True):
             assert line == pytest.approx(other, abs=1e-3, rel=1e-3), line["step"]
