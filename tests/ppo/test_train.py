@@ -196,7 +196,7 @@ def assert_same_curve(ours: list[dict], theirs: list[dict], tolerance: float = 2
 
 
 class TestTwoRanks:
-    @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+    @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
     def test_two_ranks_log_the_curve_of_one(self, finished, tmp_path, stage):
         recipe = make_recipe(tmp_path, deepspeed=deepspeed_file(tmp_path / "ds.json", stage))
         done = run_stage("ppo", recipe)
@@ -215,7 +215,8 @@ class TestTwoRanks:
             tmp_path,
             deepspeed=deepspeed_file(tmp_path / "ds.json", 3),
             ds3_gather_for_generation=False,
-            total_episodes=32,
+            total_episodes=16,
+            num_ppo_epochs=1,
         )
         done = run_stage("ppo", recipe)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -245,7 +246,7 @@ class TestFailedRank:
 
 
 class TestKilled:
-    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+    @pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
     def test_a_killed_run_ends_like_one_that_was_not(self, finished, tmp_path, how):
         recipe = make_recipe(tmp_path)
         stop_after_checkpoint("ppo", recipe, tmp_path / "out", how)

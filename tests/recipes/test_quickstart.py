@@ -1,4 +1,4 @@
-"""The quickstart, cut to seconds: all four stages alone, under launchers on two nodes, and on a GPU where there is one."""
+"""The quickstart, cut to seconds: all four stages alone (in forks), under launchers on two nodes, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from align.cli import run
+from tests import ranks
 from tests.documented_metrics import undocumented
 from tests.ranks import run_recipes, two_nodes
 from tests.worlds import deepspeed_file
@@ -34,6 +36,23 @@ def align(folder: Path, *more: str, env: Mapping[str, str] = {}) -> subprocess.C
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
+
+
+def align_in_forks(*words: str) -> int:
+    """`align WORDS`, whose stages are forks of this process, which has imported the libraries."""
+    from align.__main__ import main
+
+    def fork(command: list[str], environment: Mapping[str, str]) -> int:
+        assert (command[:3], environment) == ([sys.executable, "-m", "align"], {})
+        sys.stdout.flush()
+        if child := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = main(command[3:])
+        sys.stdout.flush()
+        os._exit(code)
+
+    run.run_process = fork
+    return main(words)
 
 
 def manifests(folder: Path) -> list[dict]:
@@ -61,7 +80,11 @@ def assert_same_tables(ours: Path, theirs: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(shared_folder) -> tuple[Path, subprocess.CompletedProcess[str]]:
     def make(folder: Path) -> None:
-        (folder / "done.pickle").write_bytes(pickle.dumps(align(folder, "--report_to", "wandb")))
+        words = ["run", str(RECIPES), *CUT, "--report_to", "wandb"]
+        done = ranks.run(
+            align_in_forks, *words, ranks=1, cwd=folder, log=folder / "fork", env={"COLUMNS": "160"}, timeout=900
+        )
+        (folder / "done.pickle").write_bytes(pickle.dumps(done))
 
     folder = shared_folder("quickstart", make)
     return folder, pickle.loads((folder / "done.pickle").read_bytes())
@@ -155,11 +178,11 @@ def test_two_processes_and_zero_give_the_results_of_one(alone, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(not has_gpu(), reason="this machine has no GPU")
-@pytest.mark.parametrize("ranks", [[], ["--num_gpus", "1"]], ids=["alone", "zero3"])
-def test_a_gpu_gives_the_results_of_the_cpu(alone, tmp_path, ranks):
+@pytest.mark.parametrize("launched", [[], ["--num_gpus", "1"]], ids=["alone", "zero3"])
+def test_a_gpu_gives_the_results_of_the_cpu(alone, tmp_path, launched):
     folder, _ = alone
-    settings = ["--deepspeed", deepspeed_file(tmp_path / "ds.json", 3)] if ranks else []
-    done = align(tmp_path, *ranks, *settings, env={"CUDA_VISIBLE_DEVICES": "0"})
+    settings = ["--deepspeed", deepspeed_file(tmp_path / "ds.json", 3)] if launched else []
+    done = align(tmp_path, *launched, *settings, env={"CUDA_VISIBLE_DEVICES": "0"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_tables(folder, tmp_path)
 
