@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,12 +25,11 @@ from align.encoders.masking import Masking
 from align.encoders.mlm import mlm_results, run
 from align.encoders.tokenize import tokenize_passages
 from align.errors import UserError
-from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import read_manifest
 from align.runs.own_files import MANIFEST
 from align.runs.results import MLMResult
 from tests.documented_metrics import undocumented
-from tests.ranks import run_stage
+from tests.ranks import run_stage, stop_after_checkpoint
 from tests.worlds import (
     deepspeed_file,
     letter_ids,
@@ -317,12 +312,7 @@ def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
         per_device_train_batch_size=2,
     )  # fmt: skip
     folder = Path(settings.output_dir)
-    words = [sys.executable, "-m", "align", "mlm", str(save_recipe(settings, tmp_path / "recipe.yaml"))]
-    process = subprocess.Popen(words, cwd=Path(__file__).parents[2])
-    while not complete_checkpoints(folder) and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() != 0
+    stop_after_checkpoint("mlm", save_recipe(settings, tmp_path / "recipe.yaml"), folder)
     assert not (folder / MANIFEST).exists()
     run(settings)
     whole = dataclasses.replace(settings, output_dir=str(tmp_path / "whole"), save_steps=None)
