@@ -46,9 +46,14 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+def best_in_words_of(results):
+    """What is said of `best/` where the SFT model is kept."""
+    return f"the SFT model: no evaluation had a higher eval/judge than its {results.best['eval/judge']:.4g}"
+
+
 class TestARewardThatTheJudgeContradicts:
     def test_training_stops_and_best_is_the_sft_model_resumed_or_not(self, tmp_path, monkeypatch, capsys):
-        whole = run(judged(tmp_path / "a", "other", early_stopping_patience=2))
+        whole = run(judged(tmp_path / "a", "other", early_stopping_patience=2, ema_decay=0.9))
         said = " ".join(capsys.readouterr().err.split())
         assert whole.updates < 6, "of which there would be 6"
         assert whole.best["update"] == 0
@@ -64,7 +69,23 @@ class TestARewardThatTheJudgeContradicts:
             fall = Change(*(row[f"eval/{name}/judge"] for name in ("change", "change_low", "change_high")), 0)
             assert f"judge is {fall} from its best, of the SFT model while the score rose" in said
         card, names = (tmp_path / "a/out/README.md").read_text(), {}
-        assert "(frontier.svg)" in card
+        kept = best_in_words_of(whole)
+        assert card[card.index("# Language") : card.index("```")].splitlines() == [
+            "# Language model, trained by PPO",
+            "",
+            f"From the SFT model {tmp_path}/a/policy, with a KL penalty of 0.01 per nat against it. This folder holds the last "
+            f"policy, `best/` {kept}, `value/` the value model, `ema/` the moving average of its weights.",
+            "",
+            *(f"- {line}" for line in whole.verdict),
+            "",
+            "![Gain over the square root of the KL from SFT](frontier.svg)",
+            "",
+        ]
+        assert ElementTree.parse(tmp_path / "a/out/frontier.svg").getroot().tag.endswith("svg")
+        last = " ".join(said[said.index(whole.verdict[0]) :].split())
+        assert last.startswith(
+            " ".join([*whole.verdict, f"best/ holds {kept}", f"{tmp_path}/a/out: weights in float32 (save_dtype"])
+        )
         exec(card.split("```python\n")[1].split("```")[0], names)  # what the card says is what was trained
         trained = names["model"].state_dict()
         assert all(torch.equal(trained[name], weight) for name, weight in weights(tmp_path / "a/out").items())
@@ -77,7 +98,10 @@ class TestARewardThatTheJudgeContradicts:
                 raise KeyboardInterrupt
             return step(ppo, update)
 
-        recipe, step = judged(tmp_path / "b", "other", early_stopping_patience=2), align.ppo.tracking.timed_step
+        recipe, step = (
+            judged(tmp_path / "b", "other", early_stopping_patience=2, ema_decay=0.9),
+            align.ppo.tracking.timed_step,
+        )
         with monkeypatch.context() as patch:
             patch.setattr(align.ppo.tracking, "timed_step", cut_off)
             with pytest.raises(KeyboardInterrupt):
