@@ -30,7 +30,7 @@ from align.models import load as align_models
 from align.models.forward import response_logprobs
 from align.models.load import load_policy
 from align.models.trainable import add_adapter
-from align.ppo import checkpoint, rollout
+from align.ppo import checkpoint, sample
 from align.ppo import setup as ppo_setup
 from align.ppo import update as ppo_update
 from align.ppo.collapse import CollapseWatch
@@ -231,7 +231,7 @@ class TestFaults:
         [
             (ppo_update, "response_loss", [") ratio"]),
             (generation, "sample_token", [") generation gap"]),
-            (rollout, "response_logprobs", [") ratio", ") generation gap"]),
+            (sample, "response_logprobs", [") ratio", ") generation gap"]),
         ],
     )
     def test_the_temperature_missing_in_one_forward(self, tmp_path, monkeypatch, module, name, found):
