@@ -72,6 +72,7 @@ THEN = (
 # What the row of a PPO run's closing table is called that has the SFT model's value.
 BEFORE = {
     "eval/score": "score (the training reward)",
+    "eval/judge": "judge",
     "eval/length": "response length (tokens)",
     "eval/eos_rate": "EOS rate",
     "eval/repetition": "repeated 3-grams",

@@ -18,7 +18,7 @@ from align.best_of_n.results import tables as best_of_n_tables
 from align.errors import UserError
 from align.evaluate.results import tables as evaluation_tables
 from align.report.costs import costs_table, phases_figure
-from align.report.curves import learning_curves
+from align.report.curves import Labelled, learning_curves
 from align.report.diagnose import diagnose
 from align.report.figures import Table
 from align.report.frontier import frontiers
@@ -105,6 +105,18 @@ def check_free(path: Path) -> None:
         )
 
 
+def _told_apart(runs: list[Labelled]) -> list[Labelled]:
+    """Runs that are drawn together, by their folders' names and in colours of their own where one pipeline has several."""
+    labels = [each.label for each in runs]
+    if len(set(labels)) == len(labels):
+        return runs
+    several = len(set(labels)) > 1
+    return [
+        Labelled(f"{each.label}: {each.run.name}" if several else each.run.name, each.run, number)
+        for number, each in enumerate(runs)
+    ]
+
+
 def _is_report(path: Path) -> bool:
     if not path.is_file():
         return False
@@ -115,7 +127,7 @@ def _is_report(path: Path) -> bool:
 def render(pipelines: Sequence[Pipeline], title: str, most_points: int, most_samples: int) -> str:
     """The page, with at most that many points to a curve and that many samples."""
     groups = group(pipelines)
-    ppo = [each for each_group in groups if each_group.stage == "ppo" for each in each_group.runs]
+    ppo = _told_apart([each for each_group in groups if each_group.stage == "ppo" for each in each_group.runs])
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(

@@ -218,6 +218,22 @@ def test_the_frontier_has_best_of_n_and_the_fitted_law(tmp_path):
     assert "a = 0.5, b = 0.4; its peak is at √KL 1.28, with a gain of 0.514." in text
 
 
+def test_several_ppo_runs_of_one_folder_are_told_apart_and_their_judge_starts_at_sft(tmp_path):
+    for name in ("4_ppo_a", "4_ppo_b"):
+        run = make_run("sound_seed1", tmp_path / name)
+        write_jsonl(run / "metrics.jsonl", [{"step": step, "eval/kl": step, "eval/judge": 0.5} for step in (1, 4)])
+        stage = json.loads((run / "stage.json").read_text())
+        stage["results"]["table"] = [["judge", 0.25, 0.5]]
+        (run / "stage.json").write_text(json.dumps(stage))
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    frontier = page[page.index('id="frontier"') : page.index('id="histograms"')]
+    assert all(f"PPO, {name}" in frontier for name in ("4_ppo_a", "4_ppo_b"))
+    assert "c0 dash0" in frontier
+    assert "c1 dash0" in frontier
+    assert frontier.count("0.25") >= 2, "the judge of SFT, in the table of each"
+
+
 def test_costs_have_the_most_memory_of_each_phase(tmp_path):
     run = make_run("quickstart_1_sft", tmp_path / "1_sft")
     lines = [{"step": s, "memory/training": 1 + s % 2, "memory/evaluation": 0.5} for s in range(4)]
