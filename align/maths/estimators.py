@@ -25,6 +25,5 @@ ESTIMATORS = {
     "reinforce_plus_plus": Estimator(),
 }
 
-TRAJECTORY_BALANCE = Estimator(
-    compares_group=True, aggregation="constant"
-)  # an objective of its own, with its own advantages
+# Of an objective of its own, which has its own advantages.
+TRAJECTORY_BALANCE = Estimator(compares_group=True, aggregation="constant")

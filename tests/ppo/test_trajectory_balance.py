@@ -21,6 +21,7 @@ from align.ppo.replay import Replay
 from align.ppo.rollout import Rollout
 from align.ppo.train import run
 from align.ppo.trajectory_balance import balance, replayed
+from align.runs.checkpoint import read_state
 from tests.documented_metrics import undocumented
 from tests.ppo.runs import ALONE, ppo_run, rollout_of
 from tests.ppo.test_objectives import assert_gradients, assert_resumes, recipe_of, same_weights, whole
@@ -240,6 +241,9 @@ class TestTogether:
         assert [row["policy/steps"] for row in rows] == [3] * 5
         assert not undocumented({name for row in rows for name in row} - {"step", "time"})
         assert not {"policy/ratio", "policy/clipfrac", "policy/approx_kl", "policy/first_ratio"} & rows[0].keys()
+
+    def test_the_moments_are_of_all_scores_so_far(self, finished):
+        assert read_state(finished / "checkpoint-2")["progress"]["score_moments"]["count"] == 2 * 16
 
     @pytest.mark.slow
     def test_two_ranks_at_zero_3_do_what_one_does(self, finished, tmp_path):
