@@ -68,7 +68,7 @@ def outer(place: Place, words: list[str], layout: str, stage: str, signum: int) 
     first = place.folder / OUT / "checkpoint-1" / "complete.json"
     with open(place.root / "outer.log", "w") as log:
         process = subprocess.Popen(words, cwd=place.folder, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not first.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         if process.poll() is not None or not first.exists():

@@ -79,7 +79,6 @@ CHAT_TEMPLATES = {
     "chat: refuses in colour": chat("{{ raise_exception('\x1b[31mno') }}", "no"),
     "chat: reads a missing part": chat("{% for m in messages %}{{ m.name.first }}{% endfor %}"),
     "chat: loses the answer": chat("{{ messages[0].content }}", "mine.jinja", "chats.jsonl:1"),
-    "chat: differs with the answer": chat("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"),
     "chat: not UTF-8": Refusal(files={"mine.jinja": b"\xff\xfe", "data/chats.jsonl": CHAT}, keys={"chat_template_path": "mine.jinja", "train_dataset": "data/chats.jsonl"}, says=["mine.jinja"]),
     "chat: in the model's folder": Refusal(files={"base/chat_template.jinja": f"{BODY}{{% for i in range(99999) %}}{{% for j in range(99999) %}}x{{% endfor %}}{{% endfor %}}", "data/chats.jsonl": CHAT}, keys={"train_dataset": "data/chats.jsonl"}, says=["base", "chat template", "chat_template"]),
     "chat: no template at all": Refusal(files={"data/chats.jsonl": CHAT}, keys={"train_dataset": "data/chats.jsonl"}, says=["chat template", "chat_template", "chats.jsonl"]),

@@ -27,6 +27,7 @@ RUNS = {
     "folders",
     "machine",
     "functions",
+    "judges",
 }
 
 
