@@ -37,7 +37,7 @@ def metric_for_best_model() -> Any:
         None,
         "Metric of the evaluation by which the best checkpoint is chosen: eval/judge, eval/true/<function> or eval/score; by "
         "default the first of these that the recipe measures.",
-        before=SCORE,
+        before=lambda keys: SCORE if keys.get("eval_reward_funcs") else None,
     )
 
 

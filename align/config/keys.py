@@ -48,7 +48,8 @@ def key(default: Any, meaning: str, accepts: Range | None = None, *, before: Any
     """A recipe key: its default, the sentence that `--help` prints, and for a number its range.
 
     Args:
-        before: the value that describes runs from before the key existed, whose records lack it, if not `default`.
+        before: the value that describes runs from before the key existed, whose records lack it, if not `default`; or a
+            function that tells it by the keys in the record.
     """
     metadata = {"help": meaning, "range": accepts, "before": default if before is SAME else before}
     if isinstance(default, (list, dict)):

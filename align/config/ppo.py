@@ -146,7 +146,7 @@ class PPORecipe(StageRecipe):
         None,
         "Subtract the running mean of all scores and divide by their running standard deviation, so that kl_coef does not "
         "depend on the scale of a reward model, which is arbitrary; by default, if there is a reward model.",
-        before=False,
+        before=lambda keys: False if keys.get("reward_model_path") else None,
     )
     score_clip: float | None = key(None, "Clip scores, after normalization, to [-score_clip, score_clip].", ABOVE_0)
     whiten_rewards: bool = key(False, "Scale rewards to unit variance before advantages.")

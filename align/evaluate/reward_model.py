@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
-from align.config.ensemble import places
+from align.config.ensemble import MEMBER, members, places
 from align.config.recipe import Recipe
 from align.data.encode import encode_pair
 from align.data.reasoning import set_scores_reasoning
@@ -54,10 +55,19 @@ def check_reward_models(
     """`check_reward_model` of each that `reward_model_path` lists, members of folders included.
 
     Raises:
-        UserError: as of `check_reward_model`, or the folder of an ensemble whose members have not all been trained.
+        UserError: as of `check_reward_model`, or the folder of an ensemble whose members have not all been trained, or are
+            not those that were.
     """
     for path in recipe.reward_model_path:
-        read_manifest(path)
+        ensemble = read_manifest(path)
+        there = [Path(each).name for each in members(path)]
+        if ensemble is not None and there != [Path(path).name]:
+            trained = [f"{MEMBER}{number}" for number in range(1, ensemble["recipe"].get("ensemble_size", 1) + 1)]
+            if there != trained:
+                raise UserError(
+                    f"reward_model_path: {path} holds {', '.join(there)}, and {', '.join(trained)} were trained there; restore "
+                    "what is missing, or list the folders of the members that you mean."
+                )
     return [
         check_reward_model(path, place, recipe, score_reasoning, tokenizer)
         for place, path in places("reward_model_path", recipe.reward_model_path).items()

@@ -30,6 +30,7 @@ class CollapseWatch:
             progress.eos_rate = next((rate for rate in sft_eos_rates if rate is not None), 1.0)
         self.response_length = recipe.response_length
         self.kl_target = recipe.kl_target or 0.0
+        self.entropy_bonus = " or entropy_coef" if recipe.objective == "ppo" else ""
 
     def warnings(self, update: int, metrics: Mapping[str, float]) -> dict[str, str]:
         """New warnings for the metrics of an update, which counts from 1, by kind; empty for a healthy one."""
@@ -59,6 +60,6 @@ class CollapseWatch:
         if entropy is not None and entropy < LEAST_ENTROPY:
             signs["entropy"] = (
                 f"objective/entropy is {entropy:.2g} nats per token, below {LEAST_ENTROPY:g}: the policy has collapsed onto a "
-                "few responses. Raise kl_coef or entropy_coef, or lower learning_rate."
+                f"few responses. Raise kl_coef{self.entropy_bonus}, or lower learning_rate."
             )
         return signs

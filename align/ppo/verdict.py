@@ -98,7 +98,7 @@ def warnings(
     if objective.word == "worse than":
         found["objective"] = (
             f"the objective, score - kl_coef * KL, is {objective} from the SFT model's: the policy moves away and gains less "
-            "than that costs. Lower learning_rate or kl_coef, and see value/explained_variance."
+            "than that costs. Lower learning_rate or kl_coef."
         )
     if truncated:
         found["truncated"] = (

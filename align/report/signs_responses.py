@@ -88,7 +88,7 @@ def _text(run: Run) -> Iterator[Finding]:
             "severe", "entropy collapse", "the policy has collapsed onto a few responses",
             f"objective/entropy was {entropy[0]:.3g} nats per token in the first quarter and {entropy[1]:.3g} in the last "
             f"({updates(run)}).",
-            "Raise `kl_coef` or `entropy_coef`, lower `learning_rate`.",
+            "Raise `kl_coef` (with PPO, `entropy_coef` too), lower `learning_rate`.",
         )  # fmt: skip
 
 

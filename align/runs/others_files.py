@@ -17,7 +17,7 @@ CHECKPOINT = (
     *("complete.json", "trainer_state.json", "training_args.bin", "README.md", "config.json", "random/*-of-*.json"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("adapter_config.json", "adapter_model.safetensors", "additional_chat_templates/*.jinja"),
-    *(f"{folder}/rank-*.safetensors" for folder in ("state", "policy", "value", "ema")),
+    *(f"{folder}/rank-*.safetensors" for folder in ("state", "policy", "value", "ema", "replay")),
     *(*JSON_FILES, *TEXT_FILES, *OTHER_FILES),
 )
 # What runs write into folders that their record lists as a whole; other such folders have a name that nobody else gives.

@@ -142,7 +142,8 @@ def with_defaults(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     filled = dict(values)
     for each in dataclasses.fields(cls):
         if each.name not in filled and "before" in each.metadata:
-            filled[each.name] = json.loads(json.dumps(each.metadata["before"]))
+            before = each.metadata["before"]
+            filled[each.name] = json.loads(json.dumps(before(values) if callable(before) else before))
     for name, annotation in get_type_hints(cls).items():
         if get_origin(annotation) is list and not isinstance(value := filled[name], list):
             # The key took one when the run began, and takes several now.

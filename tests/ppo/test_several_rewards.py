@@ -17,11 +17,13 @@ from align.cli.check.ppo import PPOCheck
 from align.config.ensemble import members
 from align.config.load import load_recipe
 from align.errors import UserError
+from align.evaluate.reward_model import check_reward_models
 from align.maths.advantages import normalize_then_sum
 from align.ppo.metrics import rollout_metrics
 from align.ppo.self_checks import run_checks
 from align.ppo.step import normalize_and_clip_scores
 from align.ppo.train import run
+from align.runs.files import write_json
 from align.runs.manifest import tokenizer_digest
 from align.runs.same_run import with_defaults
 from reward_models.combine import RewardSum
@@ -224,6 +226,26 @@ def test_a_list_of_one_is_the_one_and_records_of_before_hold_it(tmp_path):
     functions = recipe_of(tmp_path, reward_funcs=["m:f"])
     before = {**dataclasses.asdict(functions), "reward_model_path": None}
     assert with_defaults(type(one), before) == dataclasses.asdict(functions)
+
+
+def test_records_of_before_a_key_have_the_default_that_says_the_same(tmp_path):
+    for sources, then in (({"reward_funcs": ["m:f"]}, None), ({"reward_model_path": "rm"}, False)):
+        recipe = recipe_of(tmp_path, **sources)
+        before = dataclasses.asdict(recipe)
+        del before["normalize_scores"], before["metric_for_best_model"]
+        assert with_defaults(type(recipe), before) == {**dataclasses.asdict(recipe), "normalize_scores": then}
+    before["eval_reward_funcs"] = ["m:f"]  # by which the best checkpoint is chosen now
+    assert with_defaults(type(recipe), before)["metric_for_best_model"] == "eval/score"
+
+
+def test_an_ensemble_with_other_members_than_were_trained_is_refused(tmp_path):
+    for name in ("member_1", "member_3"):
+        (tmp_path / "rm" / name).mkdir(parents=True)
+    write_json(tmp_path / "rm" / "stage.json", manifest("reward", recipe={"ensemble_size": 3}))
+    with pytest.raises(
+        UserError, match="holds member_1, member_3, and member_1, member_2, member_3 were trained there"
+    ):
+        check_reward_models(recipe_of(tmp_path, reward_model_path=str(tmp_path / "rm")), False, None)
 
 
 def test_rewards_are_normalized_in_their_groups_before_they_are_added():

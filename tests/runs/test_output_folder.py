@@ -325,7 +325,8 @@ class TestCheckpoints:
     def test_also_into_one_that_is_damaged_or_written_in_part(self, out):
         damaged, partial = self.save(out, 1), own(out / "checkpoint-2")
         (damaged / "complete.json").write_text("{")
-        ours = {f"state__rank-0000{rank}_DOT_safetensors": "" for rank in (0, 1)} | {
+        parts = ("state", "policy", "value", "ema", "replay")
+        ours = {f"{part}__rank-0000{rank}_DOT_safetensors": "" for part in parts for rank in (0, 1)} | {
             "random__0-of-2_DOT_json": "",
             "random___DOT_0-of-2_DOT_json_DOT_align-0123456789ab": "",
             "tokenizer_DOT_json": "",
