@@ -51,6 +51,6 @@ def missing_column(
     example = ", ".join(f"{name}: ..." for name in ours)
     return UserError(
         f"{source}: no column {' and no '.join(f'`{name}`' for name in missing)}; its columns are {first_few(columns)}{more}"
-        f"{hint} Name the right {'ones' if missing[1:] else 'one'} under `columns:` (ours: theirs) in the recipe: "
-        f"`columns: {{{example}}}`."
+        f"{hint} Name the right {'ones' if missing[1:] else 'one'} under `columns:` (ours: theirs) in the recipe, as in "
+        f"`train_dataset: [{{path: FILE, columns: {{{example}}}}}]`."
     )

@@ -45,7 +45,10 @@ def ask_to_stop() -> bool:
         return False
     first, _asked_at = _asked_at is None, _asked_at or now
     if first and os.environ.get("RANK", "0") == "0":
-        say("SIGTERM: ends after this step, with a checkpoint; a second SIGTERM ends at once")
+        say(
+            "SIGTERM: ends after this step, with a checkpoint; a second SIGTERM ends at once, and so do `align run` and launchers "
+            "if the step takes longer than they wait"
+        )
     return True
 
 

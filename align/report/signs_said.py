@@ -41,6 +41,17 @@ def said_signs(run: Run) -> list[Finding]:
                 "Go back to " + "; ".join(filter(None, back)) if any(back) else "See card.md.",
             )
         )
+    card = run.results.get("card")
+    if run.stage == "reward" and isinstance(card, dict) and card.get("verdict") == "bad":
+        found.append(
+            Finding(
+                "warning",
+                "reward card",
+                "the report card's verdict on the reward model is bad",
+                f"{card.get('summary')}.",
+                "See `card/card.md` in its folder, which names for each line the stage or data to go back to.",
+            )
+        )
     return found
 
 

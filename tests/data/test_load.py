@@ -184,7 +184,9 @@ class TestRefused:
     def test_columns_of_other_names_are_all_to_be_mapped(self, tmp_path, row, form, expected):
         with pytest.raises(UserError) as caught:
             load(write_jsonl(tmp_path / "a.jsonl", [row]), form=form)
-        assert f"(ours: theirs) in the recipe: `columns: {expected}`" in str(caught.value)
+        assert f"(ours: theirs) in the recipe, as in `train_dataset: [{{path: FILE, columns: {expected}}}]`" in str(
+            caught.value
+        )
 
     def test_mapped_column_that_is_missing(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [{"question": "p", "answer": "c"}])
