@@ -131,7 +131,7 @@ def write_card(folder: Path, card: Mapping[str, Any], errors: Sequence[Mapping[s
             f"The first {len(shown)} of {len(errors)} in `{ERRORS}`: the score prefers the rejected response.",
             markdown_table(["margin", "prompt", "chosen", "rejected"], shown).rstrip(),
         ]
-    parts += ["## Limits", "\n".join(f"- {markdown_text(limit)}" for limit in LIMITS)]
+    parts += ["## Limits", "\n".join(f"- {limit}" for limit in LIMITS)]
     write_text(folder / CARD, "\n\n".join(parts) + "\n")
     write_text(folder / ERRORS, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in errors))
 

@@ -68,8 +68,9 @@ def check_responses_fit(
     limit, longest = max_positions(config), max(map(len, prompts))
     check_vocabulary((max(ids, default=0) for ids in prompts), config)
     if limit is not None and longest + response_length > limit:
+        room = limit - response_length
         raise UserError(
             f"response_length: the longest prompt has {longest} tokens, which leaves {max(0, limit - longest)} "
-            f"of the {limit} that the model reads, got {response_length}; lower it, or "
-            f"{remedy.format(room=max(limit - response_length, 1))}."
+            f"of the {limit} that the model reads, got {response_length}; lower it"
+            + (f", or {remedy.format(room=room)}." if room > 0 else ".")
         )

@@ -406,8 +406,10 @@ class TestLimits:
         numbers = {"eval_accuracy": 0.6, "eval_accuracy_low": 0.51, "eval_accuracy_high": 0.69}
         assert beats_chance(scores, numbers).passed
         assert "1 of 2" in beats_chance(scores, numbers).found
-        for accuracy, low, stops in ((0.5, 0.4, True), (0.55, 0.5, False)):
-            check = beats_chance(scores, {**numbers, "eval_accuracy": accuracy, "eval_accuracy_low": low})
+        few = (0.5, 0.2, 0.8, False)  # pairs, which rule out nothing
+        for accuracy, low, high, stops in ((0.5, 0.45, 0.55, True), (0.55, 0.5, 0.6, False), few):
+            interval = {"eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high}
+            check = beats_chance(scores, {**numbers, **interval})
             assert (check.passed, check.required) == (False, stops)
         assert (beats_chance(scores, {}).passed, beats_chance(scores, {}).required) == (False, False)
         assert beats_chance(torch.tensor([2.0, 1.0]), {}).passed
