@@ -38,7 +38,7 @@ def costs_table(groups: Sequence[Group]) -> Table:
                 f"{speed:,.0f}" if speed else "",
                 ", ".join(memory) or "not recorded",
             ])  # fmt: skip
-    columns = ["run", "stage", "time", "steps", "tokens", "tokens per second", "most memory, by phase"]
+    columns = ["run", "stage", "first to last metrics", "steps", "tokens", "tokens per second", "most memory, by phase"]
     return Table("Time, tokens and memory by stage", columns, rows)
 
 

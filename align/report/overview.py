@@ -46,7 +46,9 @@ def stages_table(pipelines: Sequence[Pipeline]) -> Table:
                 cell(run.recipe.get("seed")),
                 duration(seconds) if seconds is not None else "",
             ])  # fmt: skip
-    return Table("Runs in their order", ["run", "stage", "state", "starts from", "rows", "seed", "time"], rows)
+    return Table(
+        "Runs in their order", ["run", "stage", "state", "starts from", "rows", "seed", "first to last metrics"], rows
+    )
 
 
 def name_of(pipeline: Pipeline, run: Run, several: bool) -> str:
