@@ -122,6 +122,15 @@ def test_a_score_beyond_what_the_reward_model_gave_to_its_pairs(tmp_path):
     assert "the highest that the reward model gave to its held-out pairs" in told["reward model out of its data"]
 
 
+def test_a_bad_report_card_of_a_reward_stage_is_told(tmp_path):
+    run = make_run("quickstart_2_reward", tmp_path / "run")
+    record = json.loads((run / "stage.json").read_text())
+    for verdict, told in (("good", []), ("bad", ["bad: words alone."])):
+        record["results"]["card"] = {"verdict": verdict, "summary": f"{verdict}: words alone", "lines": {}}
+        (run / "stage.json").write_text(json.dumps(record))
+        assert [each.evidence for each in diagnose(read_run(run))] == told
+
+
 def test_a_run_that_died_before_its_first_line(tmp_path, capsys):
     run = make_run("quickstart_3_ppo", tmp_path / "run")
     (run / "stage.json").rename(run / "run.json")
