@@ -29,12 +29,12 @@ def run(directory: str) -> int:
         for each in runs:
             found = diagnose(each, runs)
             counts = [sum(finding.severity == kind for finding in found) for kind in ("severe", "warning")]
-            told = f"{counts[0]} severe, {counts[1]} warning" + "s" * (counts[1] != 1)
+            counts_text = f"{counts[0]} severe, {counts[1]} warning" + "s" * (counts[1] != 1)
             if not found:
-                told = f"nothing found in {counted(len(each.lines), 'line')} of metrics"
+                counts_text = f"nothing found in {counted(len(each.lines), 'line')} of metrics"
             if each.stage in EVALUATIONS:
-                told = _of_evaluation(each) + f"; {told}" * bool(found)
-            say(f"{each.folder} ({each.stage}, {state(each)}): {told}", sys.stdout)
+                counts_text = _of_evaluation(each) + f"; {counts_text}" * bool(found)
+            say(f"{each.folder} ({each.stage}, {state(each)}): {counts_text}", sys.stdout)
             for line in each.verdict:
                 say(f"  verdict: {line}", sys.stdout)
             for finding in found:

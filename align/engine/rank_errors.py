@@ -142,9 +142,9 @@ def reported() -> Iterator[None]:
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1 or (isinstance(error, SystemExit) and error.code == TERMINATED):
             raise  # of `align.engine.stopping`: all ranks have ended
-        told: BaseException = error
+        reported_error: BaseException = error
         if not isinstance(error, UserError) and LOST.search(str(error)):
-            told = UserError(
+            reported_error = UserError(
                 f"lost the connection to another process of this run, which was killed or whose machine failed ({error}). "
                 "The same command continues from the last checkpoint."
             )
@@ -153,15 +153,17 @@ def reported() -> Iterator[None]:
             if _watch is None:  # this rank fails before it has met the others
                 watch(int(os.environ["RANK"]), size, patience=UNTIL_SEEN)
             assert _watch is not None
-            user = isinstance(told, UserError)
-            first = _watch.report(str(told) if user else f"{type(told).__name__}: {told}", 2 if user else 1)
-            told.reported = True  # type: ignore[attr-defined]
+            user = isinstance(reported_error, UserError)
+            first = _watch.report(
+                str(reported_error) if user else f"{type(reported_error).__name__}: {reported_error}", 2 if user else 1
+            )
+            reported_error.reported = True  # type: ignore[attr-defined]
         stop_watching()
         if first is not None:
             raise OtherRankFailed(first) from error
-        if told is error:
+        if reported_error is error:
             raise
-        raise told from error
+        raise reported_error from error
 
 
 def give_up(message: str) -> NoReturn:
@@ -179,8 +181,8 @@ def give_up(message: str) -> NoReturn:
 def end_process(first: dict[str, Any]) -> NoReturn:
     """End this process, wherever its main thread is. Where nobody saw the report of the failed rank, repeat it."""
     if first["host"] != socket.gethostname() and os.environ.get("LOCAL_RANK", "0") == "0":
-        told = " ".join(str(first["message"]).split())
-        say(f"error: rank {first['rank']} on {first['host']}: {told}")
+        message = " ".join(str(first["message"]).split())
+        say(f"error: rank {first['rank']} on {first['host']}: {message}")
     if sys.stderr.isatty():
         sys.stderr.write("\x1b[?25h")  # the cursor, which a progress bar hides
         sys.stderr.flush()

@@ -89,7 +89,10 @@ def save_checkpoint(run: PPORun, step: int) -> None:
     with during("checkpoint", folder):
         for name, saveable in saved.items():
             if saveable is not None:
-                sums |= {f"{name}/{file}": told for file, told in saveable.save_checkpoint(folder / name).items()}
+                sums |= {
+                    f"{name}/{file}": size_and_sum
+                    for file, size_and_sum in saveable.save_checkpoint(folder / name).items()
+                }
         state = {"step": step, "progress": asdict(run.progress), "layout": layout(recipe, world.size)}
         mark_complete(folder, state, recipe.save_total_limit, world, sums)
 
@@ -110,11 +113,13 @@ def load_checkpoint(run: PPORun, checkpoint: Path, held_out: int) -> None:
         run.ema.load_checkpoint(checkpoint / "ema")
     if run.replay is not None:
         run.replay.load_checkpoint(checkpoint / "replay")
-    told = read_state(checkpoint).get("progress")
-    run.progress = read_progress(told, f"{checkpoint / COMPLETE}: progress", best_metric(run.recipe), held_out)
+    saved_progress = read_state(checkpoint).get("progress")
+    run.progress = read_progress(
+        saved_progress, f"{checkpoint / COMPLETE}: progress", best_metric(run.recipe), held_out
+    )
 
 
-def read_progress(told: Any, where: str, metric: str, held_out: int) -> Progress:
+def read_progress(state: Any, where: str, metric: str, held_out: int) -> Progress:
     """Progress from what a checkpoint says of it.
 
     Args:
@@ -124,21 +129,21 @@ def read_progress(told: Any, where: str, metric: str, held_out: int) -> Progress
     Raises:
         BadFile: it is damaged.
     """
-    check_record(told, progress_record(metric, held_out), where)
-    moments = told["score_moments"]
+    check_record(state, progress_record(metric, held_out), where)
+    moments = state["score_moments"]
     check_record(moments, MOMENTS, f"{where}.score_moments")
-    gap = told.get("sampler_gap")
+    gap = state.get("sampler_gap")
     return Progress(
-        kl_coef=told["kl_coef"],
+        kl_coef=state["kl_coef"],
         score_moments=RunningMoments(**{name: moments[name] for name in MOMENTS.required}),
-        best=None if told["best"] is None else _numbers(told["best"]),
-        best_worth=[math.nan if each is None else each for each in told.get("best_worth", [])],
-        falls=told.get("falls", 0),
-        history=[_numbers(each) for each in told.get("history", [])],
+        best=None if state["best"] is None else _numbers(state["best"]),
+        best_worth=[math.nan if each is None else each for each in state.get("best_worth", [])],
+        falls=state.get("falls", 0),
+        history=[_numbers(each) for each in state.get("history", [])],
         sampler_gap=math.inf if gap is None else gap,  # infinite before the first comparison, which JSON cannot hold
-        eos_rate=told.get("eos_rate"),
-        warned=told.get("warned", []),
-        inherited=told.get("inherited", []),
+        eos_rate=state.get("eos_rate"),
+        warned=state.get("warned", []),
+        inherited=state.get("inherited", []),
     )
 
 

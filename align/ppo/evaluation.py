@@ -111,7 +111,7 @@ class Evaluation:
         }
         self.changes = {}
         for name, values in model.worth.items():
-            told = name.removeprefix("eval/")
+            metric = name.removeprefix("eval/")
             both = [(a, b) for a, b in zip(values, before.worth[name], strict=True) if not math.isnan(a + b)]
             metrics.setdefault(name, mean(values))
             if not both:  # a function that applies to no row
@@ -122,9 +122,9 @@ class Evaluation:
                 metrics |= {"eval/win_rate_low": won["low"], "eval/win_rate_high": won["high"]}
             self.changes[name] = each = change(values, before.worth[name], self.texts)
             metrics |= {
-                f"eval/change/{told}": each.mean,
-                f"eval/change_low/{told}": each.low,
-                f"eval/change_high/{told}": each.high,
+                f"eval/change/{metric}": each.mean,
+                f"eval/change_low/{metric}": each.low,
+                f"eval/change_high/{metric}": each.high,
             }
         return metrics
 

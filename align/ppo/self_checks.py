@@ -258,5 +258,5 @@ def check_reward_model(
     if "eval_accuracy" in manifest["results"]:
         accuracy = manifest["results"]["eval_accuracy"]
         metrics["self_check/reward_accuracy"] = min(accuracy, metrics.get("self_check/reward_accuracy", 1.0))
-    told = manifest["results"]
-    return [matches_manifest(path, scores, manifest, bf16), beats_chance(scores, told), *below_ceiling(told)]
+    results = manifest["results"]
+    return [matches_manifest(path, scores, manifest, bf16), beats_chance(scores, results), *below_ceiling(results)]

@@ -86,7 +86,7 @@ def warnings(
         if each.word == "worse than" and score.mean > 0:
             found[metric] = (
                 f"{label(metric)} is {each} from the SFT model's while the score rose by {score.mean:.3g}: the reward is "
-                "exploited. Read samples.jsonl, raise kl_coef, or mend the reward."
+                "exploited. Read samples.jsonl, raise kl_coef, or fix the reward."
             )
     before, after = lengths
     if correlation > MOST_CORRELATION and after > MOST_GROWTH * before and score.mean > 0:

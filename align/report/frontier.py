@@ -81,8 +81,8 @@ def _law(curve: Curve) -> tuple[Curve, str] | None:
     last = max(d for d, _ in points)
     drawn = [(last * step / 40, start + rl_gain(last * step / 40, *fit)) for step in range(41)]
     peak = rl_peak(*fit)
-    told = f"its peak is at √KL {peak[0]:.3g}, with a gain of {peak[1]:.3g}" if peak else "it has no peak"
-    words = f"Fit of d (a - b ln d) to {curve.name}: a = {fit[0]:.3g}, b = {fit[1]:.3g}; {told}."
+    peak_text = f"its peak is at √KL {peak[0]:.3g}, with a gain of {peak[1]:.3g}" if peak else "it has no peak"
+    words = f"Fit of d (a - b ln d) to {curve.name}: a = {fit[0]:.3g}, b = {fit[1]:.3g}; {peak_text}."
     return Curve(f"fit of {curve.name}", drawn, curve.colour, 2), words
 
 

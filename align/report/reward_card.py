@@ -80,8 +80,8 @@ def _leaves(value: Any, name: str, depth: int = 0) -> Iterator[list[object]]:
     """Rows of name, value with interval, and n, of whatever a card has under a name."""
     if isinstance(value, dict) and is_number(value.get("value")):
         ends = value.get("low"), value.get("high")
-        told = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if all(map(is_number, ends)) else ""
-        yield [name, f"{value['value']:.4g}{told}", f"{value['n']}" if is_number(value.get("n")) else ""]
+        interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if all(map(is_number, ends)) else ""
+        yield [name, f"{value['value']:.4g}{interval}", f"{value['n']}" if is_number(value.get("n")) else ""]
     elif isinstance(value, dict) and depth < MOST_DEPTH:
         label = next((value[key] for key in ("slice", "benchmark") if isinstance(value.get(key), str)), None)
         for key, item in value.items():

@@ -51,8 +51,8 @@ def _scores(run: Run) -> Iterator[Finding]:
             "Check the reward and what it is given: `align judge-reward`, and `samples.jsonl` for the responses.",
         )  # fmt: skip
         return
-    told = f"objective/score was {first:.4g} in the first quarter and {last:.4g} in the last, standard error of the difference "
-    told += f"{_noise(run):.2g} ({updates(run)})."
+    evidence = f"objective/score was {first:.4g} in the first quarter and {last:.4g} in the last, standard error of the difference "
+    evidence += f"{_noise(run):.2g} ({updates(run)})."
     enough = len(run.series("objective/score")) >= FEWEST_UPDATES
     moved, kl = late(run, "policy/approx_kl"), late(run, "objective/kl")
     if enough and moved is not None and moved < LEAST_CHANGE and kl is not None and abs(kl) < 0.05:
@@ -60,12 +60,12 @@ def _scores(run: Run) -> Iterator[Finding]:
         yield Finding(
             "warning", "learning rate too low", "the policy does not change",
             f"policy/approx_kl has a median of {moved:.2g} in the second half, objective/kl of {kl:.2g} nats; the highest "
-            f"learning rate is {rate:.2g}. {told}",
+            f"learning rate is {rate:.2g}. {evidence}",
             "Raise `learning_rate` by ten, or train with more `num_ppo_epochs`; see that `method` trains what it should.",
         )  # fmt: skip
     elif last - first < -3 * _noise(run):
         yield Finding(
-            "severe", "falling scores", "the score falls", told,
+            "severe", "falling scores", "the score falls", evidence,
             "Lower `learning_rate`; if objective/kl is small, lower `kl_coef`, which pulls back to the SFT model.",
         )  # fmt: skip
     elif enough and last - first < 2 * _noise(run):
@@ -74,7 +74,7 @@ def _scores(run: Run) -> Iterator[Finding]:
         strong = penalty > STRONG_PENALTY * unit
         more = f" kl_coef is {penalty:.3g} per nat, where the scores' spread is {unit:.3g}." if strong else ""
         yield Finding(
-            "warning", "flat scores", "the score does not rise", told + more,
+            "warning", "flat scores", "the score does not rise", evidence + more,
             "Lower `kl_coef`, or set `normalize_scores` or `kl_target`, which do not depend on the reward's scale."
             if strong
             else "Raise `learning_rate`, lower `kl_coef`, and judge the reward (`align judge-reward`): its scores may not vary "

@@ -93,7 +93,7 @@ def _text(run: Run) -> Iterator[Finding]:
 
 
 def _out_of_data(run: Run, reward_model: Run | None) -> Iterator[Finding]:
-    told = list(_truth_falls(run))
+    evidence = list(_truth_falls(run))
     score = part(run.series("objective/score"), -1) if run.series("objective/score") else []
     enough = len(run.series("objective/score")) >= FEWEST_UPDATES
     if reward_model is not None and score and enough:
@@ -102,17 +102,17 @@ def _out_of_data(run: Run, reward_model: Run | None) -> Iterator[Finding]:
         if highest is not None and not run.recipe.get("reward_funcs") and not weights:
             mean = statistics.fmean(score)
             if mean > highest - zero:
-                told.append(
+                evidence.append(
                     f"objective/score is {mean:.3g} in the last quarter, above {highest - zero:.3g}, the highest that "
                     "the reward model gave to its held-out pairs"
                 )
     cut, episodes = run.last("objective/truncated"), run.last("episode")
     if cut and episodes and cut > 0.01 * episodes and enough:
-        told.append(f"{cut:.0f} of {episodes:.0f} responses were truncated for the reward model")
-    if told:
+        evidence.append(f"{cut:.0f} of {episodes:.0f} responses were truncated for the reward model")
+    if evidence:
         yield Finding(
             "severe", "reward model out of its data", "the reward is exploited, or judges what it was not trained on",
-            "; ".join(told) + f" ({updates(run)}).",
+            "; ".join(evidence) + f" ({updates(run)}).",
             "Use the checkpoint before the turn, raise `kl_coef`, set `kl_target` or `max_kl`; collect pairs of this policy's responses "
             "and train the reward on them.",
         )  # fmt: skip

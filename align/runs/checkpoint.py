@@ -177,8 +177,8 @@ def cut_records(checkpoint: Path) -> None:
 
 def _records(checkpoint: Path) -> dict[str, list[int]]:
     """Size and CRC-32 of the records at a checkpoint, whatever else its `complete.json` names."""
-    told = read_state(checkpoint)["records"]
-    return {name: told[name] for name in (METRICS, SAMPLES) if isinstance(told.get(name), list)}
+    records = read_state(checkpoint)["records"]
+    return {name: records[name] for name in (METRICS, SAMPLES) if isinstance(records.get(name), list)}
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -90,10 +90,10 @@ def is_alive(owner: dict[str, Any], reliable: bool) -> bool:
 
 def heartbeat_period(owner: dict[str, Any]) -> float:
     """Seconds between the heartbeats of a run on another machine; 0 if it has none."""
-    told = owner.get("heartbeat")
-    if is_here(owner) or not isinstance(told, int | float) or not 0 < told <= 60:
+    period = owner.get("heartbeat")
+    if is_here(owner) or not isinstance(period, int | float) or not 0 < period <= 60:
         return 0.0
-    return told
+    return period
 
 
 def in_words(owner: dict[str, Any]) -> str:

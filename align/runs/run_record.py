@@ -65,8 +65,8 @@ def identity(recipe: Recipe, known: Mapping[str, list[Any]] | None = None) -> di
         inputs = input_fingerprints(recipe, models, sums)
         for place, path in models.items():
             if manifest := read_manifest(path):
-                told = {name: value for name, value in manifest.items() if name not in ("sums", "files")}
-                inputs.setdefault(place, {})["manifest"] = digest(told)  # without what no result depends on
+                content = {name: value for name, value in manifest.items() if name not in ("sums", "files")}
+                inputs.setdefault(place, {})["manifest"] = digest(content)  # without what no result depends on
     found = {"stage": stage, "recipe": plain, "inputs": inputs}
     return {"schema_version": SCHEMA_VERSION, **found, "fingerprint": fingerprint_of(found), "sums": sums.known}
 
@@ -105,9 +105,11 @@ def required_run(recipe: StageRecipe) -> dict[str, Any] | None:
     found = identity(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
         mine = [*checkpoints, METRICS, SAMPLES, "untrained", *_best_files(folder)]
-        told = [{"at": checkpoints[-1] if checkpoints else "the beginning", "changes": [f"{RUN} was lost or damaged"]}]
+        accepted = [
+            {"at": checkpoints[-1] if checkpoints else "the beginning", "changes": [f"{RUN} was lost or damaged"]}
+        ]
         files = [name for name in mine if os.path.lexists(folder / name)]
-        write_json(folder / RUN, {**found, "accepted": told, "files": files})
+        write_json(folder / RUN, {**found, "accepted": accepted, "files": files})
     return found
 
 

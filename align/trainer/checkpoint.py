@@ -107,7 +107,7 @@ class SafeCheckpoints(Trainer):
         if self.is_deepspeed_enabled:
             note["counters"] = counters(self.model_wrapped)
         sums = save_state(Path(output_dir) / STATE, self.model, self._optimizer(), self.world(), note)
-        self._sums = {f"{STATE}/{name}": told for name, told in sums.items()}
+        self._sums = {f"{STATE}/{name}": size_and_sum for name, size_and_sum in sums.items()}
 
     def _save_rng_state(self, output_dir: str) -> None:
         path = self._generators_file(output_dir)

@@ -66,9 +66,9 @@ class Found:
         try:
             yield
         except Exception as error:
-            told = isinstance(error, UserError)
-            self.stages[name] = REFUSED if told and refused else FAILED
-            self.notes[name] = str(error) if told else reason(error)
+            is_user_error = isinstance(error, UserError)
+            self.stages[name] = REFUSED if is_user_error and refused else FAILED
+            self.notes[name] = str(error) if is_user_error else reason(error)
 
 
 def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Found:
