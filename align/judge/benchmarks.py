@@ -1,4 +1,4 @@
-"""Files of RewardBench 1 and 2, RM-Bench and JudgeBench in their published form: found, checked and scored."""
+"""Read, check and score files of RewardBench 1 and 2, RM-Bench and JudgeBench in their published format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ REWARD_BENCH, REWARD_BENCH_2, RM_BENCH, JUDGE_BENCH = "RewardBench", "RewardBenc
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One file: its kind and its raw rows with their places."""
+    """One benchmark file.
+
+    Attributes:
+        kind: name of the benchmark.
+        rows: place (file and line) and raw columns of each row.
+    """
 
     kind: str
     rows: list[tuple[str, Mapping[str, Any]]]
@@ -41,14 +46,15 @@ class Benchmark:
         return sum(len(side) for _, row in self.rows for side in self.sides(row))
 
 
-def detect(source: str, columns: Sequence[str]) -> str:
-    """Which benchmark a file is, by its columns and the form of `chosen`.
+def detect_benchmark(source: str, columns: Sequence[str]) -> str:
+    """The name of the benchmark that has these columns.
 
     Args:
+        source: path or hub id, for errors.
         columns: names; those that hold lists end in `[]`.
 
     Raises:
-        UserError: none of them.
+        UserError: no supported benchmark has these columns.
     """
     known = set(columns)
     if {"question", "response_A", "response_B", "label"} <= known:
@@ -70,21 +76,23 @@ def read_benchmark(source: str, raw: Sequence[tuple[str, Any]]) -> Benchmark:
     """A benchmark from raw rows.
 
     Raises:
-        UserError: no benchmark, or a row lacks something.
+        UserError: the columns are those of no supported benchmark, or a row is incomplete.
     """
     if not raw:
         raise UserError(f"benchmarks: {source}: expected rows, found none; name a file that holds data.")
     for where, row in raw:
         if not isinstance(row, Mapping):
             raise UserError(f"benchmarks: {where}: expected a mapping of columns; download the file again.")
-    kind = detect(source, [f"{name}[]" if isinstance(value, list) else str(name) for name, value in raw[0][1].items()])
+    kind = detect_benchmark(
+        source, [f"{name}[]" if isinstance(value, list) else str(name) for name, value in raw[0][1].items()]
+    )
     for where, row in raw:
-        if problem := _problem(kind, row):
+        if problem := _row_problem(kind, row):
             raise UserError(f"benchmarks: {where}: {problem} in a row of {kind}; download the file again.")
     return Benchmark(kind, list(raw))
 
 
-def _problem(kind: str, row: Mapping[str, Any]) -> str | None:
+def _row_problem(kind: str, row: Mapping[str, Any]) -> str | None:
     """What is wrong with a row; None if nothing is."""
     if kind == JUDGE_BENCH:
         texts = all(isinstance(row.get(name), str) for name in ("question", "response_A", "response_B"))
@@ -118,10 +126,10 @@ def _problem(kind: str, row: Mapping[str, Any]) -> str | None:
 
 
 def score_benchmark(benchmark: Benchmark, scorer: Scorer, chat: bool) -> dict[str, Any]:
-    """The benchmark's name, number of rows, overall score and its parts.
+    """Score a benchmark: its name, number of rows, overall score and the scores of its parts.
 
     Args:
-        chat: whether prompts become user messages, for a model with a chat template; otherwise they stay text.
+        chat: whether prompts are passed as user messages, for a model with a chat template, or as text.
     """
     judge = benchmark.kind == JUDGE_BENCH
     rows: list[Preference] = []

@@ -1,4 +1,4 @@
-"""The report card as files: `card.md` with its charts for people, `confident_errors.jsonl` for reading, and terminal tables."""
+"""The report card as files (`card.md` with charts, `confident_errors.jsonl`) and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.evaluate.results import Table
-from align.judge.verdicts import LIMITS, number, overall, summary
+from align.judge.verdicts import LIMITS, format_value, overall, summary
 from align.runs.charts import draw, draw_bars
 from align.runs.files import write_text
 from align.runs.markdown import markdown_text
@@ -19,8 +19,8 @@ FILES = (CARD, ERRORS, RELIABILITY, MARGINS)
 SHOWN_ERRORS, SHOWN_CHARACTERS = 5, 300
 
 
-def brief(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage's manifest keeps of a card: the verdict, in a line and by line."""
+def manifest_entry(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a card that a stage's manifest keeps: overall verdict, summary, and the verdict of each line."""
     verdicts = card["verdicts"]
     return {
         "verdict": overall(verdicts),
@@ -30,7 +30,7 @@ def brief(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict_table(card: Mapping[str, Any]) -> Table:
-    """The verdicts."""
+    """The verdicts as a table."""
     rows = [
         [each["line"], each["verdict"], each["measured"], each["reason"], each["go_back_to"]]
         for each in card["verdicts"]
@@ -39,13 +39,16 @@ def verdict_table(card: Mapping[str, Any]) -> Table:
 
 
 def tables(card: Mapping[str, Any]) -> list[Table]:
-    """Everything measured, with n and interval."""
+    """All measurements as tables, with n and 95% interval."""
     found = [verdict_table(card), Table("On the pairs", ["measure", "value"], _metrics(card))]
     found += [
         Table(
             f"Accuracy by {column}",
             [column, "accuracy", "less the rest"],
-            [[each["slice"], number(each["accuracy"]), number(each["less_the_rest"], "+")] for each in values],
+            [
+                [each["slice"], format_value(each["accuracy"]), format_value(each["less_the_rest"], "+")]
+                for each in values
+            ],
         )
         for column, values in card.get("slices", {}).items()
     ]
@@ -59,7 +62,7 @@ def tables(card: Mapping[str, Any]) -> list[Table]:
 def _metrics(card: Mapping[str, Any]) -> list[list[str]]:
     metrics, length = card.get("metrics", {}), card.get("length", {})
     rows = [
-        [title, number(metrics[name])]
+        [title, format_value(metrics[name])]
         for name, title in (
             ("accuracy", "accuracy, pairs that are no ties"),
             ("nll", "NLL, nats per pair"),
@@ -76,8 +79,8 @@ def _metrics(card: Mapping[str, Any]) -> list[list[str]]:
     ]
     for name, each in card.get("baselines", {}).items():
         fitted = f", fitted on {each['fitted_on']}" if "fitted_on" in each else ""
-        rows.append([f"accuracy of {name}{fitted}", number(each["accuracy"])])
-        rows.append([f"the reward less {name}", number(each["difference"], "+")])
+        rows.append([f"accuracy of {name}{fitted}", format_value(each["accuracy"])])
+        rows.append([f"the reward less {name}", format_value(each["difference"], "+")])
     titles = {
         "score_with_length": "Spearman of score with characters, over responses",
         "within_pairs": "Spearman of margin with difference of characters, within pairs",
@@ -85,22 +88,23 @@ def _metrics(card: Mapping[str, Any]) -> list[list[str]]:
         "accuracy_shorter_won": "accuracy where the shorter response is better",
         "length_controlled_accuracy": "length-controlled accuracy",
     }
-    rows += [[title, number(length[name])] for name, title in titles.items() if name in length]
+    rows += [[title, format_value(length[name])] for name, title in titles.items() if name in length]
     if agreement := card.get("agreement"):
         rows += [
-            ["share ordered as by the second reward", number(agreement["agree"])],
-            ["Spearman of the two margins", number(agreement["rank_correlation"])],
-            ["both wrong", number(agreement["both_wrong"])],
-            ["right where they differ", number(agreement["right_where_they_differ"])],
+            ["share ordered as by the second reward", format_value(agreement["agree"])],
+            ["Spearman of the two margins", format_value(agreement["rank_correlation"])],
+            ["both wrong", format_value(agreement["both_wrong"])],
+            ["right where they differ", format_value(agreement["right_where_they_differ"])],
         ]
     return rows
 
 
 def write_card(folder: Path, card: Mapping[str, Any], errors: Sequence[Mapping[str, Any]], of: str) -> None:
-    """Write the files into a folder that is the run's own.
+    """Write the card's files into a folder of the run.
 
     Args:
-        of: what the card is of, in words.
+        errors: from `align.judge.measure.confident_errors`.
+        of: name of the reward, for the title.
     """
     charts = []
     if bins := card.get("metrics", {}).get("reliability"):

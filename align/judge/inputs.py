@@ -47,12 +47,15 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class JudgeInputs:
-    """Everything that a card is made from.
+    """The inputs of a card.
 
     Attributes:
-        rewards: the one that is judged, and the second one if there is one.
-        training, pairs: of the reward; both may be empty.
-        report: of the pairs, from `align.data.load`.
+        rewards: the reward to judge, and the second reward if the recipe names one.
+        policy: the model to sample from, if any.
+        training: pairs that the reward was trained on; may be empty.
+        pairs: pairs to judge it on; may be empty.
+        samples: several responses to each prompt, from `samples_dataset`; may be empty.
+        report: the report on the pairs from `align.data.load`.
     """
 
     rewards: list[RewardModel | RewardSum]
@@ -127,7 +130,7 @@ def _policy(recipe: JudgeRewardRecipe, path: str) -> Policy:
 def _encodable(
     rows: Sequence[Preference], rewards: Sequence[RewardModel | RewardSum], on_bad_row: str
 ) -> tuple[list[Preference], dict[str, Any]]:
-    """The rows that every reward model can read, and the bad ones by reason."""
+    """The rows that every reward model can tokenize, and the bad rows by reason."""
     bad = BadRows()
     usable = []
     for row in rows:
@@ -149,13 +152,13 @@ def _encodable(
 def load_scorer(
     reward: RewardModel | RewardSum, recipe: JudgeRewardRecipe, world: World, on_pass: Callable[[int], None]
 ) -> Scorer:
-    """A reward that is ready to score, its model in the memory of every process.
+    """Load a reward; every process holds the whole model.
 
     Args:
         on_pass: called after each batch with its number of responses.
 
     Raises:
-        UserError: weights do not fit, or are not finite.
+        UserError: the weights do not match the configuration, or are not finite.
     """
     if isinstance(reward, RewardSum):
         return FunctionScorer(reward, world, recipe.score_reasoning, recipe.per_device_eval_batch_size, on_pass)

@@ -3,9 +3,9 @@
     align judge-reward recipes/mine/3_judge.yaml
     deepspeed --num_gpus 8 --module align judge-reward recipes/mine/3_judge.yaml
 
-Preference pairs that the reward has not seen are scored, and what that shows is measured with an interval over prompts and
-judged, line by line: good, doubtful, bad. Benchmarks and the spread of scores among samples of one prompt are measured where
-the recipe names them. Each process holds the whole model and scores its share. A run that was killed starts over.
+Scores preference pairs that the reward was not trained on, computes metrics with intervals over prompts, and gives each a
+verdict: good, doubtful or bad. Benchmarks and the spread of scores among samples of one prompt are measured if the recipe
+names them. Each process holds the whole model and scores its share. A killed run starts over.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from align.engine.faults import during
 from align.judge.agreement import agreement
 from align.judge.benchmarks import score_benchmark
 from align.judge.card import FILES, tables, verdict_table, write_card
+from align.judge.display import PartsDisplay
 from align.judge.inputs import JudgeInputs, Policy, load_scorer, prepare_inputs
 from align.judge.measure import confident_errors, measure_pairs
-from align.judge.probes import most_probed
+from align.judge.probes import max_probe_responses
 from align.judge.results import finished
-from align.judge.rows import ModelScorer, Scored, Scorer
-from align.judge.slices import FEWEST_PAIRS
+from align.judge.rows import ModelScorer, ScoredPairs, Scorer
+from align.judge.slices import MIN_SLICE_PAIRS
 from align.judge.spread import Sampling, rows_of_file, sampled_rows, spread
 from align.judge.verdicts import judge, overall, summary
-from align.judge.work import Work
 from align.models.context_length import max_positions
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import write_json
@@ -59,13 +59,13 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
         share(folder)
     with_samples = bool(inputs.policy or inputs.samples)
     parts = bool(inputs.pairs) * len(inputs.rewards) + with_samples + bool(inputs.policy) + len(inputs.benchmarks)
-    work = Work(world, parts)
-    scorer = load_scorer(inputs.rewards[0], recipe, world, work.add)
+    display = PartsDisplay(world, parts)
+    scorer = load_scorer(inputs.rewards[0], recipe, world, display.add)
     card: dict[str, Any] = {}
     errors: list[dict[str, Any]] = []
     if inputs.pairs:
-        work.start("pairs and probes", 2 * len(inputs.pairs) + most_probed(inputs.pairs))
-        scored = Scored.by(scorer, inputs.pairs)
+        display.start("pairs and probes", 2 * len(inputs.pairs) + max_probe_responses(inputs.pairs))
+        scored = ScoredPairs.from_scorer(scorer, inputs.pairs)
         card |= measure_pairs(
             scored,
             scorer,
@@ -76,17 +76,17 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
         )
         errors = confident_errors(scored)
         if inputs.rewards[1:]:
-            work.start("second reward", 2 * len(inputs.pairs))
-            second = Scored.by(load_scorer(inputs.rewards[1], recipe, world, work.add), inputs.pairs)
+            display.start("second reward", 2 * len(inputs.pairs))
+            second = ScoredPairs.from_scorer(load_scorer(inputs.rewards[1], recipe, world, display.add), inputs.pairs)
             card["agreement"] = agreement(scored, second, recipe.bootstrap_iters, recipe.seed)
     if with_samples:
-        card["spread"] = measure_spread(recipe, inputs, scorer, work)
+        card["spread"] = measure_spread(recipe, inputs, scorer, display)
     chat = isinstance(scorer, ModelScorer) and not scorer.is_encoder and bool(scorer.tokenizer.chat_template)
     card["benchmarks"] = []
     for each in inputs.benchmarks:
-        work.start(each.kind, each.responses)
+        display.start(each.kind, each.responses)
         card["benchmarks"].append(score_benchmark(each, scorer, chat))
-    work.stop()
+    display.stop()
     card["notes"] = notes(scorer, inputs, [name for name in recipe.slice_by if name not in card.get("slices", {})])
     card["verdicts"] = judge(card)
     result = None
@@ -113,18 +113,22 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
     return result
 
 
-def measure_spread(recipe: JudgeRewardRecipe, inputs: JudgeInputs, scorer: Scorer, work: Work) -> dict[str, Any]:
-    """The spread of scores among the samples of the file, or of the policy."""
-    rows = rows_of_file(inputs.samples) if inputs.policy is None else sample(recipe, inputs.policy, inputs, work)
-    work.start("scores of samples", len(rows))
+def measure_spread(
+    recipe: JudgeRewardRecipe, inputs: JudgeInputs, scorer: Scorer, display: PartsDisplay
+) -> dict[str, Any]:
+    """The spread of scores among samples of one prompt, from `samples_dataset` or sampled from the policy."""
+    rows = (
+        rows_of_file(inputs.samples) if inputs.policy is None else sample_policy(recipe, inputs.policy, inputs, display)
+    )
+    display.start("scores of samples", len(rows))
     return spread(rows, scorer.score(rows, [row.chosen for row in rows]), recipe.bootstrap_iters, recipe.seed)
 
 
-def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, work: Work) -> list[Any]:
-    """Responses of the policy to some of the judged prompts."""
+def sample_policy(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, display: PartsDisplay) -> list[Any]:
+    """Responses of the policy to `num_prompts` of the pairs' prompts."""
     prompts = list({render_text(row.prompt): Prompt(row.prompt, row.where, row.extra) for row in inputs.pairs}.values())
     drawn = random.Random(f"{recipe.seed} prompts").sample(prompts, min(recipe.num_prompts, len(prompts)))
-    work.start("samples of the policy", len(drawn) * recipe.num_generations)
+    display.start("samples of the policy", len(drawn) * recipe.num_generations)
     model = load_language_model(
         policy.path,
         dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
@@ -133,9 +137,9 @@ def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, work:
     )
     limits = [policy.tokenizer.model_max_length, max_positions(policy.config) or policy.tokenizer.model_max_length]
     return sampled_rows(
-        model.to(work.world.device).eval(),
+        model.to(display.world.device).eval(),
         policy.tokenizer,
-        work.world,
+        display.world,
         drawn,
         int(min(limits)) - recipe.response_length,
         Sampling(
@@ -145,22 +149,22 @@ def sample(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, work:
             recipe.per_device_eval_batch_size,
             recipe.seed,
         ),
-        work.add,
+        display.add,
     )
 
 
 def notes(scorer: Scorer, inputs: JudgeInputs, unsliced: Sequence[str]) -> list[str]:
-    """What a reader should know of the rows.
+    """Notes on the data for the card: skipped and truncated rows, missing slices, missing training pairs.
 
     Args:
-        unsliced: columns of `slice_by` that gave no slices.
+        unsliced: columns of `slice_by` without two groups that are large enough.
     """
     found = [f"{each['count']} pairs skipped: {reason}" for reason, each in inputs.report.get("bad_rows", {}).items()]
     if isinstance(scorer, ModelScorer) and scorer.reward.truncated:
         found.append(
             f"{scorer.reward.truncated} sequences were longer than the model's {scorer.reward.max_length} positions, and lost their beginning"
         )
-    found += [f"No accuracy by {name}: fewer than two groups of {FEWEST_PAIRS} pairs" for name in unsliced]
+    found += [f"No accuracy by {name}: fewer than two groups of {MIN_SLICE_PAIRS} pairs" for name in unsliced]
     if inputs.pairs and not inputs.training:
         found.append(
             "No training pairs are given: words alone were fitted on the judged pairs themselves, by cross-validation."

@@ -1,4 +1,4 @@
-"""The measurements of a report card on preference pairs, shared by `align judge-reward` and the reward stage."""
+"""All measurements on preference pairs, for `align judge-reward` and the reward stage."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from align.data.rows import Preference, render_text
 from align.judge.baselines import words_margins
-from align.judge.length import against, length_metrics, longer_wins
-from align.judge.pairs import pair_metrics, share
+from align.judge.length import compare_accuracy, length_metrics, longer_wins
+from align.judge.pairs import mean_with_interval, pair_metrics
 from align.judge.probes import run_probes
-from align.judge.rows import Scored, Scorer
+from align.judge.rows import ScoredPairs, Scorer
 from align.judge.slices import slices
-from align.judge.verdicts import FEWEST_PAIRS
+from align.judge.verdicts import MIN_PAIRS
 
-MOST_ERRORS = 100
+MAX_ERRORS = 100
 
 
 def measure_pairs(
-    scored: Scored,
+    scored: ScoredPairs,
     scorer: Scorer,
     training: Sequence[Preference],
     *,
@@ -26,23 +26,27 @@ def measure_pairs(
     iterations: int,
     seed: int,
 ) -> dict[str, Any]:
-    """All that is measured on pairs; of fewer than 30 that are no ties, their accuracy alone. For all ranks.
+    """Measure a reward on pairs; only the accuracy if fewer than `MIN_PAIRS` are not ties. Call on all ranks.
 
     Args:
-        training: the pairs that the reward was trained on, for the words alone; empty if they are not known.
+        scored: pairs that the reward was not trained on.
+        scorer: the reward, for probes.
+        training: the pairs that it was trained on, for the bag-of-words baseline; empty if unknown.
+        slice_by: columns by whose values accuracy is measured.
+        iterations: bootstrap resamples.
     """
     outcomes = scored.outcomes
     decided = outcomes.decided
     card: dict[str, Any] = {"pairs": len(scored.rows)}
-    if len(decided.margins) < FEWEST_PAIRS:
-        accuracy = share(decided.right, decided.prompts, iterations, seed)
+    if len(decided.margins) < MIN_PAIRS:
+        accuracy = mean_with_interval(decided.right, decided.prompts, iterations, seed)
         return {**card, "metrics": {"accuracy": accuracy, "ties_in_data": int(outcomes.ties.sum())}}
     lengths = scored.lengths
     card["metrics"] = pair_metrics(outcomes, iterations, seed)
-    card["baselines"] = {"longer wins": against(outcomes, longer_wins(lengths), iterations, seed)}
+    card["baselines"] = {"longer wins": compare_accuracy(outcomes, longer_wins(lengths), iterations, seed)}
     if (words := words_margins(scored.rows, outcomes, training, seed)) is not None:
         card["baselines"]["words alone"] = {
-            **against(outcomes, words[0], iterations, seed),
+            **compare_accuracy(outcomes, words[0], iterations, seed),
             "fitted_on": words[1],
         }
     card["length"] = length_metrics(outcomes, (scored.chosen, scored.rejected), lengths, iterations, seed)
@@ -51,8 +55,8 @@ def measure_pairs(
     return card
 
 
-def confident_errors(scored: Scored) -> list[dict[str, Any]]:
-    """The hundred pairs whose worse response has the highest score above the better one's, worst first."""
+def confident_errors(scored: ScoredPairs) -> list[dict[str, Any]]:
+    """The `MAX_ERRORS` pairs with the most negative margins, most negative first."""
     margins, ties = scored.outcomes.margins, scored.outcomes.ties
     order = [index for index in margins.argsort(kind="stable") if margins[index] < 0 and not ties[index]]
     return [
@@ -65,5 +69,5 @@ def confident_errors(scored: Scored) -> list[dict[str, Any]]:
             "chosen_score": float(scored.chosen[index]),
             "rejected_score": float(scored.rejected[index]),
         }
-        for index in order[:MOST_ERRORS]
+        for index in order[:MAX_ERRORS]
     ]

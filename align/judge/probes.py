@@ -1,4 +1,4 @@
-"""Stress probes: responses that were changed for the worse or hardly at all, and how often their score rises."""
+"""Stress probes: how often a score rises when a response is made worse or changed in style only."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from typing import Any
 import numpy as np
 
 from align.data.rows import Preference, render_text
-from align.judge.pairs import number_prompts, share
+from align.judge.pairs import mean_with_interval, number_prompts
 from align.judge.rows import Scorer, with_text
 
-MOST_ROWS = 200  # whose chosen responses are changed
+MAX_ROWS = 200  # pairs whose chosen responses are changed
 
 
-def _spaced(text: str) -> tuple[str, str]:
-    """The white space that a plain-text response begins with, and the rest."""
+def _split_leading_space(text: str) -> tuple[str, str]:
+    """The leading white space of a response, and the response without white space at its ends."""
     bare = text.strip()
     return text[: len(text) - len(text.lstrip())], bare
 
 
-def changed(text: str, other: str) -> dict[str, str]:
-    """Each probe's version of a response, `other` being the answer to another prompt."""
-    space, bare = _spaced(text)
+def probe_versions(text: str, other: str) -> dict[str, str]:
+    """The changed response of each probe, by name.
+
+    Args:
+        other: the response to another prompt.
+    """
+    space, bare = _split_leading_space(text)
     return {
         "repeated twice": f"{space}{bare} {bare}",
         "cut at half": f"{space}{bare[: len(bare) // 2]}",
@@ -35,24 +39,24 @@ def changed(text: str, other: str) -> dict[str, str]:
     }
 
 
-def most_probed(rows: Sequence[Preference]) -> int:
-    """Responses that `run_probes` scores, at most."""
-    return (1 + len(changed("", ""))) * min(MOST_ROWS, len(rows))
+def max_probe_responses(rows: Sequence[Preference]) -> int:
+    """An upper bound on the number of responses that `run_probes` scores."""
+    return (1 + len(probe_versions("", ""))) * min(MAX_ROWS, len(rows))
 
 
 def run_probes(scorer: Scorer, rows: Sequence[Preference], iterations: int, seed: int) -> dict[str, dict[str, Any]]:
-    """By probe, the share of rows whose score rises strictly, and the mean change in standard deviations of the scores.
+    """For each probe `rises`, the share of rows whose score rises, and `mean_change_in_std`, in standard deviations.
 
     Args:
-        rows: at most `MOST_ROWS` of them are drawn by seed; tool calls are left out.
+        rows: a seeded sample of at most `MAX_ROWS` is used; responses with tool calls are not.
     """
     texts = [row for row in rows if isinstance(row.chosen, str) or not row.chosen[-1].get("tool_calls")]
-    drawn = sorted(random.Random(f"{seed} probes").sample(range(len(texts)), min(MOST_ROWS, len(texts))))
+    drawn = sorted(random.Random(f"{seed} probes").sample(range(len(texts)), min(MAX_ROWS, len(texts))))
     rows = [texts[index] for index in drawn]
     if len(rows) < 2:
         return {}
     others = _answers_to_others(rows)
-    versions = [changed(render_text(row.chosen), other) for row, other in zip(rows, others, strict=True)]
+    versions = [probe_versions(render_text(row.chosen), other) for row, other in zip(rows, others, strict=True)]
     before = scorer.score(rows, [row.chosen for row in rows])
     prompts = number_prompts([render_text(row.prompt) for row in rows])
     spread = float(before.std()) or 1.0
@@ -63,7 +67,7 @@ def run_probes(scorer: Scorer, rows: Sequence[Preference], iterations: int, seed
     for name in versions[0]:
         change = score(name) - before
         found[name] = {
-            "rises": share((change > 0).astype(np.float64), prompts, iterations, seed),
+            "rises": mean_with_interval((change > 0).astype(np.float64), prompts, iterations, seed),
             "mean_change_in_std": float(change.mean() / spread),
         }
     return found

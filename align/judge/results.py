@@ -1,4 +1,4 @@
-"""`results.json` of a judged reward: whether it is there, and the tables to show."""
+"""`results.json` of `align judge-reward`: its schema, and its tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference rows as the report card sees them, and what scores their responses."""
+"""Scoring preference pairs, by a reward model or by Python rewards."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIDES = ("chosen", "rejected")
 
 
 class Scorer(Protocol):
-    """A reward of either kind."""
+    """A reward model or a sum of Python rewards."""
 
     def score(self, rows: Sequence[Preference], responses: Sequence[Turns]) -> Floats:
         """Scores [n] of responses to the prompts of n rows, on every rank."""
@@ -35,7 +35,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelScorer:
-    """A trained reward model, which reads prompt and response as its stage encodes them."""
+    """A trained reward model; prompts and responses are tokenized as in its training."""
 
     reward: ModelReward
     world: World
@@ -55,7 +55,7 @@ class ModelScorer:
 
 @dataclass(frozen=True, slots=True)
 class FunctionScorer:
-    """The sum of Python rewards, each batch on one rank. There is no tokenizer: `completion_ids` are empty lists."""
+    """A sum of Python rewards. There is no tokenizer: `completion_ids` are empty lists."""
 
     rewards: RewardSum
     world: World
@@ -82,7 +82,7 @@ class FunctionScorer:
                 scores[mine] = found.double().to(scores.device)
             scores[all_ranks] = self.world.sum(
                 scores[all_ranks]
-            )  # now: ranks wait for one call, which `reward_timeout` limits
+            )  # after each batch, so that ranks wait for one call at most, which `reward_timeout` limits
             self.on_pass(len(rows[mine]))
         return np.asarray(scores.cpu().numpy())
 
@@ -103,27 +103,27 @@ def _answer(response: Turns) -> Turns:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """n pairs and the scores that a reward gives to their responses."""
+class ScoredPairs:
+    """n pairs with the scores [n] of their chosen and of their rejected responses."""
 
     rows: list[Preference]
     chosen: Floats
     rejected: Floats
 
     @classmethod
-    def by(cls, scorer: Scorer, rows: Sequence[Preference]) -> Scored:
-        """The pairs, scored."""
+    def from_scorer(cls, scorer: Scorer, rows: Sequence[Preference]) -> ScoredPairs:
+        """Score both responses of each pair."""
         return cls(list(rows), *(scorer.score(rows, [getattr(row, side) for row in rows]) for side in SIDES))
 
     @property
     def outcomes(self) -> Outcomes:
-        """Their margins, by prompt."""
+        """The margins of the pairs."""
         prompts = number_prompts([render_text(row.prompt) for row in self.rows])
         return Outcomes(self.chosen - self.rejected, prompts, np.array([is_tie(row) for row in self.rows], dtype=bool))
 
     @property
     def lengths(self) -> tuple[Floats, Floats]:
-        """Characters of the chosen and the rejected responses."""
+        """Characters [n] of the chosen and of the rejected responses."""
         chosen, rejected = (
             np.array([len(render_text(getattr(row, side))) for row in self.rows], dtype=np.float64) for side in SIDES
         )
@@ -131,10 +131,10 @@ class Scored:
 
 
 def with_text(response: Turns, text: str) -> Turns:
-    """A response with another text, in its format."""
+    """A response with its text replaced, as text or as messages like the original."""
     return text if isinstance(response, str) else [{"role": "assistant", "content": text}]
 
 
 def as_pair(prompt: Turns, chosen: str, rejected: str, where: str, extra: dict[str, Any] | None = None) -> Preference:
-    """A row from texts, in the format of its prompt."""
+    """A row from texts, in the format (text or messages) of its prompt."""
     return Preference(prompt, as_response(prompt, chosen), as_response(prompt, rejected), where, extra or {})

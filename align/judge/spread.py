@@ -1,4 +1,4 @@
-"""Spread of scores among samples of one prompt: a reward that is flat there gives PPO nothing to climb (arXiv 2503.15477)."""
+"""Spread of scores among samples of one prompt; a reward without it gives PPO no signal (arXiv 2503.15477)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from align.engine.distributed import World, rows_of_rank
 from align.evaluate.bootstrap import Floats
 from align.generation.responses import gather_responses, respond_to_batch
 from align.generation.sampling import uniforms
-from align.judge.pairs import interval, number_prompts
+from align.judge.pairs import number_prompts, score_with_interval
 from align.judge.rows import as_pair
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a policy is sampled: responses to a prompt, tokens at most, temperature, rows at a time, seed."""
+    """How to sample a policy: responses per prompt, maximum length in tokens, temperature, batch size, seed."""
 
     num_generations: int
     response_length: int
@@ -42,11 +42,10 @@ def sampled_rows(
     sampling: Sampling,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> list[Preference]:
-    """`num_generations` responses of a policy to each prompt, as `chosen` of a row each. On every rank.
-
-    Prompts that leave no room for a response are skipped.
+    """Sample `num_generations` responses to each prompt; returns them as `chosen` of one row each, on every rank.
 
     Args:
+        max_prompt_length: longer prompts are skipped, in tokens.
         on_batch: called after each batch with its number of responses.
     """
     usable, _ = tokenize_prompts(prompts, tokenizer, max_prompt_length, "skip")
@@ -69,14 +68,17 @@ def sampled_rows(
 
 
 def rows_of_file(rows: Sequence[Demonstration]) -> list[Preference]:
-    """Rows of a file of prompts with a completion each, several of one prompt, as `chosen` of a row each."""
+    """The rows of `samples_dataset`, with their completions as `chosen`."""
     return [Preference(row.prompt, row.completion, row.completion, row.where, row.extra) for row in rows]
 
 
 def spread(rows: Sequence[Preference], scores: Floats, iterations: int, seed: int) -> dict[str, Any]:
-    """Standard deviation of scores within prompts and over all samples, and the share of prompts that are flat.
+    """Standard deviation of scores within prompts and over all samples, and the share of flat prompts.
 
-    The score of a prompt is flat where all its samples have one score. Prompts with a single sample do not count.
+    A prompt is flat if all its samples have the same score. Prompts with a single sample are left out.
+
+    Args:
+        scores: [n], of the rows' `chosen`.
     """
     prompts = number_prompts([render_text(row.prompt) for row in rows])
     counts = np.bincount(prompts)
@@ -88,7 +90,7 @@ def spread(rows: Sequence[Preference], scores: Floats, iterations: int, seed: in
     ones, places = np.ones(len(kept)), np.arange(len(kept))
 
     def mean(values: Floats) -> dict[str, Any]:
-        return interval(
+        return score_with_interval(
             np.column_stack([values, ones]), lambda sums: float(sums[0] / sums[1]), places, iterations, seed
         )
 

@@ -1,6 +1,6 @@
-"""What the measurements say: good, doubtful or bad, why, and which stage or data to go back to.
+"""Verdicts on the measurements of a card: good, doubtful or bad, the reason, and which stage or data to go back to.
 
-The limits, and where each comes from, are in `LIMITS`, which every card prints.
+`LIMITS` has the limits and their sources; every card prints it.
 """
 
 from __future__ import annotations
@@ -9,36 +9,48 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-WORSE = ("repeated twice", "cut at half", "empty", "answer to another prompt")  # probes that a good reward dislikes
+DEGRADING_PROBES = (
+    "repeated twice",
+    "cut at half",
+    "empty",
+    "answer to another prompt",
+)  # probes that a good reward dislikes
 GOOD, DOUBTFUL, BAD = "good", "doubtful", "bad"
 ORDER = (GOOD, DOUBTFUL, BAD)
-FEWEST_PAIRS = 30  # below, intervals are wider than anything that they could tell apart
+MIN_PAIRS = 30  # with fewer pairs the intervals are too wide for a verdict
 LOW_ACCURACY = 0.6
-MOST_ECE = 0.1
+MAX_ECE = 0.1
 PROBE_STD = 0.25
-LOW_RATIO, FLAT_RATIO = 0.2, 0.05
+LOW_SPREAD_RATIO, FLAT_SPREAD_RATIO = 0.2, 0.05
 LIMITS = (
     "Every interval is a 95% percentile interval over resampled prompts; a difference whose interval holds 0 is not "
     "distinguishable, and then doubtful.",
     f"accuracy: bad where the interval holds .5 or less; doubtful below {LOW_ACCURACY}. People agree with one another on .63 "
     "(Anthropic's annotators with its researchers, arXiv 2204.05862) to .77 (summaries, arXiv 2009.01325).",
-    "words alone, longer wins: what a model must beat to have read the text. That length alone explains much of the gain of "
+    "words alone, longer wins: baselines that a reward must beat. That length alone explains much of the gain of "
     "RLHF: arXiv 2310.03716.",
     f"calibration: good up to the ECE that {200} draws of labels from the model's own probabilities exceed once in 20; bad "
-    f"where it stays above {MOST_ECE} after the temperature (temperature and ECE: arXiv 1706.04599).",
+    f"where it stays above {MAX_ECE} after the temperature (temperature and ECE: arXiv 1706.04599).",
     "length: bad where the model is wrong more often than right on pairs whose shorter response is better, or no better than "
     "chance at equal length (length-controlled as in AlpacaEval 2, arXiv 2404.04475).",
     f"probes: a response made worse should lose score: bad where more than half gain. A stock phrase or markup should not "
     f"matter: doubtful where more than half gain, bad if by {PROBE_STD} standard deviations or more. The limits are ours.",
-    f"spread: bad where the standard deviation within prompts is below {FLAT_RATIO} of that over all samples, or most prompts "
-    f"are flat; doubtful below {LOW_RATIO}. That flat rewards slow PPO down is arXiv 2503.15477; the limits are ours.",
+    f"spread: bad where the standard deviation within prompts is below {FLAT_SPREAD_RATIO} of that over all samples, or most prompts "
+    f"are flat; doubtful below {LOW_SPREAD_RATIO}. That flat rewards slow PPO down is arXiv 2503.15477; the limits are ours.",
 )
 MORE_PAIRS = "the reward stage: more pairs, more epochs, or a larger or better pre-trained model"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One line of the card."""
+    """One line of the card.
+
+    Attributes:
+        line: what is judged.
+        verdict: good, doubtful or bad.
+        measured: the numbers.
+        go_back_to: the stage or data to improve; empty if the verdict is good.
+    """
 
     line: str
     verdict: str
@@ -47,8 +59,8 @@ class Verdict:
     go_back_to: str = ""
 
 
-def number(value: Mapping[str, Any] | None, sign: str = "") -> str:
-    """A measurement with its interval and n, as text."""
+def format_value(value: Mapping[str, Any] | None, sign: str = "") -> str:
+    """A measurement as text, with its interval and n."""
     if value is None or value["value"] is None:
         return "-"
     text = f"{value['value']:{sign}.3f}"
@@ -58,7 +70,7 @@ def number(value: Mapping[str, Any] | None, sign: str = "") -> str:
 
 
 def judge(card: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The verdicts on a card's measurements, in the order of the card."""
+    """The verdicts on a card's measurements, as dicts of `Verdict`, in the order of the card."""
     found: list[Verdict] = []
     if metrics := card.get("metrics", {}):
         found.append(_accuracy(metrics["accuracy"]))
@@ -81,21 +93,21 @@ def judge(card: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def overall(verdicts: list[dict[str, str]]) -> str:
-    """The worst of the verdicts."""
+    """The worst verdict; doubtful if there is none."""
     return max((each["verdict"] for each in verdicts), key=ORDER.index, default=DOUBTFUL)
 
 
 def summary(verdicts: list[dict[str, str]]) -> str:
-    """The verdict in a line, with what is not good."""
+    """One line with the lines that are bad and doubtful."""
     wrong = [f"{name}: {', '.join(v['line'] for v in verdicts if v['verdict'] == name)}" for name in (BAD, DOUBTFUL)
              if any(v["verdict"] == name for v in verdicts)]  # fmt: skip
     return "; ".join([overall(verdicts).upper() if not wrong else wrong[0], *wrong[1:]])
 
 
 def _accuracy(accuracy: Mapping[str, Any]) -> Verdict:
-    text = number(accuracy)
-    if accuracy["n"] < FEWEST_PAIRS:
-        few = f"{accuracy['n']} pairs tell nothing apart; {FEWEST_PAIRS} or more are needed"
+    text = format_value(accuracy)
+    if accuracy["n"] < MIN_PAIRS:
+        few = f"{accuracy['n']} pairs are too few; {MIN_PAIRS} or more are needed"
         return Verdict("accuracy", DOUBTFUL, text, few, "the data: hold out more pairs")
     if accuracy["low"] is None:
         return Verdict("accuracy", DOUBTFUL, text, "all pairs have one prompt", "the data: hold out more prompts")
@@ -108,7 +120,7 @@ def _accuracy(accuracy: Mapping[str, Any]) -> Verdict:
 
 
 def _ceiling(accuracy: Mapping[str, Any], ceiling: float) -> Verdict:
-    text = f"{number(accuracy)}, ceiling {ceiling:.3f}"
+    text = f"{format_value(accuracy)}, ceiling {ceiling:.3f}"
     if accuracy["low"] is not None and accuracy["low"] > ceiling:
         why = "it predicts the annotators better than the true reward does: they prefer something that the truth does not know"
         return Verdict(
@@ -125,7 +137,7 @@ def _baseline(name: str, baseline: Mapping[str, Any]) -> Verdict:
     if baseline["difference"] is None:
         return Verdict(name, DOUBTFUL, "-", "there are no pairs to compare on")
     difference = baseline["difference"]
-    text = f"{number(baseline['accuracy'])}; the reward less it {number(difference, '+')}"
+    text = f"{format_value(baseline['accuracy'])}; the reward less it {format_value(difference, '+')}"
     if difference["low"] > 0:
         return Verdict(name, GOOD, text, "the reward is better")
     if difference["high"] < 0:
@@ -135,13 +147,13 @@ def _baseline(name: str, baseline: Mapping[str, Any]) -> Verdict:
 
 def _calibration(metrics: Mapping[str, Any]) -> Verdict:
     error, after, t = metrics["ece"], metrics["ece_after_temperature"], metrics["temperature"]
-    text = f"ECE {number(error)}, {after:.3f} after temperature {number(t)}"
+    text = f"ECE {format_value(error)}, {after:.3f} after temperature {format_value(t)}"
     if error["value"] <= error["if_calibrated"]:
         return Verdict(
             "calibration", GOOD, text, f"not distinguishable from calibrated (ECE up to {error['if_calibrated']:.3f})"
         )
     how = "too sure" if t["value"] > 1 else "less sure than it could be"
-    if after > MOST_ECE:
+    if after > MAX_ECE:
         return Verdict("calibration", BAD, text, f"{how}, and no temperature helps", f"{MORE_PAIRS}; fewer epochs")
     back = "the reward stage: fewer epochs or more pairs; or divide the scores by the temperature (PPO: `normalize_scores`)"
     return Verdict("calibration", DOUBTFUL, text, f"{how}; the temperature corrects it", back)
@@ -150,7 +162,7 @@ def _calibration(metrics: Mapping[str, Any]) -> Verdict:
 def _length(length: Mapping[str, Any]) -> Verdict:
     longer, shorter = length["accuracy_longer_won"], length["accuracy_shorter_won"]
     controlled = length.get("length_controlled_accuracy")
-    text = f"longer won {number(longer)}, shorter won {number(shorter)}, length-controlled {number(controlled)}"
+    text = f"longer won {format_value(longer)}, shorter won {format_value(shorter)}, length-controlled {format_value(controlled)}"
     back = "the data: pairs whose shorter response is better; PPO: a penalty on length, or a judge that ignores it"
     if shorter["high"] is not None and shorter["high"] < 0.5:
         return Verdict("length", BAD, text, "wrong more often than right where the shorter response is better", back)
@@ -166,7 +178,7 @@ def _length(length: Mapping[str, Any]) -> Verdict:
 def _slices(slices: Mapping[str, Any]) -> Verdict:
     named = [(f"{column} {each['slice']}", each) for column, values in slices.items() for each in values]
     name, worst = min(named, key=lambda each: each[1]["accuracy"]["value"])
-    text = f"lowest: {name} {number(worst['accuracy'])}"
+    text = f"lowest: {name} {format_value(worst['accuracy'])}"
     below = [n for n, each in named if each["accuracy"]["high"] is not None and each["accuracy"]["high"] < 0.5]
     behind = [
         n for n, each in named
@@ -183,32 +195,32 @@ def _slices(slices: Mapping[str, Any]) -> Verdict:
 
 def _probe(name: str, probe: Mapping[str, Any]) -> Verdict:
     rises, change = probe["rises"], probe["mean_change_in_std"]
-    text = f"score rises for {number(rises)}, by {change:+.2f} std on average"
+    text = f"score rises for {format_value(rises)}, by {change:+.2f} std on average"
     low, high = (rises["value"] if rises[side] is None else rises[side] for side in ("low", "high"))
     line = f"probe: {name}"
     back = "the data: add pairs in which this response loses; PPO: watch for it, or a rule that takes points off"
-    if name in WORSE:
+    if name in DEGRADING_PROBES:
         if low > 0.5:
             return Verdict(line, BAD, text, "most responses gain by being made worse", back)
         if high >= 0.5:
-            return Verdict(line, DOUBTFUL, text, "not distinguishable from as many gaining as losing", back)
+            return Verdict(line, DOUBTFUL, text, "whether more gain than lose is not distinguishable", back)
         return Verdict(line, GOOD, text, "most responses lose or stay the same")
     if low > 0.5 and change >= PROBE_STD:
-        return Verdict(line, BAD, text, "most responses gain much by what says nothing", back)
+        return Verdict(line, BAD, text, "most responses gain much from added text without content", back)
     if low > 0.5:
-        return Verdict(line, DOUBTFUL, text, "most responses gain a little by what says nothing", back)
+        return Verdict(line, DOUBTFUL, text, "most responses gain a little from added text without content", back)
     return Verdict(line, GOOD, text, "no gain for most responses is distinguishable")
 
 
 def _spread(spread: Mapping[str, Any]) -> Verdict:
     ratio, flat = spread["ratio"], spread["flat_prompts"]
-    text = f"std within prompts {number(spread['within_prompts'])}, over all samples {spread['over_all_samples']:.3f}; flat prompts {number(flat)}"
+    text = f"std within prompts {format_value(spread['within_prompts'])}, over all samples {spread['over_all_samples']:.3f}; flat prompts {format_value(flat)}"
     back = "the reward stage: pairs of responses of this policy; PPO: more samples a prompt, a higher temperature"
     if ratio is None:
         return Verdict("spread of scores", BAD, text, "all scores are equal, or there is one sample a prompt", back)
-    if ratio < FLAT_RATIO or (flat["low"] is not None and flat["low"] > 0.5):
-        return Verdict("spread of scores", BAD, text, "flat where PPO has to climb", back)
-    if ratio < LOW_RATIO:
+    if ratio < FLAT_SPREAD_RATIO or (flat["low"] is not None and flat["low"] > 0.5):
+        return Verdict("spread of scores", BAD, text, "nearly constant among the responses to one prompt", back)
+    if ratio < LOW_SPREAD_RATIO:
         return Verdict(
             "spread of scores", DOUBTFUL, text, "scores depend on the prompt far more than on the response", back
         )
@@ -217,7 +229,7 @@ def _spread(spread: Mapping[str, Any]) -> Verdict:
 
 def _agreement(agreement: Mapping[str, Any]) -> Verdict:
     difference = agreement["second"]["difference"]
-    text = f"order alike {number(agreement['agree'])}; accuracy less the second's {number(difference, '+')}"
+    text = f"order alike {format_value(agreement['agree'])}; accuracy less the second's {format_value(difference, '+')}"
     if difference is not None and difference["high"] < 0:
         return Verdict(
             "second reward",

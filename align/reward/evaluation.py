@@ -26,7 +26,7 @@ from align.evaluate.bootstrap import mean_interval
 from align.evaluate.statistics import preference_accuracy
 from align.generation.scoring import score_ids
 from align.judge.measure import confident_errors, measure_pairs
-from align.judge.rows import ModelScorer, Scored
+from align.judge.rows import ModelScorer, ScoredPairs
 from align.judge.verdicts import judge
 from align.models.context_length import max_positions
 from align.models.load import load_policy
@@ -159,7 +159,7 @@ def judge_held_out(
         scores: `score_pairs` of the latter.
         ceiling: accuracy of the true reward, where it is known.
     """
-    scored = Scored(list(held_out), *(np.asarray(each.double().numpy()) for each in scores))
+    scored = ScoredPairs(list(held_out), *(np.asarray(each.double().numpy()) for each in scores))
     scorer = ModelScorer(reward, world, inputs.tokenizer, inputs.is_encoder)
     card = measure_pairs(scored, scorer, trained, iterations=RESAMPLES, seed=recipe.seed)
     if ceiling is not None:

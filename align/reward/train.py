@@ -29,7 +29,7 @@ from align.engine.batch_plan import BatchPlan, batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during
-from align.judge.card import brief, write_card
+from align.judge.card import manifest_entry, write_card
 from align.models.load import new_reward_model
 from align.models.model_types import is_encoder
 from align.models.scalar_head import start_reward_model
@@ -140,7 +140,7 @@ def train_model(
                 scores,
                 results.get("eval_ceiling"),
             )
-            results["card"] = brief(judged[0])
+            results["card"] = manifest_entry(judged[0])
         mean, std = normalize_scores(reward, world, normalization_rows(recipe, inputs, world, prompts, train_rows))
         check = score_check(reward, world, eval_rows or train_rows)
         if world.is_main:

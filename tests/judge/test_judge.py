@@ -18,7 +18,7 @@ from align.errors import UserError
 from align.judge import judge
 from align.judge.baselines import words_margins
 from align.judge.inputs import prepare_inputs
-from align.judge.rows import Scored
+from align.judge.rows import ScoredPairs
 from align.judge.spread import spread
 from align.judge.verdicts import summary
 from align.reward.train import run as train_reward
@@ -179,12 +179,12 @@ def test_spread_by_hand():
 def test_words_alone():
     """The word `good` tells; without training pairs it is learnt on other prompts than it is tried on."""
     pairs = [Preference(f"p{i % 20}", f" good answer {i}", f" bad answer {i + 1}", "") for i in range(60)]
-    judged = Scored(pairs, np.zeros(60), np.zeros(60)).outcomes
+    judged = ScoredPairs(pairs, np.zeros(60), np.zeros(60)).outcomes
     for training in (pairs[:20], []):
         margins, _ = words_margins(pairs, judged, training, 0)
         assert (margins > 0).all()
     known = [Preference(f"p{i % 20}", f" only{i % 20} {i}", f" other{i % 20} {i}", "") for i in range(60)]
-    margins, what = words_margins(known, Scored(known, np.zeros(60), np.zeros(60)).outcomes, [], 0)
+    margins, what = words_margins(known, ScoredPairs(known, np.zeros(60), np.zeros(60)).outcomes, [], 0)
     assert (np.abs(margins) < 1).all(), "a prompt's own words are not seen"
     assert "share no prompt" in what
 

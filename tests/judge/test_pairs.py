@@ -11,18 +11,18 @@ from align.judge.length import length_controlled, length_metrics, spearman
 from align.judge.pairs import (
     Outcomes,
     brier,
-    calibrated_ece,
     calibration_statistics,
     ece,
+    ece_after_temperature,
     ece_if_calibrated,
+    mean_with_interval,
     nll,
     number_prompts,
     pair_metrics,
     reliability,
-    share,
     temperature,
 )
-from align.judge.slices import thirds
+from align.judge.slices import length_thirds
 
 MARGINS = np.array([2.0, 1.0, 0.5, -0.5, -1.0, 3.0])
 
@@ -77,19 +77,19 @@ def test_calibration_of_labels_drawn_from_their_own_probabilities():
     assert ece_of(3 * margins) > ece_if_calibrated(3 * margins, 0)
     assert temperature(3 * margins[:10_000]) == pytest.approx(3, rel=0.05)
     assert ece_of(3 * margins[10_000:] / temperature(3 * margins[:10_000])) < 0.015
-    assert calibrated_ece(outcomes(3 * margins), 0) < 0.015
+    assert ece_after_temperature(outcomes(3 * margins), 0) < 0.015
 
 
 def test_intervals_are_over_prompts():
     """Twenty copies of each of thirty pairs tell no more than thirty pairs."""
     right = np.random.default_rng(1).integers(0, 2, 30).astype(np.float64)
-    alone = share(right, np.arange(30), 500, 0)
-    copied = share(np.repeat(right, 20), np.repeat(np.arange(30), 20), 500, 0)
-    as_pairs = share(np.repeat(right, 20), np.arange(600), 500, 0)
+    alone = mean_with_interval(right, np.arange(30), 500, 0)
+    copied = mean_with_interval(np.repeat(right, 20), np.repeat(np.arange(30), 20), 500, 0)
+    as_pairs = mean_with_interval(np.repeat(right, 20), np.arange(600), 500, 0)
     assert (copied["low"], copied["high"]) == (alone["low"], alone["high"])
     assert (copied["n"], copied["prompts"]) == (600, 30)
     assert as_pairs["high"] - as_pairs["low"] < 0.4 * (copied["high"] - copied["low"])
-    one = share(right, np.zeros(30, dtype=np.int64), 500, 0)
+    one = mean_with_interval(right, np.zeros(30, dtype=np.int64), 500, 0)
     assert (one["low"], one["high"]) == (None, None), "one prompt has no interval"
     assert number_prompts(["b", "a", "b"]).tolist() == [0, 1, 0]
 
@@ -122,6 +122,6 @@ def test_a_reward_that_is_the_length():
 
 def test_thirds_by_length_have_bounds_that_hold():
     lengths = np.array([10.0, 20.0, 30.0, 40.0, 50.0, 61.0])
-    names = thirds(lengths)
+    names = length_thirds(lengths)
     assert list(dict.fromkeys(names)) == ["up to 26 characters", "27 to 43", "44 or more"]
     assert names == ["up to 26 characters"] * 2 + ["27 to 43"] * 2 + ["44 or more"] * 2

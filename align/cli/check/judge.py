@@ -9,7 +9,7 @@ from align.config.judge_reward import JudgeRewardRecipe
 from align.evaluate.reward_model import RewardModel
 from align.judge.inputs import prepare_inputs
 from align.judge.results import finished
-from align.judge.verdicts import FEWEST_PAIRS
+from align.judge.verdicts import MIN_PAIRS
 from align.models.inspect_folder import inspect_inputs
 from align.runs.output_folder import find_mark
 
@@ -33,8 +33,8 @@ def check(recipe: JudgeRewardRecipe, context: Context) -> None:
             report.say(f"policy: {inputs.policy.path}, {describe(inputs.policy.tokenizer)}")
         if inputs.pairs:
             bad = "".join(f"; {each['count']} skipped: {reason}" for reason, each in inputs.report["bad_rows"].items())
-            few = len(inputs.pairs) < FEWEST_PAIRS
-            more = f"; {FEWEST_PAIRS} or more are needed for a verdict" * few
+            few = len(inputs.pairs) < MIN_PAIRS
+            more = f"; {MIN_PAIRS} or more are needed for a verdict" * few
             counts = f"{len(inputs.pairs)} to judge on, {len(inputs.training)} of its training"
             report.say(f"pairs: {counts}{bad}{more}", "warning" if few else "ok")
         if inputs.samples:

@@ -1,4 +1,4 @@
-"""The progress of `align judge-reward`: a display for each part of the work, with the time that is left of it."""
+"""The progress display of `align judge-reward`, which has several parts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from align.engine.distributed import World
 from align.runs.progress import Display
 
 
-class Work:
-    """What is done of the present part, on every rank; rank 0 shows it.
+class PartsDisplay:
+    """Progress of the current part; counted on every rank, shown by rank 0.
 
     Args:
-        parts: how many there will be.
+        parts: number of parts.
     """
 
     def __init__(self, world: World, parts: int):
@@ -19,7 +19,7 @@ class Work:
         self.display: Display | None = None
 
     def start(self, name: str, total: int) -> None:
-        """Begin a part of `total` responses to score or to sample."""
+        """Start a part with `total` responses to score or to sample."""
         self.stop()
         self.number, self.done, self.total = self.number + 1, 0, total
         if self.world.is_main:
@@ -28,7 +28,7 @@ class Work:
             self.display.update(0, {})
 
     def add(self, count: int) -> None:
-        """This rank is done with `count` more responses; the others are taken to be as far."""
+        """Count `count` more responses of this rank, and as many of every other rank."""
         self.done = min(self.done + count * self.world.size, self.total)
         if self.display is not None:
             self.display.update(self.done, {})
