@@ -8,7 +8,7 @@ from pathlib import Path
 from align.config.ensemble import members
 from align.config.paths import expand
 from align.report.diagnose import diagnose
-from align.report.overview import state
+from align.report.overview import describe_state
 from align.report.read import EVALUATIONS, Run, find_runs, read_run
 from align.terminal import counted, say
 
@@ -33,8 +33,8 @@ def run(directory: str) -> int:
             if not found:
                 counts_text = f"nothing found in {counted(len(each.lines), 'line')} of metrics"
             if each.stage in EVALUATIONS:
-                counts_text = _of_evaluation(each) + f"; {counts_text}" * bool(found)
-            say(f"{each.folder} ({each.stage}, {state(each)}): {counts_text}", sys.stdout)
+                counts_text = _describe_evaluation(each) + f"; {counts_text}" * bool(found)
+            say(f"{each.folder} ({each.stage}, {describe_state(each)}): {counts_text}", sys.stdout)
             for line in each.verdict:
                 say(f"  verdict: {line}", sys.stdout)
             for finding in found:
@@ -47,7 +47,7 @@ def run(directory: str) -> int:
     return worst
 
 
-def _of_evaluation(run: Run) -> str:
+def _describe_evaluation(run: Run) -> str:
     """What the folder of a stage without training metrics is."""
     if run.stage == "judge-reward":
         return "a report card of a reward" + (f", verdict {run.record['verdict']}" if run.finished else "")

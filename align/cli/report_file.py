@@ -14,7 +14,7 @@ from align.errors import BadFile, UserError
 from align.runs.files import write_json
 
 
-def report_path(json_path: str | None) -> str | None:
+def json_report_path(json_path: str | None) -> str | None:
     """What follows `--json`, with a path expanded and checked; "-" is standard output.
 
     Raises:
@@ -23,11 +23,11 @@ def report_path(json_path: str | None) -> str | None:
     if json_path in (None, "-"):
         return json_path
     path = expand_output(str(json_path), "--json")
-    check_report(Path(path))
+    check_json_report(Path(path))
     return path
 
 
-def write_report(report: dict[str, Any], path: str | None) -> bool:
+def write_json_report(report: dict[str, Any], path: str | None) -> bool:
     """Write a report where `report_path` says; returns whether standard output is free for a table."""
     if path == "-":
         print(json.dumps(report, indent=2))
@@ -36,7 +36,7 @@ def write_report(report: dict[str, Any], path: str | None) -> bool:
     return path != "-"
 
 
-def check_report(path: Path) -> None:
+def check_json_report(path: Path) -> None:
     """Check that a report can be written: nothing is there, or an earlier report.
 
     Raises:

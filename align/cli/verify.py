@@ -20,7 +20,7 @@ import yaml
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from align.cli.report_file import report_path, write_report
+from align.cli.report_file import json_report_path, write_json_report
 from align.cli.run import run as run_folder
 from align.cli.verify_languages import DENSE, LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
 from align.config.functions import resolve_function
@@ -112,7 +112,7 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
         UserError: a wrong override, a file at `json_path` that is no earlier report, or a stage that failed.
     """
     quiet()
-    json_path = report_path(json_path)
+    json_path = json_report_path(json_path)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="align-verify-") as folder:
         cases = [write_case(Path(folder), language, beta, overrides) for language in (SMALL, LARGE) for beta in BETAS]
@@ -125,7 +125,7 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
         "seconds": round(time.monotonic() - began, 1),
         "cases": [verdict.as_dict() for verdict in verdicts],
     }
-    if write_report(report, json_path):
+    if write_json_report(report, json_path):
         console = make_console()
         console.print(verdict_table(verdicts))
         console.print(

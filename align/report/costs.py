@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from align.report.curves import Labelled
-from align.report.figures import Figure, Table, stacked_figure
+from align.report.curves import LabelledRun
+from align.report.figures import Figure, PageTable, stacked_figure
 from align.report.pipelines import Group
 from align.report.read import Run
 from align.runs.records import is_count
 
-MOST_PARTS = 7  # of a bar, one for each color but one; smaller ones together are the rest
+MAX_PARTS = 7  # of a bar, one for each color but one; smaller ones together are the rest
 NOT_PHASES = ("time/total", "time/tokens_per_second", "time/self_checks")
 
 
-def costs_table(groups: Sequence[Group]) -> Table:
+def costs_table(groups: Sequence[Group]) -> PageTable:
     """A row for each run: seconds from its first to its last line of metrics, steps, tokens, and tokens per second."""
     rows = []
     for each in groups:
         for labelled in each.runs:
             run = labelled.run
-            seconds, count = wall_seconds(run), tokens(run)
+            seconds, count = wall_seconds(run), count_tokens(run)
             speed = run.last("time/tokens_per_second")
             if speed is None and count and seconds:
                 speed = count / seconds
@@ -32,19 +32,19 @@ def costs_table(groups: Sequence[Group]) -> Table:
             rows.append([
                 f"{run.name} ({labelled.label})" if len(each.runs) > 1 else run.name,
                 run.stage,
-                duration(seconds) if seconds is not None else "",
+                format_duration(seconds) if seconds is not None else "",
                 str(run.lines[-1]["step"]) if run.lines else "",
                 f"{count:,.0f}" if count else "",
                 f"{speed:,.0f}" if speed else "",
                 ", ".join(memory) or "not recorded",
             ])  # fmt: skip
     columns = ["run", "stage", "first to last metrics", "steps", "tokens", "tokens per second", "most memory, by phase"]
-    return Table("Time, tokens and memory by stage", columns, rows)
+    return PageTable("Time, tokens and memory by stage", columns, rows)
 
 
 def phases_figure(groups: Sequence[Group]) -> Figure | None:
     """Seconds of PPO's updates by phase, summed over the updates that were logged."""
-    runs: list[Labelled] = [each for group in groups if group.stage == "ppo" for each in group.runs]
+    runs: list[LabelledRun] = [each for group in groups if group.stage == "ppo" for each in group.runs]
     sums = [
         {
             name: sum(value for _, value in each.run.series(name))
@@ -56,7 +56,7 @@ def phases_figure(groups: Sequence[Group]) -> Figure | None:
     names = sorted({name for each in sums for name in each}, key=lambda name: -sum(each.get(name, 0) for each in sums))
     if not names:
         return None
-    first, rest = names[:MOST_PARTS], names[MOST_PARTS:]
+    first, rest = names[:MAX_PARTS], names[MAX_PARTS:]
     rows = []
     for each, total in zip(runs, sums, strict=True):
         parts = [total.get(name, 0.0) for name in first] + [sum(total.get(name, 0.0) for name in rest)] * bool(rest)
@@ -78,7 +78,7 @@ def wall_seconds(run: Run) -> float | None:
     return max((times[1] - times[0]).total_seconds(), 0.0) if times else None
 
 
-def tokens(run: Run) -> float | None:
+def count_tokens(run: Run) -> float | None:
     """Tokens trained on, or sampled in PPO."""
     lengths, size = run.series("response/length"), run.recipe.get("rollout_batch_size")
     if lengths and is_count(size):
@@ -86,7 +86,7 @@ def tokens(run: Run) -> float | None:
     return run.last("train/num_tokens")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as hours, minutes and seconds."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60

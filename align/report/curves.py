@@ -13,12 +13,12 @@ from align.report.svg import Curve
 from align.runs.records import is_number
 
 BY_SOURCE = "Score by source"
-MOST_FIGURES = 80  # of a stage
-SIDE = ("_low", "_high")  # ends of an interval, drawn around the metric
+MAX_FIGURES = 80  # of a stage
+INTERVAL_ENDS = ("_low", "_high")  # ends of an interval, drawn around the metric
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class LabelledRun:
     """A run in a report, with the name that tells it from the others that are drawn with it, and its color."""
 
     label: str
@@ -27,7 +27,7 @@ class Labelled:
 
 
 # Title, and patterns of the metrics in it; the first describes the axis. The first charts are those to look at first.
-FIRST = (
+MAIN_CHARTS = (
     ("Score", ("objective/score", "eval/score")),
     ("Judge reward", ("eval/judge", "eval/judge/.+")),
     ("True reward", ("eval/true/.+",)),
@@ -50,7 +50,7 @@ FIRST = (
     ("Forgetting in percent", ("eval/forgetting",)),
     ("Macro F1", ("eval/macro_f1", "eval/micro_f1")),
 )
-THEN = (
+OPTIMIZATION_CHARTS = (
     ("Spread of scores", ("objective/score_std",)),
     ("KL coefficient", ("objective/kl_coef",)),
     ("Change of the policy in an update", ("policy/approx_kl",)),
@@ -70,7 +70,7 @@ THEN = (
     ("Tokens per second", ("time/tokens_per_second",)),
 )
 # What the row of a PPO run's closing table is called that has the SFT model's value.
-BEFORE = {
+SFT_MEASURES = {
     "eval/score": "score (the training reward)",
     "eval/judge": "judge",
     "eval/length": "response length (tokens)",
@@ -78,27 +78,31 @@ BEFORE = {
     "eval/repetition": "repeated 3-grams",
     "eval/kl": "KL from SFT (nats/response)",
 }
-MOST_CURVES = 8  # of a run in a chart
-GREY = 7
-LEFT_OUT = re.compile(
+MAX_CURVES = 8  # of a run in a chart
+GRAY = 7
+NO_CHART = re.compile(
     r"(time|memory)/.+|self_check/.+|episode|epoch|train/epoch|train/num_tokens|eval/(min|max)_reward|eval/change_(low|high)/.+"
 )
 
 
-def learning_curves(stage: str, runs: Sequence[Labelled], most_points: int) -> tuple[list[Figure], list[Figure]]:
+def learning_curves(stage: str, runs: Sequence[LabelledRun], max_points: int) -> tuple[list[Figure], list[Figure]]:
     """Charts of what a stage achieves, and of how it optimizes, with every metric that no chart names at the end."""
     drawn: set[str] = set()
-    first = [*_figures(stage, runs, FIRST, drawn, most_points)]
-    then = [*_figures(stage, runs, THEN, drawn, most_points)]
+    first = [*_figures(stage, runs, MAIN_CHARTS, drawn, max_points)]
+    then = [*_figures(stage, runs, OPTIMIZATION_CHARTS, drawn, max_points)]
     names = sorted({name for each in runs for name in each.run.metrics} - drawn)
     others = tuple(
-        (name, (re.escape(name),)) for name in names if not (LEFT_OUT.fullmatch(name) or name.endswith(SIDE))
+        (name, (re.escape(name),)) for name in names if not (NO_CHART.fullmatch(name) or name.endswith(INTERVAL_ENDS))
     )
-    return first, [*then, *_figures(stage, runs, others[:MOST_FIGURES], drawn, most_points)]
+    return first, [*then, *_figures(stage, runs, others[:MAX_FIGURES], drawn, max_points)]
 
 
 def _figures(
-    stage: str, runs: Sequence[Labelled], charts: Sequence[tuple[str, tuple[str, ...]]], drawn: set[str], most: int
+    stage: str,
+    runs: Sequence[LabelledRun],
+    charts: Sequence[tuple[str, tuple[str, ...]]],
+    drawn: set[str],
+    max_points: int,
 ) -> Iterator[Figure]:
     x_label = "update" if stage == "ppo" else "optimizer step"
     steps = [point[0] for each in runs for points in each.run.metrics.values() for point in (points[0], points[-1])]
@@ -115,13 +119,13 @@ def _figures(
         legend = None
         if len(runs) > 1 and len(names) > 1:
             legend = [(each.label, each.colour, 0) for each in runs]
-            legend += [(name, GREY, index) for index, name in enumerate(names)]
+            legend += [(name, GRAY, index) for index, name in enumerate(names)]
         figure = curves_figure(
             title,
             x_label,
             axis_title(doc.unit if doc else names[0]),
             curves,
-            most_points=most,
+            max_points=max_points,
             x_range=x_range,
             legend=legend,
             about=f"`{names[0]}`: {doc.definition}" if doc else "",
@@ -136,24 +140,26 @@ def axis_title(unit: str) -> str:
     return {"its own": "reward", "that of the measure": "reward", "1": "no unit"}.get(unit, unit)
 
 
-def _matching(runs: Sequence[Labelled], patterns: Sequence[str]) -> list[str]:
-    known = sorted({name for each in runs for name in each.run.metrics if not name.endswith(SIDE)})
-    return [name for pattern in patterns for name in known if re.fullmatch(pattern, name)][:MOST_CURVES]
+def _matching(runs: Sequence[LabelledRun], patterns: Sequence[str]) -> list[str]:
+    known = sorted({name for each in runs for name in each.run.metrics if not name.endswith(INTERVAL_ENDS)})
+    return [name for pattern in patterns for name in known if re.fullmatch(pattern, name)][:MAX_CURVES]
 
 
-def _curves(each: Labelled, names: Sequence[str], several_runs: bool) -> Iterator[Curve]:
+def _curves(each: LabelledRun, names: Sequence[str], several_runs: bool) -> Iterator[Curve]:
     for index, name in enumerate(names):
         points = each.run.series(name)
         if points and points[0][0] > 0 and (before := sft_value(each.run, name)) is not None:
             points = [(0.0, before), *points]
         label = each.label if len(names) == 1 else f"{each.label}: {name}"
-        look = (label, each.colour, index) if several_runs else (name, index, 0)
-        yield Curve(look[0], points, look[1], look[2], name.startswith("eval/"), interval(each.run, name))
+        style = (label, each.colour, index) if several_runs else (name, index, 0)
+        yield Curve(style[0], points, style[1], style[2], name.startswith("eval/"), metric_interval(each.run, name))
 
 
-def interval(run: Run, name: str) -> list[tuple[float, float, float]]:
+def metric_interval(run: Run, name: str) -> list[tuple[float, float, float]]:
     """Steps with the ends of a metric's interval, where the run has logged them."""
-    ends = [name.replace("/change/", f"/change{side}/") if "/change/" in name else f"{name}{side}" for side in SIDE]
+    ends = [
+        name.replace("/change/", f"/change{side}/") if "/change/" in name else f"{name}{side}" for side in INTERVAL_ENDS
+    ]
     low, high = (dict(run.series(each)) for each in ends)
     points: Sequence[Point] = run.series(name)
     return [(x, low[x], high[x]) for x, _ in points if x in low and x in high]
@@ -161,7 +167,7 @@ def interval(run: Run, name: str) -> list[tuple[float, float, float]]:
 
 def sft_value(run: Run, name: str) -> float | None:
     """The SFT model's value of a metric of a PPO run, from the closing table of a finished one."""
-    wanted = BEFORE.get(name) or (f"true reward ({name[10:]})" if name.startswith("eval/true/") else None)
+    wanted = SFT_MEASURES.get(name) or (f"true reward ({name[10:]})" if name.startswith("eval/true/") else None)
     for measure, before, _ in run.results.get("table", []) if run.stage == "ppo" else ():
         if measure == wanted and is_number(before):
             return float(before)

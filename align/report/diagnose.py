@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.report.findings import Finding, order
+from align.report.findings import Finding, severity_order
 from align.report.read import EVALUATIONS, Run, is_run, read_run
 from align.report.signs_ppo import ppo_signs
+from align.report.signs_recorded import recorded_signs
 from align.report.signs_responses import response_signs
-from align.report.signs_said import said_signs
 from align.report.signs_training import reward_signs, training_signs
 
 FEWEST_LINES = 2
@@ -22,7 +22,7 @@ def diagnose(run: Run, others: Sequence[Run] = ()) -> list[Finding]:
         others: runs of the same pipeline, in which the reward model of a PPO run is looked for.
     """
     found: list[Finding] = []
-    if broken := [name for name in _names(run) if _is_lost(run, name)]:
+    if broken := [name for name in _metric_names(run) if _became_nonfinite(run, name)]:
         found.append(
             Finding(
                 "severe",
@@ -39,7 +39,7 @@ def diagnose(run: Run, others: Sequence[Run] = ()) -> list[Finding]:
         found += training_signs(run)
         if run.stage == "reward":
             found += reward_signs(run)
-    found += said_signs(run)
+    found += recorded_signs(run)
     if not run.finished and not run.lines and run.stage not in EVALUATIONS:
         found.append(
             Finding(
@@ -50,14 +50,14 @@ def diagnose(run: Run, others: Sequence[Run] = ()) -> list[Finding]:
                 "Run the command again: it goes on, or names what stops it.",
             )
         )
-    return sorted(found, key=order)
+    return sorted(found, key=severity_order)
 
 
-def _names(run: Run) -> list[str]:
+def _metric_names(run: Run) -> list[str]:
     return sorted({name for line in run.lines for name in line} - {"step", "time"})
 
 
-def _is_lost(run: Run, name: str) -> bool:
+def _became_nonfinite(run: Run, name: str) -> bool:
     values = [line[name] for line in run.lines if name in line]
     return bool(values) and values[-1] is None and name.startswith(("train/loss", "eval/loss", "objective/", "policy/"))
 

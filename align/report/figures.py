@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from align.report.read import Point
-from align.report.svg import Bars, Curve, histogram, lines, stacked
+from align.report.svg import Bars, Curve, histogram_chart, line_chart, stacked_chart
 
-MOST_ROWS = 40  # of the table under a chart
+MAX_ROWS = 40  # of the table under a chart
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class PageTable:
     """A table of text and numbers; the first cell of a row names it."""
 
     caption: str
@@ -29,7 +29,7 @@ class Figure:
 
     title: str
     svg: Markup
-    table: Table
+    table: PageTable
     legend: list[tuple[str, int, int]] = field(default_factory=list)
     about: str = ""  # Markdown code spans are shown as code
     healthy: str = ""
@@ -41,31 +41,31 @@ def curves_figure(
     y_label: str,
     curves: Sequence[Curve],
     *,
-    most_points: int = 240,
+    max_points: int = 240,
     whole_x: bool = True,
     x_range: tuple[float, float] | None = None,
     legend: list[tuple[str, int, int]] | None = None,
     about: str = "",
     healthy: str = "",
 ) -> Figure | None:
-    """A chart of curves; None without points. More than `most_points` are thinned, extremes kept."""
+    """A chart of curves; None without points. More than `max_points` are thinned, extremes kept."""
     given = [curve for curve in curves if curve.points]
     if not given:
         return None
     thin = [
-        Curve(c.name, thinned(c.points, most_points), c.colour, c.dash, c.dots and len(c.points) < 60, c.band[:2000])
+        Curve(c.name, thinned(c.points, max_points), c.colour, c.dash, c.dots and len(c.points) < 60, c.band[:2000])
         for c in given
     ]
-    svg = Markup(lines(title, x_label, y_label, thin, whole_x, x_range))
+    svg = Markup(line_chart(title, x_label, y_label, thin, whole_x, x_range))
     names = [(curve.name, curve.colour, curve.dash) for curve in given]
     return Figure(title, svg, _curves_table(title, x_label, given), legend or names, about, healthy)
 
 
-def _curves_table(title: str, x_label: str, curves: Sequence[Curve]) -> Table:
+def _curves_table(title: str, x_label: str, curves: Sequence[Curve]) -> PageTable:
     values = [dict(curve.points) for curve in curves]
     bands = [{x: (low, high) for x, low, high in curve.band} for curve in curves]
     xs = sorted({x for each in values for x in each})
-    chosen = [xs[index] for index in sorted({round(i * (len(xs) - 1) / (MOST_ROWS - 1)) for i in range(MOST_ROWS)})]
+    chosen = [xs[index] for index in sorted({round(i * (len(xs) - 1) / (MAX_ROWS - 1)) for i in range(MAX_ROWS)})]
     cut = f" ({len(chosen)} of {len(xs)} rows; metrics.jsonl has all)" if len(chosen) < len(xs) else ""
     rows = []
     for x in chosen:
@@ -74,14 +74,14 @@ def _curves_table(title: str, x_label: str, curves: Sequence[Curve]) -> Table:
             low_high = f" [{band[x][0]:.4g}, {band[x][1]:.4g}]" if x in band and x in each else ""
             cells.append(f"{each[x]:.5g}{low_high}" if x in each else "")
         rows.append([f"{x:.5g}", *cells])
-    return Table(f"{title}{cut}", [x_label, *(curve.name for curve in curves)], rows)
+    return PageTable(f"{title}{cut}", [x_label, *(curve.name for curve in curves)], rows)
 
 
-def thinned(points: Sequence[Point], most: int) -> list[Point]:
+def thinned(points: Sequence[Point], max_points: int) -> list[Point]:
     """At most about `most` points: of each stretch of neighbors its lowest and its highest, so that no spike is lost."""
-    if len(points) <= most:
+    if len(points) <= max_points:
         return list(points)
-    size = math.ceil(len(points) / (most / 2))
+    size = math.ceil(len(points) / (max_points / 2))
     found: list[Point] = []
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
@@ -120,11 +120,11 @@ def histogram_figure(
         for value in values:
             shares[min(int((value - low) / size), count - 1)] += 100 / len(values)
         bars.append(Bars(f"{name} (n={len(values)})", shares, colour))
-    svg = Markup(histogram(title, x_label, "% of responses", edges, bars))
+    svg = Markup(histogram_chart(title, x_label, "% of responses", edges, bars))
     rows = [
         [f"{edges[i]:.4g} to {edges[i + 1]:.4g}", *(f"{each.values[i]:.1f}" for each in bars)] for i in range(count)
     ]
-    table = Table(title, [x_label, *(f"{each.name}, %" for each in bars)], rows)
+    table = PageTable(title, [x_label, *(f"{each.name}, %" for each in bars)], rows)
     return Figure(title, svg, table, [(each.name, each.colour, 0) for each in bars], about)
 
 
@@ -132,7 +132,7 @@ def stacked_figure(
     title: str, x_label: str, parts: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], *, about: str = ""
 ) -> Figure:
     """Bars of parts that add up, one for each row."""
-    svg = Markup(stacked(title, x_label, rows))
+    svg = Markup(stacked_chart(title, x_label, rows))
     body = [[name, *(f"{value:.4g}" for value in values), f"{sum(values):.4g}"] for name, values in rows]
-    table = Table(f"{title}, {x_label}", ["run", *parts, "total"], body)
+    table = PageTable(f"{title}, {x_label}", ["run", *parts, "total"], body)
     return Figure(title, svg, table, [(part, index, 0) for index, part in enumerate(parts)], about)

@@ -11,7 +11,7 @@ from typing import Literal
 from align.report.read import Point, Run
 from align.runs.records import is_number
 
-FEWEST_UPDATES = 8  # before it is said that something does not happen
+MIN_UPDATES = 8  # before it is said that something does not happen
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,12 @@ class Finding:
     remedy: str
 
 
-def order(finding: Finding) -> int:
+def severity_order(finding: Finding) -> int:
     """Severe faults come first."""
     return 0 if finding.severity == "severe" else 1
 
 
-def updates(run: Run) -> str:
+def describe_updates(run: Run) -> str:
     """Which updates the numbers are of, and how many responses each has."""
     points = run.series("objective/score")
     batch = run.recipe.get("rollout_batch_size")
@@ -38,28 +38,32 @@ def updates(run: Run) -> str:
     return f"updates {points[0][0]:.0f} to {points[-1][0]:.0f}, {len(points)} logged{of}" if points else "no updates"
 
 
-def values(run: Run, name: str) -> list[float]:
+def metric_values(run: Run, name: str) -> list[float]:
     """A metric's values by step."""
     return [value for _, value in run.series(name)]
 
 
-def part(points: Sequence[Point], which: int, parts: int = 4) -> list[float]:
+def end_values(points: Sequence[Point], which: int, parts: int = 4) -> list[float]:
     """Values of one of `parts` equal stretches of a series; the first is 0, the last -1. At least one value."""
     size = max(len(points) // parts, 1)
     chosen = points[:size] if which == 0 else points[-size:]
     return [value for _, value in chosen]
 
 
-def change(run: Run, name: str) -> tuple[float, float] | None:
+def quarter_means(run: Run, name: str) -> tuple[float, float] | None:
     """Means of a metric over the first and the last quarter of a run; None for fewer than four points."""
     points = run.series(name)
-    return (statistics.fmean(part(points, 0)), statistics.fmean(part(points, -1))) if len(points) >= 4 else None
+    return (
+        (statistics.fmean(end_values(points, 0)), statistics.fmean(end_values(points, -1)))
+        if len(points) >= 4
+        else None
+    )
 
 
-def late(run: Run, name: str) -> float | None:
+def late_median(run: Run, name: str) -> float | None:
     """The median of a metric over the second half of a run, which single updates do not move; None without four points."""
     points = run.series(name)
-    return statistics.median(part(points, -1, 2)) if len(points) >= 4 else None
+    return statistics.median(end_values(points, -1, 2)) if len(points) >= 4 else None
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -8,28 +8,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from align.maths.overoptimization import fit_rl_gain, rl_gain, rl_peak
-from align.report.curves import GREY, Labelled, axis_title, interval, sft_value
+from align.report.curves import GRAY, LabelledRun, axis_title, metric_interval, sft_value
 from align.report.figures import Figure, curves_figure
 from align.report.metric_docs import describe
 from align.report.svg import Curve
 from align.runs.records import is_number
 
-FEWEST_POINTS = 5  # evaluations of PPO that the law is fitted to
-MEASURES = ("eval/score", "eval/judge", "eval/judge/.+", "eval/true/.+")
+MIN_POINTS = 5  # evaluations of PPO that the law is fitted to
+REWARD_METRICS = ("eval/score", "eval/judge", "eval/judge/.+", "eval/true/.+")
 
 
-def frontiers(runs: Sequence[Labelled], best_of_n: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
+def frontiers(runs: Sequence[LabelledRun], best_of_n: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
     """A chart for each measure over the square root of the KL divergence.
 
     Args:
         best_of_n: contents of the `results.json` of `align bon`, by name.
     """
-    names = sorted({name for each in runs for name in each.run.metrics if _is_measure(name)}, key=_order)
+    names = sorted({name for each in runs for name in each.run.metrics if _is_reward_metric(name)}, key=_order)
     found = []
     for name in names or ["eval/score", "eval/judge"]:
-        curves = [curve for each in runs if (curve := _of_run(each, name, len(runs) > 1)) is not None]
-        curves += list(_of_best_of_n(name, best_of_n))
-        fits = [fit for curve in curves if name != "eval/score" and (fit := _law(curve)) is not None]
+        curves = [curve for each in runs if (curve := _run_curve(each, name, len(runs) > 1)) is not None]
+        curves += list(_best_of_n_curves(name, best_of_n))
+        fits = [fit for curve in curves if name != "eval/score" and (fit := _fitted_law(curve)) is not None]
         curves += [curve for curve, _ in fits]
         doc = describe("ppo", name)
         figure = curves_figure(
@@ -47,20 +47,20 @@ def frontiers(runs: Sequence[Labelled], best_of_n: Sequence[tuple[str, dict[str,
     return found
 
 
-def _is_measure(name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in MEASURES) and not name.endswith(("_low", "_high"))
+def _is_reward_metric(name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in REWARD_METRICS) and not name.endswith(("_low", "_high"))
 
 
 def _order(name: str) -> int:
-    return next(i for i, pattern in enumerate(MEASURES) if re.fullmatch(pattern, name))
+    return next(i for i, pattern in enumerate(REWARD_METRICS) if re.fullmatch(pattern, name))
 
 
-def _of_run(each: Labelled, name: str, several: bool) -> Curve | None:
+def _run_curve(each: LabelledRun, name: str, several: bool) -> Curve | None:
     kl = dict(each.run.series("eval/kl"))
     points = [(math.sqrt(max(kl[step], 0.0)), value) for step, value in each.run.series(name) if step in kl]
     if not points:
         return None
-    band = [(math.sqrt(max(kl[x], 0.0)), low, high) for x, low, high in interval(each.run, name) if x in kl]
+    band = [(math.sqrt(max(kl[x], 0.0)), low, high) for x, low, high in metric_interval(each.run, name) if x in kl]
     if (before := sft_value(each.run, name)) is not None and 0 not in kl:
         points = [(0.0, before), *points]
     # In the order of training, which the line shows; a band can only be drawn along the axis.
@@ -70,9 +70,9 @@ def _of_run(each: Labelled, name: str, several: bool) -> Curve | None:
     )
 
 
-def _law(curve: Curve) -> tuple[Curve, str] | None:
+def _fitted_law(curve: Curve) -> tuple[Curve, str] | None:
     """The law d (a - b ln d) of the gain over SFT (arXiv 2210.10760), fitted to PPO's evaluations, where there are enough."""
-    if curve.dash or not curve.points or curve.points[0][0] != 0 or len(curve.points) <= FEWEST_POINTS:
+    if curve.dash or not curve.points or curve.points[0][0] != 0 or len(curve.points) <= MIN_POINTS:
         return None
     (_, start), *points = curve.points
     fit = fit_rl_gain([d for d, _ in points], [value - start for _, value in points])
@@ -86,7 +86,7 @@ def _law(curve: Curve) -> tuple[Curve, str] | None:
     return Curve(f"fit of {curve.name}", drawn, curve.colour, 2), words
 
 
-def _of_best_of_n(name: str, cards: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Curve]:
+def _best_of_n_curves(name: str, cards: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Curve]:
     for number, (label, card) in enumerate(cards):
         column = "proxy" if name == "eval/score" else "judge"
         if name.startswith("eval/true/") and card["recipe"].get("judge_reward_funcs") != [
@@ -104,5 +104,5 @@ def _of_best_of_n(name: str, cards: Sequence[tuple[str, dict[str, Any]]]) -> Ite
                     band.append((points[-1][0], low, high))
         if points:
             yield Curve(
-                f"best of n ({label})", sorted(points), GREY - number, 1, dots=len(points) < 20, band=sorted(band)
+                f"best of n ({label})", sorted(points), GRAY - number, 1, dots=len(points) < 20, band=sorted(band)
             )

@@ -12,25 +12,25 @@ from typing import Any
 import yaml
 
 from align.config.stages import STAGES
-from align.report.costs import duration, wall_seconds
-from align.report.figures import Table
-from align.report.pipelines import Group, Pipeline, starts_from
+from align.report.costs import format_duration, wall_seconds
+from align.report.figures import PageTable
+from align.report.pipelines import Group, Pipeline, input_model_paths
 from align.report.read import Run
 from align.runs.tables import cell
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class RecipeSection:
     """How to run a stage again: the command, keys that differ from the defaults as YAML, and all keys."""
 
     title: str
     command: str
     changed: str
     everything: str
-    fingerprints: Table
+    fingerprints: PageTable
 
 
-def stages_table(pipelines: Sequence[Pipeline]) -> Table:
+def stages_table(pipelines: Sequence[Pipeline]) -> PageTable:
     """A row for each run: state, what it starts from, rows, size."""
     rows = []
     for each in pipelines:
@@ -38,27 +38,27 @@ def stages_table(pipelines: Sequence[Pipeline]) -> Table:
             data = run.record.get("data", {})
             seconds = wall_seconds(run)
             rows.append([
-                name_of(each, run, len(pipelines) > 1),
+                display_name(each, run, len(pipelines) > 1),
                 run.stage,
-                state(run),
+                describe_state(run),
                 _models(run.recipe),
                 _sources(data),
                 cell(run.recipe.get("seed")),
-                duration(seconds) if seconds is not None else "",
+                format_duration(seconds) if seconds is not None else "",
             ])  # fmt: skip
-    return Table(
+    return PageTable(
         "Runs in their order", ["run", "stage", "state", "starts from", "rows", "seed", "first to last metrics"], rows
     )
 
 
-def name_of(pipeline: Pipeline, run: Run, several: bool) -> str:
+def display_name(pipeline: Pipeline, run: Run, several: bool) -> str:
     """A run's name, with that of its pipeline where there are several."""
     if not several:
         return run.name
     return pipeline.label if pipeline.label.endswith(run.name) else f"{pipeline.label}: {run.name}"
 
 
-def state(run: Run) -> str:
+def describe_state(run: Run) -> str:
     """Finished, or how far it is."""
     if run.finished:
         return "finished"
@@ -78,7 +78,7 @@ class Headline:
 
 
 # Of the closing tables by stage: the measures that come first, as they begin, and what they are called.
-FIRST = {
+HEADLINES = {
     "sft": (("held-out loss", "held-out loss of {run}"),),
     "reward": (("held-out pair accuracy", "reward model's accuracy"),),
     "ppo": (
@@ -98,7 +98,7 @@ def headline(pipeline: Pipeline) -> list[Headline]:
     found = []
     for run in pipeline.runs:
         table = run.results.get("table", [])
-        for begin, name in FIRST.get(run.stage, ()):
+        for begin, name in HEADLINES.get(run.stage, ()):
             for measure, before, after in table:
                 if measure.startswith(begin) and after is not None:
                     was = f"{before:.3g}" if before is not None else ""
@@ -113,7 +113,7 @@ def verdict_lines(run: Run) -> list[str]:
 
 
 def _models(recipe: Mapping[str, Any]) -> str:
-    found = starts_from(recipe)
+    found = input_model_paths(recipe)
     if not found and recipe.get("model_config"):
         found = ["from scratch"]
     return ", ".join(dict.fromkeys(found[:8]))
@@ -130,7 +130,7 @@ def _sources(data: Any) -> str:
     return "; ".join(rows[:12])
 
 
-def before_after(groups: Sequence[Group]) -> Table | None:
+def before_after(groups: Sequence[Group]) -> PageTable | None:
     """The closing tables of all stages in one, a pair of columns for each pipeline."""
     labels = list(dict.fromkeys(each.label for group in groups for each in group.runs))
     rows = []
@@ -148,7 +148,7 @@ def before_after(groups: Sequence[Group]) -> Table | None:
     columns = ["before", "after", "change"]
     if len(labels) > 1:
         columns = [f"{label}: {name}" for label in labels for name in ("before", "after")]
-    return Table("Closing numbers of the stages", ["measure", *columns], rows)
+    return PageTable("Closing numbers of the stages", ["measure", *columns], rows)
 
 
 def _change(before: Any, after: Any) -> str:
@@ -157,7 +157,7 @@ def _change(before: Any, after: Any) -> str:
     return f"{after - before:+.4g}".replace("-", "−")
 
 
-def versions_table(pipelines: Sequence[Pipeline]) -> Table | None:
+def versions_table(pipelines: Sequence[Pipeline]) -> PageTable | None:
     """Versions of the packages, by run where they differ."""
     runs = [
         (each.label, run) for each in pipelines for run in each.runs if isinstance(run.record.get("versions"), dict)
@@ -172,10 +172,10 @@ def versions_table(pipelines: Sequence[Pipeline]) -> Table | None:
         rows.append(
             [name, *by_version] if only else [name, "; ".join(f"{v} ({', '.join(w)})" for v, w in by_version.items())]
         )
-    return Table("Versions of the packages", ["package", "version"], rows) if rows else None
+    return PageTable("Versions of the packages", ["package", "version"], rows) if rows else None
 
 
-def recipe_of(pipeline: Pipeline, run: Run, several: bool) -> Recipe:
+def recipe_of(pipeline: Pipeline, run: Run, several: bool) -> RecipeSection:
     """How to run a stage again."""
     stage = STAGES.get(run.stage)
     recipe = {"stage": run.stage, **run.recipe}
@@ -186,26 +186,33 @@ def recipe_of(pipeline: Pipeline, run: Run, several: bool) -> Recipe:
         elif field.default_factory is not dataclasses.MISSING:
             defaults[field.name] = field.default_factory()
     plain = json.loads(json.dumps(defaults, default=str))
-    changed = {key: _brief(value) for key, value in recipe.items() if key == "stage" or plain.get(key, ...) != value}
-    title = name_of(pipeline, run, several)
-    return Recipe(
+    changed = {
+        key: _source_without_defaults(value)
+        for key, value in recipe.items()
+        if key == "stage" or plain.get(key, ...) != value
+    }
+    title = display_name(pipeline, run, several)
+    return RecipeSection(
         title,
         f"align {shlex.quote(run.stage)} {run.stage}.yaml",
         _yaml(changed),
         _yaml(recipe),
-        Table("SHA-256 of what the run began with", ["input", "fingerprint"], _fingerprints(run)),
+        PageTable("SHA-256 of what the run began with", ["input", "fingerprint"], _fingerprints(run)),
     )
 
 
-def _brief(value: Any) -> Any:
+def _source_without_defaults(value: Any) -> Any:
     """A data source as a recipe has it: without the keys that are empty."""
     if isinstance(value, list) and all(isinstance(each, dict) for each in value):
-        kept = [{k: v for k, v in each.items() if v not in (None, {}, []) and (k, v) not in DEFAULTS} for each in value]
+        kept = [
+            {k: v for k, v in each.items() if v not in (None, {}, []) and (k, v) not in SOURCE_DEFAULTS}
+            for each in value
+        ]
         return kept[0] if len(kept) == 1 else kept
     return value
 
 
-DEFAULTS = (("split", "train"), ("label_column", "label"), ("weight", 1.0))  # of a data source
+SOURCE_DEFAULTS = (("split", "train"), ("label_column", "label"), ("weight", 1.0))  # of a data source
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, in a browser with or without scripts, within `MOST_BYTES`."""
+"""The report: one HTML file that needs nothing else, in a browser with or without scripts, within `MAX_BYTES`."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from align.best_of_n.results import tables as best_of_n_tables
 from align.errors import UserError
 from align.evaluate.results import tables as evaluation_tables
 from align.report.costs import costs_table, phases_figure
-from align.report.curves import Labelled, learning_curves
+from align.report.curves import LabelledRun, learning_curves
 from align.report.diagnose import diagnose
-from align.report.figures import Table
+from align.report.figures import PageTable
 from align.report.frontier import frontiers
 from align.report.overview import (
     before_after,
+    describe_state,
+    display_name,
     headline,
-    name_of,
     recipe_of,
     stages_table,
-    state,
     verdict_lines,
     versions_table,
 )
-from align.report.pipelines import Group, Pipeline, group, read_pipelines
+from align.report.pipelines import Group, Pipeline, group_stages, read_pipelines
 from align.report.responses import histograms, samples
 from align.report.reward_card import cards
 from align.runs.files import write_text
 from align.runs.records import package_version
 from align.terminal import printable
 
-MOST_BYTES = 1_500_000
+MAX_BYTES = 1_500_000
 MARK = '<meta name="generator" content="align report">'  # in the first line of our files, which may be overwritten
 TABLES = {"evaluate": evaluation_tables, "bon": best_of_n_tables}  # of stages without curves
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,7 +48,7 @@ SIZES = ((240, 240), (120, 160), (60, 80), (30, 40), (16, 16), (8, 0))
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class StageSection:
     """What is shown of one stage: its learning curves, and for an evaluation its tables."""
 
     key: str
@@ -56,7 +56,7 @@ class Stage:
     stage: str
     first: list[Any]
     then: list[Any]
-    tables: list[Table]
+    tables: list[PageTable]
 
 
 def write_report(folders: Sequence[Sequence[Path]], path: Path, title: str) -> list[str]:
@@ -65,10 +65,10 @@ def write_report(folders: Sequence[Sequence[Path]], path: Path, title: str) -> l
     Raises:
         UserError: a record is damaged, `path` is no report of ours, or there is too much to show.
     """
-    check_free(path)
+    check_overwritable(path)
     pipelines = read_pipelines(folders)
-    if (html := fitting(pipelines, title)) is None:
-        raise UserError(f"{path}: the report would be larger than {MOST_BYTES / 1e6:g} MB; name fewer runs.")
+    if (html := render_within_limit(pipelines, title)) is None:
+        raise UserError(f"{path}: the report would be larger than {MAX_BYTES / 1e6:g} MB; name fewer runs.")
     try:
         write_text(path, html)
     except OSError as error:
@@ -76,24 +76,24 @@ def write_report(folders: Sequence[Sequence[Path]], path: Path, title: str) -> l
     return [problem for each in pipelines for run in each.runs for problem in run.problems]
 
 
-def fitting(pipelines: Sequence[Pipeline], title: str) -> str | None:
-    """The page with as many points and samples as fit into `MOST_BYTES`; None if it is too large without any."""
+def render_within_limit(pipelines: Sequence[Pipeline], title: str) -> str | None:
+    """The page with as many points and samples as fit into `MAX_BYTES`; None if it is too large without any."""
     pages = (render(pipelines, title, *sizes) for sizes in SIZES)
-    return next((page for page in pages if len(page.encode()) <= MOST_BYTES), None)
+    return next((page for page in pages if len(page.encode()) <= MAX_BYTES), None)
 
 
-def report_of(folder: Path) -> str:
+def report_html(folder: Path) -> str:
     """The report of one run as HTML, for those who look at it elsewhere than in its folder.
 
     Raises:
         UserError: a record is damaged, or there is too much to show.
     """
-    if (html := fitting(read_pipelines([[folder]]), folder.resolve().name)) is None:
-        raise UserError(f"{folder}: its report would be larger than {MOST_BYTES / 1e6:g} MB.")
+    if (html := render_within_limit(read_pipelines([[folder]]), folder.resolve().name)) is None:
+        raise UserError(f"{folder}: its report would be larger than {MAX_BYTES / 1e6:g} MB.")
     return html
 
 
-def check_free(path: Path) -> None:
+def check_overwritable(path: Path) -> None:
     """Check that a report can be written: nothing is there, or an earlier report.
 
     Raises:
@@ -105,14 +105,14 @@ def check_free(path: Path) -> None:
         )
 
 
-def _told_apart(runs: list[Labelled]) -> list[Labelled]:
+def _with_distinct_labels(runs: list[LabelledRun]) -> list[LabelledRun]:
     """Runs that are drawn together, by their folders' names and in colours of their own where one pipeline has several."""
     labels = [each.label for each in runs]
     if len(set(labels)) == len(labels):
         return runs
     several = len(set(labels)) > 1
     return [
-        Labelled(f"{each.label}: {each.run.name}" if several else each.run.name, each.run, number)
+        LabelledRun(f"{each.label}: {each.run.name}" if several else each.run.name, each.run, number)
         for number, each in enumerate(runs)
     ]
 
@@ -124,10 +124,12 @@ def _is_report(path: Path) -> bool:
         return MARK.encode() in file.read(300)
 
 
-def render(pipelines: Sequence[Pipeline], title: str, most_points: int, most_samples: int) -> str:
+def render(pipelines: Sequence[Pipeline], title: str, max_points: int, max_samples: int) -> str:
     """The page, with at most that many points to a curve and that many samples."""
-    groups = group(pipelines)
-    ppo = _told_apart([each for each_group in groups if each_group.stage == "ppo" for each in each_group.runs])
+    groups = group_stages(pipelines)
+    ppo = _with_distinct_labels(
+        [each for each_group in groups if each_group.stage == "ppo" for each in each_group.runs]
+    )
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(
@@ -146,7 +148,7 @@ def render(pipelines: Sequence[Pipeline], title: str, most_points: int, most_sam
         for label in [each.label]
         if each.run.stage == "bon"
     ]
-    per_run = max(most_samples // max(len(ppo), 1), 1) if most_samples else 0
+    per_run = max(max_samples // max(len(ppo), 1), 1) if max_samples else 0
     page: str = environment.get_template("page.html").render(
         mark=Markup(MARK),
         policy=Markup(f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"),
@@ -156,26 +158,28 @@ def render(pipelines: Sequence[Pipeline], title: str, most_points: int, most_sam
         version=package_version("align"),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         pipelines=[(each.label, index) for index, each in enumerate(pipelines)],
-        unfinished=[f"{run.name}: {state(run)}" for each in pipelines for run in each.runs if not run.finished],
+        unfinished=[
+            f"{run.name}: {describe_state(run)}" for each in pipelines for run in each.runs if not run.finished
+        ],
         problems=[problem for each in pipelines for run in each.runs for problem in run.problems],
         stages=stages_table(pipelines),
         before_after=before_after(groups),
         findings=[
-            (name_of(each, run, len(pipelines) > 1), diagnose(run, each.runs))
+            (display_name(each, run, len(pipelines) > 1), diagnose(run, each.runs))
             for each in pipelines
             for run in each.runs
         ],
         checks=_self_checks(groups),
-        curves=[_stage(each, most_points) for each in groups if each.stage != "judge-reward"],
+        curves=[_stage(each, max_points) for each in groups if each.stage != "judge-reward"],
         cards=[
             card
             for each in pipelines
             for run in each.runs
-            for card in cards(run, name_of(each, run, len(pipelines) > 1))
+            for card in cards(run, display_name(each, run, len(pipelines) > 1))
         ],
         headline=headline(pipelines[0]) if len(pipelines) == 1 else [],
         verdicts=[
-            (name_of(each, run, len(pipelines) > 1), line)
+            (display_name(each, run, len(pipelines) > 1), line)
             for each in pipelines
             for run in each.runs
             for line in verdict_lines(run)
@@ -192,23 +196,23 @@ def render(pipelines: Sequence[Pipeline], title: str, most_points: int, most_sam
     return page
 
 
-def _stage(each: Group, most_points: int) -> Stage:
-    first, then = learning_curves(each.stage, each.runs, most_points)
+def _stage(each: Group, max_points: int) -> StageSection:
+    first, then = learning_curves(each.stage, each.runs, max_points)
     tables = [
-        Table(table.title, table.columns, table.rows)
+        PageTable(table.title, table.columns, table.rows)
         for labelled in each.runs
         if each.stage in TABLES
         for table in TABLES[each.stage](labelled.run.record)
     ]
-    return Stage(each.key, each.title, each.stage, first, then, tables)
+    return StageSection(each.key, each.title, each.stage, first, then, tables)
 
 
-def _self_checks(groups: Sequence[Group]) -> Table | None:
+def _self_checks(groups: Sequence[Group]) -> PageTable | None:
     runs = [each for each_group in groups if each_group.stage == "ppo" for each in each_group.runs]
     names = sorted({name for each in runs for name in each.run.metrics if name.startswith("self_check/")})
     if not names:
         return None
-    rows = [[name[11:], *(_number(each.run.last(name)) for each in runs)] for name in names]
+    rows = [[name[11:], *(_format_number(each.run.last(name)) for each in runs)] for name in names]
     labels = {each.label for each in runs}
     columns = [
         each.run.name
@@ -219,10 +223,10 @@ def _self_checks(groups: Sequence[Group]) -> Table | None:
         for each in runs
     ]
     columns = columns if len(runs) > 1 else ["value"]
-    return Table("PPO's self-checks before the first update", ["check", *columns], rows)
+    return PageTable("PPO's self-checks before the first update", ["check", *columns], rows)
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.report.curves import Labelled
+from align.report.curves import LabelledRun
 from align.report.read import Run, read_run
 
 MODELS = ("model_name_or_path", "sft_model_path", "reward_model_path", "value_model_path", "models")
@@ -28,7 +28,7 @@ class Group:
     key: str
     title: str
     stage: str
-    runs: list[Labelled]
+    runs: list[LabelledRun]
 
 
 def read_pipelines(folders: Sequence[Sequence[Path]]) -> list[Pipeline]:
@@ -49,7 +49,7 @@ def _in_order(runs: Sequence[Run]) -> list[Run]:
     def add(run: Run, waiting: tuple[str, ...] = ()) -> None:
         if run.name in (*found, *waiting):
             return
-        for path in starts_from(run.recipe):
+        for path in input_model_paths(run.recipe):
             for part in Path(path).parts:
                 if part in by_name:
                     add(by_name[part], (*waiting, run.name))
@@ -60,7 +60,7 @@ def _in_order(runs: Sequence[Run]) -> list[Run]:
     return list(found.values()) if len(found) == len(runs) else list(runs)
 
 
-def starts_from(recipe: Mapping[str, Any]) -> list[str]:
+def input_model_paths(recipe: Mapping[str, Any]) -> list[str]:
     """The models that a recipe names."""
     found: list[str] = []
     for name in MODELS:
@@ -85,15 +85,15 @@ def _labels(pipelines: Sequence[Sequence[Run]]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
-def group(pipelines: Sequence[Pipeline]) -> list[Group]:
+def group_stages(pipelines: Sequence[Pipeline]) -> list[Group]:
     """The stages in the order of the longest pipeline: runs of equal folder names, or of equal stages where no pipeline
     has two of one."""
     single = all(len({run.stage for run in each.runs}) == len(each.runs) for each in pipelines)
-    found: dict[tuple[str, str], list[Labelled]] = {}
+    found: dict[tuple[str, str], list[LabelledRun]] = {}
     for pipeline in sorted(pipelines, key=lambda each: -len(each.runs)):
         for run in pipeline.runs:
             key = (run.stage, "" if single else run.name)
-            found.setdefault(key, []).append(Labelled(pipeline.label, run, pipelines.index(pipeline)))
+            found.setdefault(key, []).append(LabelledRun(pipeline.label, run, pipelines.index(pipeline)))
     groups = []
     for number, ((stage, _), runs) in enumerate(found.items()):
         runs.sort(key=lambda each: each.colour)

@@ -24,9 +24,9 @@ ERRORS = "confident_errors.jsonl"
 EVALUATIONS = {"evaluate": EVALUATION, "judge-reward": CARD, "bon": BEST_OF_N}  # by stage, what results.json holds
 # What run.json and results.json must have; the rest as in a manifest.
 OTHER_RECORD = Record(IDENTITY, MANIFEST_RECORD.optional)
-MOST_BYTES = 256 << 20  # of metrics.jsonl and samples.jsonl
-MOST = 1e100  # of a value: larger ones are no measurement, and differences of theirs no number
-MOST_RUNS = 60  # in one report
+MAX_BYTES = 256 << 20  # of metrics.jsonl and samples.jsonl
+MAX_VALUE = 1e100  # of a value: larger ones are no measurement, and differences of theirs no number
+MAX_RUNS = 60  # in one report
 
 Point = tuple[float, float]  # step, value
 
@@ -83,7 +83,7 @@ class Run:
         found: dict[str, dict[int, float]] = {}
         for line in self.lines:
             for name, value in line.items():
-                if name not in ("step", "time") and value is not None and abs(value) < MOST:
+                if name not in ("step", "time") and value is not None and abs(value) < MAX_VALUE:
                     found.setdefault(name, {})[line["step"]] = value
         return {name: sorted((float(step), value) for step, value in values.items()) for name, values in found.items()}
 
@@ -127,9 +127,9 @@ def find_runs(folder: Path) -> list[list[Path]]:
             f"{folder}: no run in it or in its subfolders; expected a run's output_dir, a folder of those, or a folder of "
             "numbered recipes that have been run."
         )
-    if (count := sum(map(len, found))) > MOST_RUNS:
+    if (count := sum(map(len, found))) > MAX_RUNS:
         raise UserError(
-            f"{folder}: has {count} runs, and a report shows at most {MOST_RUNS}; name the folders to compare."
+            f"{folder}: has {count} runs, and a report shows at most {MAX_RUNS}; name the folders to compare."
         )
     return found
 
@@ -152,10 +152,10 @@ def _subfolders(folder: Path) -> list[Path]:
         found = [each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")]
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}).") from None
-    return sorted(found, key=lambda each: natural(each.name))
+    return sorted(found, key=lambda each: natural_key(each.name))
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural_key(name: str) -> list[tuple[int, str]]:
     """A key that sorts numbers in names by their size."""
     parts: list[str] = []
     for character in name:
@@ -214,7 +214,7 @@ def read_lines(path: Path, is_valid: Callable[[Any], bool], problems: list[str])
     if not os.path.lexists(path):
         return []
     try:
-        raw = read_file(path, follow_links=False, max_bytes=MOST_BYTES)
+        raw = read_file(path, follow_links=False, max_bytes=MAX_BYTES)
     except BadFile as error:
         problems.append(str(error))
         return []

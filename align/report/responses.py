@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from align.evaluate.statistics import repetition
-from align.report.curves import Labelled
+from align.report.curves import LabelledRun
 from align.report.figures import Figure, histogram_figure
-from align.report.read import MOST, Run
+from align.report.read import MAX_VALUE, Run
 from align.runs.records import is_number
 
-LONGEST = 2000  # characters of a text that are shown
+MAX_CHARACTERS = 2000  # characters of a text that are shown
 TEXTS = ("prompt", "sft", "response")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ResponsePair:
     """A prompt with the SFT model's and PPO's response, what was measured of them, and why to be suspicious."""
 
     label: str
@@ -43,34 +43,34 @@ def last_rows(run: Run) -> list[dict[str, Any]]:
 
 def _is_pair(row: Mapping[str, Any]) -> bool:
     return all(isinstance(row.get(name), str) for name in TEXTS) and all(
-        is_number(row.get(name)) and abs(row[name]) < MOST for name in ("score", "score_sft")
+        is_number(row.get(name)) and abs(row[name]) < MAX_VALUE for name in ("score", "score_sft")
     )
 
 
-def samples(each: Labelled, most: int) -> list[Sample]:
+def samples(each: LabelledRun, max_samples: int) -> list[ResponsePair]:
     """Samples of a run, those that gained the most first; of many, the most gained, most lost and most suspicious."""
     rows = last_rows(each.run)
     if not rows:
         return []
     spread = statistics.pstdev([row["score"] - row["score_sft"] for row in rows]) or 1.0
-    found = [_sample(each.label, row, spread) for row in rows]
-    if len(found) > most:
+    found = [_response_pair(each.label, row, spread) for row in rows]
+    if len(found) > max_samples:
         orders = [
             sorted(found, key=lambda s: -s.gain),
             sorted(found, key=lambda s: s.gain),
             sorted(found, key=lambda s: -s.suspicion),
             sorted(found, key=lambda s: -s.length),
         ]
-        kept: dict[int, Sample] = {}
+        kept: dict[int, ResponsePair] = {}
         for ranked in zip(*orders, strict=True):
             for sample in ranked:
-                if len(kept) < most:
+                if len(kept) < max_samples:
                     kept[id(sample)] = sample
         found = list(kept.values())
     return sorted(found, key=lambda sample: -sample.gain)
 
 
-def _sample(label: str, row: Mapping[str, Any], spread: float) -> Sample:
+def _response_pair(label: str, row: Mapping[str, Any], spread: float) -> ResponsePair:
     gain = row["score"] - row["score_sft"]
     length, before = _length(row, "response", ""), _length(row, "sft", "_sft")
     measures = [("score", f"{row['score_sft']:.3g}", f"{row['score']:.3g}")]
@@ -94,7 +94,7 @@ def _sample(label: str, row: Mapping[str, Any], spread: float) -> Sample:
     # A gain with a sign that something else than quality was rewarded.
     suspicion = max(gain / spread, 0.0) * sum(weight for weight, _ in signs)
     prompt, sft, response = (_clipped(row[name]) for name in TEXTS)
-    return Sample(label, prompt, sft, response, measures, gain, length, suspicion, [why for _, why in signs])
+    return ResponsePair(label, prompt, sft, response, measures, gain, length, suspicion, [why for _, why in signs])
 
 
 def _length(row: Mapping[str, Any], text: str, suffix: str) -> float:
@@ -104,10 +104,14 @@ def _length(row: Mapping[str, Any], text: str, suffix: str) -> float:
 
 def _clipped(text: str) -> str:
     text = text.strip()
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text) - LONGEST} more characters)"
+    return (
+        text
+        if len(text) <= MAX_CHARACTERS
+        else f"{text[:MAX_CHARACTERS]} … ({len(text) - MAX_CHARACTERS} more characters)"
+    )
 
 
-def histograms(runs: Sequence[Labelled]) -> list[Figure]:
+def histograms(runs: Sequence[LabelledRun]) -> list[Figure]:
     """Scores, true rewards and lengths of the SFT model's responses against PPO's."""
     with_rows = [(each, rows) for each in runs if len(rows := last_rows(each.run)) > 1]
     found = []

@@ -8,13 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from align.report.figures import Figure, Table, curves_figure
+from align.report.figures import Figure, PageTable, curves_figure
 from align.report.read import Run
-from align.report.svg import Bars, Curve, histogram
+from align.report.svg import Bars, Curve, histogram_chart
 from align.runs.records import is_number
 
-MOST_DEPTH, MOST_ROWS = 4, 120
-MOST_ERRORS, LONGEST = 20, 600  # confidently wrong pairs that are shown, and characters of each text
+MAX_DEPTH, MAX_ROWS = 4, 120
+MAX_ERRORS, MAX_CHARACTERS = 20, 600  # confidently wrong pairs that are shown, and characters of each text
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,8 @@ class RewardCard:
 
     title: str
     verdict: str
-    verdicts: Table | None
-    tables: list[Table]
+    verdicts: PageTable | None
+    tables: list[PageTable]
     figures: list[Figure]
     notes: list[str]
 
@@ -44,7 +44,7 @@ def cards(run: Run, name: str) -> Iterator[RewardCard]:
     brief = run.results.get("card")
     if not found and isinstance(brief, dict) and isinstance(lines := brief.get("lines"), dict):
         rows = [[line, str(verdict)] for line, verdict in lines.items()]
-        more = Table("Verdicts; card/card.md in its folder has the measurements", ["line", "verdict"], rows)
+        more = PageTable("Verdicts; card/card.md in its folder has the measurements", ["line", "verdict"], rows)
         yield RewardCard(name, str(brief.get("summary", "")), more, [], [], [])
 
 
@@ -61,19 +61,19 @@ def _overall(card: Mapping[str, Any]) -> str:
 
 def _lines(card: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = card.get("verdicts")
-    return [each for each in lines if isinstance(each, dict)][:MOST_ROWS] if isinstance(lines, list) else []
+    return [each for each in lines if isinstance(each, dict)][:MAX_ROWS] if isinstance(lines, list) else []
 
 
-def _verdicts(card: Mapping[str, Any]) -> Table | None:
+def _verdicts(card: Mapping[str, Any]) -> PageTable | None:
     names = ("line", "verdict", "measured", "reason", "go_back_to")
     rows = [[str(each.get(name, "")).replace("`", "") for name in names] for each in _lines(card)]
     columns = ["line", "verdict", "measured", "reason", "go back to"]
-    return Table("Verdict by line", columns, rows) if rows else None
+    return PageTable("Verdict by line", columns, rows) if rows else None
 
 
-def _measured(card: Mapping[str, Any]) -> Table | None:
-    rows = list(_leaves({k: v for k, v in card.items() if k not in ("verdicts", "notes")}, ""))[:MOST_ROWS]
-    return Table("Everything measured, with 95% intervals", ["measure", "value", "n"], rows) if rows else None
+def _measured(card: Mapping[str, Any]) -> PageTable | None:
+    rows = list(_leaves({k: v for k, v in card.items() if k not in ("verdicts", "notes")}, ""))[:MAX_ROWS]
+    return PageTable("Everything measured, with 95% intervals", ["measure", "value", "n"], rows) if rows else None
 
 
 def _leaves(value: Any, name: str, depth: int = 0) -> Iterator[list[object]]:
@@ -82,13 +82,13 @@ def _leaves(value: Any, name: str, depth: int = 0) -> Iterator[list[object]]:
         ends = value.get("low"), value.get("high")
         interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if all(map(is_number, ends)) else ""
         yield [name, f"{value['value']:.4g}{interval}", f"{value['n']}" if is_number(value.get("n")) else ""]
-    elif isinstance(value, dict) and depth < MOST_DEPTH:
+    elif isinstance(value, dict) and depth < MAX_DEPTH:
         label = next((value[key] for key in ("slice", "benchmark") if isinstance(value.get(key), str)), None)
         for key, item in value.items():
             if key not in ("reliability", "margins", "slice", "benchmark"):
                 yield from _leaves(item, " › ".join(filter(None, (name, label, key.replace("_", " ")))), depth + 1)
-    elif isinstance(value, list) and depth < MOST_DEPTH:
-        for item in value[:MOST_ROWS]:
+    elif isinstance(value, list) and depth < MAX_DEPTH:
+        for item in value[:MAX_ROWS]:
             if isinstance(item, dict):
                 yield from _leaves(item, name, depth)
     elif is_number(value):
@@ -133,25 +133,29 @@ def _margins(card: Mapping[str, Any]) -> Figure | None:
     if len(counts) > 200 or not all(map(is_number, [*edges, *counts])) or edges != sorted(edges):
         return None
     title = "Margins of the pairs"
-    svg = Markup(histogram(title, "chosen less rejected score", "pairs", edges, [Bars("pairs", counts, 0)]))
+    svg = Markup(histogram_chart(title, "chosen less rejected score", "pairs", edges, [Bars("pairs", counts, 0)]))
     rows = [
         [f"{low:.4g} to {high:.4g}", f"{count}"] for low, high, count in zip(edges, edges[1:], counts, strict=False)
     ]
     return Figure(
-        title, svg, Table(title, ["margin", "pairs"], rows), [("pairs", 0, 0)], "Left of 0 the label is not followed."
+        title,
+        svg,
+        PageTable(title, ["margin", "pairs"], rows),
+        [("pairs", 0, 0)],
+        "Left of 0 the label is not followed.",
     )
 
 
-def _errors(run: Run) -> Table | None:
+def _errors(run: Run) -> PageTable | None:
     rows: Sequence[Sequence[object]] = [
         [_short(each["prompt"]), _short(each["chosen"]), _short(each["rejected"]), f"{each['margin']:.3g}"]
         for each in run.errors
         if is_number(each.get("margin"))
         and all(isinstance(each.get(text), str) for text in ("prompt", "chosen", "rejected"))
-    ][:MOST_ERRORS]
+    ][:MAX_ERRORS]
     columns = ["prompt", "labelled better", "labelled worse", "margin"]
-    return Table("The pairs that it is most confidently wrong about", columns, rows) if rows else None
+    return PageTable("The pairs that it is most confidently wrong about", columns, rows) if rows else None
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"

@@ -6,16 +6,24 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from align.report.findings import FEWEST_UPDATES, Finding, change, correlation, part, updates, values
+from align.report.findings import (
+    MIN_UPDATES,
+    Finding,
+    correlation,
+    describe_updates,
+    end_values,
+    metric_values,
+    quarter_means,
+)
 from align.report.read import Run
 from align.report.responses import last_rows
 from align.runs.records import is_number
 
-LOST_EOS = 0.1  # fall of the EOS rate
-MOST_REPEATED = 0.2
-LONGER = 1.25  # growth of the length that is worth a look
-CARRIED = 0.6  # rank correlation of score and length
-LEAST_ENTROPY = 0.05  # nats per token
+EOS_RATE_DROP = 0.1  # fall of the EOS rate
+MAX_REPETITION = 0.2
+LENGTH_GROWTH = 1.25  # growth of the length that is worth a look
+LENGTH_CORRELATION = 0.6  # rank correlation of score and length
+MIN_ENTROPY = 0.05  # nats per token
 
 
 def response_signs(run: Run, reward_model: Run | None) -> Iterator[Finding]:
@@ -35,32 +43,32 @@ def _endings(run: Run) -> Iterator[Finding]:
     start = run.series("self_check/eos_rate") or rates[:1]
     if len(rates) < 4 or not start:
         return
-    before, after = max(start[0][1], rates[0][1]), statistics.fmean(part(rates, -1))
+    before, after = max(start[0][1], rates[0][1]), statistics.fmean(end_values(rates, -1))
     # Standard error of the difference, of responses that are drawn with the rate of the start.
-    batch, last = run.recipe.get("rollout_batch_size"), len(part(rates, -1))
+    batch, last = run.recipe.get("rollout_batch_size"), len(end_values(rates, -1))
     share = min(max(before, 0.02), 0.98)
     error = math.sqrt(share * (1 - share) * (1 + 1 / last) / batch) if is_number(batch) and batch else 0.0
-    if after < before - max(LOST_EOS, 3 * error):
+    if after < before - max(EOS_RATE_DROP, 3 * error):
         yield Finding(
             "severe" if after < before / 2 else "warning", "EOS loss", "responses no longer end by themselves",
-            f"response/eos_rate was {before:.3g} at the start and is {after:.3g} in the last quarter ({updates(run)}); mean length "
-            f"{values(run, 'response/length')[-1]:.4g} of {run.recipe.get('response_length')} tokens.",
+            f"response/eos_rate was {before:.3g} at the start and is {after:.3g} in the last quarter ({describe_updates(run)}); mean length "
+            f"{metric_values(run, 'response/length')[-1]:.4g} of {run.recipe.get('response_length')} tokens.",
             "Set `missing_eos_penalty`, and see whether the reward favors length (`align judge-reward`).",
         )  # fmt: skip
 
 
 def _length(run: Run) -> Iterator[Finding]:
     lengths, scores = run.series("response/length"), run.series("objective/score")
-    grown = change(run, "response/length")
+    grown = quarter_means(run, "response/length")
     if grown is None or len(lengths) != len(scores) or not grown[0]:
         return
     factor = grown[1] / grown[0]
     rows = [row for row in last_rows(run) if is_number(row.get("length"))]
     over_time = correlation([v for _, v in lengths], [v for _, v in scores])
     within = correlation([row["length"] for row in rows], [row["score"] for row in rows]) if len(rows) >= 30 else None
-    carried = within > CARRIED if within is not None else over_time > 0.9 and factor > 1.5
+    carried = within > LENGTH_CORRELATION if within is not None else over_time > 0.9 and factor > 1.5
     gained = scores[-1][1] > scores[0][1]
-    if factor < LONGER or not carried or not gained or len(scores) < FEWEST_UPDATES:
+    if factor < LENGTH_GROWTH or not carried or not gained or len(scores) < MIN_UPDATES:
         return
     among = f", over {len(rows)} held-out responses of the last evaluation {within:.2f}" if within is not None else ""
     yield Finding(
@@ -73,29 +81,29 @@ def _length(run: Run) -> Iterator[Finding]:
 
 
 def _text(run: Run) -> Iterator[Finding]:
-    repeated = change(run, "response/repetition")
-    if repeated is not None and repeated[1] > MOST_REPEATED and repeated[1] > 2 * repeated[0]:
+    repeated = quarter_means(run, "response/repetition")
+    if repeated is not None and repeated[1] > MAX_REPETITION and repeated[1] > 2 * repeated[0]:
         yield Finding(
             "severe", "repeated text", "the responses repeat themselves",
             f"response/repetition was {repeated[0]:.3g} in the first quarter and {repeated[1]:.3g} in the last; under 0.1 is healthy "
-            f"({updates(run)}).",
+            f"({describe_updates(run)}).",
             "The reward favors repetition: read the samples, raise `kl_coef`, lower `learning_rate`, train the reward on such "
             "responses.",
         )  # fmt: skip
-    entropy = change(run, "objective/entropy")
-    if entropy is not None and entropy[1] < LEAST_ENTROPY and entropy[1] < entropy[0] / 4:
+    entropy = quarter_means(run, "objective/entropy")
+    if entropy is not None and entropy[1] < MIN_ENTROPY and entropy[1] < entropy[0] / 4:
         yield Finding(
             "severe", "entropy collapse", "the policy has collapsed onto a few responses",
             f"objective/entropy was {entropy[0]:.3g} nats per token in the first quarter and {entropy[1]:.3g} in the last "
-            f"({updates(run)}).",
+            f"({describe_updates(run)}).",
             "Raise `kl_coef` (with PPO, `entropy_coef` too), lower `learning_rate`.",
         )  # fmt: skip
 
 
 def _out_of_data(run: Run, reward_model: Run | None) -> Iterator[Finding]:
     evidence = list(_truth_falls(run))
-    score = part(run.series("objective/score"), -1) if run.series("objective/score") else []
-    enough = len(run.series("objective/score")) >= FEWEST_UPDATES
+    score = end_values(run.series("objective/score"), -1) if run.series("objective/score") else []
+    enough = len(run.series("objective/score")) >= MIN_UPDATES
     if reward_model is not None and score and enough:
         highest, zero = reward_model.last("eval/max_reward"), reward_model.record.get("score_mean", 0.0)
         weights = run.recipe.get("reward_weights")
@@ -112,7 +120,7 @@ def _out_of_data(run: Run, reward_model: Run | None) -> Iterator[Finding]:
     if evidence:
         yield Finding(
             "severe", "reward model out of its data", "the reward is exploited, or judges what it was not trained on",
-            "; ".join(evidence) + f" ({updates(run)}).",
+            "; ".join(evidence) + f" ({describe_updates(run)}).",
             "Use the checkpoint before the turn, raise `kl_coef`, set `kl_target` or `max_kl`; collect pairs of this policy's responses "
             "and train the reward on them.",
         )  # fmt: skip

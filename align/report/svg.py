@@ -52,14 +52,14 @@ class _Axes:
         return HEIGHT - BOTTOM - (value - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
 
     def draw(self, title: str, x_label: str, y_label: str, content: Iterable[str]) -> str:
-        parts = [_text(4, 14, y_label, "start", "axis")]
+        parts = [_text_element(4, 14, y_label, "start", "axis")]
         for value in ticks(*self.y):
             at = self.at_y(value)
             parts.append(f'<path class="rule" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-            parts.append(_text(LEFT - 7, at + 4, _number(value), "end"))
+            parts.append(_text_element(LEFT - 7, at + 4, _format_number(value), "end"))
         for value in ticks(*self.x, whole=self.whole):
-            parts.append(_text(self.at_x(value), HEIGHT - BOTTOM + 17, _number(value), "middle"))
-        parts.append(_text(WIDTH - RIGHT, HEIGHT - 4, x_label, "end", "axis"))
+            parts.append(_text_element(self.at_x(value), HEIGHT - BOTTOM + 17, _format_number(value), "middle"))
+        parts.append(_text_element(WIDTH - RIGHT, HEIGHT - 4, x_label, "end", "axis"))
         bounds = " ".join(f"{each:.8g}" for each in (*self.x, *self.y))
         area = f"{LEFT} {WIDTH - RIGHT} {HEIGHT - BOTTOM} {TOP}"
         return (
@@ -68,7 +68,7 @@ class _Axes:
         )
 
 
-def lines(
+def line_chart(
     title: str,
     x_label: str,
     y_label: str,
@@ -89,19 +89,19 @@ def lines(
     axes = _Axes(x_range or (min(xs), max(xs)), (min(ys), max(ys)), whole_x)
     content = []
     for curve in curves:
-        look = f"c{curve.colour % COLOURS} dash{min(curve.dash, 3)}"
+        css_class = f"c{curve.colour % COLOURS} dash{min(curve.dash, 3)}"
         drawn = []
         if curve.band:
             ring = [(x, high) for x, _, high in curve.band] + [(x, low) for x, low, _ in reversed(curve.band)]
-            drawn.append(f'<polygon class="band" points="{_places(axes, ring)}"/>')
-        drawn.append(f'<polyline points="{_places(axes, curve.points)}"/>')
+            drawn.append(f'<polygon class="band" points="{_point_list(axes, ring)}"/>')
+        drawn.append(f'<polyline points="{_point_list(axes, curve.points)}"/>')
         if curve.dots or len(curve.points) == 1:
             drawn += [f'<circle cx="{axes.at_x(x):.1f}" cy="{axes.at_y(y):.1f}" r="3.5"/>' for x, y in curve.points]
-        content.append(f'<g class="curve {look}" data-name="{_attribute(curve.name)}">{"".join(drawn)}</g>')
+        content.append(f'<g class="curve {css_class}" data-name="{_attribute(curve.name)}">{"".join(drawn)}</g>')
     return axes.draw(title, x_label, y_label, content)
 
 
-def histogram(title: str, x_label: str, y_label: str, edges: Sequence[float], bars: Sequence[Bars]) -> str:
+def histogram_chart(title: str, x_label: str, y_label: str, edges: Sequence[float], bars: Sequence[Bars]) -> str:
     """Bars between the edges of bins, one of each series beside the other.
 
     Args:
@@ -123,7 +123,7 @@ def histogram(title: str, x_label: str, y_label: str, edges: Sequence[float], ba
     return axes.draw(title, x_label, y_label, content)
 
 
-def stacked(title: str, x_label: str, rows: Sequence[tuple[str, Sequence[float]]]) -> str:
+def stacked_chart(title: str, x_label: str, rows: Sequence[tuple[str, Sequence[float]]]) -> str:
     """Horizontal bars, each of parts that add up; the parts have the colors 0, 1, 2, ... in every row."""
     height = TOP + 54 * len(rows) + BOTTOM
     axes = _Axes((0.0, max(sum(parts) for _, parts in rows) or 1.0), (0.0, 1.0))
@@ -131,11 +131,11 @@ def stacked(title: str, x_label: str, rows: Sequence[tuple[str, Sequence[float]]
     for value in ticks(*axes.x):
         at = axes.at_x(value) - LEFT + 8
         drawn.append(f'<path class="rule" d="M{at:.1f} {TOP - 8}V{height - BOTTOM}"/>')
-        drawn.append(_text(at, height - BOTTOM + 17, _number(value), "middle"))
-    drawn.append(_text(WIDTH - RIGHT, height - 4, x_label, "end", "axis"))
+        drawn.append(_text_element(at, height - BOTTOM + 17, _format_number(value), "middle"))
+    drawn.append(_text_element(WIDTH - RIGHT, height - 4, x_label, "end", "axis"))
     for index, (name, parts) in enumerate(rows):
         top, at = TOP + 54 * index, 8.0
-        drawn.append(_text(8, top + 6, name))
+        drawn.append(_text_element(8, top + 6, name))
         for colour, value in enumerate(parts):
             width = axes.at_x(value) - LEFT
             drawn.append(
@@ -150,16 +150,16 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high - low > 1e-9 * max(abs(low), abs(high)) else (low, high + (abs(high) or 1.0))
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{0.0 if abs(value) < 1e-300 else value:.6g}".replace("-", "−")
 
 
-def _places(axes: _Axes, points: Iterable[Point]) -> str:
+def _point_list(axes: _Axes, points: Iterable[Point]) -> str:
     return " ".join(f"{axes.at_x(x):.1f},{axes.at_y(y):.1f}" for x, y in points if math.isfinite(y))
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", look: str = "tick") -> str:
-    return f'<text class="{look}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(printable(words))}</text>'
+def _text_element(x: float, y: float, words: str, anchor: str = "start", css_class: str = "tick") -> str:
+    return f'<text class="{css_class}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(printable(words))}</text>'
 
 
 def _attribute(text: str) -> str:

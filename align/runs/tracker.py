@@ -112,7 +112,7 @@ class Tracker:
     def _log_report(self, run: WandbRun) -> None:
         """Log the run's report, with the charts of `align report`; no run ends by it."""
         try:
-            run.page(self._last_step, "report", importlib.import_module(REPORT).report_of(self._folder))
+            run.page(self._last_step, "report", importlib.import_module(REPORT).report_html(self._folder))
         except Exception as error:
             self.say(f"no report in W&B: {error if isinstance(error, UserError) else reason(error)}")
 

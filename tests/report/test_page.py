@@ -19,8 +19,8 @@ from align.cli.report import update
 from align.errors import BadFile
 from align.maths.overoptimization import rl_gain
 from align.report.figures import thinned
-from align.report.page import MOST_BYTES, write_report
-from align.report.read import natural
+from align.report.page import MAX_BYTES, write_report
+from align.report.read import natural_key
 from align.runs.files import write_json
 from tests.report.recorded import make_run
 from tests.worlds import write_jsonl
@@ -75,7 +75,7 @@ def pipeline(tmp_path_factory) -> Path:
 def page(pipeline) -> Parsed:
     assert main(["report", str(pipeline)]) == 0
     path = pipeline / "report.html"
-    assert path.stat().st_size < MOST_BYTES
+    assert path.stat().st_size < MAX_BYTES
     return Parsed(path.read_text(encoding="utf-8"))
 
 
@@ -257,7 +257,7 @@ def test_much_stays_within_the_size(tmp_path):
     run = make_run("sound_seed1", tmp_path / "run", "πολλές λέξεις " * 150)  # the first choice of sizes is too large
     path = tmp_path / "report.html"
     write_report([[run]] * 8, path, "long")  # 8 times 96 samples of 4000 characters
-    assert 0.3 * MOST_BYTES < path.stat().st_size < MOST_BYTES
+    assert 0.3 * MAX_BYTES < path.stat().st_size < MAX_BYTES
 
 
 def test_thinned_curves_keep_their_extremes():
@@ -300,4 +300,4 @@ def test_a_pipelines_report_never_ends_it(pipeline, tmp_path, capsys):
 
 
 def test_numbers_in_names_count():
-    assert sorted(["run10", "run9", "run", "10", "9b"], key=natural) == ["run", "run9", "run10", "9b", "10"]
+    assert sorted(["run10", "run9", "run", "10", "9b"], key=natural_key) == ["run", "run9", "run10", "9b", "10"]

@@ -22,7 +22,7 @@ from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.errors import UserError
-from align.report.page import report_of
+from align.report.page import report_html
 from align.runs.checkpoint import complete_checkpoints, synced_sums
 from align.runs.tracker import Tracker
 from align.trainer.callback import StageCallback, trainer_metrics
@@ -294,7 +294,7 @@ def test_wandb_holds_the_same_numbers_offline_and_resumed(tmp_path: Path) -> Non
     page = (pieces[1] / "files" / report["report"]["path"]).read_text(encoding="utf-8")
     charts = re.findall(r"<svg.*?</svg>", page)
     assert len(charts) >= 3
-    assert charts == re.findall(r"<svg.*?</svg>", report_of(folder))
+    assert charts == re.findall(r"<svg.*?</svg>", report_html(folder))
     assert "app.wandb.ai" not in page  # W&B would add a style sheet from the network
 
 

@@ -22,7 +22,7 @@ from align.cli.architectures.cases import Case, make_cases
 from align.cli.architectures.examine import FAILED, PARTS, REFUSED, Found, examine
 from align.cli.architectures.stages import RECIPES
 from align.cli.processes import describe_exit_code
-from align.cli.report_file import report_path, write_report
+from align.cli.report_file import json_report_path, write_json_report
 from align.cli.steps import known_overrides
 from align.runs.quiet import quiet
 from align.runs.tables import make_console, make_table
@@ -53,7 +53,7 @@ def run(
         UserError: an unknown type, no model in `folder`, a wrong override, or a file at `json_path` that is no report.
     """
     quiet()
-    json_path = report_path(json_path)
+    json_path = json_report_path(json_path)
     cases = make_cases(names, folder)
     known_overrides("sft", overrides, set(RECIPES))  # a key that no stage has is an error now
     began = time.monotonic()
@@ -64,7 +64,7 @@ def run(
         "seconds": round(time.monotonic() - began, 1),
         "cases": [each.as_dict() for each in found],
     }
-    if write_report(report, json_path):
+    if write_json_report(report, json_path):
         make_console().print(matrix_table(found))
         for each in found:
             for part, note in each.notes.items():

@@ -9,7 +9,7 @@ from align.runs.schemas import WARNINGS
 NOT_BETTER = ("worse than", "no different from")  # how a line of PPO's verdict begins
 
 
-def said_signs(run: Run) -> list[Finding]:
+def recorded_signs(run: Run) -> list[Finding]:
     """Findings of what the run itself has said, finished or not."""
     said = [row.get("text") for row in run.samples if row["name"] == WARNINGS]
     found = [
