@@ -1,4 +1,4 @@
-"""`align diagnose RUN`: what is wrong with a finished or dead run, by the metrics that it has left."""
+"""`align diagnose RUN`: print the faults that `align.report.diagnose` finds in runs, finished or not."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(directory: str) -> int:
 
 
 def _describe_evaluation(run: Run) -> str:
-    """What the folder of a stage without training metrics is."""
+    """The status of a stage that has no training metrics."""
     if run.stage == "judge-reward":
         return "a report card of a reward" + (f", verdict {run.record['verdict']}" if run.finished else "")
     return "results of an evaluation, which has no training metrics" + "; see results.md" * run.finished

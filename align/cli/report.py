@@ -1,4 +1,4 @@
-"""`align report DIR`: one HTML file of a pipeline or a run, or of several over each other."""
+"""`align report DIR ...`: one HTML file about a run, a pipeline, or several of them side by side."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ REPORT = "report.html"
 
 
 def run(directories: Sequence[str], output: str | None = None) -> int:
-    """Write the report, and say where it is; returns 0.
+    """Write the report and print its path; returns 0.
 
     Args:
-        directories: each a run's output folder, a folder of those, or a folder of numbered recipes that have been run.
-        output: the file; by default `report.html` in the one directory (of recipes: where their output folders are), or in
-            the folder above all of several.
+        directories: each the output folder of a run, a folder of those, or a folder of numbered recipes that were run.
+        output: the file. The default is `report.html` in the directory (for recipes: beside their output folders), or in the
+            common parent of several directories.
 
     Raises:
-        UserError: no runs, a damaged record, or the file is there and is no report.
+        UserError: there are no runs, a record is damaged, or the file exists and is not a report.
     """
     given = None if output is None else Path(expand_output(output, "--output"))
     folders = [Path(expand(each, "align report")) for each in directories]
@@ -46,7 +46,7 @@ def run(directories: Sequence[str], output: str | None = None) -> int:
 
 
 def _find(folder: Path) -> tuple[list[list[Path]], Path]:
-    """Output folders of runs, a list for each pipeline, and where their report goes."""
+    """The output folders of runs, a list for each pipeline, and the default path of their report."""
     try:
         recipes = numbered_recipes(str(folder))
     except UserError:
@@ -58,19 +58,19 @@ def _find(folder: Path) -> tuple[list[list[Path]], Path]:
 
 
 def report_path(outputs: Sequence[Path]) -> Path:
-    """Where the report of a pipeline goes: beside its output folders, or, where these lie apart, into the last one."""
+    """The path of a pipeline's report: beside its output folders if they have one parent, else in the last one."""
     above = {os.path.abspath(each.parent) for each in outputs}
     return (outputs[-1].parent if len(above) == 1 and len(outputs) > 1 else outputs[-1]) / REPORT
 
 
 def update(title: str, outputs: Sequence[Path]) -> Path | None:
-    """Write the report of a pipeline's runs so far; None, with a line that says why, if that fails: no run ends by it."""
+    """Write the report of a pipeline's runs so far; returns its path. Failures are printed, not raised, and give None."""
     try:
         if not (found := [each for each in outputs if is_run(each)]):
             return None
         path = report_path(outputs) if report_path(outputs).parent.is_dir() else report_path(found)
         write_report([found], path, title)
-    except Exception as error:  # whatever it is, a report is no reason to stop a pipeline
+    except Exception as error:  # a report must not stop a pipeline
         say(f"no report: {reason(error) if not isinstance(error, UserError) else error}")
         return None
     return path

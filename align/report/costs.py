@@ -11,12 +11,12 @@ from align.report.pipelines import Group
 from align.report.read import Run
 from align.runs.records import is_count
 
-MAX_PARTS = 7  # of a bar, one for each color but one; smaller ones together are the rest
+MAX_PARTS = 7  # of a bar; the smaller phases are summed as "rest", which has the last of the eight colors
 NOT_PHASES = ("time/total", "time/tokens_per_second", "time/self_checks")
 
 
 def costs_table(groups: Sequence[Group]) -> PageTable:
-    """A row for each run: seconds from its first to its last line of metrics, steps, tokens, and tokens per second."""
+    """A row for each run: time from its first to its last line of metrics, steps, tokens, tokens per second, memory."""
     rows = []
     for each in groups:
         for labelled in each.runs:
@@ -43,7 +43,7 @@ def costs_table(groups: Sequence[Group]) -> PageTable:
 
 
 def phases_figure(groups: Sequence[Group]) -> Figure | None:
-    """Seconds of PPO's updates by phase, summed over the updates that were logged."""
+    """Seconds of each phase of PPO's updates, summed over the logged updates; None without any."""
     runs: list[LabelledRun] = [each for group in groups if group.stage == "ppo" for each in group.runs]
     sums = [
         {
@@ -67,7 +67,7 @@ def phases_figure(groups: Sequence[Group]) -> Figure | None:
 
 
 def wall_seconds(run: Run) -> float | None:
-    """Seconds from the first to the last line of metrics; interruptions count."""
+    """Seconds from the first to the last line of metrics, interruptions included; None if unknown."""
     times = []
     for line in (run.lines[0], run.lines[-1]) if run.lines else ():
         try:
@@ -79,7 +79,7 @@ def wall_seconds(run: Run) -> float | None:
 
 
 def count_tokens(run: Run) -> float | None:
-    """Tokens trained on, or sampled in PPO."""
+    """Tokens trained on, or sampled by PPO; None if unknown."""
     lengths, size = run.series("response/length"), run.recipe.get("rollout_batch_size")
     if lengths and is_count(size):
         return sum(value for _, value in lengths) / len(lengths) * lengths[-1][0] * size  # type: ignore[operator]

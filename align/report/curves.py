@@ -1,4 +1,4 @@
-"""Learning curves: which metrics of a stage are drawn together, for one run or for several over each other."""
+"""Learning curves: which metrics of a stage share a chart, for one run or for several."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from align.report.svg import Curve
 from align.runs.records import is_number
 
 BY_SOURCE = "Score by source"
-MAX_FIGURES = 80  # of a stage
+MAX_FIGURES = 80  # of metrics that no chart names, for a stage
 INTERVAL_ENDS = ("_low", "_high")  # ends of an interval, drawn around the metric
 
 
 @dataclass(frozen=True, slots=True)
 class LabelledRun:
-    """A run in a report, with the name that tells it from the others that are drawn with it, and its color."""
+    """A run in a report, with its label in legends and the number of its color."""
 
     label: str
     run: Run
     colour: int
 
 
-# Title, and patterns of the metrics in it; the first describes the axis. The first charts are those to look at first.
+# Title of each chart and patterns of its metrics, the first of which gives the axis its unit; most important charts first.
 MAIN_CHARTS = (
     ("Score", ("objective/score", "eval/score")),
     ("Judge reward", ("eval/judge", "eval/judge/.+")),
@@ -69,7 +69,7 @@ OPTIMIZATION_CHARTS = (
     ("Generalization gap", ("eval/gap",)),
     ("Tokens per second", ("time/tokens_per_second",)),
 )
-# What the row of a PPO run's closing table is called that has the SFT model's value.
+# The measure of a PPO run's closing table that has the SFT model's value of a metric.
 SFT_MEASURES = {
     "eval/score": "score (the training reward)",
     "eval/judge": "judge",
@@ -78,7 +78,7 @@ SFT_MEASURES = {
     "eval/repetition": "repeated 3-grams",
     "eval/kl": "KL from SFT (nats/response)",
 }
-MAX_CURVES = 8  # of a run in a chart
+MAX_CURVES = 8  # of a run, in a chart
 GRAY = 7
 NO_CHART = re.compile(
     r"(time|memory)/.+|self_check/.+|episode|epoch|train/epoch|train/num_tokens|eval/(min|max)_reward|eval/change_(low|high)/.+"
@@ -86,7 +86,11 @@ NO_CHART = re.compile(
 
 
 def learning_curves(stage: str, runs: Sequence[LabelledRun], max_points: int) -> tuple[list[Figure], list[Figure]]:
-    """Charts of what a stage achieves, and of how it optimizes, with every metric that no chart names at the end."""
+    """The charts of a stage's results, and those of its optimization, followed by a chart for each remaining metric.
+
+    Args:
+        max_points: of a curve.
+    """
     drawn: set[str] = set()
     first = [*_figures(stage, runs, MAIN_CHARTS, drawn, max_points)]
     then = [*_figures(stage, runs, OPTIMIZATION_CHARTS, drawn, max_points)]
@@ -136,7 +140,7 @@ def _figures(
 
 
 def axis_title(unit: str) -> str:
-    """What stands at an axis for a unit of metrics.md."""
+    """The axis title for a unit of metrics.md."""
     return {"its own": "reward", "that of the measure": "reward", "1": "no unit"}.get(unit, unit)
 
 
@@ -156,7 +160,7 @@ def _curves(each: LabelledRun, names: Sequence[str], several_runs: bool) -> Iter
 
 
 def metric_interval(run: Run, name: str) -> list[tuple[float, float, float]]:
-    """Steps with the ends of a metric's interval, where the run has logged them."""
+    """Step, low and high of a metric's interval, where logged."""
     ends = [
         name.replace("/change/", f"/change{side}/") if "/change/" in name else f"{name}{side}" for side in INTERVAL_ENDS
     ]
@@ -166,7 +170,7 @@ def metric_interval(run: Run, name: str) -> list[tuple[float, float, float]]:
 
 
 def sft_value(run: Run, name: str) -> float | None:
-    """The SFT model's value of a metric of a PPO run, from the closing table of a finished one."""
+    """The SFT model's value of a metric, from the closing table of a finished PPO run; None if it is not there."""
     wanted = SFT_MEASURES.get(name) or (f"true reward ({name[10:]})" if name.startswith("eval/true/") else None)
     for measure, before, _ in run.results.get("table", []) if run.stage == "ppo" else ():
         if measure == wanted and is_number(before):

@@ -1,4 +1,4 @@
-"""What is wrong with a run, by the metrics it has left and by what it said itself: each fault with its evidence and the remedy, nothing for a sound run."""
+"""Find faults of a run in its metrics, warnings and verdicts; a healthy run has none."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from align.report.signs_recorded import recorded_signs
 from align.report.signs_responses import response_signs
 from align.report.signs_training import reward_signs, training_signs
 
-FEWEST_LINES = 2
-
 
 def diagnose(run: Run, others: Sequence[Run] = ()) -> list[Finding]:
-    """The faults of a run, the severe ones first.
+    """The faults of a run, severe ones first.
 
     Args:
-        others: runs of the same pipeline, in which the reward model of a PPO run is looked for.
+        others: runs of the same pipeline, among which the reward model of a PPO run is searched.
     """
     found: list[Finding] = []
     if broken := [name for name in _metric_names(run) if _became_nonfinite(run, name)]:
@@ -63,9 +61,9 @@ def _became_nonfinite(run: Run, name: str) -> bool:
 
 
 def reward_model_of(run: Run, others: Sequence[Run]) -> Run | None:
-    """The reward stage whose model a PPO run has used: of the pipeline, or on the disk where the recipe names it."""
+    """The run of the reward stage whose model a PPO run used: in `others`, or in the folder that the recipe names."""
     path = run.recipe.get("reward_model_path")
-    if isinstance(path, list) and len(path) == 1:  # of an ensemble there is no single stage
+    if isinstance(path, list) and len(path) == 1:  # an ensemble has several runs
         (path,) = path
     if not isinstance(path, str):
         return None

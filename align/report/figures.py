@@ -1,4 +1,4 @@
-"""A figure: a chart with its title, what it means, its legend, and the same numbers as a table."""
+"""Figures: a chart with title, explanation and legend, and its numbers as a table."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from markupsafe import Markup
 from align.report.read import Point
 from align.report.svg import Bars, Curve, histogram_chart, line_chart, stacked_chart
 
-MAX_ROWS = 40  # of the table under a chart
+MAX_ROWS = 40  # of the table of a chart
 
 
 @dataclass(frozen=True, slots=True)
 class PageTable:
-    """A table of text and numbers; the first cell of a row names it."""
+    """A table of text and numbers; the first cell of a row is its header."""
 
     caption: str
     columns: Sequence[str]
@@ -25,13 +25,19 @@ class PageTable:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A chart and its table. `legend` has name, number of the color, and kind of the line."""
+    """A chart and its table.
+
+    Attributes:
+        legend: name, number of the color, and number of the dash pattern of each curve.
+        about: an explanation; code spans in Markdown are shown as code.
+        healthy: the healthy range.
+    """
 
     title: str
     svg: Markup
     table: PageTable
     legend: list[tuple[str, int, int]] = field(default_factory=list)
-    about: str = ""  # Markdown code spans are shown as code
+    about: str = ""
     healthy: str = ""
 
 
@@ -48,7 +54,14 @@ def curves_figure(
     about: str = "",
     healthy: str = "",
 ) -> Figure | None:
-    """A chart of curves; None without points. More than `max_points` are thinned, extremes kept."""
+    """A chart of curves; None without points.
+
+    Args:
+        max_points: longer curves are thinned, keeping their extremes.
+        whole_x: whether x is an integer, such as a step.
+        x_range: ends of the x axis; by default those of the points.
+        legend: as in `Figure`; by default the curves' names.
+    """
     given = [curve for curve in curves if curve.points]
     if not given:
         return None
@@ -78,7 +91,7 @@ def _curves_table(title: str, x_label: str, curves: Sequence[Curve]) -> PageTabl
 
 
 def thinned(points: Sequence[Point], max_points: int) -> list[Point]:
-    """At most about `most` points: of each stretch of neighbors its lowest and its highest, so that no spike is lost."""
+    """About `max_points` points at most: the minimum and maximum of each stretch, so that no spike is lost."""
     if len(points) <= max_points:
         return list(points)
     size = math.ceil(len(points) / (max_points / 2))
@@ -97,11 +110,11 @@ def histogram_figure(
     about: str = "",
     whole: bool = False,
 ) -> Figure | None:
-    """Shares of values by bin, of several series over common bins; None without values.
+    """A histogram of several series over common bins, in percent; None without values.
 
     Args:
-        series: name, values and color.
-        whole: the values are counts, so that bins are whole numbers wide.
+        series: name, values and number of the color of each.
+        whole: whether the values are integers; then bins have integer widths.
     """
     every = [value for _, values, _ in series for value in values]
     if not every:
@@ -131,7 +144,12 @@ def histogram_figure(
 def stacked_figure(
     title: str, x_label: str, parts: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], *, about: str = ""
 ) -> Figure:
-    """Bars of parts that add up, one for each row."""
+    """A stacked bar chart, one bar for each row.
+
+    Args:
+        parts: names of the parts.
+        rows: name of each bar and the values of its parts.
+    """
     svg = Markup(stacked_chart(title, x_label, rows))
     body = [[name, *(f"{value:.4g}" for value in values), f"{sum(values):.4g}"] for name, values in rows]
     table = PageTable(f"{title}, {x_label}", ["run", *parts, "total"], body)

@@ -1,4 +1,4 @@
-"""A fault that was found in a run's metrics, and the arithmetic by which faults are told from noise."""
+"""Faults found in a run's metrics, and the statistics that separate them from noise."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Literal
 from align.report.read import Point, Run
 from align.runs.records import is_number
 
-MIN_UPDATES = 8  # before it is said that something does not happen
+MIN_UPDATES = 8  # before the absence of a change counts as a fault
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault: a short name by which it is known, a title, the numbers that show it, and what to do."""
+    """One fault: a short name, a title, the numbers that show it, and what to do."""
 
     severity: Literal["severe", "warning"]
     name: str
@@ -26,12 +26,12 @@ class Finding:
 
 
 def severity_order(finding: Finding) -> int:
-    """Severe faults come first."""
+    """A sort key that puts severe faults first."""
     return 0 if finding.severity == "severe" else 1
 
 
 def describe_updates(run: Run) -> str:
-    """Which updates the numbers are of, and how many responses each has."""
+    """The range and number of a PPO run's logged updates, and the responses in each."""
     points = run.series("objective/score")
     batch = run.recipe.get("rollout_batch_size")
     of = f" of {batch} responses" if is_number(batch) else ""
@@ -39,19 +39,19 @@ def describe_updates(run: Run) -> str:
 
 
 def metric_values(run: Run, name: str) -> list[float]:
-    """A metric's values by step."""
+    """A metric's values in the order of steps."""
     return [value for _, value in run.series(name)]
 
 
 def end_values(points: Sequence[Point], which: int, parts: int = 4) -> list[float]:
-    """Values of one of `parts` equal stretches of a series; the first is 0, the last -1. At least one value."""
+    """The values of the first (`which` 0) or the last (-1) of `parts` equal parts of a series; at least one value."""
     size = max(len(points) // parts, 1)
     chosen = points[:size] if which == 0 else points[-size:]
     return [value for _, value in chosen]
 
 
 def quarter_means(run: Run, name: str) -> tuple[float, float] | None:
-    """Means of a metric over the first and the last quarter of a run; None for fewer than four points."""
+    """Means of a metric over the first and the last quarter of a run; None with fewer than four points."""
     points = run.series(name)
     return (
         (statistics.fmean(end_values(points, 0)), statistics.fmean(end_values(points, -1)))
@@ -61,13 +61,13 @@ def quarter_means(run: Run, name: str) -> tuple[float, float] | None:
 
 
 def late_median(run: Run, name: str) -> float | None:
-    """The median of a metric over the second half of a run, which single updates do not move; None without four points."""
+    """The median of a metric over the second half of a run; None with fewer than four points."""
     points = run.series(name)
     return statistics.median(end_values(points, -1, 2)) if len(points) >= 4 else None
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Spearman's rank correlation, ties with their mean rank; 0 where one does not vary."""
+    """Spearman's rank correlation; 0 if one of them is constant."""
     ranks = [_ranks(xs), _ranks(ys)]
     means = [statistics.fmean(each) for each in ranks]
     products = sum((a - means[0]) * (b - means[1]) for a, b in zip(*ranks, strict=True))

@@ -1,4 +1,4 @@
-"""What was gained for which distance from the SFT model: PPO's evaluations, and best-of-n where it was measured."""
+"""Rewards against the distance from the SFT model: PPO's evaluations, and best-of-n if the report has it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from align.report.metric_docs import describe
 from align.report.svg import Curve
 from align.runs.records import is_number
 
-MIN_POINTS = 5  # evaluations of PPO that the law is fitted to
+MIN_POINTS = 5  # evaluations that a fit needs
 REWARD_METRICS = ("eval/score", "eval/judge", "eval/judge/.+", "eval/true/.+")
 
 
 def frontiers(runs: Sequence[LabelledRun], best_of_n: Sequence[tuple[str, dict[str, Any]]]) -> list[Figure]:
-    """A chart for each measure over the square root of the KL divergence.
+    """A chart of each reward over the square root of the KL divergence.
 
     Args:
-        best_of_n: contents of the `results.json` of `align bon`, by name.
+        runs: PPO runs.
+        best_of_n: names of runs of `align bon`, with the contents of their `results.json`.
     """
     names = sorted({name for each in runs for name in each.run.metrics if _is_reward_metric(name)}, key=_order)
     found = []
@@ -63,7 +64,7 @@ def _run_curve(each: LabelledRun, name: str, several: bool) -> Curve | None:
     band = [(math.sqrt(max(kl[x], 0.0)), low, high) for x, low, high in metric_interval(each.run, name) if x in kl]
     if (before := sft_value(each.run, name)) is not None and 0 not in kl:
         points = [(0.0, before), *points]
-    # In the order of training, which the line shows; a band can only be drawn along the axis.
+    # The line follows the order of training, but a band can only be drawn if x never decreases.
     ordered = band == sorted(band)
     return Curve(
         f"PPO, {each.label}" if several else "PPO", points, each.colour, dots=True, band=band if ordered else ()
@@ -71,7 +72,7 @@ def _run_curve(each: LabelledRun, name: str, several: bool) -> Curve | None:
 
 
 def _fitted_law(curve: Curve) -> tuple[Curve, str] | None:
-    """The law d (a - b ln d) of the gain over SFT (arXiv 2210.10760), fitted to PPO's evaluations, where there are enough."""
+    """The fit of d (a - b ln d) to the gain over SFT (arXiv 2210.10760), as curve and text; None with too few points."""
     if curve.dash or not curve.points or curve.points[0][0] != 0 or len(curve.points) <= MIN_POINTS:
         return None
     (_, start), *points = curve.points

@@ -1,4 +1,4 @@
-"""Definition, unit and healthy range of each metric, read from `align/runs/metrics.md`, the one place that has them."""
+"""Definition, unit and healthy range of each metric, read from `align/runs/metrics.md`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECTIONS = {"sft": "Supervised", "reward": "Reward", "classify": "Classifier", "
 
 @dataclass(frozen=True, slots=True)
 class MetricDoc:
-    """A row of metrics.md."""
+    """One row of metrics.md."""
 
     definition: str
     unit: str
@@ -36,5 +36,5 @@ def _rows(stage: str) -> list[tuple[re.Pattern[str], MetricDoc]]:
 
 
 def describe(stage: str, name: str) -> MetricDoc | None:
-    """What metrics.md says about a metric of a stage; None if it says nothing."""
+    """The documentation of a stage's metric; None if metrics.md does not have it."""
     return next((doc for pattern, doc in _rows(stage) if pattern.fullmatch(name)), None)

@@ -1,4 +1,4 @@
-"""What was done, what changed, and how to do it again, as tables and text."""
+"""The overview of a report: runs, closing numbers, versions, and recipes to repeat the runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from align.runs.tables import cell
 
 @dataclass(frozen=True, slots=True)
 class RecipeSection:
-    """How to run a stage again: the command, keys that differ from the defaults as YAML, and all keys."""
+    """How to run a stage again: the command, the non-default keys as YAML, all keys as YAML, and input fingerprints."""
 
     title: str
     command: str
@@ -31,7 +31,7 @@ class RecipeSection:
 
 
 def stages_table(pipelines: Sequence[Pipeline]) -> PageTable:
-    """A row for each run: state, what it starts from, rows, size."""
+    """A row for each run: stage, state, starting models, rows, seed, duration."""
     rows = []
     for each in pipelines:
         for run in each.runs:
@@ -52,14 +52,14 @@ def stages_table(pipelines: Sequence[Pipeline]) -> PageTable:
 
 
 def display_name(pipeline: Pipeline, run: Run, several: bool) -> str:
-    """A run's name, with that of its pipeline where there are several."""
+    """A run's name, with its pipeline's if there are several."""
     if not several:
         return run.name
     return pipeline.label if pipeline.label.endswith(run.name) else f"{pipeline.label}: {run.name}"
 
 
 def describe_state(run: Run) -> str:
-    """Finished, or how far it is."""
+    """ "finished", or the step that an unfinished run has reached."""
     if run.finished:
         return "finished"
     done = run.lines[-1]["step"] if run.lines else 0
@@ -69,7 +69,7 @@ def describe_state(run: Run) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """One number of a pipeline that comes first."""
+    """One of the main results, shown at the top."""
 
     name: str
     value: str
@@ -77,7 +77,7 @@ class Headline:
     about: str
 
 
-# Of the closing tables by stage: the measures that come first, as they begin, and what they are called.
+# By stage: prefix of a measure in its closing table, and the title shown for it.
 HEADLINES = {
     "sft": (("held-out loss", "held-out loss of {run}"),),
     "reward": (("held-out pair accuracy", "reward model's accuracy"),),
@@ -94,7 +94,7 @@ HEADLINES = {
 
 
 def headline(pipeline: Pipeline) -> list[Headline]:
-    """The numbers of a pipeline to look at first, from the closing tables of its stages."""
+    """The main results of a pipeline, from the closing tables of its stages."""
     found = []
     for run in pipeline.runs:
         table = run.results.get("table", [])
@@ -105,11 +105,6 @@ def headline(pipeline: Pipeline) -> list[Headline]:
                     found.append(Headline(name.format(run=run.name), f"{after:.3g}", was, f"{run.name}: {measure}"))
                     break
     return found
-
-
-def verdict_lines(run: Run) -> list[str]:
-    """What a stage says itself about its result."""
-    return run.verdict
 
 
 def _models(recipe: Mapping[str, Any]) -> str:
@@ -131,7 +126,7 @@ def _sources(data: Any) -> str:
 
 
 def before_after(groups: Sequence[Group]) -> PageTable | None:
-    """The closing tables of all stages in one, a pair of columns for each pipeline."""
+    """The closing tables of all stages in one table, with a pair of columns for each pipeline; None without any."""
     labels = list(dict.fromkeys(each.label for group in groups for each in group.runs))
     rows = []
     for group in groups:
@@ -158,7 +153,7 @@ def _change(before: Any, after: Any) -> str:
 
 
 def versions_table(pipelines: Sequence[Pipeline]) -> PageTable | None:
-    """Versions of the packages, by run where they differ."""
+    """Versions of the packages, by run if they differ; None if unknown."""
     runs = [
         (each.label, run) for each in pipelines for run in each.runs if isinstance(run.record.get("versions"), dict)
     ]
@@ -176,7 +171,7 @@ def versions_table(pipelines: Sequence[Pipeline]) -> PageTable | None:
 
 
 def recipe_of(pipeline: Pipeline, run: Run, several: bool) -> RecipeSection:
-    """How to run a stage again."""
+    """The recipe of a run, and how to run it again."""
     stage = STAGES.get(run.stage)
     recipe = {"stage": run.stage, **run.recipe}
     defaults: dict[str, Any] = {}
@@ -202,7 +197,7 @@ def recipe_of(pipeline: Pipeline, run: Run, several: bool) -> RecipeSection:
 
 
 def _source_without_defaults(value: Any) -> Any:
-    """A data source as a recipe has it: without the keys that are empty."""
+    """Data sources without the keys that have their default value; other values unchanged."""
     if isinstance(value, list) and all(isinstance(each, dict) for each in value):
         kept = [
             {k: v for k, v in each.items() if v not in (None, {}, []) and (k, v) not in SOURCE_DEFAULTS}

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, in a browser with or without scripts, within `MAX_BYTES`."""
+"""The report: one self-contained HTML file of at most `MAX_BYTES`, readable without scripts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from align.report.overview import (
     headline,
     recipe_of,
     stages_table,
-    verdict_lines,
     versions_table,
 )
 from align.report.pipelines import Group, Pipeline, group_stages, read_pipelines
@@ -40,16 +39,16 @@ from align.runs.records import package_version
 from align.terminal import printable
 
 MAX_BYTES = 1_500_000
-MARK = '<meta name="generator" content="align report">'  # in the first line of our files, which may be overwritten
-TABLES = {"evaluate": evaluation_tables, "bon": best_of_n_tables}  # of stages without curves
+MARK = '<meta name="generator" content="align report">'  # marks files of this command, which it may overwrite
+TABLES = {"evaluate": evaluation_tables, "bon": best_of_n_tables}  # of the stages without learning curves
 TEMPLATES = Path(__file__).parent / "templates"
-# Points of a curve and samples of all runs, from the usual to what fits also with sixty runs.
+# Points per curve and samples in all, in the order in which they are tried; the last fits with sixty runs.
 SIZES = ((240, 240), (120, 160), (60, 80), (30, 40), (16, 16), (8, 0))
 
 
 @dataclass(frozen=True, slots=True)
 class StageSection:
-    """What is shown of one stage: its learning curves, and for an evaluation its tables."""
+    """One stage on the page: its learning curves, or the tables of an evaluation."""
 
     key: str
     title: str
@@ -60,10 +59,13 @@ class StageSection:
 
 
 def write_report(folders: Sequence[Sequence[Path]], path: Path, title: str) -> list[str]:
-    """Write the report of the runs in output folders, a list of them for each pipeline; returns problems of their files.
+    """Write the report of runs; returns the problems found in their files.
+
+    Args:
+        folders: for each pipeline, the output folders of its runs.
 
     Raises:
-        UserError: a record is damaged, `path` is no report of ours, or there is too much to show.
+        UserError: a record is damaged, `path` is another file than a report, or the runs are too many for one report.
     """
     check_overwritable(path)
     pipelines = read_pipelines(folders)
@@ -77,16 +79,16 @@ def write_report(folders: Sequence[Sequence[Path]], path: Path, title: str) -> l
 
 
 def render_within_limit(pipelines: Sequence[Pipeline], title: str) -> str | None:
-    """The page with as many points and samples as fit into `MAX_BYTES`; None if it is too large without any."""
+    """The page with as many points and samples as fit into `MAX_BYTES`; None if even the fewest do not fit."""
     pages = (render(pipelines, title, *sizes) for sizes in SIZES)
     return next((page for page in pages if len(page.encode()) <= MAX_BYTES), None)
 
 
 def report_html(folder: Path) -> str:
-    """The report of one run as HTML, for those who look at it elsewhere than in its folder.
+    """The report of one run as HTML, for Weights & Biases.
 
     Raises:
-        UserError: a record is damaged, or there is too much to show.
+        UserError: a record is damaged, or the report would be too large.
     """
     if (html := render_within_limit(read_pipelines([[folder]]), folder.resolve().name)) is None:
         raise UserError(f"{folder}: its report would be larger than {MAX_BYTES / 1e6:g} MB.")
@@ -94,10 +96,10 @@ def report_html(folder: Path) -> str:
 
 
 def check_overwritable(path: Path) -> None:
-    """Check that a report can be written: nothing is there, or an earlier report.
+    """Check that `path` does not exist or is an earlier report.
 
     Raises:
-        UserError: something else is there, or a symbolic link.
+        UserError: another file is there, or a symbolic link.
     """
     if path.is_symlink() or (path.exists() and not _is_report(path)):
         raise UserError(
@@ -106,7 +108,7 @@ def check_overwritable(path: Path) -> None:
 
 
 def _with_distinct_labels(runs: list[LabelledRun]) -> list[LabelledRun]:
-    """Runs that are drawn together, by their folders' names and in colours of their own where one pipeline has several."""
+    """Runs for one chart: if a pipeline has several, they get their folders' names as labels and a color each."""
     labels = [each.label for each in runs]
     if len(set(labels)) == len(labels):
         return runs
@@ -125,7 +127,12 @@ def _is_report(path: Path) -> bool:
 
 
 def render(pipelines: Sequence[Pipeline], title: str, max_points: int, max_samples: int) -> str:
-    """The page, with at most that many points to a curve and that many samples."""
+    """The page as HTML.
+
+    Args:
+        max_points: of a curve.
+        max_samples: of all runs together.
+    """
     groups = group_stages(pipelines)
     ppo = _with_distinct_labels(
         [each for each_group in groups if each_group.stage == "ppo" for each in each_group.runs]
@@ -182,7 +189,7 @@ def render(pipelines: Sequence[Pipeline], title: str, max_points: int, max_sampl
             (display_name(each, run, len(pipelines) > 1), line)
             for each in pipelines
             for run in each.runs
-            for line in verdict_lines(run)
+            for line in run.verdict
         ],
         frontiers=frontiers(ppo, best_of_n),
         histograms=histograms(ppo),
@@ -231,7 +238,7 @@ def _format_number(value: float | None) -> str:
 
 
 def code_spans(text: str) -> Markup:
-    """Text whose Markdown code spans become <code>; all else is escaped."""
+    """Turn the Markdown code spans of a text into <code>, and escape the rest."""
     parts = re.split(r"`([^`]*)`", printable(text))
     return Markup("").join(
         Markup("<code>%s</code>") % part if index % 2 else escape(part) for index, part in enumerate(parts)
@@ -239,5 +246,5 @@ def code_spans(text: str) -> Markup:
 
 
 def _shown(value: Any) -> Any:
-    """What a template prints: text with its control characters as escapes."""
+    """Escape the control characters of a text before a template prints it."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,4 +1,4 @@
-"""Which runs of a report are compared with which: pipelines with short names, and their stages side by side."""
+"""The pipelines of a report, and their stages side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODELS = ("model_name_or_path", "sft_model_path", "reward_model_path", "value_mo
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Runs that follow one another, in their order, under a name that tells them from the other pipelines."""
+    """Runs of consecutive stages, in their order, with a label that is unique in the report."""
 
     label: str
     runs: list[Run]
@@ -23,7 +23,7 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The runs of one stage over all pipelines, drawn over each other. `key` is fit for an HTML id."""
+    """The runs of one stage in all pipelines, which share charts. `key` is an HTML id."""
 
     key: str
     title: str
@@ -42,7 +42,7 @@ def read_pipelines(folders: Sequence[Sequence[Path]]) -> list[Pipeline]:
 
 
 def _in_order(runs: Sequence[Run]) -> list[Run]:
-    """Runs after those whose models their recipes name, by the names of the folders; otherwise as they come."""
+    """Runs sorted so that each follows the runs whose output folders its recipe names; otherwise in the given order."""
     by_name = {run.name: run for run in runs}
     found: dict[str, Run] = {}
 
@@ -61,7 +61,7 @@ def _in_order(runs: Sequence[Run]) -> list[Run]:
 
 
 def input_model_paths(recipe: Mapping[str, Any]) -> list[str]:
-    """The models that a recipe names."""
+    """The paths of the models that a recipe names."""
     found: list[str] = []
     for name in MODELS:
         if value := recipe.get(name):
@@ -71,7 +71,7 @@ def input_model_paths(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _labels(pipelines: Sequence[Sequence[Run]]) -> list[str]:
-    """The parts of the pipelines' paths in which they differ; the seed where the paths are all that differs by it."""
+    """Labels of the pipelines: the parts of their paths in which they differ."""
     paths = [(runs[0].folder if len(runs) == 1 else runs[0].folder.parent).resolve().parts for runs in pipelines]
     if len(paths) == 1:
         return [paths[0][-1]]
@@ -86,8 +86,10 @@ def _labels(pipelines: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def group_stages(pipelines: Sequence[Pipeline]) -> list[Group]:
-    """The stages in the order of the longest pipeline: runs of equal folder names, or of equal stages where no pipeline
-    has two of one."""
+    """Group the runs of all pipelines by stage if no pipeline has a stage twice, otherwise by stage and folder name.
+
+    Groups are in the order of the longest pipeline.
+    """
     single = all(len({run.stage for run in each.runs}) == len(each.runs) for each in pipelines)
     found: dict[tuple[str, str], list[LabelledRun]] = {}
     for pipeline in sorted(pipelines, key=lambda each: -len(each.runs)):

@@ -1,4 +1,4 @@
-"""The runs in a folder as they are on the disk, finished or not. Nothing in their files is believed before it is checked."""
+"""Read the runs in a folder, finished or not. Their files are checked, since anything may have written to them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from align.runs.records import Record, is_count, is_number, read_record
 from align.runs.schemas import IDENTITY, MANIFEST_RECORD, METRICS, SAMPLES
 
 ERRORS = "confident_errors.jsonl"
-EVALUATIONS = {"evaluate": EVALUATION, "judge-reward": CARD, "bon": BEST_OF_N}  # by stage, what results.json holds
-# What run.json and results.json must have; the rest as in a manifest.
+EVALUATIONS = {"evaluate": EVALUATION, "judge-reward": CARD, "bon": BEST_OF_N}  # schema of results.json by stage
+# The schema of run.json and of an unknown stage's results.json.
 OTHER_RECORD = Record(IDENTITY, MANIFEST_RECORD.optional)
 MAX_BYTES = 256 << 20  # of metrics.jsonl and samples.jsonl
-MAX_VALUE = 1e100  # of a value: larger ones are no measurement, and differences of theirs no number
+MAX_VALUE = 1e100  # of a metric; larger ones, whose differences may overflow, are left out
 MAX_RUNS = 60  # in one report
 
 Point = tuple[float, float]  # step, value
@@ -33,15 +33,15 @@ Point = tuple[float, float]  # step, value
 
 @dataclass(frozen=True)
 class Run:
-    """One output folder of a stage.
+    """One run, read from its output folder.
 
     Attributes:
         record: `stage.json`, or `run.json` of an unfinished run, or `results.json` of an evaluation.
         lines: of `metrics.jsonl`, each a mapping with `step`, `time` and numbers or None by metric.
         samples: lines of `samples.jsonl`.
-        cards: other `results.json` in the folder and in its subfolders, by path there: of a judged reward, of best-of-n.
-        errors: pairs that a judged reward is most confidently wrong about.
-        problems: files that could not be read, and why.
+        cards: contents of other `results.json` in the folder and its subfolders, by relative path: report cards, best-of-n.
+        errors: pairs that a judged reward ranks wrongly with the largest margins.
+        problems: messages about files that could not be read.
     """
 
     folder: Path
@@ -73,13 +73,13 @@ class Run:
 
     @property
     def verdict(self) -> list[str]:
-        """What a finished stage says of its result, a line for each measure."""
+        """The verdict of a finished PPO run against the SFT model, one line for each measure; empty for other runs."""
         lines = self.results.get("verdict", [])
         return [line for line in lines if isinstance(line, str)] if isinstance(lines, list) else []
 
     @cached_property
     def metrics(self) -> dict[str, list[Point]]:
-        """Points by metric, of the values that are finite, by step; of a step with two lines the last counts."""
+        """Finite values of each metric as points, sorted by step; if a step has several lines, the last one counts."""
         found: dict[str, dict[int, float]] = {}
         for line in self.lines:
             for name, value in line.items():
@@ -88,16 +88,16 @@ class Run:
         return {name: sorted((float(step), value) for step, value in values.items()) for name, values in found.items()}
 
     def series(self, name: str) -> list[Point]:
-        """Points of one metric; empty if the run has not logged it."""
+        """The points of one metric; empty if the run has not logged it."""
         return self.metrics.get(name, [])
 
     def last(self, name: str) -> float | None:
-        """The last value of a metric."""
+        """The last value of a metric; None if the run has not logged it."""
         return self.series(name)[-1][1] if self.series(name) else None
 
     @property
     def steps_planned(self) -> int | None:
-        """Updates or optimizer steps of the whole run, where recipe or results tell."""
+        """Updates or optimizer steps of the whole run; None if neither recipe nor results have them."""
         if self.stage == "ppo":
             sizes = self.recipe.get("total_episodes"), self.recipe.get("rollout_batch_size")
             if all(is_count(size) and size for size in sizes):
@@ -107,7 +107,7 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[list[Path]]:
-    """The output folders under a folder, as pipelines: itself, or its subfolders, or those of each subfolder.
+    """The output folders of runs in a folder, as pipelines: itself, its subfolders, or the subfolders of each subfolder.
 
     Raises:
         UserError: there is none, or there are too many.
@@ -135,7 +135,7 @@ def find_runs(folder: Path) -> list[list[Path]]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is the output folder of a stage, by the files in it."""
+    """Whether a folder is the output folder of a run."""
     return any((folder / name).is_file() for name in (MANIFEST, RUN)) or _is_results(folder / RESULTS)
 
 
@@ -156,7 +156,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """A key that sorts numbers in names by their size."""
+    """A sort key for names that orders the numbers in them by value."""
     parts: list[str] = []
     for character in name:
         if parts and parts[-1].isdecimal() == character.isdecimal():
@@ -167,7 +167,7 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in an output folder; other files than its record may be missing or damaged, which it then tells.
+    """Read the run in an output folder. Files other than its record may be missing or damaged; see `Run.problems`.
 
     Raises:
         UserError: there is no readable `stage.json`, `run.json` or `results.json`.
@@ -210,7 +210,7 @@ def _cards(folder: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, A
 
 
 def read_lines(path: Path, is_valid: Callable[[Any], bool], problems: list[str]) -> list[dict[str, Any]]:
-    """The valid lines of a JSONL file; others are counted in `problems`, but for a last one that was cut off."""
+    """The valid lines of a JSONL file; damaged lines are counted in `problems`, except for an incomplete last line."""
     if not os.path.lexists(path):
         return []
     try:

@@ -1,4 +1,4 @@
-"""Responses of SFT and PPO to the same prompts: for reading side by side, and their scores and lengths as histograms."""
+"""Responses of the SFT model and of PPO to the same prompts, side by side, and histograms of their scores and lengths."""
 
 from __future__ import annotations
 
@@ -13,27 +13,35 @@ from align.report.figures import Figure, histogram_figure
 from align.report.read import MAX_VALUE, Run
 from align.runs.records import is_number
 
-MAX_CHARACTERS = 2000  # characters of a text that are shown
+MAX_CHARACTERS = 2000  # of a text
 TEXTS = ("prompt", "sft", "response")
 
 
 @dataclass(frozen=True, slots=True)
 class ResponsePair:
-    """A prompt with the SFT model's and PPO's response, what was measured of them, and why to be suspicious."""
+    """The SFT model's and PPO's responses to a prompt.
+
+    Attributes:
+        measures: name, value of the SFT model's response, value of PPO's.
+        gain: score of PPO's response minus that of the SFT model's.
+        length: of PPO's response, in tokens, or in characters if tokens are unknown.
+        suspicion: how likely the gain is not in quality; a weight to sort by.
+        reasons: for the suspicion.
+    """
 
     label: str
     prompt: str
     sft: str
     response: str
-    measures: list[tuple[str, str, str]]  # name, of SFT, of PPO
-    gain: float  # in score
+    measures: list[tuple[str, str, str]]
+    gain: float
     length: float
     suspicion: float
     reasons: list[str] = field(default_factory=list)
 
 
 def last_rows(run: Run) -> list[dict[str, Any]]:
-    """The responses to all held-out prompts, or to some of them from the last evaluation that kept any."""
+    """Rows of the last evaluation: of all held-out prompts if the run has recorded them, otherwise of some."""
     rows = [row for row in run.samples if _is_pair(row)]
     if every := [row for row in rows if row["name"] == "responses"]:
         rows = every
@@ -48,7 +56,8 @@ def _is_pair(row: Mapping[str, Any]) -> bool:
 
 
 def samples(each: LabelledRun, max_samples: int) -> list[ResponsePair]:
-    """Samples of a run, those that gained the most first; of many, the most gained, most lost and most suspicious."""
+    """Response pairs of a run, largest gain first; of more than `max_samples`, those with the largest gain, the largest
+    loss, the most suspicion and the longest responses."""
     rows = last_rows(each.run)
     if not rows:
         return []
@@ -91,7 +100,7 @@ def _response_pair(label: str, row: Mapping[str, Any], spread: float) -> Respons
         signs.append((min(length / max(before, 1) - 1, 3) / 3, f"{length / max(before, 1):.1f} times as long"))
     if (repeated := repetition(row["response"])) > 0.1:
         signs.append((min(2 * repeated, 1.0), f"{repeated:.0%} of its 3-grams repeat"))
-    # A gain with a sign that something else than quality was rewarded.
+    # A gain in score, weighted by the signs that something other than quality was rewarded.
     suspicion = max(gain / spread, 0.0) * sum(weight for weight, _ in signs)
     prompt, sft, response = (_clipped(row[name]) for name in TEXTS)
     return ResponsePair(label, prompt, sft, response, measures, gain, length, suspicion, [why for _, why in signs])
@@ -112,7 +121,7 @@ def _clipped(text: str) -> str:
 
 
 def histograms(runs: Sequence[LabelledRun]) -> list[Figure]:
-    """Scores, true rewards and lengths of the SFT model's responses against PPO's."""
+    """Histograms of scores, true rewards and lengths of the SFT model's and PPO's responses."""
     with_rows = [(each, rows) for each in runs if len(rows := last_rows(each.run)) > 1]
     found = []
     if not with_rows:

@@ -1,4 +1,4 @@
-"""The report card of a judged reward: verdicts, what was measured, reliability, margins, and what it gets most wrong."""
+"""The report card of a reward: verdicts, measurements, reliability diagram, margins, and confident errors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from align.report.svg import Bars, Curve, histogram_chart
 from align.runs.records import is_number
 
 MAX_DEPTH, MAX_ROWS = 4, 120
-MAX_ERRORS, MAX_CHARACTERS = 20, 600  # confidently wrong pairs that are shown, and characters of each text
+MAX_ERRORS, MAX_CHARACTERS = 20, 600  # confident errors, and characters of each text
 
 
 @dataclass(frozen=True, slots=True)
 class RewardCard:
-    """What is shown of one card."""
+    """One card on the page."""
 
     title: str
     verdict: str
@@ -30,7 +30,7 @@ class RewardCard:
 
 
 def cards(run: Run, name: str) -> Iterator[RewardCard]:
-    """The cards in a run's folder: of `align judge-reward`, or that of the reward stage."""
+    """The card of a run of `align judge-reward` or of the reward stage, if it has one."""
     found = [content["card"] for content in (run.record, *run.cards.values()) if isinstance(content.get("card"), dict)]
     for card in found[:1]:
         yield RewardCard(
@@ -77,7 +77,7 @@ def _measured(card: Mapping[str, Any]) -> PageTable | None:
 
 
 def _leaves(value: Any, name: str, depth: int = 0) -> Iterator[list[object]]:
-    """Rows of name, value with interval, and n, of whatever a card has under a name."""
+    """Rows of name, value with interval, and n, for every measurement under `value`."""
     if isinstance(value, dict) and is_number(value.get("value")):
         ends = value.get("low"), value.get("high")
         interval = f" [{ends[0]:.3g}, {ends[1]:.3g}]" if all(map(is_number, ends)) else ""

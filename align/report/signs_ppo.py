@@ -1,4 +1,4 @@
-"""Faults of a PPO run that its optimization shows. Every limit is that of a documented healthy range, and no sound run of the tests comes near it."""
+"""Faults in the optimization of a PPO run. The limits follow the healthy ranges of metrics.md."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from align.runs.records import is_number
 MAX_KL = 50.0  # nats per response; in longer responses, 1 nat per token
 MIN_APPROX_KL = 1e-5  # policy/approx_kl of a policy that trains
 MAX_APPROX_KL = 0.05
-MAX_UPDATE_KL = 1.0  # of a single update: a spike that a run survives is below
+MAX_UPDATE_KL = 1.0  # policy/approx_kl of a single update
 MAX_CLIPFRAC = 0.3
 MIN_EXPLAINED_VARIANCE = 0.05
-STRONG_KL_PENALTY = 0.5  # kl_coef times one nat, in spreads of the score
+STRONG_KL_PENALTY = 0.5  # penalty for one nat, in standard deviations of the score
 
 
 def ppo_signs(run: Run) -> Iterator[Finding]:
@@ -34,7 +34,7 @@ def ppo_signs(run: Run) -> Iterator[Finding]:
 
 
 def normalized(run: Run) -> bool:
-    """Whether the scores were divided by their spread: by default those of reward models are."""
+    """Whether scores were divided by their standard deviation, as those of reward models are by default."""
     chosen = run.recipe.get("normalize_scores", False)
     return bool(run.recipe.get("reward_model_path")) if chosen is None else bool(chosen)
 

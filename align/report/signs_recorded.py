@@ -1,4 +1,4 @@
-"""What a run said of itself, as findings: its warnings, its verdict against the SFT model, the verdict of a report card."""
+"""Faults that the run itself has recorded: warnings, PPO's verdict against the SFT model, the verdict of a report card."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from align.report.findings import Finding
 from align.report.read import EVALUATIONS, Run
 from align.runs.schemas import WARNINGS
 
-NOT_BETTER = ("worse than", "no different from")  # how a line of PPO's verdict begins
+NOT_BETTER = ("worse than", "no different from")  # beginnings of lines of PPO's verdict
 
 
 def recorded_signs(run: Run) -> list[Finding]:
-    """Findings of what the run itself has said, finished or not."""
-    said = [row.get("text") for row in run.samples if row["name"] == WARNINGS]
+    """Findings from a run's own warnings and verdicts; the run may be unfinished."""
+    warnings = [row.get("text") for row in run.samples if row["name"] == WARNINGS]
     found = [
-        Finding("warning", "said by the run", "the run itself warned", text, "As the line says; the run went on.")
-        for text in dict.fromkeys(said)
+        Finding("warning", "logged warning", "the run logged a warning", text, "See the warning.")
+        for text in dict.fromkeys(warnings)
         if isinstance(text, str)
     ]
     if run.stage == "ppo":

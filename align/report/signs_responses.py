@@ -1,4 +1,4 @@
-"""Faults of a PPO run that its responses show: endings, length, repetition, and a reward outside of what it was trained on."""
+"""Faults in the responses of a PPO run: missing ends, length, repetition, and rewards outside of their training data."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from align.report.read import Run
 from align.report.responses import last_rows
 from align.runs.records import is_number
 
-EOS_RATE_DROP = 0.1  # fall of the EOS rate
+EOS_RATE_DROP = 0.1
 MAX_REPETITION = 0.2
-LENGTH_GROWTH = 1.25  # growth of the length that is worth a look
+LENGTH_GROWTH = 1.25  # mean length of the last quarter over that of the first
 LENGTH_CORRELATION = 0.6  # rank correlation of score and length
 MIN_ENTROPY = 0.05  # nats per token
 
@@ -30,7 +30,7 @@ def response_signs(run: Run, reward_model: Run | None) -> Iterator[Finding]:
     """Faults of a run, in no order.
 
     Args:
-        reward_model: the stage that made its reward model, where that is known.
+        reward_model: the run that trained its reward model, if known.
     """
     yield from _endings(run)
     yield from _length(run)
@@ -44,7 +44,7 @@ def _endings(run: Run) -> Iterator[Finding]:
     if len(rates) < 4 or not start:
         return
     before, after = max(start[0][1], rates[0][1]), statistics.fmean(end_values(rates, -1))
-    # Standard error of the difference, of responses that are drawn with the rate of the start.
+    # Standard error of the difference if both rates equal the first.
     batch, last = run.recipe.get("rollout_batch_size"), len(end_values(rates, -1))
     share = min(max(before, 0.02), 0.98)
     error = math.sqrt(share * (1 - share) * (1 + 1 / last) / batch) if is_number(batch) and batch else 0.0
@@ -145,7 +145,7 @@ def _truth_falls(run: Run) -> Iterator[str]:
         start, last = max((0.0, sft), (best_step, best), key=lambda each: each[1]), points[-1][1]
         scores = {0.0: statistics.fmean(row["score_sft"] for row in rows), **dict(run.series("eval/score"))}
         risen = scores.get(points[-1][0], -math.inf) >= scores.get(start[0], math.inf)
-        # The best of several evaluations is high by luck, too.
+        # The best of several evaluations is biased upwards.
         if last < start[1] - (1.5 if start[0] else 1.0) * error and risen:
             where = f"at update {start[0]:.0f}" if start[0] else "for the SFT model"
             yield (

@@ -1,4 +1,4 @@
-"""Faults of the stages that run a Trainer: SFT, reward model, classifier, masked language model."""
+"""Faults of the stages that train with a Trainer: SFT, reward model, classifier, masked language model."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from align.report.findings import Finding, end_values, late_median, metric_value
 from align.report.read import Run
 from align.runs.records import is_number
 
-MIN_LOSS_DROP = 0.01  # least share by which the loss falls
-CLIPPED_SHARE = 0.9  # share of steps whose gradient is above max_grad_norm
-MAX_OVERFITTING = 0.25  # nats by which the held-out loss may rise above its lowest
-ACCURACY_GAP = 0.15  # accuracy on training pairs above that on held-out ones
-MIN_PAIRS = 20  # of which an accuracy says something
+MIN_LOSS_DROP = 0.01  # relative to the first quarter
+CLIPPED_SHARE = 0.9  # of the steps, with a gradient far above max_grad_norm
+MAX_OVERFITTING = 0.25  # nats by which the held-out loss may rise above its minimum
+ACCURACY_GAP = 0.15  # between training pairs and held-out pairs
+MIN_PAIRS = 20  # for a finding on the accuracy
 MAX_MARGIN = 4.0
 
 
 def training_signs(run: Run) -> Iterator[Finding]:
-    """Loss that does not fall or rises, clipping all the time, overfitting."""
+    """A loss that rises or does not fall, constant gradient clipping, overfitting."""
     losses, points = quarter_means(run, "train/loss"), run.series("train/loss")
     if losses is not None and len(points) >= 8:
         first, last = losses
@@ -63,14 +63,14 @@ def training_signs(run: Run) -> Iterator[Finding]:
 
 
 def reward_signs(run: Run) -> Iterator[Finding]:
-    """A reward model that knows no more than chance, more than its labels hold, or its training pairs by heart."""
+    """A reward model no better than chance, better than the labels allow, memorized pairs, or overconfidence."""
     accuracy, low, ceiling = (run.last(f"eval/{name}") for name in ("accuracy", "accuracy_low", "ceiling"))
     pairs = run.results.get("pairs")
     of = f" of {pairs} held-out pairs" if is_number(pairs) else " of the held-out pairs"
     enough = pairs is None or not is_number(pairs) or pairs >= MIN_PAIRS
     if accuracy is not None and low is not None and low <= 0.5 and run.finished and enough:
         yield Finding(
-            "severe" if accuracy <= 0.5 else "warning", "no better than chance", "the reward model may know nothing",
+            "severe" if accuracy <= 0.5 else "warning", "no better than chance", "the reward model may be no better than chance",
             f"eval/accuracy is {accuracy:.3g}{of}, with an interval from {low:.3g}: 0.5 is chance.",
             "More or cleaner pairs, a higher `learning_rate`, a larger model; hold out more pairs to know it better.",
         )  # fmt: skip
@@ -85,7 +85,7 @@ def reward_signs(run: Run) -> Iterator[Finding]:
     measured = run.series("eval/accuracy")[-1][0] > 0 if accuracy is not None else False  # step 0 is before training
     if train is not None and measured and accuracy is not None and train > accuracy + ACCURACY_GAP:
         yield Finding(
-            "warning", "memorized", "the training pairs are known by heart",
+            "warning", "memorized", "the training pairs are memorized",
             f"train/accuracy has a median of {train:.3g} in the second half, eval/accuracy is {accuracy:.3g}{of}.",
             "One epoch, a lower `learning_rate`, or more pairs.",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Charts as SVG that follow the page's colors, and that read without a script. A script may find values by `data-` attributes."""
+"""Charts as SVG in the page's colors. `data-` attributes hold the values for the page's script."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ COLOURS = 8  # in style.css: .c0 to .c7
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One curve: its points by x, and its look. `band` has x, low and high of an interval around it."""
+    """One curve.
+
+    Attributes:
+        colour: number of its color, from 0.
+        dash: 0 for a solid line, 1 to 3 for dash patterns.
+        dots: whether to mark its points.
+        band: x, low and high of an interval around it.
+    """
 
     name: str
     points: Sequence[Point]
     colour: int = 0
-    dash: int = 0  # 0: a solid line, 1 to 3: broken ones
+    dash: int = 0
     dots: bool = False
     band: Sequence[tuple[float, float, float]] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True, slots=True)
 class Bars:
-    """One series of bars over the same bins, drawn side by side with the others."""
+    """One series of a histogram."""
 
     name: str
     values: Sequence[float]
@@ -38,7 +45,7 @@ class Bars:
 
 
 class _Axes:
-    """The plot's area: places of values, grid, ticks and titles of the axes."""
+    """The plot area: coordinates of values, grid, ticks and axis titles."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], whole_x: bool = False):
         self.x, self.y, self.whole = _widened(*x), _widened(*y), whole_x
@@ -79,10 +86,10 @@ def line_chart(
     """A chart of curves; at least one must have a point.
 
     Args:
-        title: for readers that do not see it.
-        x_label, y_label: what is on the axes, with units.
-        whole_x: whether x counts something.
-        x_range: ends of the x axis, by default those of the points.
+        title: the accessible name.
+        x_label, y_label: axis titles with units.
+        whole_x: whether x is an integer.
+        x_range: ends of the x axis; by default those of the points.
     """
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points] + [y for c in curves for _, *ends in c.band for y in ends]
@@ -102,10 +109,10 @@ def line_chart(
 
 
 def histogram_chart(title: str, x_label: str, y_label: str, edges: Sequence[float], bars: Sequence[Bars]) -> str:
-    """Bars between the edges of bins, one of each series beside the other.
+    """A histogram; the bars of the series stand side by side in each bin.
 
     Args:
-        edges: one more than each series has values.
+        edges: [n + 1] of the n bins.
     """
     axes = _Axes((edges[0], edges[-1]), (0.0, max(value for each in bars for value in each.values) or 1.0))
     content = []
@@ -124,7 +131,7 @@ def histogram_chart(title: str, x_label: str, y_label: str, edges: Sequence[floa
 
 
 def stacked_chart(title: str, x_label: str, rows: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Horizontal bars, each of parts that add up; the parts have the colors 0, 1, 2, ... in every row."""
+    """A horizontal stacked bar chart; the parts have the colors 0, 1, 2, ... in every bar."""
     height = TOP + 54 * len(rows) + BOTTOM
     axes = _Axes((0.0, max(sum(parts) for _, parts in rows) or 1.0), (0.0, 1.0))
     drawn = []
@@ -146,7 +153,7 @@ def stacked_chart(title: str, x_label: str, rows: Sequence[tuple[str, Sequence[f
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    """The ends, apart by something that floating point can tell from nothing."""
+    """The ends of an axis, widened if they are equal up to rounding."""
     return (low, high) if high - low > 1e-9 * max(abs(low), abs(high)) else (low, high + (abs(high) or 1.0))
 
 

@@ -154,8 +154,8 @@ def test_rank_correlation():
     assert correlation([1.0, 2.0], [3.0, 3.0]) == 0
 
 
-def test_what_the_run_said_itself_is_told(tmp_path, capsys):
-    """Its warnings, finished or not, a verdict of no gain, and that best/ is the SFT model."""
+def test_warnings_and_verdicts_of_the_run_itself(tmp_path, capsys):
+    """Logged warnings, a verdict of no gain, and that best/ is the SFT model."""
     run = make_run("sound_seed1", tmp_path / "run")
     record = json.loads((run / "stage.json").read_text())
     record["results"] |= {
@@ -164,11 +164,11 @@ def test_what_the_run_said_itself_is_told(tmp_path, capsys):
     }
     (run / "stage.json").write_text(json.dumps(record))
     lines = (run / "samples.jsonl").read_text() if (run / "samples.jsonl").exists() else ""
-    said = json.dumps({"step": 0, "name": "warnings", "kind": "kl_coef", "text": "kl_coef 0.05: hardly a limit"}) + "\n"
-    (run / "samples.jsonl").write_text(lines + said * 2)
+    warning = {"step": 0, "name": "warnings", "kind": "kl_coef", "text": "kl_coef 0.05: hardly a limit"}
+    (run / "samples.jsonl").write_text(lines + (json.dumps(warning) + "\n") * 2)
     found = {each.name: each.evidence for each in diagnose(read_run(run))}
-    assert set(found) == {"said by the run", "no gain over SFT", "best is SFT"}
-    assert found["said by the run"] == "kl_coef 0.05: hardly a limit"
+    assert set(found) == {"logged warning", "no gain over SFT", "best is SFT"}
+    assert found["logged warning"] == "kl_coef 0.05: hardly a limit"
     assert main(["diagnose", str(run)]) == 3
     assert "verdict: better than SFT by score: +0.7" in capsys.readouterr().out
 
