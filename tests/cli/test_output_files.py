@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from align.cli import merge, verify
-from align.cli.report_file import check_report
+from align.cli.report_file import check_json_report
 from align.cli.steps import read_steps
 from align.errors import UserError
 
@@ -32,8 +32,8 @@ class TestReport:
     def test_nor_what_is_no_file(self, here):
         report = json.dumps({"passed": True, "seconds": 1, "cases": []})
         Path("report.json").write_text(report)
-        check_report(Path("report.json"))
-        check_report(Path("new.json"))
+        check_json_report(Path("report.json"))
+        check_json_report(Path("new.json"))
         Path("link.json").symlink_to("report.json")
         for path in ("/dev/null", "link.json", "."):
             with pytest.raises(UserError, match="is not overwritten"):

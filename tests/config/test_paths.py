@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from align.cli import report
-from align.cli.report_file import report_path
+from align.cli.report_file import json_report_path
 from align.config.load import as_recipe, load_recipe
 from align.config.paths import expand, expand_output, overlap
 from align.config.sft import SFTRecipe
@@ -71,7 +71,7 @@ def test_a_path_that_is_written_does_not_change_its_meaning_once_its_folders_are
         with pytest.raises(UserError, match=r"^key: \S+ has `\.\.` after \S+, which is no folder; leave both out\.$"):
             expand_output(path, "key")
     (here / "notes.txt").write_text("mine")
-    for write in (lambda path: report_path(path), lambda path: report.run(["there"], path)):
+    for write in (lambda path: json_report_path(path), lambda path: report.run(["there"], path)):
         with pytest.raises(UserError, match=r"has `\.\.` after new"):
             write("new/../notes.txt")
     assert (here / "notes.txt").read_text() == "mine"
