@@ -56,7 +56,7 @@ class ModelReward:
         Raises:
             ValueError: a row has no token, or its score is not finite; the message shows the row.
         """
-        sequences = [self._ids(batch, row) for row in range(len(batch))]
+        sequences = [self.token_ids(batch, row) for row in range(len(batch))]
         device = self.model.device
         scores = torch.empty(len(batch))
         for rows in passes([len(ids) for ids in sequences], self.batch_size):
@@ -70,7 +70,8 @@ class ModelReward:
             raise row_error(self.name, batch, row, f"the model's score is {scores[row]}; expected a finite number.")
         return scores
 
-    def _ids(self, batch: Responses, row: int) -> list[int]:
+    def token_ids(self, batch: Responses, row: int) -> list[int]:
+        """The ids of prompt and response that the model scores: those sampled, or its own tokenizer's of the text."""
         shortened = bool(batch.reasoning and batch.reasoning[row])
         if self.encode is None or (self.reads_ids and not shortened):
             ids = batch.prompt_ids[row] + batch.response_ids[row]

@@ -123,7 +123,9 @@ def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
                     with bad.catch(row.where):
                         if generates or "bits_per_byte" in recipe.metrics:
                             _check_reference(row)
-                        encoded[index] = _encode(row, examples, tokenizer, limit, max_new_tokens, recipe.stop_strings)
+                        encoded[index] = encode_row(
+                            row, examples, tokenizer, limit, max_new_tokens, recipe.stop_strings
+                        )
                     if encoded[index] is None:
                         usable.discard(index)
             settings.append((name, num_shots, encoded))
@@ -216,7 +218,7 @@ def _check_reference(row: Demonstration) -> None:
         raise BadRow("a tool call as the reference of a text; evaluate it by perplexity and token_accuracy alone")
 
 
-def _encode(
+def encode_row(
     row: Demonstration,
     examples: Sequence[Demonstration],
     tokenizer: PreTrainedTokenizerBase,

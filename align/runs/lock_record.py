@@ -46,7 +46,7 @@ def myself() -> dict[str, Any]:
 
     return {
         "host": socket.gethostname(),
-        "boot": _boot(),
+        "boot": boot_id(),
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
         "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -55,7 +55,8 @@ def myself() -> dict[str, Any]:
     }
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """The kernel's id of this boot, "" where there is none."""
     try:
         return BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
@@ -64,7 +65,7 @@ def _boot() -> str:
 
 def is_here(owner: dict[str, Any]) -> bool:
     """Whether the owner of a lock runs, or ran, on this machine since it was last started; several may have one name."""
-    return bool(owner["host"] == socket.gethostname() and owner.get("boot", "") in ("", _boot()))
+    return bool(owner["host"] == socket.gethostname() and owner.get("boot", "") in ("", boot_id()))
 
 
 def is_alive(owner: dict[str, Any], reliable: bool) -> bool:
@@ -77,7 +78,7 @@ def is_alive(owner: dict[str, Any], reliable: bool) -> bool:
 
     if not is_here(owner):
         # Containers of one machine have names of their own, and process numbers too.
-        return not (reliable and owner.get("boot") and owner["boot"] == _boot())
+        return not (reliable and owner.get("boot") and owner["boot"] == boot_id())
     if owner["pid"] == os.getpid():
         return False  # from an attempt just before this one
     try:

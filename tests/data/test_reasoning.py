@@ -113,8 +113,8 @@ def test_a_reward_model_reads_the_answer_after_reasoning_and_else_the_ids_that_w
     )  # fmt: skip
     prompt = [user("one")]
     batch = Responses([prompt] * 2, ["I", "I"], [[assistant("I")]] * 2, [[7], [7]], [[8], [8]], {}, ["hm</think>", ""])
-    assert tokenizer.decode(reward._ids(batch, 0)) == f"{ONE}{SAID}{EMPTY}I<|im_end|>"
-    assert reward._ids(batch, 1) == [7, 8]
+    assert tokenizer.decode(reward.token_ids(batch, 0)) == f"{ONE}{SAID}{EMPTY}I<|im_end|>"
+    assert reward.token_ids(batch, 1) == [7, 8]
     assert batch.row(1).reasoning == [""]
 
 

@@ -26,7 +26,7 @@ from align.data.rows import Demonstration
 from align.errors import UserError
 from align.evaluate.compare import run
 from align.evaluate.few_shot import draw_examples, example_pools, few_shot_prompt, pool_for
-from align.evaluate.inputs import EncodedRow, _encode, prepare_inputs
+from align.evaluate.inputs import EncodedRow, encode_row, prepare_inputs
 from align.evaluate.predict import decode_predictions
 from align.generation.ending import Ending
 from align.generation.generate import generate
@@ -891,5 +891,5 @@ def test_a_prompt_inside_the_first_token_is_read_as_itself(completion: str) -> N
     tokenizer = make_tokenizer(["</s>"], eos_token="</s>", pad_token="</s>")  # it adds no BOS
     whole, own = (tokenizer(text)["input_ids"] for text in ("th" + completion, "th"))
     assert whole[0] == tokenizer.convert_tokens_to_ids("the")
-    row = _encode(Demonstration("th", completion, "f:1"), [], tokenizer, 99, 1, [])
+    row = encode_row(Demonstration("th", completion, "f:1"), [], tokenizer, 99, 1, [])
     assert (row.prompt_ids, row.ids, row.reference_start) == (own, [*whole, tokenizer.eos_token_id], 1)

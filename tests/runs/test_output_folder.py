@@ -600,7 +600,7 @@ class TestLock:
         )
         assert json.loads((out / "run.lock").read_text()) == told
         (out / "run.lock").write_text(
-            json.dumps({**told, "boot": lock_record._boot()})
+            json.dumps({**told, "boot": lock_record.boot_id()})
         )  # another container of this machine
         claim(out, IDENTITY, resuming=True)
 

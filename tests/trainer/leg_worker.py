@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 from accelerate import PartialState
@@ -29,7 +28,7 @@ def leg(stage: str, recipe: str, last: int | None, stop: int | None) -> None:
 
     def ask_and_begin(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 == stop:
-            stopping._asked_at = time.monotonic()
+            stopping.ask_to_stop()
         begin(self, args, state, control, **kwargs)
 
     StageCallback.on_save = save_and_stop  # type: ignore[method-assign]
