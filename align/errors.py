@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 
@@ -13,6 +13,14 @@ class UserError(Exception):
     """An error that the user can fix. Its message names the file, row, key or option, what was expected, and what to do."""
 
     reported = False  # to the other ranks of the run, by `align.engine.rank_errors`
+    others: Sequence[UserError] = ()  # found at the same time, of which `align check` tells too
+
+
+def first_of(errors: Iterable[UserError]) -> UserError:
+    """The first of some errors, which has the others with it."""
+    first, *others = (each for error in errors for each in (error, *error.others))
+    first.others = others
+    return first
 
 
 class OtherRun(UserError):

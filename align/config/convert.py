@@ -16,7 +16,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from align.config.data_source import DataSource
-from align.errors import UserError, nearest
+from align.config.keys import range_errors
+from align.errors import UserError, first_of, nearest
 
 T = TypeVar("T")
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "anything"}
@@ -55,17 +56,27 @@ def build(
         explain: unknown key to what the user should do instead, or None for the nearest known key.
 
     Raises:
-        UserError: an unknown or missing key, or a value of another type.
+        UserError: unknown or missing keys, or values of another type; then numbers out of their range are among `others`.
     """
     annotations = get_type_hints(cls)
+    wrong: list[UserError] = []
     for name in given:
         if name not in annotations:
             name = "null" if name is None else str(name)[:SHOWN]
-            raise UserError(f"{where(name)}: unknown key{explain(name) or nearest(name, annotations)}")
+            wrong.append(UserError(f"{where(name)}: unknown key{explain(name) or nearest(name, annotations)}"))
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass, which typing cannot express
         if field.name not in given and field.metadata.get("required"):
-            raise UserError(f"{where(field.name)}: missing; it is required: {field.metadata['help']}")
-    return cls(**{name: convert(value, annotations[name], where(name)) for name, value in given.items()})
+            wrong.append(UserError(f"{where(field.name)}: missing; it is required: {field.metadata['help']}"))
+    values: dict[str, Any] = {}
+    for name in given:
+        if name in annotations:
+            try:
+                values[name] = convert(given[name], annotations[name], where(name))
+            except UserError as error:
+                wrong.append(error)
+    if wrong:
+        raise first_of([*wrong, *range_errors(cls, values, where)])
+    return cls(**values)
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:

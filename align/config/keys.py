@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from align.errors import UserError, nearest
+from align.errors import UserError, first_of, nearest
 
 Where = Callable[[str], str]  # from the name of a key to its place in words, with which an error begins
 
@@ -81,18 +81,30 @@ def check_ranges(values: Any, where: Where) -> None:
     """Check the numbers of a dataclass made with `key`, those in lists too; None is always accepted.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: numbers out of their ranges.
     """
-    for each in fields(values):
-        accepts, value = each.metadata.get("range"), getattr(values, each.name)
+    if wrong := list(range_errors(values, {each.name: getattr(values, each.name) for each in fields(values)}, where)):
+        raise first_of(wrong)
+
+
+def range_errors(keys: Any, values: Mapping[str, Any], where: Where) -> Iterator[UserError]:
+    """An error for each number out of its range.
+
+    Args:
+        keys: a dataclass made with `key`, or an instance.
+        values: by the names of its keys, which may be some of them.
+    """
+    for each in fields(keys):
+        accepts, value = each.metadata.get("range"), values.get(each.name)
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, int | float):
                 continue
             if accepts is not None and not accepts.holds(number):
-                raise UserError(f"{where(each.name)}: expected a number {accepts.words}, got {number}")
+                yield UserError(f"{where(each.name)}: expected a number {accepts.words}, got {number}")
+                continue
             largest = accepts.largest if accepts is not None else LARGEST
             if abs(number) > largest:
-                raise UserError(f"{where(each.name)}: expected a number of at most {largest:,}, got {number:,}")
+                yield UserError(f"{where(each.name)}: expected a number of at most {largest:,}, got {number:,}")
 
 
 def check_function_name(spec: str, where: str) -> None:

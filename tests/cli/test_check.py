@@ -363,13 +363,30 @@ def test_what_would_not_run(world, capsys, recipe, words, said):
     assert "would run" not in text
 
 
+def test_all_wrong_values_of_a_recipe_are_told_at_once(world, capsys):
+    words = ["--learning_rate", "fast", "--max_length", "1", "--num_train_epoch", "3", "--seed", "1.5"]
+    assert main(["check", "r/1_sft.yaml", *words]) == 2
+    said = capsys.readouterr().out
+    for name in (
+        "learning_rate: expected a number,",
+        "max_length: expected a number at least 2",
+        "num_train_epoch: unknown",
+        "seed",
+    ):
+        assert said.count(f"--{name}") == 1
+    assert "4 mistakes" in said
+    assert main(["sft", "r/1_sft.yaml", *words]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_a_folder_is_checked_to_its_end(world, capsys):
     Path("r/1_sft.yaml").write_text("stage: sft\nlearning_rat: 1\n", encoding="utf-8")
     code, said = outcome(capsys, "r", "--train_dataset.max_rows", "30")
     assert code == 2
     assert "r/1_sft.yaml:2: learning_rat: unknown key; did you mean 'learning_rate'?" in said
     assert "model_name_or_path: no model at out/1" in said  # which nothing makes any more
-    assert "3 mistakes to fix" in said  # in 1_sft, 2_reward and 3_ppo
+    assert "r/1_sft.yaml: output_dir: missing" in said
+    assert "4 mistakes to fix" in said  # two in 1_sft, one each in 2_reward and 3_ppo
 
 
 def test_another_chat_template_than_the_stage_before(world, capsys):

@@ -42,12 +42,13 @@ class Report:
 
     @contextlib.contextmanager
     def part(self) -> Iterator[None]:
-        """A part of the check: a UserError in it is printed and counted, and the check goes on after it."""
+        """A part of the check: a UserError in it, and those found with it, are printed and counted; the check goes on after it."""
         try:
             yield
         except UserError as error:
-            self.mistakes += 1
-            self.say(str(error), "error")
+            for each in (error, *error.others):
+                self.mistakes += 1
+                self.say(str(each), "error")
 
 
 @dataclass(frozen=True, slots=True)
