@@ -95,10 +95,10 @@ def read(run: Path, said: str, patience: int) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = {row["step"]: row["eval/judge"] for row in rows if "eval/judge" in row}
     sft = next(row[1] for row in json.loads((run / "stage.json").read_text())["results"]["table"] if row[0] == "judge")
-    fell = {int(update) for update in FELL.findall(" ".join(said.split()))}
+    describe_fall = {int(update) for update in FELL.findall(" ".join(said.split()))}
     in_a_row, stopped = 0, None
     for update in curve:
-        in_a_row = in_a_row + 1 if update in fell else 0
+        in_a_row = in_a_row + 1 if update in describe_fall else 0
         if in_a_row == patience:
             stopped = update
             break

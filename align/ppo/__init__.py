@@ -1,7 +1,7 @@
 """Stage 3, PPO: rollouts, updates, self-checks, evaluation, checkpoints.
 
 Imported by `align.cli`; imports no other stage. Public: `run` here, from Python; `train.run`, the stage itself;
-`step.py`, one update.
+`step.step`, one update.
 """
 
 from __future__ import annotations

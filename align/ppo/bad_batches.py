@@ -1,4 +1,4 @@
-"""Minibatches whose loss is not finite: skipped, saved, and at last the end of the run."""
+"""Minibatches whose loss is NaN or infinite: they are skipped and saved, and too many in a row stop the run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from align.ppo.rollout import Rollout
 from align.runs.files import follow_umask
 from align.runs.own_files import own
 
-MOST_SKIPPED = 3  # in a row, before the run stops
+MAX_SKIPPED = 3  # in a row, before the run stops
 SAVED = ("prompt_ids", "prompt_mask", "response_ids", "mask", "old_logprobs", "ref_logprobs", "values", "scores")
 
 
 def skip_minibatch(run: PPORun, minibatch: Rollout, name: str, sums: dict[str, float]) -> None:
-    """Drop the gradients of a minibatch, and save it for inspection.
+    """Drop the gradients of a minibatch, and save it in `bad_batches/`.
+
+    Args:
+        name: of the file.
+        sums: sums of the losses, for the error.
 
     Raises:
-        UserError: it is the `MOST_SKIPPED`th in a row.
+        UserError: `MAX_SKIPPED` minibatches in a row were skipped.
     """
     run.models.discard()
     run.skipped_in_a_row += 1
@@ -32,7 +36,7 @@ def skip_minibatch(run: PPORun, minibatch: Rollout, name: str, sums: dict[str, f
             own(file.parent).mkdir(exist_ok=True)
             save_file({name: getattr(minibatch, name).contiguous() for name in names}, file)
             follow_umask([file])
-    if run.skipped_in_a_row >= MOST_SKIPPED:
+    if run.skipped_in_a_row >= MAX_SKIPPED:
         losses = ", ".join(f"{n} {sums[n]}" for n in ("policy/loss", "value/loss", "ptx/loss") if n in sums)
         raise UserError(
             f"minibatch {name.rpartition('-')[2]}: the loss is not finite ({losses}), and was not in {run.skipped_in_a_row} minibatches "

@@ -20,22 +20,22 @@ from align.runs.schemas import COMPLETE
 from align.runs.stage import layout
 
 MOMENTS = Record(dict.fromkeys(("count", "mean", "squares"), NUMBER))
-NAMES = list_of("a list of texts", lambda each: isinstance(each, str))
+NAME_LIST = list_of("a list of texts", lambda each: isinstance(each, str))
 
 
 def progress_record(metric: str, held_out: int) -> Record:
-    """What a checkpoint says of the run so far.
+    """The schema of `progress` in a checkpoint.
 
     Args:
-        metric: that chooses the best checkpoint.
-        held_out: prompts on which it is measured.
+        metric: `metric_for_best_model`.
+        held_out: number of held-out prompts.
     """
 
     def is_evaluation(value: Any) -> bool:
         numbers = isinstance(value, dict) and all(each is None or is_number(each) for each in value.values())
         return numbers and {"update", "eval/kl", SCORE, metric} <= value.keys()
 
-    def is_worth(value: Any) -> bool:
+    def is_value_list(value: Any) -> bool:
         return (
             isinstance(value, list)
             and all(each is None or is_number(each) for each in value)
@@ -50,21 +50,21 @@ def progress_record(metric: str, held_out: int) -> Record:
         },
         {  # earlier versions lack them
             "sampler_gap": or_null(NUMBER),
-            "best_worth": Kind(f"a list of {held_out} numbers or null", is_worth),
+            "best_worth": Kind(f"a list of {held_out} numbers or null", is_value_list),
             "falls": COUNT,
             "history": list_of("a list of metrics of evaluations", is_evaluation),
             "eos_rate": or_null(NUMBER),
-            "warned": NAMES,
-            "inherited": NAMES,
+            "warned": NAME_LIST,
+            "inherited": NAME_LIST,
         },
     )
 
 
 def save_if_due(run: PPORun, done: int) -> None:
-    """Save a checkpoint if `save_steps` asks for one after `done` updates; at a SIGTERM in any case, and end then.
+    """Save a checkpoint if one is due after `done` updates, or if a SIGTERM asked the run to stop.
 
     Raises:
-        Stopped: at a SIGTERM.
+        Stopped: after a SIGTERM.
     """
     stopping, save_steps = stop_asked(run.world), run.recipe.save_steps
     if stopping or (save_steps and done % save_steps == 0):
@@ -78,7 +78,7 @@ def _folder(recipe: PPORecipe, step: int) -> Path:
 
 
 def save_checkpoint(run: PPORun, step: int) -> None:
-    """Write all that a resume needs. Data order and sampling noise are functions of the step: no generator is saved."""
+    """Save the state of a run. Data order and sampling noise are functions of the step, so no generator is saved."""
     recipe, world = run.recipe, run.world
     folder = _folder(recipe, step)
     if world.is_main:

@@ -1,4 +1,4 @@
-"""The rows of a PPO run, in token ids: prompts to train and evaluate on, and text for PPO-ptx."""
+"""The data of a PPO run: tokenized prompts for training and evaluation, and text for PPO-ptx."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_data(recipe: PPORecipe, inputs: PPOInputs, world: World) -> PPOData:
 
 
 def ptx_settings(recipe: PPORecipe) -> DataSettings:
-    """How the rows of `ptx_dataset` are read: all of them are trained on."""
+    """Settings to load `ptx_dataset` by; nothing is held out."""
     return DataSettings(
         train_dataset=recipe.ptx_dataset,
         mixture_temperature=recipe.mixture_temperature,

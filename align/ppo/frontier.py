@@ -1,4 +1,4 @@
-"""What was gained at which distance from the SFT model: a chart for the card, and the law of over-optimization fitted to it."""
+"""Gain over the SFT model against the KL from it: a chart for the model card, and a fit of the over-optimization law."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from align.maths.overoptimization import fit_rl_gain, rl_gain, rl_peak
 from align.runs.charts import draw
 
 CHART = "frontier.svg"  # in output_dir
-FEWEST_DRAWN, FEWEST_FITTED = 2, 5  # evaluations
+MIN_DRAWN, MIN_FITTED = 2, 5  # evaluations for a chart and for a fit
 History = Sequence[Mapping[str, float]]
 
 
 def distances(history: History) -> list[float]:
-    """The square root of the KL of each evaluation, nats; an estimate below 0 counts as 0."""
+    """The square root of the KL of each evaluation, in nats; negative estimates count as 0."""
     return [math.sqrt(max(each["eval/kl"], 0.0)) for each in history]
 
 
 def fit(history: History, metric: str) -> dict[str, Any] | None:
-    """Gao et al.'s law of the gain by a measure, its peak in nats and the gain there; None with fewer than five evaluations.
+    """Fit Gao et al.'s law (arXiv 2210.10760) d (a - b ln d) to the gain over the SFT model.
 
     Args:
         history: metrics of evaluations.
-        metric: that of the measure, such as `eval/judge`; the gain is the change from the SFT model.
+        metric: such as `eval/judge`.
+
+    Returns:
+        metric, a, b, and KL (nats) and gain at the peak, None without one; None with fewer than `MIN_FITTED` evaluations.
     """
     gains = [each.get(f"eval/change/{metric.removeprefix('eval/')}", math.nan) for each in history]
     points = [(d, gain) for d, gain in zip(distances(history), gains, strict=True) if d > 0 and math.isfinite(gain)]
     coefficients = fit_rl_gain([d for d, _ in points], [gain for _, gain in points])
-    if len({d for d, _ in points}) < FEWEST_FITTED or coefficients is None:
+    if len({d for d, _ in points}) < MIN_FITTED or coefficients is None:
         return None
     a, b = coefficients
     found: dict[str, Any] = {"metric": metric, "a": a, "b": b, "peak_kl": None, "peak_gain": None}
@@ -39,7 +42,7 @@ def fit(history: History, metric: str) -> dict[str, Any] | None:
 
 
 def describe_fit(found: Mapping[str, Any], last_kl: float) -> str:
-    """A line that says whether more KL would still gain, by the fit."""
+    """The fit as a line of text, and whether the last evaluation has passed its peak."""
     law = f"fit of the gain by {found['metric']}: d ({found['a']:.3g} - {found['b']:.3g} ln d), d the root of the KL"
     law = law.replace("- -", "+ ")
     if found["peak_kl"] is None:
@@ -49,11 +52,11 @@ def describe_fit(found: Mapping[str, Any], last_kl: float) -> str:
 
 
 def draw_frontier(history: History, spreads: Mapping[str, float], found: Mapping[str, Any] | None) -> str:
-    """An SVG of the gains by each measure over the root of the KL, with the fit; the SFT model is at the origin.
+    """An SVG of the gain in each metric over the square root of the KL, with the fit; the SFT model is at the origin.
 
     Args:
-        spreads: standard deviation of the SFT model's responses by each measure, which makes their gains comparable.
-        found: `fit` of one of them.
+        spreads: standard deviation of each metric over the SFT model's responses, the unit of its gain.
+        found: the result of `fit`.
     """
     ordered = sorted(zip(distances(history), history, strict=True), key=lambda each: each[0])
     d = [0.0, *(distance for distance, _ in ordered)]

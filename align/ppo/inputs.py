@@ -1,4 +1,4 @@
-"""What is known of the models that a PPO run starts from before any weight is loaded, and whether they fit together."""
+"""Configurations and tokenizers of the models that a PPO run starts from, checked before weights are loaded."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class PPOInputs:
     tokenizer: PreTrainedTokenizerBase
     rewards: list[RewardModel]  # none, one, or the members of an ensemble
     judge: RewardModel | None
-    value_path: str  # unused without a value model, as is the next
-    value_head: StoredHead | None  # None: a new one
-    value_lacks: list[str]  # layers between backbone and head in `value_path`
+    value_path: str  # unused without a value model, as are the next two
+    value_head: StoredHead | None  # None: a new head
+    value_lacks: list[str]  # layers between backbone and head in `value_path`, which the value model does not have
 
     def describe_heads(self, value_model: bool) -> list[str]:
-        """Where the scalar heads of reward and value model come from."""
+        """Lines that name the scalar heads of the reward and value models."""
         several = len(self.rewards) > 1
         named = {f"reward model{f' {n}' * several}": model for n, model in enumerate(self.rewards, start=1)}
         named |= {"judge": self.judge} if self.judge is not None else {}

@@ -1,4 +1,4 @@
-"""What an update and an evaluation log, under the names that `align/runs/metrics.md` documents."""
+"""Metrics of updates and evaluations, under the names that `align/runs/metrics.md` documents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor | None = None
         "objective/score_std": float(rollout.scores.std(correction=0)),
         "objective/kl": float(kl.mean()),
         "objective/kl_coef": run.progress.kl_coef,
-        "objective/reward": float((rollout.scores - run.kl_price * kl).mean()),
+        "objective/reward": float((rollout.scores - run.raw_score_kl_coef * kl).mean()),
         "policy/sampler_gap": run.progress.sampler_gap,
     }
     if run.models.value is not None and returns is not None:
@@ -39,7 +39,7 @@ def value_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
 
 
 def response_kl(rollout: Rollout) -> Tensor:
-    """Sum over each response's tokens of log pi - log ref, [B], nats: an unbiased estimate of its KL."""
+    """Sum of log pi - log ref over the tokens of each response, [B] nats: an unbiased estimate of the KL."""
     return (rollout.old_logprobs - rollout.ref_logprobs).masked_fill(~rollout.mask, 0.0).sum(dim=1)
 
 
@@ -60,7 +60,7 @@ def response_metrics(rollout: Rollout, rewards: RewardSum, prefix: str) -> dict[
 
 
 def score_length_correlation(*rollouts: Rollout) -> float:
-    """Pearson's correlation of score and length over the responses of these rollouts; NaN where one of them is constant."""
+    """Pearson correlation of score and length over the responses of these rollouts; NaN if either is constant."""
     scores = torch.cat([rollout.scores for rollout in rollouts]).double()
     lengths = torch.cat([rollout.lengths for rollout in rollouts]).double()
     return float(torch.corrcoef(torch.stack([scores, lengths]))[0, 1])

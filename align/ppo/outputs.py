@@ -1,4 +1,4 @@
-"""What a PPO run leaves behind: Hugging Face folders of its models, the model card and the manifest."""
+"""The outputs of a PPO run: Hugging Face folders of its models, the model card and the manifest."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ tokenizer = AutoTokenizer.from_pretrained({folder})
 
 
 def save_model(run: PPORun, engine: TrainEngine | EMA, folder: Path) -> None:
-    """Write a model and the tokenizer as a Hugging Face folder of their own, which appears at once or not at all."""
+    """Write a model and the tokenizer as a Hugging Face folder, atomically."""
     with during("model", folder), new_folder(folder) if run.world.is_main else nullcontext(folder) as target:
         _write(run, engine, target)
     run.world.barrier()
 
 
 def save_best(run: PPORun) -> None:
-    """Write the policy, the best so far, into `best/`, with the sums of its files, by which a resume sees that it is whole."""
+    """Write the policy into `best/`, with the checksums of its files, which a resumed run verifies."""
     folder = Path(run.recipe.output_dir) / BEST
     with during("model", folder), new_folder(folder) if run.world.is_main else nullcontext(folder) as target:
         _write(run, run.models.policy, target)
@@ -58,12 +58,12 @@ def save_best(run: PPORun) -> None:
 
 
 def check_best(run: PPORun) -> None:
-    """Check that `best/` is as it was written, when a run goes on. Each rank reads a share of it.
+    """Check that the files of `best/` are unchanged when a run resumes. Each rank reads a share of them.
 
-    `accept_changes: [best]` forgets it: the best is then the best of the evaluations to come.
+    With `accept_changes: [best]` a changed folder is ignored; the best is then chosen among later evaluations.
 
     Raises:
-        UserError: it is not, on every rank.
+        UserError: a file is missing or changed; raised on every rank.
     """
     folder, world = Path(run.recipe.output_dir) / BEST, run.world
     if run.progress.best is None:
@@ -71,7 +71,7 @@ def check_best(run: PPORun) -> None:
     if world.is_main:
         put_back(folder)
     world.barrier()
-    if not (found := next(filter(None, world.gather_text(_damage(folder, world))), None)):
+    if not (found := next(filter(None, world.gather_text(_find_damage(folder, world))), None)):
         return
     if BEST not in run.recipe.accept_changes:
         raise UserError(
@@ -81,8 +81,8 @@ def check_best(run: PPORun) -> None:
     run.progress.best, run.progress.best_worth, run.progress.falls = None, [], 0
 
 
-def _damage(folder: Path, world: World) -> str:
-    """What is wrong with this rank's share of the files, in words."""
+def _find_damage(folder: Path, world: World) -> str:
+    """What is missing or changed in this rank's share of the files; empty if nothing is."""
     if not os.path.lexists(folder / SUMS):  # of an earlier version
         return "" if (folder / "config.json").is_file() else "is missing"
     try:
@@ -95,15 +95,14 @@ def _damage(folder: Path, world: World) -> str:
 def save_outputs(
     run: PPORun, tracker: Tracker, data: Mapping[str, Any], results: Mapping[str, Any], frontier: str | None
 ) -> None:
-    """Say the verdict, write the last policy into `output_dir`, value model and moving average beside it, and close the stage.
+    """Print the verdict, save policy, value model and moving average, and write model card and manifest.
 
     Args:
-        tracker: prints the verdict, and which policy is in `best/`.
         data: counts and fingerprints of the rows.
         results: closing numbers.
         frontier: an SVG for the card.
     """
-    best = [] if run.progress.best is None else [f"best/ holds {best_in_words(run)}"]
+    best = [] if run.progress.best is None else [f"best/ holds {describe_best(run)}"]
     tracker.say(*results.get("verdict", []), *best)
     recipe, folder = run.recipe, Path(run.recipe.output_dir)
     with during("model", folder), new_files(folder) if run.world.is_main else nullcontext(folder) as target:
@@ -116,7 +115,7 @@ def save_outputs(
     if run.world.is_main:
         say(f"{folder}: weights in {dtype} (save_dtype: {recipe.save_dtype})")
         others = {
-            f", `best/` {best_in_words(run)}": run.progress.best is not None,
+            f", `best/` {describe_best(run)}": run.progress.best is not None,
             ", `value/` the value model": run.models.value is not None,
             ", `ema/` the moving average of its weights": run.ema is not None,
         }
@@ -135,8 +134,8 @@ def save_outputs(
     run.world.barrier()
 
 
-def best_in_words(run: PPORun) -> str:
-    """Which policy is in `best/`."""
+def describe_best(run: PPORun) -> str:
+    """A description of the policy in `best/`."""
     if (best := run.progress.best) is None:
         return "nothing"
     metric = best_metric(run.recipe)

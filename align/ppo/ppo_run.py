@@ -28,7 +28,7 @@ Sums = dict[str, Tensor]  # scalars by metric: sums over the tokens of a microba
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Policy and value model are trained, the others frozen. Only GAE has a value model; the judge never enters training.
+    """The models of a run. Policy and value model (GAE only) are trained, the others frozen; the judge only evaluates.
 
     Attributes:
         values_are_scores: whether the value model starts as the reward model, its head included.
@@ -54,25 +54,27 @@ class Models:
 
 
 def truncated(rewards: RewardSum, world: World) -> float:
-    """Responses so far that a reward model had to truncate, since it has fewer positions, summed over all ranks."""
+    """Number of responses that reward models have truncated to their maximum length so far, over all ranks."""
     count = sum(model.truncated for model in rewards.models)
     return float(world.sum(torch.tensor(float(count), device=world.device)))
 
 
 @dataclass(slots=True)
 class Progress:
-    """The state of a run beside weights and optimizer states; it is part of a checkpoint.
+    """The state of a run other than weights and optimizer states; it is part of a checkpoint.
 
     Attributes:
-        kl_coef: of the next update, in units of score per nat.
-        best: metrics of the evaluation whose policy is in `best/`; update 0 is the SFT model.
-        best_worth: what its responses are worth by `metric_for_best_model`, by held-out prompt.
-        falls: evaluations in a row that were worse than it, with the interval of the difference.
+        kl_coef: KL coefficient of the next update, in units of the score (normalized, if scores are) per nat.
+        score_moments: running moments of the scores.
+        best: metrics of the evaluation whose policy is in `best/`, and its `update`, 0 for the SFT model.
+        best_worth: its `metric_for_best_model` for each held-out prompt.
+        falls: number of consecutive evaluations that were significantly worse than it.
         history: metrics of all evaluations, with their update.
-        sampler_gap: largest difference between a log-probability of the decoding loop and of the training forward pass
-            when they were last compared, nats.
-        eos_rate: highest share of responses that end by themselves so far, of the SFT model or since; None before the first.
-        warned, inherited: signs of collapse that were warned of, and those that the SFT model showed and that have lasted.
+        sampler_gap: largest difference between the log-probabilities of decoding loop and training at the last comparison,
+            in nats.
+        eos_rate: highest EOS rate so far, the SFT model's included; None before it is measured.
+        warned: kinds of collapse that were reported.
+        inherited: kinds of collapse that the first update showed and that have lasted since.
     """
 
     kl_coef: float
@@ -89,14 +91,14 @@ class Progress:
 
 @dataclass(slots=True)
 class PPORun:
-    """A PPO run on one rank: all that its updates and evaluations work with.
+    """A PPO run on one rank: everything that updates and evaluations need.
 
     Attributes:
         prompts: training prompts with their token ids.
-        scoring_passes: least number of forward passes, of rows of similar length, in which a rollout is scored.
+        scoring_passes: minimum number of forward passes, with rows of similar length, to score a rollout.
         learning_rates: of policy and value model, for each update.
         ptx: tokenized rows of `ptx_dataset`.
-        replay: the responses that `objective: trajectory_balance` keeps.
+        replay: earlier responses, for `objective: trajectory_balance`; None for PPO.
         skipped_in_a_row: minibatches skipped since the last one with a finite loss.
     """
 
@@ -120,6 +122,6 @@ class PPORun:
         return len(self.learning_rates)
 
     @property
-    def kl_price(self) -> float:
-        """What a nat costs, in units of score: the coefficient, times the running spread where scores are normalized by it."""
+    def raw_score_kl_coef(self) -> float:
+        """The KL coefficient in units of the raw score: times the running standard deviation if scores are normalized."""
         return self.progress.kl_coef * (self.progress.score_moments.std if self.recipe.scores_are_normalized else 1.0)

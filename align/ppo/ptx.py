@@ -12,7 +12,7 @@ from align.ppo.ppo_run import PPORun, Sums
 
 
 def ptx_gradient(run: PPORun, rows: Dataset, step: int) -> list[Sums]:
-    """Add the gradient of `ptx_coef` times the mean negative log-likelihood of a step's rows, of all ranks together.
+    """Add the gradient of `ptx_coef` times the mean negative log-likelihood over the rows of a step, on all ranks.
 
     Returns:
         sums over this rank's microbatches: negative log-likelihood (nats) and tokens.

@@ -1,4 +1,4 @@
-"""The rollouts that are trained on again."""
+"""The replay buffer of `objective: trajectory_balance`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from align.engine.distributed import World
 from align.engine.parts import Part, SavedParts, write_parts
 from align.generation.sampling import generator
-from align.ppo.rollout import Rollout, widened
+from align.ppo.rollout import Rollout, pad_rollout
 
 VALUE = "value"
 
 
 @dataclass(slots=True)
 class Replay:
-    """The newest responses, the oldest first, as they were sampled and scored; the same on every rank, as a rollout is.
+    """The newest sampled and scored responses, oldest first; the same on every rank.
 
     Attributes:
-        size: most responses that are kept.
-        rows: None before the first rollout.
+        size: maximum number of responses.
+        rows: the responses; None before the first rollout.
     """
 
     size: int
@@ -33,22 +33,24 @@ class Replay:
     rows: Rollout | None = None
 
     def add(self, rollout: Rollout) -> None:
-        """Keep a rollout, and drop what is older than `size` responses."""
+        """Append a rollout, and drop the oldest responses beyond `size`."""
         if self.rows is not None:
             pair = (self.rows, rollout)
             prompt_width, response_width = (
                 max(getattr(each, name).shape[1] for each in pair) for name in ("prompt_mask", "mask")
             )
-            wide = [widened(each, prompt_width, response_width, self.pad_token_id) for each in pair]
+            wide = [pad_rollout(each, prompt_width, response_width, self.pad_token_id) for each in pair]
             rollout = Rollout(**{name: torch.cat([getattr(each, name) for each in wide]) for name in Rollout.axes()})
         newest = torch.arange(max(0, len(rollout) - self.size), len(rollout), device=self.world.device)
         self.rows = rollout.rows(newest)
 
     def draw(self, seed: int, update: int, steps: int, count: int, group_size: int) -> Iterator[Tensor]:
-        """Indices [`count`] of rows for each of `steps`, whole groups of consecutive rows, which are responses to one prompt.
+        """Indices of the rows [`count`] of each of `steps` minibatches, in whole groups of responses to one prompt.
 
-        Groups are taken from seeded permutations of all of them, one after another, so that none is drawn twice as often as
-        another in an update.
+        Groups are taken from successive seeded permutations of all groups, so that they are used about equally often.
+
+        Args:
+            group_size: responses to a prompt, which are consecutive rows.
         """
         assert self.rows is not None
         groups, each = len(self.rows) // group_size, count // group_size

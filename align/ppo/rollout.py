@@ -1,4 +1,4 @@
-"""The Rollout that an update is computed from: responses and what was measured of them, in tensors that pad and gather alike."""
+"""The rollout of an update: responses with their log-probabilities, values and scores, and how its fields are padded."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ AnyRollout = TypeVar("AnyRollout", bound="Rollout")
 
 
 def per(axis: str, ids: bool = False) -> Any:
-    """A field with a number, or several, for each row, or one for each prompt or response token; `ids` are padded by a token."""
+    """Declare a field with entries for each row, prompt token or response token; `ids` are padded with the pad token."""
     return field(metadata={"axis": axis, "ids": ids})
 
 
 @dataclass(slots=True)
 class Rollout:
-    """B responses and what was measured of them when they were sampled. Masks are True on real tokens.
+    """B responses with their log-probabilities, values and scores at the time of sampling. Masks are True on real tokens.
 
     Prompts are padded on the left to Q, responses on the right to T. Log-probabilities are in nats at the sampling
-    temperature. `values[:, t]` is the value of the state before response token t. What a field is declared to have
-    entries for decides how it is cut, padded and gathered.
+    temperature. `values[:, t]` is the value of the state before response token t. The declaration of a field by `per`
+    decides how it is cut, padded and gathered.
 
     Raises:
-        ValueError: a field has another shape than it is declared to have.
+        ValueError: the shape of a field is not the declared one.
     """
 
     prompt_ids: Tensor = per(PROMPT_TOKEN, ids=True)  # [B, Q] int64
@@ -55,7 +55,7 @@ class Rollout:
 
     @classmethod
     def axes(cls) -> dict[str, str]:
-        """What each field has entries for, by name."""
+        """The declared axis of each field, by name."""
         return {field.name: field.metadata["axis"] for field in fields(cls)}
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Rollout:
         return torch.cat([self.prompt_ids, self.response_ids], 1), torch.cat([self.prompt_mask, self.mask], 1)
 
     def rows(self: AnyRollout, index: Tensor) -> AnyRollout:
-        """The rows `index` [n], without the padding columns that none of them needs."""
+        """The rows at `index` [n], without columns that are padding in all of them."""
         first = int(self.prompt_mask[index].float().argmax(dim=1).min())
         last = int(self.lengths[index].max())
         columns = {
@@ -92,11 +92,11 @@ def gather_rollout(rollout: AnyRollout, world: World, pad_token_id: int) -> AnyR
         return rollout
     widest = world.max(torch.tensor([rollout.prompt_ids.shape[1], rollout.mask.shape[1]], device=world.device))
     prompt_width, response_width = widest.tolist()
-    wide = widened(rollout, prompt_width, response_width, pad_token_id)
+    wide = pad_rollout(rollout, prompt_width, response_width, pad_token_id)
     return type(rollout)(**{name: world.gather(getattr(wide, name)) for name in rollout.axes()})
 
 
-def widened(rollout: AnyRollout, prompt_width: int, response_width: int, pad_token_id: int) -> AnyRollout:
+def pad_rollout(rollout: AnyRollout, prompt_width: int, response_width: int, pad_token_id: int) -> AnyRollout:
     """A rollout padded to `prompt_width` on the left and `response_width` on the right."""
     padded = {}
     for part in fields(rollout):

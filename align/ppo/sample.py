@@ -1,4 +1,4 @@
-"""Sample responses and measure them: the first half of an update."""
+"""Sample responses and score them: the first half of an update."""
 
 from __future__ import annotations
 

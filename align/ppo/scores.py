@@ -1,4 +1,4 @@
-"""Scores as the objective reads them: sources normalized in groups, running moments, clipping."""
+"""Normalization of scores: of each source within the responses to a prompt, by running moments, and clipping."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from align.ppo.rollout import Rollout
 
 
 def normalize_and_clip_scores(run: PPORun, rollout: Rollout) -> Tensor:
-    """Scores as they enter the rewards, [B]: normalized by their running moments (this batch included), then clipped.
+    """Scores [B] for the rewards: normalized by running moments that include this batch, then clipped.
 
-    With `multi_objective_aggregation: normalize_then_sum` they are the sum of the sources' scores that were each normalized
-    within the responses to a prompt. Updates the moments, in `run.progress`.
+    Updates the moments in `run.progress`. With `multi_objective_aggregation: normalize_then_sum`, the score of each source is
+    first normalized within the responses to a prompt.
     """
     if run.recipe.scores_are_normalized:
         progress = run.progress
         progress.score_moments = progress.score_moments.include(summed_scores(run, rollout))
-    return shaped_scores(run, rollout)
+    return current_scores(run, rollout)
 
 
-def shaped_scores(run: PPORun, rollout: Rollout) -> Tensor:
-    """Those scores by the moments as they are, [B]; the responses to a prompt are consecutive rows."""
+def current_scores(run: PPORun, rollout: Rollout) -> Tensor:
+    """Scores [B], normalized by the current moments and clipped; the responses to a prompt are consecutive rows."""
     scores, moments = summed_scores(run, rollout), run.progress.score_moments
     if run.recipe.scores_are_normalized:
         scores = (scores - moments.mean) / max(moments.std, 1e-8)
@@ -34,13 +34,13 @@ def shaped_scores(run: PPORun, rollout: Rollout) -> Tensor:
 
 
 def summed_scores(run: PPORun, rollout: Rollout) -> Tensor:
-    """Scores over all sources, [B]."""
+    """Scores [B] summed over the reward sources."""
     gdpo = run.recipe.multi_objective_aggregation == "normalize_then_sum"
     return sum_of_normalized_scores(run, rollout) if gdpo else rollout.scores
 
 
 def sum_of_normalized_scores(run: PPORun, rollout: Rollout) -> Tensor:
-    """GDPO's scores, [B], after the missing-EOS rule.
+    """GDPO's scores [B]: the weighted sum of the sources' normalized scores, after the missing-EOS rule.
 
     Raises:
         UserError: a source scores tokens, whose sum has another scale.

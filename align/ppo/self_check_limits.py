@@ -1,4 +1,4 @@
-"""Limits of the self-checks: for each number the expected range, the likely cause when it is outside, and the remedy."""
+"""The self-checks' limits: for each number the expected range, the likely cause of a failure, and the remedy."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from align.config.ppo import PPORecipe
 
-FEWEST_FOR_EOS = 16  # responses of which one at least must end
+MIN_RESPONSES_FOR_EOS = 16  # with as many, at least one must end by itself
 LOW_EOS_RATE = 0.3
 LOW_ENTROPY = 0.05  # nats per token
-LEAST_USEFUL = 0.6  # accuracy of a reward model; few pairs cannot rule it out
+USEFUL_ACCURACY = 0.6  # of a reward model; a check fails only if its interval excludes this
 TokenName: TypeAlias = Callable[[int], tuple[str, bool]]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How far apart numbers may be that would be equal in exact arithmetic.
+    """How much numbers may differ that are equal in exact arithmetic.
 
     float32: two passes over a row differ by about 1e-6 nats when padding or neighbors differ. bfloat16 has 8 bits of
     precision: a logit of 10 is off by up to 0.03. Faults are larger: another checkpoint, dropout, or a temperature of 0.9
@@ -29,13 +29,15 @@ class Limits:
     """
 
     mean: float  # mean (or root mean square) over tokens, between passes with other padding or microbatches, nats
-    most: float  # of a single token, nats
+    max: float  # of a single token, nats
     score: float  # of a score, in units of the scores' spread, or of 1 where that is smaller
 
 
-FLOAT32 = Limits(mean=1e-4, most=0.01, score=1e-3)
-BFLOAT16 = Limits(mean=0.05, most=1.0, score=0.1)
-SAME = 1e-6  # nats, mean over tokens: policy and reference run the same pass with equal weights, in either precision
+FLOAT32 = Limits(mean=1e-4, max=0.01, score=1e-3)
+BFLOAT16 = Limits(mean=0.05, max=1.0, score=0.1)
+MAX_REFERENCE_GAP = (
+    1e-6  # nats, mean over tokens: policy and reference run the same pass with equal weights, in either precision
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,9 @@ def reference_matches_policy(gap: float, recipe: PPORecipe) -> Check:
         f"{recipe.sft_model_path} are complete and compare bf16 true and false, or go back to the sft stage."
     )
     return Check(
-        gap <= SAME,
+        gap <= MAX_REFERENCE_GAP,
         f"KL {gap:.1g}" if gap else "KL 0",
-        f"policy and reference to give equal log-probabilities (to {SAME:g} nats per token)",
+        f"policy and reference to give equal log-probabilities (to {MAX_REFERENCE_GAP:g} nats per token)",
         f"Likely cause: {other}",
     )
 
@@ -91,13 +93,13 @@ def training_matches_rollout(gap: float, ratio: float, limits: Limits) -> Check:
     )
 
 
-def generation_matches_training(mean: float, most: float, limits: Limits) -> Check:
-    """The decoding loop against the training pass. `mean`, `most`: mean and largest absolute difference, nats per token."""
+def generation_matches_training(mean: float, largest: float, limits: Limits) -> Check:
+    """The decoding loop against the training pass. `mean`, `largest`: absolute differences, nats per token."""
     return Check(
-        mean <= limits.mean and most <= limits.most,
+        mean <= limits.mean and largest <= limits.max,
         f"generation gap {mean:.1g}",
         f"generation to give its tokens the log-probabilities of the training pass, to {limits.mean:g} nats in the mean "
-        f"and {limits.most:g} at most (it is {most:.3g})",
+        f"and {limits.max:g} at most (it is {largest:.3g})",
         "Likely cause: temperature, the key-value cache, positions or precision differ between them; compare "
         "attn_implementation and bf16 in this recipe, and see that the architecture takes left padding.",
     )
@@ -138,14 +140,16 @@ def entropy_sufficient(entropy: float) -> Check:
     )
 
 
-def what_ended(responses: Sequence[Sequence[int]], ended: Sequence[bool], ends: Sequence[int], name: TokenName) -> str:
-    """How many responses each end token of the model ended; when it is none, what they hold and end with instead.
+def describe_endings(
+    responses: Sequence[Sequence[int]], ended: Sequence[bool], ends: Sequence[int], name: TokenName
+) -> str:
+    """How many responses each end token ended; if none ended, their most frequent last tokens and special tokens.
 
     Args:
         responses: token ids.
         ended: whether each ended by itself.
-        ends: the tokens that end one.
-        name: of a token, by its id; with whether it is a special one.
+        ends: ids of the end tokens.
+        name: maps a token id to its name and whether it is a special token.
     """
     last = Counter(ids[-1] for ids, by_itself in zip(responses, ended, strict=True) if by_itself)
     by_token = [f"{last[end] or 'none'} ended with {name(end)[0]}" for end in ends]
@@ -168,10 +172,10 @@ def responses_terminate(rate: float, count: int, response_length: int, seen: str
 
     Args:
         rate: share of the `count` sampled responses that do.
-        seen: `what_ended` of them.
-        several: whether more than one token ends responses, or stop strings do; then `seen` is told in any case.
+        seen: from `describe_endings`.
+        several: whether there are several end tokens or stop strings; then `seen` is always shown.
     """
-    never = rate == 0 and count >= FEWEST_FOR_EOS
+    never = rate == 0 and count >= MIN_RESPONSES_FOR_EOS
     return Check(
         rate >= LOW_EOS_RATE,
         f"EOS rate {rate:.3g}" + (f" ({seen})" if several else ""),
@@ -184,7 +188,7 @@ def responses_terminate(rate: float, count: int, response_length: int, seen: str
 
 
 def scores_vary(source: str, scores: Tensor) -> Check:
-    """A reward source gives different scores. `scores`: of B responses, [B], NaN where the source does not apply."""
+    """A reward source gives different scores. `scores`: [B], NaN where the source does not apply."""
     given = scores[~scores.isnan()]
     alike = len(given) > 1 and bool((given == given[0]).all())
     return Check(
@@ -197,7 +201,7 @@ def scores_vary(source: str, scores: Tensor) -> Check:
 
 
 def matches_manifest(path: str, scores: Tensor, manifest: dict[str, Any], bf16: bool) -> Check:
-    """The reward model is the one that was evaluated. `scores`: its scores now, [B], of the sequences in its manifest."""
+    """The reward model is the one that its stage evaluated. `scores`: [B], its scores of the sequences in its manifest."""
     recorded = scores.new_tensor(manifest["score_check"]["scores"])
     gap = float((scores - recorded).abs().max())
     limits = BFLOAT16 if bf16 or manifest["recipe"].get("bf16", False) else FLOAT32
@@ -215,7 +219,7 @@ def beats_chance(scores: Tensor, results: dict[str, Any]) -> Check:
     """The reward model ranks pairs better than chance.
 
     Args:
-        scores: its scores now of the pairs in its manifest, [chosen, rejected, chosen, ...].
+        scores: its scores of the pairs in its manifest, [chosen, rejected, chosen, ...].
         results: closing numbers of the reward stage.
     """
     ordered, count = int((scores[0::2] > scores[1::2]).sum()), len(scores) // 2
@@ -231,15 +235,15 @@ def beats_chance(scores: Tensor, results: dict[str, Any]) -> Check:
         f"reward accuracy {accuracy:.3g} ({low:.3g} to {high:.3g}), {pairs}",
         "an accuracy above 0.5 on held-out pairs" if chance else "an interval above 0.5",
         f"{'It does no better than chance' if chance else 'It may do no better than chance: hold out more pairs'}; {remedy}",
-        required=chance and high < LEAST_USEFUL,
+        required=chance and high < USEFUL_ACCURACY,
     )
 
 
 def below_ceiling(results: dict[str, Any]) -> list[Check]:
-    """The reward model is not righter about the annotators than the true reward is; nothing where it is not, or that is not known.
+    """A failed check if the reward model agrees with the labels more often than the true reward does; otherwise nothing.
 
     Args:
-        results: closing numbers of the reward stage.
+        results: closing numbers of the reward stage, with or without the true reward's accuracy (`eval_ceiling`).
     """
     ceiling = results.get("eval_ceiling")
     if ceiling is None or results["eval_accuracy_low"] <= ceiling:

@@ -22,7 +22,7 @@ from align.generation.responses import unpadded
 from align.generation.sampler import PromptBatch
 from align.generation.scoring import score_ids
 from align.maths.masked import masked_mean
-from align.ppo.kl_permitted import describe_kl_coef, spreads
+from align.ppo.kl_permitted import describe_kl_coef, score_stds
 from align.ppo.ppo_run import PPORun, Progress
 from align.ppo.rollout import Rollout, gather_rollout
 from align.ppo.sample import sample_responses, score_responses
@@ -34,6 +34,7 @@ from align.ppo.self_check_limits import (
     all_finite,
     beats_chance,
     below_ceiling,
+    describe_endings,
     entropy_sufficient,
     generation_matches_training,
     matches_manifest,
@@ -43,7 +44,6 @@ from align.ppo.self_check_limits import (
     training_matches_rollout,
     values_match_rollout,
     values_match_scores,
-    what_ended,
 )
 from align.ppo.update import optimize
 from align.runs.manifest import read_manifest
@@ -52,28 +52,28 @@ from align.runs.records import NUMBER, Record, check_record
 from align.runs.tracker import Tracker
 from reward_models.trained import ModelReward
 
-MOST_RESPONSES = 32  # over all ranks
-EACH = 2  # responses to a prompt
-MOST_VALUES = 8  # that are compared with scores
-NAMES = "KL 0, ratio 1, generation against training, finite numbers, EOS rate, scores, the reward model's record"
+MAX_RESPONSES = 32  # over all ranks
+RESPONSES_PER_PROMPT = 2  # responses to a prompt
+MAX_VALUES = 8  # compared with scores
+CHECK_NAMES = "KL 0, ratio 1, generation against training, finite numbers, EOS rate, scores, the reward model's record"
 
 
 def check_start(run: PPORun, tracker: Tracker, start: int) -> dict[str, float]:
-    """Check a run before its first update, in seconds; all ranks take part. Checked or not, a run ends with the same weights.
+    """Check a run before its first update, on all ranks. The checks do not change its weights.
 
     Reward functions are called once more than without the checks.
 
     Args:
-        start: updates done. A resumed run is not checked again.
+        start: updates done before; a resumed run is not checked again.
 
     Returns:
-        metrics under their documented names; none when nothing was checked.
+        Metrics under their documented names; empty if nothing was checked.
 
     Raises:
-        UserError: a check failed. The message lists the value found and expected, likely causes, and the stage to go back to.
+        UserError: a check failed. The message has the value found and expected, likely causes, and the stage to go back to.
     """
     if start > 0 or run.recipe.skip_self_checks:
-        why = f"not repeated on resuming at update {start + 1}" if start else f"skipped: {NAMES}"
+        why = f"not repeated on resuming at update {start + 1}" if start else f"skipped: {CHECK_NAMES}"
         tracker.say(f"self-checks: {why}")
         return {}
     began = time.perf_counter()
@@ -99,7 +99,7 @@ def check_start(run: PPORun, tracker: Tracker, start: int) -> dict[str, float]:
 
 
 def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
-    """All checks, the same on every rank, and their numbers as metrics."""
+    """Run all checks; returns them and their metrics, the same on every rank."""
     checks: list[Check] = []
     metrics: dict[str, float] = {}
     try:
@@ -115,19 +115,21 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
     if not not_finite:  # else all that follows would be NaN
         checks += check_policy(run, rollout, metrics)
     metrics["self_check/eos_rate"] = float(rollout.ended.float().mean())
-    checks.append(check_ends(run, rollout))
-    metrics["self_check/score_std"], metrics["self_check/score_std_within_prompt"] = spreads(rollout.scores, EACH)
+    checks.append(check_endings(run, rollout))
+    metrics["self_check/score_std"], metrics["self_check/score_std_within_prompt"] = score_stds(
+        rollout.scores, RESPONSES_PER_PROMPT
+    )
     checks += [scores_vary(name, rollout.source_scores[:, i]) for i, name in enumerate(run.models.reward_names)]
     return checks, metrics
 
 
 def check_rollout(run: PPORun) -> Rollout:
-    """A small rollout, on every rank, the same for any number of ranks, with noise that nothing else uses."""
-    share = max(min(MOST_RESPONSES, run.recipe.rollout_batch_size) // run.world.size, 1)
+    """A small rollout with its own noise; the same on every rank and for any number of ranks."""
+    share = max(min(MAX_RESPONSES, run.recipe.rollout_batch_size) // run.world.size, 1)
     indexes = range(run.world.rank * share, (run.world.rank + 1) * share)
     loader = PromptLoader(len(run.prompts), run.recipe.seed)
     first = loader.batch(0, run.recipe.rollout_batch_size // run.recipe.num_generations)
-    prompts = [run.prompts[first[index // EACH % len(first)]] for index in indexes]
+    prompts = [run.prompts[first[index // RESPONSES_PER_PROMPT % len(first)]] for index in indexes]
     batch = PromptBatch([prompt for prompt, _ in prompts], [ids for _, ids in prompts], "self-check", indexes)
     counters = run.models.rewards.models
     truncated = [source.truncated for source in counters]
@@ -198,12 +200,12 @@ def metrics_without_update(run: PPORun, rollout: Rollout) -> dict[str, float]:
 
 
 def check_first_values(run: PPORun, rollout: Rollout, limits: Limits, metrics: dict[str, float]) -> list[Check]:
-    """Whether values are the scores of what they see, of a value model that starts as the reward model."""
-    source = _plain(run.models.rewards.models[0])
+    """Whether the values of a value model that starts as the reward model are the scores of the same tokens."""
+    source = _ids_only(run.models.rewards.models[0])
     last = rollout.values.gather(1, rollout.lengths[:, None] - 1).squeeze(1)  # [B], of all but the last token
     rows = [row[:-1] for row in unpadded(*rollout.sequences())]
     short = [index for index, row in enumerate(rows) if source.max_length is None or len(row) <= source.max_length]
-    if not (short := short[:MOST_VALUES]):
+    if not (short := short[:MAX_VALUES]):
         return []
     scores = score_ids(source, run.world, [rows[index] for index in short])
     gap = float((last[short].cpu() - scores).abs().mean())
@@ -211,20 +213,20 @@ def check_first_values(run: PPORun, rollout: Rollout, limits: Limits, metrics: d
     return [values_match_scores(gap, scores, limits)]
 
 
-def _plain(source: ModelReward) -> ModelReward:
-    """A reward model that scores token ids as they are, and whose count of truncated rows is its own."""
+def _ids_only(source: ModelReward) -> ModelReward:
+    """The same reward model as a source that scores token ids directly and has its own count of truncated rows."""
     return ModelReward(source.name, source.model, batch_size=source.batch_size, max_length=source.max_length)
 
 
-def check_ends(run: PPORun, rollout: Rollout) -> Check:
-    """Whether responses end by themselves, and by which of the tokens that may end them."""
+def check_endings(run: PPORun, rollout: Rollout) -> Check:
+    """Whether responses end by themselves, and with which end tokens."""
     tokenizer, recipe = run.sampler.tokenizer, run.recipe
     ends, special = end_ids(tokenizer), {*tokenizer.added_tokens_decoder}
 
     def name(token: int) -> tuple[str, bool]:
         return f"{tokenizer.convert_ids_to_tokens(token)} ({token})", token in special
 
-    seen = what_ended(unpadded(rollout.response_ids, rollout.mask), rollout.ended.tolist(), ends, name)
+    seen = describe_endings(unpadded(rollout.response_ids, rollout.mask), rollout.ended.tolist(), ends, name)
     several = len(ends) > 1 or bool(recipe.stop_strings)
     rate = float(rollout.ended.float().mean())
     return responses_terminate(rate, len(rollout), recipe.response_length, seen, several)
@@ -233,9 +235,9 @@ def check_ends(run: PPORun, rollout: Rollout) -> Check:
 def check_reward_model(
     path: str, source: ModelReward, world: World, bf16: bool, metrics: dict[str, float]
 ) -> list[Check]:
-    """Whether the reward model is the one that its stage evaluated, and did better than chance there.
+    """Whether the reward model is the one that its stage evaluated, and was better than chance there.
 
-    Of several, the metrics are the worst.
+    `metrics` keeps the worst values of several reward models.
     """
     manifest = read_manifest(path) or {}
     if "score_check" not in manifest:
@@ -251,7 +253,7 @@ def check_reward_model(
         raise UserError(
             f"{path}/{MANIFEST}: score_check: expected token ids below {vocabulary}, got {largest}; go back to the reward stage."
         )
-    scores = score_ids(_plain(source), world, manifest["score_check"]["ids"])
+    scores = score_ids(_ids_only(source), world, manifest["score_check"]["ids"])
     recorded = torch.tensor(manifest["score_check"]["scores"])
     gap = float((scores - recorded).abs().max())
     metrics["self_check/reward_gap"] = max(gap, metrics.get("self_check/reward_gap", 0.0))

@@ -1,4 +1,4 @@
-"""A PPO run from its recipe: the four models as engines, the reward sources, the sampler, and the state to continue from."""
+"""Build a PPO run from its recipe: the models as engines, the reward sources, the sampler, and the checkpoint's state."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from reward_models.heads import keep_head_float32, score_head
 from reward_models.responses import RewardSource
 
 REWARD_MODEL = "reward_model"  # its name in logs and errors
-SHORT = 32  # tokens of prompt and response up to which padding costs less than one more forward pass
+SHORT_SEQUENCE = 32  # tokens of prompt and response up to which padding costs less than one more forward pass
 
 
 def set_up(
     recipe: PPORecipe, inputs: PPOInputs, data: PPOData, plan: BatchPlan, world: World, checkpoint: Path | None
 ) -> PPORun:
-    """Load the four models and the run's state, from a checkpoint if there is one."""
+    """Load the models and the state of a run, from `checkpoint` if there is one."""
     models = load_models(recipe, inputs, plan, world)
     schedule = partial(
         learning_rates,
@@ -64,7 +64,7 @@ def set_up(
             stop_strings=recipe.stop_strings,
         ),
         prompts=data.prompts,
-        scoring_passes=1 if longest <= SHORT else 4,
+        scoring_passes=1 if longest <= SHORT_SEQUENCE else 4,
         learning_rates=list(zip(*map(schedule, peaks), strict=True)),
         progress=Progress(recipe.kl_coef),
         ema=EMA(models.policy, recipe.ema_decay) if recipe.ema_decay is not None else None,

@@ -1,13 +1,13 @@
 """One PPO update, following PPO (arXiv 1707.06347) as adapted to language models (1909.08593, 2009.01325, 2203.02155).
 
-Letters: B = `rollout_batch_size` responses, of which this rank samples and scores b = B / ranks; Q prompt tokens, padded on the
-left, and T response tokens, padded on the right, to the longest of this rank before the gather and of all ranks after it;
-S = Q + T; m responses are one microbatch. Masks are True on real tokens, end-of-text included. Sampling, scoring, forward and
-backward passes are split over ranks; scores, rewards, advantages and statistics are computed from all B responses by every
-rank, so that whitening and minibatches match a single-process run and no rank can disagree.
+Shapes: B = `rollout_batch_size` responses, of which each rank samples and scores b = B / ranks; Q prompt tokens, padded on the
+left; T response tokens, padded on the right; S = Q + T; a microbatch has m responses. Q and T are the longest of this rank
+before the gather, and of all ranks after it. Masks are True on real tokens, end-of-text included. Sampling, scoring, forward
+and backward passes are split over ranks. Every rank computes scores, rewards, advantages and statistics from all B responses,
+so that whitening and minibatches match a single-process run and ranks cannot disagree.
 
-Words: a *score* is what the reward sources give to a response; a *reward* is the per-token signal that advantages are
-estimated from, which includes the KL penalty unless it is part of the loss (`use_kl_loss`).
+Terms: a *score* is what the reward sources give to a response; a *reward* is the per-token signal that advantages are
+estimated from, which includes the KL penalty unless that is part of the loss (`use_kl_loss`).
 """
 
 from __future__ import annotations
@@ -26,34 +26,41 @@ from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout, gather_rollout
 from align.ppo.sample import sample_responses, score_responses
 from align.ppo.scores import normalize_and_clip_scores
-from align.ppo.trajectory_balance import balance
+from align.ppo.trajectory_balance import balance_steps
 from align.ppo.update import optimize, trains_policy
 
-SAME_LOGPROB = 1e-5  # nats: log-probabilities this close differ by rounding only
-COMPARE_EVERY = 16  # updates
+LOGPROB_TOLERANCE = 1e-5  # nats; smaller differences are rounding
+COMPARE_EVERY = 16  # updates between comparisons of the sampler's log-probabilities with those of training
 
 
 def step(run: PPORun, update: int) -> dict[str, float]:
-    """Sample, score, estimate advantages, optimize. Returns the metrics of the update, whose index is `update`, from 0."""
-    prompts = draw_prompts(run, update)  # b prompts of this rank
+    """Sample, score, estimate advantages and optimize; returns the metrics of the update.
+
+    Args:
+        update: index of the update, from 0.
+
+    Raises:
+        UserError: a reward function failed, or the losses of several minibatches in a row were not finite.
+    """
+    prompts = draw_prompts(run, update)  # b prompts, of this rank
     samples = sample_responses(run, prompts)  # response_ids, mask, logprobs of the decoding loop [b, T]
-    recompute = must_recompute_logprobs(run, update)
-    # old and ref logprobs, values if any, token_scores [b, T]; scores [b]
+    recompute = must_recompute_logprobs(run, update)  # else old_logprobs are those of the decoding loop
+    # old_logprobs, ref_logprobs, values (0 without a value model), token_scores [b, T]; scores [b]
     scored = score_responses(run, samples, recompute)
     rollout = gather_rollout(scored, run.world, run.sampler.pad_token_id)  # [B, T] and [B], identical on every rank
     record_sampler_gap(run, rollout, recompute)
-    scores = normalize_and_clip_scores(run, rollout)  # [B]
-    if run.replay is not None:  # another objective, on this rollout and earlier ones
+    scores = normalize_and_clip_scores(run, rollout)  # [B]; updates their running mean and standard deviation first
+    if run.replay is not None:  # `objective: trajectory_balance`, which trains on earlier rollouts too
         metrics = rollout_metrics(run, rollout)
-        metrics |= balance(run, run.replay, rollout, update)
+        metrics |= balance_steps(run, run.replay, rollout, update)
     else:
         rewards = compute_rewards(run, rollout, scores)  # [B, T]
-        # [B, T], [B, T]: returns are what values are fitted to
+        # both [B, T]; returns are the targets of the value model
         advantages, returns = estimate_advantages(run, rollout, rewards)
         metrics = rollout_metrics(run, rollout, returns)
-        # Losses of policy, value and, in the loss, KL: epochs x minibatches x microbatches of [m, S], split over the ranks.
+        # `num_ppo_epochs` x minibatches, an optimizer step of policy and value model each; microbatches [m, S] on each rank
         metrics |= optimize(run, rollout, advantages, returns, update)
-    if trains_policy(run, update):
+    if trains_policy(run, update):  # false during `value_warmup_updates`
         update_ema(run)
         adapt_kl_coef(run, rollout)
     return metrics
@@ -62,10 +69,10 @@ def step(run: PPORun, update: int) -> dict[str, float]:
 def draw_prompts(run: PPORun, update: int) -> PromptBatch:
     """This rank's share of the prompts of an update, each repeated `num_generations` times in consecutive rows.
 
-    The sampling noise of a response is seeded by the purpose and the number of its episode, so that it does not depend on
-    ranks or restarts.
+    The batch carries the purpose ("train") and the episode number of each row, which seed the sampling noise of its response:
+    it depends on neither the number of ranks nor restarts.
     """
-    size, each = run.recipe.rollout_batch_size, run.recipe.num_generations  # both divide evenly: the recipe is checked
+    size, each = run.recipe.rollout_batch_size, run.recipe.num_generations  # both divide evenly; the recipe is checked
     loader = PromptLoader(len(run.prompts), run.recipe.seed)
     drawn = [run.prompts[index] for index in loader.batch(update, size // each) for _ in range(each)]
     share = size // run.world.size
@@ -75,28 +82,28 @@ def draw_prompts(run: PPORun, update: int) -> PromptBatch:
 
 
 def must_recompute_logprobs(run: PPORun, update: int) -> bool:
-    """Whether to recompute the old log-probabilities with the forward pass of training, instead of taking the sampler's.
+    """Whether to recompute the old log-probabilities with the forward pass of training instead of using the sampler's.
 
-    Skipped when the two matched at the last comparison, as they do in float32; compared again every `COMPARE_EVERY` updates.
-    The gap is that of all ranks, which therefore decide alike.
+    Not necessary if the two agreed at the last comparison, as they do in float32; every `COMPARE_EVERY` updates they are
+    compared again. The gap is the largest of all ranks, so that all decide alike.
     """
-    matched = run.progress.sampler_gap <= SAME_LOGPROB  # false before the first comparison (infinity) and for NaN
+    matched = run.progress.sampler_gap <= LOGPROB_TOLERANCE  # false before the first comparison (infinity) and for NaN
     return not matched or update % COMPARE_EVERY == 0
 
 
 def record_sampler_gap(run: PPORun, rollout: Rollout, recomputed: bool) -> None:
-    """Record the largest difference between the log-probabilities of decoding loop and training, nats, if both are there."""
+    """Record the largest difference between the log-probabilities of decoding loop and training, in nats, if recomputed."""
     if recomputed:
         gap = (rollout.sampled_logprobs - rollout.old_logprobs).abs()
         run.progress.sampler_gap = float(gap.masked_fill(~rollout.mask, 0.0).max())
 
 
 def compute_rewards(run: PPORun, rollout: Rollout, scores: Tensor) -> Tensor:
-    """Normalized and clipped scores [B] to rewards [B, T]: the KL penalty on every token, and the score.
+    """Rewards [B, T] from normalized and clipped scores [B]: the KL penalty on every token, and the score.
 
-    Scores include those of single tokens, which stay on their tokens as they were given (0 where there are none). The last
-    real token receives the rest, so that a row sums to its score less the KL penalty; `whiten_rewards` then divides all
-    rewards by their standard deviation.
+    A score includes the row's `token_scores` (0 if the reward does not score tokens), which are rewards of their tokens. The
+    last real token receives the rest, so that a row sums to its score minus the KL penalty. `whiten_rewards` then divides
+    all rewards by their standard deviation.
     """
     kl = k1(rollout.old_logprobs, rollout.ref_logprobs)  # log pi - log ref, [B, T] nats
     kl_coef = 0.0 if run.recipe.use_kl_loss else run.progress.kl_coef
@@ -108,10 +115,10 @@ def compute_rewards(run: PPORun, rollout: Rollout, scores: Tensor) -> Tensor:
 
 
 def estimate_advantages(run: PPORun, rollout: Rollout, rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards [B, T] to advantages and returns [B, T], 0 outside the mask.
+    """Advantages and returns [B, T], 0 outside the mask, from rewards [B, T].
 
-    The estimator is the function of its name in `align.maths.advantages`. With a value model advantages are whitened over
-    all tokens of the rollout; without one the estimator scales them itself, and returns are unused, and 0.
+    `advantage_estimator` names a function in `align.maths.advantages`. With a value model (GAE), advantages are whitened over
+    all tokens of the rollout. Other estimators scale advantages themselves and have no returns, which are 0.
     """
     recipe, mask = run.recipe, rollout.mask
     estimate = getattr(advantage_functions, recipe.advantage_estimator)
@@ -129,9 +136,9 @@ def update_ema(run: PPORun) -> None:
 
 
 def adapt_kl_coef(run: PPORun, rollout: Rollout) -> None:
-    """Set the KL coefficient of the next update from this update's KL, if the recipe has a target.
+    """Set the KL coefficient of the next update from the KL of this update's rollout, if the recipe has a `kl_target`.
 
-    Not while the policy does not train: its KL of 0 would lower the coefficient.
+    `step` calls it only if the policy trains: before, the KL is 0 and would lower the coefficient.
     """
     recipe, progress = run.recipe, run.progress
     if recipe.kl_target is not None:

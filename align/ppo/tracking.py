@@ -1,4 +1,4 @@
-"""An update as the run's record shows it: timed, watched for collapse, logged."""
+"""Time updates, watch them for collapse, and log them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ from align.ppo.step import step
 from align.runs.tracker import Tracker
 
 
-def tracked_step(run: PPORun, tracker: Tracker, watch: CollapseWatch, done: int, more: dict[str, float]) -> None:
-    """The update after which `done` are done, and its metrics with `more`, shown; logged if due, the first and the last always.
+def tracked_step(
+    run: PPORun, tracker: Tracker, watch: CollapseWatch, done: int, check_metrics: dict[str, float]
+) -> None:
+    """Run the next update, warn of collapse, show progress, and log its metrics if due.
+
+    Args:
+        done: updates done after this one. Metrics are logged every `logging_steps`, and for the first and last update.
+        check_metrics: metrics of the self-checks, logged with the first update.
 
     Raises:
-        UserError: the update failed; names it.
+        UserError: the update failed; the message has its number.
     """
-    metrics = timed_step(run, done - 1) | more
+    metrics = timed_step(run, done - 1) | check_metrics
     for kind, warning in watch.warnings(done, metrics).items():
         tracker.warn(done, f"collapse: {kind}", warning)
     if done % run.recipe.logging_steps == 0 or done in (1, run.updates):
@@ -26,10 +32,10 @@ def tracked_step(run: PPORun, tracker: Tracker, watch: CollapseWatch, done: int,
 
 
 def timed_step(run: PPORun, update: int) -> dict[str, float]:
-    """`step`, with where its time and memory went (by phase) and how far the run is added to its metrics.
+    """`step`, with time and memory by phase, episode and epoch added to its metrics.
 
     Raises:
-        UserError: the update failed; names it.
+        UserError: the update failed; the message has its number.
     """
     run.world.clock.take()
     run.world.clock.take_bytes()

@@ -1,9 +1,9 @@
-"""The objective `trajectory_balance`: optimizer steps on the newest rollout and earlier ones, without a correction.
+"""The objective `trajectory_balance`: optimizer steps on the newest rollout and earlier ones, without importance weights.
 
-Its gradient is REINFORCE's of the KL-regularized objective with the mean of the prompt's other responses as baseline, where
-log-probabilities are those of the policy at each step (`align/maths/trajectory_balance.py`). So each step has two passes over
-its responses: one forward, which tells how far each is from the balance, and one forward and backward. Were there one, the
-responses to a prompt would have to share a microbatch.
+Its gradient is that of REINFORCE on the KL-regularized objective, with the mean over the prompt's other responses as baseline
+and log-probabilities of the current policy (`align/maths/trajectory_balance.py`). Each step therefore makes two passes over
+its responses: a forward pass for their residuals, then forward and backward. A single pass would require that all responses
+to a prompt share a microbatch.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from align.models.forward import response_logprobs
 from align.ppo.ppo_run import PPORun
 from align.ppo.replay import Replay
 from align.ppo.rollout import Rollout
-from align.ppo.scores import shaped_scores
-from align.ppo.update import Experience, shares, take_steps
+from align.ppo.scores import current_scores
+from align.ppo.update import Experience, rows_by_rank, take_steps
 
 
-def balance(run: PPORun, replay: Replay, rollout: Rollout, update: int) -> dict[str, float]:
-    """`gradient_steps` optimizer steps on kept responses, those of `rollout` included. Returns metrics as `take_steps`."""
+def balance_steps(run: PPORun, replay: Replay, rollout: Rollout, update: int) -> dict[str, float]:
+    """Add `rollout` to the replay buffer and take `gradient_steps` optimizer steps on it; returns metrics as `take_steps`."""
     replay.add(rollout)
-    return take_steps(run, replayed(run, replay, update), update)
+    return take_steps(run, replay_minibatches(run, replay, update), update)
 
 
-def replayed(run: PPORun, replay: Replay, update: int) -> Iterator[Experience]:
-    """Minibatches of kept responses, each with the policy's log-probabilities at the time when it is asked for.
+def replay_minibatches(run: PPORun, replay: Replay, update: int) -> Iterator[Experience]:
+    """Minibatches from the replay buffer; advantages are computed when the next is requested, with the current policy.
 
-    All scores of a minibatch are normalized by the moments of now, so that they have one optimum.
+    All scores are normalized by the current moments, so that old and new responses have the same optimum.
     """
     recipe = run.recipe
     assert replay.rows is not None
     for index in replay.draw(recipe.seed, update, recipe.gradient_steps, recipe.minibatch_size, recipe.num_generations):
         rows = replay.rows.rows(index)
-        kl = kl_now(run, rows)
-        excess = leave_one_out_excess(shaped_scores(run, rows), kl, run.progress.kl_coef, recipe.num_generations)
+        kl = current_kl(run, rows)
+        excess = leave_one_out_excess(current_scores(run, rows), kl, run.progress.kl_coef, recipe.num_generations)
         yield Experience(
             **{part.name: getattr(rows, part.name) for part in fields(rows)},
             advantages=excess[:, None] * rows.mask,
@@ -51,10 +51,10 @@ def replayed(run: PPORun, replay: Replay, update: int) -> Iterator[Experience]:
 
 
 @torch.no_grad()
-def kl_now(run: PPORun, rows: Rollout) -> Tensor:
-    """log pi - log ref of each response under the policy as it is, [B] float32 nats; each rank computes its share."""
+def current_kl(run: PPORun, rows: Rollout) -> Tensor:
+    """log pi - log ref of each response under the current policy, [B] float32 nats; each rank computes a share."""
     world, parts = run.world, []
-    by_rank = shares(rows, world)
+    by_rank = rows_by_rank(rows, world)
     mine = by_rank[world.rank]
     with world.clock.phase("update_policy"):
         for part in chunks(len(mine), run.sampler.batch_size):

@@ -29,29 +29,30 @@ from align.ppo.rollout import RESPONSE_TOKEN, Rollout, per
 
 @dataclass(slots=True)
 class Experience(Rollout):
-    """A rollout with what the losses need."""
+    """A rollout with advantages, returns and loss weights."""
 
     advantages: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32
     returns: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32
-    weights: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, of each token's policy loss in that of the minibatch
+    weights: Tensor = per(RESPONSE_TOKEN)  # [B, T] float32, weight of each token in the minibatch's policy loss
 
 
 def optimize(run: PPORun, rollout: Rollout, advantages: Tensor, returns: Tensor, update: int) -> dict[str, float]:
-    """PPO's `num_ppo_epochs` epochs over the rollout, and their metrics, as `take_steps` has them.
+    """Train for `num_ppo_epochs` epochs on the rollout; returns metrics as `take_steps`.
 
     Args:
         advantages, returns: [B, T].
+        update: index of the update, from 0.
     """
     return take_steps(run, minibatches(run, rollout, advantages, returns, update), update)
 
 
 def take_steps(run: PPORun, batches: Iterable[Experience], update: int) -> dict[str, float]:
-    """An optimizer step on each minibatch. Returns metrics: means over the tokens of the minibatches stepped on.
+    """Take an optimizer step on each minibatch; returns metrics as means over the tokens of these minibatches.
 
     A minibatch whose loss is NaN or infinite is saved under `bad_batches/` and skipped.
 
     Args:
-        batches: the next is asked for once the step on the one before is done.
+        batches: minibatches; the next one is requested after the step on the previous one.
 
     Raises:
         UserError: the losses of several minibatches in a row were not finite.
@@ -93,14 +94,14 @@ def take_steps(run: PPORun, batches: Iterable[Experience], update: int) -> dict[
 
 
 def trains_policy(run: PPORun, update: int) -> bool:
-    """Whether the policy trains in this update, and not the value model alone."""
+    """Whether this update trains the policy; the first `value_warmup_updates` train the value model only."""
     return update >= run.recipe.value_warmup_updates
 
 
 def minibatches(
     run: PPORun, rollout: Rollout, advantages: Tensor, returns: Tensor, update: int
 ) -> Iterator[Experience]:
-    """`num_ppo_epochs` times all rows of the rollout in a new seeded order, `minibatch_size` of them at a time."""
+    """Minibatches of `minibatch_size` rows, from a new seeded permutation of the rollout in each of `num_ppo_epochs`."""
     recipe = run.recipe
     measured = {part.name: getattr(rollout, part.name) for part in fields(rollout)}
     experience = Experience(**measured, advantages=advantages, returns=returns, weights=torch.zeros_like(advantages))
@@ -113,9 +114,9 @@ def minibatches(
 
 
 def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number: int) -> dict[str, float]:
-    """Forward and backward of this rank's rows of a minibatch, and of PPO-ptx; returns the sums over all ranks, by metric."""
+    """Forward and backward on this rank's rows of a minibatch, and on PPO-ptx's; returns sums over all ranks by metric."""
     tokens = minibatch.mask.sum()
-    mine = shares(minibatch, run.world)[run.world.rank]
+    mine = rows_by_rank(minibatch, run.world)[run.world.rank]
     parts: list[Sums] = []
     for part in chunks(len(mine), run.plan.micro_batch_size):
         batch = minibatch.rows(mine[part])
@@ -133,14 +134,14 @@ def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number
     return total | balance_sums(run, minibatch, total["tokens"]) if run.replay is not None else total
 
 
-def shares(rollout: Rollout, world: World) -> list[Tensor]:
-    """Indices of the rows of each rank: sorted by length, microbatches need little padding, and ranks have the same work."""
+def rows_by_rank(rollout: Rollout, world: World) -> list[Tensor]:
+    """Row indices for each rank, dealt out in order of length: microbatches need little padding, ranks have equal work."""
     by_length = (rollout.prompt_mask.sum(dim=1) + rollout.lengths).argsort(stable=True)
     return [by_length[rank :: world.size] for rank in range(world.size)]
 
 
 def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
-    """Forward and backward of the policy on m responses, whose n real tokens are among the `tokens` of the minibatch."""
+    """Forward and backward of the policy on m responses with n real tokens; the whole minibatch has `tokens`."""
     recipe, kl_coef = run.recipe, run.progress.kl_coef
     with run.world.clock.phase("update_policy"):
         ids, mask = batch.sequences()  # [m, S]
@@ -173,7 +174,7 @@ def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
 
 
 def balance_gradient(run: PPORun, batch: Experience) -> Sums:
-    """Forward and backward of the policy on m responses of `trajectory_balance`, whose advantages are of the policy of now."""
+    """Forward and backward of the policy on m responses, for `trajectory_balance`."""
     with run.world.clock.phase("update_policy"):
         ids, mask = batch.sequences()  # [m, S]
         scaled = (batch.advantages * batch.weights)[batch.mask]  # [n]
@@ -188,7 +189,7 @@ def balance_gradient(run: PPORun, batch: Experience) -> Sums:
 
 
 def balance_sums(run: PPORun, minibatch: Experience, tokens: float) -> dict[str, float]:
-    """Loss and residual of a minibatch of `trajectory_balance`, times its tokens, as the others are sums over them."""
+    """Loss and residual of a minibatch of `trajectory_balance`, times its tokens, since other metrics are sums over tokens."""
     recipe, kl_coef = run.recipe, run.progress.kl_coef
     loss = float(balance_loss(minibatch.advantages[:, 0], kl_coef, recipe.num_generations))
     return {
@@ -198,7 +199,7 @@ def balance_sums(run: PPORun, minibatch: Experience, tokens: float) -> dict[str,
 
 
 def value_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
-    """Forward and backward of the value model on m responses; its loss is a mean over the `tokens` of the minibatch."""
+    """Forward and backward of the value model on m responses; the loss is a mean over the minibatch's `tokens`."""
     assert run.models.value is not None
     with run.world.clock.phase("update_value"):
         ids, mask = batch.sequences()  # [m, S]

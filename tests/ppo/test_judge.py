@@ -19,7 +19,7 @@ from align.errors import UserError
 from align.evaluate.bootstrap import mean_interval
 from align.ppo.frontier import describe_fit, draw_frontier, fit
 from align.ppo.train import run
-from align.ppo.verdict import Change, change, fell, mean, spread, verdicts, warnings
+from align.ppo.verdict import Change, describe_fall, mean, paired_change, spread, verdicts, warnings
 from tests.ppo.test_train import make_recipe, metrics
 
 JUDGES = """
@@ -151,15 +151,15 @@ def test_keys_that_exclude_one_another(tmp_path, changes, words):
 class TestVerdict:
     def test_the_change_is_paired_and_leaves_out_what_was_not_judged(self):
         nothing = float("nan")
-        told = change([2.0, 3.0, nothing, 5.0], [1.0, 1.0, 1.0, 2.0], ["a", "b", "c", "d"])
+        told = paired_change([2.0, 3.0, nothing, 5.0], [1.0, 1.0, 1.0, 2.0], ["a", "b", "c", "d"])
         assert (told.mean, told.prompts) == (2.0, 3)
         assert told.low >= 1.0
         assert told.high <= 3.0
 
     def test_one_prompt_proves_nothing(self):
-        told = change([9.0, 9.0], [1.0, 1.0], ["a", "a"])
-        assert (told.word, told.prompts) == ("no different from", 1)
-        assert Change(-0.1, -0.5, 0.3, 50).word == "no different from"
+        told = paired_change([9.0, 9.0], [1.0, 1.0], ["a", "a"])
+        assert (told.comparison, told.prompts) == ("no different from", 1)
+        assert Change(-0.1, -0.5, 0.3, 50).comparison == "no different from"
 
     def test_prompts_are_drawn_whole(self):
         """40 prompts with 5 rows that are all alike: the interval is that of 40 rows, not of 200."""
@@ -199,13 +199,13 @@ class TestVerdict:
     def test_a_fall_from_the_best(self):
         down = Change(-0.5, -0.9, -0.1, 50)
         told = "judge is -0.5 (-0.9 to -0.1) from its best, of"
-        assert fell("eval/judge", down, 0, 1.5) == (
+        assert describe_fall("eval/judge", down, 0, 1.5) == (
             f"{told} the SFT model while the score rose by 1.5; best/ keeps the SFT model."
         )
-        assert fell("eval/judge", down, 8, -1.5) == (
+        assert describe_fall("eval/judge", down, 8, -1.5) == (
             f"{told} update 8 while the score fell by 1.5; best/ keeps update 8."
         )
-        assert fell(SCORE, down, 8, -0.5).endswith("from its best, of update 8; best/ keeps update 8.")
+        assert describe_fall(SCORE, down, 8, -0.5).endswith("from its best, of update 8; best/ keeps update 8.")
 
     def test_rows_that_were_not_judged_count_nowhere(self):
         values = [1.0, float("nan"), 3.0]

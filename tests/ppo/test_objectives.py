@@ -362,7 +362,7 @@ class TestLora:
             torch.testing.assert_close(weight, plain[name], atol=1e-6, rtol=0)
 
 
-SHORT = {"total_episodes": 64, "num_ppo_epochs": 2}  # ZeRO 3 takes half a second a step
+SHORT_SEQUENCE = {"total_episodes": 64, "num_ppo_epochs": 2}  # ZeRO 3 takes half a second a step
 
 
 def everything(folder: Path, **changes) -> str:
@@ -371,14 +371,14 @@ def everything(folder: Path, **changes) -> str:
     return make_recipe(
         folder, ptx_dataset=write_jsonl(folder / "texts.jsonl", texts), ptx_coef=0.1, ptx_batch_size=6, ema_decay=0.8,
         kl_target=0.05, kl_horizon=100, normalize_scores=True, score_clip=2.0, entropy_coef=0.01, dual_clip=3.0,
-        value_warmup_updates=1, max_approx_kl=0.05, use_kl_loss=True, kl_estimator="k2", **SHORT, **changes,
+        value_warmup_updates=1, max_approx_kl=0.05, use_kl_loss=True, kl_estimator="k2", **SHORT_SEQUENCE, **changes,
     )  # fmt: skip
 
 
 def adapter(folder: Path, **changes) -> str:
     return make_recipe(
         folder, method="lora", lora_r=4, learning_rate=3e-3, advantage_estimator="rloo", num_generations=2,
-        gradient_checkpointing=True, ema_decay=0.5, **SHORT, **changes,
+        gradient_checkpointing=True, ema_decay=0.5, **SHORT_SEQUENCE, **changes,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from align.maths import advantages as estimators
 from align.maths.estimators import ESTIMATORS, Estimator
 from align.ppo.ppo_run import PPORun, Progress
 from align.ppo.rollout import PROMPT_TOKEN, RESPONSE_TOKEN, ROW, Rollout, gather_rollout, per
-from align.ppo.self_checks import check_ends
+from align.ppo.self_checks import check_endings
 from align.ppo.step import estimate_advantages
 from tests.ppo.runs import ppo_run, rollout_of
 from tests.ppo.test_train import make_recipe
@@ -139,7 +139,7 @@ def test_every_end_token_and_stop_string_ends_a_response(tmp_path):
         lasts.append(last)
     assert {3, n} < {*lasts}, "both kinds of ends are seen, and responses without one"
     assert rollout.scores.tolist() == (-0.25 * (~rollout.ended).float()).tolist()
-    seen = check_ends(run, rollout).found
+    seen = check_endings(run, rollout).found
     assert seen.startswith(f"EOS rate {sum(rollout.ended.tolist()) / 16:.3g} (")
     assert f"{lasts.count(3)} ended with a (3)" in seen
     assert f"{lasts.count(n)} with a stop string" in seen

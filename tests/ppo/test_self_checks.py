@@ -35,18 +35,18 @@ from align.ppo import setup as ppo_setup
 from align.ppo import update as ppo_update
 from align.ppo.collapse import CollapseWatch
 from align.ppo.inputs import PPOInputs
-from align.ppo.kl_permitted import describe_kl_coef, permitted_kl, spreads
+from align.ppo.kl_permitted import describe_kl_coef, permitted_kl, score_stds
 from align.ppo.ppo_run import Progress
 from align.ppo.rollout import Rollout
 from align.ppo.self_check_limits import (
     FLOAT32,
     beats_chance,
     below_ceiling,
+    describe_endings,
     generation_matches_training,
     reference_matches_policy,
     responses_terminate,
     scores_vary,
-    what_ended,
 )
 from align.ppo.train import run
 from align.ppo.update import optimize
@@ -393,10 +393,10 @@ class TestLimits:
         def name(token):
             return f"<{token}>", token < 4
 
-        assert what_ended([[7, 2], [2, 7], [8, 3], [9, 2]], [True, True, True, True], [2, 3, 1], name) == (
+        assert describe_endings([[7, 2], [2, 7], [8, 3], [9, 2]], [True, True, True, True], [2, 3, 1], name) == (
             "2 ended with <2>, 1 ended with <3>, none ended with <1>, 1 with a stop string"
         )
-        assert what_ended([[3, 7], [3, 8], [6, 7]], [False] * 3, [2, 1], name) == (
+        assert describe_endings([[3, 7], [3, 8], [6, 7]], [False] * 3, [2, 1], name) == (
             "none ended with <2>, none ended with <1>; most frequent last tokens: <7> in 2, <8> in 1; "
             "special tokens in them: <3> in 2"
         )
@@ -539,8 +539,8 @@ class TestCoefficient:
 
     def test_spreads_over_all_responses_and_within_prompts(self):
         # Prompts with (0, 2) and (4, 4): variance 2.75 over all; within (unbiased) 2 and 0.
-        assert spreads(torch.tensor([0.0, 2.0, 4.0, 4.0]), 2) == pytest.approx((2.75**0.5, 1.0))
-        assert spreads(torch.tensor([0.0, 2.0, 4.0, 4.0, 9.0]), 2)[1] == pytest.approx(1.0), "a prompt by half"
+        assert score_stds(torch.tensor([0.0, 2.0, 4.0, 4.0]), 2) == pytest.approx((2.75**0.5, 1.0))
+        assert score_stds(torch.tensor([0.0, 2.0, 4.0, 4.0, 9.0]), 2)[1] == pytest.approx(1.0), "a prompt by half"
 
     def test_the_normal_law(self):
         scores = torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.7

@@ -20,7 +20,7 @@ from align.ppo.ppo_run import PPORun
 from align.ppo.replay import Replay
 from align.ppo.rollout import Rollout
 from align.ppo.train import run
-from align.ppo.trajectory_balance import balance, replayed
+from align.ppo.trajectory_balance import balance_steps, replay_minibatches
 from align.runs.checkpoint import read_state
 from tests.documented_metrics import undocumented
 from tests.ppo.runs import ALONE, ppo_run, rollout_of
@@ -91,7 +91,7 @@ def gradient_at(run: PPORun, replay: Replay, rollout: Rollout) -> dict[str, torc
         return 0.0
 
     policy.step = step  # type: ignore[method-assign]
-    balance(run, replay, rollout, 0)
+    balance_steps(run, replay, rollout, 0)
     return seen[0]
 
 
@@ -153,7 +153,7 @@ class TestGradient:
         run, rollout, replay = start(tmp_path, normalize_scores=True, gradient_steps=2)
         run.progress.score_moments = RunningMoments().include(torch.tensor([0.0, 4.0]))
         replay.add(rollout)
-        batches = replayed(run, replay, 0)
+        batches = replay_minibatches(run, replay, 0)
         first = next(batches)
         move(run)
         run.progress.score_moments = run.progress.score_moments.include(torch.tensor([-6.0, 10.0]))
@@ -208,7 +208,7 @@ class TestReplay:
             ours, theirs = getattr(found.rows, name), getattr(replay.rows, name)
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours, theirs), name
-        ours, theirs = (next(replayed(run, each, 3)) for each in (found, replay))
+        ours, theirs = (next(replay_minibatches(run, each, 3)) for each in (found, replay))
         assert torch.equal(ours.advantages, theirs.advantages)
         (tmp_path / "replay" / "rank-00001.safetensors").write_bytes(b"")
         with pytest.raises(UserError, match="replay: cannot be read as a saved state"):

@@ -1,4 +1,4 @@
-"""A model's responses to the held-out prompts, and the rows and columns in which they are kept."""
+"""A model's responses to the held-out prompts, and their columns in `samples.jsonl`."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ Columns = dict[str, list[float | None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A model's responses to all held-out prompts, their text, and what each is worth by metric, [B], the most trustworthy first.
-
-    The metrics are `eval/judge` with a judge, `eval/true/<function>`, where NaN says that the function does not apply, and
-    `eval/score`.
+class HeldOutResponses:
+    """A model's responses to all held-out prompts.
 
     Attributes:
-        truncated: how many responses the judge read without the beginning of their prompt, which its model has no room for.
+        texts: of the responses.
+        metric_values: a value [B] for each response by metric: `eval/judge` with a judge, `eval/true/<function>` (NaN where
+            the function does not apply), `eval/score`, in the order in which they are trusted.
+        truncated: number of responses that the judge's model truncated.
     """
 
     rollout: Rollout
     texts: list[str]
-    worth: dict[str, list[float]]
+    metric_values: dict[str, list[float]]
     truncated: float = 0.0
 
 
-def sample_rows(prompts: Sequence[str], before: Measured, after: Measured) -> list[list[Any]]:
-    """A row per prompt, in the columns `SAMPLE_COLUMNS`, for the SFT model and the policy."""
+def sample_rows(prompts: Sequence[str], before: HeldOutResponses, after: HeldOutResponses) -> list[list[Any]]:
+    """One row per prompt, in the columns `SAMPLE_COLUMNS`, of the SFT model (`before`) and the policy (`after`)."""
     kl = response_kl(after.rollout).tolist()
-    columns = (prompts, before.texts, after.texts, before.worth[SCORE], after.worth[SCORE], kl)
+    columns = (prompts, before.texts, after.texts, before.metric_values[SCORE], after.metric_values[SCORE], kl)
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def measure_columns(before: Measured, after: Measured) -> Columns:
-    """Lengths in tokens and what the responses are worth but for the score, of the SFT model (`_sft`) and the policy."""
+def measure_columns(before: HeldOutResponses, after: HeldOutResponses) -> Columns:
+    """Columns of lengths in tokens and of metrics other than the score, of the SFT model (`_sft`) and the policy."""
     both = ((before, "_sft"), (after, ""))
     columns: Columns = {f"length{whose}": [*model.rollout.lengths.tolist()] for model, whose in both}
-    for name in after.worth:
+    for name in after.metric_values:
         for model, whose in both if name != SCORE else ():
-            values = model.worth[name]
+            values = model.metric_values[name]
             columns[f"{name[5:]}{whose}"] = [None if math.isnan(value) else value for value in values]
     return columns
 
 
-def member_columns(model: Measured, rewards: RewardSum) -> Columns:
-    """Scores of each member of an ensemble, and their disagreement."""
+def member_columns(model: HeldOutResponses, rewards: RewardSum) -> Columns:
+    """Columns of the scores of each member of an ensemble and of their disagreement."""
     columns: Columns = {}
     for ensemble, scores in member_scores(model.rollout, rewards).items():
         columns |= {f"score/{ensemble}_{n}": each.tolist() for n, each in enumerate(scores, start=1)}
