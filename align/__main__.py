@@ -101,13 +101,18 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     verify = commands.add_parser(
         "verify",
         help="train PPO on languages with a known optimum, and compare; or try architectures, or your model",
-        usage="align verify [--num_gpus N] [--architectures [TYPE ...]] [--model FOLDER] [--json [FILE]] [--key value ...]",
-        description="Train PPO on languages small enough to compute the optimal policy, and compare with it. With "
+        usage="align verify [--num_gpus N] [--episodes [N ...]] [--architectures [TYPE ...]] [--model FOLDER] "
+        "[--json [FILE]] [--key value ...]",
+        description="Train PPO on languages small enough to compute the optimal policy, and compare with it. With --episodes: "
+        "PPO, RLOO and trajectory balance on a larger one, by the number of responses that they sample. With "
         "--architectures or --model: compare log-probabilities, scores and values with plain transformers', packed rows "
         "with single ones, and run two steps of sft, reward and ppo. --key value sets a key of the recipes.",
     )
     verify.add_argument(
         "--architectures", nargs="*", metavar="TYPE", help="small random models of these types, or of all known ones"
+    )
+    verify.add_argument(
+        "--episodes", nargs="*", metavar="N", help="a curve over these numbers of episodes, by default 2560 and 5120"
     )
     verify.add_argument("--model", metavar="FOLDER", help="the model in this folder")
     verify.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to a file")
@@ -175,10 +180,17 @@ def _verify(arguments: argparse.Namespace, overrides: list[str]) -> int:
     num_gpus = _num_gpus(arguments)
     quiet()
     if arguments.architectures is not None or arguments.model is not None:
+        if arguments.episodes is not None:
+            raise UserError("--episodes: expected no --architectures and no --model beside it; leave one out.")
         if num_gpus is not None:
             raise UserError("--num_gpus: --architectures and --model take no number of processes; leave it out.")
         matrix = import_frozen("align.cli.architectures.command")
         return int(matrix.run(arguments.architectures, arguments.model, arguments.json, overrides))
+    if arguments.episodes is not None:
+        if wrong := [word for word in arguments.episodes if not word.isdecimal()]:
+            raise UserError(f"--episodes: expected whole numbers, got {wrong[0]}")
+        curve = import_frozen("align.cli.verify_episodes")
+        return int(curve.run([int(word) for word in arguments.episodes], num_gpus, arguments.json, overrides))
     return int(import_frozen("align.cli.verify").run(num_gpus, arguments.json, overrides))
 
 

@@ -1,108 +1,132 @@
-"""How near to the exact optimum after how many responses? PPO, RLOO and trajectory balance on one language, as JSON.
+"""The curve of `align verify --episodes` on several seeds, with TRL 1.12's PPO, as JSON lines and a plot.
 
-    OMP_NUM_THREADS=1 python benchmarks/episodes.py --episodes 2560 5120 20480 --seeds 1 2 3 --json results.json
+    OMP_NUM_THREADS=1 python benchmarks/episodes.py --jsonl episodes.jsonl --picture episodes.svg
+    OMP_NUM_THREADS=1 python benchmarks/episodes.py ... --against-trl "$(benchmarks/trl_env.sh)"
 
-The language `dense` of `align verify` has 4 prompts with 1,464 responses each, which are all enumerated after training. Every
-point is a run of the stage of its own, since a schedule that ends at 0 belongs to its number of episodes. The score is 0 at
-the reference and 1 at the optimum of E[score] - beta KL.
+A run that the file has is not repeated, so that the command goes on where it was cut off.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import tempfile
-import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe
-from programs import report
+from panels import Panel, draw
+from programs import run as run_program
 from rich.console import Console
-from rich.table import Table
 
 from align.cli import verify
+from align.cli.verify_episodes import BETAS, OBJECTIVES, measure, scores_of, scores_table
 from align.cli.verify_languages import DENSE
 from align.runs.quiet import quiet
 
-COMMON = {"num_generations": 64, "warmup_steps": 0, "per_device_train_batch_size": 1024}
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "ppo": {**COMMON, "num_generations": 1, "num_ppo_epochs": 4},
-    "rloo": {**COMMON, "advantage_estimator": "rloo", "num_ppo_epochs": 4},
-    "trajectory_balance": {
-        **COMMON,
-        "objective": "trajectory_balance",
-        "warmup_steps": 0.4,  # a policy that moves late has seen more of the reference's responses
-        "minibatch_size": 1024,
-        "gradient_steps": 16,
-        "replay_size": 20,
-    },
-}
+Point = tuple[int, int, float, str]
+TRL = "TRL 1.12 PPO"
+# The best of those tried, as for the others; `cliprange_value` as theirs.
+TRL_SETTINGS = {"learning_rate": 1e-3, "num_ppo_epochs": 4, "num_mini_batches": 2, "lam": 1.0, "cliprange_value": 10.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
-    parser.add_argument("--betas", type=float, nargs="+", default=[0.1, 0.5])
+    parser.add_argument("--objectives", nargs="*", default=list(OBJECTIVES), choices=list(OBJECTIVES))
+    parser.add_argument("--betas", type=float, nargs="+", default=BETAS)
     parser.add_argument("--episodes", type=int, nargs="+", default=[2560, 5120, 10240, 20480])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--json", help="write the results there instead of printing them")
+    parser.add_argument("--against-trl", metavar="PYTHON", help="of an environment with TRL 1.12")
+    parser.add_argument("--jsonl", default="episodes.jsonl", help="the results, one a line; those there are kept")
+    parser.add_argument("--picture", help="where to write the plot")
     arguments = parser.parse_args()
     quiet()
-    runs = []
-    with contextlib.redirect_stdout(sys.stderr):
-        for episodes, objective, beta, seed in itertools.product(
-            arguments.episodes, arguments.objectives, arguments.betas, arguments.seeds
-        ):
-            runs.append(measure(objective, beta, episodes, seed))
-            print(json.dumps(runs[-1]), flush=True)
-    results = {"machine": describe(torch.device("cpu")), "language": "dense", "settings": OBJECTIVES, "runs": runs}
-    report(results, arguments.json)
-    show(runs)
+    results = Path(arguments.jsonl)
+    for episodes in arguments.episodes:
+        points = itertools.product([episodes], arguments.seeds, arguments.betas, arguments.objectives)
+        for _, seed, beta, objective in missing(points, results):
+            add(results, measure(objective, beta, episodes, seed=seed))
+        if arguments.against_trl:
+            points = itertools.product([episodes], arguments.seeds, arguments.betas, [TRL])
+            for found in measure_trl(arguments.against_trl, missing(points, results)):
+                add(results, found)
+    runs = read(results)
+    Console(stderr=True, width=140).print(scores_table(runs))
+    if arguments.picture:
+        Path(arguments.picture).write_text(picture(runs), encoding="utf-8")
 
 
-def measure(objective: str, beta: float, episodes: int, seed: int, **changes: Any) -> dict[str, Any]:
-    """Train, and enumerate what was trained."""
-    began, worked = time.perf_counter(), time.process_time()
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file; none if there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def missing(points: Iterable[Point], results: Path) -> list[Point]:
+    """The points (episodes, seed, beta, objective) that a file does not have."""
+    there = {(run["episodes"], run["seed"], run["beta"], run["objective"]) for run in read(results)}
+    return [point for point in points if point not in there]
+
+
+def add(results: Path, run: dict[str, Any]) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run | {"machine": describe(torch.device("cpu"))}) + "\n")
+
+
+def measure_trl(python: str, points: Sequence[Point], **settings: Any) -> Iterator[dict[str, Any]]:
+    """TRL's results, of one process: the same model, prompts, rewards and responses an update."""
     with tempfile.TemporaryDirectory() as folder:
-        keys = {**OBJECTIVES[objective], **changes, "total_episodes": episodes, "seed": seed}
-        case = verify.write_case(Path(folder), DENSE, beta, **keys)
-        verify.train(folder, [case])
-        found = verify.measure(case)
-    return {
-        "objective": objective,
-        "beta": beta,
-        "episodes": episodes,
-        "seed": seed,
-        "score": found.normalised,
-        "kl_to_optimum": found.divergence,
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - worked,
-    }
+        case = verify.write_case(Path(folder), DENSE, 1.0)
+        runs = [
+            {"kl_coef": beta, "total_episodes": episodes, "seed": seed, **TRL_SETTINGS, **settings}
+            for episodes, seed, beta, _ in points
+        ]
+        spec = {
+            "folder": folder,
+            "start": case.recipe.sft_model_path,
+            "module": verify.MODULE,
+            "reward": DENSE.reward,
+            "prompts": list(DENSE.prompts) * (verify.ROLLOUT // len(DENSE.prompts)),
+            "batch": verify.ROLLOUT,
+            "response_length": DENSE.length,
+            "outputs": [f"{folder}/trained-{number}" for number in range(len(runs))],
+            "runs": runs,
+        }
+        path = Path(folder) / "spec.json"
+        path.write_text(json.dumps(spec), encoding="utf-8")
+        script = Path(__file__).with_name("trl_episodes.py")
+        output = run_program([python, str(script), str(path)], threads=1)[0] if runs else ""
+        lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"seconds"')]
+        for run, trained, seconds in zip(runs, spec["outputs"], lines, strict=True):
+            recipe = dataclasses.replace(case.recipe, output_dir=trained, kl_coef=run["kl_coef"])
+            found = verify.measure(dataclasses.replace(case, recipe=recipe))
+            yield {
+                "objective": TRL,
+                "beta": run["kl_coef"],
+                "episodes": run["total_episodes"],
+                "seed": run["seed"],
+                "score": found.normalised,
+                "kl_to_optimum": found.divergence,
+                **seconds,
+            }
 
 
-def show(runs: list[dict[str, Any]]) -> None:
-    """A table of the mean score over seeds, with the least and the greatest."""
-    episodes = sorted({run["episodes"] for run in runs})
-    table = Table(
-        "objective", "beta", *(f"{count:,}" for count in episodes), title="score by episodes, mean (range) of seeds"
-    )
-    for objective, beta in dict.fromkeys((run["objective"], run["beta"]) for run in runs):
-        row = []
-        for count in episodes:
-            scores = [
-                run["score"]
-                for run in runs
-                if (run["objective"], run["beta"], run["episodes"]) == (objective, beta, count)
-            ]
-            row.append(f"{statistics.fmean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})" if scores else "")
-        table.add_row(objective, str(beta), *row)
-    Console(stderr=True, width=140).print(table)
+def picture(runs: list[dict[str, Any]]) -> str:
+    """What is missing to the optimum over the episodes, on logarithmic axes, as SVG; a panel for each beta."""
+    names = list(dict.fromkeys(run["objective"] for run in runs))
+    panels = []
+    for beta in sorted({run["beta"] for run in runs}):
+        episodes = sorted({run["episodes"] for run in runs if run["beta"] == beta})
+        curves = {}
+        for name in names:
+            scores = [scores_of(runs, name, beta, count) for count in episodes]
+            curves[name] = [1 - statistics.fmean(each) if each else 0.0 for each in scores]
+        panels.append(Panel(f"episodes, beta {beta}", episodes, curves))
+    return draw(panels, "1 - score, mean of seeds", TRL)
 
 
 if __name__ == "__main__":

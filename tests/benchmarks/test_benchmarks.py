@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +22,9 @@ import trainers  # noqa: E402
 from countdown import COUNTS, EOS, make_models, make_untrained, write_prompts, write_rows  # noqa: E402
 from machine import decode_bytes, step_flops  # noqa: E402
 
+from align.cli import verify_episodes  # noqa: E402
 from align.data.collate import pad_left  # noqa: E402
+from align.errors import UserError  # noqa: E402
 from align.generation.ending import Ending  # noqa: E402
 from align.generation.generate import generate  # noqa: E402
 from align.generation.sampling import uniforms  # noqa: E402
@@ -258,12 +261,41 @@ def test_scaling_measures_and_draws_every_axis(forked, tmp_path, monkeypatch):
     assert all("ms per response token" in texts for texts in shown)
 
 
-def test_scores_by_episodes(capsys):
-    """A run of three updates, and what the table makes of it."""
-    found = episodes.measure("trajectory_balance", 0.5, 768, 1, gradient_steps=8)
-    assert 0.1 < found["score"] < 0.9
-    assert found["kl_to_optimum"] > 0
-    episodes.show([found | {"score": 0.5}, found | {"score": 0.7}, found | {"objective": "rloo", "episodes": 10}])
-    table = capsys.readouterr().err
-    assert "0.600 (0.500 to 0.700)" in table
-    assert "rloo" in table
+def test_a_curve_over_episodes(monkeypatch, tmp_path, capsys):
+    """Runs of two updates, by the command; then by the benchmark, which repeats none that it has."""
+    small = {"minibatch_size": 256, "gradient_steps": 3, "warmup_steps": 0}
+    balance = verify_episodes.OBJECTIVES["trajectory_balance"]
+    monkeypatch.setitem(verify_episodes.OBJECTIVES, "trajectory_balance", balance | small)
+    monkeypatch.setattr(verify_episodes, "BETAS", (0.5,))
+    for words, said in (
+        (["--seed"], "--seed: expected one value"),
+        (["--kl_coef", "1"], "--kl_coef: --episodes compares several"),
+    ):
+        with pytest.raises(UserError, match=said):
+            verify_episodes.run([512], None, None, words)
+    with pytest.raises(UserError, match="expected multiples of 256, the responses of an update, got 500"):
+        verify_episodes.run([512, 500])
+    path = tmp_path / "found.json"
+    code = verify_episodes.run([512], None, str(path), ["--seed", "3"])
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert code == int(not found["passed"])
+    scores = {case["objective"]: case["score"] for case in found["cases"]}
+    assert list(scores) == ["ppo", "rloo", "trajectory_balance"]
+    assert found["passed"] == (max(scores, key=scores.get) == "trajectory_balance")
+    assert all(0 < score < 0.9 for score in scores.values())
+    assert all(case["seed"] == 3 and case["kl_to_optimum"] > 0 for case in found["cases"])
+    assert f"{scores['rloo']:.3f}" in capsys.readouterr().out
+
+    lines = tmp_path / "found.jsonl"
+    points = [(512, 3, 0.5, "ppo"), (512, 4, 0.5, "ppo")]
+    for case in found["cases"]:
+        episodes.add(lines, case)
+    assert episodes.missing(points, lines) == [points[1]]
+    episodes.add(lines, found["cases"][0] | {"seed": 4, "score": scores["ppo"] + 0.02})
+    assert not episodes.missing(points, lines)
+    ends = f"({scores['ppo']:.3f} to {scores['ppo'] + 0.02:.3f})"
+    console = Console(width=140)
+    console.print(episodes.scores_table(episodes.read(lines)))
+    assert f"{scores['ppo'] + 0.01:.3f} {ends}" in capsys.readouterr().out
+    root = ElementTree.fromstring(episodes.picture(episodes.read(lines)))
+    assert "episodes, beta 0.5" in [text.text for text in root.findall(".//{*}g/{*}text")]

@@ -185,6 +185,17 @@ def test_verify_takes_a_number_of_processes_a_file_and_keys(monkeypatch, capsys)
     ):
         assert cli.main(["verify", *words]) == 1
         assert calls.pop() == wanted
+    monkeypatch.setitem(sys.modules, "align.cli.verify_episodes", module)
+    for words, wanted in (
+        (["--episodes"], ([], None, None, [])),
+        (["--episodes", "512", "2560", "--json", "--seed", "1"], ([512, 2560], None, "-", ["--seed", "1"])),
+    ):
+        assert cli.main(["verify", *words]) == 1
+        assert calls.pop() == wanted
+    assert cli.main(["verify", "--model", "folder", "--episodes"]) == 2
+    assert "--episodes: expected no --architectures and no --model beside it" in capsys.readouterr().err
+    assert cli.main(["verify", "--episodes", "many"]) == 2
+    assert "--episodes: expected whole numbers, got many" in capsys.readouterr().err
     assert cli.main(["verify", "--model", "folder", "--num_gpus", "2"]) == 2
     assert "--num_gpus: --architectures and --model take no number" in capsys.readouterr().err
     assert cli.main(["verify", "--help"]) == 0
@@ -242,7 +253,8 @@ def test_version_and_usage(capsys):
         ("merge", "usage: align merge ADAPTER OUTPUT"),
         (
             "verify",
-            "usage: align verify [--num_gpus N] [--architectures [TYPE ...]] [--model FOLDER] [--json [FILE]] [--key value ...]",
+            "usage: align verify [--num_gpus N] [--episodes [N ...]] [--architectures [TYPE ...]] [--model FOLDER] [--json [FILE]] "
+            "[--key value ...]",
         ),
         ("sft", "usage: align sft RECIPE [--key value ...]"),
         ("evaluate", "usage: align evaluate RECIPE [--key value ...]"),
