@@ -35,6 +35,7 @@ def _is_frontier(value: Any) -> bool:
     )
 
 
+AGAIN = "sample again"  # what a folder is deleted for
 RESULTS_RECORD = Record(
     {
         **IDENTITY,
@@ -59,7 +60,7 @@ def finished(recipe: BestOfNRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, of another recipe, or a model, the data or a function has changed since.
     """
-    return finished_measurement(recipe, RESULTS_RECORD, "sample again")
+    return finished_measurement(recipe, RESULTS_RECORD, AGAIN)
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:

@@ -27,7 +27,7 @@ from align.best_of_n.datasets import BEST, PAIRS, RANDOM, RESPONSES, data_sets, 
 from align.best_of_n.frontier import frontier
 from align.best_of_n.inputs import Inputs, prepare_inputs
 from align.best_of_n.progress import Sample, SampleFile
-from align.best_of_n.results import CHART, REPORT, chart, eos_warning, finished, report_text, tables
+from align.best_of_n.results import AGAIN, CHART, REPORT, chart, eos_warning, finished, report_text, tables
 from align.config.best_of_n import BestOfNRecipe
 from align.data.rows import render_text
 from align.engine.distributed import World, connect, disconnect
@@ -41,7 +41,7 @@ from align.generation.sampler import PromptBatch, Sampler
 from align.maths.advantages import missing_eos_scores
 from align.models.load import load_policy
 from align.runs.files import digest, write_json, write_text
-from align.runs.measurement import claim_measurement, say_finished
+from align.runs.measurement import claim_measurement, record_rows, say_finished
 from align.runs.output_folder import PARTS, RESULTS, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
@@ -63,7 +63,7 @@ def run(recipe: BestOfNRecipe) -> BestOfNResult | None:
     if (earlier := finished(recipe)) is not None:
         say_finished(recipe, f"sampled already; see {REPORT} there")
         return BestOfNResult.from_json(recipe.output_dir, earlier)
-    this = claim_measurement(recipe)
+    this = claim_measurement(recipe, AGAIN)
     inputs = prepare_inputs(recipe)
     world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout)
     folder = Path(recipe.output_dir)
@@ -71,8 +71,9 @@ def run(recipe: BestOfNRecipe) -> BestOfNResult | None:
         own(folder / PARTS).mkdir(exist_ok=True)
     else:
         share(folder)
+    this = record_rows(recipe, this, inputs.report, AGAIN)
     plain = {name: value for name, value in this["recipe"].items() if name not in COSMETIC_KEYS}
-    key = digest([plain, this["inputs"], inputs.report["fingerprints"]])
+    key = digest([plain, this["inputs"], inputs.report["skipped"]])
     samples = BestOfN(recipe, inputs, world).sample(SampleFile(folder / PARTS / SAMPLES, key))
     result = None
     if world.is_main:

@@ -33,11 +33,11 @@ from align.evaluate.inputs import EvalInputs, EvalSetting, prepare_inputs
 from align.evaluate.metrics import TOKEN_METRICS, foreign_scores, load_metric, measure
 from align.evaluate.predict import ModelOutputs, decode_predictions, run_model
 from align.evaluate.report import SettingResult, summarize, write_report
-from align.evaluate.results import REPORT, finished
+from align.evaluate.results import AGAIN, REPORT, finished
 from align.maths.perplexity import perplexity
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
-from align.runs.measurement import claim_measurement, say_finished
+from align.runs.measurement import claim_measurement, record_rows, say_finished
 from align.runs.output_folder import PARTS, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
@@ -67,7 +67,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     if (earlier := finished(recipe)) is not None:
         say_finished(recipe, f"evaluated already; see {REPORT} there")
         return EvaluationResult.from_json(recipe.output_dir, earlier)
-    evaluation = claim_measurement(recipe)
+    evaluation = claim_measurement(recipe, AGAIN)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
     grader = user_function(recipe.grader, "grader", recipe.reward_timeout) if recipe.grader else None
     generates = bool(metrics) or grader is not None
@@ -78,6 +78,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
         own(folder / PARTS).mkdir(exist_ok=True)
     else:
         share(folder)
+    evaluation = record_rows(recipe, evaluation, inputs.report, AGAIN)
     outputs = _run_models(recipe, inputs, world, generates, _resume_key(evaluation, inputs))
     result = None
     if world.is_main:

@@ -46,6 +46,7 @@ def _are_comparisons(value: Any) -> bool:
     )
 
 
+AGAIN = "evaluate again"  # what a folder is deleted for
 RESULTS_RECORD = Record(
     {
         **IDENTITY,
@@ -82,7 +83,7 @@ def finished(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, from another evaluation, or a model, the data or a function has changed since.
     """
-    return finished_measurement(recipe, RESULTS_RECORD, "evaluate again", _identity)
+    return finished_measurement(recipe, RESULTS_RECORD, AGAIN, _identity)
 
 
 def _identity(results: dict[str, Any]) -> dict[str, Any]:

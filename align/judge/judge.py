@@ -28,7 +28,7 @@ from align.judge.display import PartsDisplay
 from align.judge.inputs import JudgeInputs, Policy, load_scorer, prepare_inputs
 from align.judge.measure import confident_errors, measure_pairs
 from align.judge.probes import max_probe_responses
-from align.judge.results import finished
+from align.judge.results import AGAIN, finished
 from align.judge.rows import ModelScorer, ScoredPairs, Scorer
 from align.judge.slices import MIN_SLICE_PAIRS
 from align.judge.spread import Sampling, rows_of_file, sampled_rows, spread
@@ -51,7 +51,7 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
     if (earlier := finished(recipe)) is not None:
         say_finished(recipe, "judged already; see card.md there")
         return JudgeResult.from_json(recipe.output_dir, earlier)
-    this = claim_measurement(recipe)
+    this = claim_measurement(recipe, AGAIN)
     inputs = prepare_inputs(recipe)
     world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout)
     folder = Path(recipe.output_dir)

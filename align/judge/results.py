@@ -25,6 +25,7 @@ def _is_card(value: Any) -> bool:
     )
 
 
+AGAIN = "judge again"  # what a folder is deleted for
 RESULTS_RECORD = Record(
     {**IDENTITY, "verdict": TEXT, "summary": TEXT, "card": Kind("a card with its verdicts", _is_card), "data": MAPPING},
     OF_IDENTITY,
@@ -38,7 +39,7 @@ def finished(recipe: JudgeRewardRecipe) -> dict[str, Any] | None:
     Raises:
         UserError: it is damaged, of another recipe, or a model, the data or a function has changed since.
     """
-    return finished_measurement(recipe, RESULTS_RECORD, "judge again")
+    return finished_measurement(recipe, RESULTS_RECORD, AGAIN)
 
 
 def tables(results: dict[str, Any]) -> list[Table]:

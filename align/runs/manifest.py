@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config.base import StageRecipe
-from align.config.paths import dataset_keys
 from align.data.chat_template import TODAY, template_kwargs, writes_date
 from align.errors import UserError
 from align.models.inspect_folder import inspect_inputs
@@ -18,7 +17,7 @@ from align.runs.files import digest, write_json
 from align.runs.output_folder import claim, clear_finished
 from align.runs.own_files import MANIFEST, RUN, own, owned
 from align.runs.records import package_version, read_record
-from align.runs.run_record import identity, read_run, required_run
+from align.runs.run_record import identity, read_run, required_run, without_data
 from align.runs.run_record import read_manifest as read_manifest
 from align.runs.same_run import changes, check_same
 from align.runs.schemas import MANIFEST_RECORD
@@ -78,8 +77,7 @@ def is_finished(recipe: StageRecipe) -> bool:
         return False  # a run without a checkpoint loses nothing when it starts over
     mine = identity(recipe, found.get("sums"))
     if not finished:
-        data = dataset_keys(type(recipe))
-        mine["inputs"] = {place: kinds for place, kinds in mine["inputs"].items() if place.split("[")[0] not in data}
+        mine["inputs"] = without_data(mine["inputs"], recipe)
     which = "a finished" if finished else "an unfinished"
     check_same(changes(found, mine, recipe), recipe, f"{which} run that differs", "start over")
     return finished

@@ -11,6 +11,7 @@ from typing import Any
 
 from align.config.base import StageRecipe
 from align.config.evaluate import EvaluateRecipe
+from align.config.paths import dataset_keys
 from align.config.recipe import Recipe
 from align.config.stages import input_models, stage_of
 from align.errors import BadFile, OtherRun, UserError
@@ -69,6 +70,12 @@ def identity(recipe: Recipe, known: Mapping[str, list[Any]] | None = None) -> di
                 inputs.setdefault(place, {})["manifest"] = digest(content)  # without what no result depends on
     found = {"stage": stage, "recipe": plain, "inputs": inputs}
     return {"schema_version": SCHEMA_VERSION, **found, "fingerprint": fingerprint_of(found), "sums": sums.known}
+
+
+def without_data(inputs: Inputs, recipe: Recipe) -> Inputs:
+    """Fingerprints but for those of data files: of a run that goes on, rows are compared once they are loaded."""
+    data = dataset_keys(type(recipe))
+    return {place: kinds for place, kinds in inputs.items() if place.split("[")[0] not in data}
 
 
 def read_run(recipe: StageRecipe) -> dict[str, Any] | None:

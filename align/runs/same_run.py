@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, get_origin, get_type_hints
 
 from align.config.data_source import DataSource
@@ -112,17 +112,20 @@ def _source_name(recipe: Recipe, place: str) -> str:
     return str(source.path or source.generator) if isinstance(source, DataSource) else place
 
 
-def check_same(different: list[Change], recipe: Recipe, holds: str, again: str) -> list[str]:
+def check_same(
+    different: list[Change], recipe: Recipe, holds: str, again: str, never: Collection[str] = ()
+) -> list[str]:
     """Refuse changes that the recipe does not accept; returns those that it does, in words.
 
     Args:
         holds: what the output folder holds, with the verb: `an unfinished run that differs`.
         again: what deleting the folder is for.
+        never: keys whose changes no recipe can accept.
 
     Raises:
         OtherRun: names them, and the key that accepts them if one does.
     """
-    known = acceptable_keys(stage_of(recipe))
+    known = [key for key in acceptable_keys(stage_of(recipe)) if key not in never]
     accepted = [change for change in different if change.key in known and change.key in recipe.accept_changes]
     refused = [change for change in different if change not in accepted]
     if not refused:

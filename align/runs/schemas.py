@@ -10,7 +10,6 @@ from align.runs.own_files import MANIFEST, RUN
 from align.runs.records import (
     CHECKPOINT,
     COUNT,
-    LIST,
     MAPPING,
     NUMBER,
     TEXT,
@@ -96,11 +95,17 @@ def _is_known_file(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 5 and all(map(is_count, value[:4])) and _is_text(value[4])
 
 
+def _are_accepted(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("changes"), list) for each in value
+    )
+
+
 IDENTITY: Mapping[str, Kind] = {"stage": TEXT, "recipe": MAPPING, "inputs": Kind("fingerprints by place", _is_inputs)}
 OF_IDENTITY: Mapping[str, Kind] = {
     "schema_version": COUNT,
     "fingerprint": TEXT,
-    "accepted": LIST,
+    "accepted": Kind("a list of mappings with a list `changes`", _are_accepted),
     "files": Kind(
         "a list of paths in the folder", lambda value: isinstance(value, list) and all(map(is_inner_path, value))
     ),

@@ -29,7 +29,7 @@ from align.config.load import load_recipe
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Demonstration, Preference, Prompt
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
-from align.errors import UserError
+from align.errors import OtherRun, UserError
 from align.maths.best_of_n import exact_kl, exact_law
 from tests.ranks import run_stage
 
@@ -259,6 +259,68 @@ def test_a_run_that_was_killed_goes_on_to_the_same_files(world, monkeypatch, har
     assert contents(out) == contents(world / "out-large")
     assert not (out / "parts").exists()
     assert not (out / "kept-parts").exists()
+
+
+def test_what_changed_since_it_was_killed_is_named_and_refused(world, monkeypatch, tmp_path, capsys):
+    out, data, rules = tmp_path / "out", tmp_path / "prompts.jsonl", world / "bon_rewards.py"
+    rows, code = (world / f"{LARGE.name}.jsonl").read_text(), rules.read_text()
+    data.write_text(rows)
+    source = [DataSource(path=str(data))]
+    recipe = recipe_of(
+        world, output_dir=str(out), train_dataset=source, num_generations=6, judge_reward_model_path=None
+    )
+    append = SampleFile.append
+
+    def dies(*given):
+        append(*given)
+        raise Killed
+
+    monkeypatch.setattr(SampleFile, "append", dies)
+    with pytest.raises(Killed):
+        run(recipe)
+    monkeypatch.setattr(SampleFile, "append", append)
+    samples = (out / "parts" / "samples.jsonl").read_bytes()
+    for file, text, changes, said in (
+        (
+            data,
+            rows,
+            {"rejected": "random"},
+            r"rejected; delete the folder to sample again, or .* output_dir.$",
+        ),
+        (
+            data,
+            rows + '{"prompt": "ab"}\n',
+            {"accept_changes": ["train_dataset"]},
+            r"prompts.jsonl has other rows.*output_dir.$",
+        ),
+        (
+            rules,
+            code + "# x\n",
+            {},
+            r"bon_rewards.py has other content.*meant, add `accept_changes: \[reward_funcs\]`.$",
+        ),
+    ):
+        file.write_text(text)
+        with pytest.raises(OtherRun, match=f"holds an unfinished run that differs in .*{said}"):
+            run(dataclasses.replace(recipe, **changes))
+        words = ["--output_dir", str(out), "--train_dataset", str(data), "--num_generations", "6"]
+        words += [
+            word
+            for name, value in changes.items()
+            for word in (f"--{name}", value if isinstance(value, str) else value[0])
+        ]
+        assert check.run(str(world / "1_large.yaml"), None, [*words, "--judge_reward_model_path", "null"]) == 2
+        assert "holds an unfinished run that differs in" in capsys.readouterr().out
+        data.write_text(rows)
+    assert (out / "parts" / "samples.jsonl").read_bytes() == samples
+    done, batch = [], stage.BestOfN._batch
+    monkeypatch.setattr(
+        stage.BestOfN, "_batch", lambda self, numbers: done.append(list(numbers)) or batch(self, numbers)
+    )
+    run(dataclasses.replace(recipe, accept_changes=["reward_funcs"]))
+    rules.write_text(code)
+    assert done[0][0] == 36, "its samples are kept"
+    assert "bon_rewards.py has other content" in results(out)["accepted"][0]["changes"][0]
 
 
 def test_samples_of_another_run_are_not_taken(tmp_path):

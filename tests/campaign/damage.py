@@ -329,21 +329,6 @@ def one_weight(path: Path, draw: random.Random) -> None:
     path.write_bytes(content)
 
 
-def compared_anew(place: Place) -> list[str]:
-    """An evaluation may begin anew when a model is another one: what it measured of the old one does not count."""
-    prepare(place, "evaluate")
-    out = take(place, unfinished(place, "evaluate"))
-    one_weight(place.folder / "other" / "model.safetensors", place.random)
-    again = []
-    for _ in range(2):
-        ended = start(place, "evaluate")
-        if ended.code != 0:
-            return refused(ended, ["other"])
-        again.append(json.loads((out / "results.json").read_text())["results"])
-        shutil.rmtree(out)
-    return [] if again[0] == again[1] else ["wrong result: results.json differs"]
-
-
 ALTERED = {
     "a training row": altered("sft", "data/answers.jsonl", replace(b"bcd", b"bce")),
     "a training row more": altered("reward", "data/pairs.jsonl", append(b'{"prompt": "ab", "chosen": "cd", "rejected": "e"}\n')),
@@ -358,7 +343,11 @@ ALTERED = {
     "a reward function": altered("ppo", "functions.py", replace(b'count("a")', b'count("b")'), "functions"),
     "a number in the recipe": altered("sft", "sft.yaml", replace(b"learning_rate: 0.01", b"learning_rate: 0.02"), "learning_rate"),
     "the model's tokenizer": altered("sft", "base/tokenizer.json", replace(b'"z":', b'"Z":'), "base", "tokenizer", "model_name_or_path"),
-    "a model that is compared": compared_anew,
+    "a model that is compared": altered("evaluate", "other/model.safetensors", one_weight, "other"),
+    "a row that models are compared on": altered("evaluate", "data/answers_eval.jsonl", replace(b"xyz", b"xyy")),
+    "a weight of the model that is sampled": altered("bon", "base/model.safetensors", one_weight, "model_name_or_path"),
+    "a prompt of best-of-n": altered("bon", "data/prompts.jsonl", append(b'{"prompt": "ab"}\n')),
+    "the reward of best-of-n": altered("bon", "functions.py", replace(b'count("a")', b'count("b")'), "functions"),
 }
 
 

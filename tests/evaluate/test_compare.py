@@ -23,7 +23,7 @@ from align.config.evaluate import EvaluateRecipe
 from align.config.load import load_recipe
 from align.config.unknown_keys import ANY_STAGE, OF_STAGE, SAMPLING
 from align.data.rows import Demonstration
-from align.errors import UserError
+from align.errors import OtherRun, UserError
 from align.evaluate.compare import run
 from align.evaluate.few_shot import draw_examples, example_pools, few_shot_prompt, pool_for
 from align.evaluate.inputs import EncodedRow, encode_row, prepare_inputs
@@ -640,7 +640,7 @@ def test_what_was_done_when_it_was_cut_off_is_kept(tmp_path, monkeypatch):
     assert resumed.comparisons == whole.comparisons
 
 
-def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
+def test_what_changed_since_it_was_cut_off_is_named_and_refused(tmp_path, monkeypatch):
     settings = recipe(tmp_path)
     real, asked = stage.run_model, []
 
@@ -653,9 +653,23 @@ def test_parts_of_other_rows_are_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "run_model", cut)
     with pytest.raises(KeyboardInterrupt):
         run(settings)
+    parts = sorted((tmp_path / "out" / "parts").iterdir())
     write_jsonl(tmp_path / "eval.jsonl", rows([*ROWS[1:], ("new", "row")]))
-    run(settings)
-    assert len(asked) == 4  # both models again
+    with pytest.raises(
+        OtherRun, match=r"an unfinished run that differs in eval_dataset\[0\] \(.*has other rows.*output_dir.$"
+    ):
+        run(settings)
+    write_jsonl(tmp_path / "eval.jsonl", rows(ROWS))
+    write_json(tmp_path / "tuned" / "generation_config.json", {"eos_token_id": 3})
+    with pytest.raises(
+        OtherRun, match=r"differs in models.tuned \(.*to evaluate again.*`accept_changes: \[models\]`.$"
+    ):
+        run(settings)
+    assert sorted((tmp_path / "out" / "parts").iterdir()) == parts
+    run(dataclasses.replace(settings, accept_changes=["models"]))
+    assert len(asked) == 3  # the second model alone
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert "models.tuned (generation_config.json" in stored["accepted"][0]["changes"][0]
 
 
 # --- mistakes, all told before a model is loaded

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from align.errors import UserError
 from align.models.inspect_folder import inspect_folder
@@ -55,6 +56,12 @@ def test_garbage_under_every_known_key(model, name):
             assert said is None or (f"model/{name}: " in said and "\n" not in said), (key, value, said)
             assert said is None or name == "tokenizer.json" or key in said, (key, value, said)
             (model / name).write_text(before)
+
+
+def test_transformers_knows_no_key_without_a_rule():
+    """But for what is read by name in `generate` alone, and is no business of ours."""
+    unread = {"continuous_batching_config", "dola_layers", "speculation_type", "constraints"}
+    assert set(GenerationConfig().to_dict()) - set(RULES["generation_config.json"]) <= unread
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,18 @@ import pytest
 import torch
 import yaml
 
+from align.cli.check import check
 from align.config.keys import key
 from align.config.load import load_recipe
+from align.data.load import DataSettings, load_rows
+from align.data.rows import Prompt
+from align.data.split import EmptySplit
 from align.engine.distributed import World
 from align.errors import BadFile, OtherRun, UserError
 from align.runs.checkpoint import mark_complete, synced_sums
 from align.runs.fingerprints import FileSums, module_files
 from align.runs.manifest import is_finished, open_stage, read_manifest, write_manifest
-from align.runs.output_folder import release
+from align.runs.output_folder import one_run_per_folder, release
 from align.runs.own_files import own
 from align.runs.run_record import identity
 from align.runs.same_run import changes, with_defaults
@@ -76,11 +80,11 @@ class Folder:
         path.write_text(yaml.safe_dump({**self.keys, **changes}))
         return load_recipe("ppo", str(path))
 
-    def begin(self, **changes: Any) -> Any:
+    def begin(self, report: Any = REPORT, **changes: Any) -> Any:
         """A run that was killed after its first checkpoint."""
         recipe = self.recipe(**changes)
         assert not open_stage(recipe)
-        assert last_checkpoint(recipe, ALONE, REPORT) is None
+        assert last_checkpoint(recipe, ALONE, report) is None
         own(self.out / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
         checkpoint = own(self.out / "checkpoint-2")
         checkpoint.mkdir()
@@ -208,6 +212,25 @@ def test_rows_are_compared_once_they_are_loaded(run):
         run.resume()
     write_manifest(run.recipe(), letter_tokenizer(), other, {"table": []})
     assert run.record("stage.json")["accepted"] == accepted
+
+
+def test_changed_rows_of_which_none_is_left_are_named_as_changed(run, capsys):
+    """That the split is empty now is what came of it."""
+
+    @one_run_per_folder
+    def begin_again(recipe):
+        assert not open_stage(recipe)
+        load_rows(DataSettings.from_recipe(recipe), Prompt)
+
+    recipe = run.begin(load_rows(DataSettings.from_recipe(run.recipe()), Prompt).report)
+    write_jsonl(run.folder / "train.jsonl", [{"prompt": "z" + letter} for letter in LETTERS[:3]])  # all evaluated on
+    with pytest.raises(OtherRun, match=r"differs in train_dataset\[0\] \(.*/train.jsonl has other rows"):
+        begin_again(recipe)
+    assert check.run(str(run.folder / "recipe.yaml")) == 2
+    assert "train.jsonl has other rows" in capsys.readouterr().out
+    assert (run.out / "checkpoint-2" / "weights").exists()
+    with pytest.raises(EmptySplit, match="no training row is left"):
+        begin_again(run.recipe(output_dir=str(run.folder / "new")))
 
 
 def test_other_rows_of_the_same_sources(run):

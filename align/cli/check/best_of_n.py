@@ -7,20 +7,22 @@ from pathlib import Path
 from rich.text import Text
 
 from align.best_of_n.inputs import prepare_inputs
-from align.best_of_n.results import finished
+from align.best_of_n.results import AGAIN, finished
 from align.cli.check.findings import Context, describe, with_stand_ins, writable
 from align.cli.check.sample_rows import marked
 from align.config.best_of_n import BestOfNRecipe
 from align.config.functions import resolve_function
 from align.models.inspect_folder import inspect_inputs
+from align.runs.measurement import check_measured_rows, unfinished_measurement
 from align.runs.output_folder import find_mark
 
 
 def check(recipe: BestOfNRecipe, context: Context) -> None:
     """Report what can be found out about a recipe without loading weights."""
-    report = context.report
+    report, begun = context.report, None
     with report.part():
         mark = None if (done := finished(recipe)) else find_mark(recipe.output_dir)
+        begun = None if done else unfinished_measurement(recipe, AGAIN)
         state = "is finished; the step would be skipped" if done else "which would be resumed" if mark else "new"
         report.say(f"output_dir: {writable(Path(recipe.output_dir))}, {state}")
     with report.part():
@@ -31,6 +33,8 @@ def check(recipe: BestOfNRecipe, context: Context) -> None:
     with report.part():
         inspect_inputs(recipe, context.stand_ins)
         inputs = prepare_inputs(with_stand_ins(recipe, context.stand_ins, report))
+        if begun is not None:
+            check_measured_rows(recipe, begun, inputs.report, AGAIN)
         report.say(f"model: {recipe.model_name_or_path}, {describe(inputs.tokenizer)}; all inputs fit together")
         several = len(inputs.rewards) > 1
         named = {f"reward model{f' {n}' * several}": model for n, model in enumerate(inputs.rewards, start=1)}

@@ -13,16 +13,18 @@ from align.config.evaluate import EvaluateRecipe
 from align.config.functions import resolve_function
 from align.evaluate.inputs import EvalInputs, prepare_inputs
 from align.evaluate.metrics import TOKEN_METRICS, load_metric
-from align.evaluate.results import finished
+from align.evaluate.results import AGAIN, finished
 from align.models.inspect_folder import inspect_inputs
+from align.runs.measurement import check_measured_rows, unfinished_measurement
 from align.runs.output_folder import find_mark
 
 
 def check(recipe: EvaluateRecipe, context: Context) -> None:
     """Report what can be found out about a recipe without loading weights."""
-    report = context.report
+    report, begun = context.report, None
     with report.part():
         mark = None if (done := finished(recipe)) else find_mark(recipe.output_dir)
+        begun = None if done else unfinished_measurement(recipe, AGAIN)
         state = "is finished; the step would be skipped" if done else "which would be resumed" if mark else "new"
         report.say(f"output_dir: {writable(Path(recipe.output_dir))}, {state}")
     with report.part():
@@ -38,6 +40,8 @@ def check(recipe: EvaluateRecipe, context: Context) -> None:
         models = {name: str(context.stand_ins.get(Path(path).resolve(), path)) for name, path in recipe.models.items()}
         generates = recipe.grader is not None or any(name not in TOKEN_METRICS for name in recipe.metrics)
         inputs = prepare_inputs(dataclasses.replace(recipe, models=models), generates)
+        if begun is not None:
+            check_measured_rows(recipe, begun, inputs.report, AGAIN)
         for name, path in models.items():
             tokenizer = next(each.tokenizer for each in inputs.settings if each.model == name)
             report.say(f"model {name}: {path}, {describe(tokenizer)}")
