@@ -347,6 +347,7 @@ ALTERED = {
     "a row that models are compared on": altered("evaluate", "data/answers_eval.jsonl", replace(b"xyz", b"xyy")),
     "a weight of the model that is sampled": altered("bon", "base/model.safetensors", one_weight, "model_name_or_path"),
     "a prompt of best-of-n": altered("bon", "data/prompts.jsonl", append(b'{"prompt": "ab"}\n')),
+    "a number in the recipe of best-of-n": altered("bon", "bon.yaml", replace(b"num_generations: 3", b"num_generations: 4"), "num_generations"),
     "the reward of best-of-n": altered("bon", "functions.py", replace(b'count("a")', b'count("b")'), "functions"),
 }
 

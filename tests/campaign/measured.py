@@ -49,7 +49,7 @@ def empties(place: str) -> Check:
 
 
 def begun_anew(stage: str, change: Callable[[Place], object]) -> Check:
-    """A killed measurement is started again with another recipe or input: its results have nothing of the old one."""
+    """A killed measurement that has kept nothing is started again with another recipe or input: its results have nothing of the old one."""
     def check(place: Place) -> list[str]:
         prepare(place, stage)
         out = take(place, unfinished(place, stage))
@@ -68,10 +68,6 @@ def file(path: str, harm: Harm) -> Callable[[Place], object]:
 
 
 ANEW: dict[str, tuple[str, Callable[[Place], object]]] = {
-    "a prompt": ("bon", file("data/prompts.jsonl", replace(b'"xyz"', b'"xyy"'))),
-    "a weight of the model": ("bon", file("base/model.safetensors", one_weight)),
-    "a reward function": ("bon", file("functions.py", replace(b'count("a")', b'count("b")'))),
-    "a number in the recipe": ("bon", lambda place: prepare(place, "bon", keys={"num_generations": 4})),
     "a pair": ("judge-reward", file("data/pairs_eval.jsonl", replace(b'"uv"', b'"uw"'))),
     "a weight of the reward": ("judge-reward", file("scorer/model.safetensors", one_weight)),
     "a function": ("judge-reward", file("functions.py", replace(b'count("a")', b'count("b")'))),
