@@ -380,9 +380,8 @@ def test_a_generate_function_of_the_folder_is_never_loaded(models):
 
 def test_a_pickle_is_never_loaded(models):
     """A file that would run a program, where a folder or transformers would take it: beside nothing, and by name."""
-    weights = load_file(models / "model" / WEIGHTS)
-    pickled(models / "model")
-    torch.save(weights, models / "model/pytorch_model.bin")
+    torch.save(load_file(models / "model" / WEIGHTS), models / "model/pytorch_model.bin")
+    (models / "model" / WEIGHTS).unlink()
     with pytest.raises(UserError, match="cannot load the model"):  # even of tensors alone, which torch would load
         load_pretrained(AutoModelForCausalLM, "model")
     (models / "model/pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
