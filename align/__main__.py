@@ -15,7 +15,7 @@ from align.config.paths import expand, expand_output
 from align.config.stages import STAGES
 from align.errors import UserError, nearest
 from align.runs.command_line import CommandParser, exit_code, stage_arguments
-from align.runs.launch import import_frozen, launched_words, run_stage
+from align.runs.launch import command_arguments, import_frozen, run_stage
 from align.runs.launchers import adopt_ranks
 from align.runs.quiet import quiet
 from align.terminal import printable, say
@@ -33,7 +33,7 @@ KEYS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error that the user can fix, 130 when interrupted, and
     that of `align diagnose`."""
-    words = launched_words(sys.argv[1:] if argv is None else argv)
+    words = command_arguments(sys.argv[1:] if argv is None else argv)
     return exit_code(lambda: _run(words))
 
 

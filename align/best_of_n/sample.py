@@ -41,7 +41,7 @@ from align.generation.sampler import PromptBatch, Sampler
 from align.maths.advantages import missing_eos_scores
 from align.models.load import load_policy
 from align.runs.files import digest, write_json, write_text
-from align.runs.measurement import claim_measurement, record_rows, say_finished
+from align.runs.measurement import claim_measurement, print_finished, record_rows
 from align.runs.output_folder import PARTS, RESULTS, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
@@ -61,7 +61,7 @@ def run(recipe: BestOfNRecipe) -> BestOfNResult | None:
     """Sample, score and write; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
     if (earlier := finished(recipe)) is not None:
-        say_finished(recipe, f"sampled already; see {REPORT} there")
+        print_finished(recipe, f"sampled already; see {REPORT} there")
         return BestOfNResult.from_json(recipe.output_dir, earlier)
     this = claim_measurement(recipe, AGAIN)
     inputs = prepare_inputs(recipe)

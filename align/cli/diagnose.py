@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from align.config.ensemble import members
+from align.config.ensemble import ensemble_members
 from align.config.paths import expand
 from align.report.diagnose import diagnose
 from align.report.overview import describe_state
@@ -24,7 +24,9 @@ def run(directory: str) -> int:
     worst = 0
     for folders in find_runs(Path(expand(directory, "align diagnose"))):
         runs = [
-            read_run(Path(each)) for folder in folders for each in dict.fromkeys([str(folder), *members(str(folder))])
+            read_run(Path(each))
+            for folder in folders
+            for each in dict.fromkeys([str(folder), *ensemble_members(str(folder))])
         ]
         for each in runs:
             found = diagnose(each, runs)

@@ -52,7 +52,7 @@ def run(paths: Sequence[str], output: str) -> str:
     folders = [inspect_folder(path, "align merge") for path in paths]
     models = [folder for folder in folders if folder is not None]
     for path, manifest, model in zip(paths[1:], manifests[1:], models[1:], strict=True):
-        if what := _other(manifests[0], manifest) or _unlike(models[0], model):
+        if what := _start_difference(manifests[0], manifest) or _model_difference(models[0], model):
             raise UserError(f"align merge: {path} and {paths[0]} have {what}; {REMEDY}.")
     with new_folder(Path(output)) as fresh:
         _write_weights(models, fresh)
@@ -66,7 +66,7 @@ def run(paths: Sequence[str], output: str) -> str:
     return f"the mean of {', '.join(paths)}: {output}"
 
 
-def _other(one: dict[str, Any], two: dict[str, Any]) -> str | None:
+def _start_difference(one: dict[str, Any], two: dict[str, Any]) -> str | None:
     """In what the starts of two models differ, in words, by their manifests."""
     (base, _), (other, _) = starts = [_start(one), _start(two)]
     if base != other:
@@ -88,7 +88,7 @@ def _start(manifest: dict[str, Any]) -> tuple[Any, str]:
     return base, f"{head}, seed {manifest.get('seed', recipe.get('seed'))}" if head == "new" else head
 
 
-def _unlike(one: ModelFolder, two: ModelFolder) -> str | None:
+def _model_difference(one: ModelFolder, two: ModelFolder) -> str | None:
     """In what two models differ besides the values of their weights, in words."""
     configs = [{name: value for name, value in each.config.items() if name not in OWN} for each in (one, two)]
     for name in sorted({*configs[0], *configs[1]}):

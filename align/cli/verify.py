@@ -34,8 +34,8 @@ from align.runs.tables import cell, make_console, make_table
 
 MODULE = "align_verify_rewards"
 BETAS = (0.5, 1.0)
-NORMALISED = 0.98  # least share of the way from the reference to the optimum
-DIVERGENCE = 0.02  # most KL(pi || pi*) on the small language, nats
+MIN_NORMALISED = 0.98  # least share of the way from the reference to the optimum
+MAX_DIVERGENCE = 0.02  # most KL(pi || pi*) on the small language, nats
 ROLLOUT = 256
 SETTINGS: dict[str, Any] = {
     "stage": "ppo",
@@ -79,8 +79,8 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        near = self.language is not SMALL or self.result.divergence < DIVERGENCE
-        return near and self.result.normalised >= NORMALISED
+        near = self.language is not SMALL or self.result.divergence < MAX_DIVERGENCE
+        return near and self.result.normalised >= MIN_NORMALISED
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; divergences in nats per response."""
@@ -129,8 +129,8 @@ def run(num_gpus: int | None = None, json_path: str | None = None, overrides: Se
         console = make_console()
         console.print(verdict_table(verdicts))
         console.print(
-            f"{passed} of {len(verdicts)} passed in {report['seconds']:.0f} s: a score of {NORMALISED} is wanted, "
-            f"and on the small language less than {DIVERGENCE} nats from pi*.",
+            f"{passed} of {len(verdicts)} passed in {report['seconds']:.0f} s: a score of {MIN_NORMALISED} is wanted, "
+            f"and on the small language less than {MAX_DIVERGENCE} nats from pi*.",
             soft_wrap=True,
         )
     return int(passed < len(verdicts))

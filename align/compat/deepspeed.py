@@ -85,7 +85,7 @@ def splits_state(optimizer: Any) -> bool:
 
 
 def copy_stepped_weights(optimizer: Any) -> None:
-    """Copy the float32 weights of a DeepSpeed optimizer into those that the model computes with. For all ranks."""
+    """Copy the float32 weights of a DeepSpeed optimizer into those that the model computes with. Every rank must call it."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.checkpoint_event_prologue()  # lets go of gathered copies
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):

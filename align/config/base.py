@@ -170,7 +170,7 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
     """The rules for the keys of `StageRecipe`, except `method`.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     check_ranges(recipe, where)
     if recipe.lr_scheduler_type not in SCHEDULES:
@@ -202,7 +202,7 @@ def check_trainer_rules(recipe: TrainerRecipe, where: Where, metrics: Sequence[s
         metrics: names of the metrics of an evaluation, without `eval_`; empty if they are not known yet.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     asked = "load_best_model_at_end" if recipe.load_best_model_at_end else "early_stopping_patience"
     if not getattr(recipe, asked):

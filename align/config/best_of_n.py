@@ -98,7 +98,7 @@ def check_best_of_n_rules(recipe: BestOfNRecipe, where: Where) -> None:
     """The ranges of the numbers, and the rules between the keys.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     check_ranges(recipe, where)
     for name in ("reward_funcs", "judge_reward_funcs"):

@@ -57,7 +57,7 @@ def check_classify_rules(recipe: ClassifyRecipe, where: Where) -> None:
     """The rules between the keys of `align classify`.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     kinds = [recipe.problem_type] if recipe.problem_type else list(CLASSIFY_METRICS)
     names = dict.fromkeys(name for kind in kinds for name in CLASSIFY_METRICS[kind])
@@ -68,6 +68,6 @@ def check_mlm_rules(recipe: MLMRecipe, where: Where) -> None:
     """The rules between the keys of `align mlm`.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     check_trainer_rules(recipe, where, MLM_METRICS)

@@ -56,10 +56,10 @@ def check_ensemble_rules(recipe: Any, where: Where) -> None:
     """The rules for the reward models.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
-    paths = [each for path in recipe.reward_model_path for each in members(path)]
-    same = list(map(identity, paths))
+    paths = [each for path in recipe.reward_model_path for each in ensemble_members(path)]
+    same = list(map(canonical_path, paths))
     if repeated := next((path for path, each in zip(paths, same, strict=True) if same.count(each) > 1), None):
         raise UserError(f"{where('reward_model_path')}: {repeated} is written twice; name each member once")
     if recipe.reward_ensemble != "mean" and not paths:
@@ -79,7 +79,7 @@ def check_normalized_rewards(recipe: Any, where: Where, sources: list[str]) -> N
         sources: names of the rewards.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     place = where("multi_objective_aggregation")
     if len(sources) < 2:
@@ -96,7 +96,7 @@ def check_normalized_rewards(recipe: Any, where: Where, sources: list[str]) -> N
         )
 
 
-def members(path: str) -> list[str]:
+def ensemble_members(path: str) -> list[str]:
     """The members in the `output_dir` of a reward stage with `ensemble_size`, by number; any other path as it is."""
     folder = Path(path)
     numbers = [
@@ -107,12 +107,12 @@ def members(path: str) -> list[str]:
     return [str(folder / f"{MEMBER}{number}") for number in sorted(map(int, numbers))]
 
 
-def identity(path: str) -> str:
+def canonical_path(path: str) -> str:
     """What two names of one model have in common: the folder that they lead to, or a hub id."""
     return os.path.realpath(path) if os.path.isdir(path) else path
 
 
-def places(name: str, paths: list[str]) -> dict[str, str]:
+def models_by_place(name: str, paths: list[str]) -> dict[str, str]:
     """The models that a key names in a list, members of folders included, by their place in the recipe."""
-    found = [each for path in paths for each in members(path)]
+    found = [each for path in paths for each in ensemble_members(path)]
     return {name: found[0]} if len(found) == 1 else {f"{name}[{i}]": path for i, path in enumerate(found)}

@@ -90,7 +90,7 @@ def check_evaluate_rules(recipe: EvaluateRecipe, where: Where) -> None:
     """The ranges of the numbers, and the rules between the keys.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     if recipe.temperature < 0:
         raise UserError(f"{where('temperature')}: expected 0 (the likeliest token) or more, got {recipe.temperature}")

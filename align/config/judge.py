@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.config.ensemble import identity, members
+from align.config.ensemble import canonical_path, ensemble_members
 from align.config.keys import AT_LEAST_1, Where, key
 from align.errors import UserError, nearest
 
@@ -70,7 +70,7 @@ def check_judge_rules(recipe: Any, where: Where) -> None:
     """The rules for the judge and what is chosen by it.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     given = ("judge_reward_model_path", "judge_reward_funcs", "metric_for_best_model", "early_stopping_patience")
     used = next((name for name in given if getattr(recipe, name)), None)
@@ -95,7 +95,9 @@ def check_judge_is_another(recipe: Any, where: Where) -> None:
         UserError: it is the same.
     """
     judge = recipe.judge_reward_model_path
-    if judge and identity(judge) in [identity(each) for path in recipe.reward_model_path for each in members(path)]:
+    if judge and canonical_path(judge) in [
+        canonical_path(each) for path in recipe.reward_model_path for each in ensemble_members(path)
+    ]:
         raise UserError(
             f"{where('judge_reward_model_path')}: {recipe.judge_reward_model_path} is the reward that is trained on; a judge is "
             "one that training never sees"

@@ -85,7 +85,7 @@ def check_judge_reward_rules(recipe: JudgeRewardRecipe, where: Where) -> None:
     """The ranges of the numbers, and the rules between the keys.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     check_ranges(recipe, where)
     for prefix in ("", "second_"):

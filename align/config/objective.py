@@ -50,7 +50,7 @@ def check_objective(recipe: Any, where: Where) -> None:
     """The rules between the objective of PPO's stage and other keys.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     for each in fields(recipe):
         if each.name in UNREAD[recipe.objective] and (got := getattr(recipe, each.name)) != each.default:

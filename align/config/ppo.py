@@ -209,7 +209,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     """The rules between the keys of the PPO stage.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     if recipe.total_episodes < recipe.rollout_batch_size:
         raise UserError(

@@ -16,7 +16,7 @@ def check_scored_responses(recipe: Any, sources: Sequence[str], where: Where) ->
         sources: names of the rewards.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     if not sources:
         raise UserError(f"{where('reward_model_path')}: expected a reward model, or `reward_funcs`, got neither")

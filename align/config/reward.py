@@ -64,7 +64,7 @@ def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
     """The rules between the keys of the reward stage.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     check_trainer_rules(recipe, where, METRICS)
     if recipe.seed + recipe.ensemble_size - 1 > SEED.largest:

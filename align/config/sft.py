@@ -94,7 +94,7 @@ def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:
     """The rules between the keys of the SFT stage.
 
     Raises:
-        UserError: the first that is broken.
+        UserError: names the first broken rule.
     """
     # Those of tasks and of metrics outside `align` show in the evaluation before the first step.
     known = not recipe.eval_metrics and "/" not in recipe.metric_for_best_model

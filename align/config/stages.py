@@ -8,7 +8,7 @@ from typing import Any
 
 from align.config.best_of_n import BestOfNRecipe, check_best_of_n_rules
 from align.config.encoders import ClassifyRecipe, MLMRecipe, check_classify_rules, check_mlm_rules
-from align.config.ensemble import places
+from align.config.ensemble import models_by_place
 from align.config.evaluate import EvaluateRecipe, check_evaluate_rules
 from align.config.judge_reward import JudgeRewardRecipe, check_judge_reward_rules
 from align.config.keys import Where
@@ -136,7 +136,7 @@ def input_models(recipe: Recipe) -> dict[str, str]:
     for name in stage_of(recipe).input_models:
         value = getattr(recipe, name)
         if isinstance(value, list):
-            found |= places(name, value)
+            found |= models_by_place(name, value)
         else:
             found |= value if isinstance(value, dict) else {name: value} if value else {}
     return found

@@ -38,7 +38,7 @@ def encoded(
         encoded = iter(zip(flat, own_ids, whole_ids(tokenizer, flat, are_plain, own_ids), strict=True))
         for row, texts in rendered:
             found = list(islice(encoded, len(texts)))
-            findings.look(row, texts, [own for _, own, _ in found], [before for *_, (before, _) in found])
+            findings.inspect(row, texts, [own for _, own, _ in found], [before for *_, (before, _) in found])
             yield row, [(text, own, *ids) for text, own, ids in found]
     findings.report(len(rows))
 
@@ -65,7 +65,7 @@ def encoded_pairs(
                 for answer in answers:
                     check_plain(row.prompt, answer, tools_of(row))
                 batch.append((row, answers))
-                findings.look(row, [DialogueText("", render_text(answer)) for answer in answers], [], [])
+                findings.inspect(row, [DialogueText("", render_text(answer)) for answer in answers], [], [])
         prompts = [render_text(row.prompt) for row, _ in batch]
         sides = [pair_ids(tokenizer, prompts, [render_text(pair[side]) for _, pair in batch]) for side in (0, 1)]
         yield from ((row, list(ids)) for (row, _), *ids in zip(batch, *sides, strict=True))

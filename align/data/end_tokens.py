@@ -17,10 +17,14 @@ def set_model_ends(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> No
     """Have the model's end tokens `ids` end responses beside the tokenizer's EOS. Ids without a token are never sampled."""
     others = [token for token in ids if token != tokenizer.eos_token_id]
     texts = {token: tokenizer.added_tokens_decoder.get(token) for token in others}
-    setattr(tokenizer, ATTRIBUTE, {id: text if text and is_read(tokenizer, id) else None for id, text in texts.items()})
+    setattr(
+        tokenizer,
+        ATTRIBUTE,
+        {id: text if text and is_special_in_text(tokenizer, id) else None for id, text in texts.items()},
+    )
 
 
-def is_read(tokenizer: PreTrainedTokenizerBase, id: int) -> bool:
+def is_special_in_text(tokenizer: PreTrainedTokenizerBase, id: int) -> bool:
     """Whether the tokenizer reads the text of an added token as that token, also after a word.
 
     Where the token is normalized as text is, a normalizer that puts a space before it may hide it.

@@ -21,14 +21,14 @@ SPANNED = "a token spans the end of the prompt and is trained with the response,
 JOINED = "the prompt ends in white space that the tokenizer joins to the next word: generation starts from a rare token"
 DOUBLED = "begins with the text of {bos}, which the tokenizer adds itself: one is kept"
 CONTROL = "the text of {token} in a message is read as that special token, which the chat template writes itself"
-GREETING = "an assistant turn before the first user turn answers nothing: it is trained only with `completion_only_loss: false`"
-UNTHOUGHT = f"the chat template opens a thought ({THINK}) and the row has none: it is trained to close it at once"
+LEADING_ANSWER = "an assistant turn before the first user turn answers nothing: it is trained only with `completion_only_loss: false`"
+EMPTY_THOUGHT = f"the chat template opens a thought ({THINK}) and the row has none: it is trained to close it at once"
 REPEATED = "a response repeats the whole prompt"
 UNREAD = "the column `{name}` is not read: the model never sees it"
 # Columns that change what a row says or asks for in the formats of other tools.
-TELLING = {"system", "system_prompt", "image", "images", "video", "videos", "audio", "audios", "documents", "train", "label",
+MEANINGFUL_COLUMNS = {"system", "system_prompt", "image", "images", "video", "videos", "audio", "audios", "documents", "train", "label",
            "reasoning", "reasoning_content", "thinking"}  # fmt: skip
-SHORT = 8  # characters of a prompt that a response may begin with by chance
+SHORT_PROMPT = 8  # characters of a prompt that a response may begin with by chance
 
 
 class Findings:
@@ -50,7 +50,7 @@ class Findings:
         self.tokenizer = tokenizer
         self.messages = False  # whether a row has messages
 
-    def look(
+    def inspect(
         self, row: Row, texts: Sequence[DialogueText], own_ids: Sequence[list[int]], before: Sequence[list[int]]
     ) -> None:
         """Note what is to be said of a row.
@@ -62,33 +62,33 @@ class Findings:
         """
         if own_ids != before:
             self._note(JOINED if isinstance(row, Prompt) else SPANNED, row.where)
-        for name in sorted(TELLING & row.extra.keys()):
-            if TEMPLATE not in row.extra and not _is_read(row, name):
+        for name in sorted(MEANINGFUL_COLUMNS & row.extra.keys()):
+            if TEMPLATE not in row.extra and not _is_redundant(row, name):
                 self._note(UNREAD.format(name=name), row.where)
         if not isinstance(row.prompt, str):
             for token in self._control_tokens(row):
                 self._note(CONTROL.format(token=token), row.where)
             self.messages = self.messages or bool(before)  # not for an encoder, which reads plain text
             if isinstance(row, Demonstration):
-                self._look_at_turns(row, row.prompt, texts)
+                self._inspect_turns(row, row.prompt, texts)
             return
         if self.bos is not None and (row.prompt or texts[0].response).startswith(self.bos):
             self._note(DOUBLED.format(bos=self.bos), row.where)
         prompt = row.prompt.strip()
         repeats = [text.response.lstrip().startswith(prompt) for text in texts]
-        if len(prompt) >= SHORT and any(repeats):
+        if len(prompt) >= SHORT_PROMPT and any(repeats):
             self._note(REPEATED, row.where)
         elif prompt and all(repeats):
             self.short_repeats.append(row.where)
 
-    def _look_at_turns(self, row: Demonstration, prompt: Sequence[Message], texts: Sequence[DialogueText]) -> None:
+    def _inspect_turns(self, row: Demonstration, prompt: Sequence[Message], texts: Sequence[DialogueText]) -> None:
         roles = [message["role"] for message in prompt]
         if "assistant" in roles[: roles.index("user")]:
-            self._note(GREETING, row.where)
+            self._note(LEADING_ANSWER, row.where)
         if any(
             text.prompt.rstrip().endswith(THINK) and text.response.lstrip().startswith(END_OF_THINK) for text in texts
         ):
-            self._note(UNTHOUGHT, row.where)
+            self._note(EMPTY_THOUGHT, row.where)
 
     def _control_tokens(self, row: Row) -> list[str]:
         """Special tokens of the chat template whose text is in a row's messages; BOS and end tokens are refused elsewhere."""
@@ -106,7 +106,7 @@ class Findings:
             UserError: most responses repeat their prompts.
         """
         if self.messages and (note := turn_end_note(self.tokenizer)):
-            say_note(note)
+            print_note(note)
         if 2 * (len(self.short_repeats) + len(self.found.get(REPEATED, ()))) > total:
             self.found.setdefault(REPEATED, []).extend(self.short_repeats)
         for text, rows in self.found.items():
@@ -116,10 +116,10 @@ class Findings:
                     f"prompt: the `completion`, `chosen` or `rejected` of {places} repeats it, so that it would be in the text "
                     "twice; give responses without their prompts, or pairs without the column `prompt`."
                 )
-            say_note(f"{text}: {places}")
+            print_note(f"{text}: {places}")
 
 
-def _is_read(row: Row, name: str) -> bool:
+def _is_redundant(row: Row, name: str) -> bool:
     """Whether a column holds nothing, or the row's system message, as beside `conversations`."""
     value = row.extra[name]
     if name == "label":  # of a response that is not desired, in rows for KTO; others are for graders
@@ -127,7 +127,7 @@ def _is_read(row: Row, name: str) -> bool:
     return value in (None, "", [], {}) or [{"role": "system", "content": value}] == list(row.prompt[:1])
 
 
-def say_note(text: str) -> None:
+def print_note(text: str) -> None:
     """Print a note, on the first process alone."""
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"note: {text}")

@@ -12,27 +12,27 @@ from urllib.parse import urlsplit
 from align.compat.others import hub_address, hub_is_off, set_hub_off
 from align.terminal import say
 
-PATIENCE = 5.0  # seconds that one try may take
+CONNECT_TIMEOUT = 5.0  # seconds that one try may take
 TRIES = (0.0, 1.0, 2.0)  # seconds before each try, for a network that fails at once
-KNOWN_FOR = 60.0  # seconds
+RECHECK_SECONDS = 60.0  # seconds
 
-_asked: tuple[float, bool] | None = None  # when, and whether it was off
+_last_check: tuple[float, bool] | None = None  # when, and whether it was off
 
 
-def look_for_hub() -> None:
+def go_offline_if_unreachable() -> None:
     """Before something is fetched: if the hub cannot be reached, take what is in its cache, and say so.
 
     For a minute the answer holds. `HF_HUB_OFFLINE=1` asks nothing.
     """
-    global _asked
-    if _asked is not None and time.monotonic() < _asked[0] + KNOWN_FOR:
+    global _last_check
+    if _last_check is not None and time.monotonic() < _last_check[0] + RECHECK_SECONDS:
         return
-    if _asked is not None and _asked[1]:
+    if _last_check is not None and _last_check[1]:
         set_hub_off(False)
     if hub_is_off():
         return
     off = not any(map(_reached, TRIES))
-    _asked = time.monotonic(), off
+    _last_check = time.monotonic(), off
     if off:
         set_hub_off(True)
         say(f"{hub_address()} cannot be reached: only models and data in its cache are found")
@@ -43,12 +43,12 @@ def _reached(wait: float) -> bool:
     found = threading.Event()
 
     def connect() -> None:
-        with contextlib.suppress(OSError), socket.create_connection(_place(), PATIENCE):
+        with contextlib.suppress(OSError), socket.create_connection(_place(), CONNECT_TIMEOUT):
             found.set()
 
     thread = threading.Thread(target=connect, daemon=True)  # names are looked up without a limit of time
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(CONNECT_TIMEOUT)
     return found.is_set()
 
 

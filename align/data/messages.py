@@ -16,11 +16,11 @@ from align.data.rows import Message, Turns
 from align.errors import BadRow
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-INSTRUCTING = ("system", "developer")  # the roles that open a dialogue, and answer nothing
+INSTRUCTION_ROLES = ("system", "developer")  # the roles that open a dialogue, and answer nothing
 FLAGS = ("train", "weight")  # whether an assistant turn is trained
 # The roles that follow each where turns alternate.
 _AFTER = {
-    **dict.fromkeys(INSTRUCTING, ("user", "assistant")),
+    **dict.fromkeys(INSTRUCTION_ROLES, ("user", "assistant")),
     "user": ("assistant",),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
@@ -185,7 +185,7 @@ def check_order(messages: Sequence[Message]) -> None:
     Raises:
         BadRow: the first rule that is broken.
     """
-    turns = messages[1:] if messages and messages[0]["role"] in INSTRUCTING else messages
+    turns = messages[1:] if messages and messages[0]["role"] in INSTRUCTION_ROLES else messages
     for index, message in enumerate(turns):
         role, before = message["role"], turns[index - 1]["role"] if index else None
         if role == "tool" and before not in ("assistant", "tool"):

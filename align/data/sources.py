@@ -21,7 +21,7 @@ from align.config.data_source import ROW_COLUMNS, DataSource
 from align.config.functions import resolve_function
 from align.config.text_file import check_regular
 from align.data.compressed import BoundedGzip, characters, check_expansion
-from align.data.hub import look_for_hub
+from align.data.hub import go_offline_if_unreachable
 from align.errors import BadRow, UserError
 from align.terminal import say
 
@@ -56,7 +56,7 @@ def read_source(source: DataSource, key: str) -> Iterator[tuple[str, Any]]:
         return
     if glob.has_magic(path) or path.startswith(("/", ".", "~")) or path.removesuffix(".gz").endswith(SUFFIXES):
         raise UserError(f"{key}: {path}: no such file; fix the path.")
-    look_for_hub()
+    go_offline_if_unreachable()
     try:
         rows = datasets.load_dataset(path, source.name, split=source.split)
     except Exception as error:  # the network, the hub and the data set's own files fail in many ways

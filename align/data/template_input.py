@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.chat_template import render_chat
 from align.data.end_tokens import end_texts
-from align.data.messages import INSTRUCTING, alternates
+from align.data.messages import INSTRUCTION_ROLES, alternates
 from align.data.rows import Message, Tools
 from align.errors import BadRow, UserError
 
@@ -37,7 +37,7 @@ def as_template_reads(
         try:
             _check_all_written(tokenizer, form, tools)
         except BadRow as error:
-            failure = error if failure is None or not isinstance(failure, _Ignored) else failure
+            failure = error if failure is None or not isinstance(failure, _ContentIgnored) else failure
         else:
             return form
     assert failure is not None
@@ -54,7 +54,7 @@ def check_system(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
         BadRow: it ignores one.
     """
     for index, message in enumerate(messages):
-        if message["role"] in INSTRUCTING and message["content"].strip() not in text:
+        if message["role"] in INSTRUCTION_ROLES and message["content"].strip() not in text:
             probed = [*messages[:index], {**message, "content": PROBE}, *messages[index + 1 :]]
             if PROBE not in (_rendered_or_none(tokenizer, probed, tools) or ""):
                 raise BadRow(
@@ -96,7 +96,7 @@ def _with_thoughts_apart(tokenizer: PreTrainedTokenizerBase, messages: Sequence[
     return found
 
 
-class _Ignored(BadRow):
+class _ContentIgnored(BadRow):
     """The template leaves something out, rather than failing on it."""
 
 
@@ -137,9 +137,9 @@ def _check_all_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Me
         if render(tokenizer, [*before, message], tools) == _rendered_or_none(tokenizer, without, tools):
             what = f"`{key}` in a message" if key else f"messages of role {role}"
             remedy = f"; write it into `content`, before {END_OF_THINK}" if key == "reasoning_content" else ""
-            raise _Ignored(f"the chat template ignores {what}{remedy}; leave it out, or give another template")
+            raise _ContentIgnored(f"the chat template ignores {what}{remedy}; leave it out, or give another template")
     if tools and render(tokenizer, messages, tools) == _rendered_or_none(tokenizer, messages, None):
-        raise _Ignored("the chat template ignores `tools`; leave the column out, or give another template")
+        raise _ContentIgnored("the chat template ignores `tools`; leave the column out, or give another template")
 
 
 def _check_contents_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools) -> None:

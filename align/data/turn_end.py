@@ -5,13 +5,13 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from align.data.chat_template import render_chat
-from align.data.end_tokens import end_ids, is_read, set_model_ends, split_at_end
+from align.data.end_tokens import end_ids, is_special_in_text, set_model_ends, split_at_end
 from align.data.rows import Message
 from align.data.template_input import PROBE
 from align.errors import BadRow, TemplateFailure
 
 QUESTION: Message = {"role": "user", "content": "?"}
-_SAID = "turn_end_was_said"  # attribute of the tokenizer
+NOTE_PRINTED = "turn_end_was_said"  # attribute of the tokenizer
 
 
 def add_template_end(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -19,22 +19,22 @@ def add_template_end(tokenizer: PreTrainedTokenizerBase) -> None:
 
     Models whose template was added later, as to a base model, lack it in `eos_token_id`.
     """
-    text = (_text_after_words(tokenizer) or "").strip()
+    text = (_text_after_content(tokenizer) or "").strip()
     ids = [id for id, token in tokenizer.added_tokens_decoder.items() if text and str(token) == text]
-    if ids and ids[0] not in end_ids(tokenizer) and is_read(tokenizer, ids[0]):
+    if ids and ids[0] not in end_ids(tokenizer) and is_special_in_text(tokenizer, ids[0]):
         set_model_ends(tokenizer, [*end_ids(tokenizer), *ids])
 
 
 def turn_end_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """What is to be said, once for a tokenizer, where the chat template ends a turn with text that is no end token, or not at all."""
-    if getattr(tokenizer, _SAID, False):
+    if getattr(tokenizer, NOTE_PRINTED, False):
         return None
-    setattr(tokenizer, _SAID, True)
-    text = _text_after_words(tokenizer)
+    setattr(tokenizer, NOTE_PRINTED, True)
+    text = _text_after_content(tokenizer)
     if text is None or split_at_end(tokenizer, text)[1] is not None:
         return None
     if not text.strip():
-        if split_at_end(tokenizer, _text_after_words(tokenizer, QUESTION) or "")[1] is not None:
+        if split_at_end(tokenizer, _text_after_content(tokenizer, QUESTION) or "")[1] is not None:
             return None  # the next turn opens with it
         behind = f", behind the {text!r} that the template writes, which is trained as a part of it" if text else ""
         return (
@@ -53,10 +53,10 @@ def turn_end_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 def after_turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template writes after the token that ends a last assistant turn; empty without such a token."""
-    return split_at_end(tokenizer, _text_after_words(tokenizer) or "")[2]
+    return split_at_end(tokenizer, _text_after_content(tokenizer) or "")[2]
 
 
-def _text_after_words(tokenizer: PreTrainedTokenizerBase, *after: Message) -> str | None:
+def _text_after_content(tokenizer: PreTrainedTokenizerBase, *after: Message) -> str | None:
     """What the chat template writes after the words of an assistant turn, the last but for `after`; None where it cannot be told."""
     if not tokenizer.chat_template:
         return None

@@ -235,7 +235,7 @@ class LabelTrainer(ExactEvaluation, RowTrainer):
 
 
 def last_label_table(trainer: LabelTrainer) -> list[list[Any]]:
-    """`per_label_table` of the last evaluation. For all ranks."""
+    """`per_label_table` of the last evaluation. Every rank must call it."""
     if trainer.eval_counts is None:  # resumed after it, and what it measured is in metrics.jsonl already
         logging: Any = trainer.pop_callback(StageCallback)
         trainer.evaluate()

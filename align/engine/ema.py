@@ -46,7 +46,7 @@ class EMA:
     def save_checkpoint(self, folder: Path) -> dict[str, list[int]]:
         """Write this rank's part; returns size and CRC-32 of each file that it wrote, by its name in `folder`."""
         parts = {}
-        for name, (sharded, shape, start, held) in self._held().items():
+        for name, (sharded, shape, start, held) in self._local_parts().items():
             parts[name] = Part(tuple(shape), start, {AVERAGE: held}, replicated=not sharded)
         return write_parts(folder, parts, self.engine.world)
 
@@ -57,7 +57,7 @@ class EMA:
             UserError: the files are damaged or of another model.
         """
         saved = SavedParts(folder)
-        for name, (_, shape, start, held) in self._held().items():
+        for name, (_, shape, start, held) in self._local_parts().items():
             if saved.shapes.get(name) != tuple(shape):
                 raise UserError(
                     f"{folder}: holds the averages of another model: {name} has shape {saved.shapes.get(name)} there and "
@@ -66,7 +66,7 @@ class EMA:
             if len(held):
                 held.copy_(saved.read(name, AVERAGE, start, len(held)))
 
-    def _held(self) -> dict[str, tuple[bool, torch.Size, int, Tensor]]:
+    def _local_parts(self) -> dict[str, tuple[bool, torch.Size, int, Tensor]]:
         """By name: whether ranks hold parts, shape of the whole average, where the part begins, and the part."""
         held = {}
         for name, parameter in trained_parameters(self.engine.module):

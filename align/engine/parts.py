@@ -50,7 +50,7 @@ class Part:
 
 
 def write_parts(folder: Path, parts: Mapping[str, Part], world: World, note: Any = None) -> dict[str, list[int]]:
-    """Write this rank's parts, and its share of the replicated ones, to the disk. For all ranks.
+    """Write this rank's parts, and its share of the replicated ones, to the disk. Every rank must call it.
 
     One value at a time is copied to the CPU.
 

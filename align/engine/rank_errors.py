@@ -25,11 +25,11 @@ from align.terminal import say
 FIRST, COUNT, SEEN = "first", "count", "seen"  # keys of the store: the first error, how many errors, who has read it
 POLL = 0.5  # seconds between two looks into the store
 CONNECT = 600.0  # seconds that a rank waits for rank 0 at the start, as `torch.distributed` does
-LET_RANK_0_SPEAK = 1.0  # seconds: most errors occur on all ranks alike, and rank 0 is to report those
-UNTIL_SEEN = 5.0  # seconds that the failed rank, which may host the store, waits for the others to read its error
+RANK_0_FIRST = 1.0  # seconds: most errors occur on all ranks alike, and rank 0 is to report those
+SEEN_TIMEOUT = 5.0  # seconds that the failed rank, which may host the store, waits for the others to read its error
 LOST = re.compile(r"Connection (closed|reset) by peer|\bgloo\b|\bNCCL\b|Socket closed|Broken pipe", re.I)
 TERMINATED = 128 + signal.SIGTERM  # the exit code
-OWN_END = 3.0  # seconds that a rank has to end by itself once another has failed
+EXIT_GRACE = 3.0  # seconds that a rank has to end by itself once another has failed
 
 
 class OtherRankFailed(UserError):
@@ -62,14 +62,14 @@ class Watch:
         self._thread.join()  # one user of the connection at a time
         if self.first is not None:
             return self.first
-        until = time.monotonic() + (LET_RANK_0_SPEAK if self.rank else 0.0)
+        until = time.monotonic() + (RANK_0_FIRST if self.rank else 0.0)
         while time.monotonic() < until and not self.store.check([FIRST]):
             time.sleep(0.05)
         if self.store.add(COUNT, 1) > 1:
             return self._first()
         where = {"rank": self.rank, "host": socket.gethostname()}
         self.store.set(FIRST, json.dumps({**where, "message": message, "code": code}))
-        until = time.monotonic() + UNTIL_SEEN
+        until = time.monotonic() + SEEN_TIMEOUT
         while time.monotonic() < until and self.store.add(SEEN, 0) < self.size - 1:
             time.sleep(0.05)
         return None
@@ -89,7 +89,7 @@ class Watch:
             except RuntimeError:  # its host, rank 0, is gone, and was not able to say why
                 first = {"rank": 0, "host": "", "message": "it was killed, or its machine failed", "code": 1}
             # This rank may fail alike, or just have come to its end. Rank 0 ends last: it may host the store.
-            if not self.leaving.wait(OWN_END + (self.rank == 0)):
+            if not self.leaving.wait(EXIT_GRACE + (self.rank == 0)):
                 end_process(first)
 
 
@@ -151,7 +151,7 @@ def reported() -> Iterator[None]:
         first = None
         with contextlib.suppress(RuntimeError):  # the store cannot be reached
             if _watch is None:  # this rank fails before it has met the others
-                watch(int(os.environ["RANK"]), size, patience=UNTIL_SEEN)
+                watch(int(os.environ["RANK"]), size, patience=SEEN_TIMEOUT)
             assert _watch is not None
             user = isinstance(reported_error, UserError)
             first = _watch.report(

@@ -66,7 +66,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[nn.Module]:
 def gathered_state_dict(
     module: nn.Module, world: World, master: Callable[[Any], Any] = lambda p: p
 ) -> dict[str, Tensor]:
-    """All weights and persistent buffers, unsharded, on the CPU of rank 0; an empty dict elsewhere. For all ranks.
+    """All weights and persistent buffers, unsharded, on the CPU of rank 0; an empty dict elsewhere. Every rank must call it.
 
     Args:
         master: given a weight, the one of higher precision that it is a copy of, or itself.
@@ -82,7 +82,7 @@ def gathered_state_dict(
 
 
 def save_from_main(module: nn.Module, weights: dict[str, Tensor], folder: Path, world: World) -> None:
-    """Write rank 0's weights as a Hugging Face folder, adapters merged. For all ranks."""
+    """Write rank 0's weights as a Hugging Face folder, adapters merged. Every rank must call it."""
     if world.is_main:
         save_weights(module, weights, folder)
     world.barrier()

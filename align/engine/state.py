@@ -41,7 +41,7 @@ def save_state(
     note: Any = None,
     masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> dict[str, list[int]]:
-    """Write the state of training; each rank writes, sums and syncs a file of its own. For all ranks.
+    """Write the state of training; each rank writes, sums and syncs a file of its own. Every rank must call it.
 
     Args:
         masters: weight of the model -> the float32 one that a plain optimizer steps instead.
@@ -52,7 +52,7 @@ def save_state(
     base = _base(optimizer)
     replicated = not splits_state(optimizer)
     parts = {}
-    for name, held in _held(module, optimizer, masters).items():
+    for name, held in _local_parts(module, optimizer, masters).items():
         values, numbers = _kept(base, held.stepped)
         own = {kind: value.detach().reshape(-1)[held.offset : held.offset + held.count] for kind, value in values}
         parts[name] = Part(held.shape, held.start, own, numbers, replicated)
@@ -69,13 +69,13 @@ def load_state(
     optimizer: Any,
     masters: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> Any:
-    """Restore what `save_state` wrote, in this layout or another; returns its `note`. For all ranks.
+    """Restore what `save_state` wrote, in this layout or another; returns its `note`. Every rank must call it.
 
     Raises:
         UserError: the files are damaged, or hold the state of another model or optimizer.
     """
     saved, base = SavedParts(folder), _base(optimizer)
-    everything, buffers = _held(module, optimizer, masters), _buffers(module)
+    everything, buffers = _local_parts(module, optimizer, masters), _buffers(module)
     with saved.readable():
         _check(saved, module, base)
         for held in everything.values():
@@ -112,7 +112,7 @@ def restore_counters(engine: Any, note: Mapping[str, Any] | None) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _LocalPart:
     """The part of a parameter that this rank steps: `count` elements from `start` on, `offset` in what is stepped."""
 
     shape: tuple[int, ...]  # of the whole parameter
@@ -122,13 +122,15 @@ class _Held:
     count: int
 
 
-def _held(module: nn.Module, optimizer: Any, masters: Mapping[nn.Parameter, nn.Parameter] | None) -> dict[str, _Held]:
+def _local_parts(
+    module: nn.Module, optimizer: Any, masters: Mapping[nn.Parameter, nn.Parameter] | None
+) -> dict[str, _LocalPart]:
     trained = {name: parameter for name, parameter in trained_parameters(module) if full_shape(parameter).numel()}
     parts = stepped_parts(optimizer, trained.values())
     if parts is None:
         whole = {name: (masters or {}).get(parameter, parameter) for name, parameter in trained.items()}
-        return {name: _Held(tuple(weight.shape), weight, 0, 0, weight.numel()) for name, weight in whole.items()}
-    return {name: _Held(tuple(full_shape(p)), *parts[p]) for name, p in trained.items() if p in parts}
+        return {name: _LocalPart(tuple(weight.shape), weight, 0, 0, weight.numel()) for name, weight in whole.items()}
+    return {name: _LocalPart(tuple(full_shape(p)), *parts[p]) for name, p in trained.items() if p in parts}
 
 
 def _base(optimizer: Any) -> torch.optim.Optimizer:

@@ -58,7 +58,7 @@ def stop_asked(world: World) -> bool:
 
 
 def stop(checkpoint: Path, world: World) -> NoReturn:
-    """End the stage, whose checkpoint is complete. For all ranks.
+    """End the stage, whose checkpoint is complete. Every rank must call it.
 
     Raises:
         Stopped: always.

@@ -30,14 +30,14 @@ from align.engine.user_functions import user_function
 from align.errors import BadFile, UserError
 from align.evaluate.bootstrap import Floats, Measure
 from align.evaluate.inputs import EvalInputs, EvalSetting, prepare_inputs
-from align.evaluate.metrics import TOKEN_METRICS, foreign_scores, load_metric, measure
+from align.evaluate.metrics import TOKEN_METRICS, external_scores, load_metric, measure
 from align.evaluate.predict import ModelOutputs, decode_predictions, run_model
 from align.evaluate.report import SettingResult, summarize, write_report
 from align.evaluate.results import AGAIN, REPORT, finished
 from align.maths.perplexity import perplexity
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import digest, write_json
-from align.runs.measurement import claim_measurement, record_rows, say_finished
+from align.runs.measurement import claim_measurement, print_finished, record_rows
 from align.runs.output_folder import PARTS, one_run_per_folder, share
 from align.runs.own_files import RUN, delete, own
 from align.runs.progress import Display
@@ -65,7 +65,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     """Evaluate; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
     if (earlier := finished(recipe)) is not None:
-        say_finished(recipe, f"evaluated already; see {REPORT} there")
+        print_finished(recipe, f"evaluated already; see {REPORT} there")
         return EvaluationResult.from_json(recipe.output_dir, earlier)
     evaluation = claim_measurement(recipe, AGAIN)
     metrics = {name: load_metric(name, TOKEN_METRICS) for name in recipe.metrics if name not in TOKEN_METRICS}
@@ -195,7 +195,7 @@ def _measure_setting(
         elif text_measure := measure(metrics[name], inputs.rows, predictions, inputs.references):
             result.measures.append(text_measure)
         else:
-            result.foreign_scores |= foreign_scores(name, metrics[name], predictions, inputs.references)
+            result.external_scores |= external_scores(name, metrics[name], predictions, inputs.references)
     if grader is not None:
         scores = _grade(grader, inputs, setting, outputs.response_ids, predictions)
         applies = ~np.isnan(scores)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from align.data.messages import INSTRUCTING
+from align.data.messages import INSTRUCTION_ROLES
 from align.data.rows import Demonstration, Turns
 from align.data.templates import TASK
 from align.errors import UserError
@@ -62,12 +62,12 @@ def few_shot_prompt(row: Demonstration, examples: Sequence[Demonstration]) -> Tu
     if isinstance(row.prompt, str):
         texts = [f"{example.prompt}{example.completion}".rstrip() for example in examples]
         return SEPARATOR.join([*texts, row.prompt])
-    system = [turn for turn in row.prompt[:1] if turn["role"] in INSTRUCTING]
+    system = [turn for turn in row.prompt[:1] if turn["role"] in INSTRUCTION_ROLES]
     turns = [
         turn
         for example in examples
         for turn in (*example.prompt, *example.completion)
-        if isinstance(turn, dict) and turn["role"] not in INSTRUCTING
+        if isinstance(turn, dict) and turn["role"] not in INSTRUCTION_ROLES
     ]
     return [*system, *turns, *row.prompt[len(system) :]]
 

@@ -14,7 +14,7 @@ from align.config.judge_reward import JudgeRewardRecipe
 from align.config.stages import STAGES
 from align.data.chat_template import set_template_kwargs
 from align.data.encode import encode_example, encode_prompt
-from align.data.findings import say_note
+from align.data.findings import print_note
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import scored_turns, scores_reasoning, set_scores_reasoning
 from align.data.rows import BadRows, Demonstration, Turns, render_text, tools_of
@@ -108,7 +108,7 @@ def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
     if any(not isinstance(row.prompt, str) for row in rows):
         for name, (tokenizer, _) in tokenizers.items():
             if note := turn_end_note(tokenizer):
-                say_note(f"{name}: {note}")
+                print_note(f"{name}: {note}")
     max_new_tokens = recipe.max_new_tokens if generates else 0
     pools = example_pools(training)
     bad = BadRows()

@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from align.data.hub import look_for_hub
+from align.data.hub import go_offline_if_unreachable
 from align.data.rows import Demonstration
 from align.data.templates import LABEL, LABELS, TEMPLATE, parse_label
 from align.errors import UserError, nearest
@@ -46,7 +46,7 @@ def load_metric(name: str, known: Sequence[str] = (), key: str = "metrics") -> A
             metric: Any = METRICS[name](keep_in_memory=True, cache_dir=folder.name)
         else:
             if not os.path.exists(name):
-                look_for_hub()
+                go_offline_if_unreachable()
             metric = evaluate.load(name, keep_in_memory=True, cache_dir=folder.name)
     except (Exception, SystemExit) as error:  # the script's own imports, the network, the hub
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -88,7 +88,7 @@ def as_labels(
     return predicted, true
 
 
-def foreign_scores(
+def external_scores(
     name: str, metric: Any, predictions: Sequence[str], references: Sequence[str], key: str = "metrics"
 ) -> dict[str, float]:
     """The numbers that a metric outside `METRICS` returns. It has no statistics per row, so no intervals either.

@@ -31,13 +31,13 @@ class SettingResult:
     """Results of a setting.
 
     Attributes:
-        foreign_scores: of metrics that are not ours, for which there are no statistics of rows.
+        external_scores: of metrics that are not ours, for which there are no statistics of rows.
     """
 
     setting: EvalSetting
     predictions: list[str]
     measures: list[Measure] = dataclasses.field(default_factory=list)
-    foreign_scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    external_scores: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def summarize(recipe: EvaluateRecipe, inputs: EvalInputs, results: Sequence[SettingResult]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _values(
     if task is None:
         values += [
             {"metric": name, "value": _finite(value), "low": None, "high": None}
-            for name, value in result.foreign_scores.items()
+            for name, value in result.external_scores.items()
         ]
     return values
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
-from align.config.ensemble import MEMBER, members, places
+from align.config.ensemble import MEMBER, ensemble_members, models_by_place
 from align.config.recipe import Recipe
 from align.data.encode import encode_pair
 from align.data.reasoning import set_scores_reasoning
@@ -60,7 +60,7 @@ def check_reward_models(
     """
     for path in recipe.reward_model_path:
         ensemble = read_manifest(path)
-        there = [Path(each).name for each in members(path)]
+        there = [Path(each).name for each in ensemble_members(path)]
         if ensemble is not None and there != [Path(path).name]:
             trained = [f"{MEMBER}{number}" for number in range(1, ensemble["recipe"].get("ensemble_size", 1) + 1)]
             if there != trained:
@@ -70,7 +70,7 @@ def check_reward_models(
                 )
     return [
         check_reward_model(path, place, recipe, score_reasoning, tokenizer)
-        for place, path in places("reward_model_path", recipe.reward_model_path).items()
+        for place, path in models_by_place("reward_model_path", recipe.reward_model_path).items()
     ]
 
 

@@ -36,7 +36,7 @@ from align.judge.verdicts import judge, overall, summary
 from align.models.context_length import max_positions
 from align.models.virtual_tokens import load_language_model
 from align.runs.files import write_json
-from align.runs.measurement import claim_measurement, say_finished
+from align.runs.measurement import claim_measurement, print_finished
 from align.runs.output_folder import RESULTS, one_run_per_folder, share
 from align.runs.own_files import RUN, own
 from align.runs.quiet import quiet
@@ -49,7 +49,7 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
     """Judge a reward; returns the content of `results.json` on rank 0, None on the others."""
     quiet()
     if (earlier := finished(recipe)) is not None:
-        say_finished(recipe, "judged already; see card.md there")
+        print_finished(recipe, "judged already; see card.md there")
         return JudgeResult.from_json(recipe.output_dir, earlier)
     this = claim_measurement(recipe, AGAIN)
     inputs = prepare_inputs(recipe)

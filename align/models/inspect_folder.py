@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.convert import shown
-from align.config.ensemble import members, places
+from align.config.ensemble import ensemble_members, models_by_place
 from align.config.recipe import Recipe
 from align.config.stages import stage_of
 from align.config.text_file import check_regular, read_text
@@ -65,7 +65,7 @@ def inspect_inputs(recipe: Recipe, made: Collection[Path] = ()) -> None:
     for key in stage_of(recipe).input_models:
         value = getattr(recipe, key)
         if isinstance(value, list):
-            named = places(key, value)
+            named = models_by_place(key, value)
         else:
             named = {f"{key}.{n}": path for n, path in value.items()} if isinstance(value, dict) else {key: value}
         for place, path in named.items():
@@ -92,7 +92,7 @@ def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> Mode
     is_adapter = os.path.lexists(folder / ADAPTER_CONFIG) and not os.path.lexists(folder / CONFIG)
     name = ADAPTER_CONFIG if is_adapter else CONFIG
     if not os.path.lexists(folder / name):
-        if (first := members(path)[0]) != path:
+        if (first := ensemble_members(path)[0]) != path:
             raise UserError(f"{key}: {path} holds an ensemble of reward models; name one of them, such as {first}.")
         raise UserError(
             f"{key}: no model at {path} ({CONFIG} is missing); run the stage that makes it first, or correct it."

@@ -20,7 +20,7 @@ from transformers import (
 
 from align.compat.peft import load_adapter
 from align.compat.transformers import causal_lm_types, implementations, keep_weights_in_evaluation, loads_sharded
-from align.data.hub import look_for_hub
+from align.data.hub import go_offline_if_unreachable
 from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_finite, check_report
 from align.models.dropout import disable_dropout
@@ -45,7 +45,7 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
     if looks_local(path) and not (Path(path) / CONFIG).is_file():
         raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     if not Path(path).is_dir():
-        look_for_hub()
+        go_offline_if_unreachable()
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # the network, the hub and configurations fail in many ways

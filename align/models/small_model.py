@@ -51,7 +51,7 @@ SIZES: dict[str, int] = {
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 SPREAD = 0.1  # of the weights, so that distributions are far from uniform
-MOST_PARAMETERS = 50_000_000
+MAX_PARAMETERS = 50_000_000
 
 
 def small_config(config: PretrainedConfig, vocab_size: int, positions: int = POSITIONS) -> PretrainedConfig:
@@ -166,7 +166,7 @@ def small_model(
     settings["trust_remote_code"] = trust_remote_code
     with torch.device("meta"):
         size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(small, **settings).parameters())
-    if size > MOST_PARAMETERS:
+    if size > MAX_PARAMETERS:
         raise ValueError(f"a small model of this type has {size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from align.config.ensemble import places
+from align.config.ensemble import models_by_place
 from align.data.batches import PromptLoader
 from align.data.end_tokens import end_ids
 from align.engine.distributed import World
@@ -103,7 +103,7 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
     checks: list[Check] = []
     metrics: dict[str, float] = {}
     try:
-        paths = places("reward_model_path", run.recipe.reward_model_path).values()
+        paths = models_by_place("reward_model_path", run.recipe.reward_model_path).values()
         for path, model in zip(paths, run.models.rewards.models, strict=True):
             checks += check_reward_model(path, model, run.world, run.recipe.bf16, metrics)
         rollout = check_rollout(run)

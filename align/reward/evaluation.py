@@ -36,7 +36,7 @@ from reward_models.responses import Responses
 from reward_models.trained import ModelReward
 
 RESAMPLES = 1000  # for each interval of the report card
-MOST_SOURCES = 20  # whose accuracies are told apart
+MAX_SOURCES = 20  # whose accuracies are told apart
 CHECKED_PAIRS = 8  # pairs whose ids and scores the manifest records
 
 
@@ -140,7 +140,7 @@ def accuracy_by_source(rows: Sequence[Preference], scores: tuple[Tensor, Tensor]
         scores: `score_pairs` of them.
     """
     names, prompts = [str(row.extra[TASK]) for row in rows], prompts_of(rows)
-    common = [name for name, _ in Counter(names).most_common(MOST_SOURCES)]
+    common = [name for name, _ in Counter(names).most_common(MAX_SOURCES)]
     used: dict[str, list[int]] = {}
     for index, (name, row) in enumerate(zip(names, rows, strict=True)):
         if not is_tie(row):
@@ -152,7 +152,7 @@ def judge_held_out(
     recipe: RewardRecipe, inputs: RewardInputs, reward: ModelReward, world: World, trained: Sequence[Preference],
     held_out: Sequence[Preference], scores: tuple[Tensor, Tensor], ceiling: float | None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """The report card of the held-out pairs, and those that are most confidently wrong. For all ranks.
+    """The report card of the held-out pairs, and those that are most confidently wrong. Every rank must call it.
 
     Args:
         trained, held_out: the row of each pair that was trained on and that is judged.

@@ -42,7 +42,7 @@ DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
 def mark_complete(
     checkpoint: Path, state: Mapping[str, Any], save_total_limit: int, world: World, sums: Mapping[str, list[int]]
 ) -> None:
-    """Declare a checkpoint complete, then delete the oldest beyond `save_total_limit`. For all ranks.
+    """Declare a checkpoint complete, then delete the oldest beyond `save_total_limit`. Every rank must call it.
 
     `complete.json` appears once every rank's files are on the disk. It holds `state`, the size and CRC-32 of each file,
     and size and CRC-32 of the run's records, `metrics.jsonl` and `samples.jsonl`.

@@ -42,10 +42,10 @@ class Pulse:
         self._first: object = None
         self._since = 0.0
 
-    def is_first_look(self) -> bool:
+    def is_new(self) -> bool:
         return self._first is None
 
-    def look(self, state: object, period: float) -> bool | None:
+    def observe(self, state: object, period: float) -> bool | None:
         """Whether the run is alive; None if it is too early to say.
 
         Args:

@@ -34,7 +34,7 @@ PIPELINE = "ALIGN_PIPELINE"  # set in the stages that `align run` starts, which 
 
 def run_stage_cli(stage: str, argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m align.<stage>`, alone or under the `deepspeed` launcher; exits the process."""
-    words = launched_words(sys.argv[1:] if argv is None else argv)
+    words = command_arguments(sys.argv[1:] if argv is None else argv)
 
     def command() -> int:
         arguments, overrides = CommandParser(**stage_arguments(STAGES[stage])).parse_known_args(words)
@@ -114,7 +114,7 @@ def run_from_python(recipe: Recipe) -> Any:
                 os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
-def launched_words(argv: Sequence[str]) -> list[str]:
+def command_arguments(argv: Sequence[str]) -> list[str]:
     """The command line without the launcher's `--local_rank`; from then on this process ends with its parents."""
     words = list(argv)
     launched = bool(words) and words[0].startswith(("--local_rank=", "--local-rank="))
@@ -140,13 +140,13 @@ def end_on_signals() -> None:
         writer, warn_on_full_buffer=False
     )  # gets the number of each signal that has a handler, at once
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _noticed)
+        signal.signal(signal.SIGTERM, _on_sigterm)
 
     def watch() -> None:
         interrupts = 0
         while interrupts < 2:
             signals = os.read(reader, 64)
-            if signal.SIGTERM in signals and signal.getsignal(signal.SIGTERM) is _noticed and not ask_to_stop():
+            if signal.SIGTERM in signals and signal.getsignal(signal.SIGTERM) is _on_sigterm and not ask_to_stop():
                 lock.release_all()
                 os._exit(128 + signal.SIGTERM)
             interrupts += signals.count(signal.SIGINT)
@@ -157,7 +157,7 @@ def end_on_signals() -> None:
     _watch_forks()
 
 
-def _noticed(signum: int, frame: Any) -> None:
+def _on_sigterm(signum: int, frame: Any) -> None:
     """Have SIGTERM be told to the thread that watches signals."""
 
 
@@ -167,7 +167,7 @@ def _watch_forks() -> None:
 
     def leave() -> None:
         signal.set_wakeup_fd(-1)
-        if signal.getsignal(signal.SIGTERM) is _noticed:
+        if signal.getsignal(signal.SIGTERM) is _on_sigterm:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         mask(signal.SIG_UNBLOCK)
 

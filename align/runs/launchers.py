@@ -31,7 +31,7 @@ FIRST_PORT, PORTS = 20_000, 10_000  # below the ports that Linux gives to outgoi
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LaunchedProcess:
     """One process among those that something started together."""
 
     starter: str
@@ -59,7 +59,7 @@ def adopt_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
         # Under Slurm, tasks may have the variables of its own PMI too.
         known = next(each for each in reversed(places) if (each.rank, each.size) == (place.rank, place.size))
         if local is None:
-            raise UserError(f"{STARTERS[known.starter][2]}: {_words(known)}; set this to the rank on its node.")
+            raise UserError(f"{STARTERS[known.starter][2]}: {_describe(known)}; set this to the rank on its node.")
         environment.update(RANK=str(place.rank), WORLD_SIZE=str(place.size), LOCAL_RANK=str(local))
         if place.local_size is not None:
             environment["LOCAL_WORLD_SIZE"] = str(place.local_size)
@@ -74,7 +74,7 @@ def adopt_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
         environment["LOCAL_RANK"] = "0"  # the index of the only GPU that this rank sees
 
 
-def _place(starter: str, environment: MutableMapping[str, str]) -> Place | None:
+def _place(starter: str, environment: MutableMapping[str, str]) -> LaunchedProcess | None:
     """What a starter set for this process; None if it started no more than one."""
     names = STARTERS[starter]
     # A batch script is one process, though it has SLURM_PROCID and SLURM_NTASKS of its job; a step has both kinds.
@@ -94,7 +94,7 @@ def _place(starter: str, environment: MutableMapping[str, str]) -> Place | None:
     if rank >= size:
         raise UserError(f"{names[0]}: expected less than {names[1]}, which is {size}, got {rank}.")
     tasks = environment.get(names[3]) or environment.get("LOCAL_SIZE" if starter == "the launcher" else "", "")
-    return Place(starter, rank, size, local_rank, int(tasks) if tasks.isdecimal() else None)
+    return LaunchedProcess(starter, rank, size, local_rank, int(tasks) if tasks.isdecimal() else None)
 
 
 def _number(name: str, environment: MutableMapping[str, str]) -> int | None:
@@ -106,21 +106,21 @@ def _number(name: str, environment: MutableMapping[str, str]) -> int | None:
     return int(text)
 
 
-def _check_nested(inner: Place, outer: Place) -> None:
+def _check_nested(inner: LaunchedProcess, outer: LaunchedProcess) -> None:
     """Check that the ranks of `inner` are those of `outer`, or that `outer` started its part of them on each node."""
     same = (inner.rank, inner.size) == (outer.rank, outer.size)
     if not same and inner.size != outer.size * (inner.local_size or inner.size):
         raise UserError(
-            f"{_words(outer)}, but {_words(inner)}: these would be {outer.size} runs of the same recipe. Start the "
+            f"{_describe(outer)}, but {_describe(inner)}: these would be {outer.size} runs of the same recipe. Start the "
             f"stage itself by {'srun' if outer.starter == 'Slurm' else 'mpirun'}, or one launcher on each node that counts the ranks of all."
         )
 
 
-def _words(place: Place) -> str:
+def _describe(place: LaunchedProcess) -> str:
     return f"{place.starter} started {place.size} processes, this one as number {place.rank}"
 
 
-def _set_master(place: Place, environment: MutableMapping[str, str]) -> None:
+def _set_master(place: LaunchedProcess, environment: MutableMapping[str, str]) -> None:
     """Set where rank 0 listens, unless the user did; the same on every rank, without any communication."""
     if not environment.get("MASTER_ADDR"):
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST")
@@ -133,7 +133,7 @@ def _set_master(place: Place, environment: MutableMapping[str, str]) -> None:
             if place.starter == "Slurm":
                 how = "srun --export=ALL,MASTER_ADDR=node1,MASTER_PORT=29500"
             raise UserError(
-                f"MASTER_ADDR: {_words(place)}, maybe on several nodes; set MASTER_ADDR to the node of rank 0 and MASTER_PORT to "
+                f"MASTER_ADDR: {_describe(place)}, maybe on several nodes; set MASTER_ADDR to the node of rank 0 and MASTER_PORT to "
                 f"a free port there for all of them, as in `{how}`."
             )
     if not environment.get("MASTER_PORT"):

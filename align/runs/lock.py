@@ -18,7 +18,7 @@ from pathlib import Path
 
 from align.errors import UserError
 from align.runs import heartbeat
-from align.runs.lock_record import LOCK, heartbeat_period, in_use, in_words, is_alive, is_here, myself, read
+from align.runs.lock_record import LOCK, describe_owner, heartbeat_period, in_use, is_alive, is_here, myself, read
 from align.terminal import say
 
 PATIENCE = 3.0  # seconds: the ranks of a killed launcher end within one
@@ -142,7 +142,7 @@ def _hold(folder: Path, descriptor: int) -> Held:
         with contextlib.suppress(UserError, OSError):
             if owner and (now := read(folder)) and now != owner:
                 say(
-                    f"error: output_dir: {folder} was taken over by {in_words(now)}, since this run had shown no sign of life; it ends."
+                    f"error: output_dir: {folder} was taken over by {describe_owner(now)}, since this run had shown no sign of life; it ends."
                 )
                 os._exit(2)
 
@@ -170,12 +170,12 @@ def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse 
                 raise in_use(folder, owner)
             return False
         seconds = heartbeat.SILENCE * period
-        if pulse.is_first_look():
+        if pulse.is_new():
             say(
-                f"{folder}: is in use by {in_words(owner)}; waiting up to {seconds:.0f} s for a sign of life of that run"
+                f"{folder}: is in use by {describe_owner(owner)}; waiting up to {seconds:.0f} s for a sign of life of that run"
             )
         # This opening of the file has asked a network file system for its time, which might be cached otherwise.
-        alive = pulse.look((owner, os.fstat(descriptor).st_mtime_ns), period)
+        alive = pulse.observe((owner, os.fstat(descriptor).st_mtime_ns), period)
         if alive:
             raise in_use(folder, owner, alive=True)
         if alive is None:

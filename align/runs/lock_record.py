@@ -97,7 +97,7 @@ def heartbeat_period(owner: dict[str, Any]) -> float:
     return period
 
 
-def in_words(owner: dict[str, Any]) -> str:
+def describe_owner(owner: dict[str, Any]) -> str:
     return f"process {owner['pid']} on {owner['host']} since {owner['since']} ({owner['command']})"
 
 
@@ -111,7 +111,7 @@ def in_use(folder: Path, owner: dict[str, Any] | None, alive: bool = False) -> U
         return UserError(
             f"output_dir: another run has just started in {folder}; wait for it, or choose another folder."
         )
-    who = f"output_dir: {folder} is in use by {in_words(owner)}"
+    who = f"output_dir: {folder} is in use by {describe_owner(owner)}"
     if is_here(owner):
         return UserError(f"{who}; wait until all its ranks have ended, or choose another folder.")
     if alive:

@@ -50,7 +50,7 @@ def finished_measurement(
     return results
 
 
-def say_finished(recipe: Recipe, words: str) -> None:
+def print_finished(recipe: Recipe, words: str) -> None:
     """Say that the results are there, and remove what only an unfinished run needs."""
     if _is_main():
         clear_finished(recipe.output_dir)

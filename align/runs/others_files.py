@@ -24,7 +24,7 @@ CHECKPOINT = (
 INSIDE = {"checkpoint-*": CHECKPOINT, "damaged-checkpoint-*": CHECKPOINT, "parts": ("[0-9]*.json", "samples.jsonl")}
 
 
-def keep_others(folder: Path, names: Collection[str] | None = None) -> None:
+def preserve_other_files(folder: Path, names: Collection[str] | None = None) -> None:
     """Move what a run did not write out of `folder`, which is about to be deleted, to `kept-...` beside it.
 
     Args:

@@ -18,7 +18,7 @@ from typing import Any
 from align.config.json_file import parse_json, read_file
 from align.errors import BadFile, UserError
 from align.runs.files import follow_umask, sync_all, write_json
-from align.runs.others_files import keep_others
+from align.runs.others_files import preserve_other_files
 from align.runs.records import is_inner_path
 
 MANIFEST = "stage.json"
@@ -145,7 +145,7 @@ def delete(path: Path, inside: Collection[str] | None = None) -> None:
         return
     if not path.is_symlink():
         if path.name in mine and path.is_dir():
-            keep_others(path, inside)
+            preserve_other_files(path, inside)
             shutil.rmtree(path, ignore_errors=True)
         else:
             for name in mine:

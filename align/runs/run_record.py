@@ -150,7 +150,7 @@ def record_run(recipe: StageRecipe, report: Mapping[str, Any], checkpoint: Path 
         mine["inputs"].setdefault(place, {}).update(kinds)
     mine["fingerprint"] = fingerprint_of(mine)
     if checkpoint is not None:
-        words = [change.words for change in changes(found, mine, recipe)] if found else []
+        words = [change.description for change in changes(found, mine, recipe)] if found else []
         earlier = (found or {}).get("accepted", [])
         mine["accepted"] = [*earlier, {"at": checkpoint.name, "changes": words}] if words else earlier
     write_json(Path(recipe.output_dir) / RUN, {**mine, "files": sorted(owned(recipe.output_dir))})

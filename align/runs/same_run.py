@@ -42,14 +42,14 @@ COSMETIC_KEYS = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Change:
+class RunChange:
     """One difference between a recorded run and this one: the recipe's key, and what is other, in words."""
 
     key: str
-    words: str
+    description: str
 
 
-def changes(found: Mapping[str, Any], mine: Mapping[str, Any], recipe: Recipe) -> list[Change]:
+def changes(found: Mapping[str, Any], mine: Mapping[str, Any], recipe: Recipe) -> list[RunChange]:
     """In what a recorded run differs from this one.
 
     Inputs are compared where both have a fingerprint of the same kind; a file that is gone since is no change.
@@ -59,36 +59,36 @@ def changes(found: Mapping[str, Any], mine: Mapping[str, Any], recipe: Recipe) -
         mine: the identity of this run.
     """
     if found["stage"] != mine["stage"]:
-        return [Change("stage", "stage")]
+        return [RunChange("stage", "stage")]
     before, now = with_defaults(stage_of(recipe).recipe, found["recipe"]), mine["recipe"]
     keys = sorted({*before, *now} - COSMETIC_KEYS)
-    different = [Change(key, key) for key in keys if before.get(key) != now.get(key)]
+    different = [RunChange(key, key) for key in keys if before.get(key) != now.get(key)]
     seen = {change.key for change in different}
     return different + [change for change in input_changes(found, mine["inputs"], recipe) if change.key not in seen]
 
 
-def input_changes(found: Mapping[str, Any], mine: Inputs, recipe: Recipe) -> list[Change]:
+def input_changes(found: Mapping[str, Any], mine: Inputs, recipe: Recipe) -> list[RunChange]:
     """In what the inputs of a recorded run differ from these."""
-    different: list[tuple[str, Change]] = []
+    different: list[tuple[str, RunChange]] = []
     for place, kinds in mine.items():
         key = re.split(r"[\[.]", place)[0]
         then = found["inputs"].get(place, {})
         if isinstance(then, str):  # schema 0 had the digests of manifests alone
             then = {"manifest": then}
         if "manifest" in kinds and kinds["manifest"] != then.get("manifest"):
-            words = f"the stage it starts from, which was run again since ({place})"
-            different.append(("manifest", Change(key, words)))
+            description = f"the stage it starts from, which was run again since ({place})"
+            different.append(("manifest", RunChange(key, description)))
             continue
         for kind, value in kinds.items():
             if kind in then and then[kind] != value:
-                words = f"{place} ({_in_words(kind, then[kind], value, _source_name(recipe, place))})"
-                different.append((kind, Change(key, words)))
+                description = f"{place} ({_describe_change(kind, then[kind], value, _source_name(recipe, place))})"
+                different.append((kind, RunChange(key, description)))
     if any(kind == "rows" for kind, _ in different):  # which explain why other rows are used
         different = [(kind, change) for kind, change in different if kind != "used"]
     return [change for _, change in different]
 
 
-def _in_words(kind: str, then: Any, now: Any, source: str) -> str:
+def _describe_change(kind: str, then: Any, now: Any, source: str) -> str:
     if kind == "files":
         gone, new = [name for name in then if name not in now], [name for name in now if name not in then]
         if gone or new:
@@ -113,7 +113,7 @@ def _source_name(recipe: Recipe, place: str) -> str:
 
 
 def check_same(
-    different: list[Change], recipe: Recipe, holds: str, again: str, never: Collection[str] = ()
+    different: list[RunChange], recipe: Recipe, holds: str, again: str, never: Collection[str] = ()
 ) -> list[str]:
     """Refuse changes that the recipe does not accept; returns those that it does, in words.
 
@@ -129,13 +129,13 @@ def check_same(
     accepted = [change for change in different if change.key in known and change.key in recipe.accept_changes]
     refused = [change for change in different if change not in accepted]
     if not refused:
-        return [change.words for change in accepted]
+        return [change.description for change in accepted]
     keys = list(dict.fromkeys(change.key for change in refused))
     accept = ""
     if all(key in known for key in keys):
         accept = f" If the change is meant, add `accept_changes: [{', '.join([*recipe.accept_changes, *keys])}]`."
     raise OtherRun(
-        f"output_dir: {recipe.output_dir} holds {holds} in {', '.join(change.words for change in refused)}; delete the "
+        f"output_dir: {recipe.output_dir} holds {holds} in {', '.join(change.description for change in refused)}; delete the "
         f"folder to {again}, or set another output_dir.{accept}"
     )
 

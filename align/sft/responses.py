@@ -19,7 +19,7 @@ from align.data.reasoning import scored_turns, split_sampled
 from align.data.rows import Demonstration, render_text, tools_of
 from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
-from align.evaluate.metrics import foreign_scores, load_metric, measure
+from align.evaluate.metrics import external_scores, load_metric, measure
 from align.generation.responses import gather_responses, respond_to_batch
 from align.models.context_length import check_responses_fit
 
@@ -46,7 +46,7 @@ class ResponseEvaluation:
 
     @torch.no_grad()
     def generate(self, model: nn.Module) -> list[str]:
-        """The greedy response to each prompt, on every rank; each rank generates its share. For all ranks.
+        """The greedy response to each prompt, on every rank; each rank generates its share. Every rank must call it.
 
         Ranks take the same number of steps, so `model` may be sharded. The batch size changes responses by rounding only.
         """
@@ -72,7 +72,7 @@ class ResponseEvaluation:
             if measured := measure(metric, self.rows, responses, self.references):
                 scores |= measured.scores()
             else:
-                scores |= foreign_scores(name, metric, responses, self.references, KEY)
+                scores |= external_scores(name, metric, responses, self.references, KEY)
         return scores
 
     def table(self, responses: Sequence[str]) -> list[list[str]]:

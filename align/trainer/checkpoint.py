@@ -150,7 +150,7 @@ class SafeCheckpoints(Trainer):
         self._load_state(best)
 
     def _check_best(self, best: Path) -> None:
-        """Check that the best checkpoint is as it was written. For all ranks.
+        """Check that the best checkpoint is as it was written. Every rank must call it.
 
         Raises:
             UserError: it is not.

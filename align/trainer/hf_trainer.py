@@ -69,7 +69,7 @@ class ExactEvaluation(SafeCheckpoints):
         super().log(logs, start_time)
 
     def add_exact_metrics(self, logs: dict[str, float]) -> None:
-        """Put the exact metrics into the log of an evaluation. For all ranks."""
+        """Put the exact metrics into the log of an evaluation. Every rank must call it."""
         loss, correct, count = self.accelerator.reduce(self.sums, "sum").tolist()
         logs["eval_loss"] = loss / count
         pending_metrics(self, "eval")[self.accuracy] = [correct / count]
@@ -165,7 +165,7 @@ def _metric(recipe: TrainerRecipe) -> str:
 
 
 def save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: Callable[[], PreTrainedModel]) -> None:
-    """Write the trained model to `output_dir` as a plain Hugging Face folder. For all ranks.
+    """Write the trained model to `output_dir` as a plain Hugging Face folder. Every rank must call it.
 
     That is the model that training started from if `untrained_is_best`. An adapter is also saved as such, in `adapter/`; one that cannot be merged is saved in `output_dir` instead of a model.
 

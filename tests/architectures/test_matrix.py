@@ -10,8 +10,8 @@ from transformers import GPT2Config
 
 from align.cli.architectures import command
 from align.cli.architectures.cases import Case, make_cases, write_small_model
-from align.cli.architectures.exactness import PACKED, packed_lengths, room
-from align.cli.architectures.examine import FAILED, OK, REFUSED, Found, examine
+from align.cli.architectures.exactness import PACKED, packed_lengths, response_room
+from align.cli.architectures.examine import FAILED, OK, REFUSED, Examination, examine
 from align.errors import UserError
 
 EXACT = {"sampling", "training", "padded", "loss", "scores", "values"}
@@ -39,12 +39,12 @@ def test_a_model_that_reads_few_tokens(tmp_path):
     assert packed_lengths(GPT2Config(n_positions=222)) == PACKED
     assert sum(packed_lengths(GPT2Config(n_positions=221))) <= 221
     with pytest.raises(UserError, match="the model reads 15 tokens; examining it takes at least 16"):
-        room(GPT2Config(n_positions=15))
+        response_room(GPT2Config(n_positions=15))
 
 
 def test_a_process_that_dies_is_a_row_that_failed(monkeypatch):
     def die_or_find(case, *_):
-        return os.kill(os.getpid(), signal.SIGKILL) if case.name == "dies" else Found(case.name)
+        return os.kill(os.getpid(), signal.SIGKILL) if case.name == "dies" else Examination(case.name)
 
     monkeypatch.setattr(command, "examine", die_or_find)
     died, other = command.examine_all([Case("dies"), Case("other")], [])

@@ -10,7 +10,7 @@ import pytest
 from align.compat.others import hub_is_off, set_hub_off
 from align.config.data_source import DataSource
 from align.data import hub
-from align.data.hub import look_for_hub
+from align.data.hub import go_offline_if_unreachable
 from align.data.sources import read_source
 from align.errors import UserError
 from align.evaluate.metrics import load_metric
@@ -26,7 +26,7 @@ def listening():
 @pytest.fixture
 def at(monkeypatch):
     """Say where the hub is; none is asked before."""
-    monkeypatch.setattr(hub, "_asked", None)
+    monkeypatch.setattr(hub, "_last_check", None)
     monkeypatch.setattr(hub, "TRIES", (0.0, 0.01))
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -71,29 +71,29 @@ def test_what_is_on_a_hub_that_is_not_there_is_one_error_at_once(at, fetch, erro
 
 def test_it_is_asked_again_after_a_while(at, listening, monkeypatch):
     at(closed_port())
-    look_for_hub()
+    go_offline_if_unreachable()
     assert hub_is_off()
     at(listening.getsockname()[1])
-    look_for_hub()
+    go_offline_if_unreachable()
     assert hub_is_off()
-    monkeypatch.setattr(hub, "KNOWN_FOR", 0.0)
-    look_for_hub()
+    monkeypatch.setattr(hub, "RECHECK_SECONDS", 0.0)
+    go_offline_if_unreachable()
     assert not hub_is_off()
 
 
 def test_a_proxy_is_on_the_way(at, listening, monkeypatch):
     at(closed_port())
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listening.getsockname()[1]}")
-    look_for_hub()
+    go_offline_if_unreachable()
     assert not hub_is_off()
 
 
 def test_a_network_that_does_not_answer_is_given_up(at, monkeypatch):
     at(80)
-    monkeypatch.setattr(hub, "PATIENCE", 0.05)
+    monkeypatch.setattr(hub, "CONNECT_TIMEOUT", 0.05)
     monkeypatch.setattr(socket, "create_connection", lambda *_: time.sleep(1.0))  # as a name that is looked up
     began = time.monotonic()
-    look_for_hub()
+    go_offline_if_unreachable()
     assert hub_is_off()
     assert time.monotonic() < began + 0.9
 
@@ -101,4 +101,4 @@ def test_a_network_that_does_not_answer_is_given_up(at, monkeypatch):
 def test_whoever_is_offline_on_purpose_waits_for_nothing(at, monkeypatch):
     set_hub_off(True)
     monkeypatch.setattr(hub, "_reached", None)
-    look_for_hub()
+    go_offline_if_unreachable()

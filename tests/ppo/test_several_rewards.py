@@ -14,7 +14,7 @@ from transformers import LlamaForSequenceClassification
 
 from align.cli.check.memory import Footprint
 from align.cli.check.ppo import PPOCheck
-from align.config.ensemble import members
+from align.config.ensemble import ensemble_members
 from align.config.load import load_recipe
 from align.errors import UserError
 from align.evaluate.reward_model import check_reward_models
@@ -171,9 +171,9 @@ def test_a_folder_of_members_is_a_list_of_them(tmp_path):
     folder.mkdir()
     paths = [save_member(folder / f"member_{number}", number) for number in (1, 2, 10)]
     (folder / "member_mine").mkdir()
-    assert members(str(folder)) == paths, "by number"
+    assert ensemble_members(str(folder)) == paths, "by number"
     (tmp_path / "others" / "member_mine").mkdir(parents=True)
-    assert members(str(tmp_path / "others")) == [str(tmp_path / "others")], "not dropped"
+    assert ensemble_members(str(tmp_path / "others")) == [str(tmp_path / "others")], "not dropped"
     recipe = recipe_of(tmp_path, reward_model_path=str(folder))
     assert [model.name for model in ppo_run(recipe).models.rewards.models] == [
         f"reward_model_{number}" for number in (1, 2, 3)

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 import align.__main__ as cli
 from align.cli.check.check import run as check
 from align.cli.merge_rewards import run as merge
-from align.config.ensemble import members
+from align.config.ensemble import ensemble_members
 from align.errors import UserError
 from align.models.inspect_folder import inspect_folder
 from align.reward import members as members_module
@@ -61,9 +61,9 @@ def test_a_member_is_the_single_model_of_its_seed_to_the_bit(trained, tmp_path):
 
 def test_the_folder_says_what_its_members_are(trained):
     out = trained / "out"
-    assert members(str(out)) == [str(out / "member_1"), str(out / "member_2")]
+    assert ensemble_members(str(out)) == [str(out / "member_1"), str(out / "member_2")]
     found = read_manifest(out)
-    each = [read_manifest(path)["results"] for path in members(str(out))]
+    each = [read_manifest(path)["results"] for path in ensemble_members(str(out))]
     assert found["results"]["members"] == each
     assert found["results"]["table"][1] == ["held-out pair accuracy (member_2)", *each[1]["table"][0][1:]]
     assert not (out / "run.json").exists()
@@ -108,7 +108,7 @@ def test_the_mean_of_copies_is_the_model_to_the_bit(trained, tmp_path, capsys):
 
 
 def test_the_mean_of_members_by_hand(trained, tmp_path):
-    paths = members(str(trained / "warm"))
+    paths = ensemble_members(str(trained / "warm"))
     merge(paths, str(tmp_path / "mean"))
     found, each = weights(tmp_path / "mean"), [weights(path) for path in paths]
     for name in found:
@@ -127,7 +127,7 @@ def test_the_mean_of_members_by_hand(trained, tmp_path):
 
 
 def test_models_without_the_same_start_are_refused(trained, tmp_path, capsys):
-    out, warm = (members(str(trained / name)) for name in ("out", "warm"))
+    out, warm = (ensemble_members(str(trained / name)) for name in ("out", "warm"))
 
     def refused(message: str, *paths: str, output: Path = tmp_path / "mean") -> None:
         with pytest.raises(UserError, match=message):

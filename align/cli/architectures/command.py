@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 
 from align.cli.architectures.cases import Case, make_cases
-from align.cli.architectures.examine import FAILED, PARTS, REFUSED, Found, examine
+from align.cli.architectures.examine import FAILED, PARTS, REFUSED, Examination, examine
 from align.cli.architectures.stages import RECIPES
 from align.cli.processes import describe_exit_code
 from align.cli.report_file import json_report_path, write_json_report
@@ -75,7 +75,7 @@ def run(
     return int(FAILED in verdicts)
 
 
-def examine_all(cases: Sequence[Case], overrides: Sequence[str]) -> list[Found]:
+def examine_all(cases: Sequence[Case], overrides: Sequence[str]) -> list[Examination]:
     """Examine all cases, several at a time, each in a fork of this process; a process that dies is a row that failed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(cases))
@@ -83,7 +83,7 @@ def examine_all(cases: Sequence[Case], overrides: Sequence[str]) -> list[Found]:
     say(f"{len(cases)} to examine, {workers} at a time{about}", sys.stderr)
     waiting = list(cases)[::-1]
     running: dict[Any, tuple[Case, BaseProcess]] = {}  # by the connection that brings the result
-    found: dict[Case, Found] = {}
+    found: dict[Case, Examination] = {}
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="align-architectures-") as folder:
         try:
@@ -129,7 +129,7 @@ def _work(case: Case, folder: Path, overrides: Sequence[str], threads: int, send
         for descriptor in (1, 2):
             os.dup2(log.fileno(), descriptor)
     torch.set_num_threads(max(threads, 1))
-    Found.tell = sender.send
+    Examination.tell = sender.send
     sender.send(examine(case, folder, overrides))
     shutil.rmtree(folder)
 
@@ -141,21 +141,21 @@ def _progress(case: Case, part: str, seconds: float) -> str:
     return f"{case.name}: {done + 1}/{len(PARTS)} {part}, after {seconds:.0f} s{left}"
 
 
-def _result(case: Case, process: BaseProcess, results: Any) -> Found | str:
+def _result(case: Case, process: BaseProcess, results: Any) -> Examination | str:
     """What a process has sent: the name of the part that it begins, or at last what it found."""
     try:
-        found: Found | str = results.recv()
+        found: Examination | str = results.recv()
     except EOFError:
         process.join()
         how = describe_exit_code(process.exitcode or 0)
-        return Found(case.name, stages={"process": FAILED}, notes={"process": f"the process of this row {how}"})
+        return Examination(case.name, stages={"process": FAILED}, notes={"process": f"the process of this row {how}"})
     if isinstance(found, str):
         return found
     process.join()
     return found
 
 
-def matrix_table(found: Sequence[Found]) -> Table:
+def matrix_table(found: Sequence[Examination]) -> Table:
     """A row for each case: by stage the largest gap, or what became of it."""
     table = make_table(
         "largest gap from plain transformers, float32, nats (reward: of the score)", "model", *COLUMNS, ""
@@ -165,7 +165,7 @@ def matrix_table(found: Sequence[Found]) -> Table:
     return table
 
 
-def _cell(found: Found, parts: Sequence[str], gaps: Sequence[str]) -> str:
+def _cell(found: Examination, parts: Sequence[str], gaps: Sequence[str]) -> str:
     states = [found.stages[part] for part in parts if part in found.stages]
     for state in (FAILED, REFUSED):
         if state in states:

@@ -43,7 +43,7 @@ PROMPTS = (5, 11, 2, 8)  # tokens of each
 RESPONSE = 16
 TEMPERATURE = 0.7
 PACKED = (200, 9, 1, 12)  # tokens of the packed examples
-FEWEST_POSITIONS = 16
+MIN_POSITIONS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,15 @@ class Rows:
         return torch.cat([left, right], dim=1), torch.cat([left_mask, right_mask], dim=1), right_mask
 
 
-def room(config: PretrainedConfig, most: int = RESPONSE) -> int:
+def response_room(config: PretrainedConfig, most: int = RESPONSE) -> int:
     """Tokens of a response, at most `most`, for which the model has positions after the longest of PROMPTS.
 
     Raises:
         UserError: it has too few positions.
     """
     positions = max_positions(config)
-    if positions is not None and positions < FEWEST_POSITIONS:
-        raise UserError(f"the model reads {positions} tokens; examining it takes at least {FEWEST_POSITIONS}.")
+    if positions is not None and positions < MIN_POSITIONS:
+        raise UserError(f"the model reads {positions} tokens; examining it takes at least {MIN_POSITIONS}.")
     return min(most, (positions or most + max(PROMPTS)) - max(PROMPTS))
 
 
@@ -91,7 +91,7 @@ def sample_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> R
     """Responses of `model`. The third token of the first one is taken for EOS, so that some row ends early for sure."""
     prompts = random_prompts(min(len(tokenizer), _vocabulary(model)), PROMPTS)
     ids, mask = pad_left(prompts, 0)
-    noise = uniforms(0, "architectures", range(len(prompts)), room(model.config))
+    noise = uniforms(0, "architectures", range(len(prompts)), response_room(model.config))
     free, _, _ = generate(model, ids, mask, noise, TEMPERATURE, Ending(tokenizer))
     early = copy.copy(tokenizer)
     set_model_ends(early, [*end_ids(tokenizer), int(free[0, :3][-1])])

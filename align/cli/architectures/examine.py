@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from transformers import AutoTokenizer, GenerationConfig
 
 from align.cli.architectures.cases import Case, write_small_model
-from align.cli.architectures.exactness import measure_policy, measure_scores, room
+from align.cli.architectures.exactness import measure_policy, measure_scores, response_room
 from align.cli.architectures.stages import check_generates, check_recipes, ppo_models, run_recipe, write_recipes
 from align.errors import UserError, reason
 from align.models.context_length import max_positions
@@ -30,7 +30,7 @@ PARTS = ("model", "packing", "exact", "check", *STAGES, "scores", "saved")  # in
 
 
 @dataclass(slots=True)
-class Found:
+class Examination:
     """What is known of one architecture.
 
     Attributes:
@@ -71,9 +71,9 @@ class Found:
             self.notes[name] = str(error) if is_user_error else reason(error)
 
 
-def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Found:
+def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Examination:
     """Measure one case and run its stages, in `folder`. Errors become notes."""
-    began, found = time.monotonic(), Found(case.name, OWN_LIMIT if case.folder else LIMIT)
+    began, found = time.monotonic(), Examination(case.name, OWN_LIMIT if case.folder else LIMIT)
     base = case.folder or str(folder / "base")
     with found.part("model"):
         if case.folder is None:
@@ -97,7 +97,7 @@ def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Found:
     return found
 
 
-def run_stages(found: Found, base: str, folder: Path, packs: bool, rows: Any, overrides: Sequence[str]) -> None:
+def run_stages(found: Examination, base: str, folder: Path, packs: bool, rows: Any, overrides: Sequence[str]) -> None:
     """The three stages one after the other, as far as they go; then what the folders that they saved hold."""
     config = load_config(base, "--model")
     write_recipes(base, folder, packs, max_positions(config))
@@ -115,7 +115,7 @@ def run_stages(found: Found, base: str, folder: Path, packs: bool, rows: Any, ov
         with found.part("scores"):
             found.gaps |= measure_scores(ppo_models(folder, overrides), str(folder / "reward"), rows)
         with found.part("saved"):
-            check_generates(str(folder / "ppo"), rows.prompts, room(config, 8))
+            check_generates(str(folder / "ppo"), rows.prompts, response_room(config, 8))
 
 
 def write_small_copy(base: str, folder: Path) -> str:
