@@ -43,7 +43,8 @@ def load_reward_model(
     headless = f"{path}: holds {architecture}, which has no sequence classification head; {remedy}"
     if architecture.endswith("ForTokenClassification") or not (is_scorer or stored_tensors(path)):
         raise ValueError(headless)
-    if is_scorer and config.num_labels != 1:
+    # Where the files are here, the head in them decides: a config.json that does not say has two labels by default.
+    if is_scorer and config.num_labels != 1 and not stored_tensors(path):
         raise ValueError(f"{path}: a classifier with {config.num_labels} labels instead of one; {remedy}")
 
     scalar = copy.deepcopy(config)

@@ -27,7 +27,7 @@ REPEATED = "a response repeats the whole prompt"
 UNREAD = "the column `{name}` is not read: the model never sees it"
 # Columns that change what a row says or asks for in the formats of other tools.
 MEANINGFUL_COLUMNS = {"system", "system_prompt", "image", "images", "video", "videos", "audio", "audios", "documents", "train", "label",
-           "reasoning", "reasoning_content", "thinking"}  # fmt: skip
+           "reasoning", "reasoning_content", "thinking", "instruction", "input", "context", "history"}  # fmt: skip
 SHORT_PROMPT = 8  # characters of a prompt that a response may begin with by chance
 
 

@@ -39,7 +39,7 @@ from align.models.trainable import add_adapter
 from align.models.value import find_value_head, load_value_model
 from align.ppo.setup import start_value_head
 from align.sft.train import run
-from reward_models import score_sequences
+from reward_models import load_reward_model, score_sequences
 from tests.ppo.runs import ALONE
 from tests.worlds import letter_tokenizer, metrics, save_recipe, save_tiny_policy, tiny_llama, training_keys
 
@@ -212,6 +212,17 @@ def test_a_reward_model_gets_a_random_head(tmp_path, name):
     save_file({**load_file(file), name: weight}, file, {"format": "pt"})
     head = find_reward_head(str(tmp_path), AutoConfig.from_pretrained(tmp_path), new_head=False)
     assert torch.equal(start_reward_model(str(tmp_path), head, new_head=False, seed=0).score.weight, weight)
+
+
+def test_a_reward_model_is_taken_for_a_classifier_of_two_labels(tmp_path):
+    """https://github.com/OpenRLHF/OpenRLHF/issues/1039: its config.json does not say how many labels; two are the default."""
+    weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
+    save_tiny_policy(tmp_path, layers=1)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "score.weight": weight}, file, {"format": "pt"})
+    change(tmp_path / "config.json", architectures=["LlamaForSequenceClassification"])
+    assert AutoConfig.from_pretrained(tmp_path).num_labels == 2
+    assert torch.equal(load_reward_model(str(tmp_path)).score.weight, weight)
 
 
 def test_the_score_is_read_at_the_first_end_of_turn():

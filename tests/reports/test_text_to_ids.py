@@ -169,6 +169,13 @@ def test_what_the_template_leaves_out_is_not_trained(messages, said):
         encode_example(chatml(), messages[:-1], messages[-1:])
 
 
+def test_the_input_beside_the_instruction_is_not_read(capsys):
+    """https://github.com/ConardLi/easy-dataset/issues/549: Alpaca's columns, of which `columns:` maps two."""
+    rows = [Demonstration("Add.", "3", f"f:{index}", {"input": text}) for index, text in enumerate(["1 2", ""])]
+    tokenize_demonstrations(rows, chatml(), max_length=99)
+    assert "the column `input` is not read: the model never sees it: 1 of 2 rows (f:0)" in capsys.readouterr().err
+
+
 def test_a_turn_that_is_to_be_left_out_is_trained():
     """https://github.com/verl-project/verl/issues/5316: an assistant turn with a weight of 0."""
     messages = [user("one"), {**assistant("I"), "weight": 0}, user("two"), assistant("II")]
