@@ -1,4 +1,4 @@
-"""Data sets from scored samples: the best responses for SFT, a random control beside them, and pairs for a reward model."""
+"""Data sets from scored samples: the best responses for SFT, random responses as a control, and preference pairs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from align.data.rows import Prompt, as_response
 from align.data.token_ids import decode_response
 
 BEST, RANDOM, PAIRS, RESPONSES = "best.jsonl", "random.jsonl", "pairs.jsonl", "responses.jsonl"
-OURS = {*ROW_COLUMNS, "weight"} - {
-    "tools"
-}  # columns of the prompts' rows that would mean something else beside a response
+# Columns of the prompts' rows that would have another meaning in a row with a response.
+RESERVED_COLUMNS = {*ROW_COLUMNS, "weight"} - {"tools"}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A sample with its text. `usable`: it ends, and it has an answer, so that a stage can train on it."""
+    """A sample with its text. `usable`: it ends and has an answer, so that a stage can train on it."""
 
     sample: Sample
     text: str
@@ -39,10 +38,11 @@ def data_sets(
     rejected: str,
     seed: int,
 ) -> dict[str, list[str]]:
-    """Lines of JSON by file. A prompt has a row in `best.jsonl` and `random.jsonl` if one of its responses is usable.
+    """The lines of each data set, by file.
 
-    The first of the best is chosen. In `pairs.jsonl` the rejected response has a lower score; a prompt without such a one
-    has no pair. Other columns of the prompts are kept, but for those that name a response.
+    A prompt has a row in `best.jsonl` and `random.jsonl` if one of its responses is usable; of equal scores, the first is the
+    best. It has a pair in `pairs.jsonl` if another usable response has a lower score. Other columns of the prompts are kept,
+    except those that would name a response.
 
     Args:
         groups: the samples of each prompt.
@@ -76,11 +76,11 @@ def data_sets(
     return lines
 
 
-def left_out(lines: dict[str, list[str]], size: int) -> dict[str, int]:
-    """Why prompts have no row in `best.jsonl` and `random.jsonl`, or none in `pairs.jsonl`: prompts by reason.
+def count_left_out(lines: dict[str, list[str]], size: int) -> dict[str, int]:
+    """The number of prompts without a row in `best.jsonl` and `random.jsonl`, or in `pairs.jsonl`, by reason.
 
     Args:
-        lines: what `data_sets` returned.
+        lines: from `data_sets`.
         size: responses to a prompt.
     """
     responses = [json.loads(line) for line in lines[RESPONSES]]
@@ -114,5 +114,5 @@ def _measures(sample: Sample, usable: bool) -> dict[str, Any]:
 
 
 def _line(prompt: Prompt, columns: dict[str, Any]) -> str:
-    kept = {name: value for name, value in prompt.extra.items() if name not in OURS}
+    kept = {name: value for name, value in prompt.extra.items() if name not in RESERVED_COLUMNS}
     return json.dumps({**kept, "prompt": prompt.prompt, **columns}, ensure_ascii=False, default=str) + "\n"

@@ -1,4 +1,4 @@
-"""The frontier: what the best of n has, for n = 1..N, at which KL divergence, with intervals over prompts."""
+"""The frontier: estimates of the rewards of the best of n and the KL bound, for n = 1..N, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from align.maths.best_of_n import expected_best, expected_win_rate, kl_bound, wi
 def frontier(
     groups: Sequence[Sequence[Sample]], names: Sequence[str], iterations: int, seed: int
 ) -> list[dict[str, Any]]:
-    """For n = 1..N the estimates over the prompts, each with its 95% interval under `_low` and `_high`.
+    """An entry for each n = 1..N with the estimates over the prompts and their 95% intervals (`_low`, `_high`).
 
-    `proxy` is the score by which the best is chosen, `judge` that of the judge, `length` in tokens. Win rates are against one
-    more sample, by score and by judge, and need n < N. None where there is no estimate.
+    `proxy` is the mean score of the best by score, `judge` its mean score by the judge, `length` its mean length in tokens.
+    Win rates, by score and by judge, are against one more sample and need n < N. Missing estimates are None.
 
     Args:
         groups: the N samples of each prompt.
         names: a text for each prompt; prompts of the same text are resampled together.
+        iterations: bootstrap resamples.
     """
     scores, lengths = _table(groups, lambda each: each.score), _table(groups, lambda each: len(each.ids))
     estimates = {
@@ -50,12 +51,12 @@ def frontier(
 
 
 def _table(groups: Sequence[Sequence[Sample]], of: Callable[[Sample], float | None]) -> Tensor:
-    """A number of each sample, [P, N] float64."""
+    """A number for each sample, [P, N] float64."""
     return torch.tensor([[of(sample) for sample in group] for group in groups], dtype=torch.float64)
 
 
 def _means(values: Tensor, names: Sequence[str], iterations: int, seed: int) -> list[tuple[float, float, float]]:
-    """The mean over prompts of each column of values [P, K], and its interval."""
+    """Mean, low and high of each column of values [P, K], over prompts."""
     places = {name: place for place, name in enumerate(dict.fromkeys(names))}
     statistics = np.zeros((len(places), values.shape[1] + 1))
     np.add.at(statistics, [places[name] for name in names], np.c_[values.numpy(), np.ones(len(values))])

@@ -26,7 +26,7 @@ from align.runs.manifest import check_tokenizer, read_manifest
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a run starts from. `prompts` have token ids; `report` is that of the rows, from `align.data.load`."""
+    """The inputs of a run: configuration, tokenizer, rewards, prompts with token ids, and the report of `align.data.load`."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
@@ -37,10 +37,10 @@ class Inputs:
 
 
 def prepare_inputs(recipe: BestOfNRecipe) -> Inputs:
-    """Read configurations, tokenizers, manifests and rows, and check that they fit together.
+    """Read configurations, tokenizers, manifests and rows, and check that they match.
 
     Raises:
-        UserError: a model is missing or of the wrong kind, they do not fit together, or rows cannot be used.
+        UserError: a model is missing or of the wrong kind, models do not match, or rows cannot be used.
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
     config = load_config(path, key, recipe.trust_remote_code)

@@ -1,4 +1,4 @@
-"""What of the samples is on the disk already: a line for each batch, from which a run that was killed goes on."""
+"""The file of samples of an unfinished run, one line for each batch, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Sample:
 
     Attributes:
         ids: token ids, up to and including what ends the response.
-        ended: whether it ends by itself, rather than at the longest length.
-        score: by which the best is chosen.
-        sources: scores of each reward source; None where one does not apply.
-        judge: None without a judge.
+        ended: whether it ends by itself rather than at `response_length`.
+        score: the score by which the best is chosen.
+        sources: the score of each reward source; None if a source does not apply.
+        judge: the judge's score; None without a judge.
     """
 
     ids: list[int]
@@ -36,24 +36,24 @@ class Sample:
 
 
 class SampleFile:
-    """The file of finished batches. A line counts if its digest, which the run's identity is part of, is right.
+    """The file of finished batches. A line is valid if its digest, which includes `key`, matches.
 
     Args:
-        key: what determines the samples; those of other runs are sampled again.
+        key: a digest of everything that determines the samples; samples with another key are discarded.
     """
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
 
     def read(self) -> list[Sample]:
-        """The samples of the batches up to the first that is missing or damaged; cuts the file there."""
+        """Read the samples up to the first missing or damaged batch, and truncate the file there."""
         samples: list[Sample] = []
         if not os.path.lexists(self.path):
             return samples
         lines = read_file(self.path, follow_links=False, max_bytes=os.lstat(self.path).st_size).splitlines(
             keepends=True
         )
-        good = 0
+        valid_lines = 0
         for line in lines:
             try:
                 batch = parse_json(line, self.path)
@@ -64,13 +64,13 @@ class SampleFile:
                 say(f"{self.path}: sampling again from response {len(samples) + 1}, whose line is another's or damaged")
                 break
             samples += [Sample(**row) for row in rows]
-            good += 1
-        if good < len(lines):
-            write_bytes(self.path, b"".join(lines[:good]))
+            valid_lines += 1
+        if valid_lines < len(lines):
+            write_bytes(self.path, b"".join(lines[:valid_lines]))
         return samples
 
     def append(self, start: int, batches: Sequence[Sequence[Sample]]) -> None:
-        """Add batches that follow each other, the first of which begins at sample `start`."""
+        """Append consecutive batches, the first of which begins at sample `start`."""
         if not self.path.parent.is_dir():
             raise removed(self.path.parent.parent)
         with during("records", self.path), open(self.path, "ab") as file:

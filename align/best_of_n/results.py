@@ -1,4 +1,4 @@
-"""`results.json` of `align bon`: the identity by which it is recognized, its numbers as tables and as a chart. Imports no torch."""
+"""`results.json` of `align bon`: its schema, its tables and its chart. Does not import torch."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def finished(recipe: BestOfNRecipe) -> dict[str, Any] | None:
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:
-    """The frontier at powers of two and at the largest n, the rows of the data sets, and why prompts are not in them."""
+    """Tables of the frontier (at powers of two and the largest n), of the data sets' sizes, and of prompts left out."""
     frontier = results["frontier"]
     has_judge = any(each["judge"] is not None for each in frontier)
     has_judge_columns = ["judge", "win rate by judge"] if has_judge else []
@@ -86,7 +86,7 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
 
 
 def eos_warning(results: Mapping[str, Any]) -> str | None:
-    """A warning that too few responses end by themselves, by the limit of PPO's self-checks; None where enough do."""
+    """A warning if the EOS rate is below the limit of PPO's self-checks, else None."""
     rate = results["eos_rate"]
     if rate >= LOW_EOS_RATE:
         return None
@@ -104,7 +104,7 @@ def _with_interval(entry: Mapping[str, Any], name: str) -> str:
 
 
 def report_text(results: Mapping[str, Any]) -> str:
-    """`results.md`."""
+    """The content of `results.md`."""
     text = (
         "# Best of n\n\nEstimates are unbiased, over all sets of n of the responses; in brackets 95% intervals, by bootstrap over "
         "the prompts. The KL divergence is from the model that was sampled. Win rates are against one more response, so that "

@@ -3,7 +3,7 @@
     align bon recipes/mine/4_bon.yaml
     deepspeed --num_gpus 8 --module align bon recipes/mine/4_bon.yaml
 
-Each prompt gets N responses, by the sampler of PPO, which are scored as PPO scores them. From these come the frontier for
+Samples N responses to each prompt with PPO's sampler and scores them as PPO does. From these come the frontier for
 every n up to N, the best response to each prompt with a random one as its control, and preference pairs. The noise of a
 response depends on the seed and its number alone, and batches do not depend on the number of processes, each of which holds
 complete models. A run that was killed goes on after the last batches that it finished.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.best_of_n.datasets import BEST, PAIRS, RANDOM, RESPONSES, data_sets, left_out
+from align.best_of_n.datasets import BEST, PAIRS, RANDOM, RESPONSES, count_left_out, data_sets
 from align.best_of_n.frontier import frontier
 from align.best_of_n.inputs import Inputs, prepare_inputs
 from align.best_of_n.progress import Sample, SampleFile
@@ -87,7 +87,7 @@ def run(recipe: BestOfNRecipe) -> BestOfNResult | None:
             "num_generations": size,
             "frontier": frontier(groups, names, recipe.bootstrap_iters, recipe.seed),
             "eos_rate": sum(each.ended for each in samples) / len(samples),
-            "left_out": left_out(lines, size),
+            "left_out": count_left_out(lines, size),
             "datasets": {name: len(rows) for name, rows in lines.items()},
             "data": inputs.report,
         }
@@ -112,7 +112,7 @@ def run(recipe: BestOfNRecipe) -> BestOfNResult | None:
 
 
 class BestOfN:
-    """The model that is sampled, and the rewards, on one rank."""
+    """The model to sample from and the rewards, on one rank."""
 
     def __init__(self, recipe: BestOfNRecipe, inputs: Inputs, world: World):
         self.recipe, self.inputs, self.world = recipe, inputs, world
@@ -143,7 +143,7 @@ class BestOfN:
         return models + [user_function(name, key, recipe.reward_timeout) for name in getattr(recipe, key)]
 
     def sample(self, file: SampleFile) -> list[Sample]:
-        """All samples in the order of the prompts, N of each, on rank 0; as far as the file has them, from there.
+        """All samples on rank 0, N of each prompt in the order of the prompts; those in the file are not sampled again.
 
         Raises:
             UserError: a reward failed; the message shows the row.
@@ -176,7 +176,7 @@ class BestOfN:
         return samples
 
     def _batch(self, numbers: Sequence[int]) -> list[Sample]:
-        """The responses with these numbers, and their scores. Response i belongs to prompt i // N."""
+        """Sample and score the responses with these numbers; response i belongs to prompt i // N."""
         prompts = [self.inputs.prompts[number // self.recipe.num_generations] for number in numbers]
         batch = PromptBatch([prompt for prompt, _ in prompts], [ids for _, ids in prompts], "best of n", list(numbers))
         sampled = self.sampler.sample(self.model, self.world, batch)

@@ -1,5 +1,5 @@
-"""The commands that are no stage: `align run`, `align check`, `align merge`, `align verify`.
+"""The commands other than stages: `align run`, `check`, `merge`, `verify`, `report`, `diagnose`.
 
 Imported by `align.__main__` only; may import everything else. Public: `run.run`, `check.check.run`, `merge.run`,
-`verify.run`.
+`merge_rewards.run`, `verify.run`, `report.run`, `diagnose.run`.
 """

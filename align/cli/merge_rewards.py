@@ -67,7 +67,7 @@ def run(paths: Sequence[str], output: str) -> str:
 
 
 def _start_difference(one: dict[str, Any], two: dict[str, Any]) -> str | None:
-    """In what the starts of two models differ, in words, by their manifests."""
+    """How the starting points of two models differ, from their manifests; None if they do not."""
     (base, _), (other, _) = starts = [_start(one), _start(two)]
     if base != other:
         names = [each["recipe"].get("model_name_or_path") for each in (one, two)]
@@ -82,14 +82,14 @@ def _start_difference(one: dict[str, Any], two: dict[str, Any]) -> str | None:
 
 
 def _start(manifest: dict[str, Any]) -> tuple[Any, str]:
-    """The base model, by its files where they were recorded, and where the head came from: a new one is drawn from the seed."""
+    """The base model (its files' fingerprints if recorded) and the origin of the head (a new one depends on the seed)."""
     recipe, head = manifest["recipe"], str(manifest.get("head"))
     base = manifest["inputs"].get("model_name_or_path") or recipe.get("model_name_or_path")
     return base, f"{head}, seed {manifest.get('seed', recipe.get('seed'))}" if head == "new" else head
 
 
 def _model_difference(one: ModelFolder, two: ModelFolder) -> str | None:
-    """In what two models differ besides the values of their weights, in words."""
+    """How two models differ other than in the values of their weights; None if they do not."""
     configs = [{name: value for name, value in each.config.items() if name not in OWN} for each in (one, two)]
     for name in sorted({*configs[0], *configs[1]}):
         if configs[0].get(name) != configs[1].get(name):

@@ -26,7 +26,7 @@ EMPTY = Path(__file__).parent / "empty"
 
 
 def python_path() -> str:
-    """PYTHONPATH for a process in another folder: absolute, with this package's folder if it was found in the current one."""
+    """PYTHONPATH for a process in another folder: absolute paths, and this package's folder if the current one has it."""
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     searched = list(sys.path)
     if align.CURRENT_FOLDER in searched:

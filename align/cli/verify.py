@@ -34,8 +34,8 @@ from align.runs.tables import cell, make_console, make_table
 
 MODULE = "align_verify_rewards"
 BETAS = (0.5, 1.0)
-MIN_NORMALISED = 0.98  # least share of the way from the reference to the optimum
-MAX_DIVERGENCE = 0.02  # most KL(pi || pi*) on the small language, nats
+MIN_NORMALISED = 0.98  # J of the trained policy, with the reference at 0 and the optimum at 1
+MAX_DIVERGENCE = 0.02  # KL(pi || pi*) on the small language, nats
 ROLLOUT = 256
 SETTINGS: dict[str, Any] = {
     "stage": "ppo",

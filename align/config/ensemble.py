@@ -97,7 +97,7 @@ def check_normalized_rewards(recipe: Any, where: Where, sources: list[str]) -> N
 
 
 def ensemble_members(path: str) -> list[str]:
-    """The members in the `output_dir` of a reward stage with `ensemble_size`, by number; any other path as it is."""
+    """The paths of the members in the `output_dir` of a reward stage with `ensemble_size`; any other path unchanged."""
     folder = Path(path)
     numbers = [
         found[1] for each in folder.glob(f"{MEMBER}*") if each.is_dir() and (found := NUMBERED.fullmatch(each.name))
@@ -108,11 +108,11 @@ def ensemble_members(path: str) -> list[str]:
 
 
 def canonical_path(path: str) -> str:
-    """What two names of one model have in common: the folder that they lead to, or a hub id."""
+    """The real path of a model folder, or the hub id: equal for two names of one model."""
     return os.path.realpath(path) if os.path.isdir(path) else path
 
 
 def models_by_place(name: str, paths: list[str]) -> dict[str, str]:
-    """The models that a key names in a list, members of folders included, by their place in the recipe."""
+    """The models in the list of a key, with the members of ensemble folders, by their place in the recipe."""
     found = [each for path in paths for each in ensemble_members(path)]
     return {name: found[0]} if len(found) == 1 else {f"{name}[{i}]": path for i, path in enumerate(found)}

@@ -15,10 +15,10 @@ _recipe_folders: list[str] = []  # those that recipes have added to `sys.path` s
 
 
 def make_importable(folder: Path, modules: Iterable[str]) -> None:
-    """Let `module:function` name a file in a recipe's folder: the newest recipe's folder is searched before older ones'.
+    """Let `module:function` name a file in a recipe's folder, which is searched before those of earlier recipes.
 
-    Python keeps what it has imported. A module that came from the folder of a recipe makes way for the file of its name
-    in this folder, so that each recipe of a program gets its own functions, as they are now.
+    Modules imported from an earlier recipe's folder are dropped from `sys.modules` if this folder has a file of their name,
+    so that each recipe of a program gets its own functions.
     """
     if str(folder) in _recipe_folders or str(folder) not in sys.path:
         _recipe_folders[:] = [str(folder), *(path for path in _recipe_folders if path != str(folder))]

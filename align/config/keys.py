@@ -11,7 +11,7 @@ from align.errors import UserError, first_of, nearest
 Where = Callable[[str], str]  # from the name of a key to its place in words, with which an error begins
 
 
-LARGEST = 10**9  # of a number without a lower limit of its own; larger ones take for ever or overflow a float32
+LARGEST = 10**9  # limit of numbers without a lower one of their own; larger ones run endlessly or overflow a float32
 
 
 @dataclass(frozen=True, slots=True)

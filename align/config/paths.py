@@ -1,4 +1,4 @@
-"""The paths in a recipe: what `~` and variables in them stand for, where relative ones lie, and that output is no input."""
+"""The paths in a recipe: expand `~` and variables, resolve relative paths, and check that output and inputs do not overlap."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def expand_output(path: str, where: str) -> str:
     """As `expand`, of a file or folder that is written.
 
     Raises:
-        UserError: as `expand`; or a folder before `..` is not there, so that whoever makes it gives the path another meaning.
+        UserError: as `expand`; or a folder before `..` does not exist, so that the meaning of the path would depend on it.
     """
     expanded = expand(path, where)
     parts = Path(expanded).parts

@@ -17,13 +17,13 @@ _GIT_LFS, _GIT_ANNEX = b"version https://git-lfs.github.com/spec/", b"/annex/obj
 
 
 def check_regular(path: str | os.PathLike[str], where: str = "") -> None:
-    """Check that `path` is a regular file with its content, before it is opened: reading a named pipe would wait for ever.
+    """Check that `path` is a regular file with its content before it is opened, since opening a named pipe would block.
 
     Args:
         where: what the error begins with, such as the key that names the file.
 
     Raises:
-        UserError: there is no such file, it is something else, or git stands in for it by a pointer.
+        UserError: there is no such file, it is not a regular file, or it is a pointer of Git LFS or git-annex.
     """
     name = f"{where}: {path}" if where else f"{path}"
     try:

@@ -1,4 +1,4 @@
-"""Chat templates: rendered as by transformers, in the process of `align.config.sandbox`."""
+"""Render chat templates as transformers does, in the process of `align.config.sandbox`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def render_chat(
 
 
 def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
-    """Have the tokenizer's chat template rendered with these values for variables that it reads.
+    """Render the tokenizer's chat template with these values for its variables from now on.
 
     Raises:
         UserError: there is no chat template, or it does not read one of them.

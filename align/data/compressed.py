@@ -1,4 +1,4 @@
-"""A limit on what small files may expand to: a gzip or Parquet file of a megabyte can hold gigabytes of one repeated letter."""
+"""Limits on the expansion of compressed files: a gzip or Parquet file of a megabyte can expand to gigabytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows to the token ids of their texts, in batches; what is seen of them on the way is reported at the end."""
+"""Rows to the token ids of their texts, in batches; oddities in the rows are reported at the end."""
 
 from __future__ import annotations
 

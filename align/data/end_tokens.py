@@ -14,7 +14,7 @@ ATTRIBUTE = "model_end_tokens"  # of the tokenizer: text and id of the model's e
 
 
 def set_model_ends(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> None:
-    """Have the model's end tokens `ids` end responses beside the tokenizer's EOS. Ids without a token are never sampled."""
+    """Let the tokens `ids` end responses in addition to the tokenizer's EOS; ids without a token are ignored."""
     others = [token for token in ids if token != tokenizer.eos_token_id]
     texts = {token: tokenizer.added_tokens_decoder.get(token) for token in others}
     setattr(

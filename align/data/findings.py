@@ -1,4 +1,4 @@
-"""What the ids of rows show that is no error in a row: said once for all rows, or refused where most rows have it."""
+"""Oddities in the ids of rows that are not errors: reported once for all rows, or refused if most rows have them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ LEADING_ANSWER = "an assistant turn before the first user turn answers nothing: 
 EMPTY_THOUGHT = f"the chat template opens a thought ({THINK}) and the row has none: it is trained to close it at once"
 REPEATED = "a response repeats the whole prompt"
 UNREAD = "the column `{name}` is not read: the model never sees it"
-# Columns that change what a row says or asks for in the formats of other tools.
+# Columns that have a meaning in the formats of other tools, and are not read here.
 MEANINGFUL_COLUMNS = {"system", "system_prompt", "image", "images", "video", "videos", "audio", "audios", "documents", "train", "label",
            "reasoning", "reasoning_content", "thinking", "instruction", "input", "context", "history"}  # fmt: skip
 SHORT_PROMPT = 8  # characters of a prompt that a response may begin with by chance
 
 
 class Findings:
-    """The places of rows by what was found in them.
+    """The oddities found in rows, with the places of the rows.
 
     Args:
-        tokenizer: the one that encodes the rows.
+        tokenizer: encodes the rows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -53,11 +53,11 @@ class Findings:
     def inspect(
         self, row: Row, texts: Sequence[DialogueText], own_ids: Sequence[list[int]], before: Sequence[list[int]]
     ) -> None:
-        """Note what is to be said of a row.
+        """Look for oddities in a row.
 
         Args:
             texts: its prompt with each of its responses.
-            own_ids: of the prompts alone.
+            own_ids: ids of the prompts alone.
             before: ids before the responses.
         """
         if own_ids != before:
@@ -100,7 +100,7 @@ class Findings:
         self.found.setdefault(text, []).append(where)
 
     def report(self, total: int) -> None:
-        """Print what was found in the `total` rows.
+        """Print the oddities of `total` rows.
 
         Raises:
             UserError: most responses repeat their prompts.
@@ -128,6 +128,6 @@ def _is_redundant(row: Row, name: str) -> bool:
 
 
 def print_note(text: str) -> None:
-    """Print a note, on the first process alone."""
+    """Print a note on rank 0."""
     if int(os.environ.get("RANK", "0")) == 0:
         say(f"note: {text}")

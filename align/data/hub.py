@@ -1,4 +1,4 @@
-"""The hub of models and data sets, asked for seconds whether it can be reached: each download would try for a minute."""
+"""Check for a few seconds whether the Hugging Face hub can be reached, since each download would retry for a minute."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from urllib.parse import urlsplit
 from align.compat.others import hub_address, hub_is_off, set_hub_off
 from align.terminal import say
 
-CONNECT_TIMEOUT = 5.0  # seconds that one try may take
+CONNECT_TIMEOUT = 5.0  # seconds for each try
 TRIES = (0.0, 1.0, 2.0)  # seconds before each try, for a network that fails at once
-RECHECK_SECONDS = 60.0  # seconds
+RECHECK_SECONDS = 60.0
 
 _last_check: tuple[float, bool] | None = None  # when, and whether it was off
 
 
 def go_offline_if_unreachable() -> None:
-    """Before something is fetched: if the hub cannot be reached, take what is in its cache, and say so.
+    """Before a download: if the hub cannot be reached, print that and use its cache only.
 
-    For a minute the answer holds. `HF_HUB_OFFLINE=1` asks nothing.
+    The result is kept for a minute. With `HF_HUB_OFFLINE=1` nothing is checked.
     """
     global _last_check
     if _last_check is not None and time.monotonic() < _last_check[0] + RECHECK_SECONDS:

@@ -107,7 +107,7 @@ def load_rows(settings: DataSettings, row_type: type, key: str = "train_dataset"
 
 
 def _fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 of rows in their order, but for the names that they have from their files."""
+    """SHA-256 of rows in their order, without the file names in `where`."""
     digest = hashlib.sha256()
     for row in rows:
         content = replace(row, where="", extra={name: value for name, value in row.extra.items() if name != TASK})
@@ -116,7 +116,7 @@ def _fingerprint(rows: Sequence[Row]) -> str:
 
 
 def _without_addresses(value: Any) -> str:
-    """`repr`, but for the place in memory that objects of other kinds (images, ...) print, which no two runs share."""
+    """`repr` without the memory addresses that other objects (images, ...) print, which differ between runs."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

@@ -1,4 +1,4 @@
-"""Text and messages of a row as templates read them: checked, in one form, with nothing left out in silence.
+"""Text and messages of a row in the form that templates read, checked so that nothing is silently dropped.
 
 A message has `role` and `content`. Any further key (`reasoning_content`, `tool_calls`, `name`, ...) is kept for the chat
 template; `align.data.dialogues` refuses the ones that it ignores. `train` and `weight` select the turns that are trained.
@@ -175,7 +175,7 @@ def _json(value: Any) -> Any:
 
 
 def without_flags(messages: Sequence[Message]) -> list[Message]:
-    """The messages without what selects the turns to train."""
+    """The messages without the flags that select the turns to train."""
     return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 

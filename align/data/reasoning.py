@@ -22,12 +22,12 @@ ATTRIBUTE = "scores_reasoning"  # of the tokenizer, which every place that encod
 
 
 def set_scores_reasoning(tokenizer: PreTrainedTokenizerBase, scores: bool) -> None:
-    """Have rewards and metrics read the reasoning of responses too, or not."""
+    """Set whether rewards and metrics read the reasoning of responses too."""
     setattr(tokenizer, ATTRIBUTE, scores)
 
 
 def scores_reasoning(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """What `set_scores_reasoning` has set; not, without it."""
+    """The value of `set_scores_reasoning`; False by default."""
     return bool(getattr(tokenizer, ATTRIBUTE, False))
 
 

@@ -46,7 +46,7 @@ class Demonstration:
     where: str
     extra: dict[str, Any] = field(default_factory=dict)
     trained_turns: int = 1
-    untrained: tuple[int, ...] = field(default=(), repr=False)  # `repr` names a row's content in fingerprints of old
+    untrained: tuple[int, ...] = field(default=(), repr=False)  # fingerprints of earlier versions use `repr`
 
     @property
     def trained(self) -> list[int]:

@@ -215,7 +215,7 @@ def _parse_row(line: str) -> Any:
 
 
 def _check_csv(file: str, used: Collection[str]) -> None:
-    """Check what pandas would silently repair: it takes the first of too many cells for a name of the row, and shifts the rest.
+    """Check for rows that pandas would silently repair: given too many cells, it uses the first as index and shifts the rest.
 
     Args:
         used: names of columns that the row may be read from.

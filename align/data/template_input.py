@@ -1,4 +1,4 @@
-"""What a chat template reads: messages in the form in which it writes all that they hold, and what it would leave out."""
+"""Convert messages to the form that a chat template renders completely, and detect content that it would ignore."""
 
 from __future__ import annotations
 

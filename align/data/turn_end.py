@@ -1,4 +1,4 @@
-"""How the tokenizer's chat template ends a turn of the assistant: with a token that ends responses, or with mere text."""
+"""How the tokenizer's chat template ends an assistant turn: with an end token, or with text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTE_PRINTED = "turn_end_was_said"  # attribute of the tokenizer
 
 
 def add_template_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the one token that the chat template ends a turn with end responses, if it writes no other end token there.
+    """Make the token with which the chat template ends a turn an end token, if the template writes no other end token there.
 
     Models whose template was added later, as to a base model, lack it in `eos_token_id`.
     """
@@ -26,7 +26,7 @@ def add_template_end(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def turn_end_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What is to be said, once for a tokenizer, where the chat template ends a turn with text that is no end token, or not at all."""
+    """A note, once for a tokenizer, if the chat template ends a turn with text that is not an end token, or does not end it."""
     if getattr(tokenizer, NOTE_PRINTED, False):
         return None
     setattr(tokenizer, NOTE_PRINTED, True)
@@ -57,12 +57,12 @@ def after_turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _text_after_content(tokenizer: PreTrainedTokenizerBase, *after: Message) -> str | None:
-    """What the chat template writes after the words of an assistant turn, the last but for `after`; None where it cannot be told."""
+    """What the chat template writes after the content of the last assistant turn before `after`; None if not determinable."""
     if not tokenizer.chat_template:
         return None
     messages = [QUESTION, {"role": "assistant", "content": PROBE}, *after]
     try:
         _, words, written = render_chat(tokenizer, messages, add_generation_prompt=False).rpartition(PROBE)
-    except (BadRow, TemplateFailure):  # rows will say so
+    except (BadRow, TemplateFailure):  # rows with messages will raise it
         return None
     return written if words else None

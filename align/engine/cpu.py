@@ -22,7 +22,7 @@ def configure_cpu() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensor; does nothing with another C library.
+    """Let glibc keep freed memory for the next tensor; does nothing with another C library.
 
     By default glibc returns each tensor of more than 32 MiB, and the activations of each pass, to the system, which
     then has to map and zero the memory again, a page of 4 KiB at a time. That can take longer than the arithmetic on

@@ -1,4 +1,4 @@
-"""Disk and memory that run out while a stage works, as errors that say at what, and what to do."""
+"""Turn out-of-memory and disk errors into user errors that name the phase and the remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAINING = (
     "per_device_train_batch_size, set gradient_checkpointing: true or bf16: true, or shard over more GPUs (deepspeed)"
 )
 SCORING = "per_device_eval_batch_size"
-# What a run may be doing -> in words, and what to lower when memory runs out.
+# Phase -> its description in errors, and what to lower when memory runs out.
 PHASES = {
     "generate": ("generating responses", f"{SCORING} or response_length"),
     "score_policy": ("scoring responses by the policy", SCORING),
@@ -74,7 +74,7 @@ def during(phase: str, target: Path | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unless_removed(folder: Path) -> Iterator[None]:
-    """Turn errors of files that are missing because the output folder is gone into one that says so.
+    """Turn missing-file errors into one that names the output folder, if the folder was removed.
 
     Raises:
         UserError: it was removed during the block.

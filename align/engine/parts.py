@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a part, in safetensors files: one file per rank, read by any number of ranks.
+"""Sharded tensors in safetensors files, one file per rank, which any number of ranks can read.
 
 A file holds, of every tensor, the elements that its rank holds, flattened. Where they begin in the whole tensor, and
 its shape, is JSON in the file's header.

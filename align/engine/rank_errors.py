@@ -57,7 +57,7 @@ class Watch:
         self._thread.start()
 
     def report(self, message: str, code: int) -> dict[str, Any] | None:
-        """Tell the other ranks why this one ends; returns the report of the rank that was first, None if this one is."""
+        """Report to the other ranks why this one ends; returns the report of the first rank, None if this is the first."""
         self.leaving.set()
         self._thread.join()  # one user of the connection at a time
         if self.first is not None:
@@ -121,7 +121,7 @@ def watch(rank: int, size: int, patience: float = CONNECT) -> None:
 
 
 def stop_watching() -> None:
-    """From now on other ranks may end as they like."""
+    """Stop watching: from now on other ranks may exit."""
     global _watch
     if _watch is not None:
         _watch.leaving.set()
@@ -130,11 +130,11 @@ def stop_watching() -> None:
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Tell the other ranks, if there are any, of an error that ends the block, and thereby this rank.
+    """Report an error that ends the block, and thereby this rank, to the other ranks.
 
     Raises:
         OtherRankFailed: another rank was first; what this one met may be a consequence.
-        UserError: another rank ended without a word.
+        UserError: another rank ended without reporting an error.
     """
     try:
         yield
@@ -179,7 +179,7 @@ def give_up(message: str) -> NoReturn:
 
 
 def end_process(first: dict[str, Any]) -> NoReturn:
-    """End this process, wherever its main thread is. Where nobody saw the report of the failed rank, repeat it."""
+    """End this process, whatever its main thread is doing. Print the failed rank's error if that rank could not."""
     if first["host"] != socket.gethostname() and os.environ.get("LOCAL_RANK", "0") == "0":
         message = " ".join(str(first["message"]).split())
         say(f"error: rank {first['rank']} on {first['host']}: {message}")

@@ -1,4 +1,4 @@
-"""The state of training, by parameter name: float32 weights and what the optimizer keeps of each, in safetensors.
+"""The training state by parameter name: float32 weights and their optimizer states, in safetensors.
 
     sums = save_state(folder, module, optimizer, world, note)   # on every rank
     note = load_state(folder, module, optimizer)                # on every rank; of any other number of them

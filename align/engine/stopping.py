@@ -1,4 +1,4 @@
-"""SIGTERM in mid-training: the loop finishes its step, saves a checkpoint and ends, since schedulers give a while for that."""
+"""SIGTERM during training: the loop finishes its step, saves a checkpoint and exits within the scheduler's grace period."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stops_between_steps() -> Iterator[None]:
 
 
 def ask_to_stop() -> bool:
-    """Whether a SIGTERM that has just come is left to the loop; False if the process is to end at once."""
+    """Whether the training loop handles this SIGTERM; False if the process should end at once."""
     global _asked_at
     now = time.monotonic()
     if not _loop_runs or (_asked_at is not None and now > _asked_at + ONE_SIGNAL):
@@ -53,7 +53,7 @@ def ask_to_stop() -> bool:
 
 
 def stop_asked(world: World) -> bool:
-    """Whether any rank has got a SIGTERM. For all ranks, after the same step."""
+    """Whether any rank has received a SIGTERM. For all ranks, after the same step."""
     return world.any_rank(_asked_at is not None)
 
 

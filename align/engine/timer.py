@@ -15,7 +15,7 @@ from align.engine.faults import during
 class Clock:
     """Sums seconds by phase, and keeps the most memory. What is in a nested phase counts for that phase only.
 
-    Memory is what torch has allocated on a GPU at its peak; on a CPU, which tells no peak, what the process occupies at the
+    Memory is torch's peak allocation on a GPU; on a CPU, which has no such counter, the resident size of the process at the
     phase's end, or when it is asked for.
     """
 

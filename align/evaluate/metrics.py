@@ -1,4 +1,4 @@
-"""Metrics by name, and what they make of predictions and references.
+"""Load metrics by name, and apply them to predictions and references.
 
 Importing this loads none of the libraries that compute metrics (evaluate, scikit-learn, nltk, sacrebleu, rouge_score):
 together they take longer to import than a small evaluation takes to run.
@@ -91,7 +91,7 @@ def as_labels(
 def external_scores(
     name: str, metric: Any, predictions: Sequence[str], references: Sequence[str], key: str = "metrics"
 ) -> dict[str, float]:
-    """The numbers that a metric outside `METRICS` returns. It has no statistics per row, so no intervals either.
+    """The scores of a metric that is not one of `METRICS`; without statistics per row it has no intervals.
 
     Raises:
         UserError: the metric does not accept texts; begins with `key`.

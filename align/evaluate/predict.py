@@ -1,4 +1,4 @@
-"""What a model makes of the rows of `align evaluate`: statistics of the reference tokens, and responses of its own."""
+"""A model's outputs on the rows of `align evaluate`: statistics of the reference tokens, and generated responses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From measures to `results.json`, `results.md`, `predictions.jsonl` and the tables on the terminal."""
+"""Write `results.json`, `results.md` and `predictions.jsonl`, and make the tables for the terminal."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SettingResult:
     """Results of a setting.
 
     Attributes:
-        external_scores: of metrics that are not ours, for which there are no statistics of rows.
+        external_scores: of metrics outside `align.evaluate.text_metrics`, which have no statistics per row.
     """
 
     setting: EvalSetting

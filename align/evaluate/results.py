@@ -1,4 +1,4 @@
-"""`results.json` of an evaluation: the identity by which it is recognized, and its numbers as tables. Imports no torch."""
+"""`results.json` of an evaluation: its schema, and its tables. Does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained reward model that a recipe names: checked before any weight is loaded, then loaded as a source of scores."""
+"""Check the reward models that a recipe names, before weights are loaded, and load them as sources of scores."""
 
 from __future__ import annotations
 
@@ -55,8 +55,7 @@ def check_reward_models(
     """`check_reward_model` of each that `reward_model_path` lists, members of folders included.
 
     Raises:
-        UserError: as of `check_reward_model`, or the folder of an ensemble whose members have not all been trained, or are
-            not those that were.
+        UserError: as for `check_reward_model`; or members of an ensemble's folder are missing, or others were added.
     """
     for path in recipe.reward_model_path:
         ensemble = read_manifest(path)

@@ -1,4 +1,4 @@
-"""The regular expressions in an adapter's configuration, which PEFT matches with the name of every module of the base model."""
+"""Check the regular expressions in an adapter's configuration, which PEFT matches with every module name of the base model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from align.config.convert import shown
 from align.errors import UserError
 
-SECONDS = 5.0  # for all of them; a pattern of nested repetitions takes longer than the universe has
+SECONDS = 5.0  # for all of them; a pattern with nested repetitions takes exponential time
 TYPICAL = ("model.layers.10.self_attn.q_proj", "transformer.h.10.attn.c_attn", "encoder.layer.10.attention.self.query")
 
 
 def check_patterns(config: Mapping[str, Any], tensors: Collection[str], where: str) -> None:
-    """Check that each regular expression is one, and is matched in no time.
+    """Check that each regular expression is valid and fast to match.
 
     Args:
         config: content of `adapter_config.json`.

@@ -1,4 +1,4 @@
-"""Whether a model predicts each token from those before it alone; tried on a small model of its configuration."""
+"""Check that a model is causal, on a small random model of its configuration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from align.terminal import say
 
 @torch.no_grad()
 def check_causal(config: PretrainedConfig, key: str, path: str, trust_remote_code: bool = False) -> None:
-    """Check that no token changes what the model says of those before it.
+    """Check that no token changes the predictions at earlier positions.
 
     Args:
-        key: of the recipe that names the model, for the error.
+        key: recipe key that names the model, for the error.
 
     Raises:
         UserError: one does, as in an encoder, or in a decoder whose configuration makes its attention bidirectional.

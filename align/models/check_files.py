@@ -1,4 +1,4 @@
-"""Whether configuration, tokenizer and weights of a model folder fit together, by its files, before weights are loaded.
+"""Check that configuration, tokenizer and weights of a model folder match, from its files, before weights are loaded.
 
 The model is built without storage, and transformers itself loads into it tensors without storage, of the names and
 shapes in the headers of the safetensors files: tied weights, old names and weights that it converts are thereby treated
@@ -65,7 +65,7 @@ def check_files(
         _check_quantizer(config, path, key, trains=trained_by is not None)
         return  # as below
     if tensors is None or cls is None or own_code:
-        return  # transformers tells once it has loaded them
+        return  # transformers reports it after loading
     model = _load_without_storage(cls, folder, key, config, tensors, new_head, attn_implementation, num_labels)
     if (Path(path) / ADAPTER_CONFIG).is_file() and folder != path:
         _check_adapter(model, path, key)
@@ -109,7 +109,7 @@ def _load_without_storage(
 ) -> PreTrainedModel:  # fmt: skip
     """Load tensors without storage into a model without storage, and check what transformers reports of it."""
     model: PreTrainedModel
-    # Whether this machine has a kernel of a package of its own is told when the model is loaded.
+    # A missing package for an attention kernel is reported when the model is loaded.
     elsewhere = any(part in (attn_implementation or "") for part in ("flash", "/", "|"))
     kernel = None if elsewhere else attn_implementation
     try:
@@ -133,7 +133,7 @@ def _load_without_storage(
     except Exception as error:  # whatever transformers raises for these files
         raise UserError(f"{key}: {path}: its weights cannot be loaded with its config.json. {reason(error)}") from error
     left_out = check_report(model, report, f"{key}: {path}", new_head)
-    if left_out and not new_head and config_of(cls, given) is given:  # of a text model alone, the caller says so
+    if left_out and not new_head and config_of(cls, given) is given:  # otherwise the caller reports it
         _note(
             f"{key}: {path}: this {cls.__name__} has no place for some of the weights in its files, and leaves them out: "
             f"{', '.join(left_out[:4])}{f' and {len(left_out) - 4} more' * (len(left_out) > 4)}"

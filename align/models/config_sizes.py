@@ -8,7 +8,7 @@ from typing import Any
 from align.config.convert import shown
 from align.errors import UserError
 
-# Largest values of sizes in a configuration. Beyond them, a model is built for ever or for no memory in the world.
+# Largest accepted sizes in a configuration; larger models could not be built in reasonable time or memory.
 _LAYERS, _HEADS, _WIDTH, _LENGTH = 10_000, 2**16, 2**20, 2**28
 SIZES = {
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), _LAYERS),

@@ -11,7 +11,7 @@ from align.errors import UserError
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
-    """Most tokens that the model reads; None where its configuration sets no limit."""
+    """The maximum number of tokens that the model reads; None if its configuration sets no limit."""
     text = config.get_text_config()
     positions: int | None = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     if positions and text.model_type in COUNT_FROM_PADDING:

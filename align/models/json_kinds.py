@@ -1,4 +1,4 @@
-"""Kinds of values in the JSON files of a model folder: a test, and what errors expect of one, in words."""
+"""Kinds of values in the JSON files of a model folder: a predicate, and its description in errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small files beside a model's weights: what each of their keys may hold, before a library reads them.
+"""Validate the small JSON files of a model folder, key by key, before a library reads them.
 
 transformers takes over any value of most keys, and fails much later, or saves it with the model that was trained.
 """

@@ -80,7 +80,7 @@ def model_end_ids(path: str, trust_remote_code: bool = False) -> list[int]:
     """`eos_token_id` of the model's generation config, or of its config when it has none, as transformers reads them.
 
     Raises:
-        UserError: it is no token id, nor a list of them, or transformers refuses the generation config.
+        UserError: it is neither a token id nor a list of them, or transformers refuses the generation config.
     """
     settings = adapter_settings(path)
     folder = path if settings is None else str(settings["base_model_name_or_path"])
@@ -104,7 +104,7 @@ def model_end_ids(path: str, trust_remote_code: bool = False) -> list[int]:
 
 
 def keep_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model, with all tokens that end its responses in its generation config: those who load what is saved end there."""
+    """Write all end tokens of the tokenizer into the model's generation config, so that the saved model stops at them."""
     config = model.generation_config
     if config is not None and not {*end_ids(tokenizer)[1:]} <= {*_as_list(config.eos_token_id)}:
         config.eos_token_id = [*end_ids(tokenizer)]

@@ -1,4 +1,4 @@
-"""How `tokenizer.json` splits text into tokens: what a model was trained on, also where transformers 5 splits otherwise.
+"""Split text into tokens as `tokenizer.json` defines it, also where transformers 5 does not follow the file.
 
 From version 5 on, many of transformers' classes build normalizer, splits and BPE's options anew instead of reading them from the
 file: Qwen2's for all models of type qwen2, GPT-2's for those that name it, whatever the file says. Digits, contractions, line

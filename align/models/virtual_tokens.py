@@ -59,7 +59,7 @@ def check_takes_virtual_tokens(
         )
     try:
         model = small_model(config, VOCABULARY, trust_remote_code=trust_remote_code)
-    except Exception:  # a type that cannot be tried, as `check_causal` says
+    except Exception:  # an architecture without a small model, as in `check_causal`
         return
     try:
         gap = _virtual_token_gap(model, method)

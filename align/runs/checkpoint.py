@@ -1,4 +1,4 @@
-"""Checkpoints of a run, each of which is complete or does not count.
+"""Checkpoints of a run; incomplete ones are ignored.
 
 While a stage runs, its output folder holds `run.json` (the recipe it was started with) and `checkpoint-N` folders, each
 of which counts only once it contains `complete.json`. Once the stage is finished, the folder is a plain Hugging Face
@@ -91,7 +91,7 @@ def delete_checkpoint(checkpoint: Path) -> None:
     """Delete a checkpoint, whole, damaged or written in part; what others have put into it is kept."""
     mine: set[str] | None = None
     if not checkpoint.is_symlink():
-        with contextlib.suppress(BadFile):  # so that it cannot say
+        with contextlib.suppress(BadFile):  # then its files are unknown
             mine = {COMPLETE, *read_state(checkpoint)["files"]}
         with contextlib.suppress(OSError):
             (checkpoint / COMPLETE).unlink()  # first, so that a half-deleted folder is never taken for a checkpoint

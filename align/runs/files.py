@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: atomic writes, fsync, CRC-32."""
+"""Atomic writes, fsync, and checksums of files and folders."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def beat(path: Path, check: Callable[[], None]) -> Callable[[], None]:
 
 
 class Pulse:
-    """What a start on another machine has seen of a lock's heartbeat."""
+    """The heartbeat of a lock, as observed from another machine."""
 
     def __init__(self) -> None:
         self._first: object = None

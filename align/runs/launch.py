@@ -158,12 +158,12 @@ def end_on_signals() -> None:
 
 
 def _on_sigterm(signum: int, frame: Any) -> None:
-    """Have SIGTERM be told to the thread that watches signals."""
+    """A handler that does nothing: with it, SIGTERM reaches the thread that watches signals."""
 
 
 @functools.cache
 def _watch_forks() -> None:
-    """Have the signals of a forked worker end it, and not be told to its parent, from its first moment on."""
+    """Let signals end a forked worker itself, rather than reach its parent, from its first moment on."""
 
     def leave() -> None:
         signal.set_wakeup_fd(-1)

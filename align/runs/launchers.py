@@ -32,7 +32,7 @@ FIRST_PORT, PORTS = 20_000, 10_000  # below the ports that Linux gives to outgoi
 
 @dataclass(frozen=True, slots=True)
 class LaunchedProcess:
-    """One process among those that something started together."""
+    """One of the processes that a launcher or scheduler started together."""
 
     starter: str
     rank: int

@@ -93,7 +93,7 @@ def share(folder: Path) -> Held | None:
 
 
 def release(held: Held, delete: bool) -> None:
-    """Give the lock up.
+    """Release the lock.
 
     Args:
         delete: also the file, as rank 0 does.
@@ -106,7 +106,7 @@ def release(held: Held, delete: bool) -> None:
 
 
 def release_all() -> None:
-    """Give up what this process holds, since it is about to end; the last rank on the machine of rank 0 deletes the file."""
+    """Release all locks of this process, which is about to end; the last rank on the machine of rank 0 deletes the file."""
     for held in [*_held]:
         with contextlib.suppress(UserError, OSError):
             mine = read(held.folder) or {}

@@ -1,4 +1,4 @@
-"""What a lock file says: which process on which machine runs in the folder, and whether it is still alive."""
+"""The content of a lock file: which process on which machine holds the folder, and whether it is still alive."""
 
 from __future__ import annotations
 

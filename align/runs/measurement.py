@@ -1,4 +1,4 @@
-"""Stages that measure and train nothing (`evaluate`, `bon`, `judge-reward`): `results.json` is the mark of a finished one."""
+"""Stages that measure and do not train (`evaluate`, `bon`, `judge-reward`); they are finished once `results.json` exists."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def finished_measurement(
 
 
 def print_finished(recipe: Recipe, words: str) -> None:
-    """Say that the results are there, and remove what only an unfinished run needs."""
+    """Print that the results exist, and delete what only an unfinished run needs."""
     if _is_main():
         clear_finished(recipe.output_dir)
     say(f"{recipe.output_dir}: {words}")

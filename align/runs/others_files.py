@@ -1,4 +1,4 @@
-"""Files of others in a folder that a run has made: moved out before the folder is deleted."""
+"""Files that a run did not write in folders that it deletes: they are moved out first."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def one_run_per_folder(run: R) -> R:
 
 
 def release(folder: Path) -> None:
-    """Give up what this process has claimed or shares, if anything."""
+    """Release the folder that this process has claimed or shares, if any."""
     if (claimed := _claims.pop(_key(folder), None)) is not None:
         lock.release(claimed.lock, delete=claimed.is_main)
 

@@ -1,4 +1,4 @@
-"""What in an output folder is the run's own: nothing else there is overwritten or deleted, or written to through a link.
+"""Which files of an output folder belong to the run: no others are overwritten, deleted, or written to through a link.
 
 `run.json` lists it under `files`, and so does `stage.json` once the run has finished. An entry `best/config.json` is one file,
 and `checkpoint-4` a file or folder with everything in it. All functions are for rank 0.

@@ -26,7 +26,7 @@ class StageResult:
 
     output_dir: str  # the trained model, as `from_pretrained` loads it
     table: list[BeforeAfter]  # empty when nothing was evaluated
-    metrics: dict[str, float]  # all other numbers by their names in `stage.json`, but for those that are undefined
+    metrics: dict[str, float]  # all other numbers by their names in `stage.json`, without undefined ones
 
     @classmethod
     def from_json(cls: type[T], output_dir: str, results: Mapping[str, Any]) -> T:

@@ -43,14 +43,14 @@ COSMETIC_KEYS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunChange:
-    """One difference between a recorded run and this one: the recipe's key, and what is other, in words."""
+    """One difference between a recorded run and this one: the recipe's key and a description."""
 
     key: str
     description: str
 
 
 def changes(found: Mapping[str, Any], mine: Mapping[str, Any], recipe: Recipe) -> list[RunChange]:
-    """In what a recorded run differs from this one.
+    """The differences between a recorded run and this one.
 
     Inputs are compared where both have a fingerprint of the same kind; a file that is gone since is no change.
 
@@ -68,7 +68,7 @@ def changes(found: Mapping[str, Any], mine: Mapping[str, Any], recipe: Recipe) -
 
 
 def input_changes(found: Mapping[str, Any], mine: Inputs, recipe: Recipe) -> list[RunChange]:
-    """In what the inputs of a recorded run differ from these."""
+    """The differences between the inputs of a recorded run and these."""
     different: list[tuple[str, RunChange]] = []
     for place, kinds in mine.items():
         key = re.split(r"[\[.]", place)[0]

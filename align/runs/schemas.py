@@ -1,4 +1,4 @@
-"""What each record of a run holds, by key; `align.runs.records` reads them by these."""
+"""Schemas of a run's records, by which `align.runs.records` reads them."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def finish(
 
 
 def closing_lines(results: Mapping[str, Any]) -> list[str]:
-    """What a stage says at its end: before and after, the report card's verdict, and where to read more."""
+    """The lines that a stage prints at its end: before and after, the report card's verdict, and where the results are."""
     lines = [
         f"{measure}: {f'{cell(before)} before, ' if before is not None else ''}{cell(after) or 'undefined'} after training"
         for measure, before, after in results["table"]

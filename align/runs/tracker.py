@@ -1,4 +1,4 @@
-"""What a run records and shows: metrics.jsonl and samples.jsonl always, Weights & Biases if configured, progress.
+"""The records of a run: metrics.jsonl and samples.jsonl, progress on the terminal, and Weights & Biases if configured.
 
 Every metric name and its meaning is in `metrics.md` beside this file. Only rank 0
 writes or shows anything, so that stages may call a `Tracker` on every rank.
@@ -117,7 +117,7 @@ class Tracker:
             self.say(f"no report in W&B: {error if isinstance(error, UserError) else reason(error)}")
 
     def warn(self, step: int, kind: str, text: str) -> None:
-        """Say a warning, and keep the first of its kind in `samples.jsonl`, for `align report` and `align diagnose`."""
+        """Print a warning, and write the first of its kind to `samples.jsonl`, for `align report` and `align diagnose`."""
         self.say(text)
         if self.is_main and kind not in self._warned:
             self._warned.add(kind)

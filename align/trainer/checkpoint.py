@@ -1,4 +1,4 @@
-"""A Trainer's checkpoints, written and read as safetensors and JSON alone: no file of them can hold a program.
+"""A Trainer's checkpoints in safetensors and JSON only, without pickles.
 
 `checkpoint-N/` is a Hugging Face folder of the model at step N, and beside it
 

@@ -1,4 +1,4 @@
-"""What a Trainer has summed since it last logged. A stop between two logs adds none: its checkpoint hands the sums on."""
+"""The sums that a Trainer has accumulated since its last log, which checkpoints keep."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def unlogged(trainer: Any) -> dict[str, Any]:
 
 
 def restore_unlogged(trainer: Any, files: Sequence[Path]) -> None:
-    """Go on with what `files` keep under `unlogged`.
+    """Restore the sums from the entry `unlogged` of these files.
 
     Args:
-        files: this rank's; those of all ranks if there were more or fewer: then each gets an equal part.
+        files: this rank's; those of all ranks if their number has changed: then each gets an equal part.
 
     Raises:
         UserError: a file holds something else.

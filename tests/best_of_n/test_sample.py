@@ -15,7 +15,7 @@ from scipy import stats
 from transformers import LlamaForSequenceClassification
 
 from align.best_of_n import sample as stage
-from align.best_of_n.datasets import data_sets, left_out
+from align.best_of_n.datasets import count_left_out, data_sets
 from align.best_of_n.frontier import frontier
 from align.best_of_n.progress import Sample, SampleFile
 from align.best_of_n.results import ESTIMATES
@@ -377,9 +377,9 @@ def test_which_responses_are_chosen():
         assert len(lines_of["responses.jsonl"]) == 30 * 7
     assert {json.loads(line)["rejected"] for line in made["worst"]["pairs.jsonl"]} == {"a"}
     assert {json.loads(line)["rejected"] for line in made["random"]["pairs.jsonl"]} == {"a", "bb", "ba"}
-    assert left_out(made["worst"], 7) == {}
+    assert count_left_out(made["worst"], 7) == {}
     endless = data_sets(SMALL.tokenizer(), prompts[:3], [group[:1], group[1:2], group[2:3]], "worst", 0)
-    assert list(left_out(endless, 1).values()) == [1, 1, 1]  # none ends, says nothing, nothing to compare with
+    assert list(count_left_out(endless, 1).values()) == [1, 1, 1]  # none ends, says nothing, nothing to compare with
     row = json.loads(made["worst"]["best.jsonl"][0])
     assert row == {"topic": "t", "prompt": "a", "completion": "b", "score": 2.0}
 

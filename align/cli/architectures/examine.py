@@ -31,7 +31,7 @@ PARTS = ("model", "packing", "exact", "check", *STAGES, "scores", "saved")  # in
 
 @dataclass(slots=True)
 class Examination:
-    """What is known of one architecture.
+    """The results for one architecture.
 
     Attributes:
         stages: by stage, and `packing` and `saved`: OK; REFUSED, by `align check` too; or FAILED.

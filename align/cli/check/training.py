@@ -1,4 +1,4 @@
-"""What `align check` does for every stage that trains; what differs between them is in a subclass per stage."""
+"""`align check` for the stages that train; each stage has a subclass."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _output_state(recipe: StageRecipe) -> str:
 
 
 def _check_unfinished(recipe: StageRecipe, report: Mapping[str, Any] | None) -> None:
-    """What a run that would be resumed says of its rows and records; `is_finished` has compared the rest."""
+    """Check rows and records of a run that would be resumed; `is_finished` has compared the rest."""
     if report is None or (Path(recipe.output_dir) / MANIFEST).is_file():
         return
     check_rows(recipe, report)
