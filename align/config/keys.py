@@ -66,7 +66,7 @@ def reward_timeout() -> Any:
 def score_reasoning() -> Any:
     """The key `score_reasoning`, of the stages that score responses."""
     meaning = (
-        "Whether rewards and metrics read what a response holds up to `</think>`; otherwise the answer alone, nothing "
+        "Whether rewards and metrics read what a response holds up to `</think>` or the model's own mark; otherwise the answer alone, nothing "
         "if the reasoning has no end."
     )
     return key(False, meaning)

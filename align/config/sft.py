@@ -61,7 +61,7 @@ class SFTRecipe(TrainerRecipe):
     )
     train_on_reasoning: bool = key(
         True,
-        "Whether assistant turns keep their reasoning (`reasoning_content`, or all up to `</think>`); false leaves it out.",
+        "Whether assistant turns keep their reasoning (`reasoning_content`, or all up to `</think>` or the model's own mark); false leaves it out.",
     )
     retention: list[DataSource] = key(
         [],

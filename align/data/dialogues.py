@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.end_tokens import end_texts, split_at_end
 from align.data.rows import Message, Tools
-from align.data.template_input import END_OF_THINK, PROBE, THINK, as_template_reads, check_system, render
+from align.data.template_input import PROBE, as_template_reads, check_system, render
+from align.data.thought_marks import THINK, marks_in, opened_by
 from align.errors import BadRow
 
 
@@ -77,6 +78,7 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     *before, turn = messages
     opened = render(tokenizer, before, tools, add_generation_prompt=True)
     closed = render(tokenizer, messages, tools)
+    opening = opened_by(tokenizer, opened)
     if closed.startswith(opened):
         prompt, response = opened, closed[len(opened) :]
     else:
@@ -84,6 +86,9 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
         written = render(tokenizer, before, tools)
         generation_prompt = _common(opened, written)  # where it begins
         cut = min(_common(opened, probed), _common(opened, closed))
+        start = opened.rindex(opening.opens) if opening else cut
+        if opening and start < cut < start + len(opening.opens):  # marks may begin alike: <|START_RESPONSE|>
+            cut = start
         header = opened[generation_prompt:]
         words = before[-1]["content"].strip()
         if not header.strip() and words and words in opened:  # no generation prompt: a turn follows the words before it
@@ -97,22 +102,24 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
                 raise BadRow("the chat template joins an assistant turn to the one before it; join them in the row")
         else:
             raise BadRow("the chat template renders the prompt differently if a response follows")
-    thought, closes, answer = turn["content"].rpartition(END_OF_THINK)
-    if opened.rstrip().endswith(END_OF_THINK) and (closes or END_OF_THINK in response):
-        raise BadRow(f"reasoning before {END_OF_THINK} in a turn, and a generation prompt that has closed it")
+    marks = marks_in(tokenizer, turn["content"])
+    thought, closes, answer = turn["content"].rpartition(marks.closes)
+    if opened.rstrip().endswith(marks.closes) and (closes or marks.closes in response):
+        raise BadRow(f"reasoning before {marks.closes} in a turn, and a generation prompt that has closed it")
     if answer.strip() not in response and PROBE not in render(tokenizer, [*before, {**turn, "content": PROBE}], tools):
         raise BadRow("the chat template does not write the text of a turn; it may be one for images")
-    if not closes and opened.rstrip().endswith(THINK) and END_OF_THINK not in response:
-        return prompt, (f"\n{END_OF_THINK}\n\n" if opened.endswith("\n") else END_OF_THINK) + response
-    if not closes or (END_OF_THINK in response and thought.split(THINK)[-1].strip() in response):
+    if not closes and opening and opening.closes not in response:
+        spaced = opening == THINK and opened.endswith("\n")
+        return prompt, (f"\n{opening.closes}\n\n" if spaced else opening.closes) + response
+    if not closes or (marks.closes in response and thought.split(marks.opens)[-1].strip() in response):
         return prompt, response
     # The template leaves the reasoning out even here, where generation would write it.
     if not response.lstrip().startswith(answer.strip()):
-        raise BadRow(f"the chat template writes a turn otherwise than with or without what is before {END_OF_THINK}")
+        raise BadRow(f"the chat template writes a turn otherwise than with or without what is before {marks.closes}")
     whole = thought + closes + answer[: len(answer) - len(answer.lstrip())] + response.lstrip()
-    if opened.rstrip().endswith(THINK):
-        whole = whole.lstrip().removeprefix(THINK)
-        whole = whole if opened.endswith(THINK) else whole.lstrip()
+    if opened.rstrip().endswith(marks.opens):
+        whole = whole.lstrip().removeprefix(marks.opens)
+        whole = whole if opened.endswith(marks.opens) else whole.lstrip()
     return opened, whole
 
 

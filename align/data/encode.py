@@ -16,6 +16,7 @@ from align.data.dialogues import DialogueText, dialogue_texts, generation_text
 from align.data.end_tokens import end_texts, split_at_end
 from align.data.reasoning import split_text
 from align.data.rows import Tools, Turns, as_response, render_text
+from align.data.thought_marks import thought_marks
 from align.data.token_ids import text_ids, whole_ids
 from align.errors import BadRow, UserError
 
@@ -48,7 +49,7 @@ def encode_example(
     """
     (text,) = example_texts(tokenizer, prompt, response, tools)
     if answer_only:
-        reasoning, answer = split_text(text.response)
+        reasoning, answer = split_text(text.response, thought_marks(tokenizer))
         text = replace(text, prompt=text.prompt + reasoning, response=answer)
     are_plain = [isinstance(prompt, str)]
     return whole_ids(tokenizer, [text], are_plain, text_ids(tokenizer, [text.prompt], are_plain))[0]

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.dialogues import DialogueText
 from align.data.rows import Demonstration, Message, Prompt, Row
-from align.data.template_input import END_OF_THINK, THINK
 from align.data.templates import TEMPLATE
+from align.data.thought_marks import opened_by, thought_marks
 from align.data.token_ids import special_tokens
 from align.data.turn_end import turn_end_note
 from align.errors import UserError
@@ -22,7 +22,7 @@ JOINED = "the prompt ends in white space that the tokenizer joins to the next wo
 DOUBLED = "begins with the text of {bos}, which the tokenizer adds itself: one is kept"
 CONTROL = "the text of {token} in a message is read as that special token, which the chat template writes itself"
 LEADING_ANSWER = "an assistant turn before the first user turn answers nothing: it is trained only with `completion_only_loss: false`"
-EMPTY_THOUGHT = f"the chat template opens a thought ({THINK}) and the row has none: it is trained to close it at once"
+EMPTY_THOUGHT = "the chat template opens a thought ({opens}) and the row has none: it is trained to close it at once"
 REPEATED = "a response repeats the whole prompt"
 UNREAD = "the column `{name}` is not read: the model never sees it"
 # Columns that have a meaning in the formats of other tools, and are not read here.
@@ -43,7 +43,8 @@ class Findings:
         self.bos = str(tokenizer.bos_token) if tokenizer.bos_token_id in before else None
         template = str(tokenizer.chat_template or "")
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        written = [re.escape(token) for token in sorted(special - {THINK, END_OF_THINK}) if token in template]
+        of_thoughts = "\n".join(mark for each in thought_marks(tokenizer) for mark in (each.opens, each.closes))
+        written = [re.escape(token) for token in sorted(special) if token in template and token not in of_thoughts]
         self.control = re.compile("|".join(written)) if written else None
         self.found: dict[str, list[str]] = {}
         self.short_repeats: list[str] = []  # counted only where most rows repeat their prompts
@@ -85,10 +86,11 @@ class Findings:
         roles = [message["role"] for message in prompt]
         if "assistant" in roles[: roles.index("user")]:
             self._note(LEADING_ANSWER, row.where)
-        if any(
-            text.prompt.rstrip().endswith(THINK) and text.response.lstrip().startswith(END_OF_THINK) for text in texts
-        ):
-            self._note(EMPTY_THOUGHT, row.where)
+        for text in texts:
+            opening = opened_by(self.tokenizer, text.prompt)
+            if opening and text.response.lstrip().startswith(opening.closes):
+                self._note(EMPTY_THOUGHT.format(opens=opening.opens), row.where)
+                break
 
     def _control_tokens(self, row: Row) -> list[str]:
         """Special tokens of the chat template whose text is in a row's messages; BOS and end tokens are refused elsewhere."""

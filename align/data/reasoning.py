@@ -1,4 +1,5 @@
-"""The reasoning of a response, all up to the last `</think>` or gpt-oss's final channel, and the answer that follows: what rewards and metrics read.
+"""The reasoning of a response, all up to the last `</think>`, the model's own mark or gpt-oss's final channel, and the answer that
+follows: what rewards and metrics read.
 
 By default they read the answer alone (`score_reasoning`). A response that begins to think and does not end it has no answer.
 """
@@ -12,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.end_tokens import without_end
 from align.data.rows import Demonstration, Message, Turns, render_text
-from align.data.template_input import END_OF_THINK, THINK
+from align.data.thought_marks import CHANNEL, THINK, ThoughtMarks, opened_by, thought_marks
 from align.errors import BadRow
 
 KEYS = ("reasoning_content", "thinking", "reasoning")  # of messages
-CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
+MESSAGE = "<|message|>"
 FINAL = f"{CHANNEL}final{MESSAGE}"  # gpt-oss's: it thinks, and calls tools, in the channels before
 ATTRIBUTE = "scores_reasoning"  # of the tokenizer, which every place that encodes or decodes responses has
 
@@ -31,45 +32,50 @@ def scores_reasoning(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, ATTRIBUTE, False))
 
 
-def split_text(text: str) -> tuple[str, str]:
-    """Reasoning, with its marks and the white space after it, and answer; a text without reasoning is an answer."""
-    thought, closes, answer = text.rpartition(FINAL if text.startswith(CHANNEL) else END_OF_THINK)
-    if not closes and text.lstrip().startswith((THINK, CHANNEL)):
+def split_text(text: str, marks: Sequence[ThoughtMarks] = (THINK,)) -> tuple[str, str]:
+    """Reasoning, with its marks and the white space after it, and answer; a text without reasoning is an answer.
+
+    Args:
+        marks: of the model whose text it is.
+    """
+    closing = [FINAL] if text.startswith(CHANNEL) else [each.closes for each in marks]
+    size = max(text.rfind(mark) + len(mark) if mark in text else 0 for mark in closing)
+    if not size and text.lstrip().startswith((*(each.opens for each in marks), CHANNEL)):
         return text, ""
-    size = len(thought + closes) + (len(answer) - len(answer.lstrip()) if closes else 0)
+    size += len(text[size:]) - len(text[size:].lstrip()) if size else 0
     return text[:size], text[size:]
 
 
 def scored_turns(tokenizer: PreTrainedTokenizerBase, response: Turns) -> Turns:
     """A response of the data as rewards and metrics read it."""
-    return response if scores_reasoning(tokenizer) else answer_of(response)
+    return response if scores_reasoning(tokenizer) else answer_of(tokenizer, response)
 
 
-def answer_of(response: Turns) -> Turns:
+def answer_of(tokenizer: PreTrainedTokenizerBase, response: Turns) -> Turns:
     """A response of the data without its reasoning."""
     if isinstance(response, str):
-        return split_text(response)[1]
-    return [_answer_of_turn(turn) for turn in response]
+        return split_text(response, thought_marks(tokenizer))[1]
+    return [_answer_of_turn(tokenizer, turn) for turn in response]
 
 
-def without_reasoning(row: Demonstration) -> Demonstration:
+def without_reasoning(tokenizer: PreTrainedTokenizerBase, row: Demonstration) -> Demonstration:
     """The row without the reasoning of any assistant turn.
 
     Raises:
         BadRow: its completion is reasoning alone.
     """
-    completion, prompt = answer_of(row.completion), row.prompt
+    completion, prompt = answer_of(tokenizer, row.completion), row.prompt
     calls = not isinstance(completion, str) and any(turn.get("tool_calls") for turn in completion)
     if not render_text(completion).strip() and not calls:
         raise BadRow("no answer after the reasoning; `train_on_reasoning: true` would train the reasoning")
     if not isinstance(prompt, str):
-        prompt = [_answer_of_turn(turn) if turn["role"] == "assistant" else turn for turn in prompt]
+        prompt = [_answer_of_turn(tokenizer, turn) if turn["role"] == "assistant" else turn for turn in prompt]
     return dataclasses.replace(row, prompt=prompt, completion=completion)
 
 
-def _answer_of_turn(turn: Message) -> Message:
+def _answer_of_turn(tokenizer: PreTrainedTokenizerBase, turn: Message) -> Message:
     kept = {key: value for key, value in turn.items() if key not in KEYS}
-    return kept | {"content": split_text(turn["content"])[1]}
+    return kept | {"content": split_text(turn["content"], thought_marks(tokenizer))[1]}
 
 
 def split_sampled(
@@ -90,20 +96,29 @@ def split_sampled(
         final = next((end for end in reversed(marked) if str(tokenizer.decode(ids[:end])).endswith(FINAL)), len(ids))
         answer = str(tokenizer.decode(ids[final:], skip_special_tokens=True))
         return "" if [final] == marked[:1] else text.removesuffix(answer) or CHANNEL, answer
-    closing = vocabulary.get(END_OF_THINK)
-    if closing in ids:
-        answer = str(tokenizer.decode(ids[len(ids) - ids[::-1].index(closing) :], skip_special_tokens=True)).lstrip()
-        return text.removesuffix(answer) or END_OF_THINK, answer
-    reasoning, answer = split_text(text)
-    opened = str(tokenizer.decode(list(prompt_ids[-8:]))).rstrip().endswith(THINK)
-    unclosed = not reasoning and (opened or ids[:1] == [vocabulary.get(THINK)])
-    return (text or THINK, "") if unclosed else (reasoning, answer)
+    marks = thought_marks(tokenizer)
+    closed = max(_closed_at(tokenizer, ids, each.closes) for each in marks)
+    if closed:
+        answer = str(tokenizer.decode(ids[closed:], skip_special_tokens=True)).lstrip()
+        return text.removesuffix(answer) or THINK.closes, answer
+    reasoning, answer = split_text(text, marks)
+    opened = opened_by(tokenizer, str(tokenizer.decode(list(prompt_ids[-8:])))) is not None
+    begun = str(tokenizer.decode(ids[:8])).lstrip().startswith(tuple(each.opens for each in marks))
+    unclosed = not reasoning and (opened or begun)
+    return (text or THINK.opens, "") if unclosed else (reasoning, answer)
+
+
+def _closed_at(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], closes: str) -> int:
+    """Where a thought's last end by a token is behind, which decoding may leave out of the text; 0 without one."""
+    last = {id for token, id in tokenizer.get_added_vocab().items() if closes.endswith(token)}
+    places = (end for end in range(len(ids), 0, -1) if ids[end - 1] in last)
+    return next((end for end in places if str(tokenizer.decode(list(ids[:end]))).rstrip().endswith(closes)), 0)
 
 
 def with_marks(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> str:
     """The text of a response, with marks of reasoning that it lacks because they are special tokens."""
-    vocabulary = tokenizer.get_added_vocab()
-    marks = {vocabulary[mark]: mark for mark in (THINK, END_OF_THINK) if mark in vocabulary}
+    texts = "\n".join(mark for each in thought_marks(tokenizer) for mark in (each.opens, each.closes))
+    marks = {id: token for token, id in tokenizer.get_added_vocab().items() if token in texts}
     if all(mark in text for token, mark in marks.items() if token in ids):
         return text
     added = tokenizer.added_tokens_decoder

@@ -12,9 +12,9 @@ from align.data.chat_template import render_chat
 from align.data.end_tokens import end_texts
 from align.data.messages import INSTRUCTION_ROLES, alternates
 from align.data.rows import Message, Tools
+from align.data.thought_marks import marks_in, own_marks
 from align.errors import BadRow, UserError
 
-THINK, END_OF_THINK = "<think>", "</think>"
 PROBE = "\N{SYMBOL FOR RECORD SEPARATOR}"  # the content of a turn that shows where a template puts contents
 _OF_CALLS = ("tool_call_id", "name")  # keys of a tool's result that repeat its call; many templates leave them out
 
@@ -68,29 +68,29 @@ def _with_thoughts_apart(tokenizer: PreTrainedTokenizerBase, messages: Sequence[
 
     Such a template would write an empty thought before the one in the content.
     """
+    marks = own_marks(tokenizer)
+    opens, closes = marks.opens, marks.closes
 
     def thinks(message: Message) -> bool:
-        return (
-            message["role"] == "assistant" and END_OF_THINK in message["content"] and "reasoning_content" not in message
-        )
+        return message["role"] == "assistant" and closes in message["content"] and "reasoning_content" not in message
 
     if not any(map(thinks, messages)):
         return messages
     answers = [
         {"content": "?"},
-        {"content": f"{THINK}\n?\n{END_OF_THINK}\n\n?"},
+        {"content": f"{opens}\n?\n{closes}\n\n?"},
         {"content": "?", "reasoning_content": PROBE},
     ]
     asked = {"role": "user", "content": "?"}
     texts = [_rendered_or_none(tokenizer, [asked, {"role": "assistant", **answer}], None) or "" for answer in answers]
-    none, inside, apart = (text.count(END_OF_THINK) for text in texts)
+    none, inside, apart = (text.count(closes) for text in texts)
     if not (none and inside > none and apart == none and PROBE in texts[2]):
         return messages
     found: list[Message] = []
     for message in messages:
         if thinks(message):
-            thought, _, answer = message["content"].rpartition(END_OF_THINK)
-            thought = thought.strip().removeprefix(THINK).strip()
+            thought, _, answer = message["content"].rpartition(closes)
+            thought = thought.strip().removeprefix(opens).strip()
             message = {**message, "content": answer.lstrip(), "reasoning_content": thought}
         found.append(message)
     return found
@@ -136,7 +136,9 @@ def _check_all_written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Me
         without = [*before, {name: value for name, value in message.items() if name != key}] if key else before
         if render(tokenizer, [*before, message], tools) == _rendered_or_none(tokenizer, without, tools):
             what = f"`{key}` in a message" if key else f"messages of role {role}"
-            remedy = f"; write it into `content`, before {END_OF_THINK}" if key == "reasoning_content" else ""
+            remedy = (
+                f"; write it into `content`, before {own_marks(tokenizer).closes}" if key == "reasoning_content" else ""
+            )
             raise _ContentIgnored(f"the chat template ignores {what}{remedy}; leave it out, or give another template")
     if tools and render(tokenizer, messages, tools) == _rendered_or_none(tokenizer, messages, None):
         raise _ContentIgnored("the chat template ignores `tools`; leave the column out, or give another template")
@@ -150,7 +152,8 @@ def _check_contents_written(tokenizer: PreTrainedTokenizerBase, messages: Sequen
     """
     text = render(tokenizer, messages, tools)
     for message in messages:
-        if message["role"] != "tool" and message["content"].rpartition(END_OF_THINK)[2].strip() not in text:
+        answer = message["content"].rpartition(marks_in(tokenizer, message["content"]).closes)[2]
+        if message["role"] != "tool" and answer.strip() not in text:
             raise BadRow(
                 f"the chat template leaves out a message of role {message['role']} where turns do not alternate; "
                 "join such turns, or give another template"

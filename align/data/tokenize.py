@@ -57,7 +57,7 @@ def tokenize_demonstrations(
     bad = BadRows()
 
     def texts(row: Demonstration) -> list[DialogueText]:
-        row = row if train_on_reasoning else without_reasoning(row)
+        row = row if train_on_reasoning else without_reasoning(tokenizer, row)
         trained = row.trained if completion_only_loss else ()  # without it, the last text trains all turns
         return example_texts(tokenizer, row.prompt, row.completion, tools_of(row), trained)
 
