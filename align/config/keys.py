@@ -66,8 +66,8 @@ def reward_timeout() -> Any:
 def score_reasoning() -> Any:
     """The key `score_reasoning`, of the stages that score responses."""
     meaning = (
-        "Whether rewards and metrics read what a response holds up to `</think>` or the model's own mark; otherwise the answer alone, nothing "
-        "if the reasoning has no end."
+        "Whether rewards and metrics read what a response holds up to `</think>` or the model's own mark; otherwise the "
+        "answer alone, nothing if the reasoning has no end."
     )
     return key(False, meaning)
 

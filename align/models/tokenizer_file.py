@@ -14,12 +14,14 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from align.terminal import say
 
 # Where tokenizers differ: digits, contractions, line breaks, runs of spaces and signs, accents of two characters.
 PROBE = "In 2024, 1234567 people DIDN'T say it's\n\n  so;;; \r\n\tx=y!!!\u3000cafe\u0301 \u4f60\u597d"
+# A key of transformers for Mistral's newer tokenizers, whose tokenizer.json was written with splits that are not Mistral's.
+MISTRAL = "fix_mistral_regex"
 BPE_OPTIONS = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
 
 
@@ -30,8 +32,10 @@ def split_as_in_file(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     tokenizer_config.json: where ids differ from the file's, that is said.
     """
     ours: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if ours is None or (file := _file(path)) is None or getattr(tokenizer, "fix_mistral_regex", False):
+    if ours is None or (file := _file(path)) is None or getattr(ours, MISTRAL, False):
         return  # that key of tokenizer_config.json asks for other splits than the file's
+    if getattr(ours, MISTRAL, None) is False and tokenizer.init_kwargs.get(MISTRAL) is None and _is_byte_level(ours):
+        _say_whether_splits_are_mistrals(ours, path)
     theirs = Tokenizer.from_file(str(file))
     if not isinstance(theirs.model, models.BPE) or not isinstance(ours.model, models.BPE):
         return
@@ -56,6 +60,15 @@ def split_as_in_file(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         _note(
             f"{path}: text is split into tokens as its tokenizer.json says; the {name} that transformers 5 makes of it would give other "
             "ids, which the model was not trained on"
+        )
+
+
+def _say_whether_splits_are_mistrals(ours: Tokenizer, path: str) -> None:
+    fixed: Any = AutoTokenizer.from_pretrained(path, **{MISTRAL: True})
+    if ours.token_to_id("[INST]") is not None and _ids(fixed.backend_tokenizer) != _ids(ours):
+        _note(
+            f"{path}: its tokenizer.json splits text otherwise than Mistral's own tokenizer, on which the model was trained, and its ids "
+            f"are used; set {MISTRAL}: true in its tokenizer_config.json for those of Mistral, false if the model was trained on the file's"
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from align.data.chat_template import set_template_kwargs
 from align.data.columns import choose_formats
@@ -33,6 +35,33 @@ def preference(**columns) -> Preference:
 
 
 # -- Ids of the whole
+
+
+def test_mistrals_tokenizer_json_splits_otherwise_than_mistral(tmp_path, capsys):
+    """https://github.com/huggingface/transformers/pull/42299, https://github.com/ModelCloud/Tokenicer/pull/61: eBay and pH are
+    other tokens than in training; transformers warns, of many other tokenizers too, and takes a key."""
+    file = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}{1,3}|."), "isolated")
+    file.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<s>", "</s>", "[INST]"]
+    )
+    file.train_from_iterator(["the eBay pH 123456"] * 9, trainer)
+    state = json.loads(file.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary |= {f"unused{i}": i for i in range(len(vocabulary), 100_001)}  # transformers looks at large ones alone
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral", "transformers_version": "4.50.0"}')
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    mended = AutoTokenizer.from_pretrained(tmp_path, fix_mistral_regex=True)
+    as_written, as_mistral = file.encode("the eBay").ids, mended("the eBay", add_special_tokens=False)["input_ids"]
+    assert as_written != as_mistral
+    for key, ids in (({}, as_written), ({"fix_mistral_regex": True}, as_mistral)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | key))
+        assert load_tokenizer(str(tmp_path))("the eBay", add_special_tokens=False)["input_ids"] == ids
+        assert ("set fix_mistral_regex: true" in capsys.readouterr().err) == (not key)
 
 
 @pytest.mark.parametrize("family", ["by three digits", "SentencePiece BPE, prepend always"])
