@@ -124,7 +124,7 @@ def prepare_inputs(recipe: EvaluateRecipe, generates: bool) -> EvalInputs:
                         if generates or "bits_per_byte" in recipe.metrics:
                             _check_reference(row)
                         encoded[index] = encode_row(
-                            row, examples, tokenizer, limit, max_new_tokens, recipe.stop_strings
+                            row, examples, name, tokenizer, limit, max_new_tokens, recipe.stop_strings
                         )
                     if encoded[index] is None:
                         usable.discard(index)
@@ -221,6 +221,7 @@ def _check_reference(row: Demonstration) -> None:
 def encode_row(
     row: Demonstration,
     examples: Sequence[Demonstration],
+    model: str,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     max_new_tokens: int,
@@ -245,6 +246,7 @@ def encode_row(
         prompt_ids, start = prompt_ids or ids[:1], 1
     if max(len(ids), len(prompt_ids) + max_new_tokens) > limit:
         shots = f" with {len(examples)} examples" if examples else ""
-        raise BadRow(f"longer than {limit} tokens{shots} and its response, which may take max_new_tokens")
+        room = ", which may take max_new_tokens" if max_new_tokens else ""
+        raise BadRow(f"model {model}: longer than {limit} tokens{shots} and its response{room}")
     stops = [*stop_strings, *([SEPARATOR] if ends_at_separator(examples) else [])]
     return EncodedRow(prompt, prompt_ids, ids, start, stops)

@@ -153,12 +153,16 @@ class EvaluationResult:
         """One number.
 
         Raises:
-            KeyError: it was not measured.
+            UserError: it was not measured; says what was.
         """
         for each in self.values:
             if (each.metric, each.model, each.num_shots, each.task) == (metric, model, num_shots, task):
                 return each.value
-        raise KeyError(f"{metric} of {model}, {num_shots}-shot")
+        asked = {"metric": metric, "model": model, "num_shots": num_shots, "task": task}
+        told = [f"{name} {value!r}" for name, value in asked.items() if value is not None]
+        known = {name: list(dict.fromkeys(getattr(each, name) for each in self.values)) for name in asked}
+        there = [f"{name} {', '.join(map(repr, values))}" for name, values in known.items() if values != [None]]
+        raise UserError(f"{self.output_dir}: no value of {', '.join(told)}; there are {'; '.join(there)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

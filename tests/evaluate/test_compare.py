@@ -373,7 +373,7 @@ def test_few_shots_change_what_is_asked(tmp_path):
 def test_a_row_that_one_setting_cannot_use_is_left_out_of_all(tmp_path):
     long = ("a" * 30, "b")
     settings = recipe(tmp_path, evaluation=rows([*ROWS, long]), num_shots=[0, 2], max_length=36, max_new_tokens=2)
-    with pytest.raises(UserError, match=r"longer than 36 tokens with 2 examples.*: 1 \(.*eval.jsonl:8\)"):
+    with pytest.raises(UserError, match=r"model base: longer than 36 tokens with 2 examples.*: 1 \(.*eval.jsonl:8\)"):
         run(settings)
     results = run(dataclasses.replace(settings, on_bad_row="skip"))
     assert results.rows == len(ROWS)
@@ -394,7 +394,7 @@ def test_room_for_the_answer_is_needed_only_where_one_is_written(tmp_path):
     assert len(prepare_inputs(settings, generates=False).rows) == 7
     assert len(prepare_inputs(settings, generates=True).rows) == 6  # zzzz and 9 are 13
     settings = recipe(tmp_path, max_new_tokens=254)  # the model has 256 positions
-    with pytest.raises(UserError, match="longer than 256 tokens and its response"):
+    with pytest.raises(UserError, match="model base: longer than 256 tokens and its response, which may"):
         prepare_inputs(settings, generates=True)
 
 
@@ -582,7 +582,8 @@ def test_the_files(tmp_path, capsys):
     stored = json.loads((tmp_path / "out" / "results.json").read_text())
     assert EvaluationResult.from_json(settings.output_dir, stored) == results
     assert results.value("perplexity", "tuned", 1) == values(results, "perplexity")["tuned", 1]
-    with pytest.raises(KeyError, match="perplexity of tuned, 2-shot"):
+    there = r"no value of metric 'perplexity', model 'tuned', num_shots 2; there are .*model 'base', 'tuned'; num_shots 0, 1\.$"
+    with pytest.raises(UserError, match=there):
         results.value("perplexity", "tuned", 2)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "predictions.jsonl",
@@ -905,5 +906,5 @@ def test_a_prompt_inside_the_first_token_is_read_as_itself(completion: str) -> N
     tokenizer = make_tokenizer(["</s>"], eos_token="</s>", pad_token="</s>")  # it adds no BOS
     whole, own = (tokenizer(text)["input_ids"] for text in ("th" + completion, "th"))
     assert whole[0] == tokenizer.convert_tokens_to_ids("the")
-    row = encode_row(Demonstration("th", completion, "f:1"), [], tokenizer, 99, 1, [])
+    row = encode_row(Demonstration("th", completion, "f:1"), [], "model", tokenizer, 99, 1, [])
     assert (row.prompt_ids, row.ids, row.reference_start) == (own, [*whole, tokenizer.eos_token_id], 1)
