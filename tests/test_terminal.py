@@ -12,7 +12,7 @@ from rich.text import Text
 from align.errors import UserError
 from align.runs.charts import draw
 from align.runs.command_line import CommandParser, exit_code
-from align.runs.markdown import code_span, markdown_text, python_text
+from align.runs.markdown import code_span, markdown_line, markdown_text, python_text
 from align.runs.progress import Display
 from align.runs.tables import make_console, make_table, markdown_table
 from align.terminal import printable, say
@@ -76,6 +76,9 @@ def test_markdown():
     )
     assert markdown_text("é 你好 👩‍👩‍👧 out/a_b*.jsonl 0.5 [0.4, 0.6]") == "é 你好 👩‍👩‍👧 out/a_b*.jsonl 0.5 [0.4, 0.6]"
     assert markdown_table(["`a|b"], [["\x1b"]]).splitlines()[0::2] == [r"| \`a\|b |", r"| \\x1b |"]
+    assert markdown_line("a judge (`judge_a`) | <b> `<b>`") == r"a judge (`judge_a`) \| &lt;b> `<b>`"
+    for text in ("a `b", "a``b", "`a` [b]``(c)"):  # no code spans
+        assert markdown_line(text) == markdown_text(text)
     assert (code_span("</s>"), code_span("a`b``\n")) == ("`</s>`", "``` a`b``\\n ```")
     assert python_text('out/a"b\n```\u202e') == r'"out/a\"b\n```\u202e"'
     assert eval(python_text('out/a"b\n```\u202e')) == 'out/a"b\n```\u202e'

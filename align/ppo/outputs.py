@@ -18,7 +18,7 @@ from align.models.saved_dtype import set_saved_dtype
 from align.ppo.frontier import CHART
 from align.ppo.ppo_run import PPORun
 from align.runs.files import difference, fingerprints, write_json, write_text
-from align.runs.markdown import markdown_text, python_text
+from align.runs.markdown import markdown_line, markdown_text, python_text
 from align.runs.own_files import new_files, new_folder, own, put_back
 from align.runs.records import read_record
 from align.runs.schemas import BEST, SUMS, SUMS_RECORD
@@ -127,7 +127,7 @@ def save_outputs(
             base=markdown_text(recipe.sft_model_path),
             kl_coef=recipe.kl_coef,
             others="".join(text for text, is_there in others.items() if is_there),
-            verdict="".join(f"- {markdown_text(line)}\n" for line in results.get("verdict", [])),
+            verdict="".join(f"- {markdown_line(line)}\n" for line in results.get("verdict", [])),
             chart="" if frontier is None else f"\n![Gain over the square root of the KL from SFT]({CHART})\n",
         )
         finish(recipe, run.sampler.tokenizer, data, results, card)

@@ -215,31 +215,32 @@ def matches_manifest(path: str, scores: Tensor, manifest: dict[str, Any], bf16: 
     )
 
 
-def beats_chance(scores: Tensor, results: dict[str, Any]) -> Check:
+def beats_chance(scores: Tensor, results: dict[str, Any], of: str = "") -> Check:
     """The reward model ranks pairs better than chance.
 
     Args:
         scores: its scores of the pairs in its manifest, [chosen, rejected, chosen, ...].
         results: closing numbers of the reward stage.
+        of: which reward model, where there are several, as ` of PATH`.
     """
     ordered, count = int((scores[0::2] > scores[1::2]).sum()), len(scores) // 2
     pairs = f"{ordered} of {count} recorded pairs in order"
     remedy = "go back to the reward stage: more or cleaner pairs, a higher learning_rate, or a larger model."
     if (accuracy := results.get("eval_accuracy")) is None:  # nothing was held out, and a few pairs are weak evidence
         remedy = f"Chance does as well; hold out pairs there to find out, or {remedy}"
-        return Check(2 * ordered > count, pairs, "more than half", remedy, required=False)
+        return Check(2 * ordered > count, f"{pairs}{of}", "more than half", remedy, required=False)
     low, high = results["eval_accuracy_low"], results["eval_accuracy_high"]
     chance = accuracy <= 0.5
     return Check(
         low > 0.5,
-        f"reward accuracy {accuracy:.3g} ({low:.3g} to {high:.3g}), {pairs}",
+        f"reward accuracy{of} {accuracy:.3g} ({low:.3g} to {high:.3g}), {pairs}",
         "an accuracy above 0.5 on held-out pairs" if chance else "an interval above 0.5",
         f"{'It does no better than chance' if chance else 'It may do no better than chance: hold out more pairs'}; {remedy}",
         required=chance and high < USEFUL_ACCURACY,
     )
 
 
-def below_ceiling(results: dict[str, Any]) -> list[Check]:
+def below_ceiling(results: dict[str, Any], of: str = "") -> list[Check]:
     """A failed check if the reward model agrees with the labels more often than the true reward does; otherwise nothing.
 
     Args:
@@ -252,7 +253,7 @@ def below_ceiling(results: dict[str, Any]) -> list[Check]:
     return [
         Check(
             False,
-            f"reward accuracy {accuracy:.3g} ({low:.3g} to {results['eval_accuracy_high']:.3g})",
+            f"reward accuracy{of} {accuracy:.3g} ({low:.3g} to {results['eval_accuracy_high']:.3g})",
             f"at most {ceiling:.3g}, that of the true reward on the same pairs",
             "It has learned what the annotators prefer for another reason, such as length, and PPO will follow that: look at "
             "the report card of the reward stage, and go back to its pairs.",

@@ -103,9 +103,10 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
     checks: list[Check] = []
     metrics: dict[str, float] = {}
     try:
-        paths = models_by_place("reward_model_path", run.recipe.reward_model_path).values()
+        paths = list(models_by_place("reward_model_path", run.recipe.reward_model_path).values())
         for path, model in zip(paths, run.models.rewards.models, strict=True):
-            checks += check_reward_model(path, model, run.world, run.recipe.bf16, metrics)
+            of = f" of {path}" if len(paths) > 1 else ""
+            checks += check_reward_model(path, model, run.world, run.recipe.bf16, metrics, of)
         rollout = check_rollout(run)
     except ValueError as error:  # a reward model that gives NaN; the message shows the row
         raise UserError(f"self-checks: {error}") from error
@@ -233,15 +234,15 @@ def check_endings(run: PPORun, rollout: Rollout) -> Check:
 
 
 def check_reward_model(
-    path: str, source: ModelReward, world: World, bf16: bool, metrics: dict[str, float]
+    path: str, source: ModelReward, world: World, bf16: bool, metrics: dict[str, float], of: str = ""
 ) -> list[Check]:
     """Whether the reward model is the one that its stage evaluated, and was better than chance there.
 
-    `metrics` keeps the worst values of several reward models.
+    `metrics` keeps the worst values of several reward models, and `of` says in the checks which of them it is.
     """
     manifest = read_manifest(path) or {}
     if "score_check" not in manifest:
-        return [Check(True, "reward model not checked (no record in its folder)")]
+        return [Check(True, f"reward model{of} not checked (no record in its folder)")]
     if "eval_accuracy" in manifest["results"]:
         names = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high")
         check_record(manifest["results"], Record(dict.fromkeys(names, NUMBER)), f"{path}/{MANIFEST}: results")
@@ -261,4 +262,5 @@ def check_reward_model(
         accuracy = manifest["results"]["eval_accuracy"]
         metrics["self_check/reward_accuracy"] = min(accuracy, metrics.get("self_check/reward_accuracy", 1.0))
     results = manifest["results"]
-    return [matches_manifest(path, scores, manifest, bf16), beats_chance(scores, results), *below_ceiling(results)]
+    record = matches_manifest(path, scores, manifest, bf16)
+    return [record, beats_chance(scores, results, of), *below_ceiling(results, of)]

@@ -406,6 +406,7 @@ class TestLimits:
         numbers = {"eval_accuracy": 0.6, "eval_accuracy_low": 0.51, "eval_accuracy_high": 0.69}
         assert beats_chance(scores, numbers).passed
         assert "1 of 2" in beats_chance(scores, numbers).found
+        assert beats_chance(scores, numbers, " of a/b").found.startswith("reward accuracy of a/b 0.")
         few = (0.5, 0.2, 0.8, False)  # pairs, which rule out nothing
         for accuracy, low, high, stops in ((0.5, 0.45, 0.55, True), (0.55, 0.5, 0.6, False), few):
             interval = {"eval_accuracy": accuracy, "eval_accuracy_low": low, "eval_accuracy_high": high}
