@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from align.config.ensemble import ensemble_members
 from align.config.paths import expand
 from align.report.diagnose import diagnose
 from align.report.overview import describe_state
-from align.report.read import EVALUATIONS, Run, find_runs, read_run
+from align.report.read import EVALUATIONS, Run, find_runs, read_run, with_members
 from align.terminal import counted, say
 
 WARNING, SEVERE = 3, 4  # exit codes; 0: nothing was found
@@ -23,11 +22,7 @@ def run(directory: str) -> int:
     """
     worst = 0
     for folders in find_runs(Path(expand(directory, "align diagnose"))):
-        runs = [
-            read_run(Path(each))
-            for folder in folders
-            for each in dict.fromkeys([str(folder), *ensemble_members(str(folder))])
-        ]
+        runs = [read_run(folder) for folder in with_members(folders)]
         for each in runs:
             found = diagnose(each, runs)
             counts = [sum(finding.severity == kind for finding in found) for kind in ("severe", "warning")]

@@ -11,6 +11,7 @@ from typing import Literal
 from align.report.read import Point, Run
 from align.runs.records import is_number
 
+FIRST_UPDATES = 4  # too few to tell a trend
 MIN_UPDATES = 8  # before the absence of a change counts as a fault
 
 
@@ -51,19 +52,24 @@ def end_values(points: Sequence[Point], which: int, parts: int = 4) -> list[floa
 
 
 def quarter_means(run: Run, name: str) -> tuple[float, float] | None:
-    """Means of a metric over the first and the last quarter of a run; None with fewer than four points."""
+    """Means of a metric over the first and the last quarter of its points; None before update `FIRST_UPDATES`."""
     points = run.series(name)
-    return (
-        (statistics.fmean(end_values(points, 0)), statistics.fmean(end_values(points, -1)))
-        if len(points) >= 4
-        else None
-    )
+    if not reaches(points, FIRST_UPDATES):
+        return None
+    return statistics.fmean(end_values(points, 0)), statistics.fmean(end_values(points, -1))
 
 
 def late_median(run: Run, name: str) -> float | None:
-    """The median of a metric over the second half of a run; None with fewer than four points."""
+    """The median of a metric over the second half of its points; None before update `FIRST_UPDATES`."""
     points = run.series(name)
-    return statistics.median(end_values(points, -1, 2)) if len(points) >= 4 else None
+    return (
+        statistics.median(value for _, value in points[len(points) // 2 :]) if reaches(points, FIRST_UPDATES) else None
+    )
+
+
+def reaches(points: Sequence[Point], step: int) -> bool:
+    """Whether a metric was logged at `step` or later, and before: with `logging_steps` points are fewer than updates."""
+    return len(points) > 1 and points[-1][0] >= step
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:

@@ -97,9 +97,8 @@ def headline(pipeline: Pipeline) -> list[Headline]:
     """The main results of a pipeline, from the closing tables of its stages."""
     found = []
     for run in pipeline.runs:
-        table = run.results.get("table", [])
         for begin, name in HEADLINES.get(run.stage, ()):
-            for measure, before, after in table:
+            for measure, before, after in run.table:
                 if measure.startswith(begin) and after is not None:
                     was = f"{before:.3g}" if before is not None else ""
                     found.append(Headline(name.format(run=run.name), f"{after:.3g}", was, f"{run.name}: {measure}"))
@@ -130,7 +129,7 @@ def before_after(groups: Sequence[Group]) -> PageTable | None:
     labels = list(dict.fromkeys(each.label for group in groups for each in group.runs))
     rows = []
     for group in groups:
-        tables = {each.label: each.run.results.get("table", []) for each in group.runs}
+        tables = {each.label: each.run.table for each in group.runs}
         for measure in dict.fromkeys(row[0] for table in tables.values() for row in table):
             cells: list[object] = [f"{group.title}: {measure}"]
             for label in labels:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from align.report.curves import LabelledRun
-from align.report.read import Run, read_run
+from align.report.read import Run, read_run, with_members
 
 MODELS = ("model_name_or_path", "sft_model_path", "reward_model_path", "value_model_path", "models")
 
@@ -37,7 +37,7 @@ def read_pipelines(folders: Sequence[Sequence[Path]]) -> list[Pipeline]:
     Raises:
         UserError: a record is damaged.
     """
-    read = [_in_order([read_run(folder) for folder in each]) for each in folders]
+    read = [_in_order([read_run(folder) for folder in with_members(each)]) for each in folders]
     return [Pipeline(label, runs) for label, runs in zip(_labels(read), read, strict=True)]
 
 

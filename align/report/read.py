@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from align.best_of_n.results import RESULTS_RECORD as BEST_OF_N
+from align.config.ensemble import NUMBERED, ensemble_members
 from align.config.json_file import parse_json, read_file, read_json
 from align.config.stages import STAGES
 from align.errors import BadFile, UserError
@@ -56,8 +57,9 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
+        """The folder's name; of a member of an ensemble with that of the folder that holds it."""
+        folder = self.folder.resolve()
+        return f"{folder.parent.name}/{folder.name}" if NUMBERED.fullmatch(folder.name) else folder.name
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -70,6 +72,12 @@ class Run:
         """The closing numbers; empty for an unfinished run and for an evaluation."""
         found = self.record.get("results", {})
         return found if isinstance(found, dict) else {}
+
+    @property
+    def table(self) -> list[list[Any]]:
+        """The closing table: rows of measure, before, after. That of an ensemble is its members', which are runs too."""
+        found: list[list[Any]] = [] if "members" in self.results else self.results.get("table", [])
+        return found
 
     @property
     def verdict(self) -> list[str]:
@@ -137,6 +145,12 @@ def find_runs(folder: Path) -> list[list[Path]]:
 def is_run(folder: Path) -> bool:
     """Whether a folder is the output folder of a run."""
     return any((folder / name).is_file() for name in (MANIFEST, RUN)) or _is_results(folder / RESULTS)
+
+
+def with_members(folders: Sequence[Path]) -> list[Path]:
+    """Output folders, after each of an ensemble those of its members."""
+    found = [(folder, *(Path(each) for each in ensemble_members(str(folder)))) for folder in folders]
+    return list(dict.fromkeys(each for folder, *inner in found for each in (folder, *filter(is_run, inner))))
 
 
 def _is_results(path: Path) -> bool:

@@ -15,6 +15,7 @@ from align.report.findings import (
     late_median,
     metric_values,
     quarter_means,
+    reaches,
 )
 from align.report.read import Run
 from align.runs.records import is_number
@@ -25,6 +26,7 @@ MAX_APPROX_KL = 0.05
 MAX_UPDATE_KL = 1.0  # policy/approx_kl of a single update
 MAX_CLIPFRAC = 0.3
 MIN_EXPLAINED_VARIANCE = 0.05
+WORSE_THAN_CONSTANT = -0.5  # explained variance
 STRONG_KL_PENALTY = 0.5  # penalty for one nat, in standard deviations of the score
 
 
@@ -64,7 +66,7 @@ def _scores(run: Run) -> Iterator[Finding]:
         return
     evidence = f"objective/score was {first:.4g} in the first quarter and {last:.4g} in the last, standard error of the difference "
     evidence += f"{_noise(run):.2g} ({describe_updates(run)})."
-    enough = len(run.series("objective/score")) >= MIN_UPDATES
+    enough = reaches(run.series("objective/score"), MIN_UPDATES)
     moved, kl = late_median(run, "policy/approx_kl"), late_median(run, "objective/kl")
     if enough and moved is not None and moved < MIN_APPROX_KL and kl is not None and abs(kl) < 0.05:
         rate = max(metric_values(run, "policy/learning_rate"), default=0.0)
@@ -79,7 +81,7 @@ def _scores(run: Run) -> Iterator[Finding]:
             "severe", "falling scores", "the score falls", evidence,
             "Lower `learning_rate`; if objective/kl is small, lower `kl_coef`, which pulls back to the SFT model.",
         )  # fmt: skip
-    elif enough and last - first < 2 * _noise(run):
+    elif len(run.series("objective/score")) >= MIN_UPDATES and last - first < 2 * _noise(run):
         penalty, spread = max(metric_values(run, "objective/kl_coef"), default=0.0), statistics.median(spreads)
         unit = 1.0 if normalized(run) else spread  # of kl_coef, per nat
         strong = penalty > STRONG_KL_PENALTY * unit
@@ -160,12 +162,13 @@ def _clipping(run: Run) -> Iterator[Finding]:
 def _value_model(run: Run) -> Iterator[Finding]:
     explained, points = late_median(run, "value/explained_variance"), run.series("value/explained_variance")
     alike = statistics.median(metric_values(run, "objective/score_std") or [0.0]) < 1e-6
-    if explained is None or len(points) < MIN_UPDATES or alike or explained >= MIN_EXPLAINED_VARIANCE:
+    if explained is None or not reaches(points, MIN_UPDATES) or alike or explained >= MIN_EXPLAINED_VARIANCE:
         return
     spread, mean = metric_values(run, "objective/score_std")[-1], metric_values(run, "value/mean")
+    worse = explained < WORSE_THAN_CONSTANT
     far = mean and abs(mean[-1] - metric_values(run, "objective/score")[-1]) > 2 * spread
     yield Finding(
-        "warning", "value model explains nothing", "the values are no better than a constant",
+        "warning", "value model explains nothing", f"the values are {'worse' if worse else 'no better'} than a constant",
         f"value/explained_variance has a median of {explained:.3g} in the second half; 0.3 to 0.9 is healthy ({describe_updates(run)})."
         + (f" value/mean is {mean[-1]:.3g}, far from the score." if far else ""),
         "Raise `value_learning_rate` (and `cliprange_value`, if scores are large), start the value model from the reward model, "

@@ -7,13 +7,16 @@ import statistics
 from collections.abc import Iterator
 
 from align.report.findings import (
+    FIRST_UPDATES,
     MIN_UPDATES,
     Finding,
     correlation,
     describe_updates,
     end_values,
+    late_median,
     metric_values,
     quarter_means,
+    reaches,
 )
 from align.report.read import Run
 from align.report.responses import last_rows
@@ -24,6 +27,7 @@ MAX_REPETITION = 0.2
 LENGTH_GROWTH = 1.25  # mean length of the last quarter over that of the first
 LENGTH_CORRELATION = 0.6  # rank correlation of score and length
 MIN_ENTROPY = 0.05  # nats per token
+DISAGREEMENT_GROWTH = 1.5
 
 
 def response_signs(run: Run, reward_model: Run | None) -> Iterator[Finding]:
@@ -36,12 +40,13 @@ def response_signs(run: Run, reward_model: Run | None) -> Iterator[Finding]:
     yield from _length(run)
     yield from _text(run)
     yield from _out_of_data(run, reward_model)
+    yield from _disagreement(run)
 
 
 def _endings(run: Run) -> Iterator[Finding]:
     rates = run.series("response/eos_rate")
     start = run.series("self_check/eos_rate") or rates[:1]
-    if len(rates) < 4 or not start:
+    if not reaches(rates, FIRST_UPDATES) or not start:
         return
     before, after = max(start[0][1], rates[0][1]), statistics.fmean(end_values(rates, -1))
     # Standard error of the difference if both rates equal the first.
@@ -66,9 +71,10 @@ def _length(run: Run) -> Iterator[Finding]:
     rows = [row for row in last_rows(run) if is_number(row.get("length"))]
     over_time = correlation([v for _, v in lengths], [v for _, v in scores])
     within = correlation([row["length"] for row in rows], [row["score"] for row in rows]) if len(rows) >= 30 else None
-    carried = within > LENGTH_CORRELATION if within is not None else over_time > 0.9 and factor > 1.5
+    alone = len(scores) >= MIN_UPDATES and over_time > 0.9 and factor > 1.5  # few points correlate by chance
+    carried = within > LENGTH_CORRELATION if within is not None else alone
     gained = scores[-1][1] > scores[0][1]
-    if factor < LENGTH_GROWTH or not carried or not gained or len(scores) < MIN_UPDATES:
+    if factor < LENGTH_GROWTH or not carried or not gained or not reaches(scores, MIN_UPDATES):
         return
     among = f", over {len(rows)} held-out responses of the last evaluation {within:.2f}" if within is not None else ""
     yield Finding(
@@ -100,10 +106,36 @@ def _text(run: Run) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _disagreement(run: Run) -> Iterator[Finding]:
+    score, spread = quarter_means(run, "objective/score"), late_median(run, "objective/score_std")
+    if score is None or spread is None or not reaches(run.series("objective/score"), MIN_UPDATES):
+        return
+    for name in sorted(name for name in run.metrics if name.startswith("objective/disagreement/")):
+        evidence, means, late = [], quarter_means(run, name), late_median(run, name)
+        if means is not None and means[1] > DISAGREEMENT_GROWTH * means[0] and score[1] > score[0]:
+            evidence.append(
+                f"{name} was {means[0]:.3g} in the first quarter and {means[1]:.3g} in the last, while the score rose from "
+                f"{score[0]:.3g} to {score[1]:.3g}"
+            )
+        # With other rewards, objective/score_std is not the ensemble's own.
+        if late is not None and not run.recipe.get("reward_funcs") and late > spread > 0:
+            evidence.append(
+                f"{name} has a median of {late:.3g} in the second half, and the scores of different responses spread by "
+                f"{spread:.3g} (objective/score_std)"
+            )
+        if evidence:
+            yield Finding(
+                "warning", "ensemble disagreement", "the reward models of the ensemble do not agree on these responses",
+                "; ".join(evidence) + f" ({describe_updates(run)}).",
+                "Set `reward_ensemble` to wco or uwo, which trust no member alone; raise `kl_coef` or set `kl_target`; train the "
+                "members on more pairs, of this policy's responses among them.",
+            )  # fmt: skip
+
+
 def _out_of_data(run: Run, reward_model: Run | None) -> Iterator[Finding]:
     evidence = list(_truth_falls(run))
     score = end_values(run.series("objective/score"), -1) if run.series("objective/score") else []
-    enough = len(run.series("objective/score")) >= MIN_UPDATES
+    enough = reaches(run.series("objective/score"), MIN_UPDATES)
     if reward_model is not None and score and enough:
         highest, zero = reward_model.last("eval/max_reward"), reward_model.record.get("score_mean", 0.0)
         weights = run.recipe.get("reward_weights")

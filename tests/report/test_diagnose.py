@@ -30,6 +30,7 @@ FAULTS = {
     "rate_too_low": ("learning rate too low", 3),
     "rate_too_high": ("learning rate too high", 4),
     "out_of_data": ("reward model out of its data", 4),
+    "ensemble_disagrees": ("ensemble disagreement", 3),
 }
 SOUND = sorted(path.stem for path in RUNS.glob("*.json") if path.stem.startswith(("sound", "quickstart")))
 
@@ -44,6 +45,20 @@ def test_an_injected_fault_is_named_with_numbers_and_remedy(name, tmp_path, caps
     assert "`" in found[fault].remedy
     assert main(["diagnose", str(run)]) == code
     assert f": {fault}: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *SOUND])
+def test_a_run_that_logged_few_of_its_updates(name, tmp_path):
+    """With the default `logging_steps`, 10: the first line, every tenth, the last; evaluations are logged all the same."""
+    run = make_run(name, tmp_path / name)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["step"] % 10 and line not in (lines[0], lines[-1]):
+            for metric in [each for each in line if each.startswith(("objective/", "policy/", "value/", "response/"))]:
+                del line[metric]
+    write_jsonl(run / "metrics.jsonl", lines)
+    found = {each.name for each in diagnose(read_run(run))}
+    assert FAULTS[name][0] in found if name in FAULTS else not found
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -109,6 +124,13 @@ def test_faults_of_the_other_stages(stage, metric, value_of, fault, tmp_path):
         lines.append({**template[-1], "step": lines[-1]["step"] + 50})
     write_jsonl(run / "metrics.jsonl", lines)
     assert fault in change(run, value_of, metric)
+
+
+def test_values_that_are_worse_than_a_constant(tmp_path):
+    run = make_run("sound_seed1", tmp_path / "run")
+    change(run, lambda at, value: -5.0, "value/explained_variance")
+    (found,) = diagnose(read_run(run))
+    assert (found.name, found.title) == ("value model explains nothing", "the values are worse than a constant")
 
 
 def test_a_score_beyond_what_the_reward_model_gave_to_its_pairs(tmp_path):

@@ -234,6 +234,26 @@ def test_several_ppo_runs_of_one_folder_are_told_apart_and_their_judge_starts_at
     assert frontier.count("0.25") >= 2, "the judge of SFT, in the table of each"
 
 
+def test_an_ensemble_has_the_curves_and_cards_of_its_members(tmp_path):
+    parent = make_run("quickstart_2_reward", tmp_path / "2_reward")
+    record = json.loads((parent / "stage.json").read_text())
+    rows = record["results"]["table"]
+    record["results"] = {"members": [record["results"]] * 2, "table": [[f"{m} (member_1)", a, b] for m, a, b in rows]}
+    (parent / "stage.json").write_text(json.dumps(record))
+    (parent / "metrics.jsonl").unlink()
+    for member in ("member_1", "member_2"):
+        run = make_run("quickstart_2_reward", parent / member)
+        verdicts = [{"line": f"words alone of {member}", "verdict": "good"}]
+        write_jsonl(run / "card" / "results.json", [{"card": {"verdicts": verdicts}}])
+    assert main(["report", str(tmp_path)]) == 0
+    page = Parsed((tmp_path / "report.html").read_text())
+    for member in ("2_reward/member_1", "2_reward/member_2"):
+        assert page.text.count(f"{member}: {rows[0][0]}") == 1, "once, though the ensemble's table has it too"
+    assert "good: words alone of member_1" in page.text
+    assert "good: words alone of member_2" in page.text
+    assert {a["data-name"] for _, a in page.tags if "data-name" in a} >= {"train/loss", "eval/accuracy"}
+
+
 def test_costs_have_the_most_memory_of_each_phase(tmp_path):
     run = make_run("quickstart_1_sft", tmp_path / "1_sft")
     lines = [{"step": s, "memory/training": 1 + s % 2, "memory/evaluation": 0.5} for s in range(4)]
