@@ -67,10 +67,9 @@ def claim_measurement(recipe: Recipe, again: str) -> dict[str, Any]:
         UserError: the first mistake; nothing is written then.
     """
     inspect_inputs(recipe)
-    found = unfinished_measurement(recipe, again)
-    this = found or identity(recipe)
+    this = unfinished_measurement(recipe, again) or identity(recipe)
     if _is_main():
-        claim(recipe.output_dir, this, resuming=found is not None)
+        claim(recipe.output_dir, this, resuming=False)
     return this
 
 

@@ -240,7 +240,8 @@ def test_the_sample_row_marks_what_is_trained(world, capsys, changes, shown):
     assert code == 0, said
     assert shown in said.replace(" ", "").replace("row:", "row: ")
     assert "at most 5 tokens in the first 1 rows" in said
-    assert "1 to train on, 0 to evaluate on; up to 1 optimizer step\n" in said
+    assert "1 to train on, 0 to evaluate on\n" in said
+    assert "steps: up to 1 optimizer step\n" in said
 
 
 def test_a_row_of_each_template_and_the_share_of_each_task(world, capsys):
@@ -519,6 +520,7 @@ def test_a_folder_of_a_masked_language_model_and_a_classifier(world, capsys):
     flat = said.replace(" ", "")
     assert "⟦<mask>" in flat.split("piece:")[1].splitlines()[0]
     assert "the tokens to predict; 3 pieces; at most 15 tokens in the first 2 rows" in said  # of 16; cut evenly
+    assert re.search(r"steps: up to \d+ optimizer steps? of 3 examples", said)
     assert "rowlabeled'x':⟦<s>⟧ab</s>" in flat
     assert "single_label_classification, 2 labels by training rows: x (1), y (1); at most 4 tokens" in said
     assert "rowlabeled0.5:⟦<s>⟧ab</s>c</s>" in flat

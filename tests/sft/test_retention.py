@@ -724,5 +724,6 @@ def test_check_shows_retention(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert f"{tmp_path}/texts.jsonl (23 rows); 23 of `text`" in said
     assert "retention: 8 of 23 rows measured; 4 of 8 training rows (50.0%) replayed from 15" in said
-    assert "4 to train on, 4 to evaluate on; up to 2 optimizer steps" in said
+    assert "4 to train on, 4 to evaluate on" in said
+    assert "steps: up to 2 optimizer steps of 8 examples" in said
     assert "eval_metrics: rouge" in said

@@ -43,8 +43,13 @@ class Sample:
     bad: dict[str, dict[str, Any]]  # bad rows by reason
 
 
-def sample_lines(rows: Sequence[Any], start: Start, tokenize: Callable[[Sequence[Any]], Sample]) -> list[Text]:
+def sample_lines(
+    rows: Sequence[Any], start: Start, tokenize: Callable[[Sequence[Any]], Sample]
+) -> tuple[list[Text], int, list[int]]:
     """The first row (of each template) as the model will see it, the tokens that matter marked, and how long rows are.
+
+    Returns:
+        Lines, the number of rows that were tokenized, and the tokens of each sequence that they make.
 
     Raises:
         UserError: rows that cannot be tokenized, or are longer than the model can read.
@@ -70,7 +75,7 @@ def sample_lines(rows: Sequence[Any], start: Start, tokenize: Callable[[Sequence
     longest = f"at most {max(sizes)} tokens in the first {sum(map(len, groups))} rows"
     longest += f" of {len(groups)} of {len(kinds)} templates" if len(kinds) > len(groups) else ""
     without = "".join(f"; {count} of them skipped: {reason}" for reason, count in skipped.items())
-    return [*lines, Text(f"  ({sample.note}; {longest}{without})", style="dim")]
+    return [*lines, Text(f"  ({sample.note}; {longest}{without})", style="dim")], sum(map(len, groups)), sizes
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequence[bool]) -> Text:

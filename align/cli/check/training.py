@@ -99,7 +99,7 @@ class TrainingCheck(Generic[R]):
                 _check_unfinished(recipe, error.report)
                 raise
             _check_unfinished(recipe, rows.report)
-            for line in (f"rows: {self._counts(rows, recipe, plan)}", *lines):
+            for line in (f"rows: {_counts(rows)}", *lines):
                 report.say(line)
             if shares := describe_task_shares(rows.report):
                 report.say(f"tasks: {shares}")
@@ -118,8 +118,11 @@ class TrainingCheck(Generic[R]):
             return
         if rows is not None:
             with report.part():
-                for shown in sample_lines(rows.train, start, lambda some: self.sample(recipe, some, start)):
-                    report.console.print(shown, soft_wrap=True)
+                shown, sampled, sizes = sample_lines(rows.train, start, lambda some: self.sample(recipe, some, start))
+                for line in shown:
+                    report.console.print(line, soft_wrap=True)
+                if isinstance(recipe, TrainerRecipe) and plan is not None:
+                    report.say(self._steps(recipe, rows, plan, sampled, sizes))
         if plan is not None:
             report.console.print(memory_table(recipe, self.footprints(recipe, start), plan))
             sequences = plan.micro_batch_size * self.sequences_per_row
@@ -129,14 +132,18 @@ class TrainingCheck(Generic[R]):
         if not (Path(recipe.output_dir) / MANIFEST).is_file():
             self._write_stand_in(recipe, start, context)
 
-    def _counts(self, rows: Rows, recipe: R, plan: BatchPlan | None) -> str:
-        bad = "; ".join(f"{entry['count']} skipped: {reason}" for reason, entry in rows.report["bad_rows"].items())
-        text = f"{len(rows.train)} to train on, {len(rows.evaluation)} to evaluate on" + (f"; {bad}" if bad else "")
-        if isinstance(recipe, TrainerRecipe) and plan is not None:
-            per_epoch = math.ceil(self.trained_rows(recipe, rows) / plan.batch_size)
-            steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
-            text += f"; up to {steps} optimizer step{'s' * (steps != 1)}"
-        return text
+    def _steps(self, recipe: R, rows: Rows, plan: BatchPlan, sampled: int, sizes: Sequence[int]) -> str:
+        """Optimizer steps, from how many examples a sampled row makes: each trained turn of a dialogue may be one, and each
+        piece of a text."""
+        assert isinstance(recipe, TrainerRecipe)
+        limit = self.max_tokens(recipe)
+        examples = sum(math.ceil(size / limit) for size in sizes) / self.sequences_per_row  # packing cuts longer texts
+        count = math.ceil(self.trained_rows(recipe, rows) * examples / sampled)
+        per_epoch = math.ceil(count / plan.batch_size)
+        steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
+        most = "up to" if sampled == len(rows.train) else "about"
+        made = f" of {count} examples" if count != len(rows.train) else ""
+        return f"steps: {most} {steps} optimizer step{'s' * (steps != 1)}{made}"
 
     def _write_stand_in(self, recipe: R, start: Start, context: Context) -> None:
         """What the stage would leave in its output folder, without the weights, for the recipes after it."""
@@ -155,6 +162,11 @@ class TrainingCheck(Generic[R]):
             context.report.names[str(folder)] = f"{Path(recipe.output_dir) / name} (made by {context.name})"
         context.stand_ins[Path(recipe.output_dir).resolve()] = context.folder
         context.report.names[str(context.folder)] = f"{recipe.output_dir} (made by {context.name})"
+
+
+def _counts(rows: Rows) -> str:
+    bad = "; ".join(f"{entry['count']} skipped: {reason}" for reason, entry in rows.report["bad_rows"].items())
+    return f"{len(rows.train)} to train on, {len(rows.evaluation)} to evaluate on" + (f"; {bad}" if bad else "")
 
 
 def frozen_model(name: str, auto: Any, config: PretrainedConfig, trust_remote_code: bool) -> Footprint:
