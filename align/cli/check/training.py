@@ -119,8 +119,8 @@ class TrainingCheck(Generic[R]):
         if rows is not None:
             with report.part():
                 shown, sampled, sizes = sample_lines(rows.train, start, lambda some: self.sample(recipe, some, start))
-                for line in shown:
-                    report.console.print(line, soft_wrap=True)
+                for each in shown:
+                    report.console.print(each, soft_wrap=True)
                 if isinstance(recipe, TrainerRecipe) and plan is not None:
                     report.say(self._steps(recipe, rows, plan, sampled, sizes))
         if plan is not None:
