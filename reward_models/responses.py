@@ -63,9 +63,9 @@ def row_error(name: str, batch: Responses, row: int, problem: str) -> ValueError
         text = repr(turns)
         return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
-    said = "; ".join(line.strip() for line in problem.splitlines() if line.strip()).rstrip(".")
+    message = "; ".join(line.strip() for line in problem.splitlines() if line.strip()).rstrip(".")
     return ValueError(
-        f"reward {name!r}, row {row} of {len(batch)}: {said}; "
+        f"reward {name!r}, row {row} of {len(batch)}: {message}; "
         f"prompt: {shown(batch.prompts[row])}; response: {shown(batch.completions[row])}"
     )
 

@@ -48,7 +48,7 @@ RESULTS_RECORD = Record(
     {
         **OF_IDENTITY,
         "eos_rate": NUMBER,
-        "left_out": mapping_of("prompts by reason", lambda why: isinstance(why, str), is_count),
+        "left_out": mapping_of("prompts by reason", lambda reasons: isinstance(reasons, str), is_count),
     },
     "restore the file from a copy, or delete it to sample again",
 )
@@ -78,8 +78,8 @@ def tables(results: Mapping[str, Any]) -> list[Table]:
     title = f"Best of n, {results['prompts']} prompts with {results['num_generations']} responses each (-: no further response to compare with)"
     files = [[name, str(count)] for name, count in results["datasets"].items()]
     found = [Table(title, columns, rows), Table("Data sets", ["file", "rows"], files)]
-    if why := results.get("left_out"):
-        left_out = [[*reason.split(": ", 1), str(count)] for reason, count in why.items()]
+    if reasons := results.get("left_out"):
+        left_out = [[*reason.split(": ", 1), str(count)] for reason, count in reasons.items()]
         title = f"Prompts left out, of {results['prompts']}"
         found.append(Table(title, ["files", "because", "prompts"], left_out))
     return found

@@ -52,8 +52,8 @@ def run(paths: Sequence[str], output: str) -> str:
     folders = [inspect_folder(path, "align merge") for path in paths]
     models = [folder for folder in folders if folder is not None]
     for path, manifest, model in zip(paths[1:], manifests[1:], models[1:], strict=True):
-        if what := _start_difference(manifests[0], manifest) or _model_difference(models[0], model):
-            raise UserError(f"align merge: {path} and {paths[0]} have {what}; {REMEDY}.")
+        if difference := _start_difference(manifests[0], manifest) or _model_difference(models[0], model):
+            raise UserError(f"align merge: {path} and {paths[0]} have {difference}; {REMEDY}.")
     with new_folder(Path(output)) as fresh:
         _write_weights(models, fresh)
         scale = {name: statistics.mean(float(each.get(name, 0.0)) for each in manifests) for name in sorted(OWN)}

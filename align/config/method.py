@@ -22,10 +22,10 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
     """
     virtual = recipe.method in ("prompt", "prefix")
     if recipe.method not in supported:
-        why = "cannot be merged, so later stages could not start from it" if virtual else "is not supported here"
+        reason = "cannot be merged, so later stages could not start from it" if virtual else "is not supported here"
         raise UserError(
             f"{where('method')}: expected one of {', '.join(supported)} in the {recipe.stage} stage, got "
-            f"{recipe.method}, which {why}"
+            f"{recipe.method}, which {reason}"
         )
     partial = bool(recipe.freeze_layers) + (recipe.trainable_pattern is not None)
     if recipe.method == "freeze" and partial != 1:

@@ -92,9 +92,9 @@ def _check_ppo(recipe: Any, where: Where) -> None:
             "use k2 (whose gradient is that of KL(policy || reference)) or k3, or use_kl_loss: false"
         )
     if not recipe.use_kl_loss and recipe.kl_estimator != "k1":
-        why = "is biased" if recipe.kl_estimator == "k2" else "has a gradient that vanishes near the reference"
+        reason = "is biased" if recipe.kl_estimator == "k2" else "has a gradient that vanishes near the reference"
         raise UserError(
-            f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {why}; use k1, or use_kl_loss: true"
+            f"{where('kl_estimator')}: {recipe.kl_estimator} inside the reward {reason}; use k1, or use_kl_loss: true"
         )
 
 

@@ -71,10 +71,10 @@ def _count_values(node: yaml.Node, name: str, key: str, counts: dict[int, int]) 
         return counts[id(node)]
     where = f"{name}:{node.start_mark.line + 1}" + f": {key[:MAX_NUMBER]}" * bool(key)
     if node.tag not in _PLAIN_TAGS:
-        what = {"timestamp": "a date", "binary": "binary data", "set": "a set"}.get(
+        kind_text = {"timestamp": "a date", "binary": "binary data", "set": "a set"}.get(
             node.tag.removeprefix(_TAG), node.tag
         )
-        raise UserError(f"{where}: expected text, numbers, lists or mappings, got {what}; put text in quotes.")
+        raise UserError(f"{where}: expected text, numbers, lists or mappings, got {kind_text}; put text in quotes.")
     total = 1
     if isinstance(node, yaml.ScalarNode):
         if node.tag in (f"{_TAG}int", f"{_TAG}float") and len(node.value) > MAX_NUMBER:

@@ -83,8 +83,8 @@ def _with_thoughts_apart(tokenizer: PreTrainedTokenizerBase, messages: Sequence[
     ]
     asked = {"role": "user", "content": "?"}
     texts = [_rendered_or_none(tokenizer, [asked, {"role": "assistant", **answer}], None) or "" for answer in answers]
-    none, inside, apart = (text.count(closes) for text in texts)
-    if not (none and inside > none and apart == none and PROBE in texts[2]):
+    none, inside, separate = (text.count(closes) for text in texts)
+    if not (none and inside > none and separate == none and PROBE in texts[2]):
         return messages
     found: list[Message] = []
     for message in messages:

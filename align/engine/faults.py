@@ -118,16 +118,16 @@ def _disk(error: Exception, phase: str, target: Path | None) -> str | None:
     if number in (errno.ENOENT, errno.ENOTDIR):
         if path.parent.is_dir():
             return None  # a file that somebody counted on, not one to be written
-        what, remedy = "its folder was removed while the stage ran", "start the stage again"
+        problem, remedy = "its folder was removed while the stage ran", "start the stage again"
     else:
         free = shutil.disk_usage(folder).free
-        what = (
+        problem = (
             f"{os.strerror(number) if number else 'the file could not be written'}, {free / 1e6:,.1f} MB are free there"
         )
         remedy = (
             f"{DISK.get(number, 'make it writable again')}; the same command then continues from the last checkpoint"
         )
-    return f"{path}: error while {PHASES.get(phase, PHASES['start'])[0]}: {what}. {remedy[0].upper()}{remedy[1:]}."
+    return f"{path}: error while {PHASES.get(phase, PHASES['start'])[0]}: {problem}. {remedy[0].upper()}{remedy[1:]}."
 
 
 def _error_number(error: Exception) -> tuple[int | None, str | None]:

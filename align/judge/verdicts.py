@@ -112,8 +112,8 @@ def _accuracy(accuracy: Mapping[str, Any]) -> Verdict:
     if accuracy["low"] is None:
         return Verdict("accuracy", DOUBTFUL, text, "all pairs have one prompt", "the data: hold out more prompts")
     if accuracy["low"] <= 0.5:
-        why = "worse than chance" if accuracy["high"] < 0.5 else "not distinguishable from chance"
-        return Verdict("accuracy", BAD, text, why, f"{MORE_PAIRS}; check that chosen is the better response")
+        reason = "worse than chance" if accuracy["high"] < 0.5 else "not distinguishable from chance"
+        return Verdict("accuracy", BAD, text, reason, f"{MORE_PAIRS}; check that chosen is the better response")
     if accuracy["value"] < LOW_ACCURACY:
         return Verdict("accuracy", DOUBTFUL, text, f"above chance, below {LOW_ACCURACY}", MORE_PAIRS)
     return Verdict("accuracy", GOOD, text, "above chance")
@@ -122,12 +122,12 @@ def _accuracy(accuracy: Mapping[str, Any]) -> Verdict:
 def _ceiling(accuracy: Mapping[str, Any], ceiling: float) -> Verdict:
     text = f"{format_value(accuracy)}, ceiling {ceiling:.3f}"
     if accuracy["low"] is not None and accuracy["low"] > ceiling:
-        why = "it predicts the annotators better than the true reward does: they prefer something that the truth does not know"
+        reason = "it predicts the annotators better than the true reward does: they prefer something that the truth does not know"
         return Verdict(
             "accuracy and its ceiling",
             BAD,
             text,
-            why,
+            reason,
             "the pairs: what annotators like beside the truth, such as length",
         )
     return Verdict("accuracy and its ceiling", GOOD, text, "not above what the true reward itself reaches")
@@ -152,26 +152,26 @@ def _calibration(metrics: Mapping[str, Any]) -> Verdict:
         return Verdict(
             "calibration", GOOD, text, f"not distinguishable from calibrated (ECE up to {error['if_calibrated']:.3f})"
         )
-    how = "too sure" if t["value"] > 1 else "less sure than it could be"
+    problem = "too sure" if t["value"] > 1 else "less sure than it could be"
     if after > MAX_ECE:
-        return Verdict("calibration", BAD, text, f"{how}, and no temperature helps", f"{MORE_PAIRS}; fewer epochs")
-    back = "the reward stage: fewer epochs or more pairs; or divide the scores by the temperature (PPO: `normalize_scores`)"
-    return Verdict("calibration", DOUBTFUL, text, f"{how}; the temperature corrects it", back)
+        return Verdict("calibration", BAD, text, f"{problem}, and no temperature helps", f"{MORE_PAIRS}; fewer epochs")
+    remedy = "the reward stage: fewer epochs or more pairs; or divide the scores by the temperature (PPO: `normalize_scores`)"
+    return Verdict("calibration", DOUBTFUL, text, f"{problem}; the temperature corrects it", remedy)
 
 
 def _length(length: Mapping[str, Any]) -> Verdict:
     longer, shorter = length["accuracy_longer_won"], length["accuracy_shorter_won"]
     controlled = length.get("length_controlled_accuracy")
     text = f"longer won {format_value(longer)}, shorter won {format_value(shorter)}, length-controlled {format_value(controlled)}"
-    back = "the data: pairs whose shorter response is better; PPO: a penalty on length, or a judge that ignores it"
+    remedy = "the data: pairs whose shorter response is better; PPO: a penalty on length, or a judge that ignores it"
     if shorter["high"] is not None and shorter["high"] < 0.5:
-        return Verdict("length", BAD, text, "wrong more often than right where the shorter response is better", back)
+        return Verdict("length", BAD, text, "wrong more often than right where the shorter response is better", remedy)
     if controlled and controlled["low"] is not None and controlled["low"] <= 0.5:
-        return Verdict("length", BAD, text, "at equal length not distinguishable from chance", back)
+        return Verdict("length", BAD, text, "at equal length not distinguishable from chance", remedy)
     if None in (longer["low"], shorter["low"]):
-        return Verdict("length", DOUBTFUL, text, "too few pairs of one kind", back)
+        return Verdict("length", DOUBTFUL, text, "too few pairs of one kind", remedy)
     if longer["low"] > shorter["high"] or shorter["low"] > longer["high"]:
-        return Verdict("length", DOUBTFUL, text, "its accuracy depends on which response is longer", back)
+        return Verdict("length", DOUBTFUL, text, "its accuracy depends on which response is longer", remedy)
     return Verdict("length", GOOD, text, "no difference by which response is longer is distinguishable")
 
 
@@ -188,8 +188,8 @@ def _slices(slices: Mapping[str, Any]) -> Verdict:
     if below:
         return Verdict("slices", BAD, text, f"worse than chance: {', '.join(below)}", "the data of these slices")
     if behind:
-        why = f"behind the rest, and not distinguishable from chance: {', '.join(behind)}"
-        return Verdict("slices", DOUBTFUL, text, why, "the data of these slices: more pairs, or check their labels")
+        reason = f"behind the rest, and not distinguishable from chance: {', '.join(behind)}"
+        return Verdict("slices", DOUBTFUL, text, reason, "the data of these slices: more pairs, or check their labels")
     return Verdict("slices", GOOD, text, "no slice is distinguishable from chance and behind the rest at once")
 
 
@@ -198,31 +198,31 @@ def _probe(name: str, probe: Mapping[str, Any]) -> Verdict:
     text = f"score rises for {format_value(rises)}, by {change:+.2f} std on average"
     low, high = (rises["value"] if rises[side] is None else rises[side] for side in ("low", "high"))
     line = f"probe: {name}"
-    back = "the data: add pairs in which this response loses; PPO: watch for it, or a rule that takes points off"
+    remedy = "the data: add pairs in which this response loses; PPO: watch for it, or a rule that takes points off"
     if name in DEGRADING_PROBES:
         if low > 0.5:
-            return Verdict(line, BAD, text, "most responses gain by being made worse", back)
+            return Verdict(line, BAD, text, "most responses gain by being made worse", remedy)
         if high >= 0.5:
-            return Verdict(line, DOUBTFUL, text, "whether more gain than lose is not distinguishable", back)
+            return Verdict(line, DOUBTFUL, text, "whether more gain than lose is not distinguishable", remedy)
         return Verdict(line, GOOD, text, "most responses lose or stay the same")
     if low > 0.5 and change >= PROBE_STD:
-        return Verdict(line, BAD, text, "most responses gain much from added text without content", back)
+        return Verdict(line, BAD, text, "most responses gain much from added text without content", remedy)
     if low > 0.5:
-        return Verdict(line, DOUBTFUL, text, "most responses gain a little from added text without content", back)
+        return Verdict(line, DOUBTFUL, text, "most responses gain a little from added text without content", remedy)
     return Verdict(line, GOOD, text, "no gain for most responses is distinguishable")
 
 
 def _spread(spread: Mapping[str, Any]) -> Verdict:
     ratio, flat = spread["ratio"], spread["flat_prompts"]
     text = f"std within prompts {format_value(spread['within_prompts'])}, over all samples {spread['over_all_samples']:.3f}; flat prompts {format_value(flat)}"
-    back = "the reward stage: pairs of responses of this policy; PPO: more samples a prompt, a higher temperature"
+    remedy = "the reward stage: pairs of responses of this policy; PPO: more samples a prompt, a higher temperature"
     if ratio is None:
-        return Verdict("spread of scores", BAD, text, "all scores are equal, or there is one sample a prompt", back)
+        return Verdict("spread of scores", BAD, text, "all scores are equal, or there is one sample a prompt", remedy)
     if ratio < FLAT_SPREAD_RATIO or (flat["low"] is not None and flat["low"] > 0.5):
-        return Verdict("spread of scores", BAD, text, "nearly constant among the responses to one prompt", back)
+        return Verdict("spread of scores", BAD, text, "nearly constant among the responses to one prompt", remedy)
     if ratio < LOW_SPREAD_RATIO:
         return Verdict(
-            "spread of scores", DOUBTFUL, text, "scores depend on the prompt far more than on the response", back
+            "spread of scores", DOUBTFUL, text, "scores depend on the prompt far more than on the response", remedy
         )
     return Verdict("spread of scores", GOOD, text, f"{ratio:.2f} of the spread over all samples")
 

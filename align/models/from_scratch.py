@@ -51,8 +51,8 @@ def scratch_config(model_config: Mapping[str, Any], tokenizer_vocab_size: int) -
     except KeyError as error:
         raise UserError(f"model_config: {model_type} is not a causal language model; use llama or gpt2.") from error
     except Exception as error:  # of a model that cannot be built
-        said = " ".join(str(error).split())[:300]
-        raise UserError(f"model_config: transformers cannot make this {model_type}: {said}") from error
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"model_config: transformers cannot make this {model_type}: {message}") from error
     if tokenizer_vocab_size < 256 + len(SPECIAL_TOKENS):
         raise UserError(
             f"tokenizer_vocab_size: expected at least {256 + len(SPECIAL_TOKENS)} (all bytes and "

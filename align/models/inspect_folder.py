@@ -145,8 +145,8 @@ def read_object(path: Path, key: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        why = "it is empty" if not text.strip() else f"not valid JSON: {str(error).splitlines()[0]}"
-        raise UserError(f"{key}: {path}: {why}; copy or download the file again.") from None
+        problem = "it is empty" if not text.strip() else f"not valid JSON: {str(error).splitlines()[0]}"
+        raise UserError(f"{key}: {path}: {problem}; copy or download the file again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{key}: {path}: expected a JSON object, got {shown(value)}; copy or download the file again.")
     return value

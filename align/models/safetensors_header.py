@@ -43,8 +43,8 @@ def read_header(path: Path, key: str) -> dict[str, StoredTensor]:
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         if size < 10 or length > min(size - 8, MAX_HEADER):
-            what = f"is cut, it has {size} bytes" if size < 10 or length <= MAX_HEADER else "is no safetensors file"
-            raise UserError(f"{key}: {path}: {what if size else 'is empty'}; {again}")
+            damage = f"is cut, it has {size} bytes" if size < 10 or length <= MAX_HEADER else "is no safetensors file"
+            raise UserError(f"{key}: {path}: {damage if size else 'is empty'}; {again}")
         raw = file.read(length)
     try:
         header = json.loads(raw)
@@ -66,6 +66,6 @@ def read_header(path: Path, key: str) -> dict[str, StoredTensor]:
             raise UserError(f"{key}: {path}: its header describes {name} wrongly; {again}")
         end = stop
     if size != 8 + length + end:
-        what = "is cut" if size < 8 + length + end else "has bytes after its last tensor"
-        raise UserError(f"{key}: {path}: {what}: {size:,} bytes instead of {8 + length + end:,}; {again}")
+        damage = "is cut" if size < 8 + length + end else "has bytes after its last tensor"
+        raise UserError(f"{key}: {path}: {damage}: {size:,} bytes instead of {8 + length + end:,}; {again}")
     return tensors

@@ -47,18 +47,18 @@ def load_tokenizer(
     except Exception as error:  # the tokenizers library raises nothing more special
         if os.path.isdir(path) and not has_vocabulary(path):
             base = (adapter_settings(path) or {}).get("base_model_name_or_path")
-            whose = f"its base {base}" if base else "the model that it was trained from"
+            source = f"its base {base}" if base else "the model that it was trained from"
             raise UserError(
-                f"{path}: has no tokenizer; copy tokenizer.json, tokenizer_config.json and their like there from {whose}."
+                f"{path}: has no tokenizer; copy tokenizer.json, tokenizer_config.json and their like there from {source}."
             ) from error
         file = _check_tokenizer_json(path)
         raise UserError(f"{file}: the tokenizer cannot be loaded. {reason(error)}") from error
     split_as_in_file(tokenizer, path)
-    for how in (
+    for setting in (
         "is_local",
         "local_files_only",
     ):  # it was loaded; saved with it, they would tell a start offline from others
-        tokenizer.init_kwargs.pop(how, None)
+        tokenizer.init_kwargs.pop(setting, None)
     end = tokenizer.eos_token or tokenizer.sep_token  # an encoder's rows end with the separator
     if end is None:
         raise UserError(

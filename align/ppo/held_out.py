@@ -44,11 +44,11 @@ def sample_rows(prompts: Sequence[str], before: HeldOutResponses, after: HeldOut
 def measure_columns(before: HeldOutResponses, after: HeldOutResponses) -> Columns:
     """Columns of lengths in tokens and of metrics other than the score, of the SFT model (`_sft`) and the policy."""
     both = ((before, "_sft"), (after, ""))
-    columns: Columns = {f"length{whose}": [*model.rollout.lengths.tolist()] for model, whose in both}
+    columns: Columns = {f"length{suffix}": [*model.rollout.lengths.tolist()] for model, suffix in both}
     for name in after.metric_values:
-        for model, whose in both if name != SCORE else ():
+        for model, suffix in both if name != SCORE else ():
             values = model.metric_values[name]
-            columns[f"{name[5:]}{whose}"] = [None if math.isnan(value) else value for value in values]
+            columns[f"{name[5:]}{suffix}"] = [None if math.isnan(value) else value for value in values]
     return columns
 
 

@@ -39,9 +39,9 @@ class PPOInputs:
         several = len(self.rewards) > 1
         named = {f"reward model{f' {n}' * several}": model for n, model in enumerate(self.rewards, start=1)}
         named |= {"judge": self.judge} if self.judge is not None else {}
-        anew = "; its tokenizer is another than the policy's, so it reads responses rendered and tokenized anew"
+        reread = "; its tokenizer is another than the policy's, so it reads responses rendered and tokenized anew"
         lines = [
-            f"{name}: its head is {model.head.name}{'' if model.same_tokenizer else anew}"
+            f"{name}: its head is {model.head.name}{'' if model.same_tokenizer else reread}"
             for name, model in named.items()
         ]
         if value_model:

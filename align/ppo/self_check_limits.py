@@ -190,10 +190,10 @@ def responses_terminate(rate: float, count: int, response_length: int, seen: str
 def scores_vary(source: str, scores: Tensor) -> Check:
     """A reward source gives different scores. `scores`: [B], NaN where the source does not apply."""
     given = scores[~scores.isnan()]
-    alike = len(given) > 1 and bool((given == given[0]).all())
+    all_equal = len(given) > 1 and bool((given == given[0]).all())
     return Check(
-        not alike,
-        f"{source} gave all {len(given)} responses {float(given[0]):g}" if alike else f"{source} varies",
+        not all_equal,
+        f"{source} gave all {len(given)} responses {float(given[0]):g}" if all_equal else f"{source} varies",
         "scores that differ",
         "Nothing can be learned from it; check the reward function and its inputs.",
         required=False,

@@ -75,13 +75,13 @@ def _labels(pipelines: Sequence[Sequence[Run]]) -> list[str]:
     paths = [(runs[0].folder if len(runs) == 1 else runs[0].folder.parent).resolve().parts for runs in pipelines]
     if len(paths) == 1:
         return [paths[0][-1]]
-    alike = 0
-    while all(len(path) > alike + 1 for path in paths) and len({path[alike] for path in paths}) == 1:
-        alike += 1
+    common = 0
+    while all(len(path) > common + 1 for path in paths) and len({path[common] for path in paths}) == 1:
+        common += 1
     tail = 0
-    while all(len(path) > alike + tail + 1 for path in paths) and len({path[-1 - tail] for path in paths}) == 1:
+    while all(len(path) > common + tail + 1 for path in paths) and len({path[-1 - tail] for path in paths}) == 1:
         tail += 1
-    names = ["/".join(path[alike : len(path) - tail]) for path in paths]
+    names = ["/".join(path[common : len(path) - tail]) for path in paths]
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 

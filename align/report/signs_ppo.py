@@ -161,8 +161,8 @@ def _clipping(run: Run) -> Iterator[Finding]:
 
 def _value_model(run: Run) -> Iterator[Finding]:
     explained, points = late_median(run, "value/explained_variance"), run.series("value/explained_variance")
-    alike = statistics.median(metric_values(run, "objective/score_std") or [0.0]) < 1e-6
-    if explained is None or not reaches(points, MIN_UPDATES) or alike or explained >= MIN_EXPLAINED_VARIANCE:
+    constant = statistics.median(metric_values(run, "objective/score_std") or [0.0]) < 1e-6
+    if explained is None or not reaches(points, MIN_UPDATES) or constant or explained >= MIN_EXPLAINED_VARIANCE:
         return
     spread, mean = metric_values(run, "objective/score_std")[-1], metric_values(run, "value/mean")
     worse = explained < WORSE_THAN_CONSTANT

@@ -31,14 +31,14 @@ def recorded_signs(run: Run) -> list[Finding]:
         )
     elif run.stage == "judge-reward" and run.record["verdict"] != "good":
         lines = run.record["card"]["verdicts"]
-        back = dict.fromkeys(each["go_back_to"] for each in lines if each["verdict"] == run.record["verdict"])
+        remedies = dict.fromkeys(each["go_back_to"] for each in lines if each["verdict"] == run.record["verdict"])
         found.append(
             Finding(
                 "severe" if run.record["verdict"] == "bad" else "warning",
                 "reward card",
                 f"the report card's verdict on the reward is {run.record['verdict']}",
                 run.record["summary"],
-                "Go back to " + "; ".join(filter(None, back)) if any(back) else "See card.md.",
+                "Go back to " + "; ".join(filter(None, remedies)) if any(remedies) else "See card.md.",
             )
         )
     card = run.results.get("card")

@@ -171,8 +171,8 @@ def _watch_forks() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         mask(signal.SIG_UNBLOCK)
 
-    def mask(how: int) -> None:
-        signal.pthread_sigmask(how, {signal.SIGTERM})
+    def mask(operation: int) -> None:
+        signal.pthread_sigmask(operation, {signal.SIGTERM})
 
     os.register_at_fork(
         before=lambda: mask(signal.SIG_BLOCK), after_in_parent=lambda: mask(signal.SIG_UNBLOCK), after_in_child=leave

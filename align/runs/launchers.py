@@ -129,12 +129,12 @@ def _set_master(place: LaunchedProcess, environment: MutableMapping[str, str]) -
         elif place.local_size == place.size:
             environment["MASTER_ADDR"] = "127.0.0.1"
         else:
-            how = "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500"
+            command = "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500"
             if place.starter == "Slurm":
-                how = "srun --export=ALL,MASTER_ADDR=node1,MASTER_PORT=29500"
+                command = "srun --export=ALL,MASTER_ADDR=node1,MASTER_PORT=29500"
             raise UserError(
                 f"MASTER_ADDR: {_describe(place)}, maybe on several nodes; set MASTER_ADDR to the node of rank 0 and MASTER_PORT to "
-                f"a free port there for all of them, as in `{how}`."
+                f"a free port there for all of them, as in `{command}`."
             )
     if not environment.get("MASTER_PORT"):
         # Two jobs on one node differ in it, and the ranks of one do not: those of one node have one parent under MPI.

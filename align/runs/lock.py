@@ -126,11 +126,11 @@ def remove_stale(folder: Path) -> None:
 
 def _open(folder: Path) -> tuple[int | None, bool]:
     """The lock file, opened, and whether this call made it, which of all machines one alone does; None to try again."""
-    for how in (os.O_CREAT | os.O_EXCL, 0):
+    for flags in (os.O_CREAT | os.O_EXCL, 0):
         with contextlib.suppress(
             FileExistsError, FileNotFoundError
         ):  # its owner may just have deleted it, or the folder
-            return os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | how, 0o644), bool(how)
+            return os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | flags, 0o644), bool(flags)
     return None, False
 
 
@@ -198,14 +198,14 @@ def _take(folder: Path, descriptor: int, last_try: bool, pulse: heartbeat.Pulse 
     return True
 
 
-def _flock(descriptor: int, how: int) -> bool:
+def _flock(descriptor: int, flags: int) -> bool:
     """Lock without waiting; False where the file system has no such locks.
 
     Raises:
         BlockingIOError: another process has it.
     """
     try:
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, flags | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError:

@@ -111,11 +111,11 @@ def in_use(folder: Path, owner: dict[str, Any] | None, alive: bool = False) -> U
         return UserError(
             f"output_dir: another run has just started in {folder}; wait for it, or choose another folder."
         )
-    who = f"output_dir: {folder} is in use by {describe_owner(owner)}"
+    holder = f"output_dir: {folder} is in use by {describe_owner(owner)}"
     if is_here(owner):
-        return UserError(f"{who}; wait until all its ranks have ended, or choose another folder.")
+        return UserError(f"{holder}; wait until all its ranks have ended, or choose another folder.")
     if alive:
-        return UserError(f"{who}, another machine than this one; wait until it has ended, or choose another folder.")
+        return UserError(f"{holder}, another machine than this one; wait until it has ended, or choose another folder.")
     return UserError(
-        f"{who}, another machine than this one; if that run is gone, delete {folder / LOCK} and start again."
+        f"{holder}, another machine than this one; if that run is gone, delete {folder / LOCK} and start again."
     )

@@ -99,8 +99,8 @@ def unfinished_measurement(recipe: Recipe, again: str) -> dict[str, Any] | None:
     accepted = found.get("accepted", [])
     if new := [each for each in words if not any(each in earlier["changes"] for earlier in accepted)]:
         accepted = [*accepted, {"at": PARTS, "changes": new}]
-    told = {"accepted": accepted} if accepted else {}
-    return {**{name: value for name, value in found.items() if name != "files"}, **told}
+    accepted_entry = {"accepted": accepted} if accepted else {}
+    return {**{name: value for name, value in found.items() if name != "files"}, **accepted_entry}
 
 
 def check_measured_rows(recipe: Recipe, found: Mapping[str, Any], report: Mapping[str, Any], again: str) -> None:

@@ -59,8 +59,8 @@ def find_mark(output_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
     if not os.path.lexists(folder):
         return None
     if not folder.is_dir():
-        what = "a link to nothing" if folder.is_symlink() else "a file"
-        raise UserError(f"output_dir: cannot write to {folder}, which is {what}; choose another folder.")
+        kind_text = "a link to nothing" if folder.is_symlink() else "a file"
+        raise UserError(f"output_dir: cannot write to {folder}, which is {kind_text}; choose another folder.")
     for name in MARKS:
         content = read_mark(folder / name)
         if isinstance(content.get("stage"), str) and isinstance(content.get("recipe"), dict):

@@ -159,10 +159,10 @@ class EvaluationResult:
             if (each.metric, each.model, each.num_shots, each.task) == (metric, model, num_shots, task):
                 return each.value
         asked = {"metric": metric, "model": model, "num_shots": num_shots, "task": task}
-        told = [f"{name} {value!r}" for name, value in asked.items() if value is not None]
+        requested = [f"{name} {value!r}" for name, value in asked.items() if value is not None]
         known = {name: list(dict.fromkeys(getattr(each, name) for each in self.values)) for name in asked}
-        there = [f"{name} {', '.join(map(repr, values))}" for name, values in known.items() if values != [None]]
-        raise UserError(f"{self.output_dir}: no value of {', '.join(told)}; there are {'; '.join(there)}.")
+        available = [f"{name} {', '.join(map(repr, values))}" for name, values in known.items() if values != [None]]
+        raise UserError(f"{self.output_dir}: no value of {', '.join(requested)}; there are {'; '.join(available)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

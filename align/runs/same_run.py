@@ -95,13 +95,13 @@ def _describe_change(kind: str, then: Any, now: Any, source: str) -> str:
             return f"{gone[0]} is gone" if gone else f"{new[0]} is new"
         name = next(name for name in now if now[name] != then[name])
         return f"{name} has other content: SHA-256 {then[name][:12]} then, {now[name][:12]} now"
-    what = {
+    descriptions = {
         "rows": f"{source} has other rows: fingerprint",
         "used": "other rows are used of the same sources: fingerprint",
         "revision": "another commit of the hub's model:",
         "settings": "other settings that change the result: fingerprint",
     }
-    return f"{what[kind]} {then[:12]} then, {now[:12]} now"
+    return f"{descriptions[kind]} {then[:12]} then, {now[:12]} now"
 
 
 def _source_name(recipe: Recipe, place: str) -> str:

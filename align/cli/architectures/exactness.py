@@ -148,7 +148,8 @@ def measure_policy(folder: str, tokenizer: PreTrainedTokenizerBase, packs: bool)
     masked = torch.cat([_chosen(each, row) for each, row in zip(batch, rows.whole, strict=True)])
     gaps["padded"] = max(_gap(labelled, alone), _gap(masked, alone))
     responses = [
-        _chosen(each, row)[-len(said) :] for each, row, said in zip(logits, rows.whole, rows.responses, strict=True)
+        _chosen(each, row)[-len(response) :]
+        for each, row, response in zip(logits, rows.whole, rows.responses, strict=True)
     ]
     mean = -float(torch.cat(responses).mean())
     gaps["loss"] = max(abs(loss - mean) for loss in trained)

@@ -82,10 +82,10 @@ def write_recipes(base: str, folder: Path, packs: bool, positions: int | None) -
 
 def check_recipes(folder: Path, overrides: Sequence[str]) -> str:
     """The mistakes that `align check` finds in the recipes; empty if they would run."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         code = run_check(str(folder), None, overrides)
-    return "" if code == 0 else " ".join(line for line in said.getvalue().splitlines() if line.startswith("  error"))
+    return "" if code == 0 else " ".join(line for line in output.getvalue().splitlines() if line.startswith("  error"))
 
 
 def run_recipe(stage: str, folder: Path, overrides: Sequence[str]) -> None:
@@ -118,8 +118,8 @@ def check_generates(folder: str, prompts: Sequence[list[int]], length: int) -> N
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, response in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
-        said = plain.generate(
+        generated = plain.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length, pad_token_id=0
         )
-        if (found := said[0, len(prompt) :].tolist()) != response:
+        if (found := generated[0, len(prompt) :].tolist()) != response:
             raise ValueError(f"transformers continues {prompt} by {found}, the stages by {response}")

@@ -71,5 +71,5 @@ def _sample(inputs: EvalInputs, generates: bool) -> list[Text]:
         if each.model == inputs.settings[0].model
     ]
     longest = max(len(row.ids) for each in inputs.settings for row in each.rows)
-    what = "the models write after the prompt" if generates else "nothing is written, the reference is judged"
-    return [*lines, Text(f"  (marked: the reference; {what}; at most {longest} tokens)", style="dim")]
+    prediction = "the models write after the prompt" if generates else "nothing is written, the reference is judged"
+    return [*lines, Text(f"  (marked: the reference; {prediction}; at most {longest} tokens)", style="dim")]
