@@ -13,6 +13,7 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from align.cli.merge_folders import adapter_folder
+from align.compat.peft import merge_adapter
 from align.compat.transformers import write_unchecked
 from align.config.paths import expand, expand_output, overlap
 from align.errors import UserError, reason
@@ -67,7 +68,7 @@ def run(adapter: str, output: str) -> str:
         raise UserError(f"{folder}: cannot be loaded on its base {base}: {reason(error)}") from error
     check_finite(model, str(folder))
     with new_folder(Path(output)) as fresh:
-        merged = model.merge_and_unload()
+        merged = merge_adapter(model)
         if getattr(merged, "generation_config", None) is not None:
             write_unchecked(merged.generation_config)
         merged.save_pretrained(fresh)

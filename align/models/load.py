@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from align.compat.peft import load_adapter
+from align.compat.peft import load_adapter, merge_adapter
 from align.compat.transformers import causal_lm_types, implementations, keep_weights_in_evaluation, loads_sharded
 from align.data.hub import go_offline_if_unreachable
 from align.errors import UserError, is_out_of_memory, reason
@@ -146,8 +146,11 @@ def load_pretrained(
         with _loading(path, "adapter"):
             config = PeftConfig.from_pretrained(path)
             config.task_type = None  # a value model may start from a language model's adapter
-            merged = load_adapter(model, path, config).merge_and_unload().requires_grad_(True)
+            merged = merge_adapter(load_adapter(model, path, config)).requires_grad_(True)
         check_finite(merged, path)
+        for each in report:  # a head in `modules_to_save` came with the adapter
+            whole = config.modules_to_save or ()
+            each["missing_keys"] = {name for name in each["missing_keys"] if not {*whole} & {*name.split(".")}}
         return (merged, *report) if report else merged
     report_asked = kwargs.pop("output_loading_info", False)
     kernel = f" with attn_implementation: {attn_implementation}" * (attn_implementation is not None)

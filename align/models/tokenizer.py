@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from align.compat.transformers import COUNT_FROM_PADDING, write_unchecked
@@ -27,7 +28,7 @@ from align.models.inspect_folder import read_object
 from align.models.json_kinds import LARGEST_ID
 from align.models.load import adapter_settings
 from align.models.small_files import check_small_file, has_vocabulary
-from align.models.tokenizer_file import split_as_in_file
+from align.models.tokenizer_file import has_tokens_of_class, split_as_in_file
 
 
 def load_tokenizer(
@@ -44,6 +45,8 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code)
+        if has_tokens_of_class(tokenizer, path):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, padding_side="left")
     except Exception as error:  # the tokenizers library raises nothing more special
         if os.path.isdir(path) and not has_vocabulary(path):
             base = (adapter_settings(path) or {}).get("base_model_name_or_path")

@@ -25,6 +25,23 @@ MISTRAL = "fix_mistral_regex"
 BPE_OPTIONS = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges")
 
 
+def has_tokens_of_class(tokenizer: PreTrainedTokenizerBase, path: str) -> bool:
+    """Whether transformers' class for the model's type has added special tokens that the files lack, and the model has no embedding for.
+
+    Qwen2's adds <|endoftext|> to a tokenizer of the user's own.
+    """
+    ours: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if ours is None or not isinstance(ours.model, models.BPE) or (file := _file(path)) is None:
+        return False
+    config, settings = (file.with_name(name) for name in ("config.json", "tokenizer_config.json"))
+    size = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    if not isinstance(size, int) or len(tokenizer) <= size:
+        return False
+    theirs = Tokenizer.from_file(str(file))
+    named = settings.read_text(encoding="utf-8") if settings.is_file() else ""
+    return any(theirs.token_to_id(token) is None and token not in named for token in tokenizer.all_special_tokens)
+
+
 def split_as_in_file(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Have a BPE tokenizer split text as the `tokenizer.json` in `path` says, if that or the class is byte-level. In place.
 

@@ -111,7 +111,9 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             check_causal(value_config, key, value_path, recipe.trust_remote_code)
         value_lacks = layers_below_head(value_path, value_config, recipe.trust_remote_code)
         value_head = find_value_head(value_path, value_config, key, recipe.trust_remote_code)
-        check_files(TokenClassifier, value_path, key, value_config, new_head=True, attn_implementation=kernel)
+        check_files(
+            TokenClassifier, value_path, key, value_config, new_head=True, num_labels=1, attn_implementation=kernel
+        )
     return PPOInputs(
         config=config,
         tokenizer=tokenizer,

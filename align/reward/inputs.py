@@ -81,6 +81,7 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         config,
         tokenizer,
         new_head=True,
+        num_labels=1,
         attn_implementation=recipe.attn_implementation,
         trained_by=recipe,
     )

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     GraniteConfig,
@@ -25,6 +26,7 @@ from transformers import (
 
 from align.cli.architectures.cases import write_small_model
 from align.cli.check import check
+from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
 from align.engine.engine import AdapterOff
 from align.engine.torch_engine import TorchEngine
@@ -38,6 +40,7 @@ from align.models.tokenizer import load_tokenizer
 from align.models.trainable import add_adapter
 from align.models.value import find_value_head, load_value_model
 from align.ppo.setup import start_value_head
+from align.reward.inputs import check_reward_inputs
 from align.sft.train import run
 from reward_models import load_reward_model, score_sequences
 from tests.ppo.runs import ALONE
@@ -214,6 +217,19 @@ def test_a_reward_model_gets_a_random_head(tmp_path, name):
     assert torch.equal(start_reward_model(str(tmp_path), head, new_head=False, seed=0).score.weight, weight)
 
 
+def test_the_head_of_an_adapter_has_another_shape(tmp_path):
+    """https://github.com/shibing624/MedicalGPT/issues/271: an adapter of a reward model, on a base that gets two labels by default."""
+    save_tiny_policy(tmp_path / "base", layers=1)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    letter_tokenizer().save_pretrained(tmp_path / "adapter")
+    recipe = RewardRecipe(output_dir="out", train_dataset=[], model_name_or_path=str(tmp_path / "adapter"))
+    inputs = check_reward_inputs(recipe)
+    started = start_reward_model(str(tmp_path / "adapter"), inputs.head, new_head=False, seed=0)
+    assert torch.equal(started.score.weight, adapted.get_base_model().score.weight)
+
+
 def test_a_reward_model_is_taken_for_a_classifier_of_two_labels(tmp_path):
     """https://github.com/OpenRLHF/OpenRLHF/issues/1039: its config.json does not say how many labels; two are the default."""
     weight = torch.randn(1, 32, generator=torch.Generator().manual_seed(3))
@@ -311,6 +327,27 @@ def test_a_tied_head_is_merged_away_or_trained_unasked(tmp_path, keys, said):
     recipe = SFTRecipe(output_dir="out", train_dataset=[], **keys)
     with pytest.raises(UserError, match=said):
         check_files(AutoModelForCausalLM, str(tmp_path), "model_name_or_path", config, trained_by=recipe)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_a_tied_head_changes_the_embedding_too(tmp_path, target):
+    """https://github.com/huggingface/peft/issues/2018: both are one weight, to which PEFT adds the update; here each gets a weight of its own."""
+    base = tiny_llama(layers=1)
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "base")
+    base.config._name_or_path = base.name_or_path = str(tmp_path / "base")
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", target], init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = adapted(input_ids=ids).logits
+        merged = load_policy(str(tmp_path / "adapter"))
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected)
+        merged.save_pretrained(tmp_path / "merged")
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(saved(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,20 @@ def test_transformers_5_gives_other_ids_than_the_tokenizers_file(family, tmp_pat
         (tmp_path / "saved/config.json").write_text('{"model_type": "qwen2"}')
 
 
+@pytest.mark.parametrize("has_unknown", [False, True])
+def test_the_tokenizer_has_a_token_more_than_its_files(has_unknown, tmp_path):
+    """https://github.com/QwenLM/Qwen3/issues/29, of a tokenizer of one's own: the class of Qwen2 adds its unknown and padding tokens."""
+    tokenizer = make_tokenizer(["<|im_end|>"], "", eos_token="<|im_end|>", pad_token="<|im_end|>")
+    if has_unknown:
+        tokenizer.unk_token = "<|im_end|>"
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(f'{{"model_type": "qwen2", "vocab_size": {len(tokenizer)}}}')
+    assert (len(AutoTokenizer.from_pretrained(tmp_path)) > len(tokenizer)) != has_unknown
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded("one two")["input_ids"] == tokenizer("one two")["input_ids"]
+
+
 @pytest.mark.parametrize("family", ["SentencePiece BPE, prepend always", "SentencePiece BPE, legacy"])
 def test_a_response_begins_with_a_space_that_is_not_there(family):
     """https://github.com/NVIDIA-NeMo/RL/issues/2844: the turn is tokenized alone, and the model learns to say a space first."""
