@@ -206,7 +206,7 @@ def _diagnose(arguments: argparse.Namespace, others: list[str]) -> int:
 
 def _take_all(command: str, others: list[str]) -> None:
     if others:
-        raise UserError(f"align {command}: {others[0]} is nothing that it takes; see `align {command} --help`.")
+        raise UserError(f"align {command}: unexpected argument {others[0]}; see `align {command} --help`.")
 
 
 def _num_gpus(arguments: argparse.Namespace) -> int | None:

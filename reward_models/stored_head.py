@@ -163,7 +163,7 @@ def _tensors_of(file: Path) -> dict[str, TensorPlace]:
             names = tensors.keys()
             return {name: TensorPlace(file, name, tuple(tensors.get_slice(name).get_shape())) for name in names}
     except SafetensorError as error:
-        raise ValueError(f"{file}: is no safetensors file, or damaged ({error})") from error
+        raise ValueError(f"{file}: is not a safetensors file, or damaged ({error})") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

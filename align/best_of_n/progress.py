@@ -61,7 +61,9 @@ class SampleFile:
                 batch = None
             rows = batch["rows"] if isinstance(batch, dict) and isinstance(batch.get("rows"), list) else []
             if not rows or not line.endswith(b"\n") or batch != self._line(len(samples), rows):
-                say(f"{self.path}: sampling again from response {len(samples) + 1}, whose line is another's or damaged")
+                say(
+                    f"{self.path}: sampling again from response {len(samples) + 1}, whose line is damaged or of another run"
+                )
                 break
             samples += [Sample(**row) for row in rows]
             valid_lines += 1

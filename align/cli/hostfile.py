@@ -29,7 +29,7 @@ def read_hostfile(path: str) -> dict[str, int]:
         if match is None:
             raise UserError(f"{path}:{number}: expected `HOST slots=GPUS`, got {line!r}")
         if match[1] in slots:
-            raise UserError(f"{path}:{number}: {match[1]} stands in an earlier line too; give each node one line.")
+            raise UserError(f"{path}:{number}: {match[1]} is also in an earlier line; give each node one line.")
         slots[match[1]] = int(match[2])
     if not slots:
         raise UserError(f"{path}: expected lines of `HOST slots=GPUS`, found none")

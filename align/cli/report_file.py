@@ -49,5 +49,5 @@ def check_json_report(path: Path) -> None:
         if isinstance(found, dict) and {"passed", "seconds", "cases"} <= found.keys():
             return
     raise UserError(
-        f"--json: {path} exists and is no report of this command, so it is not overwritten; name another file."
+        f"--json: {path} exists and is not a report of this command, so it is not overwritten; name another file."
     )

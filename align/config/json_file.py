@@ -44,7 +44,7 @@ def read_file(path: str | Path, *, follow_links: bool, max_bytes: int = MAX_BYTE
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise BadFile(f"{path}: is no regular file")
+            raise BadFile(f"{path}: is not a regular file")
         if found.st_size > max_bytes:
             raise BadFile(f"{path}: has {found.st_size} bytes, expected at most {max_bytes}")
         with open(descriptor, "rb", closefd=False) as file:

@@ -86,7 +86,9 @@ def _count_values(node: yaml.Node, name: str, key: str, counts: dict[int, int]) 
             inner = ".".join(filter(None, (key, str(child.value)))) if isinstance(child, yaml.ScalarNode) else key
             total += _count_values(child, name, key, counts) + _count_values(value, name, inner, counts)
     if total > MAX_VALUES:
-        raise UserError(f"{where}: stands for more than {MAX_VALUES:,} values; a recipe is no data file, write less.")
+        raise UserError(
+            f"{where}: expands to more than {MAX_VALUES:,} values; a recipe is not a data file, shorten it."
+        )
     counts[id(node)] = total
     return total
 

@@ -43,7 +43,9 @@ def read_header(path: Path, key: str) -> dict[str, StoredTensor]:
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         if size < 10 or length > min(size - 8, MAX_HEADER):
-            damage = f"is cut, it has {size} bytes" if size < 10 or length <= MAX_HEADER else "is no safetensors file"
+            damage = (
+                f"is cut, it has {size} bytes" if size < 10 or length <= MAX_HEADER else "is not a safetensors file"
+            )
             raise UserError(f"{key}: {path}: {damage if size else 'is empty'}; {again}")
         raw = file.read(length)
     try:
@@ -55,7 +57,7 @@ def read_header(path: Path, key: str) -> dict[str, StoredTensor]:
             for name, entry in header.items()
         }
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise UserError(f"{key}: {path}: is no safetensors file, or its header is damaged; {again}") from None
+        raise UserError(f"{key}: {path}: is not a safetensors file, or its header is damaged; {again}") from None
     end = 0
     for begin, stop, name in spans:
         item, shape = ITEM_BYTES.get(tensors[name].dtype), tensors[name].shape

@@ -39,7 +39,7 @@ def skip_minibatch(run: PPORun, minibatch: Rollout, name: str, sums: dict[str, f
     if run.skipped_in_a_row >= MAX_SKIPPED:
         losses = ", ".join(f"{n} {sums[n]}" for n in ("policy/loss", "value/loss", "ptx/loss") if n in sums)
         raise UserError(
-            f"minibatch {name.rpartition('-')[2]}: the loss is not finite ({losses}), and was not in {run.skipped_in_a_row} minibatches "
-            f"in a row; they are in {file.parent}. Lower learning_rate, check that scores are of order 1, and run again to "
+            f"minibatch {name.rpartition('-')[2]}: the loss is not finite ({losses}), for {run.skipped_in_a_row} minibatches in a row; "
+            f"they are saved in {file.parent}. Lower learning_rate, check that scores are of order 1, and run again to "
             "continue from the last checkpoint."
         )

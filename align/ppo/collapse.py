@@ -56,8 +56,8 @@ class CollapseWatch:
         self.progress.eos_rate = highest = max(self.progress.eos_rate or 0.0, ended)
         if highest >= MIN_EOS_RATE and ended < highest / 2:
             signs["length"] = (
-                f"{ended:.1%} of the responses end by themselves, where {highest:.1%} did, of the SFT model or since; their "
-                f"mean length is {length:.4g} of {self.response_length} tokens: the policy no longer stops. Set "
+                f"{ended:.1%} of the responses end by themselves, where {highest:.1%} did before; their mean length is "
+                f"{length:.4g} of {self.response_length} tokens: the policy no longer stops. Set "
                 "missing_eos_penalty, or see whether the reward favors length."
             )
         entropy = metrics.get("objective/entropy")  # absent while only the value model trains

@@ -75,8 +75,8 @@ def check_best(run: PPORun) -> None:
         return
     if BEST not in run.recipe.accept_changes:
         raise UserError(
-            f"{folder}: {found}; put it back from a copy, or add `accept_changes: [{BEST}]` to choose the best among the "
-            f"evaluations to come alone, or delete {folder.parent} to start over."
+            f"{folder}: {found}; put it back from a copy, or add `accept_changes: [{BEST}]` to choose the best among later "
+            f"evaluations only, or delete {folder.parent} to start over."
         )
     run.progress.best, run.progress.best_worth, run.progress.falls = None, [], 0
 

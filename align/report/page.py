@@ -103,7 +103,7 @@ def check_overwritable(path: Path) -> None:
     """
     if path.is_symlink() or (path.exists() and not _is_report(path)):
         raise UserError(
-            f"{path}: is no report of this command, so it is not overwritten; name another file with --output."
+            f"{path}: is not a report of this command, so it is not overwritten; name another file with --output."
         )
 
 

@@ -37,7 +37,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict) or (found and not {"host", "pid", "since", "command"} <= found.keys()):
-        raise UserError(f"output_dir: {path} is no lock of a run; move it elsewhere, or choose another folder.")
+        raise UserError(f"output_dir: {path} is not the lock of a run; move it elsewhere, or choose another folder.")
     return found
 
 

@@ -156,7 +156,7 @@ def check_layout(recipe: StageRecipe, world: World, checkpoint: Path | None) -> 
         other_ranks = state["layout"].split(" at ")[0] != mine.split(" at ")[0]
         noise = isinstance(recipe, TrainerRecipe) and other_ranks  # PPO draws by response, not by rank
         say(
-            f"{checkpoint}: was saved by {state['layout']}, and this run has {mine}: it goes on, and is equal to a run "
+            f"{checkpoint}: was saved by {state['layout']}, and this run has {mine}: it continues, and equals a run "
             f"without the change up to rounding{' and the noise of dropout and NEFTune' * noise}."
         )
 

@@ -25,7 +25,7 @@ class TestReport:
     def test_a_file_of_the_user_is_not_overwritten(self, here, monkeypatch, content):
         monkeypatch.setattr(verify, "train", lambda *_: pytest.fail("it trained first"))
         Path("found.json").write_text(content)
-        with pytest.raises(UserError, match=r"--json: found\.json exists and is no report of this command"):
+        with pytest.raises(UserError, match=r"--json: found\.json exists and is not a report of this command"):
             verify.run(None, "found.json")
         assert Path("found.json").read_text() == content
 

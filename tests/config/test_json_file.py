@@ -57,8 +57,8 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     for name, why in {
         "none": "cannot be read: No such file or directory",
         "link": "is a symbolic link, expected a file",
-        "folder": "is no regular file",
-        "pipe": "is no regular file",
+        "folder": "is not a regular file",
+        "pipe": "is not a regular file",
         "large": "has 2003 bytes, expected at most 1000",
     }.items():
         with pytest.raises(BadFile) as error:

@@ -115,7 +115,7 @@ def pickled(folder: Path) -> None:
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 ANNEX = "../.git/annex/objects/aB/Cd/SHA256E-s1--0/SHA256E-s1--0"
 HEADER_WRONG = "model.safetensors: its header describes w wrongly"
-NO_SAFETENSORS = "model.safetensors: is no safetensors file"
+NO_SAFETENSORS = "model.safetensors: is not a safetensors file"
 
 # What happens to a folder with a model, and a part of the error. Found in the files, before anything is loaded.
 FOLDERS: dict[str, tuple[Change, str]] = {

@@ -303,7 +303,7 @@ def test_other_files_are_not_overwritten(pipeline, tmp_path, capsys):
     (tmp_path / "link.html").symlink_to(mine)
     for path in (mine, tmp_path / "link.html"):
         assert main(["report", str(pipeline), "--output", str(path)]) == 2
-        assert "is no report of this command" in capsys.readouterr().err
+        assert "is not a report of this command" in capsys.readouterr().err
     assert mine.read_text() == "<html>mine</html>"
     assert main(["report", str(tmp_path)]) == 2
     assert main(["report", str(pipeline), "--seed", "1"]) == 2

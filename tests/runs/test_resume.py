@@ -548,7 +548,7 @@ class TestLayout:
         recipe = write_recipe("ppo", tmp_path, zero)
         out = unfinished(whole("ppo", before), recipe)
         assert {file.suffix for file in (out / "checkpoint-4").rglob("*.*")} == {".safetensors", ".json"}
-        assert "it goes on, and is equal to a run without the change up to rounding" in complete(recipe, ranks).stderr
+        assert "it continues, and equals a run without the change up to rounding" in complete(recipe, ranks).stderr
         theirs = whole("ppo", before)
         for model in ("model.safetensors", "ema/model.safetensors", "best/model.safetensors"):
             a, b = load_file(out / model), load_file(theirs / model)
