@@ -110,7 +110,7 @@ score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
 `config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Batches need an attention mask.
 """
 )
-ANSWER_ALONE = "Of a response with reasoning, only the answer after `</think>` is scored.\n"
+ANSWER_ALONE = "Of a response with reasoning, only the answer behind it is scored.\n"
 ENCODER_IDS = 'ids = tokenizer(prompt, response)["input_ids"]  # texts'
 TEXT_IDS = """ids = tokenizer(prompt + response)["input_ids"]  # texts
 if ids[-1] not in {ends}:  # some tokenizers add EOS
