@@ -65,7 +65,9 @@ class JudgeRewardRecipe(Recipe):
     benchmarks: list[DataSource] = key(
         [], "Files of RewardBench, RewardBench 2, RM-Bench or JudgeBench, recognised by their columns."
     )
-    slice_by: list[str] = key([], "Columns by whose values accuracy is shown, besides source, subset, length and turn.")
+    slice_by: list[str] = key(
+        [], "Columns by whose values accuracy is shown, besides source, subset, margin, length and turn."
+    )
     score_reasoning: bool = score_reasoning()
     reward_timeout: float = reward_timeout()
 

@@ -1,4 +1,4 @@
-"""Accuracy by source, subset, length, turn and the columns of `slice_by`."""
+"""Accuracy by source, subset, margin, length, turn and the columns of `slice_by`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def slices(scored: ScoredPairs, names: Sequence[str], iterations: int, seed: int
     longest = np.maximum(*scored.lengths)[decided]
     columns = {
         "source": [_label(row.extra.get(TASK)) for row in rows],
-        **{name: [_label(row.extra.get(name)) for row in rows] for name in dict.fromkeys(["subset", *names])},
+        **{name: [_label(row.extra.get(name)) for row in rows] for name in dict.fromkeys(["subset", "margin", *names])},
         "length": length_thirds(longest),
         "turn": [_turn_label(row) for row in rows],
     }

@@ -55,6 +55,7 @@ def rows(count=60) -> list[dict]:
                 "chosen": f" {filler[0]} kind t{number}x and true",
                 "rejected": f" {filler[1]} t{number - 1}x kind",
                 "kind": "odd" if number % 2 else "even",
+                "margin": number % 3 // 2,
                 "prompt_id": number,
             }
         )
@@ -98,6 +99,7 @@ def test_a_sound_reward_and_what_is_written(place, capsys):
     assert metrics["accuracy"]["value"] == 1
     assert metrics["accuracy"]["n"] == metrics["accuracy"]["prompts"] == 60
     assert {each["slice"] for each in result.card["slices"]["kind"]} == {"odd", "even"}
+    assert {each["slice"]: each["accuracy"]["n"] for each in result.card["slices"]["margin"]} == {"0": 40, "1": 20}
     assert "No accuracy by prompt_id: fewer than two groups of 10 pairs" in result.card["notes"]
     said = capsys.readouterr().out
     assert "Reward: doubtful" in said
