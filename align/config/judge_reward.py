@@ -46,14 +46,16 @@ class JudgeRewardRecipe(Recipe):
     )
     reward_funcs: list[str] = key(
         [],
-        "Instead of it, `module:function` rewards with TRL's signature, whose sum is judged; without a tokenizer, "
+        "Instead of `reward_model_path`: `module:function` rewards with TRL's signature, whose sum is judged; without a tokenizer, "
         "`completion_ids` are empty.",
     )
     second_reward_model_path: str | None = key(None, "Another reward model, with which the first is compared.")
-    second_reward_funcs: list[str] = key([], "Instead of it, `module:function` rewards, whose sum is compared.")
+    second_reward_funcs: list[str] = key(
+        [], "Instead of `second_reward_model_path`: `module:function` rewards, whose sum is compared."
+    )
 
     train_dataset: list[DataSource] = key(
-        [], "Pairs that the reward was trained on: the baseline of words alone is fitted on them."
+        [], "Pairs that the reward was trained on; the bag-of-words baseline is fitted on them."
     )
     eval_dataset: list[DataSource] = key(
         [], "Pairs to judge it on; without it, the share of `train_dataset` that the reward stage holds out."
@@ -63,7 +65,7 @@ class JudgeRewardRecipe(Recipe):
     )
     max_eval_rows: int | None = key(None, "Judge on at most this many pairs.", AT_LEAST_1)
     benchmarks: list[DataSource] = key(
-        [], "Files of RewardBench, RewardBench 2, RM-Bench or JudgeBench, recognised by their columns."
+        [], "Files of RewardBench, RewardBench 2, RM-Bench or JudgeBench, recognized by their columns."
     )
     slice_by: list[str] = key(
         [], "Columns by whose values accuracy is shown, besides source, subset, margin, length and turn."
@@ -74,11 +76,13 @@ class JudgeRewardRecipe(Recipe):
     samples_dataset: list[DataSource] = key(
         [], "Rows of `prompt` and `completion`, several of each prompt, among which the spread of scores is measured."
     )
-    policy_path: str | None = key(None, "Instead of it, a language model that responds to the judged prompts.")
-    num_prompts: int = key(64, "Prompts that it responds to, at most.", AT_LEAST_1)
-    num_generations: int = key(8, "Its responses to each.", AT_LEAST_2)
+    policy_path: str | None = key(
+        None, "Instead of `samples_dataset`: a language model that responds to the judged prompts."
+    )
+    num_prompts: int = key(64, "With `policy_path`: maximum number of prompts to respond to.", AT_LEAST_1)
+    num_generations: int = key(8, "With `policy_path`: responses to each prompt.", AT_LEAST_2)
     response_length: int = key(64, "Maximum tokens of a response.", TOKENS)
-    temperature: float = key(1.0, "Temperature at which they are sampled.", ABOVE_0)
+    temperature: float = key(1.0, "With `policy_path`: sampling temperature.", ABOVE_0)
 
     bootstrap_iters: int = key(1000, "Resamples of the prompts for each interval and p-value.", RESAMPLES)
 

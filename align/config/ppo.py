@@ -162,7 +162,7 @@ class PPORecipe(StageRecipe):
         "Text or demonstrations whose likelihood is trained in the same optimizer steps (PPO-ptx, arXiv 2203.02155).",
     )
     ptx_coef: float = key(
-        1.0, "Weight of their negative log-likelihood, mean over tokens, beside the PPO objective.", AT_LEAST_0
+        1.0, "Weight of the negative log-likelihood of `ptx_dataset` (mean over tokens) in the loss.", AT_LEAST_0
     )
     ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimizer step over all devices.", BATCH)
     value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")

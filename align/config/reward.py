@@ -45,7 +45,7 @@ class RewardRecipe(TrainerRecipe):
     normalize_prompts: int = key(
         256, "Number of prompts whose SFT completions are sampled to set the zero of the score.", AT_LEAST_1
     )
-    response_length: int = key(64, "Maximum tokens of those completions.", TOKENS)
+    response_length: int = key(64, "Maximum tokens of the completions of `normalize_prompts`.", TOKENS)
     score_reasoning: bool = score_reasoning()
     ensemble_size: int = key(
         1,
