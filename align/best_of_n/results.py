@@ -50,7 +50,7 @@ RESULTS_RECORD = Record(
         "eos_rate": NUMBER,
         "left_out": mapping_of("prompts by reason", lambda reasons: isinstance(reasons, str), is_count),
     },
-    "restore the file from a copy, or delete it to sample again",
+    "restore the file from a copy, or delete the folder to sample again",
 )
 
 

@@ -57,7 +57,7 @@ RESULTS_RECORD = Record(
         "data": MAPPING,
     },
     OF_IDENTITY,
-    "restore the file from a copy, or delete it to evaluate again",
+    "restore the file from a copy, or delete the folder to evaluate again",
 )
 
 

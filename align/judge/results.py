@@ -29,7 +29,7 @@ AGAIN = "judge again"  # what a folder is deleted for
 RESULTS_RECORD = Record(
     {**IDENTITY, "verdict": TEXT, "summary": TEXT, "card": Kind("a card with its verdicts", _is_card), "data": MAPPING},
     OF_IDENTITY,
-    "restore the file from a copy, or delete it to judge again",
+    "restore the file from a copy, or delete the folder to judge again",
 )
 
 

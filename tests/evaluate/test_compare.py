@@ -661,6 +661,11 @@ def test_what_changed_since_it_was_cut_off_is_named_and_refused(tmp_path, monkey
     ):
         run(settings)
     write_jsonl(tmp_path / "eval.jsonl", rows(ROWS))
+    record = (tmp_path / "out" / "run.json").read_text()
+    (tmp_path / "out" / "run.json").write_text(record.replace('"max_new_tokens"', '"max_new_token"'))
+    with pytest.raises(OtherRun, match=r"fingerprint does not match\. It says what .*parts was made from: put it back"):
+        run(settings)
+    (tmp_path / "out" / "run.json").write_text(record)
     write_json(tmp_path / "tuned" / "generation_config.json", {"eos_token_id": 3})
     with pytest.raises(
         OtherRun, match=r"differs in models.tuned \(.*to evaluate again.*`accept_changes: \[models\]`.$"
