@@ -123,7 +123,7 @@ def _mean(name: str, models: Sequence[ModelFolder]) -> torch.Tensor:
 def _merged_manifest(
     paths: Sequence[str], manifests: Sequence[dict[str, Any]], scale: dict[str, float], folder: Path
 ) -> dict[str, Any]:
-    """What later stages read of a reward model: keys that all recipes share, and scores of the merged one by which to check it."""
+    """The manifest for later stages: the keys on which all recipes agree, and scores of the merged model for its self-check."""
     first = manifests[0]
     model = load_reward_model(str(folder))
     ids = first["score_check"]["ids"]

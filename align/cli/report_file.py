@@ -15,7 +15,7 @@ from align.runs.files import write_json
 
 
 def json_report_path(json_path: str | None) -> str | None:
-    """What follows `--json`, with a path expanded and checked; "-" is standard output.
+    """The value of `--json`: an expanded and checked path, "-" for standard output, or None.
 
     Raises:
         UserError: the file there is no earlier report.
@@ -28,7 +28,7 @@ def json_report_path(json_path: str | None) -> str | None:
 
 
 def write_json_report(report: dict[str, Any], path: str | None) -> bool:
-    """Write a report where `report_path` says; returns whether standard output is free for a table."""
+    """Write a report to the result of `json_report_path`; returns whether standard output is free for a table."""
     if path == "-":
         print(json.dumps(report, indent=2))
     elif path is not None:

@@ -71,7 +71,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a run reached."""
+    """The result of a run."""
 
     language: Language
     beta: float

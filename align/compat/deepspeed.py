@@ -1,4 +1,4 @@
-"""What the package relies on in DeepSpeed; see `align/compat/__init__.py`."""
+"""The private names of DeepSpeed that the package uses; see `align/compat/__init__.py`."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def local_elements(parameter: Any) -> Tensor:
 
 
 def disable_deepspeed_shared_memory() -> None:
-    """Have DeepSpeed use gloo on CPUs.
+    """Make DeepSpeed use gloo on CPUs.
 
     Its own CPU collective saves nothing at our sizes, needs a compiler at the first start, and leaves 69 MB a process
     in shared memory.

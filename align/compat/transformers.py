@@ -1,4 +1,4 @@
-"""What the package relies on in transformers; see `align/compat/__init__.py`."""
+"""The private names of transformers that the package uses; see `align/compat/__init__.py`."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def config_of(cls: Any, config: Any) -> Any:
 
 
 def keep_weights_in_evaluation(model: Any) -> None:
-    """Have RWKV leave its weights alone: it divides them by powers of two, in place, when it goes from training to evaluation.
+    """Keep RWKV from changing its weights: it divides them by powers of two, in place, when it goes from training to evaluation.
 
     Saved or trained on in between they would be other weights. It does so for float16 alone; here it computes as in training.
     """
@@ -185,7 +185,7 @@ def set_unlogged_loss(trainer: Any, steps: int, loss: float) -> None:
 
 
 def stop_sharded_loading() -> None:
-    """Have `from_pretrained` load whole models again after a Trainer has trained under ZeRO-3."""
+    """Make `from_pretrained` load whole models again after a Trainer has trained under ZeRO-3."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()

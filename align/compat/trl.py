@@ -1,4 +1,4 @@
-"""What the package relies on in TRL; see `align/compat/__init__.py`."""
+"""The private names of TRL that the package uses; see `align/compat/__init__.py`."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def shown(value: Any) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value from a YAML or JSON file is, in words with their article."""
+    """The kind of a value from a YAML or JSON file, with its article."""
     kinds = {
         NoneType: "null",
         bool: "true or false",

@@ -1,4 +1,4 @@
-"""The one reader of DeepSpeed's JSON files, and the types of what they may hold."""
+"""Read and validate DeepSpeed's JSON files."""
 
 from __future__ import annotations
 

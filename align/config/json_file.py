@@ -106,7 +106,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _problem(value: Any) -> str | None:
-    """What makes a parsed value unusable: it is nested too deeply, or holds text that is not Unicode."""
+    """Why a parsed value is unusable (nested too deeply, or invalid Unicode); None if it is not."""
     level = [value]
     for _ in range(MAX_DEPTH):
         for text in (*level, *(name for each in level if isinstance(each, dict) for name in each)):

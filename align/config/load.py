@@ -167,7 +167,7 @@ def _named(models: Any, where: str) -> Any:
 
 
 def acceptable_keys(stage: Stage) -> list[str]:
-    """What `accept_changes` may name: keys whose files or rows a run starts from, and records of the run itself."""
+    """The values that `accept_changes` takes: keys of files or rows that a run starts from, and records of the run."""
     keys = {*stage.input_models, *dataset_keys(stage.recipe), *FILE_KEYS}
     return [*(each.name for each in dataclasses.fields(stage.recipe) if each.name in keys), *ACCEPTABLE_RECORDS]
 

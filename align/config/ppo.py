@@ -189,7 +189,7 @@ class PPORecipe(StageRecipe):
 
     @property
     def estimator(self) -> Estimator:
-        """What the objective needs: a value model, several responses to a prompt, how its loss is summed."""
+        """The properties of the objective: value model, responses to a prompt, aggregation of the loss."""
         return ESTIMATORS[self.advantage_estimator] if self.objective == "ppo" else TRAJECTORY_BALANCE
 
     @property

@@ -161,7 +161,7 @@ def _descend(values: dict[str, Any], names: list[str], annotations: dict[str, An
 
 
 def _parse(tokens: list[str], annotation: Any, name: str) -> Any:
-    """What the words after `--name` mean where `annotation` is expected; `align.config.convert` checks it."""
+    """Parse the words after `--name` for a key of this type; `align.config.convert` checks the value."""
     kinds = get_args(annotation) if NoneType in get_args(annotation) else (annotation,)
     if not tokens and bool in kinds:
         return True

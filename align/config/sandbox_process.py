@@ -85,7 +85,7 @@ def _compiled(number: int) -> Any:
 
 
 def answer(request: bytes) -> tuple[str, str]:
-    """What comes of a request, as (kind, text).
+    """The answer to a request, as (kind, text).
 
     A request is the pickle of (number of a template, its compiler and text if they are new, variables). Without
     variables the template is compiled only.

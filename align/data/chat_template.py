@@ -77,7 +77,7 @@ def set_template_kwargs(tokenizer: PreTrainedTokenizerBase, values: Mapping[str,
 
 
 def template_kwargs(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `set_template_kwargs` has set."""
+    """The values of `set_template_kwargs`."""
     values: dict[str, Any] = getattr(tokenizer, KWARGS, {})
     return values
 
@@ -101,7 +101,7 @@ def check_chat_template(text: str) -> None:
 
 @dataclass(frozen=True)
 class _ChatTemplate:
-    """What transformers renders instead of a template of Jinja."""
+    """A stand-in for a Jinja template, which transformers renders."""
 
     text: str
 
@@ -113,7 +113,7 @@ _compiler = functools.cache(functools.partial(chat_template_compiler, TODAY))
 
 
 def _file(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Where the tokenizer's chat template comes from."""
+    """The file of the tokenizer's chat template."""
     named = getattr(tokenizer, "chat_template_path", None)  # by `align.models.tokenizer`
     folder = str(tokenizer.name_or_path)
     files = [os.path.join(folder, name) for name in ("chat_template.jinja", "tokenizer_config.json")]

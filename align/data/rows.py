@@ -202,7 +202,7 @@ def canonical(turns: Turns) -> list[tuple[str, str]]:
 
 
 def _more(message: Message) -> str:
-    """What a message holds besides role, content and flags, as text; empty for most."""
+    """The keys of a message other than role, content and flags, as text; usually empty."""
     more = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
     return json.dumps(more, sort_keys=True, default=str) if more else ""
 

@@ -52,12 +52,12 @@ def turn_end_note(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def after_turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the chat template writes after the token that ends a last assistant turn; empty without such a token."""
+    """The text that the chat template writes after the end token of the last assistant turn; empty without such a token."""
     return split_at_end(tokenizer, _text_after_content(tokenizer) or "")[2]
 
 
 def _text_after_content(tokenizer: PreTrainedTokenizerBase, *after: Message) -> str | None:
-    """What the chat template writes after the content of the last assistant turn before `after`; None if not determinable."""
+    """The text that the chat template writes after the content of the last assistant turn before `after`; None if unknown."""
     if not tokenizer.chat_template:
         return None
     messages = [QUESTION, {"role": "assistant", "content": PROBE}, *after]

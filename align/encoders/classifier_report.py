@@ -1,4 +1,4 @@
-"""What the classify stage reports: results before and after training, and the model card."""
+"""The report of the classify stage: results before and after training, and the model card."""
 
 from __future__ import annotations
 

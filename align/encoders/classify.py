@@ -151,7 +151,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierInputs:
-    """What the stage starts from; the tokenizer pads on the right."""
+    """The starting point of the stage; the tokenizer pads on the right."""
 
     config: PretrainedConfig
     is_encoder: bool

@@ -112,7 +112,7 @@ def _blocks(tensors: Mapping[str, Tensor], about: str) -> Iterator[bytes | memor
 
 
 class SavedParts:
-    """What `write_parts` wrote in a folder, by any number of ranks. Nothing but safetensors and JSON is read.
+    """The tensors that `write_parts` wrote in a folder, by any number of ranks. Only safetensors and JSON are read.
 
     Attributes:
         shapes: of each whole tensor, by name.

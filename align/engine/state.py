@@ -101,7 +101,7 @@ def load_state(
 
 
 def counters(engine: Any) -> dict[str, int]:
-    """What a DeepSpeed engine counts, for a `note`."""
+    """The counters of a DeepSpeed engine, for a `note`."""
     return {name: getattr(engine, name) for name in COUNTERS}
 
 

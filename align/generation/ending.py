@@ -1,4 +1,4 @@
-"""What ends a response: an end-of-text token of the model, or a stop string."""
+"""The end of a response: an end token of the model, or a stop string."""
 
 from __future__ import annotations
 

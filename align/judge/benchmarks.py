@@ -93,7 +93,7 @@ def read_benchmark(source: str, raw: Sequence[tuple[str, Any]]) -> Benchmark:
 
 
 def _row_problem(kind: str, row: Mapping[str, Any]) -> str | None:
-    """What is wrong with a row; None if nothing is."""
+    """The problem of an invalid row; None if it is valid."""
     if kind == JUDGE_BENCH:
         texts = all(isinstance(row.get(name), str) for name in ("question", "response_A", "response_B"))
         labelled = row.get("label") in ("A>B", "B>A")

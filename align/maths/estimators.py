@@ -10,7 +10,7 @@ Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 @dataclass(frozen=True, slots=True)
 class Estimator:
-    """What recipes and the PPO step need to know of an estimator; its function has its name in `align.maths.advantages`."""
+    """The properties of an advantage estimator; its function has the same name in `align.maths.advantages`."""
 
     value_model: bool = False  # has a value model, which is trained beside the policy
     compares_group: bool = False  # compares the responses to one prompt: needs num_generations of 2 or more

@@ -13,7 +13,7 @@ NEUTRAL = {"return_dict": True, "output_router_logits": False}
 
 
 def set_neutral(model: PreTrainedModel) -> None:
-    """Have the model's forward pass return what every stage expects."""
+    """Set the options on which the forward passes of all stages rely."""
     for config in (model.config, model.config.get_text_config()):
         for name, value in NEUTRAL.items():
             if hasattr(config, name):

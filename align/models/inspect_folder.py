@@ -1,4 +1,4 @@
-"""What a model folder holds, from its files alone: seconds, no weights, no torch.
+"""Inspect a model folder by its files, in seconds, without loading weights or torch.
 
 Every stage inspects the models that it starts from before it writes or loads anything, and `align check` does the same.
 """

@@ -172,7 +172,7 @@ def load_pretrained(
 
 @contextlib.contextmanager
 def _loading(path: str, what: str) -> Iterator[None]:
-    """Loading a model's files, whatever fails in it is an error of the files, except for a lack of memory."""
+    """Turn any error in the block, except for a lack of memory, into a user error about the model's files."""
     try:
         yield
     except Exception as error:

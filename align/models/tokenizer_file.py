@@ -43,7 +43,7 @@ def has_tokens_of_class(tokenizer: PreTrainedTokenizerBase, path: str) -> bool:
 
 
 def split_as_in_file(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Have a BPE tokenizer split text as the `tokenizer.json` in `path` says, if that or the class is byte-level. In place.
+    """Make a BPE tokenizer split text as the `tokenizer.json` in `path`, if that or the class is byte-level. In place.
 
     Others are left as transformers makes them, which in SentencePiece-type classes has always set these parts from
     tokenizer_config.json: where ids differ from the file's, that is said.

@@ -1,4 +1,4 @@
-"""Which parameters a stage trains: the recipe's `method`, by freezing or by PEFT."""
+"""The recipe's `method`: select the trained parameters, by freezing or by PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the runs cost: time by stage and by phase, tokens, memory."""
+"""The costs of runs: time by stage and phase, tokens, memory."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class SFTInputs:
 
 @dataclass(frozen=True, slots=True)
 class RewardInputs:
-    """What the reward stage starts from.
+    """The starting point of the reward stage.
 
     Attributes:
         config, tokenizer: of the backbone. The tokenizer pads on the right, not with end-of-text.
@@ -53,7 +53,7 @@ class RewardInputs:
     head: StoredHead | None
 
     def describe_head(self) -> str:
-        """Where the scalar head comes from."""
+        """A line on the origin of the scalar head."""
         if self.head is None:
             return "new"
         # A bias is the same for every score, and scores are normalized at the end.

@@ -84,7 +84,7 @@ def stage_arguments(stage: Stage) -> dict[str, Any]:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """What `command` returns; 0 after `--help`, 2 after a UserError, printed in one line, and 130 after Ctrl-C.
+    """The exit code of `command`; 0 after `--help`, 2 after a UserError, printed in one line, and 130 after Ctrl-C.
 
     2 also if anything calls `sys.exit`: its code would be taken for that of the command. 141, and not a word, if nobody
     reads the output any more.

@@ -39,7 +39,7 @@ def fingerprints(folder: Path, apart: Collection[str] = ()) -> dict[str, list[in
 
 
 def difference(folder: Path, expected: dict[str, list[int]]) -> str | None:
-    """What differs in a folder whose `fingerprints` were `expected`; None when nothing does. Other files are ignored.
+    """The first difference of a folder from `expected` fingerprints; None without one. Other files are ignored.
 
     Raises:
         OSError: a file cannot be read.

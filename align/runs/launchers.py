@@ -75,7 +75,7 @@ def adopt_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _place(starter: str, environment: MutableMapping[str, str]) -> LaunchedProcess | None:
-    """What a starter set for this process; None if it started no more than one."""
+    """The rank that a starter has set for this process; None if it started only one process."""
     names = STARTERS[starter]
     # A batch script is one process, though it has SLURM_PROCID and SLURM_NTASKS of its job; a step has both kinds.
     if starter == "Slurm" and names[1] not in environment and environment.get("ENVIRONMENT") != "BATCH":

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: the lock file `run.lock`, which says who runs there.
+"""One run at a time in a folder: the lock file `run.lock`, which names the owner.
 
 Every process of a run holds an flock on it, so that the lock ends with the last of them, however it ends. What is written in
 it is for people, and for file systems and machines that flock does not reach across; there a heartbeat says that the run

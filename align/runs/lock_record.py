@@ -19,7 +19,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart that h
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What the lock file says: `host`, `boot`, `pid`, `started`, `since`, `command` and `heartbeat`; {} for an empty one, None for none.
+    """The content of the lock file: `host`, `boot`, `pid`, `started`, `since`, `command` and `heartbeat`; {} for an empty one, None for none.
 
     Raises:
         UserError: there is a file of that name that is no lock.

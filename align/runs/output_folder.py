@@ -34,7 +34,7 @@ R = TypeVar("R", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a run holds: one of rank 0, or the share in it of another rank."""
+    """A claimed output folder: the claim of rank 0, or the share of another rank."""
 
     lock: lock.Held
     is_main: bool

@@ -90,7 +90,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 def owned(folder: str | Path) -> set[str]:
-    """What the record of the run in an output folder lists as its own, by path there.
+    """The files that the run's record in an output folder lists, by relative path.
 
     Raises:
         UserError: it lists something outside the folder.

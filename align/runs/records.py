@@ -1,4 +1,4 @@
-"""The one reader of a run's records, JSON files in its folder. What each must hold is in `align.runs.schemas`.
+"""Read and validate a run's records, the JSON files in its folder; their schemas are in `align.runs.schemas`.
 
 Nothing in a record is believed before `read_record` has checked it: keys have the right kind, and names are bare, so that
 no path made of them leads out of the run's folder.

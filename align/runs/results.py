@@ -1,4 +1,4 @@
-"""What the stages return: typed views of the numbers that `stage.json` keeps under `results`, and of `results.json`."""
+"""The typed results of the stages, from `results` in `stage.json` or from `results.json`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BeforeAfter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What every stage that trains returns."""
+    """The result of a stage that trains."""
 
     output_dir: str  # the trained model, as `from_pretrained` loads it
     table: list[BeforeAfter]  # empty when nothing was evaluated
@@ -127,7 +127,7 @@ class MetricDifference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationResult:
-    """What `align evaluate` returns; `results.json` and `results.md` are in `output_dir`."""
+    """The result of `align evaluate`; `results.json` and `results.md` are in `output_dir`."""
 
     output_dir: str
     baseline: str  # the model that the others are compared with
@@ -167,7 +167,7 @@ class EvaluationResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeResult:
-    """What `align judge-reward` returns; `results.json` and `card.md` are in `output_dir`."""
+    """The result of `align judge-reward`; `results.json` and `card.md` are in `output_dir`."""
 
     output_dir: str
     verdict: str  # the worst of the lines: good, doubtful or bad
@@ -183,7 +183,7 @@ class JudgeResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestOfNResult:
-    """What `align bon` returns; `results.json`, `results.md` and the data sets are in `output_dir`."""
+    """The result of `align bon`; `results.json`, `results.md` and the data sets are in `output_dir`."""
 
     output_dir: str
     prompts: int

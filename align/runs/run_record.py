@@ -46,7 +46,7 @@ def recipe_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe, known: Mapping[str, list[Any]] | None = None) -> dict[str, Any]:
-    """What makes two runs the same: stage, recipe and fingerprints of the inputs, which rank 0 alone computes.
+    """The identity of a run: stage, recipe, and fingerprints of the inputs, which only rank 0 computes.
 
     Args:
         known: `sums` of an earlier record, so that files that have not changed since are not read again.

@@ -1,4 +1,4 @@
-"""What every stage does at its start and its end: find the checkpoint to resume from, write manifest and card."""
+"""The start and the end of every stage: find the checkpoint to resume from, write manifest and card."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def finished_results(output_dir: str) -> dict[str, Any]:
 
 
 def write_untrained(output_dir: str, seed: int, world: World, resuming: bool, write: Callable[[Path], None]) -> str:
-    """Have rank 0 make the stage's starting model, so that all ranks, and a resumed run, start from the same one.
+    """Write the stage's starting model on rank 0, so that all ranks, and a resumed run, start from the same one.
 
     Args:
         seed: of the weights that are random.

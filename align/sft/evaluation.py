@@ -1,4 +1,4 @@
-"""What an evaluation of the SFT stage measures, exactly and in one pass over three splits:
+"""The evaluation of the SFT stage, exact and in one pass over three splits:
 
 held out    rows that are not trained on: how good the model is
 retention   rows of what the base model could do: what it has forgotten

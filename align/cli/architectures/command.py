@@ -123,7 +123,7 @@ def _start(case: Case, folder: Path, overrides: Sequence[str], threads: int) -> 
 
 
 def _work(case: Case, folder: Path, overrides: Sequence[str], threads: int, sender: Connection) -> None:
-    """What the process of one case does. What it prints goes to a file."""
+    """The target of one case's process; its output goes to a file."""
     folder.mkdir()
     with open(folder / "log", "wb") as log:
         for descriptor in (1, 2):
@@ -135,14 +135,14 @@ def _work(case: Case, folder: Path, overrides: Sequence[str], threads: int, send
 
 
 def _progress(case: Case, part: str, seconds: float) -> str:
-    """That a part begins, and how long the others may take."""
+    """Print that a part begins, and the estimated time left."""
     done = PARTS.index(part)
     left = f", about {seconds / done * (len(PARTS) - done):.0f} s left" if done else ""
     return f"{case.name}: {done + 1}/{len(PARTS)} {part}, after {seconds:.0f} s{left}"
 
 
 def _result(case: Case, process: BaseProcess, results: Any) -> Examination | str:
-    """What a process has sent: the name of the part that it begins, or at last what it found."""
+    """The message of a process: the name of the part that it begins, or its results at the end."""
     try:
         found: Examination | str = results.recv()
     except EOFError:

@@ -53,7 +53,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What the check of one recipe gets beside the recipe."""
+    """The context of a recipe's check."""
 
     report: Report
     stand_ins: dict[Path, Path]  # by output folder of earlier recipes: a folder with all but the weights

@@ -23,7 +23,7 @@ SHOWN = 400  # characters of each stretch of the sample row
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a stage starts from: the configuration and tokenizer of its main model, and of the others by role."""
+    """The starting point of a stage: configuration and tokenizer of its main model, and of the others by role."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase

@@ -77,7 +77,7 @@ def _start_from_scratch(recipe: SFTRecipe, rows: Rows, folder: Path) -> Start:
 
 
 def describe_retention(recipe: SFTRecipe, rows: Rows, retention: Retention) -> list[str]:
-    """Where the retention rows come from and of which form they are, and what they are used for."""
+    """A line on the retention rows: their sources, format and use."""
     if not recipe.retention:
         return []
     forms = Counter(map(_form, [*retention.evaluation, *retention.replayable]))

@@ -57,7 +57,7 @@ class TrainingCheck(Generic[R]):
         return lines
 
     def start(self, recipe: R, rows: Rows | None, folder: Path) -> Start | None:
-        """What the stage starts from; None when that depends on rows that could not be loaded.
+        """The starting point of the stage; None if it depends on rows that could not be loaded.
 
         Args:
             folder: where the check may write files that replace a model.
@@ -146,7 +146,7 @@ class TrainingCheck(Generic[R]):
         return f"steps: {most} {steps} optimizer step{'s' * (steps != 1)}{made}"
 
     def _write_stand_in(self, recipe: R, start: Start, context: Context) -> None:
-        """What the stage would leave in its output folder, without the weights, for the recipes after it."""
+        """Write what the stage would write to its output folder, without weights, for later recipes."""
         changes = {} if self.num_labels is None else {"num_labels": self.num_labels}
         model = skeleton(self.auto, start.config, recipe.trust_remote_code, **changes)
         model.config.architectures = [type(model).__name__]
