@@ -26,6 +26,7 @@ from align.config.read import apply_overrides
 from align.errors import UserError
 from align.runs.quiet import quiet
 from align.runs.tables import make_console, make_table
+from align.terminal import say
 
 EPISODES = (2560, 5120)
 BETAS = (0.1, 0.5)
@@ -74,7 +75,7 @@ def run(
     points = list(itertools.product(episodes, BETAS, OBJECTIVES))
     runs = []
     for number, (count, beta, objective) in enumerate(points, 1):
-        print(f"{number}/{len(points)}: {objective}, beta {beta}, {count:,} episodes", file=sys.stderr)
+        say(f"{number}/{len(points)}: {objective}, beta {beta}, {count:,} episodes")
         runs.append(measure(objective, beta, count, num_gpus, overrides))
     best = {
         (run["episodes"], run["beta"]): run["objective"] for run in sorted(runs, key=lambda run: float(run["score"]))
