@@ -26,5 +26,6 @@ ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-
                  "roberta-prelayernorm", "xmod"}  # fmt: skip
 
 
-# Listed as causal models too. XLNet predicts tokens in any order, and reads padding; XLM and Reformer take other inputs.
-UNSUPPORTED_TYPES = {"xlnet", "xlm", "reformer"}
+# Listed as causal models too. XLNet predicts tokens in any order, and reads padding; XLM and Reformer take other inputs; CPM-Ant
+# takes no mask, and tells padding by its ids.
+UNSUPPORTED_TYPES = {"xlnet", "xlm", "reformer", "cpmant"}

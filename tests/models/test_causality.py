@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import (
     BertConfig,
+    CpmAntConfig,
     FalconConfig,
     Gemma3TextConfig,
     LlamaConfig,
@@ -43,7 +44,10 @@ def test_a_causal_one(config):
     check_causal(config, "sft_model_path", "m")
 
 
-def test_one_of_a_type_that_no_stage_supports(tmp_path):
-    XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"reward_model_path: .*: no stage supports models of type xlnet"):
+@pytest.mark.parametrize("config", [XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16), CpmAntConfig()])
+def test_one_of_a_type_that_no_stage_supports(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"reward_model_path: .*: no stage supports models of type {config.model_type}"
+    ):
         load_config(str(tmp_path), "reward_model_path")
