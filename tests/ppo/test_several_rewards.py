@@ -32,8 +32,9 @@ from reward_models.heads import init_head
 from reward_models.responses import Responses
 from tests.documented_metrics import undocumented
 from tests.ppo.runs import ppo_run, rollout_of
-from tests.ppo.test_train import make_recipe, metrics
-from tests.worlds import letter_tokenizer, manifest, tiny_llama, unfinished
+from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
+from tests.ranks import run_stage
+from tests.worlds import deepspeed_file, letter_tokenizer, manifest, tiny_llama, unfinished
 
 HERE = str(Path(__file__).parent)
 
@@ -137,6 +138,19 @@ def test_equal_members_train_the_policy_of_one_to_the_bit_and_a_killed_run_goes_
     assert again == lines
     theirs = load_file(tmp_path / "killed" / "model.safetensors")
     assert all(torch.equal(one[name], weight) for name, weight in theirs.items())
+
+
+@pytest.mark.slow  # what shards a model, and what scores members, have faster tests of their own
+def test_two_ranks_at_zero_3_log_the_members_scores_of_one(tmp_path):
+    keys = {"reward_model_path": save_members(tmp_path, 2), "reward_ensemble": "wco", "total_episodes": 32}
+    run(recipe_of(tmp_path, output_dir=str(tmp_path / "one"), **keys))
+    sharded = deepspeed_file(tmp_path / "ds.json", 3, fetch_ahead=True)
+    recipe_of(tmp_path, deepspeed=sharded, **keys)
+    done = run_stage("ppo", tmp_path / "3_ppo.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_curve(metrics(tmp_path / "one"), metrics(tmp_path / "out"))
+    (line,) = [each for each in metrics(tmp_path / "out") if each["step"] == 2 and "objective/score" in each]
+    assert line["objective/score/reward_model_1"] != line["objective/score/reward_model_2"]
 
 
 def test_each_member_is_checked_against_its_own_record(tmp_path):
