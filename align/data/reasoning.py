@@ -102,8 +102,8 @@ def split_sampled(
         answer = str(tokenizer.decode(ids[closed:], skip_special_tokens=True)).lstrip()
         return text.removesuffix(answer) or THINK.closes, answer
     reasoning, answer = split_text(text, marks)
-    opened = opened_by(tokenizer, str(tokenizer.decode(list(prompt_ids[-8:])))) is not None
-    begun = str(tokenizer.decode(ids[:8])).lstrip().startswith(tuple(each.opens for each in marks))
+    opened = opened_by(tokenizer, str(tokenizer.decode(list(prompt_ids[-64:])))) is not None
+    begun = str(tokenizer.decode(ids[:16])).lstrip().startswith(tuple(each.opens for each in marks))
     unclosed = not reasoning and (opened or begun)
     return (text or THINK.opens, "") if unclosed else (reasoning, answer)
 

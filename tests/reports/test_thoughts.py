@@ -64,6 +64,17 @@ SEED = Family(
     "<seed:think>easy</seed:think>\nfour",
     "<seed:think>",
 )
+KIMI = Family(
+    "{% macro open(name) %}<|open|>{{ name }}<|sep|>{% endmacro %}{% macro close(name) %}<|close|>{{ name }}<|sep|>{% endmacro %}"
+    "{% for m in messages %}{{ open('message role=' ~ m.role) }}{% if m.role == 'assistant' %}{{ open('think') }}"
+    "{{ m.reasoning_content or '' }}{{ close('think') }}{{ open('response') }}{{ m.content }}{{ close('response') }}"
+    "{% else %}{{ m.content }}{% endif %}<|eom|>{% endfor %}"
+    "{% if add_generation_prompt %}{{ open('message role=assistant') }}{{ open('think') }}{% endif %}",
+    ["<|open|>", "<|close|>", "<|sep|>", "<|eom|>"],
+    "easy<|close|>think<|sep|><|open|>response<|sep|>four",
+    "",
+    "<|close|>think<|sep|><|open|>response<|sep|>four<|close|>response<|sep|>",
+)
 FAMILIES = [MAGISTRAL, COHERE, GEMMA, MUSE, SEED]
 NAMES = ["Magistral", "Cohere", "Gemma 4", "a channel of its own", "marks that are text"]
 
@@ -118,16 +129,15 @@ def test_a_thought_of_the_data_is_scored_and_trained_by_the_keys(family: Family)
 
 def test_a_generation_prompt_that_opens_a_thought_of_its_own() -> None:
     """https://github.com/jundot/omlx/pull/2533: the prompt has opened the thought, so that the response has no mark but the last."""
-    family = COHERE._replace(
-        template=COHERE.template.replace("<|CHATBOT|>{% endif %}", "<|CHATBOT|><|START_THINKING|>{% endif %}")
-    )
-    tokenizer = tokenizer_of(family)
-    prompt = encode_prompt(tokenizer, ASKED)
-    for said, answer in ((family.said.removeprefix(family.opens), "four"), ("easy, and", "")):
-        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
-        text = decode_response(tokenizer, ASKED, prompt, ids)
-        assert split_sampled(tokenizer, text, prompt, ids)[1] == answer
-    # A row without a thought is trained to close it at once, where generation starts.
-    before, response = encode_example(tokenizer, ASKED, [assistant("four")])
-    assert before == prompt
-    assert tokenizer.decode(response) == "<|END_THINKING|><|START_RESPONSE|>four<|END_RESPONSE|><|END|>"
+    opens = COHERE.template.replace("<|CHATBOT|>{% endif %}", "<|CHATBOT|><|START_THINKING|>{% endif %}")
+    cohere = COHERE._replace(template=opens, said=COHERE.said.removeprefix(COHERE.opens))
+    for family in (cohere._replace(final="<|END_THINKING|>" + COHERE.final), KIMI):
+        tokenizer = tokenizer_of(family)
+        prompt = encode_prompt(tokenizer, ASKED)
+        for said, answer in ((family.said, "four"), ("easy, and", "")):
+            ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+            text = decode_response(tokenizer, ASKED, prompt, ids)
+            assert split_sampled(tokenizer, text, prompt, ids)[1] == answer
+        # A row without a thought is trained to close it at once, where generation starts.
+        before, response = encode_example(tokenizer, ASKED, [assistant("four")])
+        assert (before, tokenizer.decode(response)) == (prompt, family.final + family.tokens[-1])
