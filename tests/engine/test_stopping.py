@@ -34,6 +34,11 @@ def test_the_first_is_left_to_a_loop_and_a_second_is_not(capsys):
     assert not ask_to_stop(), "the loop has ended"
 
 
+def test_the_signal_of_another_rank_stops_this_one(monkeypatch):
+    monkeypatch.setattr(World, "max", lambda self, mine: torch.ones_like(mine))  # over ranks, one of which has got it
+    assert stop_asked(World(0, 2, torch.device("cpu")))
+
+
 def test_only_the_first_rank_says_so(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with stops_between_steps():
