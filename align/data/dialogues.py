@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.end_tokens import end_texts, split_at_end
 from align.data.rows import Message, Tools
-from align.data.template_input import PROBE, as_template_reads, check_system, render
+from align.data.template_input import PROBE, as_template_reads, check_system, common_length, render
 from align.data.thought_marks import THINK, marks_in, opened_by
 from align.errors import BadRow
 
@@ -84,8 +84,8 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     else:
         probed = render(tokenizer, [*before, {"role": turn["role"], "content": PROBE}], tools)
         written = render(tokenizer, before, tools)
-        generation_prompt = _common(opened, written)  # where it begins
-        cut = min(_common(opened, probed), _common(opened, closed))
+        generation_prompt = common_length(opened, written)  # where it begins
+        cut = min(common_length(opened, probed), common_length(opened, closed))
         start = opened.rindex(opening.opens) if opening else cut
         if opening and start < cut < start + len(opening.opens):  # marks may begin alike: <|START_RESPONSE|>
             cut = start
@@ -93,12 +93,14 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
         words = before[-1]["content"].strip()
         if not header.strip() and words and words in opened:  # no generation prompt: a turn follows the words before it
             header = words + opened.rpartition(words)[2]
-        begins = closed.rfind(header, 0, _common(closed, probed)) if header.strip() else -1
+        begins = closed.rfind(header, 0, common_length(closed, probed)) if header.strip() else -1
         if cut >= generation_prompt:  # it opens what the turn does not have, as a thought
             prompt, response = opened, closed[cut:]
         elif begins >= 0:  # messages before the turn are written otherwise
             prompt, response = opened, closed[begins + len(header) :]
-            if before[-1]["role"] == "assistant" and _common(closed, written) >= begins + len(header) > len(header):
+            if before[-1]["role"] == "assistant" and common_length(closed, written) >= begins + len(header) > len(
+                header
+            ):
                 raise BadRow("the chat template joins an assistant turn to the one before it; join them in the row")
         else:
             raise BadRow("the chat template renders the prompt differently if a response follows")
@@ -107,6 +109,8 @@ def _turn_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
     if opened.rstrip().endswith(marks.closes) and (closes or marks.closes in response):
         raise BadRow(f"reasoning before {marks.closes} in a turn, and a generation prompt that has closed it")
     if answer.strip() not in response and PROBE not in render(tokenizer, [*before, {**turn, "content": PROBE}], tools):
+        if turn.get("tool_calls"):
+            raise BadRow("the chat template does not write the text beside `tool_calls`; leave out one of the two")
         raise BadRow("the chat template does not write the text of a turn; it may be one for images")
     if not closes and opening and opening.closes not in response:
         spaced = opening == THINK and opened.endswith("\n")
@@ -132,9 +136,3 @@ def _end_by_next(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
     closed = render(tokenizer, before, tools)
     ends = [end for end in end_texts(tokenizer) if opening.count(end) > closed.count(end)]
     return max(ends, key=opening.rfind, default="")
-
-
-def _common(first: str, second: str) -> int:
-    """Characters that two texts begin with in common."""
-    most = min(len(first), len(second))
-    return next((index for index in range(most) if first[index] != second[index]), most)

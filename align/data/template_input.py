@@ -8,14 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from align.data.chat_template import render_chat
+from align.data.chat_template import render_chat, template_kwargs
 from align.data.end_tokens import end_texts
 from align.data.messages import INSTRUCTION_ROLES, alternates
 from align.data.rows import Message, Tools
 from align.data.thought_marks import marks_in, own_marks
-from align.errors import BadRow, UserError
+from align.errors import BadRow, TemplateFailure, UserError
 
 PROBE = "\N{SYMBOL FOR RECORD SEPARATOR}"  # the content of a turn that shows where a template puts contents
+_OPENED = "generation_prompt_always_written"  # attribute of the tokenizer: the header, with the template that writes it
 _OF_CALLS = ("tool_call_id", "name")  # keys of a tool's result that repeat its call; many templates leave them out
 
 
@@ -179,9 +180,46 @@ def render(
         if token and any(token in text for message in messages for text in _written(message)):
             raise BadRow(f"the text of the special token {token} in a message")
     text = render_chat(tokenizer, messages, add_generation_prompt, tools)
+    if not add_generation_prompt:
+        text = text.removesuffix(always_opened(tokenizer))
     if tokenizer.bos_token and text.startswith(2 * tokenizer.bos_token):
         raise BadRow(f"the chat template writes the begin-of-text token {tokenizer.bos_token} twice")
     return text
+
+
+def always_opened(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The generation prompt of a template that writes one behind any messages, asked for or not; "" for other templates.
+
+    Behind a response it is not a part of it.
+    """
+    template = f"{tokenizer.chat_template}{template_kwargs(tokenizer)}"
+    known: tuple[str, str] = getattr(tokenizer, _OPENED, ("", ""))
+    if known[0] != template:
+        known = template, _header_behind_turns(tokenizer)
+        setattr(tokenizer, _OPENED, known)
+    return known[1]
+
+
+def _header_behind_turns(tokenizer: PreTrainedTokenizerBase) -> str:
+    asked, answered = {"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}
+    try:
+        opened = render_chat(tokenizer, [asked], add_generation_prompt=True)
+        if opened != render_chat(tokenizer, [asked], add_generation_prompt=False):
+            return ""
+        last = render_chat(tokenizer, [asked, answered], add_generation_prompt=False).rpartition(PROBE)[2]
+        between = render_chat(tokenizer, [asked, answered, asked], add_generation_prompt=False).partition(PROBE)[2]
+    except (BadRow, TemplateFailure):  # rows will raise it
+        return ""
+    end = common_length(last, between)  # of a turn; headers of the next may begin alike, as `### `
+    header = "" if end == len(last) else last[last.rfind("\n", 0, end) + 1 :]
+    is_header = header.strip() and opened.endswith(header) and not any(end in header for end in end_texts(tokenizer))
+    return header if is_header else ""
+
+
+def common_length(first: str, second: str) -> int:
+    """Characters that two texts begin with in common."""
+    most = min(len(first), len(second))
+    return next((index for index in range(most) if first[index] != second[index]), most)
 
 
 def _written(message: Message) -> Iterator[str]:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from align.data.chat_template import render_chat
 from align.data.end_tokens import end_ids, is_special_in_text, set_model_ends, split_at_end
 from align.data.rows import Message
-from align.data.template_input import PROBE
+from align.data.template_input import PROBE, always_opened
 from align.errors import BadRow, TemplateFailure
 
 QUESTION: Message = {"role": "user", "content": "?"}
@@ -62,7 +62,8 @@ def _text_after_content(tokenizer: PreTrainedTokenizerBase, *after: Message) -> 
         return None
     messages = [QUESTION, {"role": "assistant", "content": PROBE}, *after]
     try:
-        _, words, written = render_chat(tokenizer, messages, add_generation_prompt=False).rpartition(PROBE)
+        text = render_chat(tokenizer, messages, add_generation_prompt=False)
+        _, words, written = text.removesuffix(always_opened(tokenizer)).rpartition(PROBE)
     except (BadRow, TemplateFailure):  # rows with messages will raise it
         return None
     return written if words else None

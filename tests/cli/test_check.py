@@ -276,6 +276,25 @@ def test_a_row_of_each_template_and_the_share_of_each_task(world, capsys):
     assert "longer than 8 tokens" in said
 
 
+def test_evaluation_rows_are_tokenized_and_packed_texts_cut(world, capsys):
+    """As the stage does, which refuses a long evaluation row, and takes a text that packing cuts."""
+    write_jsonl(world / "texts.jsonl", [{"text": "ab" * 100}])
+    write_jsonl(world / "e.jsonl", [{"prompt": "ab", "completion": "b" * 50}])
+    keys = {"stage": "sft", "output_dir": "out/x", "train_dataset": "texts.jsonl", "model_name_or_path": "model"}
+    write_recipe("r.yaml", **keys, eval_fraction=0, max_length=20, packing=True)
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 0, said
+    assert "at most 20 tokens in the first 1 rows" in said
+    assert "1 optimizer step of 11 examples" in said  # 200 letters and EOS
+    write_recipe("r.yaml", **keys, eval_dataset="e.jsonl", max_length=20, packing=True)
+    code, said = outcome(capsys, "r.yaml")
+    assert code == 2
+    assert "longer than 20 tokens" in said, said
+    code, said = outcome(capsys, "r.yaml", "--max_length", "60")
+    assert code == 0, said
+    assert "evaluation rows: at most 53 tokens in the first 1" in " ".join(said.split())
+
+
 def test_no_more_than_a_few_templates_are_shown(world, capsys):
     write_jsonl(world / "a.jsonl", [{"text": a + b} for a in "abcdefghijklm" for b in "abcdefghijklm"])
     templates = [{"prompt": f"{letter}{{{{ text }}}}", "completion": letter} for letter in "abcdefghij"]

@@ -340,6 +340,27 @@ def test_turns_without_the_thought_that_the_template_opens_are_named(said: str, 
     assert ("opens a thought (<think>) and the row has none" in capsys.readouterr().err) == noted
 
 
+@pytest.mark.parametrize(
+    ("turn", "header"),
+    [
+        ("{{ m.role }}: {{ m.content }}\n", "assistant:"),
+        ("### {{ m.role }}:\n{{ m.content }}\n### End\n\n", "### assistant:\n"),
+        ("<|{{ m.role }}|>{{ m.content }}", "<|assistant|>"),
+        ("<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),
+    ],
+)
+def test_a_generation_prompt_that_nobody_asked_for_is_no_part_of_the_response(turn: str, header: str) -> None:
+    """A template that ignores `add_generation_prompt` gives what the one that reads it gives."""
+    turns = f"{{% for m in messages %}}{turn}{{% endfor %}}"
+    written = f"{{{{ {header!r} }}}}"  # a line break at the end of a template is not written
+    always, asked = chatml(turns + written), chatml(f"{turns}{{% if add_generation_prompt %}}{written}{{% endif %}}")
+    row = Demonstration(DIALOGUE[:3], DIALOGUE[3:], "f:1", trained_turns=2)
+    trained, expected = (tokenize_demonstrations([row], each, max_length=999)[0][:] for each in (always, asked))
+    assert trained == expected
+    assert always.decode(trained["input_ids"][0]).count(header.strip()) == 2
+    assert encode_pair(always, DIALOGUE[:3], DIALOGUE[3:]) == encode_pair(asked, DIALOGUE[:3], DIALOGUE[3:])
+
+
 def test_a_template_for_images_is_refused() -> None:
     template = "{% for m in messages %}{{ m.role }}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
     with pytest.raises(UserError, match="does not write the text of a turn"):

@@ -494,6 +494,7 @@ class TestSplit:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
+@pytest.mark.slow
 class TestRealData:
     @pytest.mark.parametrize("form", [Prompt, Demonstration, Preference])
     @pytest.mark.parametrize(

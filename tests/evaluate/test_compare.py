@@ -164,6 +164,7 @@ def test_a_prediction_ends_before_the_first_stop_string(tmp_path):
 def test_a_blank_line_ends_an_answer_to_text_examples_that_have_none():
     decoded = SimpleNamespace(
         eos_token_id=2,
+        chat_template=None,
         get_added_vocab=dict,
         decode=lambda ids: "",
         batch_decode=lambda ids, skip_special_tokens: [" one\ntwo \n\nQ: three"],

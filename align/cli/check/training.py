@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from align.cli.check.findings import Context, describe, with_stand_ins, writable
 from align.cli.check.memory import Footprint, activations_line, count_parameters, memory_table, skeleton
-from align.cli.check.sample_rows import Sample, Start, sample_lines
+from align.cli.check.sample_rows import Sample, Start, evaluation_line, sample_lines
 from align.cli.steps import processes
 from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
 from align.config.ensemble import MEMBER
@@ -121,6 +121,8 @@ class TrainingCheck(Generic[R]):
                 shown, sampled, sizes = sample_lines(rows.train, start, lambda some: self.sample(recipe, some, start))
                 for each in shown:
                     report.console.print(each, soft_wrap=True)
+                if rows.evaluation:
+                    report.say(evaluation_line(rows.evaluation, start, lambda some: self.sample(recipe, some, start)))
                 if isinstance(recipe, TrainerRecipe) and plan is not None:
                     report.say(self._steps(recipe, rows, plan, sampled, sizes))
         if plan is not None:
@@ -136,8 +138,7 @@ class TrainingCheck(Generic[R]):
         """Optimizer steps, from how many examples a sampled row makes: each trained turn of a dialogue may be one, and each
         piece of a text."""
         assert isinstance(recipe, TrainerRecipe)
-        limit = self.max_tokens(recipe)
-        examples = sum(math.ceil(size / limit) for size in sizes) / self.sequences_per_row  # packing cuts longer texts
+        examples = len(sizes) / self.sequences_per_row
         count = math.ceil(self.trained_rows(recipe, rows) * examples / sampled)
         per_epoch = math.ceil(count / plan.batch_size)
         steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
