@@ -20,6 +20,7 @@ from align.data.load import DataSettings, load_rows
 from align.data.reasoning import set_scores_reasoning
 from align.data.rows import Demonstration, Preference, Prompt
 from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
+from align.data.turn_end import turn_end_note
 from align.errors import UserError
 from align.runs.manifest import check_template_kwargs, check_tokenizer, tokenizer_digest
 from tests.data.messages import assistant, user
@@ -354,6 +355,7 @@ def test_a_generation_prompt_that_nobody_asked_for_is_no_part_of_the_response(tu
     turns = f"{{% for m in messages %}}{turn}{{% endfor %}}"
     written = f"{{{{ {header!r} }}}}"  # a line break at the end of a template is not written
     always, asked = chatml(turns + written), chatml(f"{turns}{{% if add_generation_prompt %}}{written}{{% endif %}}")
+    assert turn_end_note(always) == turn_end_note(asked)
     row = Demonstration(DIALOGUE[:3], DIALOGUE[3:], "f:1", trained_turns=2)
     trained, expected = (tokenize_demonstrations([row], each, max_length=999)[0][:] for each in (always, asked))
     assert trained == expected
