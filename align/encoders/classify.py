@@ -10,7 +10,6 @@ responses (`text_pair`) is a reward model that PPO can use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,29 +17,28 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from align.compat.trl import pending_metrics
 from align.config.encoders import ClassifyRecipe
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Labelled
 from align.encoders import label_metrics
 from align.encoders.classifier_report import classifier_results, model_card
+from align.encoders.counted import CountedEvaluation, last_counts
+from align.encoders.inputs import HeadInputs, check_head_inputs
 from align.encoders.label_metrics import LABEL_COLUMNS
 from align.encoders.labels import REGRESSION, SHOWN, LabelSet, find_labels
 from align.encoders.tokenize import tokenize_labelled
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
-from align.models.check_files import check_files
 from align.models.context_length import check_rows_fit
-from align.models.load import head_modules, load_config, new_classifier
-from align.models.model_types import is_encoder
-from align.models.tokenizer import load_tokenizer, saved_pad_id, set_right_padding
+from align.models.load import head_modules, new_classifier
+from align.models.tokenizer import saved_pad_id
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.checkpoint import step_of
-from align.runs.manifest import check_tokenizer, open_stage
+from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
 from align.runs.results import ClassifyResult
@@ -48,9 +46,8 @@ from align.runs.stage import finish, finished_results, last_checkpoint, write_un
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
-from align.trainer.callback import StageCallback
-from align.trainer.hf_trainer import ExactEvaluation, save_trained, train, untrained_is_best
-from align.trainer.row_trainer import RowCollator, RowTrainer, row_training_arguments
+from align.trainer.hf_trainer import save_trained, train, untrained_is_best
+from align.trainer.row_trainer import RowCollator, row_training_arguments
 
 
 @one_run_per_folder
@@ -149,41 +146,14 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
     return ClassifyResult.from_json(recipe.output_dir, results)
 
 
-@dataclass(frozen=True, slots=True)
-class ClassifierInputs:
-    """The starting point of the stage; the tokenizer pads on the right."""
-
-    config: PretrainedConfig
-    is_encoder: bool
-    tokenizer: PreTrainedTokenizerBase
-
-
-def check_classifier_inputs(recipe: ClassifyRecipe) -> ClassifierInputs:
-    """Load configuration and tokenizer of the model to start from, and check them against its manifest.
-
-    Raises:
-        UserError: the model is missing, unfinished or of the wrong kind, or the tokenizer is not the one it was trained
-            with.
-    """
-    path, key = recipe.model_name_or_path, "model_name_or_path"
-    config = load_config(path, key, recipe.trust_remote_code)
-    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
-    check_tokenizer(path, tokenizer, key)
-    check_files(
-        AutoModelForSequenceClassification,
-        path,
-        key,
-        config,
-        tokenizer,
-        new_head=True,
-        attn_implementation=recipe.attn_implementation,
-        trained_by=recipe,
-    )
-    set_right_padding(tokenizer)
+def check_classifier_inputs(recipe: ClassifyRecipe) -> HeadInputs:
+    """`check_head_inputs` of a classifier; errors as there."""
+    inputs = check_head_inputs(recipe, recipe.model_name_or_path, AutoModelForSequenceClassification)
     # PPO passes ids alone to a reward model, so it is trained without token types, and the saved tokenizer makes none.
+    tokenizer = inputs.tokenizer
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # `save_pretrained` writes `init_kwargs`
-    return ClassifierInputs(config, is_encoder(config), tokenizer)
+    return inputs
 
 
 def write_classifier(
@@ -204,11 +174,8 @@ def write_classifier(
     model.save_pretrained(folder)
 
 
-class LabelTrainer(ExactEvaluation, RowTrainer):
+class LabelTrainer(CountedEvaluation):
     """Trainer with the loss and the metrics of a label set, exact over all rows and ranks."""
-
-    counts: Tensor  # of the evaluation so far, on this rank
-    eval_counts: Tensor | None = None  # of the last evaluation, over all ranks; None before this process's first
 
     def __init__(self, label_set: LabelSet, **kwargs: Any):
         super().__init__(**kwargs)
@@ -221,24 +188,10 @@ class LabelTrainer(ExactEvaluation, RowTrainer):
         total = (label_metrics.losses(self.label_set, logits, labels) * weight).sum()
         return total, (label_metrics.correct(self.label_set, logits, labels) * weight).sum()
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self.counts = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        return super().evaluate(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "eval_loss" in logs:
-            _, correct, rows = self.accelerator.reduce(self.sums, "sum").tolist()
-            self.eval_counts = self.accelerator.reduce(self.counts, "sum").cpu()
-            metrics = label_metrics.summarize(self.label_set, self.eval_counts, correct, rows)
-            pending_metrics(self, "eval").update({name: [value] for name, value in metrics.items()})
-        super().log(logs, start_time)
+    def summarize(self, counts: Tensor, correct: float, items: float) -> dict[str, float]:
+        return label_metrics.summarize(self.label_set, counts, correct, int(items))
 
 
 def last_label_table(trainer: LabelTrainer) -> list[list[Any]]:
     """`per_label_table` of the last evaluation. Every rank must call it."""
-    if trainer.eval_counts is None:  # resumed after it, and what it measured is in metrics.jsonl already
-        logging: Any = trainer.pop_callback(StageCallback)
-        trainer.evaluate()
-        trainer.add_callback(logging)
-    assert trainer.eval_counts is not None
-    return label_metrics.per_label_table(trainer.label_set, trainer.eval_counts)
+    return label_metrics.per_label_table(trainer.label_set, last_counts(trainer))

@@ -219,13 +219,22 @@ def new_reward_model(
 def new_classifier(
     path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False, **head: Any
 ) -> PreTrainedModel:
-    """A sequence classifier on the backbone in `path`, with the head in `path` if its size is right, else a new one.
+    """`new_head` of a sequence classifier."""
+    auto = AutoModelForSequenceClassification
+    return new_head(auto, path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **head)
+
+
+def new_head(
+    auto: Any, path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False, **head: Any
+) -> PreTrainedModel:
+    """The backbone in `path`, with the head of `auto` in `path` if its size is right, else a new one.
 
     Args:
+        auto: a class such as `AutoModelForTokenClassification`.
         head: entries of the configuration: `num_labels` or `id2label`, `label2id`, `problem_type`.
     """
     model: PreTrainedModel = load_pretrained(
-        AutoModelForSequenceClassification,
+        auto,
         path,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
