@@ -31,20 +31,10 @@ from align.config.keys import (
     key,
     required,
 )
+from align.config.optimizer import check_optimizer, optim, optim_args
 from align.config.recipe import Recipe
-from align.errors import UserError, nearest
-
-SCHEDULES = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-)
-
-POLYNOMIAL_END = 1e-7  # learning rate at which transformers' schedule of this name ends
+from align.config.schedule import check_schedule, lr_scheduler_kwargs, lr_scheduler_type
+from align.errors import UserError
 
 FUNCTION_KEYS = (  # each a list of `module:function`
     *("reward_funcs", "eval_reward_funcs", "judge_reward_funcs", "second_reward_funcs"),
@@ -84,15 +74,21 @@ class StageRecipe(Recipe):
     )
     max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.", AT_LEAST_1)
 
-    learning_rate: float = key(2e-5, "Peak learning rate of AdamW.", ABOVE_0)
-    weight_decay: float = key(0.0, "AdamW weight decay.", AT_LEAST_0)
+    optim: str = optim()
+    optim_args: dict[str, bool | float | str] = optim_args()
+    learning_rate: float = key(2e-5, "Peak learning rate.", ABOVE_0)
+    weight_decay: float = key(
+        0.0,
+        "Weight decay, of weights that are no bias or norm: times the learning rate off the weight in AdamW and Adafactor, added "
+        "to the gradient in others.",
+        AT_LEAST_0,
+    )
     adam_beta1: float = key(0.9, "AdamW beta 1.", FROM_0_TO_BELOW_1)
     adam_beta2: float = key(0.999, "AdamW beta 2.", FROM_0_TO_BELOW_1)
     adam_epsilon: float = key(1e-8, "AdamW epsilon.", ABOVE_0)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0 switches clipping off.", AT_LEAST_0)
-    lr_scheduler_type: str = key(
-        "linear", "Schedule name as in transformers: linear, cosine, constant, constant_with_warmup, ..."
-    )
+    lr_scheduler_type: str = lr_scheduler_type()
+    lr_scheduler_kwargs: dict[str, bool | float | str] = lr_scheduler_kwargs()
     warmup_steps: float = key(0, "Warm-up in optimizer steps; a number below 1 is a share of all steps.", AT_LEAST_0)
     per_device_train_batch_size: int = key(
         8, "Maximum sequences in one forward-backward pass per device; affects memory only.", BATCH
@@ -173,17 +169,6 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
         UserError: names the first broken rule.
     """
     check_ranges(recipe, where)
-    if recipe.lr_scheduler_type not in SCHEDULES:
-        hint = nearest(recipe.lr_scheduler_type, SCHEDULES)
-        raise UserError(
-            f"{where('lr_scheduler_type')}: expected one of {', '.join(SCHEDULES)}, got "
-            f"{recipe.lr_scheduler_type!r}{hint}"
-        )
-    if recipe.lr_scheduler_type == "polynomial" and recipe.learning_rate <= POLYNOMIAL_END:
-        raise UserError(
-            f"{where('learning_rate')}: expected more than {POLYNOMIAL_END:g}, where lr_scheduler_type: polynomial ends, got "
-            f"{recipe.learning_rate:g}; raise it, or use linear, which ends at 0"
-        )
     if not recipe.train_dataset:
         raise UserError(
             f"{where('train_dataset')}: expected a path, a hub id or a mapping, got nothing; name the training rows."
@@ -191,6 +176,8 @@ def check_training_rules(recipe: StageRecipe, where: Where) -> None:
     for name in DEEPSPEED_KEYS:
         if path := getattr(recipe, name, None):
             read_deepspeed_file(path, where(name))
+    check_optimizer(recipe, where)
+    check_schedule(recipe, where)
     for name in FUNCTION_KEYS:
         check_function_names(getattr(recipe, name, []), where(name))
 

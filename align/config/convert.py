@@ -6,6 +6,7 @@ does not parse as a number, is one where a number is expected. Nothing else is c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -85,7 +86,10 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         if value is None:
             return None
-        (annotation,) = (arg for arg in args if arg is not NoneType)
+        *others, annotation = (arg for arg in args if arg is not NoneType)
+        for each in others:  # `bool | float | str`: the first that it is
+            with contextlib.suppress(UserError):
+                return convert(value, each, where)
         if isinstance(value, str) and value.lower() == "none" and get_origin(annotation) is not Literal:
             raise UserError(f"{where}: expected {type_name(annotation)}, got {value!r}; for nothing, write null.")
         return convert(value, annotation, where)

@@ -39,7 +39,7 @@ class MLMRecipe(TrainerRecipe):
     model_name_or_path: str = required(
         "Encoder to continue training; without a masked-language-model head it gets a new one."
     )
-    learning_rate: float = key(5e-5, "Peak learning rate of AdamW.", ABOVE_0)
+    learning_rate: float = key(5e-5, "Peak learning rate.", ABOVE_0)
     mlm_probability: float = key(
         0.15,
         "Share of the tokens to predict: 80% of them masked, 10% replaced by a random token, 10% unchanged.",

@@ -40,6 +40,7 @@ from align.config.keys import (
 )
 from align.config.objective import check_objective, gradient_steps, objective, replay_size
 from align.config.responses import check_scored_responses
+from align.config.schedule import check_decay_steps
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS, TRAJECTORY_BALANCE, Estimator
 
@@ -221,6 +222,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
             f"{where('num_generations')}: expected a divisor of rollout_batch_size ({recipe.rollout_batch_size}), got "
             f"{recipe.num_generations}"
         )
+    check_decay_steps(recipe, recipe.num_updates, where)
     check_objective(recipe, where)
     check_judge_rules(recipe, where)
     check_ensemble_rules(recipe, where)

@@ -38,7 +38,7 @@ class RewardRecipe(TrainerRecipe):
         "Start with a new scalar head. By default, the one in the files of `model_name_or_path` is kept if there is one, "
         "under whatever name it was saved, such as TRL's `v_head`; one with more than one output is refused.",
     )
-    learning_rate: float = key(1e-5, "Peak learning rate of AdamW.", ABOVE_0)
+    learning_rate: float = key(1e-5, "Peak learning rate.", ABOVE_0)
     center_rewards_coefficient: float | None = key(
         None, "Weight of the squared sum of the two scores, which keeps them near zero (TRL's key).", AT_LEAST_0
     )

@@ -24,7 +24,7 @@ def train_engine(
     """An engine that trains `model`, taking `accumulation` microbatches per step.
 
     Args:
-        recipe: gives precision, clipping, AdamW's settings and the DeepSpeed file of `role`.
+        recipe: gives precision, clipping, the optimizer and the DeepSpeed file of `role`.
         role: "policy" or "value".
     """
     if dist.is_initialized():

@@ -16,7 +16,7 @@ from align.config.base import StageRecipe
 from align.engine.deepspeed_config import deepspeed_config, deepspeed_file, zero_stage
 from align.engine.distributed import World
 from align.engine.mixed_precision import use_float32_attention
-from align.engine.optimizer import adamw, set_learning_rate
+from align.engine.optimizer import make_optimizer, set_learning_rate
 from align.engine.sharding import evaluation_mode, gathered_parameters, gathered_state_dict, save_from_main
 from align.engine.state import counters, load_state, restore_counters, save_state
 from align.models.save import meta_copy
@@ -27,7 +27,7 @@ class DeepSpeedEngine:
     """One model over all ranks by DeepSpeed ZeRO. Under stage 3 each of N ranks holds 1/N of it, also when frozen.
 
     Args:
-        recipe: gives precision, gradient checkpointing, AdamW's settings and the DeepSpeed file of `role`.
+        recipe: gives precision, gradient checkpointing, the optimizer and the DeepSpeed file of `role`.
         learning_rate: None freezes the model.
         role: "policy", "value", "reference" or "reward".
         accumulation: microbatches per optimizer step.
@@ -63,16 +63,13 @@ class DeepSpeedEngine:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if recipe.bf16 and world.device.type == "cpu":
             use_float32_attention(model)
-        self.adamw = None
+        self.inner_optimizer = None
         if learning_rate is not None:
-            self.adamw = adamw(
-                [parameter for parameter in model.parameters() if parameter.requires_grad],
-                learning_rate,
-                betas=(recipe.adam_beta1, recipe.adam_beta2),
-                eps=recipe.adam_epsilon,
-                weight_decay=recipe.weight_decay,
-            )
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.adamw, config=config)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.inner_optimizer = make_optimizer(trained, recipe, learning_rate)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=self.inner_optimizer, config=config
+        )
         self.module = self.engine.module
         self.engine.train(learning_rate is not None and recipe.gradient_checkpointing)
 
@@ -126,13 +123,13 @@ class DeepSpeedEngine:
         # DeepSpeed keeps gradients in buffers of its own, which only a step clears: take one that changes no weight.
         if not self.pending:  # the policy while only the value model trains; a step would be counted as a microbatch
             return
-        assert self.adamw is not None
-        step = self.adamw.step
-        self.adamw.step = lambda *_, **__: None  # type: ignore[method-assign]
+        inner: Any = self.inner_optimizer
+        step = inner.step
+        inner.step = lambda *_, **__: None
         try:
             self.engine.step()
         finally:
-            self.adamw.step = step  # type: ignore[method-assign]
+            inner.step = step
         self.pending = False
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -29,6 +29,8 @@ from align.engine.parts import Number, Part, SavedParts, write_parts
 from align.errors import UserError
 
 WEIGHT, BUFFER = "weight", "buffer"
+OTHER = "other"  # what an optimizer keeps of a weight in another shape, such as Adafactor's means over rows and columns
+OF = " of "  # in the name of such a tensor
 CHANGING = ("lr", "initial_lr", "step")  # what training changes in an optimizer's parameter groups
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")  # of a DeepSpeed engine
 
@@ -53,9 +55,11 @@ def save_state(
     replicated = not splits_state(optimizer)
     parts = {}
     for name, held in _local_parts(module, optimizer, masters).items():
-        values, numbers = _kept(base, held.stepped)
+        values, numbers, others = _kept(base, held)
         own = {kind: value.detach().reshape(-1)[held.offset : held.offset + held.count] for kind, value in values}
         parts[name] = Part(held.shape, held.start, own, numbers, replicated)
+        for key, value in others.items():
+            parts[f"{key}{OF}{name}"] = Part(tuple(value.shape), 0, {OTHER: value}, replicated=True)
     for name, buffer in _buffers(module).items():
         parts[name] = Part(tuple(buffer.shape), 0, {BUFFER: buffer}, replicated=True)
     groups = [{key: group[key] for key in CHANGING if key in group} for group in base.param_groups]
@@ -90,6 +94,11 @@ def load_state(
                     target[held.offset : held.offset + held.count] = values
             for key, number in saved.numbers[name].items():
                 _raise_number(base, held.stepped, key, number)
+        for other in filter(_is_other, saved.shapes):
+            key, name = other.split(OF)
+            shape, stepped = saved.shapes[other], everything[name].stepped
+            values = saved.read(other, OTHER, 0, math.prod(shape)).view(shape)
+            base.state[stepped][key] = values.to(stepped.device)
         for name, buffer in buffers.items():
             buffer.copy_(saved.read(name, BUFFER, 0, buffer.numel()).view(buffer.shape))
         for group, kept in zip(base.param_groups, saved.note["groups"], strict=True):
@@ -144,19 +153,29 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in persistent and buffer.numel()}
 
 
-def _kept(base: torch.optim.Optimizer, stepped: Tensor) -> tuple[list[tuple[str, Tensor]], dict[str, Number]]:
-    """Values by element and numbers that are kept of a tensor that the optimizer steps."""
-    values, numbers = [(WEIGHT, stepped)], {}
+def _kept(
+    base: torch.optim.Optimizer, held: _LocalPart
+) -> tuple[list[tuple[str, Tensor]], dict[str, Number], dict[str, Tensor]]:
+    """What is kept of a tensor that the optimizer steps: values by element, numbers, and tensors of other shapes."""
+    stepped = held.stepped
+    values, numbers, others = [(WEIGHT, stepped)], {}, {}
     for key, value in base.state.get(stepped, {}).items():
         if isinstance(value, Tensor) and value.shape == stepped.shape and key != "step":
             values.append((key, value))
-        elif isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+        elif isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0):
             numbers[key] = value.item() if isinstance(value, Tensor) else value
-        else:
+        elif isinstance(value, Tensor) and held.shape == stepped.shape:
+            others[key] = value
+        elif value is not None:  # of a tensor made of several weights, or of a part of one
             raise UserError(
                 f"{type(base).__name__} keeps a {key} that cannot be saved; leave optimizer out of the DeepSpeed file."
             )
-    return values, numbers
+    return values, numbers, others
+
+
+def _is_other(name: str) -> bool:
+    """Whether a saved tensor is neither a parameter nor a buffer."""
+    return OF in name
 
 
 def _moment(base: torch.optim.Optimizer, stepped: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
@@ -187,16 +206,17 @@ def _check(saved: SavedParts, module: nn.Module, base: torch.optim.Optimizer) ->
     mine = {name: tuple(full_shape(parameter)) for name, parameter in trained_parameters(module)}
     mine |= {name: tuple(buffer.shape) for name, buffer in _buffers(module).items()}
     mine = {name: shape for name, shape in mine.items() if math.prod(shape)}
-    different = sorted(name for name in {*mine, *saved.shapes} if mine.get(name) != saved.shapes.get(name))
+    theirs = {name: shape for name, shape in saved.shapes.items() if not _is_other(name)}
+    different = sorted(name for name in {*mine, *theirs} if mine.get(name) != theirs.get(name))
     if different:
         name = different[0]
         raise UserError(
-            f"{saved.folder}: holds the state of another model: {name} has shape {saved.shapes.get(name)} there and "
+            f"{saved.folder}: holds the state of another model: {name} has shape {theirs.get(name)} there and "
             f"{mine.get(name)} in this run ({len(different)} such); delete the output folder to start over."
         )
-    theirs = (saved.note["optimizer"], len(saved.note["groups"]))
-    if theirs != (type(base).__name__, len(base.param_groups)):
+    kind, groups = saved.note["optimizer"], len(saved.note["groups"])
+    if (kind, groups) != (type(base).__name__, len(base.param_groups)):
         raise UserError(
-            f"{saved.folder}: holds the state of {theirs[0]} with {theirs[1]} parameter groups, and this run has "
+            f"{saved.folder}: holds the state of {kind} with {groups} parameter groups, and this run has "
             f"{type(base).__name__} with {len(base.param_groups)}; delete the output folder to start over."
         )

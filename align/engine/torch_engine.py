@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from align.config.base import StageRecipe
 from align.engine.distributed import World
 from align.engine.mixed_precision import convert_to_bfloat16, copy_masters, use_float32_attention
-from align.engine.optimizer import adamw, set_learning_rate, trained_parameters
+from align.engine.optimizer import make_optimizer, set_learning_rate, trained_parameters
 from align.engine.sharding import evaluation_mode, gathered_state_dict, save_from_main
 from align.engine.state import load_state, save_state
 from align.models.in_place_gradients import accumulate_in_place
@@ -25,7 +25,7 @@ class TorchEngine:
     """One model on one process. With `bf16` it computes with bfloat16 weights, and trains float32 copies of them.
 
     Args:
-        recipe: gives precision, clipping, gradient checkpointing and AdamW's settings.
+        recipe: gives precision, clipping, gradient checkpointing and the optimizer.
         learning_rate: None freezes the model.
 
     Attributes:
@@ -50,13 +50,7 @@ class TorchEngine:
             accumulate_in_place(inner.get_input_embeddings(), inner.get_output_embeddings(), self._master)
         self.optimizer = None
         if learning_rate is not None:
-            self.optimizer = adamw(
-                trained,
-                learning_rate,
-                betas=(recipe.adam_beta1, recipe.adam_beta2),
-                eps=recipe.adam_epsilon,
-                weight_decay=recipe.weight_decay,
-            )
+            self.optimizer = make_optimizer(trained, recipe, learning_rate)
         self.module.eval()  # dropout is 0 anyway; some architectures switch gradient checkpointing by this flag
         if self.optimizer is not None and recipe.gradient_checkpointing:
             self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -46,6 +46,7 @@ def set_up(
         scheduler=recipe.lr_scheduler_type,
         warmup_steps=recipe.warmup_steps,
         updates=recipe.num_updates,
+        arguments=recipe.lr_scheduler_kwargs,
     )
     peaks = (recipe.learning_rate, recipe.value_learning_rate or recipe.learning_rate)
     longest = max(len(ids) for _, ids in data.prompts) + recipe.response_length

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
 
 from align.config.base import TrainerRecipe
+from align.config.schedule import check_decay_steps
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import trainer_deepspeed_config
 from align.engine.distributed import World
@@ -16,13 +19,30 @@ LOWER_IS_BETTER = ("loss", "perplexity", "gap", "forgetting", "mse")  # endings 
 
 
 def total_steps(recipe: TrainerRecipe, rows: int, plan: BatchPlan) -> int:
-    """Optimizer steps of the run over `rows` training rows, including padding rows."""
-    return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * (rows // plan.batch_size))
+    """Optimizer steps of the run over `rows` training rows, including padding rows.
+
+    Raises:
+        UserError: the decay of the learning rate's schedule is longer.
+    """
+    steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * (rows // plan.batch_size))
+    check_decay_steps(recipe, steps)
+    return steps
 
 
 def eval_batch_size(recipe: TrainerRecipe, rows: int, world: World) -> int:
     """Evaluation rows per process and forward pass: at most this process's share of the rows."""
     return max(1, min(recipe.per_device_eval_batch_size, -(-rows // world.size)))
+
+
+def optim_args_text(arguments: Mapping[str, Any]) -> str:
+    """`optim_args` as the text that transformers' arguments hold: momentum=0.9,nesterov=true."""
+    return ",".join(f"{name}={json.dumps(value)}" for name, value in arguments.items())
+
+
+def parse_optim_args(text: str) -> dict[str, Any]:
+    """What `optim_args_text` wrote."""
+    pairs = (pair.partition("=") for pair in text.split(",") if pair)
+    return {name: json.loads(value) for name, _, value in pairs}
 
 
 def training_arguments(
@@ -40,7 +60,8 @@ def training_arguments(
         "per_device_train_batch_size": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
         "average_tokens_across_devices": True,
-        "optim": "adamw_torch_fused",
+        "optim": recipe.optim,
+        "optim_args": optim_args_text(recipe.optim_args),
         "learning_rate": recipe.learning_rate,
         "weight_decay": recipe.weight_decay,
         "adam_beta1": recipe.adam_beta1,
@@ -48,6 +69,7 @@ def training_arguments(
         "adam_epsilon": recipe.adam_epsilon,
         "max_grad_norm": recipe.max_grad_norm,
         "lr_scheduler_type": recipe.lr_scheduler_type,
+        "lr_scheduler_kwargs": dict(recipe.lr_scheduler_kwargs),
         "warmup_steps": recipe.warmup_steps,
         "max_length": None,  # rows are already tokenized, and none is too long
         "bf16": recipe.bf16,

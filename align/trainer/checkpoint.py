@@ -26,12 +26,14 @@ from transformers import Trainer, set_seed
 from align.compat.transformers import write_unchecked
 from align.config.json_file import read_json
 from align.engine.distributed import World
+from align.engine.optimizer import optimizer_class
 from align.engine.state import counters, load_state, restore_counters, save_state
 from align.errors import BadFile, UserError
 from align.models.tokenizer import saved_pad_id
 from align.runs.checkpoint import find_corruption, synced_sums
 from align.runs.files import fingerprint, write_text
 from align.runs.records import COUNT, LIST, MAPPING, Record, or_null, read_record
+from align.trainer.arguments import parse_optim_args
 from align.trainer.unlogged import restore_unlogged, unlogged
 from reward_models.heads import hf_model
 
@@ -56,6 +58,13 @@ class SafeCheckpoints(Trainer):
         """Size and CRC-32 of each file that this rank has written to a checkpoint, by its path there, once on the disk."""
         rest = synced_sums(checkpoint, apart=(STATE, RANDOM)) if self.args.should_save else {}
         return {**rest, **self._sums}
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Class and arguments of the optimizer, the same as in an engine."""
+        betas = (args.adam_beta1, args.adam_beta2)
+        cls, arguments = optimizer_class(args.optim.value, betas, args.adam_epsilon, parse_optim_args(args.optim_args))
+        return cls, {"lr": args.learning_rate, **arguments}
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer: Any = super().create_optimizer(*args, **kwargs)

@@ -15,6 +15,7 @@ from align.config.base import StageRecipe
 from align.config.data_source import DataSource
 from align.config.functions import resolve_function
 from align.config.load import as_recipe, load_recipe
+from align.config.optimizer import EIGHT_BIT
 from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
 from align.config.sft import SFTRecipe
@@ -23,6 +24,7 @@ from align.config.unknown_keys import ANY_STAGE, OF_STAGE, SAMPLING
 from align.engine.batch_plan import batch_plan
 from align.errors import UserError
 
+ZERO2 = str(Path(__file__).parents[2] / "recipes" / "deepspeed" / "zero2.json")
 TRAINING = [name for name, stage in STAGES.items() if stage.methods]
 MINIMAL = {
     "sft": {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base"},
@@ -74,6 +76,20 @@ def test_numbers_as_yaml_gives_them(load):
     recipe = load("ppo", lines("ppo", "learning_rate: 1e-5", "kl_coef: 0", "warmup_steps: 3", "total_episodes: 2_000"))
     assert (recipe.learning_rate, recipe.kl_coef, recipe.warmup_steps, recipe.total_episodes) == (1e-5, 0.0, 3.0, 2000)
     assert type(recipe.kl_coef) is float  # so that `kl_coef: 0` and `kl_coef: 0.0` are one recipe
+
+
+def test_arguments_of_optimizer_and_schedule(load):
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-7", "num_cycles": 1}}
+    recipe = load("sft", {"optim": "rmsprop", "optim_args": {"centered": True, "eps": "1e-6"}, **schedule})
+    assert recipe.optim_args == {"centered": True, "eps": 1e-6}  # YAML takes 1e-6 for text
+    assert recipe.lr_scheduler_kwargs == {"min_lr": 1e-7, "num_cycles": 1.0}
+    assert load("sft", {"optim": "sgd"}, "--optim_args.momentum", "0.9").optim_args == {"momentum": 0.9}
+
+
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_the_8_bit_optimizer_without_its_library(load, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert f"optim: {name} needs bitsandbytes; install it by" in refusal(load, "classify", {"optim": name})
 
 
 def test_null_means_nothing_where_a_key_may_be_left_empty(load):
@@ -347,8 +363,33 @@ def test_the_stage_of_a_recipe(tmp_path, load):
         ("sft", {"max_steps": 0}, "max_steps: expected a number -1, or at least 1, got 0"),
         ("sft", {"tokenizer_vocab_size": 258}, "tokenizer_vocab_size: expected a number at least 259"),
         ("sft", {"lr_scheduler_type": "cosin"}, "got 'cosin'; did you mean 'cosine'?"),
-        ("sft", {"lr_scheduler_type": "cosine_with_min_lr"}, "expected one of linear, cosine,"),
+        ("sft", {"lr_scheduler_type": "reduce_lr_on_plateau"}, "expected one of linear, cosine,"),
         ("sft", {"lr_scheduler_type": "polynomial", "learning_rate": 1e-7}, "expected more than 1e-07, where"),
+        ("ppo", {"lr_scheduler_type": "polynomial", "value_learning_rate": 1e-7}, "value_learning_rate: expected more than 1e-07"),
+        ("sft", {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": "1e-3"}}, "learning_rate: expected more than 0.001"),
+        ("mlm", {"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type: cosine_with_min_lr needs either min_lr, a learning rate, or min_lr_rate"),
+        ("sft", {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0, "min_lr_rate": 0.1}}, "got both"),
+        ("sft", {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 1}}, "kwargs.min_lr_rate: expected a number from 0 to below 1, got 1.0"),
+        ("sft", {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycle": 1}}, "kwargs.num_cycle: not an argument of lr_scheduler_type: cosine; it takes num_cycles; did you mean"),
+        ("sft", {"lr_scheduler_kwargs": {"num_cycles": 1}}, "not an argument of lr_scheduler_type: linear; it takes none"),
+        ("sft", {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 1.5}}, "expected a number that is whole and at least 1"),
+        ("sft", {"lr_scheduler_type": "warmup_stable_decay"}, "needs the length of its decay; write"),
+        ("sft", {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2, "decay_type": "sqrt"}}, "decay_type: expected one of linear, cosine, 1-sqrt, got"),
+        ("ppo", {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 999}}, "num_decay_steps: expected at most 156, all updates of the run, got 999"),
+        ("sft", {"optim": "sdg"}, "optim: expected one of adamw_torch_fused, adamw_torch,"),
+        ("sft", {"optim": "sdg"}, "did you mean 'sgd'?"),
+        ("reward", {"optim": "adam"}, "got 'adam'; for Adam or AdamW write adamw_torch"),
+        ("classify", {"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1: optim: sgd does not read it, got 0.8; leave it out"),
+        ("ppo", {"optim": "adafactor", "adam_epsilon": 1e-8}, "adam_epsilon: optim: adafactor does not read it"),
+        ("sft", {"optim_args": {"momentum": 0.9}}, "optim_args.momentum: not an argument of optim: adamw_torch_fused; betas and epsilon are adam_beta1"),
+        ("sft", {"optim": "sgd", "optim_args": {"momentun": 0.9}}, "it takes momentum, dampening, nesterov; did you mean 'momentum'?"),
+        ("sft", {"optim": "sgd", "optim_args": {"weight_decay": 0.1}}, "weight decay is the key weight_decay"),
+        ("sft", {"optim": "sgd", "optim_args": "momentum=0.9"}, "optim_args: expected a mapping of names to values"),
+        ("sft", {"optim": "sgd", "optim_args": {"momentum": "much"}}, 'optim_args.momentum: expected a number from 0 to below 1, got "much" (text)'),
+        ("sft", {"optim": "sgd", "optim_args": {"nesterov": 1}}, "optim_args.nesterov: expected true or false"),
+        ("sft", {"optim": "sgd", "optim_args": {"nesterov": True}}, "nesterov: needs a momentum above 0 and no dampening"),
+        ("mlm", {"optim": "adafactor", "deepspeed": ZERO2}, "optim: adafactor steps blocks or whole matrices, which ZeRO 2 ("),
+        ("ppo", {"optim": "adafactor", "value_deepspeed": ZERO2}, "or a file with stage 0 as value_deepspeed"),
         ("sft", {"train_dataset": []}, "train_dataset: expected a path, a hub id or a mapping, got nothing"),
         ("sft", {"train_dataset": {"weight": 1}}, "train_dataset[0]: expected either `path` or `generator`, got neither"),
         ("sft", {"train_dataset": {"path": "a", "generator": "m:f"}}, "expected either `path` or `generator`, got both"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from align.config.optimizer import OPTIMIZERS
 from align.config.ppo import PPORecipe
 from align.engine.build import train_engine
 from align.engine.distributed import World, connect, disconnect
@@ -18,6 +19,7 @@ from align.models.forward import response_logprobs
 from align.models.trainable import add_adapter
 from tests.worlds import deepspeed_file, tiny_llama
 
+OPTIM_ARGS = {"sgd": {"momentum": 0.5, "dampening": 0.5}, "rmsprop": {"momentum": 0.5, "centered": True}}
 GLOBAL_ROWS = 6  # over one, two or three ranks
 
 
@@ -25,6 +27,8 @@ def engine_of(folder: Path, world: World, name: str, seed: int = 0) -> TrainEngi
     """An engine in a layout such as "zero2", "zero2-bf16", "zero3-offload", "zero3-lora"."""
     zero, *more = name.split("-")
     keys: dict[str, Any] = {"bf16": "bf16" in more, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    if other := [each for each in more if each in OPTIMIZERS]:
+        keys |= {"optim": other[0], "optim_args": OPTIM_ARGS.get(other[0], {})}
     if zero != "alone":
         path = Path(deepspeed_file(folder / f"{name}-{world.rank}.json", int(zero[-1])))
         config = json.loads(path.read_text())

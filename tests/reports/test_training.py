@@ -57,7 +57,7 @@ TOO_LATE = {
     ),
     "a schedule that needs arguments": (
         {"lr_scheduler_type": "cosine_with_min_lr"},
-        "lr_scheduler_type: expected one of",
+        "lr_scheduler_type: cosine_with_min_lr needs either min_lr",
     ),
     "a metric that no evaluation has": (
         {"load_best_model_at_end": True, "metric_for_best_model": "eval_epoch", "eval_fraction": 0.1, "eval_steps": 1},

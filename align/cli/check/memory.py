@@ -5,6 +5,8 @@ Bytes per parameter of a model that trains with AdamW, 16 in all:
     float32    4 weight   4 gradient    8 optimizer (two moments)
     bfloat16   2 weight   2 gradient   12 optimizer (float32 master weight and two moments)
 
+Other optimizers keep less than two moments, see `moment_bytes`.
+
 A frozen parameter has its weight only. ZeRO 1 divides the optimizer states by the number of processes N, ZeRO 2 the
 gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
 """
@@ -12,7 +14,7 @@ gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 from align.config.base import StageRecipe
+from align.config.optimizer import EIGHT_BIT
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import zero_stage
 from align.errors import UserError, reason
@@ -45,9 +48,30 @@ class Footprint:
     gathered: bool = False  # a whole copy of a model, which only ZeRO 3 makes
 
 
-def state_bytes(model: Footprint, zero_stage: int, processes: int, bf16: bool) -> float:
-    """Bytes per GPU for a model's weights, gradients and optimizer states; formula above."""
-    weight, gradient, optimiser = (2, 2, 12) if bf16 else (4, 4, 8)
+def moment_bytes(optim: str, optim_args: Mapping[str, Any]) -> int:
+    """Bytes per parameter that an optimizer keeps beside float32 weights.
+
+    Those of Adafactor, a number for each row and column, are left out, and of 8-bit AdamW those that it keeps of a block of
+    256 values.
+    """
+    if optim == "adafactor":
+        return 0
+    if optim in EIGHT_BIT:
+        return 2
+    if optim == "sgd":
+        return 4 * bool(optim_args.get("momentum"))
+    if optim in ("adagrad", "rmsprop"):
+        return 4 * (1 + bool(optim_args.get("momentum")) + bool(optim_args.get("centered")))
+    return 8
+
+
+def state_bytes(model: Footprint, zero_stage: int, processes: int, bf16: bool, moments: int = 8) -> float:
+    """Bytes per GPU for a model's weights, gradients and optimizer states; formula above.
+
+    Args:
+        moments: `moment_bytes`.
+    """
+    weight, gradient, optimiser = (2, 2, 4 + moments) if bf16 else (4, 4, moments)
     return (
         model.parameters * weight / (processes if zero_stage >= 3 else 1)
         + model.trained * gradient / (processes if zero_stage >= 2 else 1)
@@ -126,10 +150,11 @@ def count_trained(
 
 def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPlan) -> Table:
     """Memory per GPU by model and ZeRO stage, and at the stages of the recipe's DeepSpeed files."""
+    moments = moment_bytes(recipe.optim, recipe.optim_args)
     needs = [
         [0, 0, 0, state_bytes(model, 0, 1, recipe.bf16)]
         if model.gathered
-        else [state_bytes(model, stage, plan.world_size, recipe.bf16) for stage in range(4)]
+        else [state_bytes(model, stage, plan.world_size, recipe.bf16, moments) for stage in range(4)]
         for model in models
     ]
     stages = [zero_stage(recipe, model.name) for model in models]
@@ -137,7 +162,7 @@ def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPl
     columns = [*(f"ZeRO {stage}" for stage in range(4)), "this recipe"]
     dtype = "bfloat16" if recipe.bf16 else "float32"
     table = make_table(
-        f"Memory per GPU, {plan.world_size} process{'es' * (plan.world_size > 1)}, {dtype}, without activations",
+        f"Memory per GPU, {plan.world_size} process{'es' * (plan.world_size > 1)}, {dtype}, {recipe.optim}, without activations",
         "model",
         "parameters",
         *columns,

@@ -17,6 +17,7 @@ from align.cli.steps import processes
 from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
 from align.config.ensemble import MEMBER
 from align.config.functions import resolve_function
+from align.config.schedule import check_decay_steps
 from align.data.duplicates import describe_duplicates
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import describe_task_shares
@@ -142,6 +143,8 @@ class TrainingCheck(Generic[R]):
         count = math.ceil(self.trained_rows(recipe, rows) * examples / sampled)
         per_epoch = math.ceil(count / plan.batch_size)
         steps = recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * per_epoch)
+        if recipe.max_steps > 0 or sampled == len(rows.train):
+            check_decay_steps(recipe, steps)
         most = "up to" if sampled == len(rows.train) else "about"
         made = f" of {count} examples" if count != len(rows.train) else ""
         return f"steps: {most} {steps} optimizer step{'s' * (steps != 1)}{made}"
