@@ -25,7 +25,7 @@ from align.cli.run import run as run_folder
 from align.cli.verify_languages import DENSE, LARGE, REWARDS, SMALL, ExactResult, Language, exact_result
 from align.config.functions import resolve_function
 from align.config.load import load_recipe
-from align.config.objective import UNREAD
+from align.config.objective import unread_keys
 from align.config.ppo import PPORecipe
 from align.config.read import apply_overrides
 from align.ppo.train import run as run_ppo
@@ -155,7 +155,7 @@ def write_case(folder: Path, language: Language, beta: float, overrides: Sequenc
     number = len(list(folder.glob("*.yaml"))) + 1
     chosen = dict(changes)
     apply_overrides(chosen, overrides, get_type_hints(PPORecipe))
-    unread = UNREAD.get(chosen.get("objective", "ppo"), ())
+    unread = unread_keys(chosen.get("objective", "ppo"), chosen.get("num_generations", 1))
     keys = {
         **{name: value for name, value in SETTINGS.items() if name not in unread},
         "output_dir": str(folder / f"out-{number}"),

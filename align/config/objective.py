@@ -16,10 +16,10 @@ UNREAD = {
     "ppo": ("replay_size", "gradient_steps"),
     "trajectory_balance": (
         *("advantage_estimator", "num_ppo_epochs", "cliprange", "dual_clip", "max_approx_kl", "gamma", "lam"),
-        *("whiten_rewards", "entropy_coef", "use_kl_loss", "kl_estimator", "cliprange_value", "value_learning_rate"),
-        *("value_model_path", "value_deepspeed", "value_warmup_updates"),
+        *("whiten_rewards", "entropy_coef", "use_kl_loss", "kl_estimator", "cliprange_value"),
     ),
 }
+VALUE_KEYS = ("value_learning_rate", "value_model_path", "value_deepspeed", "value_warmup_updates")
 
 
 def objective() -> Any:
@@ -28,7 +28,7 @@ def objective() -> Any:
         "ppo",
         "ppo, or trajectory_balance: the variance of score - kl_coef * log(policy / reference) over the responses to a prompt "
         "(VarGrad, arXiv 2503.18929), which is 0 at the optimum whatever policy sampled them, so that earlier rollouts are "
-        "trained on again; needs num_generations of 2 or more.",
+        "trained on again. With num_generations: 1 a value model estimates the mean that the responses to a prompt would have.",
     )
 
 
@@ -46,16 +46,24 @@ def gradient_steps() -> Any:
     )
 
 
+def unread_keys(objective: str, num_generations: int) -> tuple[str, ...]:
+    """The keys that an objective does not read: trajectory balance has a value model for single responses only."""
+    without_value = objective == "trajectory_balance" and num_generations > 1
+    return (*UNREAD[objective], *(VALUE_KEYS if without_value else ()))
+
+
 def check_objective(recipe: Any, where: Where) -> None:
     """The rules between the objective of PPO's stage and other keys.
 
     Raises:
         UserError: names the first broken rule.
     """
+    unread = unread_keys(recipe.objective, recipe.num_generations)
     for each in fields(recipe):
-        if each.name in UNREAD[recipe.objective] and (got := getattr(recipe, each.name)) != each.default:
+        if each.name in unread and (got := getattr(recipe, each.name)) != each.default:
+            when = " with num_generations of 2 or more" if each.name in VALUE_KEYS else ""
             raise UserError(
-                f"{where(each.name)}: objective: {recipe.objective} does not read it, got {got}; leave it out."
+                f"{where(each.name)}: objective: {recipe.objective} does not read it{when}, got {got}; leave it out."
             )
     rules = _check_ppo if recipe.objective == "ppo" else _check_trajectory_balance
     rules(recipe, where)
@@ -99,11 +107,6 @@ def _check_ppo(recipe: Any, where: Where) -> None:
 
 
 def _check_trajectory_balance(recipe: Any, where: Where) -> None:
-    if recipe.num_generations < 2:
-        raise UserError(
-            f"{where('num_generations')}: expected 2 or more with objective: trajectory_balance, which compares the responses "
-            f"to one prompt, got {recipe.num_generations}"
-        )
     if recipe.minibatch_size % recipe.num_generations:
         raise UserError(
             f"{where('minibatch_size')}: expected a multiple of num_generations ({recipe.num_generations}) with objective: "

@@ -42,7 +42,7 @@ from align.config.objective import check_objective, gradient_steps, objective, r
 from align.config.responses import check_scored_responses
 from align.config.schedule import check_decay_steps
 from align.errors import UserError
-from align.maths.estimators import ESTIMATORS, TRAJECTORY_BALANCE, Estimator
+from align.maths.estimators import ESTIMATORS, TRAJECTORY_BALANCE, TRAJECTORY_BALANCE_OF_ONE, Estimator
 
 if TYPE_CHECKING:
     EstimatorName: TypeAlias = str
@@ -116,7 +116,7 @@ class PPORecipe(StageRecipe):
     )
     adam_epsilon: float = key(1e-5, "AdamW epsilon.", ABOVE_0)
     advantage_estimator: EstimatorName = key(
-        "gae", "How rewards become advantages; only `gae` has a value model. rloo, grpo and dr_grpo compare the "
+        "gae", "How rewards become advantages; of these only `gae` has a value model. rloo, grpo and dr_grpo compare the "
         "responses to one prompt and need num_generations of 2 or more."
     )  # fmt: skip
     kl_coef: float = key(
@@ -191,7 +191,9 @@ class PPORecipe(StageRecipe):
     @property
     def estimator(self) -> Estimator:
         """The properties of the objective: value model, responses to a prompt, aggregation of the loss."""
-        return ESTIMATORS[self.advantage_estimator] if self.objective == "ppo" else TRAJECTORY_BALANCE
+        if self.objective == "trajectory_balance":
+            return TRAJECTORY_BALANCE if self.num_generations > 1 else TRAJECTORY_BALANCE_OF_ONE
+        return ESTIMATORS[self.advantage_estimator]
 
     @property
     def steps_per_update(self) -> int:

@@ -5,7 +5,8 @@ The optimum of J = E[score] - beta KL(pi || ref) is pi*(y) = ref(y) exp(score(y)
     d(y) = score(y) - beta (log pi(y) - log ref(y))
 
 is beta log Z for every response y to a prompt. So the variance of d over any responses is 0 there, whatever policy sampled
-them: no correction is needed for responses of earlier policies.
+them: no correction is needed for responses of earlier policies. Where a prompt has a single response, an estimate of beta
+log Z takes the place of the mean.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ def leave_one_out_excess(scores: Tensor, kl: Tensor, kl_coef: float, group_size:
 def balance_loss(excess: Tensor, kl_coef: float, group_size: int) -> Tensor:
     """Mean over prompts of the unbiased variance of d over its K responses, divided by 2 beta: a scalar, in units of score.
 
+    Of single responses it is the mean of (d - V)^2, divided by 2 beta.
+
     Its gradient is that of -mean(excess * log pi), excess held fixed: REINFORCE of J with the mean of the other responses as
     baseline. (The gradient of a group's mean d cancels, since the deviations from it sum to 0.)
 
     Args:
-        excess: [B] from `leave_one_out_excess`.
+        excess: [B] from `leave_one_out_excess`; with K = 1, d - V, where V estimates beta log Z of the prompt.
     """
-    return excess.square().mean() * (group_size - 1) / group_size / (2 * kl_coef)
+    unbiased = (group_size - 1) / group_size if group_size > 1 else 1.0
+    return excess.square().mean() * unbiased / (2 * kl_coef)

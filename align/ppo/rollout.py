@@ -66,9 +66,10 @@ class Rollout:
         """Response tokens, [B] int64."""
         return self.mask.sum(dim=1)
 
-    def sequences(self) -> tuple[Tensor, Tensor]:
-        """Prompts with their responses: ids and mask, [B, S] with S = Q + T."""
-        return torch.cat([self.prompt_ids, self.response_ids], 1), torch.cat([self.prompt_mask, self.mask], 1)
+    def sequences(self, first: int | None = None) -> tuple[Tensor, Tensor]:
+        """Prompts with their responses, or the `first` tokens of them: ids and mask, [B, S] with S = Q + T."""
+        ids, mask = self.response_ids[:, :first], self.mask[:, :first]
+        return torch.cat([self.prompt_ids, ids], 1), torch.cat([self.prompt_mask, mask], 1)
 
     def rows(self: AnyRollout, index: Tensor) -> AnyRollout:
         """The rows at `index` [n], without columns that are padding in all of them."""

@@ -134,7 +134,7 @@ def check_rollout(run: PPORun) -> Rollout:
     batch = PromptBatch([prompt for prompt, _ in prompts], [ids for _, ids in prompts], "self-check", indexes)
     counters = run.models.rewards.models
     truncated = [source.truncated for source in counters]
-    raw = replace(run, recipe=replace(run.recipe, missing_eos_penalty=None, missing_eos_score=None))
+    raw = replace(run, replay=None, recipe=replace(run.recipe, missing_eos_penalty=None, missing_eos_score=None))
     scored = score_responses(raw, sample_responses(run, batch))
     for source, count in zip(counters, truncated, strict=True):
         source.truncated = count

@@ -4,11 +4,13 @@ Its gradient is that of REINFORCE on the KL-regularized objective, with the mean
 and log-probabilities of the current policy (`align/maths/trajectory_balance.py`). Each step therefore makes two passes over
 its responses: a forward pass for their residuals, then forward and backward. A single pass would require that all responses
 to a prompt share a microbatch.
+
+Where a prompt has one response, the baseline is a value model's estimate for the prompt, trained on the same residuals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 import torch
@@ -22,7 +24,7 @@ from align.ppo.ppo_run import PPORun
 from align.ppo.replay import Replay
 from align.ppo.rollout import Rollout
 from align.ppo.scores import current_scores
-from align.ppo.update import Experience, rows_by_rank, take_steps
+from align.ppo.update import Experience, prompt_values, rows_by_rank, take_steps
 
 
 def balance_steps(run: PPORun, replay: Replay, rollout: Rollout, update: int) -> dict[str, float]:
@@ -32,37 +34,54 @@ def balance_steps(run: PPORun, replay: Replay, rollout: Rollout, update: int) ->
 
 
 def replay_minibatches(run: PPORun, replay: Replay, update: int) -> Iterator[Experience]:
-    """Minibatches from the replay buffer; advantages are computed when the next is requested, with the current policy.
+    """Minibatches from the replay buffer; advantages are computed when the next is requested, with the current models.
 
-    All scores are normalized by the current moments, so that old and new responses have the same optimum.
+    All scores are normalized by the current moments, so that old and new responses have the same optimum. With a value model,
+    `returns[:, 0]` is its target for the prompt.
     """
     recipe = run.recipe
     assert replay.rows is not None
     for index in replay.draw(recipe.seed, update, recipe.gradient_steps, recipe.minibatch_size, recipe.num_generations):
         rows = replay.rows.rows(index)
-        kl = current_kl(run, rows)
-        excess = leave_one_out_excess(current_scores(run, rows), kl, run.progress.kl_coef, recipe.num_generations)
+        scores, kl, kl_coef = current_scores(run, rows), current_kl(run, rows), run.progress.kl_coef
+        returns = torch.zeros_like(rows.values)
+        if run.models.value is None:
+            excess = leave_one_out_excess(scores, kl, kl_coef, recipe.num_generations)
+        else:
+            returns[:, 0] = scores - kl_coef * kl
+            excess = returns[:, 0] - current_values(run, rows)
         yield Experience(
             **{part.name: getattr(rows, part.name) for part in fields(rows)},
             advantages=excess[:, None] * rows.mask,
-            returns=torch.zeros_like(rows.values),
+            returns=returns,
             weights=loss_weights(rows.mask, recipe.estimator.aggregation, recipe.response_length),
         )
 
 
-@torch.no_grad()
 def current_kl(run: PPORun, rows: Rollout) -> Tensor:
-    """log pi - log ref of each response under the current policy, [B] float32 nats; each rank computes a share."""
-    world, parts = run.world, []
+    """log pi - log ref of each response under the current policy, [B] float32 nats."""
+
+    def measure(batch: Rollout) -> Tensor:
+        length = batch.mask.shape[1]
+        logprobs = response_logprobs(run.models.policy, *batch.sequences(), length, run.recipe.temperature)
+        return logprobs.sum(dim=1) - batch.ref_logprobs.masked_fill(~batch.mask, 0.0).sum(dim=1)  # 0 at padding
+
+    return measure_rows(run, rows, "update_policy", measure)
+
+
+def current_values(run: PPORun, rows: Rollout) -> Tensor:
+    """The current value of each response's prompt, [B] float32."""
+    return measure_rows(run, rows, "update_value", lambda batch: prompt_values(run, batch))
+
+
+@torch.no_grad()
+def measure_rows(run: PPORun, rows: Rollout, phase: str, measure: Callable[[Rollout], Tensor]) -> Tensor:
+    """A number for each row, [B] float32, identical on every rank; each rank computes a share."""
+    world = run.world
     by_rank = rows_by_rank(rows, world)
     mine = by_rank[world.rank]
-    with world.clock.phase("update_policy"):
-        for part in chunks(len(mine), run.sampler.batch_size):
-            batch = rows.rows(mine[part])
-            ids, real = batch.sequences()
-            length = batch.mask.shape[1]
-            logprobs = response_logprobs(run.models.policy, ids, real, length, run.recipe.temperature)  # 0 at padding
-            parts.append(logprobs.sum(dim=1) - batch.ref_logprobs.masked_fill(~batch.mask, 0.0).sum(dim=1))
-    kl = torch.empty(len(rows), device=world.device)
-    kl[torch.cat(by_rank)] = world.gather(torch.cat(parts))
-    return kl
+    with world.clock.phase(phase):
+        parts = [measure(rows.rows(mine[part])) for part in chunks(len(mine), run.sampler.batch_size)]
+    found = torch.empty(len(rows), device=world.device)
+    found[torch.cat(by_rank)] = world.gather(torch.cat(parts))
+    return found

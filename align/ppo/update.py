@@ -121,12 +121,11 @@ def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number
     for part in chunks(len(mine), run.plan.micro_batch_size):
         batch = minibatch.rows(mine[part])
         sums = {"tokens": batch.mask.sum()}
-        if run.replay is not None:
-            sums |= balance_gradient(run, batch)
-        elif trains_policy(run, update):
-            sums |= policy_gradient(run, batch, tokens)
+        if trains_policy(run, update):
+            sums |= policy_gradient(run, batch, tokens) if run.replay is None else balance_gradient(run, batch)
         if run.models.value is not None:
-            sums |= value_gradient(run, batch, tokens)
+            gradient = value_gradient if run.replay is None else prompt_value_gradient
+            sums |= gradient(run, batch, tokens)
         parts.append(sums)
     if run.ptx is not None and trains_policy(run, update):
         parts += ptx_gradient(run, run.ptx, update * run.recipe.steps_per_update + number)
@@ -207,6 +206,22 @@ def value_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
         value = value_loss(values, batch.values, batch.returns, batch.mask, run.recipe.cliprange_value)
         run.models.value.backward(value.loss.sum() / tokens)
     return {"value/loss": value.loss.detach().sum(), "value/clipfrac": value.clipped}
+
+
+def prompt_value_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
+    """Forward and backward of the value model on m prompts, for `trajectory_balance` with one response to a prompt."""
+    assert run.models.value is not None
+    with run.world.clock.phase("update_value"):
+        loss = 0.5 * (prompt_values(run, batch) - batch.returns[:, 0]).square()  # [m]
+        loss = loss.sum() / run.recipe.minibatch_size
+        run.models.value.backward(loss)
+    return {"value/loss": loss.detach() * tokens}
+
+
+def prompt_values(run: PPORun, batch: Rollout) -> Tensor:
+    """The value of each prompt, before its response, [m] float32."""
+    assert run.models.value is not None
+    return response_values(run.models.value, *batch.sequences(1), 1)[:, 0]
 
 
 def sum_over_ranks(run: PPORun, parts: list[Sums]) -> dict[str, float]:

@@ -445,10 +445,11 @@ UNBALANCED = [
     *(({name: value}, rf"{name}: objective: trajectory_balance does not read it, got {value}; leave it out") for name, value in (
         ("advantage_estimator", "rloo"), ("num_ppo_epochs", 3), ("cliprange", 0.1), ("dual_clip", 3.0), ("max_approx_kl", 0.1),
         ("gamma", 0.9), ("lam", 1.0), ("whiten_rewards", True), ("entropy_coef", 0.1), ("use_kl_loss", True),
-        ("kl_estimator", "k3"), ("cliprange_value", 1.0), ("value_learning_rate", 0.1), ("value_warmup_updates", 1),
+        ("kl_estimator", "k3"), ("cliprange_value", 1.0),
     )),
-    ({"value_model_path": "x"}, r"value_model_path: objective: trajectory_balance does not read it"),
-    ({}, r"num_generations: expected 2 or more with objective: trajectory_balance, .* got 1"),
+    *(({name: value, "num_generations": 2}, rf"{name}: .* does not read it with num_generations of 2 or more, got .*{value}")
+      for name, value in (("value_model_path", "x"), ("value_deepspeed", "ds.json"), ("value_learning_rate", 0.1),
+                          ("value_warmup_updates", 1))),
     ({"num_generations": 4, "minibatch_size": 6}, r"minibatch_size: expected a multiple of num_generations \(4\) .* got 6"),
     ({"num_generations": 4, "kl_coef": 0}, r"kl_coef: expected a number above 0 with objective: trajectory_balance.* got 0"),
 ]  # fmt: skip

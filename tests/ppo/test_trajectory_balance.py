@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,18 @@ class TestMaths:
                 assert float(gradient.abs().max()) < 1e-14
             off = balance_loss(leave_one_out_excess(score[drawn], 0 * kl, beta, 8), beta, 8)
             assert off.item() > 1e-3, "the reference is no optimum"
+            log_z = (log_ref + score / beta).logsumexp(0)  # of single responses, whose optimum needs log Z
+            kl = (logits.log_softmax(0) - log_ref)[drawn]
+            (gradient,) = torch.autograd.grad(loss := balance_loss(score[drawn] - beta * (kl + log_z), beta, 1), logits)
+            assert loss.item() < 1e-28
+            assert float(gradient.abs().max()) < 1e-14
 
     def test_by_hand(self):
         scores, kl = torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.tensor([0.0, 2.0, 1.0, 3.0])
         excess = leave_one_out_excess(scores, kl, 0.5, 2)  # d = 1, 2 and 4.5, 3.5
         assert excess.tolist() == [-1.0, 1.0, 1.0, -1.0]
         assert float(balance_loss(excess, 0.5, 2)) == 0.5  # variances 0.5 and 0.5, over 2 beta
+        assert float(balance_loss(torch.tensor([1.0, -3.0]), 0.5, 1)) == 5.0  # squares 1 and 9, over 2 beta
 
 
 def trained(run: PPORun) -> list[tuple[str, torch.nn.Parameter]]:
@@ -106,7 +113,8 @@ def start(folder: Path, **changes) -> tuple[PPORun, Rollout, Replay]:
 
 def first_rollout(run: PPORun) -> Rollout:
     """As PPO samples it, which keeps nothing."""
-    recipe = dataclasses.replace(run.recipe, objective="ppo", advantage_estimator="rloo")
+    estimator = "rloo" if run.models.value is None else "gae"
+    recipe = dataclasses.replace(run.recipe, objective="ppo", advantage_estimator=estimator)
     return rollout_of(dataclasses.replace(run, recipe=recipe, replay=None))
 
 
@@ -148,6 +156,37 @@ class TestGradient:
             worst = max(float(gradient.abs().max()) for gradient in gradient_at(run, replay, rollout).values())
             assert worst > 1e-4
             replay.rows = None
+
+    def test_a_single_response_is_compared_with_the_value_of_its_prompt(self, tmp_path):
+        """Values by plain transformers on the prompt alone; the value model's loss is half the mean square of d - V."""
+        run, _, replay = start(tmp_path, num_generations=1)
+        move(run)
+        value, beta, steps = run.models.value, 0.3, []
+        torch.nn.init.normal_(value.module.score.weight, generator=torch.Generator().manual_seed(1))
+        value.step = lambda _: (
+            steps.append([p.grad.clone() for p in value.module.parameters()]) or value.discard() or 0.0
+        )
+        rollout = first_rollout(run)
+        prompts = [ids[mask] for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+        assert len({len(ids) for ids in prompts}) > 2
+        values = torch.stack([value.module(input_ids=ids[None]).logits[0, -1, 0] for ids in prompts])
+        logprobs = logprobs_of(run, rollout).sum(1)
+        balance = rollout.scores - beta * (logprobs.detach() - (rollout.ref_logprobs * rollout.mask).sum(1))
+        got = gradient_at(run, replay, rollout)
+        run.models.policy.module.zero_grad()
+        value.module.zero_grad()
+        (-((balance - values.detach()) * logprobs).mean() / run.recipe.response_length).backward()
+        assert_gradients(got, {name: parameter.grad.clone() for name, parameter in trained(run)})
+        (0.5 * (balance - values).square().mean()).backward()
+        names = [name for name, _ in value.module.named_parameters()]
+        expected = {name: parameter.grad.clone() for name, parameter in value.module.named_parameters()}
+        assert_gradients(dict(zip(names, steps[0], strict=True)), expected, 1e-5)
+
+        replay.rows = None
+        run.models.discard()
+        rollout.scores += values.detach() - balance  # now at the optimum, whose log Z is that of the values
+        worst = max(float(gradient.abs().max()) for gradient in gradient_at(run, replay, rollout).values())
+        assert max(worst, *(float(gradient.abs().max()) for gradient in steps[1])) < 1e-5
 
     def test_every_step_has_the_policy_and_the_moments_of_its_time(self, tmp_path):
         run, rollout, replay = start(tmp_path, normalize_scores=True, gradient_steps=2)
@@ -215,48 +254,58 @@ class TestReplay:
             found.load_checkpoint(tmp_path / "replay")
 
 
-def replaying(folder: Path, **changes) -> str:
+def replaying(folder: Path, num_generations: int, **changes) -> str:
     """Another objective, whose kept responses are a state too: at update 2 those of update 1 are among them."""
     texts = [{"text": LETTERS[: 3 + i % 5]} for i in range(7)]
+    changes |= {"value_warmup_updates": 1, "value_learning_rate": 0.01} if num_generations == 1 else {}
     return make_recipe(
-        folder, objective="trajectory_balance", num_generations=4, minibatch_size=8, gradient_steps=3, replay_size=3,
+        folder, objective="trajectory_balance", num_generations=num_generations, minibatch_size=8, gradient_steps=3, replay_size=3,
         num_ppo_epochs=4, kl_coef=0.1, kl_target=0.05, kl_horizon=100, normalize_scores=True, ema_decay=0.8,
         ptx_dataset=write_jsonl(folder / "texts.jsonl", texts), ptx_coef=0.1, ptx_batch_size=6, total_episodes=80, **changes,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=[4, 1], ids=["groups", "value_model"])
+def finished(request, tmp_path_factory) -> tuple[int, Path]:
+    """Responses to a prompt, and the folder of a run."""
     folder = tmp_path_factory.mktemp("balance")
-    run(load_recipe("ppo", replaying(folder)))
-    return folder / "out"
+    run(load_recipe("ppo", replaying(folder, request.param)))
+    return request.param, folder / "out"
 
 
 class TestTogether:
     def test_resumed_to_the_bit(self, finished, tmp_path):
-        assert_resumes(replaying, finished, tmp_path)
+        each, folder = finished
+        assert_resumes(partial(replaying, num_generations=each), folder, tmp_path)
 
     def test_every_metric_is_documented(self, finished):
-        rows = [row for row in metrics(finished) if "policy/residual" in row]
+        each, folder = finished
+        rows = [row for row in metrics(folder) if "policy/residual" in row]
         assert [row["policy/steps"] for row in rows] == [3] * 5
         assert not undocumented({name for row in rows for name in row} - {"step", "time"})
         assert not {"policy/ratio", "policy/clipfrac", "policy/approx_kl", "policy/first_ratio"} & rows[0].keys()
+        warms_up = "objective/entropy" not in rows[0]
+        assert warms_up == (each == 1) == (abs(rows[1]["objective/kl"]) < 1e-6), "then the value model trains alone"
+        losses = {"value/loss", "value/grad_norm", "value/learning_rate"} if each == 1 else set()
+        assert {name for name in rows[0] if name.startswith("value/")} == losses
 
     def test_the_moments_are_of_all_scores_so_far(self, finished):
-        assert read_state(finished / "checkpoint-2")["progress"]["score_moments"]["count"] == 2 * 16
+        assert read_state(finished[1] / "checkpoint-2")["progress"]["score_moments"]["count"] == 2 * 16
 
     @pytest.mark.slow
     def test_two_ranks_at_zero_3_do_what_one_does(self, finished, tmp_path):
-        done = run_stage("ppo", replaying(tmp_path, deepspeed=deepspeed_file(tmp_path / "policy.json", 3)))
+        each, alone = finished
+        done = run_stage("ppo", replaying(tmp_path, each, deepspeed=deepspeed_file(tmp_path / "policy.json", 3)))
         assert done.returncode == 0, done.stderr[-3000:]
-        assert_same_curve(metrics(finished), metrics(tmp_path / "out"), 5e-4)
-        same_weights(finished, tmp_path / "out", 5e-4)
+        assert_same_curve(metrics(alone), metrics(tmp_path / "out"), 5e-4)
+        same_weights(alone, tmp_path / "out", 5e-4)
 
 
-def test_it_reaches_the_optimum(tmp_path):
+@pytest.mark.parametrize("each", [64, 1])
+def test_it_reaches_the_optimum(tmp_path, each):
     """With a tenth of the episodes that PPO has in `align verify`."""
     case = verify.write_case(
-        tmp_path, SMALL, 0.5, objective="trajectory_balance", num_generations=64, gradient_steps=8, warmup_steps=0,
+        tmp_path, SMALL, 0.5, objective="trajectory_balance", num_generations=each, gradient_steps=8, warmup_steps=0,
         total_episodes=2560,
     )  # fmt: skip
     verify.train(str(tmp_path), [case])
