@@ -17,7 +17,7 @@ import torch
 import transformers
 import trl
 import trl.trainer.utils
-from peft import PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import nn
 
@@ -28,7 +28,7 @@ from align.compat import peft as of_peft
 from align.compat import transformers as of_transformers
 from align.compat import trl as of_trl
 from tests import ranks
-from tests.worlds import tiny_llama
+from tests.worlds import save_tiny_pair_model, tiny_llama
 
 ROOT = Path(__file__).parents[1]
 FUSED = of_trl.has_fused_head()
@@ -253,6 +253,18 @@ def test_the_active_adapter():
     settings = of_peft.active_adapter_config(model)
     assert settings.is_prompt_learning
     assert settings.num_virtual_tokens == 3
+
+
+def test_the_prefix_of_an_encoder_decoder_is_in_the_cache_while_it_generates(tmp_path):
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(save_tiny_pair_model(tmp_path, "bart")).eval()
+    torch.manual_seed(0)
+    model = get_peft_model(model, PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)).eval()
+    model.prompt_encoder["default"].embedding.weight.data.mul_(5)
+    ids = torch.tensor([[5, 6, 2]])
+    with of_peft.prefix_in_cache(model):
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)
+    best = model(input_ids=ids, decoder_input_ids=found[:, :-1]).logits.argmax(-1)
+    assert found[0, 1:].tolist() == best[0].tolist()
 
 
 def test_bitsandbytes_layers():

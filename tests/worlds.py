@@ -10,8 +10,16 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
@@ -160,3 +168,30 @@ def deepspeed_file(path: Path, stage: int, fetch_ahead: bool = False) -> str:
     )
     path.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}, **sizes}), encoding="utf-8")
     return str(path)
+
+
+def save_tiny_pair_model(folder: Path, kind: str = "t5", seed: int = 0, **changes: Any) -> str:
+    """A random T5 (untied) or BART of the letters, whose tokenizer ends texts with </s>; BART's begins them with <s> too."""
+    torch.manual_seed(seed)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 29}
+    sizes = {"d_model": 32, "dropout_rate": 0.1, "tie_word_embeddings": False, "initializer_factor": 0.5}
+    model: Any
+    if kind == "t5":
+        heads = {"num_heads": 4, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2}
+        config = T5Config(**ids, **{**sizes, **heads, "decoder_start_token_id": 0, **changes})
+        model = T5ForConditionalGeneration(config)
+        model.lm_head.weight.data.mul_(0.2)
+    else:
+        layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+        own = {"d_model": 32, "init_std": 0.2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+        model = BartForConditionalGeneration(BartConfig(**ids, **{**layers, **heads, **own, **changes}))
+    model.eval().save_pretrained(folder)
+    tokenizer = letter_tokenizer()
+    begins = "<s> " * (kind == "bart")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begins}$A </s>", pair=f"{begins}$A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.padding_side = "right"
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -40,3 +42,29 @@ def merge_adapter(model: Any) -> Any:
         layer: Any = adapted.get_base_layer()
         layer.weight = nn.Parameter(layer.weight.detach().clone())
     return model.merge_and_unload()  # which then sets `tie_word_embeddings: false`
+
+
+@contextlib.contextmanager
+def prefix_in_cache(model: Any) -> Iterator[None]:
+    """Inside, `generate` of an encoder-decoder with prefix tuning begins with the prefix in the decoder's cache.
+
+    PEFT 0.21 passes it as `past_key_values`, at every step, and transformers 5.24 reads `cache` in place of that.
+    """
+    if not hasattr(model, "active_peft_config"):
+        yield
+        return
+    prepare = model.prepare_inputs_for_generation
+
+    def with_prefix(*args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(*args, **kwargs)
+        given, prefix = kwargs.get("cache"), inputs.get("past_key_values")
+        if prefix is not None and "cache" in inputs:
+            del inputs["past_key_values"]
+            inputs["cache"] = given if given is not None and given.get_seq_length() else prefix
+        return inputs
+
+    model.prepare_inputs_for_generation = with_prefix
+    try:
+        yield
+    finally:
+        del model.prepare_inputs_for_generation

@@ -68,7 +68,7 @@ def tokenize_demonstrations(
                 for text, _, before, response in examples:
                     ids = before + response
                     if row.prompt or not packing:
-                        _check_length(len(ids), max_length, "max_length", tokenizer)
+                        check_length(len(ids), max_length, "max_length", tokenizer)
                     labels = ids
                     if completion_only_loss:
                         labels = [IGNORE_INDEX] * len(before)
@@ -81,8 +81,8 @@ def tokenize_demonstrations(
                     kept.extend([row] * len(made))
                 yield from made
 
-    dataset = _dataset(("input_ids", "labels"), records())
-    return dataset, _report(bad, on_bad_row, len(rows), len(dataset))
+    dataset = id_dataset(("input_ids", "labels"), records())
+    return dataset, bad_row_report(bad, on_bad_row, len(rows), len(dataset))
 
 
 def tokenize_preferences(
@@ -115,7 +115,7 @@ def tokenize_preferences(
     def records() -> Iterator[list[Any]]:
         for row, sequences in encoded_pairs(tokenizer, rows, bad, is_encoder):
             with bad.catch(row.where):
-                _check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
+                check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
                     raise BadRow("`chosen` and `rejected` have the same tokens")
                 if has_margin and _lacks_margin(row):
@@ -126,8 +126,8 @@ def tokenize_preferences(
                 yield [*sequences, *margin, *([float(is_tie(row))] if has_tie else [])]
 
     more = [name for name, has in (("margin", has_margin), ("tie", has_tie)) if has]
-    dataset = _dataset(("chosen_ids", "rejected_ids", *more), records())
-    return dataset, _report(bad, on_bad_row, len(rows), len(dataset))
+    dataset = id_dataset(("chosen_ids", "rejected_ids", *more), records())
+    return dataset, bad_row_report(bad, on_bad_row, len(rows), len(dataset))
 
 
 def check_margins(parts: Sequence[Sequence[Preference]], on_bad_row: str) -> None:
@@ -171,12 +171,12 @@ def tokenize_prompts(
         with bad.catch(row.where):
             if row.prompt and not ids:
                 raise BadRow("the tokenizer leaves nothing of the prompt")
-            _check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
+            check_length(len(ids), max_prompt_length, "max_prompt_length", tokenizer)
             prompts.append((row, ids))
-    return prompts, _report(bad, on_bad_row, len(rows), len(prompts))
+    return prompts, bad_row_report(bad, on_bad_row, len(rows), len(prompts))
 
 
-def _dataset(names: tuple[str, ...], records: Iterator[Sequence[Any]]) -> Dataset:
+def id_dataset(names: tuple[str, ...], records: Iterator[Sequence[Any]]) -> Dataset:
     """A data set in memory, built in chunks, because lists of Python integers take many times the memory of Arrow's."""
     features = Features(
         {name: Value("float32") if name in ("margin", "tie") else List(Value("int32")) for name in names}
@@ -188,14 +188,24 @@ def _dataset(names: tuple[str, ...], records: Iterator[Sequence[Any]]) -> Datase
     return concatenate_datasets(parts)
 
 
-def _check_length(size: int, limit: int, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_length(size: int, limit: int, key: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check the number of tokens of a sequence.
+
+    Raises:
+        BadRow: it is above `limit`, the value of `key`, or above what the tokenizer says that its model reads.
+    """
     if size > limit:
         raise BadRow(f"longer than {limit} tokens (`{key}`)")
     if size > tokenizer.model_max_length:
         raise BadRow(f"longer than {tokenizer.model_max_length} tokens (the tokenizer's model_max_length)")
 
 
-def _report(bad: BadRows, on_bad_row: str, before: int, after: int) -> Report:
+def bad_row_report(bad: BadRows, on_bad_row: str, before: int, after: int) -> Report:
+    """The bad rows by reason.
+
+    Raises:
+        UserError: there are some and `on_bad_row` is "error"; none of the rows `before` is left `after`.
+    """
     report = bad.raise_or_report(on_bad_row)
     if before and not after:
         raise UserError(

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from align.data.collate import chunks, pad_left, pad_right
 from align.data.end_tokens import decode_responses
 from align.data.reasoning import split_sampled
+from align.data.tokenize import IGNORE_INDEX
 from align.engine.distributed import World
 from align.engine.faults import during
-from align.evaluate.inputs import EncodedRow, EvalSetting
+from align.evaluate.inputs import EvalSetting
+from align.evaluate.reader import EncodedRow
+from align.generation.encoder_decoder import answer_batch
 from align.generation.responses import respond_to_batch
 from align.generation.sampling import uniforms
 from align.maths.losses import token_logprobs
 from align.models.forward import response_logits
+from align.models.model_types import is_encoder_decoder
+from reward_models.heads import hf_model
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,16 +62,18 @@ def run_model(
         range(count), key=lambda index: -sizes[index]
     )  # longest first, so that running out of memory is early
     pad = int(setting.tokenizer.pad_token_id)
+    pairs = is_encoder_decoder(hf_model(model).config)
+    measure, respond = (_answer_statistics, answer_batch) if pairs else (_reference_statistics, respond_to_batch)
     on_progress(0)
     for number, part in enumerate(chunks(count, batch_size)):
         if number % world.size == world.rank:
             indexes = order[part]
             rows = [setting.rows[index] for index in indexes]
-            statistics[indexes] = _reference_statistics(model, rows, pad, world.device)
+            statistics[indexes] = measure(model, rows, pad, world.device)
             if max_new_tokens:
                 noise = uniforms(seed, "evaluate", indexes, max_new_tokens).to(world.device)
                 prompts = [row.prompt_ids for row in rows]
-                responses = respond_to_batch(model, setting.tokenizer, prompts, noise, temperature)
+                responses = respond(model, setting.tokenizer, prompts, noise, temperature)
                 for index, ids in zip(indexes, responses, strict=True):
                     generated[index, : len(ids)] = torch.tensor(ids)
                     lengths[index] = len(ids)
@@ -84,6 +91,20 @@ def _reference_statistics(model: nn.Module, rows: Sequence[EncodedRow], pad: int
     attention_mask = torch.cat([prompt_mask, mask], dim=1).to(device)
     reference_ids, mask = reference_ids.to(device), mask.to(device)
     logits = response_logits(model, ids, attention_mask, reference_ids.shape[1])
+    return _statistics(logits, reference_ids, mask)
+
+
+def _answer_statistics(model: nn.Module, rows: Sequence[EncodedRow], pad: int, device: torch.device) -> Tensor:
+    """The same of an encoder-decoder, whose encoder reads the prompt and whose decoder the reference."""
+    source_ids, source_mask = (each.to(device) for each in pad_right([row.prompt_ids for row in rows], pad))
+    padded = pad_right([row.ids[row.reference_start :] for row in rows], pad)
+    target_ids, mask = (each.to(device) for each in padded)
+    labels = target_ids.masked_fill(~mask, IGNORE_INDEX)  # of which the model makes what its decoder reads
+    logits = model(input_ids=source_ids, attention_mask=source_mask.long(), labels=labels).logits
+    return _statistics(logits, target_ids, mask)
+
+
+def _statistics(logits: Tensor, reference_ids: Tensor, mask: Tensor) -> Tensor:
     nll = -token_logprobs(logits, reference_ids, 1.0).double().masked_fill(~mask, 0.0)
     is_argmax = (logits.argmax(dim=-1) == reference_ids) & mask
     return torch.stack([nll.sum(dim=1), is_argmax.sum(dim=1), mask.sum(dim=1)], dim=1)

@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -26,22 +27,29 @@ from align.models.check_weights import check_finite, check_report
 from align.models.dropout import disable_dropout
 from align.models.forward_settings import set_neutral
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
-from align.models.model_types import UNSUPPORTED_TYPES, is_sequence_to_sequence
+from align.models.model_types import UNSUPPORTED_TYPES, is_encoder_decoder, is_sequence_to_sequence
 from align.models.trainable import disable_inference_kernels
 from reward_models.linear_head import SequenceClassifier
 
+LANGUAGE_MODELS = (AutoModelForCausalLM, AutoModelForSeq2SeqLM)  # whose head is never new
+ENCODER_DECODER_STAGES = "sft, evaluate"
 
-def load_config(path: str, key: str, trust_remote_code: bool = False) -> PretrainedConfig:
+
+def load_config(
+    path: str, key: str, trust_remote_code: bool = False, *, encoder_decoder: bool = False
+) -> PretrainedConfig:
     """The model's configuration, without its weights.
 
     Args:
         key: the recipe key that names the model, for errors.
+        encoder_decoder: whether the stage takes an encoder-decoder (T5, BART, ...) there.
 
     Raises:
-        UserError: there is no model at `path`, or one that no stage trains.
+        UserError: there is no model at `path`, or one that the stage does not take.
     """
     if (base := adapter_base(path)) is not None:
-        return load_config(base, f"{key}: {path} is an adapter of {base}", trust_remote_code)
+        where = f"{key}: {path} is an adapter of {base}"
+        return load_config(base, where, trust_remote_code, encoder_decoder=encoder_decoder)
     if looks_local(path) and not (Path(path) / CONFIG).is_file():
         raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     if not Path(path).is_dir():
@@ -62,10 +70,17 @@ def load_config(path: str, key: str, trust_remote_code: bool = False) -> Pretrai
                 f"{key}: {path}: its {CONFIG} names the kernel {kernel}, code of the hub; take it out of the file, and if you trust "
                 "it, set `attn_implementation` in the recipe."
             )
-    if is_sequence_to_sequence(config):
+    if is_encoder_decoder(config):
+        if not encoder_decoder:
+            raise UserError(
+                f"{key}: {path} is an encoder-decoder ({config.model_type}), which cannot stand here: {ENCODER_DECODER_STAGES} "
+                "take it; name a causal decoder (llama- or GPT-like)."
+            )
+    elif is_sequence_to_sequence(config):
         raise UserError(
-            f"{key}: {path} is a sequence-to-sequence model ({config.model_type}), which no stage trains; "
-            "name a causal decoder (llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
+            f"{key}: {path} is a sequence-to-sequence model of a kind ({config.model_type}) that no stage trains, or half of one; "
+            f"name a whole encoder-decoder that reads text (T5- or BART-like: {ENCODER_DECODER_STAGES}), a causal decoder "
+            "(llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
         )
     if config.model_type in UNSUPPORTED_TYPES:
         raise UserError(
@@ -162,7 +177,7 @@ def load_pretrained(
             **settings,
             **kwargs,  # never a pickle
         )
-    check_report(model, report, path, new_head=auto is not AutoModelForCausalLM)
+    check_report(model, report, path, new_head=auto not in LANGUAGE_MODELS)
     check_finite(model, path)
     disable_dropout(model)
     keep_weights_in_evaluation(model)
@@ -181,17 +196,23 @@ def _loading(path: str, what: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot load the {what}. {reason(error)}") from error
 
 
+def language_model_class(config: PretrainedConfig) -> Any:
+    """The auto class of a model that generates."""
+    return AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
+
+
 def load_policy(
     path: str,
     *,
+    auto: Any = AutoModelForCausalLM,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A causal language model; arguments as for `load_pretrained`."""
+    """A language model, causal unless `auto` is another class of it; arguments as for `load_pretrained`."""
     model: PreTrainedModel = load_pretrained(
-        AutoModelForCausalLM,
+        auto,
         path,
         dtype=dtype,
         attn_implementation=attn_implementation,

@@ -13,6 +13,11 @@ def is_sequence_to_sequence(config: PretrainedConfig) -> bool:
     return getattr(config, "is_encoder_decoder", False) or (only and config.model_type not in causal_lm_types())
 
 
+def is_encoder_decoder(config: PretrainedConfig) -> bool:
+    """Whether the model is an encoder-decoder of which transformers has a language model (T5, BART, ...)."""
+    return bool(getattr(config, "is_encoder_decoder", False)) and config.model_type in seq2seq_lm_types()
+
+
 def is_encoder(config: PretrainedConfig) -> bool:
     """Whether the backbone is an encoder (BERT-like): bidirectional, and unable to generate."""
     if getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False):

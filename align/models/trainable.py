@@ -26,6 +26,7 @@ from align.compat.deepspeed import full_shape
 from align.compat.others import keep_differentiable_kernel
 from align.config.base import StageRecipe
 from align.errors import UserError, first_few, nearest, reason
+from align.models.model_types import is_encoder_decoder
 
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, Conv1D)
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # of configurations
@@ -59,6 +60,7 @@ def peft_config(recipe: StageRecipe, task_type: str, modules_to_save: Sequence[s
             task_type=task_type,
             num_virtual_tokens=recipe.num_virtual_tokens,
             prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
+            num_transformer_submodules=1,  # of an encoder-decoder too: PEFT gives its decoder none, whatever their number
         )
     if recipe.method == "prefix":
         return PrefixTuningConfig(task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens)
@@ -97,12 +99,14 @@ def freeze(
         for parameter in matching:
             parameter.requires_grad_(True)
     elif method == "freeze":
-        layers = _layers(model)
-        if freeze_layers > len(layers):
+        stacks = _stacks(model)
+        fewest = min(map(len, stacks))
+        if freeze_layers > fewest:
             raise UserError(
-                f"freeze_layers: expected at most {len(layers)}, the number of the model's layers, got {freeze_layers}."
+                f"freeze_layers: expected at most {fewest}, the number of the model's layers, got {freeze_layers}."
             )
-        frozen: list[nn.Module] = [model.get_input_embeddings(), *layers[:freeze_layers]]
+        lowest = [layer for layers in stacks for layer in layers[:freeze_layers]]
+        frozen: list[nn.Module] = [model.get_input_embeddings(), *lowest]
         for module in frozen:  # with the embedding a head that is tied to it
             module.requires_grad_(False)
 
@@ -188,13 +192,28 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
-def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
-    """The transformer blocks: the first `ModuleList` of as many modules as the configuration has layers."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(module)
+def _stacks(model: PreTrainedModel) -> list[Sequence[nn.Module]]:
+    """The transformer blocks, of an encoder-decoder those of the encoder and those of the decoder.
+
+    They are the first `ModuleList` of as many modules as the configuration has layers.
+    """
+    config = model.config.get_text_config()
+    parts = {"": getattr(config, "num_hidden_layers", None)}
+    if is_encoder_decoder(config):
+        decoders = (getattr(config, name, None) for name in ("decoder_layers", "num_decoder_layers"))
+        parts = {"encoder": parts[""], "decoder": next(filter(None, decoders), parts[""])}
+    found = [_stack(model, name, count) for name, count in parts.items()]
+    if all(found):
+        return found
     raise UserError(f"freeze_layers: {type(model).__name__} has no list of layers; use trainable_pattern.")
+
+
+def _stack(model: nn.Module, part: str, count: int | None) -> Sequence[nn.Module]:
+    """The first list of `count` modules in the part of the model; empty if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and part in name:
+            return list(module)
+    return []
 
 
 def quantization_kwargs(method: str, bf16: bool) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from align.compat.transformers import keeps_state
 from align.data.collate import pad_left
 from align.errors import UserError, reason
 from align.models.forward import position_ids
-from align.models.load import adapter_settings, load_policy
+from align.models.load import adapter_settings, language_model_class, load_config, load_policy
+from align.models.model_types import is_encoder_decoder
 from align.models.packing import TOLERANCE, VOCABULARY, example_rows
 from align.models.small_model import small_model
 
@@ -33,9 +34,9 @@ def prompt_tuning_base(path: str) -> tuple[str, int] | None:
     if settings is None or not settings["num_virtual_tokens"]:
         return None
     adapter_type, task = settings["peft_type"], settings["task_type"]
-    if adapter_type not in PROMPT_LEARNING_TYPES or task != "CAUSAL_LM":
+    if adapter_type not in PROMPT_LEARNING_TYPES or task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise UserError(
-            f"{path}: expected virtual tokens of type {' or '.join(PROMPT_LEARNING_TYPES)} and task CAUSAL_LM, "
+            f"{path}: expected virtual tokens of type {' or '.join(PROMPT_LEARNING_TYPES)} and task CAUSAL_LM or SEQ_2_SEQ_LM, "
             f"got {adapter_type} and {task}."
         )
     return str(settings["base_model_name_or_path"]), int(settings["num_virtual_tokens"])
@@ -97,15 +98,18 @@ def load_language_model(
 ) -> nn.Module:
     """`load_policy`, or for a folder of virtual tokens, their base model with them before each row."""
     found = prompt_tuning_base(path)
+    config = load_config(found[0] if found else path, "models", trust_remote_code, encoder_decoder=True)
     model: nn.Module = load_policy(
         found[0] if found else path,
+        auto=language_model_class(config),
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     )
     if found is None:
         return model
-    return VirtualTokenModel(PeftModel.from_pretrained(model, path, config=PeftConfig.from_pretrained(path)))
+    adapted = PeftModel.from_pretrained(model, path, config=PeftConfig.from_pretrained(path))
+    return adapted if is_encoder_decoder(config) else VirtualTokenModel(adapted)
 
 
 class VirtualTokenModel(nn.Module):

@@ -48,6 +48,7 @@ def build_eval_rows(
     training: Dataset,
     max_length: int,
     seed: int,
+    first_is_predicted: bool = False,
 ) -> EvalRows:
     """Concatenate the rows of the three splits.
 
@@ -55,6 +56,7 @@ def build_eval_rows(
         held_out, retention: rows in token ids, and the demonstrations they were made from.
         training: the training rows, before packing and without replayed ones.
         max_length: training rows with more tokens are left out, unless a held-out row is as long.
+        first_is_predicted: whether the first label counts, as in an encoder-decoder; in a decoder nothing predicts it.
     """
     longest = max(max_length, *map(len, held_out[0]["input_ids"]))
     short_enough = [index for index, ids in enumerate(training["input_ids"]) if len(ids) <= longest]
@@ -66,6 +68,8 @@ def build_eval_rows(
     groups = list(dict.fromkeys((split, task) for split, _, tasks in splits for task in tasks))
     numbers = [groups.index((split, task)) for split, _, tasks in splits for task in tasks]
     rows = concatenate_datasets([dataset.select_columns(["input_ids", "labels"]) for _, dataset, _ in splits])
+    if first_is_predicted:
+        return EvalRows(rows.add_column(GROUP, numbers), groups)
     # The first token has no prediction, except after virtual tokens: leave it out for these too.
     columns = {"input_ids": rows["input_ids"][:], "labels": [[IGNORE_INDEX, *labels[1:]] for labels in rows["labels"]]}
     return EvalRows(Dataset.from_dict(columns, features=rows.features).add_column(GROUP, numbers), groups)

@@ -51,19 +51,28 @@ def has_router_loss(config: PretrainedConfig, trust_remote_code: bool = False) -
 
 
 def token_scores(logits: Tensor, labels: Tensor) -> SimpleNamespace:
-    """The scores of predicted tokens that the fused head of TRL 1.16 returns.
+    """The scores of predicted tokens that the fused head of TRL 1.16 returns, each [m, S - 1].
 
     Args:
         logits: [m, S, V].
         labels: [m, S], -100 where the loss ignores a token.
+    """
+    return label_scores(logits[:, :-1], labels[:, 1:])
+
+
+def label_scores(logits: Tensor, labels: Tensor) -> SimpleNamespace:
+    """The scores of labels by the logits at their own places.
+
+    Args:
+        logits: [m, T, V].
+        labels: [m, T], -100 where the loss ignores a token.
 
     Returns:
-        `log_probs` and `entropy`, float32, and `is_top1` and `label_mask`, bool; each [m, S - 1], and 0 at
-        ignored tokens. Only `log_probs` has a gradient.
+        `log_probs` and `entropy`, float32, and `is_top1` and `label_mask`, bool; each [m, T], and 0 at ignored tokens.
+        Only `log_probs` has a gradient.
     """
-    labels = labels[:, 1:]
     mask = labels != IGNORE_INDEX
-    all_log_probs = logits[:, :-1].float().log_softmax(dim=-1)
+    all_log_probs = logits.float().log_softmax(dim=-1)
     log_probs = all_log_probs.gather(2, labels.clamp(min=0)[:, :, None])[:, :, 0]
     with torch.no_grad():
         entropy = torch.special.entr(all_log_probs.exp()).sum(dim=-1)

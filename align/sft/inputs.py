@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.sft import SFTRecipe
 from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.models.causality import check_causal
 from align.models.check_files import check_files
-from align.models.load import load_config
-from align.models.model_types import is_encoder
+from align.models.encoder_decoder import check_starts_and_ends
+from align.models.load import language_model_class, load_config
+from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.packing import check_packing
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import check_takes_virtual_tokens
@@ -26,19 +27,47 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
         UserError: there is no model, it is an encoder, its tokenizer is not the one it was trained with, or it does not
             keep packed examples apart.
     """
-    config = load_config(path, KEY, recipe.trust_remote_code)
+    config = load_config(path, KEY, recipe.trust_remote_code, encoder_decoder=True)
     if is_encoder(config):
         raise UserError(f"{KEY}: {path} is an encoder ({config.model_type}); name a model that generates.")
-    if recipe.method in ("prompt", "prefix"):
+    if recipe.method in ("prompt", "prefix") and not is_encoder_decoder(config):
         check_takes_virtual_tokens(config, recipe.method, f"method: {recipe.method}: {path}", recipe.trust_remote_code)
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, KEY)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
     kernel = recipe.attn_implementation
-    check_files(AutoModelForCausalLM, path, KEY, config, tokenizer, attn_implementation=kernel, trained_by=recipe)
-    check_causal(config, KEY, path, recipe.trust_remote_code)
-    check_packed_rows(recipe, config)
+    auto = language_model_class(config)
+    check_files(auto, path, KEY, config, tokenizer, attn_implementation=kernel, trained_by=recipe)
+    if is_encoder_decoder(config):
+        check_starts_and_ends(config, tokenizer, KEY, path)
+    else:
+        check_causal(config, KEY, path, recipe.trust_remote_code)
+    check_kind_of_model(recipe, config)
     return config, tokenizer
+
+
+def check_kind_of_model(recipe: SFTRecipe, config: PretrainedConfig) -> None:
+    """Check that the recipe has no key that a model of this kind cannot follow, and that it keeps packed examples apart.
+
+    Raises:
+        UserError: names the first.
+    """
+    if not is_encoder_decoder(config):
+        check_packed_rows(recipe, config)
+        return
+    what = f"the model is an encoder-decoder ({config.model_type})"
+    for key in ("packing", "padding_free"):
+        if getattr(recipe, key):
+            raise UserError(
+                f"{key}: {what}, whose attention between encoder and decoder does not keep several examples of a row apart; "
+                "leave it out (train_sampling_strategy: group_by_length needs less padding)."
+            )
+    if not recipe.completion_only_loss:
+        raise UserError(
+            f"completion_only_loss: {what}, which reads prompts and predicts completions alone; leave it out."
+        )
+    if recipe.neftune_noise_alpha is not None:
+        raise UserError(f"neftune_noise_alpha: {what}, and NEFTune was defined for decoders; leave it out.")
 
 
 def check_packed_rows(recipe: SFTRecipe, config: PretrainedConfig) -> None:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from align.config.sft import SFTRecipe
 from align.data.collate import chunks
 from align.data.encode import encode_prompt
+from align.data.encoder_decoder import source_ids
 from align.data.end_tokens import decode_responses
 from align.data.mixture import seeded_sample
 from align.data.reasoning import scored_turns, split_sampled
@@ -20,8 +21,11 @@ from align.data.rows import Demonstration, render_text, tools_of
 from align.engine.distributed import World, rows_of_rank
 from align.errors import UserError
 from align.evaluate.metrics import external_scores, load_metric, measure
+from align.generation.encoder_decoder import answer_batch
 from align.generation.responses import gather_responses, respond_to_batch
 from align.models.context_length import check_responses_fit
+from align.models.encoder_decoder import check_answers_fit
+from align.models.model_types import is_encoder_decoder
 
 KEY = "eval_metrics"
 RESPONSE_COLUMNS = ("prompt", "response", "reference")
@@ -39,6 +43,7 @@ class ResponseEvaluation:
     response_length: int
     batch_size: int
     world: World
+    encoder_decoder: bool = False
 
     @property
     def references(self) -> list[str]:
@@ -56,7 +61,10 @@ class ResponseEvaluation:
         for part in chunks(len(share), self.batch_size):
             prompts = [self.prompt_ids[index] for index in share[part]]
             noise = torch.zeros(len(prompts), length, device=world.device)
-            responses += respond_to_batch(model, self.tokenizer, prompts, noise, 0.0, world.any_rank)
+            if self.encoder_decoder:
+                responses += answer_batch(model, self.tokenizer, prompts, noise, 0.0)
+            else:
+                responses += respond_to_batch(model, self.tokenizer, prompts, noise, 0.0, world.any_rank)
         ids = gather_responses(world, responses, length)[: len(self.rows)]  # the last rank may repeat a row
         texts = zip(decode_responses(self.tokenizer, ids), self.prompt_ids, ids, strict=True)
         return [split_sampled(self.tokenizer, text, *own)[1].strip() for text, *own in texts]
@@ -108,8 +116,10 @@ def response_evaluation(
     sampled = seeded_sample(prompted, recipe.max_eval_generations, f"{recipe.seed} responses")
     if not sampled:
         raise UserError(f"{KEY}: no evaluation row has a prompt to answer; leave it out, or evaluate on other rows.")
-    ids = [encode_prompt(tokenizer, row.prompt, tools_of(row)) for row in sampled]
-    check_responses_fit(ids, recipe.response_length, config, remedy=f"leave {KEY} out")
+    encode = source_ids if is_encoder_decoder(config) else encode_prompt
+    ids = [encode(tokenizer, row.prompt, tools_of(row)) for row in sampled]
+    check_fit = check_answers_fit if is_encoder_decoder(config) else check_responses_fit
+    check_fit(ids, recipe.response_length, config, remedy=f"leave {KEY} out")
     return ResponseEvaluation(
         rows=sampled,
         prompt_ids=ids,
@@ -118,6 +128,7 @@ def response_evaluation(
         response_length=recipe.response_length,
         batch_size=recipe.per_device_eval_batch_size,
         world=world,
+        encoder_decoder=is_encoder_decoder(config),
     )
 
 

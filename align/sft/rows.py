@@ -12,10 +12,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.sft import SFTRecipe
 from align.data.batches import pack
+from align.data.encoder_decoder import tokenize_pairs
 from align.data.load import Rows
 from align.data.rows import Demonstration
 from align.data.tokenize import Report, tokenize_demonstrations
 from align.models.context_length import check_rows_fit
+from align.models.encoder_decoder import check_pairs_fit
+from align.models.model_types import is_encoder_decoder
 from align.sft.evaluation import EvalRows, build_eval_rows
 from align.sft.retention import Retention, with_replay
 
@@ -43,15 +46,7 @@ def tokenize_rows(
     Raises:
         UserError: as `tokenize_demonstrations`, or a row exceeds the model's context.
     """
-    tokenize = partial(
-        tokenize_demonstrations,
-        tokenizer=tokenizer,
-        max_length=recipe.max_length,
-        on_bad_row=recipe.on_bad_row,
-        completion_only_loss=recipe.completion_only_loss,
-        packing=recipe.packing,
-        train_on_reasoning=recipe.train_on_reasoning,
-    )
+    tokenize = tokenizer_of_rows(recipe, tokenizer, config)
     cut_at = recipe.max_length if recipe.packing else None
     skipped: dict[str, Report] = {}
     own, skipped["train"] = tokenize(rows.train)
@@ -63,14 +58,47 @@ def tokenize_rows(
             kept, skipped["retention"] = _tokenize_for_evaluation(
                 retention.evaluation, tokenize, cut_at, text_ends=False
             )
-        evaluation = build_eval_rows(held_out, kept, own, recipe.max_length, recipe.seed)
-        check_rows_fit(evaluation.rows["input_ids"], config)
+        pairs = is_encoder_decoder(config)
+        evaluation = build_eval_rows(held_out, kept, own, recipe.max_length, recipe.seed, first_is_predicted=pairs)
+        check_fit(evaluation.rows, config)
     train, skipped["replay"] = with_replay(own, retention.replayable, recipe.replay_fraction, recipe.seed, tokenize)
     num_replayed = len(train) - len(own)
     if recipe.packing:
         train = pack(train, recipe.max_length)
-    check_rows_fit(train["input_ids"], config)
+    check_fit(train, config)
     return TokenizedRows(train, len(own), num_replayed, evaluation, skipped)
+
+
+def tokenizer_of_rows(
+    recipe: SFTRecipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> Callable[..., tuple[Dataset, Report]]:
+    """The function from demonstrations to token ids, for the kind of model."""
+    settings = {
+        "tokenizer": tokenizer,
+        "max_length": recipe.max_length,
+        "on_bad_row": recipe.on_bad_row,
+        "train_on_reasoning": recipe.train_on_reasoning,
+    }
+    if is_encoder_decoder(config):
+        return partial(tokenize_pairs, **settings)  # type: ignore[arg-type]
+    return partial(
+        tokenize_demonstrations,
+        completion_only_loss=recipe.completion_only_loss,
+        packing=recipe.packing,
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def check_fit(rows: Dataset, config: PretrainedConfig) -> None:
+    """Check that the model has a position and an embedding for every token of the rows.
+
+    Raises:
+        UserError: it has not.
+    """
+    if is_encoder_decoder(config):
+        check_pairs_fit(rows["input_ids"], rows["labels"], config)
+    else:
+        check_rows_fit(rows["input_ids"], config)
 
 
 def _tokenize_for_evaluation(

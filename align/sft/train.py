@@ -3,12 +3,16 @@
     align sft recipes/quickstart/1_sft.yaml
     deepspeed --num_gpus 8 --module align.sft recipes/hh-rlhf/1_sft.yaml
 
+An encoder-decoder (T5, BART) is trained by transformers' Trainer instead (`align/sft/encoder_decoder.py`).
+
 Rows are tokenized here rather than by TRL, so that EOS, chat template, labels and length limits are those of the other
 stages. The objective, and what keeps it exact, is in `align/sft/trainer.py`. With `model_config` the stage first trains a
 tokenizer on its rows and starts from a random model.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig
@@ -23,7 +27,8 @@ from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.models.from_scratch import scratch_config, write_scratch_model
-from align.models.load import load_policy
+from align.models.load import language_model_class, load_policy
+from align.models.model_types import is_encoder_decoder
 from align.models.tokenizer import keep_ends
 from align.models.trainable import (
     cast_trained_to_float32,
@@ -41,6 +46,8 @@ from align.runs.quiet import quiet
 from align.runs.results import SFTResult
 from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tracker import Tracker
+from align.sft.encoder_decoder import pair_trainer
+from align.sft.evaluated_trainer import DemonstrationEvaluation
 from align.sft.fused_head import fused_head_is_exact, has_router_loss
 from align.sft.inputs import load_config_and_tokenizer
 from align.sft.report import (
@@ -74,9 +81,10 @@ def run(recipe: SFTRecipe) -> SFTResult:
     resuming = checkpoint is not None
     start = recipe.model_name_or_path or _random_model(recipe, world, rows, resuming)
     config, tokenizer = load_config_and_tokenizer(start, recipe)
+    pairs = is_encoder_decoder(config)  # trained by another Trainer
     # Tried on small models here: later, models are sharded as they are made.
-    fused_head = fused_head_is_exact(config, recipe.trust_remote_code)
-    router = router_settings(config, has_router_loss(config, recipe.trust_remote_code))
+    fused_head = not pairs and fused_head_is_exact(config, recipe.trust_remote_code)
+    router = {} if pairs else router_settings(config, has_router_loss(config, recipe.trust_remote_code))
     data = tokenize_rows(recipe, rows, retention, tokenizer, config)
     responses = response_evaluation(recipe, rows.evaluation, tokenizer, config, world)
     world.check_rows(len(data.train))
@@ -96,6 +104,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
             tracker.say(line)
         model = load_policy(
             start,
+            auto=language_model_class(config),
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
             **quantization_kwargs(recipe.method, recipe.bf16),
@@ -104,28 +113,36 @@ def run(recipe: SFTRecipe) -> SFTResult:
         check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         set_seed(recipe.seed)  # TRL 1.14 initializes adapters unseeded
-        trainer = DemonstrationTrainer(
-            example_mean=recipe.loss_normalization == "example_mean",
-            fused_head=fused_head,
-            evaluation=data.evaluation,
-            responses=responses,
-            tracker=tracker,
-            max_forgetting=recipe.max_forgetting,
-            model=model,
-            args=SFTConfig(
-                **training_arguments(recipe, plan, world, eval_rows, resuming),
-                dataset_kwargs={"skip_prepare_dataset": True},
-                loss_type="nll",
-                padding_free=recipe.packing or recipe.padding_free,
-                neftune_noise_alpha=recipe.neftune_noise_alpha,
-                label_smoothing_factor=recipe.label_smoothing_factor,
-                **router,
-            ),
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            processing_class=tokenizer,
-            peft_config=peft_config(recipe, "CAUSAL_LM"),
-        )
+        arguments = training_arguments(recipe, plan, world, eval_rows, resuming)
+        common: dict[str, Any] = {
+            "evaluation": data.evaluation,
+            "responses": responses,
+            "tracker": tracker,
+            "max_forgetting": recipe.max_forgetting,
+            "train_dataset": train_rows,
+            "eval_dataset": eval_rows,
+            "processing_class": tokenizer,
+        }
+        trainer: DemonstrationEvaluation
+        if pairs:
+            trainer = pair_trainer(recipe, model, arguments, **common)
+        else:
+            trainer = DemonstrationTrainer(
+                example_mean=recipe.loss_normalization == "example_mean",
+                fused_head=fused_head,
+                model=model,
+                args=SFTConfig(
+                    **arguments,
+                    dataset_kwargs={"skip_prepare_dataset": True},
+                    loss_type="nll",
+                    padding_free=recipe.packing or recipe.padding_free,
+                    neftune_noise_alpha=recipe.neftune_noise_alpha,
+                    label_smoothing_factor=recipe.label_smoothing_factor,
+                    **router,
+                ),
+                peft_config=peft_config(recipe, "CAUSAL_LM"),
+                **common,
+            )
         cast_trained_to_float32(trainer.model)
         trained, total = parameter_counts(trainer.model)
         tracker.say(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")
@@ -136,7 +153,10 @@ def run(recipe: SFTRecipe) -> SFTResult:
             world,
             lambda: keep_ends(
                 load_policy(
-                    start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+                    start,
+                    auto=language_model_class(config),
+                    attn_implementation=recipe.attn_implementation,
+                    trust_remote_code=recipe.trust_remote_code,
                 ),
                 tokenizer,
             ),
@@ -186,6 +206,8 @@ def _model_card(recipe: SFTRecipe, config: PretrainedConfig, tokenizer: PreTrain
     return CARD.format(
         folder=python_text(recipe.output_dir),
         base=markdown_text(recipe.model_name_or_path or f"a random {config.model_type} model"),
+        auto=language_model_class(config).__name__,
+        does="answers" if is_encoder_decoder(config) else "continues",
         prompts="messages in its chat template" if tokenizer.chat_template else "plain text",
         eos=" or ".join(map(code_span, end_texts(tokenizer))),
     )
@@ -193,12 +215,12 @@ def _model_card(recipe: SFTRecipe, config: PretrainedConfig, tokenizer: PreTrain
 
 CARD = """# A fine-tuned language model
 
-Trained from {base} by the `sft` stage of align: it continues {prompts} as the demonstrations do, and ends with {eos}.
+Trained from {base} by the `sft` stage of align: it {does} {prompts} as the demonstrations do, and ends with {eos}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, {auto}
 
-model = AutoModelForCausalLM.from_pretrained({folder})
+model = {auto}.from_pretrained({folder})
 tokenizer = AutoTokenizer.from_pretrained({folder})
 ```
 """

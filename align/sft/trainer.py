@@ -5,64 +5,37 @@ example_mean    mean over examples of the mean over each example's own label tok
 
 Both are over the whole batch of an optimizer step: all microbatches of all ranks. A packed row holds several examples,
 whose position ids each start at 0.
-
-An evaluation covers the rows of `align/sft/evaluation.py` and the responses of `align/sft/responses.py`, and becomes one
-log entry; the best checkpoint is chosen by these entries.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from align.compat.peft import active_adapter_config
-from align.compat.trl import FUSED_HEAD_ARGUMENT, fused_head_on_label_tokens, pending_metrics
+from align.compat.trl import FUSED_HEAD_ARGUMENT, fused_head_on_label_tokens
 from align.data.tokenize import IGNORE_INDEX
-from align.runs.tracker import Tracker
-from align.sft.best_checkpoint import BoundedEarlyStopping, rank_key, within_bound
-from align.sft.evaluation import GROUP, EvalRows, GroupCollator, group_sums, metrics_from_sums
+from align.sft.evaluated_trainer import DemonstrationEvaluation
+from align.sft.evaluation import GROUP, GroupCollator, group_sums
 from align.sft.fused_head import HAS_FUSED_HEAD, token_scores
-from align.sft.responses import RESPONSE_COLUMNS, ResponseEvaluation
-from align.trainer.callback import check_best
-from align.trainer.hf_trainer import ExactEvaluation, evaluation_logs
 
 
-class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
+class DemonstrationTrainer(DemonstrationEvaluation, SFTTrainer):
     """SFTTrainer with one of the objectives above, and an evaluation that is exact over tokens.
 
     Args:
         example_mean: train the second objective instead of the first.
         fused_head: whether TRL's fused head is exact for the model (`align.sft.fused_head`); otherwise losses come from logits.
-        evaluation: the rows to evaluate on; `eval_dataset` must hold them, padded to full batches.
-        responses: the responses to evaluate, if any.
-        tracker: logs the table of responses; needed where there are any.
-        max_forgetting: most percent by which the retention loss of the best checkpoint may exceed the initial one.
+        kwargs: of `DemonstrationEvaluation` and `SFTTrainer`.
     """
 
     data_collator: Any
 
-    def __init__(
-        self,
-        *args: Any,
-        example_mean: bool,
-        fused_head: bool = True,
-        evaluation: EvalRows | None = None,
-        responses: ResponseEvaluation | None = None,
-        tracker: Tracker | None,
-        max_forgetting: float | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, *args: Any, example_mean: bool, fused_head: bool = True, **kwargs: Any):
         self.example_mean, self.fused_head = example_mean, fused_head
-        self.groups = evaluation.groups if evaluation else []
-        self.sums_shape = (len(self.groups), 4)
-        self.responses, self.tracker, self.max_forgetting = responses, tracker, max_forgetting
         super().__init__(*args, **kwargs)
         self.data_collator = GroupCollator(self.data_collator)
         if not HAS_FUSED_HEAD:
@@ -123,47 +96,6 @@ class DemonstrationTrainer(ExactEvaluation, SFTTrainer):
             parts = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss + self.router_aux_loss_coef * output.aux_loss / parts
         return loss
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with contextlib.ExitStack() as stack:
-            model = self.accelerator.unwrap_model(self.model)
-            # Before the first step virtual tokens are noise; forgetting is relative to the model without them.
-            if (
-                self.state.global_step == 0
-                and isinstance(model, PeftModel)
-                and active_adapter_config(model).is_prompt_learning
-            ):
-                stack.enter_context(model.disable_adapter())
-            return super().evaluate(*args, **kwargs)
-
-    def add_exact_metrics(self, logs: dict[str, float]) -> None:
-        retention = [entry["eval_retention_loss"] for entry in evaluation_logs(self) if "eval_retention_loss" in entry]
-        sums = self.accelerator.reduce(self.sums, "sum")
-        logs |= metrics_from_sums(sums, self.groups, initial_retention_loss=retention[0] if retention else None)
-        pending_metrics(self, "eval").clear()  # TRL's means of batches
-        if self.responses is not None:
-            with self.compute_loss_context_manager():
-                texts = self.responses.generate(self.model)
-            logs |= {f"eval_{name}": value for name, value in self.responses.score(texts).items()}
-            check_best(self.args, logs)  # before anything is recorded
-            assert self.tracker is not None
-            self.tracker.table(self.state.global_step, "samples", RESPONSE_COLUMNS, self.responses.table(texts))
-
-    def early_stopping_callback(self, patience: int) -> TrainerCallback:
-        if self.max_forgetting is None:
-            return super().early_stopping_callback(patience)
-        return BoundedEarlyStopping(patience, max_forgetting=self.max_forgetting)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        if (bound := self.max_forgetting) is None:
-            return bool(super()._determine_best_metric(metrics, trial))
-        metric = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
-        trained = [entry for entry in evaluation_logs(self) if entry["step"] > 0]
-        best = min(trained, key=lambda entry: rank_key(entry, metric, bool(self.args.greater_is_better), bound))
-        self.state.best_global_step = int(best["step"])
-        if within_bound(best, bound):  # early stopping compares with it
-            self.state.best_metric = best[metric]
-        return int(best["step"]) == int(self.state.global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
         if not self.example_mean:

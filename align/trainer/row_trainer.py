@@ -45,6 +45,7 @@ class RowTrainer(Trainer):
     """
 
     model: nn.Module
+    accuracy = "accuracy"  # name of the metric of training
     loss_is_scaled_for_ga = True  # no further division by the number of microbatches
     sums: Tensor  # of the evaluation, [loss, correct, items]
 
@@ -92,7 +93,7 @@ class RowTrainer(Trainer):
             self._total_train_tokens += int(tokens)
             self._metrics["train"] = {"num_tokens": [self._total_train_tokens]}
             if items:
-                self._metrics["train"]["accuracy"] = [correct / items]
+                self._metrics["train"][self.accuracy] = [correct / items]
         prefix = "eval_" if mode == "eval" else ""
         logs |= {f"{prefix}{name}": values[0] for name, values in self._metrics[mode].items()}
         self._metrics[mode] = {}

@@ -26,8 +26,9 @@ from align.data.rows import Demonstration
 from align.errors import OtherRun, UserError
 from align.evaluate.compare import run
 from align.evaluate.few_shot import draw_examples, example_pools, few_shot_prompt, pool_for
-from align.evaluate.inputs import EncodedRow, encode_row, prepare_inputs
+from align.evaluate.inputs import prepare_inputs
 from align.evaluate.predict import decode_predictions
+from align.evaluate.reader import EncodedRow, Reader, encode_row
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.runs.files import write_json
@@ -720,7 +721,7 @@ def test_models_that_do_not_write(tmp_path):
     config = BertConfig(vocab_size=29, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     BertModel(config).save_pretrained(tmp_path / "bert")
     letter_tokenizer().save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match=r"models: .*bert \(bert\) is not a decoder"):
+    with pytest.raises(UserError, match=r"models: .*bert \(bert\) is an encoder, which cannot generate"):
         run(recipe(tmp_path, models={"bert": str(tmp_path / "bert")}))
 
 
@@ -912,5 +913,5 @@ def test_a_prompt_inside_the_first_token_is_read_as_itself(completion: str) -> N
     tokenizer = make_tokenizer(["</s>"], eos_token="</s>", pad_token="</s>")  # it adds no BOS
     whole, own = (tokenizer(text)["input_ids"] for text in ("th" + completion, "th"))
     assert whole[0] == tokenizer.convert_tokens_to_ids("the")
-    row = encode_row(Demonstration("th", completion, "f:1"), [], "model", tokenizer, 99, 1, [])
+    row = encode_row(Demonstration("th", completion, "f:1"), [], "model", Reader(tokenizer, 99), 1, [])
     assert (row.prompt_ids, row.ids, row.reference_start) == (own, [*whole, tokenizer.eos_token_id], 1)

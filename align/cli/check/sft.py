@@ -6,21 +6,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
 from align.cli.check.memory import Footprint, count_trained, skeleton
 from align.cli.check.sample_rows import Sample, Start
 from align.cli.check.training import TrainingCheck
 from align.config.sft import SFTRecipe
 from align.data.load import Rows
 from align.data.rows import Demonstration, render_text
-from align.data.tokenize import IGNORE_INDEX, tokenize_demonstrations
+from align.data.tokenize import IGNORE_INDEX
 from align.models.from_scratch import scratch_config, train_tokenizer
+from align.models.load import language_model_class
+from align.models.model_types import is_encoder_decoder
 from align.models.tokenizer import load_tokenizer
-from align.sft.inputs import check_packed_rows, load_config_and_tokenizer
+from align.sft.inputs import check_kind_of_model, load_config_and_tokenizer
 from align.sft.report import retention_lines
 from align.sft.responses import load_metrics
 from align.sft.retention import Retention, load_with_retention, replay_count
+from align.sft.rows import check_fit, tokenizer_of_rows
 
 
 class SFTCheck(TrainingCheck[SFTRecipe]):
@@ -45,16 +46,14 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
         return Start(*load_config_and_tokenizer(recipe.model_name_or_path, recipe))
 
     def sample(self, recipe: SFTRecipe, rows: Sequence[Demonstration], start: Start) -> Sample:
-        data, bad = tokenize_demonstrations(
-            rows,
-            start.tokenizer,
-            max_length=recipe.max_length,
-            on_bad_row=recipe.on_bad_row,
-            completion_only_loss=recipe.completion_only_loss,
-            packing=recipe.packing,
-            train_on_reasoning=recipe.train_on_reasoning,
-        )
+        data, bad = tokenizer_of_rows(recipe, start.tokenizer, start.config)(rows)
         first = data[0]
+        if is_encoder_decoder(start.config):
+            check_fit(data, start.config)
+            source, target = first["input_ids"], first["labels"]
+            sides = {"encoder": (source, [False] * len(source)), "decoder": (target, [True] * len(target))}
+            longer = [max(row["input_ids"], row["labels"], key=len) for row in data]
+            return Sample(sides, "marked: the tokens that are trained", longer, bad)
         shown = {"row": (first["input_ids"], [label != IGNORE_INDEX for label in first["labels"]])}
         pieces = data["input_ids"]
         if recipe.packing:
@@ -64,16 +63,18 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
         return Sample(shown, "marked: the tokens that are trained", pieces, bad)
 
     def footprints(self, recipe: SFTRecipe, start: Start) -> list[Footprint]:
-        model = skeleton(AutoModelForCausalLM, start.config, recipe.trust_remote_code)
-        return [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
+        model = skeleton(language_model_class(start.config), start.config, recipe.trust_remote_code)
+        task = "SEQ_2_SEQ_LM" if is_encoder_decoder(start.config) else "CAUSAL_LM"
+        return [Footprint("policy", *count_trained(model, recipe, task, model.get_output_embeddings()))]
 
 
 def _start_from_scratch(recipe: SFTRecipe, rows: Rows, folder: Path) -> Start:
     """The configuration of the model that the stage would start at random, and the tokenizer that it would train."""
     config = scratch_config(recipe.model_config, recipe.tokenizer_vocab_size)
-    check_packed_rows(recipe, config)
+    check_kind_of_model(recipe, config)
     texts = [render_text(turns) for row in rows.train for turns in (row.prompt, row.completion)]
-    train_tokenizer(texts, recipe.tokenizer_vocab_size).save_pretrained(folder)
+    pairs = is_encoder_decoder(config)
+    train_tokenizer(texts, recipe.tokenizer_vocab_size, pairs=pairs).save_pretrained(folder)
     tokenizer = load_tokenizer(
         str(folder), recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs
     )

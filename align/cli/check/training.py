@@ -24,6 +24,7 @@ from align.data.mixture import describe_task_shares
 from align.data.split import EmptySplit
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.models.inspect_folder import inspect_inputs
+from align.models.load import language_model_class
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.files import write_json
 from align.runs.manifest import is_finished, tokenizer_digest
@@ -152,7 +153,8 @@ class TrainingCheck(Generic[R]):
     def _write_stand_in(self, recipe: R, start: Start, context: Context) -> None:
         """Write what the stage would write to its output folder, without weights, for later recipes."""
         changes = {} if self.num_labels is None else {"num_labels": self.num_labels}
-        model = skeleton(self.auto, start.config, recipe.trust_remote_code, **changes)
+        auto = language_model_class(start.config) if self.auto is AutoModelForCausalLM else self.auto
+        model = skeleton(auto, start.config, recipe.trust_remote_code, **changes)
         model.config.architectures = [type(model).__name__]
         tokenizer = tokenizer_digest(start.tokenizer)
         manifest = {"stage": recipe.stage, "recipe": {}, "inputs": {}, "tokenizer": tokenizer, "results": {}}

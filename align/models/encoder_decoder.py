@@ -1,0 +1,75 @@
+"""How much an encoder-decoder reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from align.errors import UserError
+from align.models.context_length import check_vocabulary, max_positions
+
+STARTS_FROM_LABELS = {"mbart", "plbart"}  # whose decoder starts from the last label, the code of a language
+
+
+def side_positions(config: PretrainedConfig) -> tuple[int | None, int | None]:
+    """The maximum number of tokens that encoder and decoder read; None where the configuration sets no limit (T5)."""
+    whole = max_positions(config)
+    sides = (getattr(config, f"max_{side}_position_embeddings", None) for side in ("encoder", "decoder"))  # LED's
+    encoder, decoder = (side or whole for side in sides)
+    return encoder, decoder
+
+
+def check_starts_and_ends(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, key: str, path: str) -> None:
+    """Check that there is a token that the decoder starts from, and one that its responses end with.
+
+    Raises:
+        UserError: there is not; begins with `key`.
+    """
+    if config.model_type not in STARTS_FROM_LABELS and config.decoder_start_token_id is None:
+        raise UserError(
+            f"{key}: {path}: its config.json has no decoder_start_token_id, the token that the decoder starts from; set the one "
+            "it was trained with (T5's is its padding token)."
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{key}: {path}: the tokenizer has no end-of-text token; set `eos_token` in its tokenizer_config.json."
+        )
+
+
+def check_pairs_fit(
+    sources: Iterable[Sequence[int]], targets: Iterable[Sequence[int]], config: PretrainedConfig
+) -> None:
+    """Check that the model has a position and an embedding for every token of the rows.
+
+    Raises:
+        UserError: a prompt or a completion is longer than the model reads, or has a token that it does not know.
+    """
+    for name, rows, limit in zip(("prompt", "completion"), (sources, targets), side_positions(config), strict=True):
+        sizes = [(len(row), max(row, default=0)) for row in rows]
+        check_vocabulary((largest for _, largest in sizes), config)
+        longest = max((length for length, _ in sizes), default=0)
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"max_length: the longest {name} has {longest} tokens, and the model reads at most {limit}; set max_length: "
+                f"{limit}, and on_bad_row: skip to leave longer rows out."
+            )
+
+
+def check_answers_fit(
+    sources: Sequence[Sequence[int]], response_length: int, config: PretrainedConfig, remedy: str
+) -> None:
+    """Check that the model has a position for every token of the prompts and of a response.
+
+    Args:
+        remedy: what else to do than to lower response_length.
+
+    Raises:
+        UserError: it has not.
+    """
+    check_pairs_fit(sources, [], config)
+    limit = side_positions(config)[1]
+    if limit is not None and response_length > limit:
+        raise UserError(
+            f"response_length: the decoder writes at most {limit} tokens, got {response_length}; lower it, or {remedy}."
+        )
