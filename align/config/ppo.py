@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from align.config import rollout_engine as vllm
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
 from align.config.ensemble import (
@@ -46,8 +47,10 @@ from align.maths.estimators import ESTIMATORS, TRAJECTORY_BALANCE, TRAJECTORY_BA
 
 if TYPE_CHECKING:
     EstimatorName: TypeAlias = str
+    ImportanceMode: TypeAlias = str
 else:
     EstimatorName = Literal[tuple(ESTIMATORS)]
+    ImportanceMode = Literal[(*vllm.IMPORTANCE_MODES, "none")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +180,14 @@ class PPORecipe(StageRecipe):
         "The best checkpoint has the highest `metric_for_best_model` among those with at most this KL (nats per response).",
         ABOVE_0,
     )
+    rollout_engine: Literal["transformers", "vllm"] = vllm.rollout_engine()
+    vllm_python: str | None = vllm.vllm_python()
+    vllm_server_base_url: list[str] = vllm.vllm_server_base_url()
+    vllm_tensor_parallel_size: int = vllm.vllm_tensor_parallel_size()
+    vllm_gpu_memory_utilization: float = vllm.vllm_gpu_memory_utilization()
+    vllm_server_timeout: float = vllm.vllm_server_timeout()
+    vllm_importance_sampling_mode: ImportanceMode = vllm.vllm_importance_sampling_mode()
+    vllm_importance_sampling_cap: float = vllm.vllm_importance_sampling_cap()
     num_sample_rows: int = key(8, "Rows of the table of samples.", AT_LEAST_0)
     skip_self_checks: bool = key(False, "Skip the checks of models and rewards before the first update.")
 
@@ -226,6 +237,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
         )
     check_decay_steps(recipe, recipe.num_updates, where)
     check_objective(recipe, where)
+    vllm.check_rollout_engine(recipe, where)
     check_judge_rules(recipe, where)
     check_ensemble_rules(recipe, where)
     sources = reward_names(recipe)

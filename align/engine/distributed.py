@@ -63,6 +63,15 @@ class World:
             dist.all_gather(parts, carried)
         return torch.cat(parts).to(tensor.dtype)
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0, on every rank; the others give one of the same shape and dtype."""
+        if self.size == 1:
+            return tensor
+        carried = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
+        with self.clock.phase("communication"):
+            dist.broadcast(carried, 0)
+        return carried.to(tensor.dtype)
+
     def gather_text(self, text: str) -> list[str]:
         """A text from each rank, in rank order, on every rank."""
         content = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)

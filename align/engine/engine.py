@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from align.engine.distributed import World
+from align.models.save import save_base_weights
 
 
 @runtime_checkable
@@ -70,7 +71,7 @@ class TrainEngine(Engine, Protocol):
 class AdapterOff:
     """The frozen model under a LoRA policy: the policy with its adapter disabled. It takes no memory of its own."""
 
-    def __init__(self, policy: Engine):
+    def __init__(self, policy: TrainEngine):
         self.policy = policy
         self.module = policy.module
         self.world = policy.world
@@ -78,6 +79,13 @@ class AdapterOff:
     def __call__(self, **inputs: Any) -> Any:
         with torch.no_grad(), self.module.disable_adapter():  # type: ignore[operator]
             return self.policy(**inputs)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model without its adapter as a Hugging Face folder, from rank 0. Every rank must call it."""
+        weights = self.policy.state_dict()
+        if self.world.is_main:
+            save_base_weights(self.module, weights, folder)  # type: ignore[arg-type]
+        self.world.barrier()
 
     @contextlib.contextmanager
     def unsharded(self) -> Iterator[nn.Module]:

@@ -43,3 +43,20 @@ class Ending:
         size = max(len(stop.encode()) for stop in self.stop_strings) + 4
         text = self.tokenizer.decode(ids[-size:], clean_up_tokenization_spaces=False)
         return any(stop in text for stop in self.stop_strings)
+
+
+def after_end(responses: Tensor, mask: Tensor, ending: Ending) -> Tensor:
+    """Which tokens follow one that ends their response, [B, T] bool; what samples responses may know of fewer ends.
+
+    Args:
+        responses: [B, T] ids, padded on the right.
+        mask: [B, T], True on real tokens.
+    """
+    after = torch.zeros_like(mask)
+    for length in range(1, mask.shape[1]):
+        rows = mask[:, length].nonzero()[:, 0]  # with another token
+        if not len(rows):
+            break
+        ended = ending.ended(responses[rows], torch.full_like(rows, length))
+        after[rows, length] = after[rows, length - 1] | ended
+    return after

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from align.data.collate import chunks, pad_left
+from align.data.end_tokens import end_ids
 from align.data.rows import Prompt
 from align.engine.distributed import World
 from align.engine.engine import Engine
 from align.engine.faults import during
-from align.generation.ending import Ending
+from align.generation.ending import Ending, after_end
 from align.generation.generate import generate
-from align.generation.sampling import uniforms
+from align.generation.responses import gather_responses
+from align.generation.sampling import seed_of, uniforms
+from align.generation.vllm import VLLM, Saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Sampler:
         batch_size: rows of one decoding batch per device.
         gather: under ZeRO-3, decode with a gathered copy of the model instead of the sharded one.
         stop_strings: end a response too, see `Ending`.
+        vllm: servers that sample instead of the decoding loop.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,6 +65,7 @@ class Sampler:
     seed: int
     gather: bool = True
     stop_strings: Sequence[str] = ()
+    vllm: VLLM | None = None
 
     @property
     def pad_token_id(self) -> int:
@@ -70,8 +76,34 @@ class Sampler:
         """Responses of `engine`. With `gather` false all ranks must call this together, with as many prompts each."""
         pad, ending = self.pad_token_id, Ending(self.tokenizer, self.stop_strings)
         prompt_ids, prompt_mask = (tensor.to(world.device) for tensor in pad_left(batch.ids, pad))
+        if self.vllm is None:
+            response_ids, mask, logprobs = self._decode(engine, world, batch, prompt_ids, prompt_mask, ending)
+        else:
+            response_ids, mask, logprobs = self._ask(self.vllm, cast("Saved", engine), world, batch, ending)
+        lengths = mask.sum(dim=1)
+        length = int(lengths.max())
+        return Samples(
+            prompts=batch.prompts,
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=response_ids[:, :length],
+            mask=mask[:, :length],
+            ended=ending.ended(response_ids, lengths),
+            logprobs=logprobs[:, :length],
+        )
+
+    def _decode(
+        self,
+        engine: Engine,
+        world: World,
+        batch: PromptBatch,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        ending: Ending,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Response ids, mask and log-probabilities [b, response_length], by the decoding loop."""
         noise = uniforms(self.seed, batch.purpose, batch.indexes, self.response_length).to(world.device)
-        response_ids = torch.full(noise.shape, pad, device=world.device)
+        response_ids = torch.full(noise.shape, self.pad_token_id, device=world.device)
         mask = torch.zeros(noise.shape, dtype=torch.bool, device=world.device)
         logprobs = torch.zeros(noise.shape, device=world.device)
 
@@ -94,14 +126,30 @@ class Sampler:
                 decode(model, bool)
         else:
             decode(engine, world.any_rank)
-        lengths = mask.sum(dim=1)
-        length = int(lengths.max())
-        return Samples(
-            prompts=batch.prompts,
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            response_ids=response_ids[:, :length],
-            mask=mask[:, :length],
-            ended=ending.ended(response_ids, lengths),
-            logprobs=logprobs[:, :length],
-        )
+        return response_ids, mask, logprobs
+
+    def _ask(
+        self, vllm: VLLM, engine: Saved, world: World, batch: PromptBatch, ending: Ending
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by vLLM servers, which rank 0 asks for all ranks."""
+        with world.clock.phase("send_weights"):
+            vllm.send_weights(engine)
+        longest = int(world.max(torch.tensor(max(map(len, batch.ids)), device=world.device)))
+        prompts = gather_responses(world, batch.ids, longest)
+        indexes = world.gather(torch.tensor(batch.indexes, device=world.device)).tolist()
+        shape = len(prompts), self.response_length
+        ids = torch.full(shape, self.pad_token_id, device=world.device)
+        mask, logprobs = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        mask, logprobs = mask.to(world.device), logprobs.to(world.device)
+        if world.is_main:
+            seeds = [seed_of(self.seed, batch.purpose, index) for index in indexes]
+            ends = end_ids(self.tokenizer)
+            found, real, numbers = vllm.sample(prompts, seeds, self.temperature, self.response_length, ends)
+            width = real.shape[1]
+            mask[:, :width], logprobs[:, :width] = real.to(world.device), numbers.to(world.device)
+            ids[mask] = found[real].to(world.device)
+        mine = slice(world.rank * len(batch.ids), (world.rank + 1) * len(batch.ids))
+        ids, mask, logprobs = (world.broadcast(tensor)[mine] for tensor in (ids, mask, logprobs))
+        if self.stop_strings:
+            mask = mask & ~after_end(ids, mask, ending)
+        return ids.masked_fill(~mask, self.pad_token_id), mask, logprobs.masked_fill(~mask, 0.0)

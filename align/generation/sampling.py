@@ -17,9 +17,14 @@ def uniforms(seed: int, purpose: str, indexes: Sequence[int], length: int) -> Te
 
 
 def generator(seed: int, *name: str | int) -> torch.Generator:
-    """A random generator for each name: its seed is a hash of `seed` and `name`."""
+    """A random generator for each name."""
+    return torch.Generator().manual_seed(seed_of(seed, *name))
+
+
+def seed_of(seed: int, *name: str | int) -> int:
+    """A seed for each name: a hash of `seed` and `name`, 63 bits."""
     digest = hashlib.sha256("/".join(map(str, (seed, *name))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def sample_token(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,22 @@ def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> 
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         return
-    full = meta_copy(model).to(next(iter(weights.values())).dtype).to_empty(device="cpu")
-    full.get_base_model().tie_weights()
-    full.load_state_dict(weights, strict=False)  # tied weights are stored once
-    merged = full.merge_and_unload()
+    merged = filled_copy(model, weights).merge_and_unload()
     merged.generation_config = model.get_base_model().generation_config  # its end tokens among them
     merged.save_pretrained(folder)
     model.save_pretrained(str(folder / "adapter"), state_dict=weights)
+
+
+def save_base_weights(model: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write the model beneath an adapter, of these weights named as in `model`, as a Hugging Face folder."""
+    base = filled_copy(model, weights).unload()
+    base.generation_config = model.get_base_model().generation_config
+    base.save_pretrained(folder)
+
+
+def filled_copy(model: PeftModel, weights: dict[str, Tensor]) -> Any:
+    """A copy on the CPU of a model with its adapter, of these weights."""
+    full = meta_copy(model).to(next(iter(weights.values())).dtype).to_empty(device="cpu")
+    full.get_base_model().tie_weights()
+    full.load_state_dict(weights, strict=False)  # tied weights are stored once
+    return full

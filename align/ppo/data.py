@@ -27,6 +27,11 @@ class PPOData:
     ptx: Dataset | None
     report: dict[str, Any]
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, of training or evaluation."""
+        return max(len(ids) for _, ids in (*self.prompts, *self.held_out))
+
 
 def load_data(recipe: PPORecipe, inputs: PPOInputs, world: World) -> PPOData:
     """Load and tokenize all rows.

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from align.config.ppo import PPORecipe
+from align.errors import UserError
 
 MIN_RESPONSES_FOR_EOS = 16  # with as many, at least one must end by itself
 LOW_EOS_RATE = 0.3
@@ -260,3 +261,21 @@ def below_ceiling(results: dict[str, Any], of: str = "") -> list[Check]:
             required=False,
         )
     ]
+
+
+def check_sampler_gap(mean: float, bf16: bool) -> None:
+    """Check that the log-probabilities of another engine that samples are those of the policy.
+
+    Args:
+        mean: of the absolute difference over tokens, in nats.
+
+    Raises:
+        UserError: they are not.
+    """
+    limit = (BFLOAT16 if bf16 else FLOAT32).mean
+    if not mean <= limit:
+        raise UserError(
+            f"the rollout server's log-probabilities are {mean:.2g} nats off the policy's (mean over tokens), expected at most "
+            f"{limit:g}: it samples from other weights, or computes this model otherwise; report this model and its version of "
+            "vLLM, and use rollout_engine: transformers."
+        )

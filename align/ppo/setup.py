@@ -19,6 +19,7 @@ from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.user_functions import user_function
 from align.evaluate.reward_model import load_reward, model_sources
 from align.generation.sampler import Sampler
+from align.generation.vllm import VLLM
 from align.models.load import load_policy
 from align.models.tokenizer import keep_ends
 from align.models.trainable import add_adapter
@@ -37,9 +38,15 @@ SHORT_SEQUENCE = 32  # tokens of prompt and response up to which padding costs l
 
 
 def set_up(
-    recipe: PPORecipe, inputs: PPOInputs, data: PPOData, plan: BatchPlan, world: World, checkpoint: Path | None
+    recipe: PPORecipe,
+    inputs: PPOInputs,
+    data: PPOData,
+    plan: BatchPlan,
+    world: World,
+    checkpoint: Path | None,
+    vllm: VLLM | None = None,
 ) -> PPORun:
-    """Load the models and the state of a run, from `checkpoint` if there is one."""
+    """Load the models and the state of a run, from `checkpoint` if there is one; `vllm` samples instead of the policy."""
     models = load_models(recipe, inputs, plan, world)
     schedule = partial(
         learning_rates,
@@ -63,6 +70,7 @@ def set_up(
             seed=recipe.seed,
             gather=recipe.ds3_gather_for_generation,
             stop_strings=recipe.stop_strings,
+            vllm=vllm,
         ),
         prompts=data.prompts,
         scoring_passes=1 if longest <= SHORT_SEQUENCE else 4,

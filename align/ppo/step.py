@@ -19,13 +19,15 @@ from align.data.batches import PromptLoader
 from align.generation.sampler import PromptBatch
 from align.maths import advantages as advantage_functions
 from align.maths.advantages import token_rewards
+from align.maths.importance import importance
 from align.maths.kl import adapted_kl_coef, k1
-from align.maths.masked import masked_whiten
+from align.maths.masked import masked_mean, masked_whiten
 from align.ppo.metrics import response_kl, rollout_metrics
 from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout, gather_rollout
 from align.ppo.sample import sample_responses, score_responses
 from align.ppo.scores import normalize_and_clip_scores
+from align.ppo.self_check_limits import check_sampler_gap
 from align.ppo.trajectory_balance import balance_steps
 from align.ppo.update import optimize, trains_policy
 
@@ -58,6 +60,12 @@ def step(run: PPORun, update: int) -> dict[str, float]:
         # both [B, T]; returns are the targets of the value model
         advantages, returns = estimate_advantages(run, rollout, rewards)
         metrics = rollout_metrics(run, rollout, returns)
+        if run.sampler.vllm is not None:
+            weights, measured = importance_weights(
+                run, rollout
+            )  # [B, T], 1 where the sampler's probabilities are the policy's
+            advantages = advantages * weights
+            metrics |= measured
         # `num_ppo_epochs` x minibatches, an optimizer step of policy and value model each; microbatches [m, S] on each rank
         metrics |= optimize(run, rollout, advantages, returns, update)
     if trains_policy(run, update):  # false during `value_warmup_updates`
@@ -85,10 +93,10 @@ def must_recompute_logprobs(run: PPORun, update: int) -> bool:
     """Whether to recompute the old log-probabilities with the forward pass of training instead of using the sampler's.
 
     Not necessary if the two agreed at the last comparison, as they do in float32; every `COMPARE_EVERY` updates they are
-    compared again. The gap is the largest of all ranks, so that all decide alike.
+    compared again. The gap is the largest of all ranks, so that all decide alike. vLLM's are never used.
     """
     matched = run.progress.sampler_gap <= LOGPROB_TOLERANCE  # false before the first comparison (infinity) and for NaN
-    return not matched or update % COMPARE_EVERY == 0
+    return not matched or update % COMPARE_EVERY == 0 or run.sampler.vllm is not None
 
 
 def record_sampler_gap(run: PPORun, rollout: Rollout, recomputed: bool) -> None:
@@ -127,6 +135,26 @@ def estimate_advantages(run: PPORun, rollout: Rollout, rewards: Tensor) -> tuple
         return masked_whiten(advantages, mask), returns
     advantages = estimate(rewards, mask, recipe.num_generations, recipe.gamma)  # rows are grouped by prompt
     return advantages, torch.zeros_like(advantages)
+
+
+def importance_weights(run: PPORun, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+    """Weights [B, T] of tokens that another engine sampled, and metrics of them; all 1 with the mode `none`.
+
+    The loss of a token is homogeneous in its advantage, so a weight on the advantage is one on the loss.
+
+    Raises:
+        UserError: the sampler has other weights than the policy.
+    """
+    recipe, mask = run.recipe, rollout.mask
+    gap = rollout.old_logprobs - rollout.sampled_logprobs
+    mean = float(masked_mean(gap.abs(), mask))
+    check_sampler_gap(mean, recipe.bf16)
+    metrics = {"policy/sampler_gap_mean": mean}
+    if recipe.vllm_importance_sampling_mode == "none":
+        return torch.ones_like(gap), metrics
+    found = importance(gap, mask, recipe.vllm_importance_sampling_mode, recipe.vllm_importance_sampling_cap)
+    metrics |= {"policy/importance_cut": found.cut, "policy/importance_ess": found.effective}
+    return found.weights, metrics
 
 
 def update_ema(run: PPORun) -> None:

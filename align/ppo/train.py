@@ -10,6 +10,7 @@ from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.engine.stopping import stops_between_steps
+from align.generation.vllm import rollout_server
 from align.ppo.checkpoint import save_if_due
 from align.ppo.collapse import CollapseWatch
 from align.ppo.data import load_data
@@ -34,15 +35,17 @@ def run(recipe: PPORecipe) -> PPOResult:
     quiet()
     if open_stage(recipe):
         return PPOResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe), recipe.reward_timeout)
+    world = connect(uses_deepspeed(recipe), max(recipe.reward_timeout, recipe.vllm_server_timeout))
     plan = batch_plan(recipe, world.size)
     inputs = check_ppo_inputs(recipe)
     data = load_data(recipe, inputs, world)
     checkpoint = last_checkpoint(recipe, world, data.report)
     start = step_of(checkpoint)
-    with Tracker(recipe, "ppo", recipe.num_updates, resume_step=start) as tracker:
+    tracked = Tracker(recipe, "ppo", recipe.num_updates, resume_step=start)
+    longest = data.longest_prompt + recipe.response_length
+    with tracked as tracker, rollout_server(recipe, world, longest) as vllm:
         tracker.say(plan.describe(), *inputs.describe_heads(recipe.estimator.value_model))
-        ppo = set_up(recipe, inputs, data, plan, world, checkpoint)
+        ppo = set_up(recipe, inputs, data, plan, world, checkpoint, vllm)
         checks = check_start(ppo, tracker, start)
         evaluation = Evaluation(ppo, data.held_out, start)
         watch = CollapseWatch(recipe, ppo.progress, evaluation.sft_eos_rate, checks.get("self_check/eos_rate"))
