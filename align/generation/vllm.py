@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import tempfile
 import time
@@ -18,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from align.data.collate import pad_right
 from align.engine.distributed import World
 from align.errors import UserError
 from align.generation.vllm_server import TOKEN
+from align.runs.own_files import delete, own
 
 SERVER = Path(__file__).with_name("vllm_server.py")
 SHARED_MEMORY = Path("/dev/shm")  # weights go through memory where there is such a folder
@@ -51,13 +52,20 @@ class VLLM:
 
     Args:
         urls: of the servers, which share the prompts.
-        folder: where weights are written for the servers to read.
+        weights: gives the path of a new folder, which the servers read, inside a block.
         timeout: seconds that a request may take.
         diagnose: what a server that we started says about its end; empty if it runs.
     """
 
-    def __init__(self, urls: Sequence[str], token: str, folder: Path, timeout: float, diagnose: Callable[[], str]):
-        self.urls, self.folder, self.timeout = list(urls), folder, timeout
+    def __init__(
+        self,
+        urls: Sequence[str],
+        token: str,
+        weights: Callable[[], contextlib.AbstractContextManager[Path]],
+        timeout: float,
+        diagnose: Callable[[], str],
+    ):
+        self.urls, self.weights, self.timeout = list(urls), weights, timeout
         self.version = 0
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._diagnose = diagnose
@@ -83,13 +91,12 @@ class VLLM:
             UserError: a server failed.
         """
         self.version += 1
-        target = self.folder / str(self.version)
-        engine.save_pretrained(target)
-        if engine.world.is_main:
-            try:
-                self._all(lambda url: self._request(f"{url}/weights", self._named(folder=str(target))))
-            finally:
-                shutil.rmtree(target, ignore_errors=True)
+        if not engine.world.is_main:
+            engine.save_pretrained(Path())  # gathers its share; rank 0 writes
+            return
+        with self.weights() as folder:
+            engine.save_pretrained(folder)
+            self._all(lambda url: self._request(f"{url}/weights", self._named(folder=str(folder.absolute()))))
 
     def sample(
         self,
@@ -175,17 +182,32 @@ def rollout_server(recipe: PPORecipe, world: World, longest: int) -> Iterator[VL
         return
     with contextlib.ExitStack() as stack:
         if recipe.vllm_server_base_url or not world.is_main:
-            token, folder = os.environ.get(TOKEN, ""), Path(recipe.output_dir) / WEIGHTS
-            urls, diagnose = [url.rstrip("/") for url in recipe.vllm_server_base_url], _nothing
+            token, urls, diagnose = os.environ.get(TOKEN, ""), recipe.vllm_server_base_url, _nothing
+            weights = partial(_in_output, Path(recipe.output_dir) / WEIGHTS)
         else:
             token, root = secrets.token_hex(16), SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="align-vllm-", dir=root)))
             server = stack.enter_context(started(recipe, folder, token, longest))
             urls, diagnose = [server.url], server.diagnose
-        vllm = VLLM(urls, token, folder, recipe.vllm_server_timeout, diagnose)
+            weights = partial(_in_memory, folder)
+        vllm = VLLM([url.rstrip("/") for url in urls], token, weights, recipe.vllm_server_timeout, diagnose)
         if world.is_main:
             vllm.check(longest)
         yield vllm
+
+
+@contextlib.contextmanager
+def _in_output(folder: Path) -> Iterator[Path]:
+    try:
+        yield own(folder)
+    finally:
+        delete(folder)
+
+
+@contextlib.contextmanager
+def _in_memory(root: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="weights-", dir=root) as folder:
+        yield Path(folder)
 
 
 def _nothing() -> str:

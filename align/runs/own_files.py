@@ -29,7 +29,7 @@ untrained best value ema adapter bad_batches .untrained.partial .model.partial .
 model*.safetensors* adapter_* config.json generation_config.json tokenizer*.json chat_template.jinja
 parts predictions.jsonl results.md results.json
 member_* card card.md confident_errors.jsonl reliability.svg margins.svg .card.partial
-best.jsonl random.jsonl pairs.jsonl responses.jsonl frontier.svg
+best.jsonl random.jsonl pairs.jsonl responses.jsonl frontier.svg vllm_weights
 """  # names that runs write
 
 

@@ -1,0 +1,233 @@
+"""Rollouts from a server: by vLLM itself where there is an environment with it, and by our own decoding behind the same protocol.
+
+`ALIGN_TEST_VLLM_PYTHON` names the Python of an environment with vLLM, in which the slow tests run the real server.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import nullcontext
+from http.server import HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from align.config.load import load_recipe
+from align.data.collate import pad_left
+from align.engine.engine import AdapterOff
+from align.engine.sharding import gathered_state_dict, save_from_main
+from align.errors import UserError
+from align.generation import vllm_server
+from align.generation.ending import Ending, after_end
+from align.generation.generate import generate
+from align.generation.responses import unpadded
+from align.generation.vllm import VLLM, rollout_server
+from align.ppo.self_check_limits import check_sampler_gap
+from align.ppo.train import run
+from tests.ppo.runs import ALONE
+from tests.ppo.test_train import make_recipe, metrics
+from tests.ranks import run_stage, stop_after_checkpoint
+from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama
+
+TOKENIZER = letter_tokenizer()
+PYTHON = os.environ.get("ALIGN_TEST_VLLM_PYTHON")
+
+
+class OwnDecoding(vllm_server.Sampler):
+    """Samples with this package's decoding loop: its responses are those of a run without a server."""
+
+    def __init__(self, folder: Path | str, max_model_len: int = 256):
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.version, self.asked = 0, 0
+        self.description = {"model": str(folder), "dtype": "float32", "max_model_len": max_model_len}
+
+    def load_weights(self, folder, version):
+        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.version = version
+        return {"version": version}
+
+    def generate(self, prompts, seeds, temperature, max_tokens, stop_token_ids, version):
+        if version != self.version:
+            raise vllm_server.Refused(f"this server has version {self.version}, and version {version} was asked for")
+        self.asked += len(prompts)
+        assert stop_token_ids == [TOKENIZER.eos_token_id]
+        noise = torch.stack([torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        ids, mask, logprobs = generate(self.model, *pad_left(prompts, 0), noise, temperature, Ending(TOKENIZER))
+        numbers = [row[real].tolist() for row, real in zip(logprobs, mask, strict=True)]
+        return {"version": version, "ids": unpadded(ids, mask), "logprobs": numbers}
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Start servers on this machine that sample with the given sampler."""
+    monkeypatch.setenv(vllm_server.TOKEN, "secret")
+    started = []
+
+    def start(sampler) -> str:
+        handler = type("Handler", (vllm_server.Handler,), {"sampler": sampler, "token": "secret"})
+        started.append(HTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{started[-1].server_address[1]}"
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+def client(url: str, token: str = "secret", timeout: float = 5.0) -> VLLM:
+    return VLLM([url], token, Path, timeout, str)
+
+
+def train(folder: Path, **changes) -> list[dict]:
+    folder.mkdir()
+    recipe = load_recipe("ppo", make_recipe(folder, total_episodes=32, eval_steps=2, **changes))
+    run(recipe)
+    return metrics(folder / "out")
+
+
+def same_curve(one: list[dict], other: list[dict]) -> None:
+    for mine, theirs in zip(one, other, strict=True):
+        names = [name for name in theirs if name.partition("/")[0] in ("objective", "response", "eval", "value")]
+        assert len(names) > 3
+        for name in names:
+            assert mine[name] == pytest.approx(theirs[name], abs=2e-4), name
+
+
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_a_run_by_servers_is_the_run_without(tmp_path, serve, method):
+    keys = {"method": method} if method == "full" else {"method": method, "learning_rate": 0.01}
+    alone = train(tmp_path / "alone", **keys)
+    save_tiny_policy(tmp_path / "start", seed=9)  # other weights: the run must send its own
+    samplers = [OwnDecoding(tmp_path / "start"), OwnDecoding(tmp_path / "start")]
+    served = train(
+        tmp_path / "served", rollout_engine="vllm", vllm_server_base_url=[serve(each) for each in samplers], **keys
+    )
+    same_curve(served, alone)
+    assert alone[-1]["eval/kl"] > 0.05  # the weights have moved by then
+    asked = [each.asked for each in samplers]
+    assert asked[0] - asked[1] == 2  # they share the prompts; of 5 held out, at two evaluations, the first has 3
+    last = [line for line in served if "policy/sampler_gap_mean" in line][-1]
+    assert last["policy/sampler_gap_mean"] < 1e-5
+    assert last["policy/importance_ess"] == pytest.approx(1, abs=1e-5)
+    assert not (tmp_path / "served" / "out" / "vllm_weights").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_by_a_server_are_one_process_without(tmp_path, serve):
+    alone = train(tmp_path / "alone")
+    (tmp_path / "two").mkdir()
+    save_tiny_policy(tmp_path / "start", seed=9)
+    recipe = make_recipe(
+        tmp_path / "two", total_episodes=32, eval_steps=2, rollout_engine="vllm",
+        vllm_server_base_url=[serve(OwnDecoding(tmp_path / "start"))],
+    )  # fmt: skip
+    done = run_stage("ppo", recipe, ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same_curve(metrics(tmp_path / "two" / "out"), alone)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_weights_that_servers_get_beside_an_adapter(tmp_path, reference):
+    base = tiny_llama()
+    adapted = get_peft_model(base, LoraConfig(init_lora_weights=False, target_modules=["q_proj"]))
+    engine = SimpleNamespace(module=adapted, world=ALONE, state_dict=lambda: gathered_state_dict(adapted, ALONE))
+    if reference:
+        AdapterOff(engine).save_pretrained(tmp_path)
+    else:
+        save_from_main(adapted, engine.state_dict(), tmp_path, ALONE)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with adapted.disable_adapter() if reference else nullcontext():
+        expected = adapted(ids).logits
+    assert AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits.detach().numpy() == pytest.approx(
+        expected.detach().numpy(), abs=1e-5
+    )
+    with adapted.disable_adapter():
+        assert (adapted(ids).logits - expected).abs().max() > 1e-3 or reference
+
+
+class TestErrors:
+    def test_another_token(self, tmp_path, serve):
+        save_tiny_policy(tmp_path)
+        with pytest.raises(UserError, match="the token is not that of this server"):
+            client(serve(OwnDecoding(tmp_path)), token="other").check(10)
+
+    def test_a_server_for_shorter_sequences(self, tmp_path, serve):
+        save_tiny_policy(tmp_path)
+        with pytest.raises(UserError, match=r"start it with --max_model_len 11\."):
+            client(serve(OwnDecoding(tmp_path, max_model_len=10))).check(11)
+
+    def test_old_weights(self, tmp_path, serve):
+        save_tiny_policy(tmp_path)
+        vllm = client(serve(OwnDecoding(tmp_path)))
+        vllm.version = 3
+        with pytest.raises(UserError, match="this server has version 0, and version 3 was asked for"):
+            vllm.sample([[3]], [1], 1.0, 4, [2])
+
+    def test_a_server_that_hangs(self, serve):
+        done = threading.Event()
+        url = serve(SimpleNamespace(describe=lambda: done.wait(10) and {}))
+        with pytest.raises(UserError, match=r"did not answer within 0\.2 s \(vllm_server_timeout\)"):
+            client(url, timeout=0.2).check(1)
+        done.set()
+
+    def test_a_server_that_is_not_there(self):
+        with pytest.raises(
+            UserError, match=r"the rollout server is gone: .*refused.* continues from the last checkpoint"
+        ):
+            client("http://127.0.0.1:9").check(1)
+
+    def test_other_log_probabilities(self):
+        check_sampler_gap(9e-5, bf16=False)
+        with pytest.raises(UserError, match="samples from other weights"):
+            check_sampler_gap(2e-4, bf16=False)
+        with pytest.raises(UserError, match="samples from other weights"):
+            check_sampler_gap(float("nan"), bf16=True)
+
+    @pytest.mark.parametrize(
+        ("python", "message"),
+        [
+            ("/no/such/python", "/no/such/python cannot be started: No such file"),
+            ("false", "false ended with exit code 1"),
+        ],
+    )
+    def test_a_python_that_cannot_serve(self, tmp_path, python, message):
+        recipe = load_recipe("ppo", make_recipe(tmp_path, rollout_engine="vllm", vllm_python=python))
+        with pytest.raises(UserError, match=message), rollout_server(recipe, ALONE, 20):
+            pass
+
+
+def test_what_follows_a_stop_string_is_cut():
+    ids = torch.tensor([[3, 4, 5, 2, 0], [4, 3, 4, 3, 4], [5, 5, 5, 5, 5]])  # "abc</s>", "babab", "ccccc"
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    after = after_end(ids, mask, Ending(TOKENIZER, ["ab"]))
+    assert after.tolist() == [[False, False, True, True, False], [False, False, False, True, True], [False] * 5]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(PYTHON is None, reason="ALIGN_TEST_VLLM_PYTHON names no Python with vLLM")
+class TestRealServer:
+    @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+    def test_a_run_and_its_resumption(self, tmp_path, tied):
+        model = tiny_llama(hidden_size=128)  # heads of 32, which vLLM computes on a CPU
+        if tied:
+            model.config.tie_word_embeddings = True
+            model.tie_weights()
+        model.save_pretrained(tmp_path / "policy")
+        TOKENIZER.save_pretrained(tmp_path / "policy")
+        recipe, out = make_recipe(tmp_path, rollout_engine="vllm", vllm_python=PYTHON), tmp_path / "out"
+        run(load_recipe("ppo", recipe))
+        lines = [line for line in metrics(out) if "policy/sampler_gap" in line]
+        assert len(lines) == 6
+        assert max(line["policy/sampler_gap"] for line in lines) < 1e-4
+        assert lines[-1]["objective/score"] > lines[0]["objective/score"] + 0.1
+        whole = (out / "model.safetensors").read_bytes()
+        out.rename(tmp_path / "whole")
+        stop_after_checkpoint("ppo", recipe, out)
+        assert run_stage("ppo", recipe).returncode == 0
+        assert (out / "model.safetensors").read_bytes() == whole
