@@ -10,13 +10,13 @@ from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.engine.stopping import stops_between_steps
-from align.generation.vllm import rollout_server
 from align.ppo.checkpoint import save_if_due
 from align.ppo.collapse import CollapseWatch
 from align.ppo.data import load_data
 from align.ppo.evaluation import Evaluation
 from align.ppo.inputs import check_ppo_inputs
 from align.ppo.outputs import save_outputs
+from align.ppo.rollout_server import rollout_server
 from align.ppo.self_checks import check_start
 from align.ppo.setup import set_up
 from align.ppo.tracking import tracked_step

@@ -26,7 +26,8 @@ from align.generation import vllm_server
 from align.generation.ending import Ending, after_end
 from align.generation.generate import generate
 from align.generation.responses import unpadded
-from align.generation.vllm import VLLM, rollout_server
+from align.generation.vllm import VLLM
+from align.ppo.rollout_server import rollout_server
 from align.ppo.self_check_limits import check_sampler_gap
 from align.ppo.train import run
 from tests.ppo.runs import ALONE
