@@ -18,6 +18,7 @@ ROW_COLUMNS = (
     *("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label"),
     *("margin", "tie", "tools"),
 )
+ANNOTATION_COLUMNS = ("tokens", "tags", "spans", "question", "context", "answers")
 TEXT_PARTS = ("prompt", "completion")
 CHAT_PARTS = ("user", "assistant")
 SYSTEM_PART = "system"
@@ -38,7 +39,7 @@ class DataSource:
     columns: dict[str, str] = key(
         {},
         "Column names: ours (prompt, completion, chosen, rejected, messages, text, text_pair, label, margin, "
-        "tie, tools) to the source's.",
+        "tie, tools, tokens, tags, spans, question, context, answers) to the source's.",
     )
     task: str | None = key(
         None,
@@ -69,10 +70,11 @@ def check_source(source: DataSource, where: str) -> None:
     check_ranges(source, lambda name: f"{where}.{name}")
     if source.generator:
         check_function_name(source.generator, f"{where}.generator")
+    known = (*ROW_COLUMNS, *ANNOTATION_COLUMNS)
     for column in source.columns:
-        if column not in ROW_COLUMNS:
-            hint = nearest(column, ROW_COLUMNS) or "; it is written `ours: theirs`"
-            raise UserError(f"{where}.columns: expected names among {', '.join(ROW_COLUMNS)}, got {column!r}{hint}")
+        if column not in known:
+            hint = nearest(column, known) or "; it is written `ours: theirs`"
+            raise UserError(f"{where}.columns: expected names among {', '.join(known)}, got {column!r}{hint}")
     if source.templates:
         _check_templates(source, where)
     elif source.labels:

@@ -71,6 +71,22 @@ OF_STAGE = {
         "label2id": "derived: text labels get ids in alphabetical order; whole numbers are ids",
         "label_names": "derived: the labels are in the column `label`; map another to it under `columns:`",
     },
+    "token-classification": {
+        "num_labels": "derived from the tags of the training rows",
+        "id2label": "derived: O, then B- and I- of each type in alphabetical order",
+        "label2id": "derived: O, then B- and I- of each type in alphabetical order",
+        "label_list": "called label_names here, for tags in ids",
+        "max_seq_length": "called max_length here",
+        "label_all_tokens": "derived: all tokens of a word have its label; predictions are read at the first",
+        "text_column_name": "map the column to `tokens` or `text` under `columns:`",
+        "label_column_name": "map the column to `tags` or `spans` under `columns:`",
+    },
+    "question-answering": {
+        "max_seq_length": "called max_length here",
+        "n_best_size": "derived: the best 20 starts and ends of each window are tried",
+        "version_2_with_negative": "derived: whether training rows have no answers",
+        "null_score_diff_threshold": "derived: 0; answers have their scores in what `align predict` writes",
+    },
     "mlm": {
         "mask_probability": "called mlm_probability here",
         "line_by_line": "not needed: each row is a text; longer ones are split into pieces of max_length tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from align.data.rows import Demonstration, Labelled, Passage, Preference, Prompt
+from align.data.rows import Demonstration, Labelled, Passage, Preference, Prompt, Question, Tagged
 from align.errors import UserError, first_few, nearest
 
 Format = tuple[str, ...]  # the columns a row is read from
@@ -18,6 +18,8 @@ FORMATS: dict[type, list[Format]] = {
     Prompt: [("prompt", "completion"), ("messages",), SHAREGPT, PAIR, ("prompt",), ("text",)],
     Labelled: [("text", "text_pair", "label"), ("text", "label")],
     Passage: [("text",)],
+    Tagged: [("tokens", "tags"), ("text", "spans"), ("text", "entities")],
+    Question: [("question", "context", "answers")],
 }
 
 

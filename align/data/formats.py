@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align.data.annotations import read_question, read_tagged
 from align.data.columns import PAIR, SHAREGPT, Format
 from align.data.messages import check_order, read_tools, read_turns, without_flags
 from align.data.rows import (
@@ -20,7 +21,9 @@ from align.data.rows import (
     Passage,
     Preference,
     Prompt,
+    Question,
     Row,
+    Tagged,
     Turns,
     as_response,
     canonical,
@@ -42,6 +45,10 @@ def read_row(values: Mapping[str, Any], where: str, row_type: type, formats: Seq
         missing = next(name for name in formats[0] if values.get(name) is None)
         raise BadRow(f"missing field `{missing}`")
     columns = filled[0]
+    if row_type is Tagged:
+        return read_tagged(values, where, columns)
+    if row_type is Question:
+        return read_question(values, where)
     if row_type in (Labelled, Passage):
         return _text_row(values, where, columns, row_type)
     read = {"prompt"} if row_type is Prompt and values.get("prompt") is not None else {"prompt", *columns}

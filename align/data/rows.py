@@ -18,6 +18,8 @@ Turns = str | list[Message]
 """Plain text, or messages."""
 Tools = list[dict[str, Any]] | None
 """The functions that a row lists for the model, as JSON schemas."""
+Span = tuple[int, int, str]
+"""First character, the one after the last, and the label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,43 @@ class Passage:
         return self.text
 
 
-Row = Prompt | Demonstration | Preference | Labelled | Passage
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """A text with labels inside it: `tags` of its `words`, or labeled `spans`; the other is None.
+
+    Words are places (start, end) in characters, as are the spans (start, end, label), which are in order.
+    """
+
+    text: str
+    words: tuple[tuple[int, int], ...] | None
+    tags: tuple[Any, ...] | None
+    spans: tuple[Span, ...] | None
+    where: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The text by which rows are split into training and evaluation."""
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question and the passage that may answer it, with the answers' places (start in characters, text)."""
+
+    question: str
+    context: str
+    answers: tuple[tuple[int, str], ...]
+    where: str
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> list[Message]:
+        """Passage and question. Rows are held out by its first turn, so that a passage is on one side with all questions."""
+        return [{"role": "user", "content": text} for text in (self.context, self.question)]
+
+
+Row = Prompt | Demonstration | Preference | Labelled | Passage | Tagged | Question
 
 
 class BadRows:

@@ -1,7 +1,7 @@
-"""The stages around encoders (BERT-like): `align classify` and `align mlm`.
+"""The stages around encoders (BERT-like): `align classify`, `align token-classification` and `align mlm`.
 
-Imported by `align.cli`; imports no other stage. Public: `run_classify` and `run_mlm` here, from Python; `classify.run`
-and `mlm.run`, the stages themselves.
+Imported by `align.cli`; imports no other stage. Public: `run_classify` and its like here, from Python; `classify.run`,
+`token_classification.run` and `mlm.run`, the stages themselves.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.config.encoders import ClassifyRecipe, MLMRecipe
+from align.config.extraction import TokenClassificationRecipe
 from align.config.load import as_recipe
 from align.runs.launch import run_from_python
-from align.runs.results import ClassifyResult, MLMResult
+from align.runs.results import ClassifyResult, MLMResult, TokenClassificationResult
 
 
 def run_classify(recipe: ClassifyRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: Any) -> ClassifyResult:
@@ -30,6 +31,14 @@ def run_classify(recipe: ClassifyRecipe | Mapping[str, Any] | str | os.PathLike[
         UserError: a wrong key or value, or anything else that the user can fix.
     """
     result: ClassifyResult = run_from_python(as_recipe(ClassifyRecipe, recipe, **keys))
+    return result
+
+
+def run_token_classification(
+    recipe: TokenClassificationRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: Any
+) -> TokenClassificationResult:
+    """Train a token classifier in this process; arguments, result and errors as for `run_classify`."""
+    result: TokenClassificationResult = run_from_python(as_recipe(TokenClassificationRecipe, recipe, **keys))
     return result
 
 

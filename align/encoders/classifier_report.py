@@ -1,4 +1,4 @@
-"""The report of the classify stage: results before and after training, and the model card."""
+"""Results before and after training, for the stages that put a head on a backbone, and the model card of a classifier."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ METRIC_NAMES = {
     "accuracy_low": "accuracy, 95% interval from",
     "accuracy_high": "accuracy, 95% interval to",
     "micro_f1": "micro F1",
+    "exact_match": "exact match",
+    "exact_match_low": "exact match, 95% interval from",
+    "exact_match_high": "exact match, 95% interval to",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "f1_low": "F1, 95% interval from",
+    "f1_high": "F1, 95% interval to",
     "macro_f1": "macro F1",
     "macro_f1_low": "macro F1, 95% interval from",
     "macro_f1_high": "macro F1, 95% interval to",
@@ -20,30 +28,41 @@ METRIC_NAMES = {
 }
 
 
-def classifier_results(
-    label_set: LabelSet,
+def constant_answer(label_set: LabelSet) -> str:
+    """The baseline of a classifier, in words."""
+    constant = {REGRESSION: "always the mean", MULTI: "always the commonest labels"}
+    return constant.get(label_set.problem_type, "always the commonest label")
+
+
+def evaluation_results(
     before: dict[str, float],
     after: dict[str, float],
     baseline: dict[str, float] | None,
     steps: int,
+    *,
+    item: str,
+    rule: str,
 ) -> dict[str, Any]:
-    """The stage's results from the evaluation logs before and after training; without evaluation, the steps alone."""
+    """The stage's results from the evaluation logs before and after training; without evaluation, the steps alone.
+
+    Args:
+        baseline: metrics of the rule that the model has to beat.
+        item: of which the loss is a mean, such as "row".
+        rule: the baseline in words.
+    """
     results: dict[str, Any] = {"steps": steps, "table": []}
     if baseline is None:
         return results
     for name in ("loss", *baseline):
         results[f"eval_{name}_before"], results[f"eval_{name}"] = before[f"eval_{name}"], after[f"eval_{name}"]
     results["baseline"] = baseline
-    constant = {REGRESSION: "always the mean", MULTI: "always the commonest labels"}.get(
-        label_set.problem_type, "always the commonest label"
-    )
-    results["table"] = [["held-out loss (per row)", before["eval_loss"], after["eval_loss"]]]
+    results["table"] = [[f"held-out loss (per {item})", before["eval_loss"], after["eval_loss"]]]
     named = [name for name in baseline if name in METRIC_NAMES]
     results["table"] += [
         [f"held-out {METRIC_NAMES[name]}", before[f"eval_{name}"], after[f"eval_{name}"]] for name in named
     ]
     results["table"] += [
-        [f"{METRIC_NAMES[name]} of {constant}", None, baseline[name]]
+        [f"{METRIC_NAMES[name]} of {rule}", None, baseline[name]]
         for name in named
         if not name.endswith(("pearson", "_low", "_high"))  # undefined for a constant
     ]

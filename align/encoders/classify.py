@@ -24,7 +24,7 @@ from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Labelled
 from align.encoders import label_metrics
-from align.encoders.classifier_report import classifier_results, model_card
+from align.encoders.classifier_report import constant_answer, evaluation_results, model_card
 from align.encoders.counted import CountedEvaluation, last_counts
 from align.encoders.inputs import HeadInputs, check_head_inputs
 from align.encoders.label_metrics import LABEL_COLUMNS
@@ -121,7 +121,8 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         before, after = train(trainer, recipe, tracker, checkpoint)
         per_label = last_label_table(trainer) if eval_rows and not untrained_is_best(trainer, recipe) else []
         save_trained(trainer, recipe, world, load_untrained)
-        results = classifier_results(label_set, before, after, baseline, steps)
+        rule = constant_answer(label_set)
+        results = evaluation_results(before, after, baseline, steps, item="row", rule=rule)
         if per_label:
             tracker.table(trainer.state.global_step, "labels", LABEL_COLUMNS, per_label)
             more = f"({len(per_label) - SHOWN} more labels in README.md)\n" if len(per_label) > SHOWN else ""

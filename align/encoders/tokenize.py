@@ -56,7 +56,7 @@ def tokenize_labelled(
         "labels": List(target) if label_set.problem_type == MULTI else target,
         "weight": Value("int32"),
     }
-    dataset = _dataset(records(), features)
+    dataset = in_memory(records(), features)
     report = bad.raise_or_report(on_bad_row)
     if not dataset:
         raise UserError(
@@ -104,10 +104,10 @@ def tokenize_passages(rows: Sequence[Passage], tokenizer: PreTrainedTokenizerBas
                     yield {"input_ids": before + piece + after, "row": number, "weight": 1}
                     number += 1
 
-    return _dataset(records(), {"input_ids": List(Value("int32")), "row": Value("int64"), "weight": Value("int32")})
+    return in_memory(records(), {"input_ids": List(Value("int32")), "row": Value("int64"), "weight": Value("int32")})
 
 
-def _dataset(records: Iterator[dict[str, Any]], features: dict[str, Any]) -> Dataset:
+def in_memory(records: Iterator[dict[str, Any]], features: dict[str, Any]) -> Dataset:
     """A data set in memory, built in parts, since Python's integers take several times the memory of Arrow's."""
     kinds = Features(features)
     parts = [Dataset.from_dict({name: [] for name in features}, features=kinds)]

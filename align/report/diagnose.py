@@ -33,7 +33,7 @@ def diagnose(run: Run, others: Sequence[Run] = ()) -> list[Finding]:
         )
     if run.stage == "ppo":
         found += [*ppo_signs(run), *response_signs(run, reward_model_of(run, others))]
-    elif run.stage in ("sft", "reward", "classify", "mlm"):
+    elif run.stage in ("sft", "reward", "classify", "token-classification", "question-answering", "mlm"):
         found += training_signs(run)
         if run.stage == "reward":
             found += reward_signs(run)

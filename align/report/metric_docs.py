@@ -9,7 +9,15 @@ from pathlib import Path
 
 from align import runs
 
-SECTIONS = {"sft": "Supervised", "reward": "Reward", "classify": "Classifier", "mlm": "Masked", "ppo": "PPO"}
+SECTIONS = {
+    "sft": "Supervised",
+    "reward": "Reward",
+    "classify": "Classifier",
+    "token-classification": "Token classifier",
+    "question-answering": "Question answering",
+    "mlm": "Masked",
+    "ppo": "PPO",
+}
 
 
 @dataclass(frozen=True, slots=True)

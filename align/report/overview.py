@@ -89,6 +89,8 @@ HEADLINES = {
         ("KL from SFT", "KL from SFT"),
     ),
     "classify": (("accuracy", "accuracy"), ("macro F1", "macro F1")),
+    "token-classification": (("held-out F1", "F1 of entities"),),
+    "question-answering": (("held-out exact match", "exact match"), ("held-out F1", "F1 of words")),
     "mlm": (("held-out loss", "held-out loss"),),
 }
 

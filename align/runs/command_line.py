@@ -74,10 +74,11 @@ def stage_arguments(stage: Stage) -> dict[str, Any]:
     name = stage.name
     # Only a package with the stage's name is a module to launch: `align.ppo`, but `align mlm`.
     module = f"align.{name}" if stage.module.startswith(f"align.{name}.") else f"align {name}"
+    launched = f"       deepspeed --num_gpus N --module {module} RECIPE"
+    overrides = " [--key value ...]"
     return {
         "prog": f"align {name}",
-        "usage": f"align {name} RECIPE [--key value ...]\n"
-        f"       deepspeed --num_gpus N --module {module} RECIPE [--key value ...]",
+        "usage": f"align {name} RECIPE{overrides}\n{launched}{overrides if len(launched + overrides) <= 80 else ' ...'}",
         "no_path": f"expected a recipe file first; `align {name} --help` lists the keys.",
         "recipe": stage.recipe,
     }

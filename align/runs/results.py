@@ -91,6 +91,22 @@ class ClassifyResult(StageResult):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenClassificationResult(StageResult):
+    """`metrics`: `eval_loss`, `eval_f1` of entities with its 95% interval, `eval_precision`, `eval_recall`, and those `_before`."""
+
+    steps: int  # optimizer steps
+    baseline: dict[str, float] | None = None  # measures of giving each word its commonest tag
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringResult(StageResult):
+    """`metrics`: `eval_loss`, `eval_exact_match`, `eval_f1` of words, their 95% intervals, and those `_before` training."""
+
+    steps: int  # optimizer steps
+    baseline: dict[str, float] | None = None  # measures of a rule without a model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MLMResult(StageResult):
     """`metrics`: `eval_loss` (nats per masked token), `eval_accuracy`, and those `_before` training."""
 

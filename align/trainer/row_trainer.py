@@ -23,9 +23,13 @@ class RowCollator:
         return {
             "input_ids": ids,
             "attention_mask": mask.long(),
-            "labels": torch.tensor([row["labels"] for row in rows]),
+            "labels": self.labels(rows),
             "weight": torch.tensor([row["weight"] for row in rows]),
         }
+
+    def labels(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+        """The rows' labels, [B, ...]."""
+        return torch.tensor([row["labels"] for row in rows])
 
 
 def row_training_arguments(arguments: Mapping[str, Any]) -> TrainingArguments:
@@ -59,6 +63,11 @@ class RowTrainer(Trainer):
         """Sum of the loss (with gradients) and number of correct items, from float32 logits [B, ...]."""
         raise NotImplementedError
 
+    def logits_of(self, output: Any) -> Tensor:
+        """The logits [B, ...] of the model's output."""
+        logits: Tensor = output.logits
+        return logits
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
@@ -73,7 +82,7 @@ class RowTrainer(Trainer):
         batch = dict(inputs)
         labels, weight = batch.pop("labels"), batch.pop("weight")
         output = model(**batch)
-        total, correct = self.loss_and_correct(output.logits.float(), labels, weight)
+        total, correct = self.loss_and_correct(self.logits_of(output).float(), labels, weight)
         if self.model.training:
             items = num_items_in_batch
             tokens = (batch["attention_mask"].sum(dim=1) * (weight > 0)).sum()

@@ -229,7 +229,7 @@ def test_help_reads_as_prose(capsys):
     for name, text in said.items():
         head = text[: text.index("keys:")]
         assert not any(line.startswith(" ") or "  " in line for line in head.splitlines()[2:])
-        module = f"align {name}" if name in ("classify", "mlm", "judge-reward", "bon") else f"align.{name}"
+        module = f"align.{name}" if name in ("sft", "reward", "ppo", "evaluate") else f"align {name}"
         assert f"--module {module} RECIPE" in head
     assert "--models  <list of texts or mapping>  required" in said["evaluate"]
     assert "--num_shots  <list of whole numbers>" in said["evaluate"]

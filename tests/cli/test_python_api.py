@@ -17,6 +17,7 @@ from align import encoders, evaluate, ppo, reward, sft
 from align.config.data_source import DataSource
 from align.config.encoders import ClassifyRecipe, MLMRecipe
 from align.config.evaluate import EvaluateRecipe
+from align.config.extraction import TokenClassificationRecipe
 from align.config.load import as_recipe
 from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
@@ -99,7 +100,13 @@ def test_a_wrong_key_is_one_error(keys, changes, said):
 def test_each_function_takes_the_recipes_of_its_stage(keys, monkeypatch):
     monkeypatch.setattr(launch, "quiet", lambda: None)
     given = []
-    for module in ("align.reward.train", "align.ppo.train", "align.encoders.classify", "align.encoders.mlm"):
+    for module in (
+        "align.reward.train",
+        "align.ppo.train",
+        "align.encoders.classify",
+        "align.encoders.mlm",
+        "align.encoders.token_classification",
+    ):
         monkeypatch.setattr(f"{module}.run", given.append)
     monkeypatch.setattr("align.evaluate.compare.run", given.append)
     shared = {"output_dir": "out", "train_dataset": "rows.jsonl", "seed": 3}
@@ -107,9 +114,17 @@ def test_each_function_takes_the_recipes_of_its_stage(keys, monkeypatch):
     ppo.run({**shared, "sft_model_path": "model", "reward_model_path": "rm"}, seed=4)
     encoders.run_classify({**shared, "model_name_or_path": "model"}, seed=4)
     encoders.run_mlm({**shared, "model_name_or_path": "model"}, seed=4)
+    encoders.run_token_classification({**shared, "model_name_or_path": "model"}, seed=4)
     evaluate.run({**shared, "models": ["a/x", "b/y"]}, seed=4)
-    assert [type(each) for each in given] == [RewardRecipe, PPORecipe, ClassifyRecipe, MLMRecipe, EvaluateRecipe]
-    assert [each.stage for each in given] == ["reward", "ppo", "classify", "mlm", "evaluate"]
+    assert [type(each) for each in given] == [
+        RewardRecipe,
+        PPORecipe,
+        ClassifyRecipe,
+        MLMRecipe,
+        TokenClassificationRecipe,
+        EvaluateRecipe,
+    ]
+    assert [each.stage for each in given] == ["reward", "ppo", "classify", "mlm", "token-classification", "evaluate"]
     assert {each.seed for each in given} == {4}
     assert given[-1].models == {"x": "a/x", "y": "b/y"}
     with pytest.raises(UserError, match="recipe: expected PPORecipe, a mapping of its keys or the path of a YAML file, got RewardRecipe"):  # fmt: skip

@@ -32,6 +32,8 @@ MINIMAL = {
     "ppo": {"output_dir": "out", "train_dataset": "rows.jsonl", "sft_model_path": "sft", "reward_model_path": "rm"},
     "classify": {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base"},
     "mlm": {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base"},
+    "token-classification": {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base"},
+    "question-answering": {"output_dir": "out", "train_dataset": "rows.jsonl", "model_name_or_path": "base"},
 }
 
 
@@ -68,8 +70,8 @@ def test_a_minimal_recipe_has_the_defaults_of_its_dataclass(load, stage):
     assert type(recipe) is STAGES[stage].recipe
     assert recipe.stage == stage
     assert recipe.train_dataset == [DataSource(path="rows.jsonl")]
-    rates = {"sft": 2e-5, "reward": 1e-5, "ppo": 3e-6, "classify": 2e-5, "mlm": 5e-5}
-    assert recipe.learning_rate == rates[stage]
+    rates = {"reward": 1e-5, "ppo": 3e-6, "mlm": 5e-5}
+    assert recipe.learning_rate == rates.get(stage, 2e-5)
 
 
 def test_numbers_as_yaml_gives_them(load):

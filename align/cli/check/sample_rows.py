@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.data.templates import TASK, TEMPLATE
 from align.encoders.labels import LabelSet
+from align.encoders.tags import TagSet
 from align.models.context_length import check_rows_fit
 from align.terminal import printable
 
@@ -30,6 +31,7 @@ class Start:
     encoder: bool = False
     others: dict[str, PretrainedConfig] = field(default_factory=dict)
     labels: LabelSet | None = None  # of a classifier
+    tags: TagSet | None = None  # of a token classifier
     notes: Sequence[str] = ()  # further lines about the models
 
 

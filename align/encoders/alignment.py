@@ -1,0 +1,158 @@
+"""From labeled spans of a text to labels of its tokens, and back.
+
+Every token that covers a character of a span has its label, B- the first of them and I- the others, also those inside a
+word; other tokens have O. Special tokens, and tokens of white space alone, have none (-100). Predictions are read where
+the gold entities can be: of rows with words at the first token of each word, of other rows at every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from align.data.rows import BadRows, Span, Tagged
+from align.data.tokenize import IGNORE_INDEX
+from align.encoders.tags import OUTSIDE, WORDS, TagSet
+from align.encoders.tokenize import in_memory
+from align.errors import BadRow, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row: its gold spans, and where predictions of them are read."""
+
+    row: Tagged
+    gold: list[Span]
+    places: list[int]  # of the tokens whose predicted labels are read
+    units: list[tuple[int, int]]  # characters that each of them stands for: its word, or what the token covers
+    split: int  # gold spans of which an end lies inside a token, so that they cannot be predicted exactly
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Check that the tokenizer knows the characters of its tokens.
+
+    Raises:
+        UserError: it is a slow one, in Python.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"model_name_or_path: {path}: its tokenizer ({type(tokenizer).__name__}) is a slow one, in Python, which does not say "
+            "which characters a token stands for; save a fast one (tokenizer.json) in the folder, or name another model."
+        )
+
+
+def encode_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids, special tokens included, and the characters of each, without white space at their ends.
+
+    Tokens that stand for no character, or for white space alone, have an empty place.
+    """
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    places = []
+    for start, end in encoded["offset_mapping"]:
+        covered = text[start:end]
+        start += len(covered) - len(covered.lstrip())
+        places.append((start, start + len(covered.strip())))
+    return encoded["input_ids"], places
+
+
+def align(row: Tagged, gold: list[Span], offsets: Sequence[tuple[int, int]], scheme: str) -> tuple[list[str], Example]:
+    """The label of each token ("" for none), and how predictions are read back.
+
+    Raises:
+        BadRow: a span without a token, or tokens that two spans or two words share.
+    """
+    labels = [OUTSIDE if start < end else "" for start, end in offsets]
+    split = 0
+    for start, end, name in gold:
+        inside = [place for place, each in enumerate(offsets) if meet(each, (start, end))]
+        if not inside:
+            raise BadRow("a labeled span has no token: the tokenizer drops its characters")
+        if any(labels[place] != OUTSIDE for place in inside):
+            raise BadRow("two labeled spans share a token of this tokenizer")
+        split += offsets[inside[0]][0] < start or offsets[inside[-1]][1] > end
+        for number, place in enumerate(inside):
+            labels[place] = name if scheme == WORDS else f"{'I' if number else 'B'}-{name}"
+    if row.words is None:
+        places = [place for place, label in enumerate(labels) if label]
+        return labels, Example(row, gold, places, [offsets[place] for place in places], split)
+    places, units = [], []
+    for word in row.words:
+        first = next((place for place, each in enumerate(offsets) if meet(each, word)), None)
+        if (
+            first is not None
+        ):  # words that the tokenizer drops, such as control characters, are no part of an entity's ends
+            if first in places:
+                raise BadRow("two words share a token of this tokenizer")
+            places.append(first)
+            units.append(word)
+    return labels, Example(row, gold, places, units, split)
+
+
+def meet(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Whether two places have a character in common."""
+    return max(first[0], second[0]) < min(first[1], second[1])
+
+
+def decode(labels: Sequence[str], units: Sequence[tuple[int, int]], scheme: str) -> list[Span]:
+    """The spans that predicted labels mark, read as seqeval reads them: an I- after none of its type begins an entity."""
+    if scheme == WORDS:
+        return [(start, end, label) for (start, end), label in zip(units, labels, strict=True)]
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    return [(units[first][0], units[last][1], name) for name, first, last in get_entities(list(labels))]
+
+
+def tokenize_tagged(
+    rows: Sequence[Tagged], tokenizer: PreTrainedTokenizerBase, tag_set: TagSet, *, max_length: int, on_bad_row: str
+) -> tuple[Dataset, list[Example], dict[str, Any]]:
+    """`input_ids`, `labels` (-100 for none), `weight` (tokens with a label) and `row`, the examples by `row`, and the bad rows.
+
+    Raises:
+        UserError: there are bad rows and `on_bad_row` is "error"; no row is left.
+    """
+    bad = BadRows()
+    limit = min(max_length, tokenizer.model_max_length)
+    name = "`max_length`" if limit == max_length else "the tokenizer's model_max_length"
+    ids_of = {label: index for index, label in enumerate(tag_set.labels)} | {"": IGNORE_INDEX}
+    examples: list[Example] = []
+
+    def records() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            with bad.catch(row.where):
+                ids, offsets = encode_offsets(tokenizer, row.text)
+                if len(ids) > limit:
+                    raise BadRow(f"longer than {limit} tokens ({name})")
+                labels, example = align(row, tag_set.spans_of(row), offsets, tag_set.scheme)
+                if not example.places:
+                    raise BadRow("no token has a label: the tokenizer drops all characters")
+                examples.append(example)
+                yield {
+                    "input_ids": ids,
+                    "labels": [ids_of[label] for label in labels],
+                    "weight": sum(label != "" for label in labels),
+                    "row": len(examples) - 1,
+                }
+
+    features = {"input_ids": List(Value("int32")), "labels": List(Value("int64"))}
+    dataset = in_memory(records(), features | {"weight": Value("int32"), "row": Value("int64")})
+    report = bad.raise_or_report(on_bad_row)
+    if not dataset:
+        raise UserError(
+            f"none of {len(rows)} rows can be used ({bad.summary()}); give other rows, or change these limits."
+        )
+    return dataset, examples, report
+
+
+def describe_split(examples: Sequence[Example]) -> str | None:
+    """How many gold spans cannot be predicted exactly; None if all can."""
+    split, total = sum(each.split for each in examples), sum(len(each.gold) for each in examples)
+    if not split:
+        return None
+    return (
+        f"{split} of {total} labeled spans begin or end inside a token, so that the whole token has their label, and none of them "
+        "can be predicted exactly"
+    )
