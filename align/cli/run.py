@@ -28,6 +28,7 @@ from align.runs import lock
 from align.runs.command_line import USER_ERROR
 from align.runs.manifest import is_finished, read_manifest
 from align.runs.output_folder import clear_finished
+from align.runs.results import report_cards
 from align.runs.tables import cell, make_console, make_table
 from align.terminal import say
 
@@ -143,8 +144,8 @@ def closing_tables(manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[Tabl
         results = manifest.get("results", {})
         for measure, before, after in results.get("table", []):
             measures.add_row(name, cell(measure), cell(before), cell(after))
-        if isinstance(card := results.get("card"), dict):
-            measures.add_row(name, "report card (card/card.md)", "", cell(card.get("summary")))
+        for path, card in report_cards(results).items():
+            measures.add_row(name, f"report card ({path})", "", cell(card.get("summary")))
         if samples := results.get("samples"):
             examples.append(make_table(f"Responses ({name})", *samples[0]))
             for sample in samples[:3]:

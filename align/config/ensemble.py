@@ -15,6 +15,7 @@ from align.errors import UserError
 
 NUMBERED = re.compile(r"member_([1-9][0-9]{0,8})", re.ASCII)
 MEMBER = "member_"  # and a number from 1: a member's folder in the `output_dir` of a reward stage with `ensemble_size`
+JUDGE = "judge"  # the judge's folder there, with `train_judge`
 
 
 def reward_model_path() -> Any:

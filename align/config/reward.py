@@ -53,6 +53,12 @@ class RewardRecipe(TrainerRecipe):
         "They share the rows, of which `seed` decides which are held out.",
         Range("from 1 to 100", lambda value: 1 <= value <= 100),
     )
+    train_judge: bool = key(
+        False,
+        "Split the training pairs in two halves that share no prompt, and train the reward model on one and, with the next "
+        "seed, a judge on the other, in `output_dir`/judge: a reward that PPO never trains on, for `judge_reward_model_path`. "
+        "The halves are the same for every seed.",
+    )
     eval_reward_funcs: list[str] = key(
         [],
         "`module:function` rewards that are the ground truth; their accuracy on the evaluation pairs is the ceiling.",
@@ -67,10 +73,9 @@ def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
         UserError: names the first broken rule.
     """
     check_trainer_rules(recipe, where, METRICS)
-    if recipe.seed + recipe.ensemble_size - 1 > SEED.largest:
-        raise UserError(
-            f"{where('seed')}: with ensemble_size: {recipe.ensemble_size}, the last member's would be too large"
-        )
+    models = recipe.ensemble_size + recipe.train_judge
+    if recipe.seed + models - 1 > SEED.largest:
+        raise UserError(f"{where('seed')}: of {models} models, the last one's would be too large")
     for name in ("train_dataset", "eval_dataset"):
         for index, source in enumerate(getattr(recipe, name)):
             if source.templates:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os.path
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
@@ -19,7 +19,7 @@ from align.data.formats import read_row
 from align.data.mixture import repeat_rows, seeded_sample, task_counts, times_used
 from align.data.rows import BadRows, Row
 from align.data.sources import MAX_ROW, files_of, read_source
-from align.data.split import EmptySplit, NoHeldOutRows, is_held_out, prompts_of, without_prompts
+from align.data.split import EmptySplit, NoHeldOutRows, is_for_judge, is_held_out, prompts_of, without_prompts
 from align.data.templates import TASK, TEMPLATE, SourceTemplates, task_name
 from align.errors import BadRow, UserError
 
@@ -67,6 +67,23 @@ def load_rows(settings: DataSettings, row_type: type, key: str = "train_dataset"
         UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a split
             is empty (`NoHeldOutRows` if `eval_fraction` left the evaluation split empty).
     """
+    return _load_parts(settings, row_type, key, [lambda row: True])[0]
+
+
+def load_halves(settings: DataSettings, row_type: type) -> tuple[Rows, Rows]:
+    """`load_rows` for a reward model and its judge (`train_judge`): each has half of the training rows, by prompt, and both the
+    same evaluation rows.
+
+    Raises:
+        UserError: as for `load_rows`, or a half is empty.
+    """
+    halves = [lambda row: not is_for_judge(row), is_for_judge]
+    reward, judge = _load_parts(settings, row_type, "train_dataset", halves)
+    return reward, judge
+
+
+def _load_parts(settings: DataSettings, row_type: type, key: str, parts: Sequence[Callable[[Row], bool]]) -> list[Rows]:
+    """The rows for each of `parts`, which says of a training row whether it takes it. The data is read once."""
     if any(source.weight != 1 for source in settings.eval_dataset):
         raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
     bad = BadRows()
@@ -78,32 +95,40 @@ def load_rows(settings: DataSettings, row_type: type, key: str = "train_dataset"
     training, evaluation, dropped = _split(
         [rows for rows, _ in loaded], list(chain.from_iterable(rows for rows, _ in loaded_eval)), settings
     )
-    used = _mix(training, settings)
-    train = list(chain.from_iterable(used))
     if settings.max_eval_rows is not None:
         evaluation = seeded_sample(evaluation, settings.max_eval_rows, f"{settings.seed} evaluation")
-    report = {
-        "sources": [
-            *(
-                {**description, "used_for": "training", "train_rows": len(rows)}
-                for (_, description), rows in zip(loaded, used, strict=True)
-            ),
-            *({**description, "used_for": "evaluation"} for _, description in loaded_eval),
-        ],
-        "train_rows": len(train),
-        "evaluation_rows": len(evaluation),
-        "tasks": task_counts(train, evaluation),
-        "train_rows_dropped_as_evaluated": dropped,
-        "bad_rows": bad_rows,
-        "duplicates": find_duplicates(train, evaluation),
-        "fingerprints": {"train": _fingerprint(train), "evaluation": _fingerprint(evaluation)},
-    }
-    try:
-        _check_not_empty(train, evaluation, dropped, bad, settings)
-    except EmptySplit as error:
-        error.report = report if key == "train_dataset" else None
-        raise
-    return Rows(train, evaluation, report)
+    found = []
+    for takes in parts:
+        used = _mix([list(filter(takes, rows)) for rows in training], settings)
+        train = list(chain.from_iterable(used))
+        report = {
+            "sources": [
+                *(
+                    {**description, "used_for": "training", "train_rows": len(rows)}
+                    for (_, description), rows in zip(loaded, used, strict=True)
+                ),
+                *({**description, "used_for": "evaluation"} for _, description in loaded_eval),
+            ],
+            "train_rows": len(train),
+            "evaluation_rows": len(evaluation),
+            "tasks": task_counts(train, evaluation),
+            "train_rows_dropped_as_evaluated": dropped,
+            "bad_rows": bad_rows,
+            "duplicates": find_duplicates(train, evaluation),
+            "fingerprints": {"train": _fingerprint(train), "evaluation": _fingerprint(evaluation)},
+        }
+        try:
+            if len(parts) > 1 and not train and any(training):
+                raise EmptySplit(
+                    f"train_judge: all {sum(map(len, training))} training pairs are in one half (each is drawn by its prompt), and "
+                    "none is left for the other model; add pairs of other prompts, or leave the key out."
+                )
+            _check_not_empty(train, evaluation, dropped, bad, settings)
+        except EmptySplit as error:
+            error.report = report if key == "train_dataset" else None
+            raise
+        found.append(Rows(train, evaluation, report))
+    return found
 
 
 def _fingerprint(rows: Sequence[Row]) -> str:

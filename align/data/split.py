@@ -1,4 +1,4 @@
-"""The split into training and evaluation rows: by a hash of the prompt, so that no prompt is in both."""
+"""Splits by a hash of the prompt, so that no prompt is on both sides: training and evaluation rows, a reward's and its judge's."""
 
 from __future__ import annotations
 
@@ -29,10 +29,20 @@ class NoHeldOutRows(EmptySplit):
 
 def is_held_out(row: Row, eval_fraction: float, seed: int) -> bool:
     """Whether the row is for evaluation. Depends on its opening and the seed alone, not on the other rows."""
+    return _place(row, seed) < eval_fraction * 2**64
+
+
+def is_for_judge(row: Row) -> bool:
+    """Whether a training row is in the judge's half, which is the same for every seed."""
+    return _place(row, "judge") < 2**63
+
+
+def _place(row: Row, salt: int | str) -> int:
+    """A number below 2**64 that depends on the opening of the row (a dialogue up to its first user turn) and `salt` alone."""
     turns = _prompt_turns(row)
     opening = turns[: 1 + [role for role, _ in turns].index("user")]
-    digest = hashlib.sha256(json.dumps([seed, opening]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") < eval_fraction * 2**64
+    digest = hashlib.sha256(json.dumps([salt, opening]).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def prompts_of(rows: Sequence[Row]) -> set[str]:

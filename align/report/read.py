@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.best_of_n.results import RESULTS_RECORD as BEST_OF_N
-from align.config.ensemble import NUMBERED, ensemble_members
+from align.config.ensemble import JUDGE, NUMBERED, ensemble_members
 from align.config.json_file import parse_json, read_file, read_json
 from align.config.stages import STAGES
 from align.errors import BadFile, UserError
@@ -57,9 +57,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name; of a member of an ensemble with that of the folder that holds it."""
+        """The folder's name; of a member of an ensemble, or a judge, with that of the run that holds it."""
         folder = self.folder.resolve()
-        return f"{folder.parent.name}/{folder.name}" if NUMBERED.fullmatch(folder.name) else folder.name
+        inside = NUMBERED.fullmatch(folder.name) or (folder.name == JUDGE and is_run(folder.parent))
+        return f"{folder.parent.name}/{folder.name}" if inside else folder.name
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -75,9 +76,9 @@ class Run:
 
     @property
     def table(self) -> list[list[Any]]:
-        """The closing table: rows of measure, before, after. That of an ensemble is its members', which are runs too."""
+        """The closing table: rows of measure, before, after. Those of members and of a judge are left to these, which are runs too."""
         found: list[list[Any]] = [] if "members" in self.results else self.results.get("table", [])
-        return found
+        return [row for row in found if "judge" not in self.results or not str(row[0]).endswith(f"({JUDGE})")]
 
     @property
     def verdict(self) -> list[str]:
@@ -148,8 +149,8 @@ def is_run(folder: Path) -> bool:
 
 
 def with_members(folders: Sequence[Path]) -> list[Path]:
-    """Output folders, after each of an ensemble those of its members."""
-    found = [(folder, *(Path(each) for each in ensemble_members(str(folder)))) for folder in folders]
+    """Output folders, after each those of the members of its ensemble and of its judge."""
+    found = [(folder, *map(Path, ensemble_members(str(folder))), folder / JUDGE) for folder in folders]
     return list(dict.fromkeys(each for folder, *inner in found for each in (folder, *filter(is_run, inner))))
 
 

@@ -26,15 +26,19 @@ ANSWER = "d"
 def reward_card(recipe: RewardRecipe, inputs: RewardInputs) -> str:
     """Markdown without the results, which every stage adds."""
     card = CARD if type(inputs.config) in SequenceClassifier.mapping else CARD_OF_LINEAR_HEAD
-    return card.format(
-        folder=python_text(recipe.output_dir),
-        base=markdown_text(recipe.model_name_or_path),
-        ids=ENCODER_IDS if inputs.is_encoder else decoder_ids(recipe.output_dir, inputs.tokenizer),
-        pad=code_span(str(inputs.tokenizer.pad_token)),
-        centred_on=f"responses of {markdown_text(inputs.sft.path)}"
-        if inputs.sft
-        else "chosen responses of the training rows",
-    ) + ("" if scores_reasoning(inputs.tokenizer) else ANSWER_ALONE)
+    return (
+        card.format(
+            folder=python_text(recipe.output_dir),
+            base=markdown_text(recipe.model_name_or_path),
+            ids=ENCODER_IDS if inputs.is_encoder else decoder_ids(recipe.output_dir, inputs.tokenizer),
+            pad=code_span(str(inputs.tokenizer.pad_token)),
+            centred_on=f"responses of {markdown_text(inputs.sft.path)}"
+            if inputs.sft
+            else "chosen responses of the training rows",
+        )
+        + ("" if scores_reasoning(inputs.tokenizer) else ANSWER_ALONE)
+        + (OF_HALVES if recipe.train_judge else "")
+    )
 
 
 def decoder_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -110,6 +114,7 @@ score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
 `config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Batches need an attention mask.
 """
 )
+OF_HALVES = "The pairs were split by prompt in two halves: one trained the reward model, the other its judge in the folder `judge`.\n"
 ANSWER_ALONE = "Of a response with reasoning, only the answer behind it is scored.\n"
 ENCODER_IDS = 'ids = tokenizer(prompt, response)["input_ids"]  # texts'
 TEXT_IDS = """ids = tokenizer(prompt + response)["input_ids"]  # texts

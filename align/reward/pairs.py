@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -11,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from align.config.reward import RewardRecipe
-from align.data.load import DataSettings, Rows, load_rows
+from align.data.load import DataSettings, Rows, load_halves, load_rows
 from align.data.rows import Preference
 from align.data.tokenize import check_margins, tokenize_preferences
 from align.errors import UserError
@@ -40,14 +41,14 @@ class Pairs:
     skipped: dict[str, Any]
 
 
-def load_pairs(recipe: RewardRecipe, inputs: RewardInputs) -> Pairs:
-    """Load, check, split and tokenize the pairs.
+def load_pairs(recipe: RewardRecipe, inputs: RewardInputs) -> tuple[Pairs, Pairs | None]:
+    """Load, check, split and tokenize the pairs: those of the reward model, and with `train_judge` those of its judge.
 
     Raises:
         UserError: rows that cannot be used.
     """
-    rows = load_rows(DataSettings.from_recipe(recipe), Preference)
-    check_margins((rows.train, rows.evaluation), recipe.on_bad_row)
+    parts = load_preferences(recipe)
+    check_margins((*(rows.train for rows in parts), parts[0].evaluation), recipe.on_bad_row)
     tokenize = partial(
         tokenize_preferences,
         tokenizer=inputs.tokenizer,
@@ -55,16 +56,36 @@ def load_pairs(recipe: RewardRecipe, inputs: RewardInputs) -> Pairs:
         on_bad_row=recipe.on_bad_row,
         is_encoder=inputs.is_encoder,
     )
+    trained: list[list[Preference]] = [[] for _ in parts]
+    train_rows = [tokenize(rows.train, kept=kept) for rows, kept in zip(parts, trained, strict=True)]
+    for pairs, _ in train_rows:
+        check_rows_fit(chain(pairs["chosen_ids"], pairs["rejected_ids"]), inputs.config)
     skipped = {}
-    trained: list[Preference] = []
     held_out: list[Preference] = []
-    train_rows, skipped["train"] = tokenize(rows.train, kept=trained)
-    check_rows_fit(chain(train_rows["chosen_ids"], train_rows["rejected_ids"]), inputs.config)
     eval_rows = margins = None
-    if rows.evaluation:
-        eval_rows, skipped["evaluation"] = tokenize(rows.evaluation, kept=held_out)
+    if parts[0].evaluation:
+        eval_rows, skipped["evaluation"] = tokenize(parts[0].evaluation, kept=held_out)
         check_rows_fit(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
         if "tie" in eval_rows.column_names and all(eval_rows["tie"][:]):
             raise UserError("every pair that is held out is a tie; add pairs of which one response is better.")
         margins = true_margins(inputs, held_out)
-    return Pairs(rows, train_rows, eval_rows, trained, held_out, margins, skipped)
+    reward, *judge = (
+        Pairs(rows, pairs, eval_rows, kept, held_out, margins, {"train": bad, **skipped})
+        for rows, (pairs, bad), kept in zip(parts, train_rows, trained, strict=True)
+    )
+    return reward, judge[0] if judge else None
+
+
+def load_preferences(recipe: RewardRecipe) -> Sequence[Rows]:
+    """The rows of the reward model, and with `train_judge` those of its judge.
+
+    Raises:
+        UserError: rows that cannot be used.
+    """
+    settings = DataSettings.from_recipe(recipe)
+    return load_halves(settings, Preference) if recipe.train_judge else [load_rows(settings, Preference)]
+
+
+def describe_halves(reward: Rows, judge: Rows) -> str:
+    """A line on the pairs of the two models."""
+    return f"train_judge: {len(reward.train)} pairs train the reward model and {len(judge.train)} its judge; no prompt is in both"

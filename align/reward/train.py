@@ -47,7 +47,7 @@ from align.reward.evaluation import (
     score_pairs,
 )
 from align.reward.inputs import RewardInputs, check_reward_inputs
-from align.reward.members import train_members
+from align.reward.members import train_judge, train_members, with_judge
 from align.reward.model_card import reward_card
 from align.reward.normalization import chosen_responses, normalization_prompts, normalize_scores, sft_responses
 from align.reward.pairs import Pairs, load_pairs
@@ -75,21 +75,36 @@ def run(recipe: RewardRecipe) -> RewardResult:
     world = connect(uses_deepspeed(recipe), recipe.reward_timeout)
     plan = batch_plan(recipe, world.size)
     inputs = check_reward_inputs(recipe)
-    pairs = load_pairs(recipe, inputs)
+    pairs, of_judge = load_pairs(recipe, inputs)
     world.check_rows(len(pairs.train))
+    train_one = partial(train_model, world=world, plan=plan)
+    judge = None
+    if of_judge is not None:
+        world.check_rows(len(of_judge.train))
+        judge = train_judge(recipe, inputs, pairs, of_judge, world, train_one)
     if recipe.ensemble_size > 1:
-        results = train_members(recipe, inputs, pairs, world, partial(train_model, world=world, plan=plan))
+        results = train_members(recipe, inputs, pairs, world, train_one, judge)
     else:
-        results = train_model(recipe, inputs, pairs, world=world, plan=plan)
+        results = train_one(recipe, inputs, pairs, judge=judge)
     world.barrier()
     disconnect()
     return RewardResult.from_json(recipe.output_dir, results)
 
 
 def train_model(
-    recipe: RewardRecipe, inputs: RewardInputs, pairs: Pairs, *, world: World, plan: BatchPlan
+    recipe: RewardRecipe,
+    inputs: RewardInputs,
+    pairs: Pairs,
+    *,
+    world: World,
+    plan: BatchPlan,
+    judge: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train one reward model into `output_dir`, and close the stage there; returns the results."""
+    """Train one reward model into `output_dir`, and close the stage there; returns the results.
+
+    Args:
+        judge: results of the judge that was trained beside it.
+    """
     train_rows, eval_rows = pairs.train, pairs.evaluation
     prompts = normalization_prompts(
         inputs,
@@ -143,6 +158,7 @@ def train_model(
             results["card"] = manifest_entry(judged[0])
         mean, std = normalize_scores(reward, world, normalization_rows(recipe, inputs, world, prompts, train_rows))
         check = score_check(reward, world, eval_rows or train_rows)
+        results = with_judge(results, judge)
         if world.is_main:
             config = Path(recipe.output_dir) / "config.json"
             scale = {"score_mean": mean, "score_std": std}

@@ -28,7 +28,7 @@ run.json stage.json metrics.jsonl samples.jsonl wandb_run.json wandb README.md l
 untrained best value ema adapter bad_batches .untrained.partial .model.partial .best.partial .value.partial .ema.partial
 model*.safetensors* adapter_* config.json generation_config.json tokenizer*.json chat_template.jinja
 parts predictions.jsonl results.md results.json
-member_* card card.md confident_errors.jsonl reliability.svg margins.svg .card.partial
+member_* judge card card.md confident_errors.jsonl reliability.svg margins.svg .card.partial
 best.jsonl random.jsonl pairs.jsonl responses.jsonl frontier.svg vllm_weights
 """  # names that runs write
 

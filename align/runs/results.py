@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from align.config.ensemble import JUDGE, MEMBER
 from align.errors import UserError
 from align.runs.files import finite
 
@@ -67,6 +68,8 @@ class RewardResult(StageResult):
     )
     # Of the held-out pairs: accuracy, low, high and n of each, where there are several.
     by_source: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    members: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # results of each, with `ensemble_size`
+    judge: dict[str, Any] | None = None  # results of the judge, with `train_judge`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,3 +217,15 @@ class BestOfNResult:
         results = finite(results)
         names = [each.name for each in dataclasses.fields(cls) if each.name != "output_dir"]
         return cls(output_dir=output_dir, **{name: results[name] for name in names})
+
+
+def report_cards(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The report cards in the results of a reward stage, those of its members and judge among them, by file."""
+    members = results.get("members")
+    found = {"": results, f"{JUDGE}/": results.get("judge")}
+    found |= {f"{MEMBER}{n}/": each for n, each in enumerate(members if isinstance(members, list) else [], start=1)}
+    return {
+        f"{at}card/card.md": each["card"]
+        for at, each in found.items()
+        if isinstance(each, Mapping) and isinstance(each.get("card"), Mapping)
+    }

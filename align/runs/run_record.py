@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from align.config.base import StageRecipe
+from align.config.ensemble import JUDGE
 from align.config.evaluate import EvaluateRecipe
 from align.config.paths import dataset_keys
 from align.config.recipe import Recipe
@@ -111,7 +112,7 @@ def required_run(recipe: StageRecipe) -> dict[str, Any] | None:
             ) from None
     found = identity(recipe)
     if int(os.environ.get("RANK", "0")) == 0:
-        mine = [*checkpoints, METRICS, SAMPLES, "untrained", *_best_files(folder)]
+        mine = [*checkpoints, METRICS, SAMPLES, "untrained", JUDGE, *_best_files(folder)]
         accepted = [
             {"at": checkpoints[-1] if checkpoints else "the beginning", "changes": [f"{RUN} was lost or damaged"]}
         ]

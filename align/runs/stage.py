@@ -37,6 +37,7 @@ from align.runs.manifest import read_manifest, write_manifest
 from align.runs.markdown import markdown_text
 from align.runs.output_folder import share
 from align.runs.own_files import delete, new_folder, own
+from align.runs.results import report_cards
 from align.runs.run_record import check_rows, record_run
 from align.runs.tables import cell, markdown_table
 from align.terminal import say
@@ -227,7 +228,6 @@ def closing_lines(results: Mapping[str, Any]) -> list[str]:
         f"{measure}: {f'{cell(before)} before, ' if before is not None else ''}{cell(after) or 'undefined'} after training"
         for measure, before, after in results["table"]
     ]
-    if isinstance(card := results.get("card"), Mapping):
-        lines.append(f"report card: {card['summary']}, in card/card.md")
+    lines += [f"report card: {card.get('summary')}, in {path}" for path, card in report_cards(results).items()]
     evaluated = "" if results["table"] else "; nothing was evaluated"
     return [*lines, f"finished, with its results in README.md{evaluated}"]

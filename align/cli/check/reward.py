@@ -15,6 +15,7 @@ from align.data.load import Rows
 from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
 from align.reward.inputs import check_reward_inputs
+from align.reward.pairs import describe_halves, load_preferences
 from reward_models.heads import score_head
 from reward_models.linear_head import SequenceClassifier
 
@@ -29,6 +30,10 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
     num_labels = 1
     sequences_per_row = 2
     has_logits = False
+
+    def load(self, recipe: RewardRecipe) -> tuple[Rows, list[str]]:
+        rows, *judge = load_preferences(recipe)
+        return rows, [describe_halves(rows, each) for each in judge]
 
     def start(self, recipe: RewardRecipe, rows: Rows | None, folder: Path) -> Start:
         reward = check_reward_inputs(recipe)

@@ -15,7 +15,7 @@ from align.cli.check.memory import Footprint, activations_line, count_parameters
 from align.cli.check.sample_rows import Sample, Start, evaluation_line, sample_lines
 from align.cli.steps import processes
 from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
-from align.config.ensemble import MEMBER
+from align.config.ensemble import JUDGE, MEMBER
 from align.config.functions import resolve_function
 from align.config.schedule import check_decay_steps
 from align.data.duplicates import describe_duplicates
@@ -159,7 +159,8 @@ class TrainingCheck(Generic[R]):
         tokenizer = tokenizer_digest(start.tokenizer)
         manifest = {"stage": recipe.stage, "recipe": {}, "inputs": {}, "tokenizer": tokenizer, "results": {}}
         several = getattr(recipe, "ensemble_size", 1)
-        for name in [f"{MEMBER}{number}" for number in range(1, several + 1)] if several > 1 else [""]:
+        names = [f"{MEMBER}{number}" for number in range(1, several + 1)] if several > 1 else [""]
+        for name in [*names, *[JUDGE] * getattr(recipe, "train_judge", False)]:
             folder = context.folder / name
             model.config.save_pretrained(folder)
             start.tokenizer.save_pretrained(folder)
