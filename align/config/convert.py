@@ -90,6 +90,11 @@ def convert(value: Any, annotation: Any, where: str) -> Any:
         for each in others:  # `bool | float | str`: the first that it is
             with contextlib.suppress(UserError):
                 return convert(value, each, where)
+        if get_origin(annotation) is dict and others and not isinstance(value, dict):
+            words = [word for each in others for word in get_args(each)]
+            raise UserError(
+                f"{where}: expected {', '.join(words)} or a mapping, got {shown(value)}{nearest(str(value), words)}"
+            )
         if isinstance(value, str) and value.lower() == "none" and get_origin(annotation) is not Literal:
             raise UserError(f"{where}: expected {type_name(annotation)}, got {value!r}; for nothing, write null.")
         return convert(value, annotation, where)

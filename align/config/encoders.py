@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from align.config.base import TrainerRecipe, check_trainer_rules
 from align.config.keys import ABOVE_0, ABOVE_0_BELOW_1, MAX_LENGTH, Where, key, required
+from align.errors import UserError
 
 ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
-MACRO_F1 = ("macro_f1", "macro_f1_low", "macro_f1_high")
+MACRO = ("macro_f1", "macro_f1_low", "macro_f1_high", "macro_precision", "macro_recall")
 CLASSIFY_METRICS = {  # of an evaluation, beside the loss
-    "single_label_classification": (*ACCURACY, *MACRO_F1),
+    "single_label_classification": (*ACCURACY, *MACRO),
     "multi_label_classification": (*ACCURACY, "micro_f1", "macro_f1"),
     "regression": ("mse", "pearson"),
 }
@@ -30,6 +31,14 @@ class ClassifyRecipe(TrainerRecipe):
         "regression.",
     )
     max_length: int = key(512, "Maximum tokens of a row; longer rows are bad rows.", MAX_LENGTH)
+    class_weights: Literal["balanced"] | dict[Any, float] | None = key(
+        None,
+        "Weight of the loss of each label, whose mean is divided by the sum of the weights: a mapping of labels to numbers, or "
+        "balanced, rows / (labels * rows of the label). For single labels; evaluation is not weighted.",
+    )
+    balanced_sampling: bool = key(
+        False, "Draw all labels equally often, so that the rows of rare ones repeat within an epoch. For single labels."
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +71,19 @@ def check_classify_rules(recipe: ClassifyRecipe, where: Where) -> None:
     kinds = [recipe.problem_type] if recipe.problem_type else list(CLASSIFY_METRICS)
     names = dict.fromkeys(name for kind in kinds for name in CLASSIFY_METRICS[kind])
     check_trainer_rules(recipe, where, ("loss", *names))
+    if recipe.class_weights == {}:
+        raise UserError(
+            f"{where('class_weights')}: expected balanced or a mapping of labels to numbers, got an empty one"
+        )
+    for label, weight in recipe.class_weights.items() if isinstance(recipe.class_weights, dict) else ():
+        if not ABOVE_0.holds(weight):
+            raise UserError(f"{where('class_weights')}.{label}: expected a number above 0, got {weight:g}")
+    if recipe.balanced_sampling and recipe.class_weights == "balanced":
+        raise UserError(f"{where('class_weights')}: balanced_sampling evens out the labels already; keep one of them")
+    if recipe.balanced_sampling and recipe.train_sampling_strategy == "group_by_length":
+        raise UserError(
+            f"{where('train_sampling_strategy')}: balanced_sampling has an order of its own; leave group_by_length out"
+        )
 
 
 def check_mlm_rules(recipe: MLMRecipe, where: Where) -> None:

@@ -66,6 +66,9 @@ ANY_STAGE = {
 }
 OF_STAGE = {
     "classify": {
+        "class_weight": "called class_weights here",
+        "pos_weight": "called class_weights here, for rows with one label each",
+        "focal_loss": "not supported: it was measured and did not help, see docs/fine-tuning.md",
         "num_labels": "derived from the labels of the training rows",
         "id2label": "derived: text labels get ids in alphabetical order; whole numbers are ids",
         "label2id": "derived: text labels get ids in alphabetical order; whole numbers are ids",

@@ -23,6 +23,8 @@ METRIC_NAMES = {
     "macro_f1": "macro F1",
     "macro_f1_low": "macro F1, 95% interval from",
     "macro_f1_high": "macro F1, 95% interval to",
+    "macro_precision": "macro precision",
+    "macro_recall": "macro recall",
     "mse": "mean squared error",
     "pearson": "Pearson correlation",
 }

@@ -4,13 +4,15 @@
     deepspeed --num_gpus 8 --module align classify recipe.yaml
 
 Rows are {text, label} or {text, text_pair, label}. An encoder (BERT-like) or a decoder gets a classification head. The
-loss of an optimizer step is the mean over its rows, of all microbatches and ranks. A regression on prompts (`text`) and
+loss of an optimizer step is the mean over its rows, of all microbatches and ranks, weighted by `class_weights`. A regression on prompts (`text`) and
 responses (`text_pair`) is a reward model that PPO can use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from align.data.rows import Labelled
 from align.encoders import label_metrics
 from align.encoders.classifier_report import constant_answer, evaluation_results, model_card
 from align.encoders.counted import CountedEvaluation, last_counts
+from align.encoders.imbalance import BalancedSampler, check_imbalance, class_weights
 from align.encoders.inputs import HeadInputs, check_head_inputs
 from align.encoders.label_metrics import LABEL_COLUMNS
 from align.encoders.labels import REGRESSION, SHOWN, LabelSet, find_labels
@@ -61,6 +64,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
     inputs = check_classifier_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Labelled)
     label_set = find_labels(rows.train, rows.evaluation, recipe.problem_type)
+    check_imbalance(recipe, label_set)
     tokenize = partial(
         tokenize_labelled,
         tokenizer=inputs.tokenizer,
@@ -74,6 +78,10 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
     check_rows_fit(train_rows["input_ids"], inputs.config)
     world.check_rows(len(train_rows))
     padded = pad_to_batches(train_rows, plan.batch_size)
+    weights = class_weights(recipe.class_weights, label_set, train_rows["labels"][:])
+    sampler = None
+    if recipe.balanced_sampling:
+        sampler = BalancedSampler(train_rows["labels"][:], len(padded), recipe.seed)
     eval_rows = baseline = None
     if rows.evaluation:
         eval_rows, skipped["evaluation"] = tokenize(rows.evaluation)
@@ -93,6 +101,9 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
     with Tracker(recipe, "classify", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         tracker.say(f"{label_set.problem_type}: {label_set.describe()}")
+        if weights is not None:
+            shown = (f"{name} {weight:.4g}" for name, weight in zip(label_set.names, weights, strict=True))
+            tracker.say(f"class_weights: {', '.join(islice(shown, SHOWN))}{', ...' * (len(weights) > SHOWN)}")
         arguments = row_training_arguments(
             training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
         )
@@ -111,6 +122,8 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
             model = get_peft_model(model, adapter)
         trainer = LabelTrainer(
             label_set,
+            weights,
+            sampler,
             model=model,
             args=arguments,
             train_dataset=padded,
@@ -140,7 +153,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
             )
             if per_label:
                 card += f"\n## Labels\n\n{markdown_table(LABEL_COLUMNS, per_label)}"
-            problem = {"problem_type": label_set.problem_type, "labels": label_set.names}
+            problem = {"problem_type": label_set.problem_type, "labels": label_set.names, "class_weights": weights}
             finish(recipe, inputs.tokenizer, data, results, card, **problem)
     world.barrier()
     disconnect()
@@ -178,16 +191,30 @@ def write_classifier(
 class LabelTrainer(CountedEvaluation):
     """Trainer with the loss and the metrics of a label set, exact over all rows and ranks."""
 
-    def __init__(self, label_set: LabelSet, **kwargs: Any):
+    def __init__(
+        self, label_set: LabelSet, class_weights: list[float] | None, sampler: BalancedSampler | None, **kwargs: Any
+    ):
         super().__init__(**kwargs)
-        self.label_set = label_set
+        self.label_set, self.sampler = label_set, sampler
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
         self.accuracy = "mse" if label_set.problem_type == REGRESSION else "accuracy"
 
     def loss_and_correct(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        losses = label_metrics.losses(self.label_set, logits, labels) * weight
         if not self.model.training:
             self.counts = self.counts + label_metrics.counts(self.label_set, logits, labels, weight)
-        total = (label_metrics.losses(self.label_set, logits, labels) * weight).sum()
-        return total, (label_metrics.correct(self.label_set, logits, labels) * weight).sum()
+        elif self.class_weights is not None:
+            losses = losses * self.class_weights[labels]
+        return losses.sum(), (label_metrics.correct(self.label_set, logits, labels) * weight).sum()
+
+    def loss_items(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Rows, or the sum of their labels' weights."""
+        if self.class_weights is None:
+            return super().loss_items(batch)
+        return (self.class_weights.to(batch["weight"].device)[batch["labels"]] * batch["weight"]).sum()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.sampler or super()._get_train_sampler(train_dataset)
 
     def summarize(self, counts: Tensor, correct: float, items: float) -> dict[str, float]:
         return label_metrics.summarize(self.label_set, counts, correct, int(items))

@@ -72,7 +72,7 @@ def summarize(label_set: LabelSet, counts: Tensor, num_correct: float, rows: int
     """Metrics by name from the sums of `counts` and `correct` over `rows` rows.
 
     Macro F1 is the mean over labels of 2 TP / (2 TP + FN + FP), as in scikit-learn: a single label that is neither true
-    nor predicted anywhere is left out, one of several counts as 0. The correlation is 0 where one side is constant.
+    nor predicted anywhere is left out, one of several counts as 0; precision of a label that is never predicted is 0. The correlation is 0 where one side is constant.
     Accuracy has a Wilson interval, macro F1 of single labels a bootstrap interval, 95% each.
     """
     if label_set.problem_type == REGRESSION:
@@ -87,7 +87,11 @@ def summarize(label_set: LabelSet, counts: Tensor, num_correct: float, rows: int
     if label_set.problem_type == SINGLE:
         low, high = _macro_f1_interval(counts)
         macro_f1 = float(_macro_f1(hits, true, predicted))
-        return {**metrics, "macro_f1": macro_f1, "macro_f1_low": low, "macro_f1_high": high}
+        metrics |= {"macro_f1": macro_f1, "macro_f1_low": low, "macro_f1_high": high}
+        there = true + predicted > 0
+        for name, of in (("macro_precision", predicted), ("macro_recall", true)):
+            metrics[name] = float((hits / of.clamp(min=1))[there].mean())
+        return metrics
     micro_f1 = float(2 * hits.sum() / (true + predicted).sum().clamp(min=1))
     return {**metrics, "micro_f1": micro_f1, "macro_f1": float(_f1(hits, true, predicted).mean())}
 

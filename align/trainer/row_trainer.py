@@ -68,12 +68,16 @@ class RowTrainer(Trainer):
         logits: Tensor = output.logits
         return logits
 
+    def loss_items(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the sum of a microbatch's losses is divided by, together with that of the other microbatches and ranks."""
+        return batch["weight"].sum()
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
         """The microbatches of an optimizer step, and the items in them over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        items = torch.stack([batch["weight"].sum() for batch in batches]).sum().to(device)
+        items = torch.stack([self.loss_items(batch) for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(items, "sum")
 
     def compute_loss(
@@ -91,7 +95,7 @@ class RowTrainer(Trainer):
             items = weight.sum()
             self.sums += torch.stack([total, correct, weight.sum()]).double()
         # Gradients are averaged over processes.
-        loss = total * self.accelerator.num_processes / items.clamp(min=1)
+        loss = total * self.accelerator.num_processes / (items + (items == 0))
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -85,6 +85,7 @@ def test_arguments_of_optimizer_and_schedule(load):
     recipe = load("sft", {"optim": "rmsprop", "optim_args": {"centered": True, "eps": "1e-6"}, **schedule})
     assert recipe.optim_args == {"centered": True, "eps": 1e-6}  # YAML takes 1e-6 for text
     assert recipe.lr_scheduler_kwargs == {"min_lr": 1e-7, "num_cycles": 1.0}
+    assert load("classify", {"class_weights": {0: 1, True: "2e0"}}).class_weights == {"0": 1.0, "true": 2.0}
     assert load("sft", {"optim": "sgd"}, "--optim_args.momentum", "0.9").optim_args == {"momentum": 0.9}
 
 
@@ -378,6 +379,12 @@ def test_the_stage_of_a_recipe(tmp_path, load):
         ("sft", {"lr_scheduler_type": "warmup_stable_decay"}, "needs the length of its decay; write"),
         ("sft", {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 2, "decay_type": "sqrt"}}, "decay_type: expected one of linear, cosine, 1-sqrt, got"),
         ("ppo", {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 999}}, "num_decay_steps: expected at most 156, all updates of the run, got 999"),
+        ("classify", {"class_weights": "balance"}, "class_weights: expected balanced or a mapping, got \"balance\" (text); did you mean 'balanced'?"),
+        ("classify", {"class_weights": {"a": -1}}, "class_weights.a: expected a number above 0, got -1"),
+        ("classify", {"class_weights": {"a": "x"}}, "class_weights.a: expected a number"),
+        ("classify", {"class_weights": {}}, "class_weights: expected balanced or a mapping of labels to numbers, got an empty one"),
+        ("classify", {"class_weights": "balanced", "balanced_sampling": True}, "balanced_sampling evens out the labels already"),
+        ("classify", {"balanced_sampling": True, "train_sampling_strategy": "group_by_length"}, "balanced_sampling has an order of its own"),
         ("sft", {"optim": "sdg"}, "optim: expected one of adamw_torch_fused, adamw_torch,"),
         ("sft", {"optim": "sdg"}, "did you mean 'sgd'?"),
         ("reward", {"optim": "adam"}, "got 'adam'; for Adam or AdamW write adamw_torch"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from sklearn.metrics import accuracy_score, f1_score, recall_score
+from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import (
@@ -203,6 +203,9 @@ def test_evaluation_is_exact_and_has_a_baseline(tmp_path, batch, capsys):
         assert results.metrics[f"eval_loss{suffix}"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
         assert results.metrics[f"eval_accuracy{suffix}"] == pytest.approx(accuracy_score(true, said))
         assert results.metrics[f"eval_macro_f1{suffix}"] == pytest.approx(f1_score(true, said, average="macro"))
+        for name, score in (("precision", precision_score), ("recall", recall_score)):
+            expected = score(true, said, average="macro", zero_division=0)
+            assert results.metrics[f"eval_macro_{name}{suffix}"] == pytest.approx(expected)
     right = round(5 * results.metrics["eval_accuracy"])
     assert (results.metrics["eval_accuracy_low"], results.metrics["eval_accuracy_high"]) == pytest.approx(
         wilson_interval(right, 5)
@@ -262,6 +265,7 @@ def test_a_label_that_nobody_has_is_left_out_of_macro_f1():
     counts = label_metrics.counts(labels, logits, true, torch.ones(3))
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]
     measured = label_metrics.summarize(labels, counts, 2.0, 3)
+    assert (measured["macro_precision"], measured["macro_recall"]) == ((1 + 1 / 2) / 2, (1 / 2 + 1) / 2)
     assert measured["macro_f1"] == pytest.approx(2 / 3)
     assert measured["macro_f1"] == pytest.approx(f1_score([0, 0, 1], [0, 1, 1], average="macro"))
 
@@ -571,7 +575,17 @@ def test_a_finished_stage_is_a_plain_model_folder_and_is_not_trained_again(tmp_p
 
 
 def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
-    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=30, save_steps=3, eval_steps=6, max_grad_norm=1.0)
+    settings = recipe(
+        tmp_path,
+        eval_rows=HELD_OUT,
+        num_train_epochs=30,
+        save_steps=3,
+        eval_steps=6,
+        max_grad_norm=1.0,
+        balanced_sampling=True,  # stopped in mid-epoch
+        optim="adafactor",
+        adam_epsilon=1e-8,
+    )
     folder = Path(settings.output_dir)
     stop_after_checkpoint("classify", save_recipe(settings, tmp_path / "recipe.yaml"), folder)
     assert not (folder / MANIFEST).exists()

@@ -14,7 +14,8 @@ from align.config.encoders import ClassifyRecipe
 from align.data.load import Rows
 from align.data.rows import Labelled
 from align.encoders.classify import check_classifier_inputs
-from align.encoders.labels import find_labels
+from align.encoders.imbalance import check_imbalance, describe_imbalance
+from align.encoders.labels import SINGLE, find_labels
 from align.encoders.tokenize import tokenize_labelled
 from align.models.load import head_modules
 
@@ -31,8 +32,10 @@ class ClassifyCheck(TrainingCheck[ClassifyRecipe]):
             return None
         inputs = check_classifier_inputs(recipe)
         labels = find_labels(rows.train, rows.evaluation, recipe.problem_type)
+        check_imbalance(recipe, labels)
         inputs.config.num_labels = len(labels.names)
-        return Start(inputs.config, inputs.tokenizer, inputs.is_encoder, labels=labels)
+        notes = [describe_imbalance(labels)] if labels.problem_type == SINGLE else []
+        return Start(inputs.config, inputs.tokenizer, inputs.is_encoder, labels=labels, notes=notes)
 
     def sample(self, recipe: ClassifyRecipe, rows: Sequence[Labelled], start: Start) -> Sample:
         assert start.labels is not None
