@@ -20,6 +20,7 @@ from align.models.forward import response_logprobs
 from align.ppo.ppo_run import PPORun
 from align.ppo.replay import Replay
 from align.ppo.rollout import Rollout
+from align.ppo.self_checks import check_rollout
 from align.ppo.train import run
 from align.ppo.trajectory_balance import balance_steps, replay_minibatches
 from align.runs.checkpoint import read_state
@@ -166,6 +167,7 @@ class TestGradient:
         value.step = lambda _: (
             steps.append([p.grad.clone() for p in value.module.parameters()]) or value.discard() or 0.0
         )
+        assert check_rollout(run).values.any(), "self-checks compare them with those of training"
         rollout = first_rollout(run)
         prompts = [ids[mask] for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
         assert len({len(ids) for ids in prompts}) > 2
