@@ -21,6 +21,7 @@ class Panel:
     title: str  # of the horizontal axis, with its unit
     values: Sequence[float | str]
     curves: Mapping[str, Sequence[float]]  # values that are not positive are left out
+    labels: Sequence[float | str] = ()  # the values that the axis names; all by default
 
 
 def draw(panels: Sequence[Panel], unit: str, dashed: str) -> str:
@@ -67,7 +68,8 @@ def _panel(panel: Panel, unit: str, colours: Mapping[str, str], dashed: str) -> 
         parts.append(f'<path d="M{LEFT} {y(number):.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
         parts.append(_text(LEFT - 6, y(number) + 4, f"{number:g}", "end"))
     for value, place in zip(panel.values, places, strict=True):
-        parts.append(_text(x(place), HEIGHT - BOTTOM + 18, f"{value}", "middle"))
+        if not panel.labels or value in panel.labels:
+            parts.append(_text(x(place), HEIGHT - BOTTOM + 18, f"{value}", "middle"))
     for name, curve in panel.curves.items():
         points = [(x(place), y(number)) for place, number in zip(places, curve, strict=True) if number > 0]
         parts.append(_line(points, colours[name], name == dashed))

@@ -17,6 +17,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import episodes  # noqa: E402
 import panels  # noqa: E402
 import programs  # noqa: E402
+import quickstart_episodes  # noqa: E402
 import scaling  # noqa: E402
 import trainers  # noqa: E402
 from countdown import COUNTS, EOS, make_models, make_untrained, write_prompts, write_rows  # noqa: E402
@@ -300,3 +301,28 @@ def test_a_curve_over_episodes(monkeypatch, tmp_path, capsys):
     assert f"{scores['ppo'] + 0.01:.3f} {ends}" in capsys.readouterr().out
     root = ElementTree.fromstring(episodes.picture(episodes.read(lines)))
     assert "episodes, beta 0.5" in [text.text for text in root.findall(".//{*}g/{*}text")]
+
+
+def test_curves_of_the_quickstart(capsys):
+    """From the lines of `metrics.jsonl`: evaluations have no time, and count for no seconds."""
+
+    def run(seed: int, *rewards: float) -> dict:
+        names = quickstart_episodes.MEASURED.values()
+        rows = []
+        for update, reward in enumerate(rewards, 1):
+            rows += [{"step": update, "episode": 128.0 * update, "time/total": 2.0 + seed}]
+            rows += [{"step": update, **dict.fromkeys(names, 0.5), quickstart_episodes.TRUE: reward}]
+        curve = quickstart_episodes.curve_of(rows, 2.5)
+        return {"recipe": "PPO", "episodes": 256, "seed": seed, "curve": curve}
+
+    runs = [run(1, 3.0, 4.0), run(2, 5.0, 5.5)]
+    assert [(point["episode"], point["seconds"]) for point in runs[0]["curve"]] == [(0, 0), (128, 3.0), (256, 6.0)]
+    assert runs[0]["curve"][2]["true"] == 4.0
+    Console(width=140).print(quickstart_episodes.table_of(runs))
+    assert "| 256      | 256 | 7.00        | 4.75 | 4.00, 5.50 | 0.50 | 0.50" in capsys.readouterr().out
+    root = ElementTree.fromstring(quickstart_episodes.picture(runs))
+    circles = [[circle.get("cx") for circle in panel.findall("{*}circle")] for panel in root.findall(".//{*}g")]
+    assert [len(each) for each in circles] == [2, 2]
+    words = [text.text for text in root.findall(".//{*}g/{*}text")]
+    assert "CPU seconds" in words
+    assert "3.5" not in words, "only the labels are written"
