@@ -178,14 +178,14 @@ def save_tiny_pair_model(folder: Path, kind: str = "t5", seed: int = 0, **change
     model: Any
     if kind == "t5":
         heads = {"num_heads": 4, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 2}
-        config = T5Config(**ids, **{**sizes, **heads, "decoder_start_token_id": 0, **changes})
+        config = T5Config(**{**ids, **sizes, **heads, "decoder_start_token_id": 0, **changes})
         model = T5ForConditionalGeneration(config)
         model.lm_head.weight.data.mul_(0.2)
     else:
         layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
         heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
         own = {"d_model": 32, "init_std": 0.2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
-        model = BartForConditionalGeneration(BartConfig(**ids, **{**layers, **heads, **own, **changes}))
+        model = BartForConditionalGeneration(BartConfig(**{**ids, **layers, **heads, **own, **changes}))
     model.eval().save_pretrained(folder)
     tokenizer = letter_tokenizer()
     begins = "<s> " * (kind == "bart")

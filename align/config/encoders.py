@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align.config.base import TrainerRecipe, check_trainer_rules
-from align.config.keys import ABOVE_0, ABOVE_0_BELOW_1, MAX_LENGTH, Where, key, required
+from align.config.keys import ABOVE_0, ABOVE_0_BELOW_1, AT_LEAST_1, MAX_LENGTH, Where, key, required
 from align.errors import UserError
 
 ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
@@ -16,6 +16,7 @@ CLASSIFY_METRICS = {  # of an evaluation, beside the loss
     "multi_label_classification": (*ACCURACY, "micro_f1", "macro_f1"),
     "regression": ("mse", "pearson"),
 }
+MEAN_NOISE_SPAN_LENGTH = 3.0
 MLM_METRICS = ("loss", "accuracy")
 
 
@@ -43,7 +44,8 @@ class ClassifyRecipe(TrainerRecipe):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLMRecipe(TrainerRecipe):
-    """`align mlm`: continued pre-training of an encoder (BERT-like) on plain text by masked language modeling."""
+    """`align mlm`: continued pre-training on plain text: of an encoder (BERT-like) by masked language modeling, of a T5-like
+    encoder-decoder by span corruption."""
 
     model_name_or_path: str = required(
         "Encoder to continue training; without a masked-language-model head it gets a new one."
@@ -51,8 +53,14 @@ class MLMRecipe(TrainerRecipe):
     learning_rate: float = key(5e-5, "Peak learning rate.", ABOVE_0)
     mlm_probability: float = key(
         0.15,
-        "Share of the tokens to predict: 80% of them masked, 10% replaced by a random token, 10% unchanged.",
+        "Share of the tokens to predict: 80% of them masked, 10% replaced by a random token, 10% unchanged. Of an "
+        "encoder-decoder: share of the tokens in spans, each of which a sentinel replaces.",
         ABOVE_0_BELOW_1,
+    )
+    mean_noise_span_length: float = key(
+        MEAN_NOISE_SPAN_LENGTH,
+        "Of an encoder-decoder: mean length of the spans, in tokens (arXiv 1910.10683).",
+        AT_LEAST_1,
     )
     max_length: int = key(
         512,

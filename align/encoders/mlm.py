@@ -1,5 +1,7 @@
 """Continued pre-training of an encoder (BERT-like) on plain text, by masked language modeling.
 
+A T5-like encoder-decoder learns to fill in spans instead (`align/encoders/span_corruption.py`).
+
     align mlm recipe.yaml
     deepspeed --num_gpus 8 --module align mlm recipe.yaml
 
@@ -17,15 +19,16 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from align.compat.transformers import masked_lm_types
-from align.config.encoders import MLMRecipe
+from align.config.encoders import MEAN_NOISE_SPAN_LENGTH, MLMRecipe
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Passage
 from align.data.tokenize import IGNORE_INDEX
 from align.encoders.masking import Masking
+from align.encoders.span_corruption import SpanCorruption, check_sentinels
 from align.encoders.tokenize import piece_length, tokenize_passages
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
@@ -33,8 +36,9 @@ from align.engine.distributed import connect, disconnect
 from align.errors import UserError
 from align.maths.perplexity import perplexity
 from align.models.check_files import check_files
+from align.models.encoder_decoder import check_starts_and_ends
 from align.models.load import load_config, load_masked_lm
-from align.models.model_types import is_encoder
+from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.models.trainable import freeze
 from align.runs.checkpoint import step_of
@@ -65,7 +69,9 @@ def run(recipe: MLMRecipe) -> MLMResult:
     pieces = tokenize_passages(rows.train, tokenizer, length)
     world.check_rows(len(pieces))
     train_rows = pad_to_batches(pieces, plan.batch_size)
-    masking = Masking(tokenizer, recipe.mlm_probability, recipe.seed)
+    pairs = is_encoder_decoder(config)
+    auto = AutoModelForSeq2SeqLM if pairs else AutoModelForMaskedLM
+    masking = corruption(recipe, tokenizer, config)
     eval_rows = None
     if rows.evaluation:
         eval_rows = masking.mask_once(tokenize_passages(rows.evaluation, tokenizer, length))
@@ -74,7 +80,7 @@ def run(recipe: MLMRecipe) -> MLMResult:
 
     checkpoint = last_checkpoint(recipe, world, rows.report)
     start = write_untrained(
-        recipe.output_dir, recipe.seed, world, checkpoint is not None, partial(write_masked_lm, recipe)
+        recipe.output_dir, recipe.seed, world, checkpoint is not None, partial(write_masked_lm, recipe, auto)
     )
     with Tracker(recipe, "mlm", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
@@ -85,6 +91,7 @@ def run(recipe: MLMRecipe) -> MLMResult:
         load_untrained = partial(
             load_masked_lm,
             start,
+            auto=auto,
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
@@ -100,12 +107,12 @@ def run(recipe: MLMRecipe) -> MLMResult:
         )
         before, after = train(trainer, recipe, tracker, checkpoint)
         save_trained(trainer, recipe, world, load_untrained)
-        results = mlm_results(before, after, steps)
+        results = mlm_results(before, after, steps, "target" if pairs else "masked")
         if results["table"]:
             tracker.say("\n" + markdown_table(["measure", "before", "after"], results["table"]))
         if world.is_main:
             data = {**rows.report, "pieces": len(pieces)}
-            card = CARD.format(
+            card = (PAIR_CARD if pairs else CARD).format(
                 folder=python_text(recipe.output_dir),
                 base=markdown_text(recipe.model_name_or_path),
                 mask=code_span(str(tokenizer.mask_token)),
@@ -123,34 +130,56 @@ def check_mlm_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTok
         UserError: the model is missing, unfinished or not an encoder, or its tokenizer has no mask token.
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
-    config = load_config(path, key, recipe.trust_remote_code)
-    if not is_encoder(config) or config.model_type not in masked_lm_types():
+    config = load_config(path, key, recipe.trust_remote_code, encoder_decoder=True)
+    pairs = is_encoder_decoder(config)
+    if not pairs and recipe.mean_noise_span_length != MEAN_NOISE_SPAN_LENGTH:
         raise UserError(
-            f"{key}: {path} ({config.model_type}) is not an encoder with a masked language model in transformers; name a BERT-like one, or "
-            "continue the pre-training of a decoder with the sft stage."
+            f"mean_noise_span_length: is for encoder-decoders, got {path} ({config.model_type}); leave it out."
+        )
+    if not pairs and not (is_encoder(config) and config.model_type in masked_lm_types()):
+        raise UserError(
+            f"{key}: {path} ({config.model_type}) is not an encoder with a masked language model in transformers; name a BERT-like one, a T5-like "
+            "encoder-decoder, or continue the pre-training of a decoder with the sft stage."
         )
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, key)
     check_files(
-        AutoModelForMaskedLM,
+        AutoModelForSeq2SeqLM if pairs else AutoModelForMaskedLM,
         path,
         key,
         config,
         tokenizer,
-        new_head=True,
+        new_head=not pairs,
         attn_implementation=recipe.attn_implementation,
         trained_by=recipe,
     )
-    if tokenizer.mask_token_id is None:
+    if pairs:
+        check_starts_and_ends(config, tokenizer, key, path)
+        check_sentinels(
+            tokenizer, config, path, max_length=recipe.max_length, density=recipe.mlm_probability,
+            mean_span_length=recipe.mean_noise_span_length,
+        )  # fmt: skip
+    elif tokenizer.mask_token_id is None:
         raise UserError(f"{path}: the tokenizer has no mask token; set `mask_token` in its tokenizer_config.json.")
     set_right_padding(tokenizer)
     return config, tokenizer
 
 
-def write_masked_lm(recipe: MLMRecipe, folder: Path) -> None:
+def corruption(
+    recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> Masking | SpanCorruption:
+    """The collator that hides what the model has to predict."""
+    if not is_encoder_decoder(config):
+        return Masking(tokenizer, recipe.mlm_probability, recipe.seed)
+    start = int(config.decoder_start_token_id)
+    return SpanCorruption(tokenizer, recipe.mlm_probability, recipe.mean_noise_span_length, recipe.seed, start)
+
+
+def write_masked_lm(recipe: MLMRecipe, auto: Any, folder: Path) -> None:
     """Write the model that training starts from. An encoder without a masked-language-model head gets a new one."""
     load_masked_lm(
         recipe.model_name_or_path,
+        auto=auto,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
     ).save_pretrained(folder)
@@ -172,8 +201,14 @@ class MaskedTrainer(ExactEvaluation, RowTrainer):
         return total, (logits.argmax(dim=-1) == labels).sum()
 
 
-def mlm_results(before: dict[str, float], after: dict[str, float], steps: int) -> dict[str, Any]:
-    """The stage's results from the evaluation logs before and after training; without evaluation, the steps alone."""
+def mlm_results(
+    before: dict[str, float], after: dict[str, float], steps: int, predicted: str = "masked"
+) -> dict[str, Any]:
+    """The stage's results from the evaluation logs before and after training; without evaluation, the steps alone.
+
+    Args:
+        predicted: what the tokens that are predicted are called.
+    """
     results: dict[str, Any] = {"steps": steps, "table": []}
     if not after:
         return results
@@ -181,9 +216,9 @@ def mlm_results(before: dict[str, float], after: dict[str, float], steps: int) -
         results[f"eval_loss{suffix}"] = log["eval_loss"]
         results[f"eval_accuracy{suffix}"] = log["eval_accuracy"]
     results["table"] = [
-        ["held-out loss (nats/masked token)", before["eval_loss"], after["eval_loss"]],
-        ["held-out perplexity of masked tokens", perplexity(before["eval_loss"]), perplexity(after["eval_loss"])],
-        ["held-out accuracy on masked tokens", before["eval_accuracy"], after["eval_accuracy"]],
+        [f"held-out loss (nats/{predicted} token)", before["eval_loss"], after["eval_loss"]],
+        [f"held-out perplexity of {predicted} tokens", perplexity(before["eval_loss"]), perplexity(after["eval_loss"])],
+        [f"held-out accuracy on {predicted} tokens", before["eval_accuracy"], after["eval_accuracy"]],
     ]
     return results
 
@@ -197,6 +232,17 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 model = AutoModelForMaskedLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
+```
+"""
+PAIR_CARD = """# An encoder-decoder that fills in spans
+
+Trained from {base} by the `mlm` stage of align, by span corruption. The stage `sft` can start from it.
+
+```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+model = AutoModelForSeq2SeqLM.from_pretrained({folder})
 tokenizer = AutoTokenizer.from_pretrained({folder})
 ```
 """

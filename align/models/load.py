@@ -20,19 +20,18 @@ from transformers import (
 )
 
 from align.compat.peft import load_adapter, merge_adapter
-from align.compat.transformers import causal_lm_types, implementations, keep_weights_in_evaluation, loads_sharded
+from align.compat.transformers import implementations, keep_weights_in_evaluation, loads_sharded
 from align.data.hub import go_offline_if_unreachable
 from align.errors import UserError, is_out_of_memory, reason
 from align.models.check_weights import check_finite, check_report
 from align.models.dropout import disable_dropout
 from align.models.forward_settings import set_neutral
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
-from align.models.model_types import UNSUPPORTED_TYPES, is_encoder_decoder, is_sequence_to_sequence
+from align.models.model_types import check_kind, is_encoder_decoder
 from align.models.trainable import disable_inference_kernels
 from reward_models.linear_head import SequenceClassifier
 
 LANGUAGE_MODELS = (AutoModelForCausalLM, AutoModelForSeq2SeqLM)  # whose head is never new
-ENCODER_DECODER_STAGES = "sft, evaluate"
 
 
 def load_config(
@@ -70,34 +69,7 @@ def load_config(
                 f"{key}: {path}: its {CONFIG} names the kernel {kernel}, code of the hub; take it out of the file, and if you trust "
                 "it, set `attn_implementation` in the recipe."
             )
-    if is_encoder_decoder(config):
-        if not encoder_decoder:
-            raise UserError(
-                f"{key}: {path} is an encoder-decoder ({config.model_type}), which cannot stand here: {ENCODER_DECODER_STAGES} "
-                "take it; name a causal decoder (llama- or GPT-like)."
-            )
-    elif is_sequence_to_sequence(config):
-        raise UserError(
-            f"{key}: {path} is a sequence-to-sequence model of a kind ({config.model_type}) that no stage trains, or half of one; "
-            f"name a whole encoder-decoder that reads text (T5- or BART-like: {ENCODER_DECODER_STAGES}), a causal decoder "
-            "(llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
-        )
-    if config.model_type in UNSUPPORTED_TYPES:
-        raise UserError(
-            f"{key}: {path}: no stage supports models of type {config.model_type}; name another causal decoder."
-        )
-    if hasattr(config, "default_language") and config.default_language not in config.languages:  # X-MOD
-        raise UserError(
-            f"{key}: {path}: its {CONFIG} gives {config.default_language!r} as default_language, and a model of type "
-            f"{config.model_type} has layers for each language: set default_language to that of the rows, one of "
-            f"{', '.join(config.languages)}."
-        )
-    composite = "text_config" in getattr(config, "sub_configs", {}) and not getattr(config, "auto_map", None)
-    if composite and config.model_type not in causal_lm_types():
-        raise UserError(
-            f"{key}: {path} is a model of text and images ({config.model_type}), of which transformers has no language model; "
-            "name a text model, such as its language model saved in a folder of its own."
-        )
+    check_kind(config, key, path, encoder_decoder=encoder_decoder)
     return config
 
 
@@ -275,10 +247,14 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 
 def load_masked_lm(
-    path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    auto: Any = AutoModelForMaskedLM,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A masked language model; a backbone without such a head gets a new one."""
+    """A masked language model, or by `auto` one that fills in spans; a backbone without a masked one's head gets a new one."""
     model: PreTrainedModel = load_pretrained(
-        AutoModelForMaskedLM, path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        auto, path, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
     )
     return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from align.compat.transformers import causal_lm_types, seq2seq_lm_types
+from align.errors import UserError
 
 
 def is_sequence_to_sequence(config: PretrainedConfig) -> bool:
@@ -34,3 +35,45 @@ ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-
 # Listed as causal models too. XLNet predicts tokens in any order, and reads padding; XLM and Reformer take other inputs; CPM-Ant
 # takes no mask, and tells padding by its ids.
 UNSUPPORTED_TYPES = {"xlnet", "xlm", "reformer", "cpmant"}
+
+ENCODER_DECODER_STAGES = "sft, mlm, evaluate"
+
+
+def check_kind(config: PretrainedConfig, key: str, path: str, *, encoder_decoder: bool) -> None:
+    """Check that a stage takes models of this kind.
+
+    Args:
+        key: the recipe key that names the model, for errors.
+        encoder_decoder: whether it takes an encoder-decoder there.
+
+    Raises:
+        UserError: it does not.
+    """
+    if is_encoder_decoder(config):
+        if not encoder_decoder:
+            raise UserError(
+                f"{key}: {path} is an encoder-decoder ({config.model_type}), which cannot stand here: {ENCODER_DECODER_STAGES} "
+                "take it; name a causal decoder (llama- or GPT-like)."
+            )
+    elif is_sequence_to_sequence(config):
+        raise UserError(
+            f"{key}: {path} is a sequence-to-sequence model of a kind ({config.model_type}) that no stage trains, or half of one; "
+            f"name a whole encoder-decoder that reads text (T5- or BART-like: {ENCODER_DECODER_STAGES}), a causal decoder "
+            "(llama- or GPT-like: sft, reward, ppo, classify) or an encoder (BERT-like: mlm, classify, reward)."
+        )
+    if config.model_type in UNSUPPORTED_TYPES:
+        raise UserError(
+            f"{key}: {path}: no stage supports models of type {config.model_type}; name another causal decoder."
+        )
+    if hasattr(config, "default_language") and config.default_language not in config.languages:  # X-MOD
+        raise UserError(
+            f"{key}: {path}: its config.json gives {config.default_language!r} as default_language, and a model of type "
+            f"{config.model_type} has layers for each language: set default_language to that of the rows, one of "
+            f"{', '.join(config.languages)}."
+        )
+    composite = "text_config" in getattr(config, "sub_configs", {}) and not getattr(config, "auto_map", None)
+    if composite and config.model_type not in causal_lm_types():
+        raise UserError(
+            f"{key}: {path} is a model of text and images ({config.model_type}), of which transformers has no language model; "
+            "name a text model, such as its language model saved in a folder of its own."
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from align.cli.check.memory import Footprint, count_trained, skeleton
 from align.cli.check.sample_rows import Sample, Start
@@ -14,9 +14,10 @@ from align.config.encoders import MLMRecipe
 from align.data.load import Rows
 from align.data.rows import Passage
 from align.data.tokenize import IGNORE_INDEX
-from align.encoders.masking import Masking
-from align.encoders.mlm import check_mlm_inputs
+from align.encoders.mlm import check_mlm_inputs, corruption
+from align.encoders.span_corruption import SpanCorruption
 from align.encoders.tokenize import piece_length, tokenize_passages
+from align.models.model_types import is_encoder_decoder
 
 
 class MLMCheck(TrainingCheck[MLMRecipe]):
@@ -31,15 +32,22 @@ class MLMCheck(TrainingCheck[MLMRecipe]):
     def sample(self, recipe: MLMRecipe, rows: Sequence[Passage], start: Start) -> Sample:
         data = tokenize_passages(rows, start.tokenizer, piece_length(start.tokenizer, start.config, recipe.max_length))
         ids = data[0]["input_ids"]
-        masked, labels = Masking(start.tokenizer, recipe.mlm_probability, recipe.seed).mask(ids, 0, 0)
+        collator = corruption(recipe, start.tokenizer, start.config)
+        if isinstance(collator, SpanCorruption):
+            source, target = collator.corrupt(ids, 0, 0)
+            sides = {"encoder": (source, [False] * len(source)), "decoder": (target, [True] * len(target))}
+            return Sample(sides, f"marked: the tokens to write; {len(data)} pieces", data["input_ids"][:], {})
+        masked, labels = collator.mask(ids, 0, 0)
         note = f"marked: the tokens to predict; {len(data)} pieces"
         shown = {"piece": (masked.tolist(), (labels != IGNORE_INDEX).tolist())}
         return Sample(shown, note, data["input_ids"][:], {})
 
     def footprints(self, recipe: MLMRecipe, start: Start) -> list[Footprint]:
-        model = skeleton(AutoModelForMaskedLM, start.config, recipe.trust_remote_code)
+        auto = AutoModelForSeq2SeqLM if is_encoder_decoder(start.config) else AutoModelForMaskedLM
+        model = skeleton(auto, start.config, recipe.trust_remote_code)
         counts = count_trained(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings())
-        return [Footprint("masked language model", *counts)]
+        name = "encoder-decoder" if is_encoder_decoder(start.config) else "masked language model"
+        return [Footprint(name, *counts)]
 
 
 check = MLMCheck().check

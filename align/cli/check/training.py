@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PretrainedConfig
 
 from align.cli.check.findings import Context, describe, with_stand_ins, writable
 from align.cli.check.memory import Footprint, activations_line, count_parameters, memory_table, skeleton
@@ -24,7 +24,7 @@ from align.data.mixture import describe_task_shares
 from align.data.split import EmptySplit
 from align.engine.batch_plan import BatchPlan, batch_plan
 from align.models.inspect_folder import inspect_inputs
-from align.models.load import language_model_class
+from align.models.model_types import is_encoder_decoder
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.files import write_json
 from align.runs.manifest import is_finished, tokenizer_digest
@@ -153,7 +153,8 @@ class TrainingCheck(Generic[R]):
     def _write_stand_in(self, recipe: R, start: Start, context: Context) -> None:
         """Write what the stage would write to its output folder, without weights, for later recipes."""
         changes = {} if self.num_labels is None else {"num_labels": self.num_labels}
-        auto = language_model_class(start.config) if self.auto is AutoModelForCausalLM else self.auto
+        pairs = is_encoder_decoder(start.config) and self.auto in (AutoModelForCausalLM, AutoModelForMaskedLM)
+        auto = AutoModelForSeq2SeqLM if pairs else self.auto
         model = skeleton(auto, start.config, recipe.trust_remote_code, **changes)
         model.config.architectures = [type(model).__name__]
         tokenizer = tokenizer_digest(start.tokenizer)
