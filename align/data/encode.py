@@ -84,6 +84,19 @@ def encode_pair(
     return first + second
 
 
+def ending_once(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
+    """Ids of a row whose end is the place that a classifier on an encoder-decoder reads, with that end.
+
+    Raises:
+        BadRow: the row has the text of an end-of-text token of its own.
+    """
+    end = int(tokenizer.eos_token_id)
+    ended = list(ids) if end in ids else [*ids, end]
+    if ended.count(end) > 1:
+        raise BadRow(f"the text of the end-of-text token {tokenizer.eos_token}, at which an encoder-decoder is read")
+    return ended
+
+
 def check_plain(prompt: Turns, response: Turns, tools: Tools) -> None:
     """Check that messages hold nothing that plain text, which encoders read, would not hold.
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align.data.dialogues import DialogueText
 from align.data.encode import (
+    ending_once,
     example_texts,
     labels_of_turns,
     prompt_text,
@@ -92,6 +93,7 @@ def tokenize_preferences(
     max_length: int,
     on_bad_row: str = "error",
     is_encoder: bool = False,
+    ends_once: bool = False,
     kept: list[Preference] | None = None,
 ) -> tuple[Dataset, Report]:
     """`chosen_ids` and `rejected_ids` (prompt and response each) of each row, and the bad rows by reason.
@@ -102,6 +104,7 @@ def tokenize_preferences(
     Args:
         max_length: most tokens of prompt and response; rows with a longer one are bad rows.
         is_encoder: join prompt and response in the tokenizer's format for pairs, which encoders are trained on.
+        ends_once: whether the model reads the score at the one end-of-text token of a row, as encoder-decoders do.
         kept: gets the row of each pair of the data set.
 
     Raises:
@@ -115,6 +118,8 @@ def tokenize_preferences(
     def records() -> Iterator[list[Any]]:
         for row, sequences in encoded_pairs(tokenizer, rows, bad, is_encoder):
             with bad.catch(row.where):
+                if ends_once:
+                    sequences = [ending_once(tokenizer, ids) for ids in sequences]
                 check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
                     raise BadRow("`chosen` and `rejected` have the same tokens")

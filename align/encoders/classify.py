@@ -38,6 +38,7 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, new_classifier
+from align.models.model_types import is_encoder_decoder
 from align.models.tokenizer import saved_pad_id
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.checkpoint import step_of
@@ -72,6 +73,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         max_length=recipe.max_length,
         on_bad_row=recipe.on_bad_row,
         is_encoder=inputs.is_encoder,
+        ends_once=is_encoder_decoder(inputs.config),
     )
     skipped = {}
     train_rows, skipped["train"] = tokenize(rows.train)

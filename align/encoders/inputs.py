@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.base import TrainerRecipe
 from align.models.check_files import check_files
+from align.models.encoder_decoder import check_classifier_exists
 from align.models.load import load_config
 from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer, set_right_padding
@@ -36,7 +37,10 @@ def check_head_inputs(recipe: TrainerRecipe, path: str, auto: Any) -> HeadInputs
             with.
     """
     key = "model_name_or_path"
-    config = load_config(path, key, recipe.trust_remote_code)
+    classifies = auto is AutoModelForSequenceClassification
+    config = load_config(path, key, recipe.trust_remote_code, encoder_decoder=classifies)
+    if classifies:
+        check_classifier_exists(config, key, path)
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
     check_tokenizer(path, tokenizer, key)
     check_files(

@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from align.data.encode import encode_pair
+from align.data.encode import encode_pair, ending_once
 from align.data.rows import BadRows, Labelled, Passage
 from align.encoders.labels import MULTI, SINGLE, LabelSet
 from align.errors import BadRow, UserError
@@ -26,11 +26,15 @@ def tokenize_labelled(
     max_length: int,
     on_bad_row: str,
     is_encoder: bool,
+    ends_once: bool = False,
 ) -> tuple[Dataset, dict[str, Any]]:
     """`input_ids`, `labels` (encoded) and `weight` (1) of each row, and the bad rows by reason.
 
     A pair has the tokenizer's format for pairs for an encoder. For a decoder it has the format of a prompt and its
     response in the reward stage, so that PPO can use the classifier.
+
+    Args:
+        ends_once: whether the model reads the label at the one end-of-text token of a row, as encoder-decoders do.
 
     Raises:
         UserError: there are bad rows and `on_bad_row` is "error"; no row is left.
@@ -46,6 +50,7 @@ def tokenize_labelled(
                     ids = tokenizer(row.text, verbose=False)["input_ids"]
                 else:
                     ids = encode_pair(tokenizer, row.text, row.text_pair, is_encoder)
+                ids = ending_once(tokenizer, ids) if ends_once else ids
                 if len(ids) > limit:
                     raise BadRow(f"longer than {limit} tokens ({name})")
                 yield {"input_ids": ids, "labels": label_set.encode(row), "weight": 1}

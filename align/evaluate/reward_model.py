@@ -24,8 +24,9 @@ from align.errors import UserError
 from align.models.check_files import check_files
 from align.models.check_weights import check_finite
 from align.models.context_length import max_positions
+from align.models.encoder_decoder import check_classifier_exists
 from align.models.load import adapter_base, load_config
-from align.models.model_types import is_encoder
+from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.scalar_head import find_head
 from align.models.tokenizer import load_tokenizer
 from align.runs.manifest import check_same_tokenizer, check_template_kwargs, read_manifest, tokenizer_digest
@@ -89,7 +90,8 @@ def check_reward_model(
     Raises:
         UserError: it is no finished reward model, or tokenizers, templates or `score_reasoning` disagree.
     """
-    config = load_config(path, key, recipe.trust_remote_code)
+    config = load_config(path, key, recipe.trust_remote_code, encoder_decoder=True)
+    check_classifier_exists(config, key, path)
     manifest = read_manifest(path)
     if manifest is not None and manifest["stage"] not in ("reward", "classify"):
         raise UserError(f"{key}: {path} is the output of the {manifest['stage']} stage, not of reward.")
@@ -116,7 +118,9 @@ def check_reward_model(
     if tokenizer is None:
         return RewardModel(path, key, config, own, False, head)
     theirs, mine = tokenizer_digest(own), tokenizer_digest(tokenizer)
-    same = theirs["vocabulary"] == mine["vocabulary"] and not is_encoder(config)
+    # An encoder-decoder is read at a token that ends the row, which a response that was cut off has not.
+    rereads = is_encoder(config) or is_encoder_decoder(config)
+    same = theirs["vocabulary"] == mine["vocabulary"] and not rereads
     if same:
         check_same_tokenizer(theirs, mine, key, path)
     return RewardModel(path, key, config, own, same, head)
@@ -191,7 +195,9 @@ def _source(name: str, given: RewardModel, model: Any, recipe: Recipe) -> ModelR
     return ModelReward(
         name=name,
         model=model,
-        encode=partial(encode_for_reward, given.tokenizer, is_encoder(given.config)),
+        encode=partial(
+            encode_for_reward, given.tokenizer, is_encoder(given.config), ends_once=is_encoder_decoder(given.config)
+        ),
         reads_ids=given.same_tokenizer,
         batch_size=recipe.per_device_eval_batch_size,
         max_length=max_positions(given.config),
@@ -199,7 +205,19 @@ def _source(name: str, given: RewardModel, model: Any, recipe: Recipe) -> ModelR
 
 
 def encode_for_reward(
-    tokenizer: PreTrainedTokenizerBase, encoder: bool, prompt: Turns, text: str, tools: Tools = None
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: bool,
+    prompt: Turns,
+    text: str,
+    tools: Tools = None,
+    *,
+    ends_once: bool = False,
 ) -> list[int]:
-    """Ids of a prompt and a decoded response for a reward model with another tokenizer, as its stage encodes them."""
-    return encode_pair(tokenizer, prompt, as_response(prompt, text), encoder, tools)
+    """Ids of a prompt and a decoded response for a reward model with another tokenizer, as its stage encodes them.
+
+    Args:
+        ends_once: leave out all end-of-text tokens but the last, at which an encoder-decoder is read.
+    """
+    ids = encode_pair(tokenizer, prompt, as_response(prompt, text), encoder, tools)
+    end = tokenizer.eos_token_id
+    return [token for place, token in enumerate(ids) if token != end or place == len(ids) - 1] if ends_once else ids

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.judge_reward import JudgeRewardRecipe
-from align.data.encode import encode_pair
+from align.data.encode import encode_pair, ending_once
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import scored_turns, set_scores_reasoning
 from align.data.rows import BadRows, Demonstration, Preference, render_text, tools_of
@@ -28,7 +28,7 @@ from align.models.check_files import check_files
 from align.models.check_weights import check_finite
 from align.models.context_length import max_positions
 from align.models.load import load_config
-from align.models.model_types import is_encoder
+from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.tokenizer import load_tokenizer
 from align.runs.manifest import check_template_kwargs, check_tokenizer
 from reward_models.combine import RewardSum
@@ -140,7 +140,11 @@ def _encodable(
                 with bad.catch(row.where):
                     for side in SIDES:
                         answer = scored_turns(reward.tokenizer, getattr(row, side))
-                        encode_pair(reward.tokenizer, row.prompt, answer, is_encoder(reward.config), tools_of(row))
+                        ids = encode_pair(
+                            reward.tokenizer, row.prompt, answer, is_encoder(reward.config), tools_of(row)
+                        )
+                        if is_encoder_decoder(reward.config):
+                            ending_once(reward.tokenizer, ids)
         if len(bad) == before:
             usable.append(row)
     report = bad.raise_or_report(on_bad_row)

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from align.compat.transformers import has_sequence_classifier
 from align.errors import UserError
 from align.models.context_length import check_vocabulary, max_positions
+from align.models.model_types import is_encoder_decoder
 
 STARTS_FROM_LABELS = {"mbart", "plbart"}  # whose decoder starts from the last label, the code of a language
 
@@ -34,6 +36,19 @@ def check_starts_and_ends(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{key}: {path}: the tokenizer has no end-of-text token; set `eos_token` in its tokenizer_config.json."
+        )
+
+
+def check_classifier_exists(config: PretrainedConfig, key: str, path: str) -> None:
+    """Check that transformers has a sequence classifier of an encoder-decoder; of other kinds of models there is one.
+
+    Raises:
+        UserError: it has not; begins with `key`.
+    """
+    if is_encoder_decoder(config) and not has_sequence_classifier(config):
+        raise UserError(
+            f"{key}: {path}: transformers has no sequence classifier of {config.model_type}; name a T5- or BART-like encoder-decoder, "
+            "an encoder (BERT-like) or a decoder."
         )
 
 

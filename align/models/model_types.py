@@ -36,7 +36,7 @@ ENCODER_TYPES = {"bert", "roberta", "electra", "camembert", "xlm-roberta", "xlm-
 # takes no mask, and tells padding by its ids.
 UNSUPPORTED_TYPES = {"xlnet", "xlm", "reformer", "cpmant"}
 
-ENCODER_DECODER_STAGES = "sft, mlm, evaluate"
+ENCODER_DECODER_STAGES = "sft, mlm, classify, reward, evaluate"
 
 
 def check_kind(config: PretrainedConfig, key: str, path: str, *, encoder_decoder: bool) -> None:

@@ -15,8 +15,9 @@ from align.data.reasoning import set_scores_reasoning
 from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.models.check_files import check_files
+from align.models.encoder_decoder import check_classifier_exists
 from align.models.load import load_config
-from align.models.model_types import is_encoder
+from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.scalar_head import find_reward_head
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.manifest import check_tokenizer
@@ -68,7 +69,8 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         UserError: a model is missing, unfinished, of the wrong kind or with a head of the wrong size, or a tokenizer is not the one it was trained with.
     """
     path, key = recipe.model_name_or_path, "model_name_or_path"
-    config = load_config(path, key, recipe.trust_remote_code)
+    config = load_config(path, key, recipe.trust_remote_code, encoder_decoder=True)
+    check_classifier_exists(config, key, path)
     head = find_reward_head(path, config, recipe.new_head, recipe.trust_remote_code)
     kwargs = {} if is_encoder(config) else recipe.chat_template_kwargs  # an encoder reads plain text
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)
@@ -86,7 +88,9 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
         trained_by=recipe,
     )
     architecture = (config.architectures or [""])[0].replace("LMHeadModel", "")
-    is_language_model = not is_encoder(config) and not architecture.endswith(("Classification", "Model"))
+    is_language_model = not (is_encoder(config) or is_encoder_decoder(config)) and not architecture.endswith(
+        ("Classification", "Model")
+    )
     sft_model_path = recipe.sft_model_path or (path if is_language_model else None)
     sft = None
     if sft_model_path is not None:

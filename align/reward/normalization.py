@@ -8,17 +8,18 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from align.data.encode import encode_pair
 from align.data.reasoning import split_sampled
 from align.data.rows import Preference, Prompt, render_text, tools_of
 from align.data.token_ids import decode_response
 from align.data.tokenize import tokenize_prompts
 from align.engine.distributed import World, rows_of_rank
 from align.engine.engine import Engine
+from align.evaluate.reward_model import encode_for_reward
 from align.generation.responses import gather_responses, unpadded
 from align.generation.sampler import PromptBatch, Sampler
 from align.generation.scoring import score_ids
 from align.models.context_length import max_positions
+from align.models.model_types import is_encoder_decoder
 from align.reward.inputs import RewardInputs
 from align.runs.manifest import tokenizer_digest
 from reward_models.trained import ModelReward
@@ -65,7 +66,8 @@ def sft_responses(
     responses = gather_responses(world, unpadded(samples.response_ids, samples.mask), response_length)
     responses = responses[: len(prompts)]  # the last rank may repeat a row
     vocabularies = [tokenizer_digest(each)["vocabulary"] for each in (inputs.tokenizer, inputs.sft.tokenizer)]
-    same = vocabularies[0] == vocabularies[1] and not inputs.is_encoder
+    pairs = is_encoder_decoder(inputs.config)
+    same = vocabularies[0] == vocabularies[1] and not (inputs.is_encoder or pairs)
     own, sequences = inputs.sft.tokenizer, []
     for (prompt, prompt_ids), ids in zip(prompts, responses, strict=True):
         text = decode_response(own, prompt.prompt, prompt_ids, ids)
@@ -74,7 +76,9 @@ def sft_responses(
             sequences.append(prompt_ids + ids)
         else:
             encoder, tools = inputs.is_encoder, tools_of(prompt)
-            sequences.append(encode_pair(inputs.tokenizer, prompt.prompt, answer, encoder, tools))
+            sequences.append(
+                encode_for_reward(inputs.tokenizer, encoder, prompt.prompt, answer, tools, ends_once=pairs)
+            )
     return sequences
 
 

@@ -17,6 +17,7 @@ from align.data.rows import Preference
 from align.data.tokenize import check_margins, tokenize_preferences
 from align.errors import UserError
 from align.models.context_length import check_rows_fit
+from align.models.model_types import is_encoder_decoder
 from align.reward.evaluation import true_margins
 from align.reward.inputs import RewardInputs
 
@@ -55,6 +56,7 @@ def load_pairs(recipe: RewardRecipe, inputs: RewardInputs) -> tuple[Pairs, Pairs
         max_length=recipe.max_length,
         on_bad_row=recipe.on_bad_row,
         is_encoder=inputs.is_encoder,
+        ends_once=is_encoder_decoder(inputs.config),
     )
     trained: list[list[Preference]] = [[] for _ in parts]
     train_rows = [tokenize(rows.train, kept=kept) for rows, kept in zip(parts, trained, strict=True)]

@@ -31,7 +31,7 @@ from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during
 from align.judge.card import manifest_entry, write_card
 from align.models.load import new_reward_model
-from align.models.model_types import is_encoder
+from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.scalar_head import start_reward_model
 from align.models.tokenizer import saved_pad_id
 from align.models.trainable import check_target_modules, freeze, peft_config
@@ -186,7 +186,8 @@ def write_untrained_model(recipe: RewardRecipe, inputs: RewardInputs, folder: Pa
     )
     config = model.config.get_text_config()
     config.pad_token_id = saved_pad_id(model.config, inputs.tokenizer, scores=True)
-    if not is_encoder(model.config) and len(ends := end_ids(inputs.tokenizer)) > 1:
+    reads_end = is_encoder(model.config) or is_encoder_decoder(model.config)  # and writes none
+    if not reads_end and len(ends := end_ids(inputs.tokenizer)) > 1:
         config.eos_token_id = list(ends)  # a classifier has no generation config to keep them in
     model.config.score_mean = 0.0  # until the zero of the score is set, after training
     model.save_pretrained(folder)

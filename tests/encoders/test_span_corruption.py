@@ -126,7 +126,8 @@ def test_the_loss_is_that_of_plain_transformers(tmp_path: Path, t5: str, tokeniz
     assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
 
 
-def test_two_ranks_and_a_resumed_run_train_the_same_model(tmp_path: Path, t5: str) -> None:
+@pytest.mark.slow
+def test_two_ranks_train_the_same_model(tmp_path: Path, t5: str) -> None:
     settings = recipe(tmp_path, t5, max_steps=4, per_device_train_batch_size=1, save_steps=2)
     run(settings)
     file = deepspeed_file(tmp_path / "zero2.json", 2)

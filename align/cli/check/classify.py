@@ -18,6 +18,7 @@ from align.encoders.imbalance import check_imbalance, describe_imbalance
 from align.encoders.labels import SINGLE, find_labels
 from align.encoders.tokenize import tokenize_labelled
 from align.models.load import head_modules
+from align.models.model_types import is_encoder_decoder
 
 
 class ClassifyCheck(TrainingCheck[ClassifyRecipe]):
@@ -46,6 +47,7 @@ class ClassifyCheck(TrainingCheck[ClassifyRecipe]):
             max_length=recipe.max_length,
             on_bad_row=recipe.on_bad_row,
             is_encoder=start.encoder,
+            ends_once=is_encoder_decoder(start.config),
         )
         ids = data[0]["input_ids"]
         read = 0 if start.encoder else len(ids) - 1

@@ -14,6 +14,7 @@ from align.config.reward import RewardRecipe
 from align.data.load import Rows
 from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
+from align.models.model_types import is_encoder_decoder
 from align.reward.inputs import check_reward_inputs
 from align.reward.pairs import describe_halves, load_preferences
 from reward_models.heads import score_head
@@ -48,6 +49,7 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
             max_length=recipe.max_length,
             on_bad_row=recipe.on_bad_row,
             is_encoder=start.encoder,
+            ends_once=is_encoder_decoder(start.config),
         )
         sides = {side: data[0][f"{side}_ids"] for side in ("chosen", "rejected")}
         scored = 0 if start.encoder else -1
