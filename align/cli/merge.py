@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    PeftModel,
+)
+from transformers import AutoConfig, AutoTokenizer
 
 from align.cli.merge_folders import adapter_folder
 from align.compat.peft import merge_adapter
@@ -20,7 +25,7 @@ from align.errors import UserError, reason
 from align.models.check_files import check_files
 from align.models.check_weights import check_finite
 from align.models.inspect_folder import inspect_folder, read_object
-from align.models.load import adapter_base, load_config
+from align.models.load import adapter_base, language_model_class, load_config
 from align.models.saved_dtype import set_saved_dtype
 from align.models.tokenizer_file import split_as_in_file
 from align.runs.files import follow_umask
@@ -28,7 +33,11 @@ from align.runs.own_files import remove_empty
 from align.runs.quiet import quiet
 from reward_models.linear_head import SequenceClassifier
 
-AUTO = {"CAUSAL_LM": AutoPeftModelForCausalLM, "SEQ_CLS": AutoPeftModelForSequenceClassification}
+AUTO = {
+    "CAUSAL_LM": AutoPeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM,
+    "SEQ_CLS": AutoPeftModelForSequenceClassification,
+}
 
 
 def run(adapter: str, output: str) -> str:
@@ -50,8 +59,8 @@ def run(adapter: str, output: str) -> str:
     auto = AUTO.get(str(task))
     if auto is None:
         raise UserError(f"{folder}: expected an adapter of {' or '.join(AUTO)}, got {task}.")
-    of_base: Any = AutoModelForCausalLM if task == "CAUSAL_LM" else SequenceClassifier
-    config = load_config(str(folder), "align merge")  # refuses code that it names
+    config = load_config(str(folder), "align merge", encoder_decoder=True)  # refuses code that it names
+    of_base: Any = SequenceClassifier if task == "SEQ_CLS" else language_model_class(config)
     check_files(of_base, str(folder), "align merge", config, new_head=task == "SEQ_CLS", num_labels=1)
     labels: dict[str, Any] = {"num_labels": 1} if auto is AutoPeftModelForSequenceClassification else {}
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from align.cli.check.check import run as run_check
+from align.cli.merge import run as merge
 from align.config.evaluate import EvaluateRecipe
 from align.config.sft import SFTRecipe
 from align.data.encoder_decoder import tokenize_pairs
@@ -192,6 +193,8 @@ class TestMethods:
         )
         torch.testing.assert_close(merged, found, atol=1e-5, rtol=0)
         assert (merged - torch.cat(plain_losses(t5, ROWS))).abs().max() > 0.01
+        merge(str(tmp_path / "out" / "adapter"), str(tmp_path / "merged"))
+        torch.testing.assert_close(torch.cat(plain_losses(str(tmp_path / "merged"), ROWS)), merged, atol=1e-5, rtol=0)
 
     @pytest.mark.parametrize("kind", [pytest.param("t5", marks=pytest.mark.slow), "bart"])
     @pytest.mark.parametrize("method", ["prompt", "prefix"])
