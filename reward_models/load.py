@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
+from reward_models.bottleneck import adapted_config, base_of, insert_bottlenecks
 from reward_models.heads import keep_head_float32, score_head
 from reward_models.linear_head import SequenceClassifier
 from reward_models.stored_head import stored_head, stored_tensors
@@ -32,7 +32,7 @@ def load_reward_model(
     """
     remedy = "expected a reward model: run the reward stage, and name its output_dir."
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = adapted_config(path, trust_remote_code)
     except Exception as error:  # no such model, or a configuration that cannot be read
         raise ValueError(f"{path}: no model there ({type(error).__name__}); {remedy}") from error
     mean = getattr(config, "score_mean", 0.0)
@@ -54,7 +54,7 @@ def load_reward_model(
     if text_config.pad_token_id is None:
         text_config.pad_token_id = 0  # the model needs one for batches; `score_sequences` does not depend on it
     model, report = SequenceClassifier.from_pretrained(
-        path,
+        base_of(path),
         config=scalar,
         dtype=dtype,
         attn_implementation=attn_implementation,
@@ -64,6 +64,8 @@ def load_reward_model(
         output_loading_info=True,
     )
     try:
+        if base_of(path) != path:
+            report["missing_keys"] = set(report["missing_keys"]) - insert_bottlenecks(model, path)
         head = stored_head(path, config, model)
         if head is not None:
             head.put_into(model)

@@ -140,6 +140,8 @@ def stored_tensors(path: str) -> dict[str, TensorPlace]:
     """
     folder = Path(path)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            return {}
         base = str(_read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
         own = _tensors_of(folder / ADAPTER_WEIGHTS)
         return stored_tensors(base) | {each.removeprefix(ADAPTED): place for each, place in own.items()}

@@ -31,6 +31,7 @@ from align.models.tokenizer_file import split_as_in_file
 from align.runs.files import follow_umask
 from align.runs.own_files import remove_empty
 from align.runs.quiet import quiet
+from reward_models.bottleneck import bottleneck_settings
 from reward_models.linear_head import SequenceClassifier
 
 AUTO = {
@@ -51,6 +52,11 @@ def run(adapter: str, output: str) -> str:
     folder = adapter_folder(adapter, output)
     inspect_folder(str(folder), "align merge")
     base = adapter_base(str(folder))
+    if bottleneck_settings(str(folder)) is not None:
+        raise UserError(
+            f"{folder}: a bottleneck adapter cannot be merged: it is not linear (it has a ReLU), so no weights of {base} equal it; "
+            "name its folder where a recipe asks for a model."
+        )
     if base is not None and overlap(output, base):
         raise UserError(
             f"{output}: lies in the folder of the adapter's base model {base}; name a new folder elsewhere."

@@ -27,6 +27,10 @@ OVERRIDDEN: dict[str, dict[str, tuple[str, ...]]] = {
         "_load_best_model": (),
     },
     "trl.trainer.base_trainer._BaseTrainer": {"_send_telemetry": (), "create_model_card": ()},
+    "peft.tuners.tuners_utils.BaseTuner": {
+        "_check_target_module_exists": ("peft_config", "key"),
+        "_create_and_replace": ("peft_config", "adapter_name", "target", "target_name", "parent", "current_key"),
+    },
     "transformers.cache_utils.DynamicLayer": {
         "update": ("key_states", "value_states"),
         "lazy_initialization": ("key_states", "value_states"),

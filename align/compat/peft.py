@@ -68,3 +68,20 @@ def prefix_in_cache(model: Any) -> Iterator[None]:
         yield
     finally:
         del model.prepare_inputs_for_generation
+
+
+def replace_module(tuner: Any, parent: Any, name: str, new: Any, old: Any) -> None:
+    """Put a tuner's layer in the place of the module that it holds, on the same device."""
+    tuner._replace_module(parent, name, new, old)
+
+
+def register_method(name: str, config: type, tuner: type, prefix: str) -> None:
+    """Make a tuner of ours known to PEFT: `get_peft_model`, `PeftConfig.from_pretrained` and saving look it up by name.
+
+    PEFT's own function for this takes the names in its `PeftType` only.
+    """
+    from peft import mapping
+
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config  # type: ignore[index]
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = tuner  # type: ignore[index]
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = prefix  # type: ignore[index]

@@ -96,10 +96,10 @@ class StageRecipe(Recipe):
 
     bf16: bool = key(False, "Train in bfloat16 mixed precision with float32 master weights.")
     gradient_checkpointing: bool = key(False, "Recompute activations in the backward pass to save memory.")
-    method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"] = key(
+    method: Literal["full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix", "bottleneck"] = key(
         "full",
         "What is trained: all weights, some layers, the head, or an adapter, which is saved both as an adapter and "
-        "merged.",
+        "merged; prompt, prefix and bottleneck, which cannot be merged, as an adapter alone.",
     )
     freeze_layers: int = key(
         0,
@@ -115,6 +115,20 @@ class StageRecipe(Recipe):
     lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
     num_virtual_tokens: int = key(
         20, "Virtual tokens that `method: prompt` or `prefix` learns and prepends to each row.", TOKENS
+    )
+    prefix_projection: bool = key(
+        False,
+        "With `method: prefix`: compute the prefix from smaller embeddings by a two-layer network while it is trained (arXiv "
+        "2101.00190, section 4.3).",
+    )
+    encoder_hidden_size: int | None = key(
+        None, "Width of the network of `prefix_projection`; by default the model's hidden size.", AT_LEAST_1
+    )
+    bottleneck_size: int = key(64, "Width of the adapters of `method: bottleneck`.", BATCH)
+    bottleneck_placement: Literal["houlsby", "pfeiffer"] = key(
+        "houlsby",
+        "Where `method: bottleneck` puts an adapter in each layer: houlsby after attention and after the feed-forward (arXiv "
+        "1902.00751), pfeiffer after the feed-forward alone (arXiv 2005.00247).",
     )
     deepspeed: str | None = key(None, 'DeepSpeed JSON file (see recipes/deepspeed); sizes may be "auto".')
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 
 from align.config.base import StageRecipe
 from align.config.deepspeed_file import zero_stage_of
 from align.config.keys import Where
 from align.errors import UserError
+
+UNMERGED = ("prompt", "prefix", "bottleneck")  # methods whose adapter is saved alone
+OF_METHOD = {  # key: the value of `method` that reads it
+    "prefix_projection": "prefix",
+    "encoder_hidden_size": "prefix",
+    "bottleneck_size": "bottleneck",
+    "bottleneck_placement": "bottleneck",
+}
 
 
 def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) -> None:
@@ -36,6 +45,29 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
     if recipe.method != "freeze" and partial:
         name = "freeze_layers" if recipe.freeze_layers else "trainable_pattern"
         raise UserError(f"{where(name)}: is for method: freeze, got method: {recipe.method}")
+    for each in fields(recipe):
+        if (
+            (owner := OF_METHOD.get(each.name))
+            and recipe.method != owner
+            and getattr(recipe, each.name) != each.default
+        ):
+            raise UserError(f"{where(each.name)}: is for method: {owner}, got method: {recipe.method}; leave it out")
+    if recipe.encoder_hidden_size is not None and not recipe.prefix_projection:
+        raise UserError(f"{where('encoder_hidden_size')}: is the width of prefix_projection; set that to true too")
+    if recipe.method in UNMERGED and recipe.save_dtype != "auto":
+        raise UserError(
+            f"{where('save_dtype')}: method: {recipe.method} saves an adapter alone, in float32; leave it out"
+        )
+    if recipe.method in UNMERGED and getattr(recipe, "model_config", None):
+        raise UserError(
+            f"{where('model_config')}: method: {recipe.method} saves an adapter without its model, and a random one is not kept; "
+            "train all of it (method: full)"
+        )
+    if recipe.method == "bottleneck" and recipe.lora_target_modules:
+        raise UserError(
+            f"{where('lora_target_modules')}: method: bottleneck finds its places by itself; leave it out, and choose among "
+            "them by bottleneck_placement"
+        )
     if recipe.trainable_pattern is not None:
         try:
             re.compile(recipe.trainable_pattern)

@@ -45,7 +45,7 @@ STAGES: dict[str, Stage] = {
             module="align.sft.train",
             check_module="align.cli.check.sft",
             input_models=("model_name_or_path",),
-            methods=("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix"),
+            methods=("full", "freeze", "head", "lora", "dora", "qlora", "ia3", "prompt", "prefix", "bottleneck"),
             generates=True,
         ),
         Stage(
@@ -55,7 +55,7 @@ STAGES: dict[str, Stage] = {
             module="align.reward.train",
             check_module="align.cli.check.reward",
             input_models=("model_name_or_path", "sft_model_path"),
-            methods=("full", "freeze", "head", "lora", "dora", "ia3"),
+            methods=("full", "freeze", "head", "lora", "dora", "ia3", "bottleneck"),
         ),
         Stage(
             name="ppo",
@@ -64,7 +64,7 @@ STAGES: dict[str, Stage] = {
             module="align.ppo.train",
             check_module="align.cli.check.ppo",
             input_models=("sft_model_path", "reward_model_path", "value_model_path", "judge_reward_model_path"),
-            methods=("full", "lora", "dora", "ia3"),
+            methods=("full", "lora", "dora", "ia3", "bottleneck"),
             generates=True,
         ),
         Stage(
@@ -74,7 +74,7 @@ STAGES: dict[str, Stage] = {
             module="align.encoders.classify",
             check_module="align.cli.check.classify",
             input_models=("model_name_or_path",),
-            methods=("full", "freeze", "head", "lora", "dora", "ia3"),
+            methods=("full", "freeze", "head", "lora", "dora", "ia3", "bottleneck"),
         ),
         Stage(
             name="token-classification",
@@ -83,7 +83,7 @@ STAGES: dict[str, Stage] = {
             module="align.encoders.token_classification",
             check_module="align.cli.check.token_classification",
             input_models=("model_name_or_path",),
-            methods=("full", "freeze", "head", "lora", "dora", "ia3"),
+            methods=("full", "freeze", "head", "lora", "dora", "ia3", "bottleneck"),
         ),
         Stage(
             name="mlm",
@@ -92,7 +92,7 @@ STAGES: dict[str, Stage] = {
             module="align.encoders.mlm",
             check_module="align.cli.check.mlm",
             input_models=("model_name_or_path",),
-            methods=("full", "freeze"),
+            methods=("full", "freeze", "head", "lora", "dora", "ia3", "bottleneck"),
         ),
         Stage(
             name="evaluate",

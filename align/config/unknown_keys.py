@@ -169,13 +169,11 @@ OF_STAGE = {
         "deepspeed": "not supported: every process holds complete models, and samples its share of the responses",
     },
 }
-_BOTTLENECK = (
-    "not supported: PEFT has no bottleneck adapters, and the `adapters` library, which has them, needs transformers "
-    "4.57 where this project needs 5; use lora, which trains as few parameters and can be merged"
-)
-
 # Values of `method` in other libraries that do not exist here.
-METHODS_ELSEWHERE = dict.fromkeys(("bottleneck", "adapter", "adapters", "houlsby", "pfeiffer"), _BOTTLENECK)
+METHODS_ELSEWHERE = {
+    **dict.fromkeys(("adapter", "adapters", "seq_bn", "double_seq_bn"), "called bottleneck here"),
+    **{name: f"called bottleneck here, with bottleneck_placement: {name}" for name in ("houlsby", "pfeiffer")},
+}
 
 
 def explain(stage: str, name: str) -> str | None:

@@ -36,6 +36,7 @@ from align.encoders.tokenize import tokenize_labelled
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
+from align.models.bottleneck import continue_adapter
 from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, new_classifier
 from align.models.model_types import is_encoder_decoder
@@ -52,6 +53,7 @@ from align.runs.tracker import Tracker
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
 from align.trainer.hf_trainer import save_trained, train, untrained_is_best
 from align.trainer.row_trainer import RowCollator, row_training_arguments
+from reward_models.bottleneck import base_of
 
 
 @one_run_per_folder
@@ -119,9 +121,10 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         heads = head_modules(model)
         check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_submodule(heads[-1]), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-        if adapter := peft_config(recipe, "SEQ_CLS", heads):
+        if adapter := peft_config(recipe, model.config, "SEQ_CLS", heads):
             torch.manual_seed(recipe.seed)
             model = get_peft_model(model, adapter)
+            continue_adapter(model, recipe.model_name_or_path)
         trainer = LabelTrainer(
             label_set,
             weights,
@@ -178,7 +181,7 @@ def write_classifier(
     """Write the model that training starts from. An existing head of the right size is kept, else the head is new."""
     names = dict(enumerate(label_set.names))
     model = new_classifier(
-        recipe.model_name_or_path,
+        base_of(recipe.model_name_or_path),
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         problem_type=label_set.problem_type,

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedTokenizerBase
@@ -35,12 +37,13 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.errors import UserError
 from align.maths.perplexity import perplexity
+from align.models.bottleneck import continue_adapter
 from align.models.check_files import check_files
 from align.models.encoder_decoder import check_starts_and_ends
 from align.models.load import load_config, load_masked_lm
 from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.tokenizer import load_tokenizer, set_right_padding
-from align.models.trainable import freeze
+from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.checkpoint import step_of
 from align.runs.manifest import check_tokenizer, open_stage
 from align.runs.markdown import code_span, markdown_text, python_text
@@ -53,6 +56,7 @@ from align.runs.tracker import Tracker
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
 from align.trainer.hf_trainer import ExactEvaluation, save_trained, train
 from align.trainer.row_trainer import RowTrainer, row_training_arguments
+from reward_models.bottleneck import base_of
 
 
 @one_run_per_folder
@@ -95,8 +99,13 @@ def run(recipe: MLMRecipe) -> MLMResult:
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
-        model = load_untrained()
+        model: Any = load_untrained()
+        check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
+        if adapter := peft_config(recipe, model.config, "FEATURE_EXTRACTION"):
+            torch.manual_seed(recipe.seed)
+            model = get_peft_model(model, adapter)
+            continue_adapter(model, recipe.model_name_or_path)
         trainer = MaskedTrainer(
             model=model,
             args=arguments,
@@ -178,7 +187,7 @@ def corruption(
 def write_masked_lm(recipe: MLMRecipe, auto: Any, folder: Path) -> None:
     """Write the model that training starts from. An encoder without a masked-language-model head gets a new one."""
     load_masked_lm(
-        recipe.model_name_or_path,
+        base_of(recipe.model_name_or_path),
         auto=auto,
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,

@@ -44,6 +44,7 @@ from align.encoders.tags import TagSet, find_tags
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
+from align.models.bottleneck import continue_adapter
 from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, new_head
 from align.models.trainable import check_target_modules, freeze, peft_config
@@ -58,6 +59,7 @@ from align.runs.tracker import Tracker
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
 from align.trainer.hf_trainer import save_trained, train, untrained_is_best
 from align.trainer.row_trainer import RowCollator, row_training_arguments
+from reward_models.bottleneck import base_of
 
 
 @one_run_per_folder
@@ -115,9 +117,10 @@ def run(recipe: TokenClassificationRecipe) -> TokenClassificationResult:
         heads = head_modules(model)
         check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_submodule(heads[-1]), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-        if adapter := peft_config(recipe, "TOKEN_CLS", heads):
+        if adapter := peft_config(recipe, model.config, "TOKEN_CLS", heads):
             torch.manual_seed(recipe.seed)
             model = get_peft_model(model, adapter)
+            continue_adapter(model, recipe.model_name_or_path)
         trainer = TagTrainer(
             tag_set,
             held_out,
@@ -164,7 +167,7 @@ def write_tagger(recipe: TokenClassificationRecipe, tag_set: TagSet, folder: Pat
     names = dict(enumerate(tag_set.labels))
     model = new_head(
         AutoModelForTokenClassification,
-        recipe.model_name_or_path,
+        base_of(recipe.model_name_or_path),
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         id2label=names,

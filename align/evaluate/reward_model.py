@@ -30,6 +30,7 @@ from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.scalar_head import find_head
 from align.models.tokenizer import load_tokenizer
 from align.runs.manifest import check_same_tokenizer, check_template_kwargs, read_manifest, tokenizer_digest
+from reward_models.bottleneck import bottleneck_settings
 from reward_models.ensemble import RewardEnsemble
 from reward_models.linear_head import SequenceClassifier
 from reward_models.load import load_reward_model
@@ -127,7 +128,7 @@ def check_reward_model(
 
 
 def _find_head(path: str, key: str, config: PretrainedConfig, trust_remote_code: bool) -> StoredHead:
-    if (base := adapter_base(path)) is not None:
+    if (base := adapter_base(path)) is not None and bottleneck_settings(path) is None:
         raise UserError(
             f"{key}: {path} is an adapter of {base}; merge it by `align merge {path} FOLDER`, and name FOLDER."
         )

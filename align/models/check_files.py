@@ -22,8 +22,9 @@ from align.compat.peft import load_adapter
 from align.compat.transformers import config_of, model_class
 from align.config.base import StageRecipe
 from align.errors import UserError, reason
+from align.models.bottleneck import check_start
 from align.models.check_weights import check_report
-from align.models.inspect_folder import ADAPTER_CONFIG, stored_tensors
+from align.models.inspect_folder import ADAPTER_WEIGHTS, stored_tensors
 from align.models.safetensors_header import StoredTensor
 from align.models.trainable import check_trainable, without_adapter
 from align.terminal import say
@@ -56,6 +57,8 @@ def check_files(
     Raises:
         UserError: a token has no embedding, weights are missing, unexpected or misshapen, or the method does not fit.
     """
+    if trained_by is not None:
+        check_start(path, key, trained_by)
     if tokenizer is not None:
         check_embeddings(tokenizer, config, path, key)
     folder, tensors = stored_tensors(path, key)
@@ -67,7 +70,7 @@ def check_files(
     if tensors is None or cls is None or own_code:
         return  # transformers reports it after loading
     model = _load_without_storage(cls, folder, key, config, tensors, new_head, attn_implementation, num_labels)
-    if (Path(path) / ADAPTER_CONFIG).is_file() and folder != path:
+    if (Path(path) / ADAPTER_WEIGHTS).is_file() and folder != path:
         _check_adapter(model, path, key)
     if trained_by is not None:
         if experts := without_adapter(model, trained_by):

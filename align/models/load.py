@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from align.models.dropout import disable_dropout
 from align.models.forward_settings import set_neutral
 from align.models.inspect_folder import ADAPTER_CONFIG, CONFIG, check_adapter, looks_local, read_object
 from align.models.model_types import check_kind, is_encoder_decoder
-from align.models.trainable import disable_inference_kernels
+from align.models.quantization import disable_inference_kernels
+from reward_models.bottleneck import bottleneck_settings, head_entries, insert_bottlenecks, set_entries
 from reward_models.linear_head import SequenceClassifier
 
 LANGUAGE_MODELS = (AutoModelForCausalLM, AutoModelForSeq2SeqLM)  # whose head is never new
@@ -48,7 +49,9 @@ def load_config(
     """
     if (base := adapter_base(path)) is not None:
         where = f"{key}: {path} is an adapter of {base}"
-        return load_config(base, where, trust_remote_code, encoder_decoder=encoder_decoder)
+        of_base = load_config(base, where, trust_remote_code, encoder_decoder=encoder_decoder)
+        bottleneck = bottleneck_settings(path)
+        return of_base if bottleneck is None else set_entries(of_base, bottleneck)
     if looks_local(path) and not (Path(path) / CONFIG).is_file():
         raise UserError(f"{key}: no model at {path}; run the stage that makes it first, or correct the path.")
     if not Path(path).is_dir():
@@ -109,7 +112,7 @@ def load_pretrained(
     trust_remote_code: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """`auto.from_pretrained`, dropout off, an adapter in `path` merged into its base model.
+    """`auto.from_pretrained`, dropout off, an adapter in `path` merged into its base model, or inserted if it is a bottleneck.
 
     Args:
         auto: a class such as `AutoModelForCausalLM`.
@@ -119,6 +122,8 @@ def load_pretrained(
         UserError: the model cannot be loaded, or an adapter cannot be merged.
     """
     settings = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    if (bottleneck := bottleneck_settings(path)) is not None:
+        return _load_with_bottlenecks(auto, path, bottleneck, **settings, **kwargs)
     if (base := adapter_base(path)) is not None:
         if loads_sharded():
             raise UserError(
@@ -155,6 +160,20 @@ def load_pretrained(
     keep_weights_in_evaluation(model)
     set_neutral(model)
     return (model, report) if report_asked else model
+
+
+def _load_with_bottlenecks(auto: Any, path: str, bottleneck: Mapping[str, Any], **settings: Any) -> Any:
+    """`load_pretrained` of a base model, with the blocks and the head of its bottleneck adapter."""
+    if not {"num_labels", "id2label"} & settings.keys():
+        settings = {**head_entries(bottleneck), **settings}
+    loaded = load_pretrained(auto, str(bottleneck["base_model_name_or_path"]), **settings)
+    model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
+    with _loading(path, "adapter"):
+        whole = insert_bottlenecks(model, path)
+    check_finite(model, path)
+    for each in report:
+        each["missing_keys"] = set(each["missing_keys"]) - whole
+    return (model, *report) if report else model
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from reward_models.bottleneck import BOTTLENECK
+
 
 def meta_copy(model: nn.Module) -> Any:
     """A model of the same class, configuration and adapter, without storage (on the meta device)."""
@@ -22,10 +24,14 @@ def meta_copy(model: nn.Module) -> Any:
 def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     """Write these weights, named as in `model`, as a Hugging Face folder.
 
-    An adapter is merged into them, and also saved on its own in `adapter/`.
+    An adapter is merged into them, and also saved on its own in `adapter/`; one that cannot be merged is saved instead.
     """
     if not isinstance(model, PeftModel):
         model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
+        return
+    if model.peft_type == BOTTLENECK:
+        model.save_pretrained(str(folder), state_dict=weights)
+        (folder / "README.md").unlink()  # PEFT's card
         return
     merged = filled_copy(model, weights).merge_and_unload()
     merged.generation_config = model.get_base_model().generation_config  # its end tokens among them

@@ -42,6 +42,8 @@ def set_saved_dtype(folder: Path, base: str | None, save_dtype: str) -> str:
         base: the model that training started from; None for a random one.
         save_dtype: the recipe's, such as "bfloat16"; "auto" gives each weight that of its name in `base`.
     """
+    if not (folder / CONFIG).is_file():  # an adapter alone
+        return "float32"
     if save_dtype != "auto":
         most: torch.dtype = getattr(torch, save_dtype)
         named: dict[str, torch.dtype] = {}

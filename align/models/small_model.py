@@ -20,19 +20,21 @@ LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "context_leng
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
 # Sizes by their names in transformers' configurations, and what they become.
 SIZES: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_dim", "lru_width"), WIDTH),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_dim", "lru_width", "dim"), WIDTH),
     **dict.fromkeys(("word_embed_proj_dim", "embedding_size"), WIDTH),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "shared_intermediate_size", "n_inner"), 2 * WIDTH),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 2 * WIDTH),
     **dict.fromkeys(("mamba_d_ssm", "dff"), 2 * WIDTH),
-    **dict.fromkeys(("ffn_dim", "ffn_hidden_size", "block_ff_dim"), 2 * WIDTH),
+    **dict.fromkeys(("ffn_dim", "ffn_hidden_size", "block_ff_dim", "hidden_dim", "d_ff"), 2 * WIDTH),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 2 * WIDTH),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "linear_num_value_heads"), HEADS),
     **dict.fromkeys(("linear_num_heads", "num_query_groups"), HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys((*EXPERTS_PER_TOKEN, "zero_expert_num"), 2),
     **dict.fromkeys(("n_group", "n_groups", "num_expert_group", "linear_num_key_heads"), 2),
     **dict.fromkeys(("topk_group", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), HEAD_DIM),
+    **dict.fromkeys(("head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "d_kv"), HEAD_DIM),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), HEAD_DIM),
     **dict.fromkeys(("query_pre_attn_scalar", "kv_channels", "hidden_size_per_layer_input"), HEAD_DIM),
     **dict.fromkeys(
@@ -54,8 +56,14 @@ SPREAD = 0.1  # of the weights, so that distributions are far from uniform
 MAX_PARAMETERS = 50_000_000
 
 
-def small_config(config: PretrainedConfig, vocab_size: int, positions: int = POSITIONS) -> PretrainedConfig:
-    """The configuration with small sizes, one layer of each kind but at least two, and special ids in the vocabulary."""
+def small_config(
+    config: PretrainedConfig, vocab_size: int, positions: int = POSITIONS, every_layer: bool = False
+) -> PretrainedConfig:
+    """The configuration with small sizes and special ids in the vocabulary.
+
+    Args:
+        every_layer: keep as many layers as it has, rather than one of each kind, but at least two.
+    """
     given = config.to_dict()
     changed: dict[str, Any] = {
         name: size for name, size in SIZES.items() if isinstance(given.get(name), int) and given[name] > 0
@@ -76,10 +84,10 @@ def small_config(config: PretrainedConfig, vocab_size: int, positions: int = POS
         changed |= (
             {"attention_head_dim": changed["attention_hidden_size"] // HEADS} if "attention_head_dim" in given else {}
         )
-    kept, by_layer = _kept_layers(given)
-    changed |= {name: len(kept) for name in LAYER_COUNTS if name in given}
+    kept, by_layer = _kept_layers(given, every_layer)
+    changed |= {name: len(kept) for name in LAYER_COUNTS if name in given and not every_layer}
     changed |= {name: [_small(name, value[index]) for index in kept] for name, value in by_layer.items()}
-    if given.get("num_kv_shared_layers"):
+    if given.get("num_kv_shared_layers") and not every_layer:
         changed["num_kv_shared_layers"] = len(kept) // 2
     if "hybrid_layer_ids" in given:
         changed["hybrid_layer_ids"] = [new for new, old in enumerate(kept) if old in given["hybrid_layer_ids"]]
@@ -106,10 +114,12 @@ def small_config(config: PretrainedConfig, vocab_size: int, positions: int = POS
     return small
 
 
-def _kept_layers(given: dict[str, Any]) -> tuple[list[int], dict[str, list[Any]]]:
+def _kept_layers(given: dict[str, Any], every_layer: bool) -> tuple[list[int], dict[str, list[Any]]]:
     """The layers that the small model has, at least two, and the settings that are lists of one entry per layer."""
     layers = next((given[name] for name in LAYER_COUNTS if isinstance(given.get(name), int)), 0)
     by_layer = {name: value for name, value in given.items() if isinstance(value, list) and len(value) == layers}
+    if every_layer:
+        return list(range(layers)), by_layer
     kinds = {str(kind): index for index, kind in reversed(list(enumerate(zip(*by_layer.values(), strict=True))))}
     kept = sorted(kinds.values()) or [0, 0]
     shares = given.get("num_kv_shared_layers") or "hybrid" in (given.get("layers_block_type") or [])

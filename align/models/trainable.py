@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from peft import (
@@ -19,13 +17,13 @@ from peft import (
     get_peft_model,
 )
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align.compat.deepspeed import full_shape
-from align.compat.others import keep_differentiable_kernel
 from align.config.base import StageRecipe
 from align.errors import UserError, first_few, nearest, reason
+from align.models.bottleneck import bottleneck_config
 from align.models.model_types import is_encoder_decoder
 
 ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention, Conv1D)
@@ -33,10 +31,13 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 MERGEABLE = ("lora", "dora", "qlora", "ia3")  # methods whose adapter can be merged into the weights
 
 
-def peft_config(recipe: StageRecipe, task_type: str, modules_to_save: Sequence[str] = ()) -> PeftConfig | None:
+def peft_config(
+    recipe: StageRecipe, config: PretrainedConfig, task_type: str, modules_to_save: Sequence[str] = ()
+) -> PeftConfig | None:
     """The adapter of the recipe's `method`, without dropout; None for methods without one.
 
     Args:
+        config: of the model that is trained.
         task_type: PEFT's, such as "CAUSAL_LM".
         modules_to_save: names of modules to train in full beside the adapter, such as a new head.
     """
@@ -63,7 +64,21 @@ def peft_config(recipe: StageRecipe, task_type: str, modules_to_save: Sequence[s
             num_transformer_submodules=1,  # of an encoder-decoder too: PEFT gives its decoder none, whatever their number
         )
     if recipe.method == "prefix":
-        return PrefixTuningConfig(task_type=task_type, num_virtual_tokens=recipe.num_virtual_tokens)
+        return PrefixTuningConfig(
+            task_type=task_type,
+            num_virtual_tokens=recipe.num_virtual_tokens,
+            prefix_projection=recipe.prefix_projection,
+            encoder_hidden_size=recipe.encoder_hidden_size or config.get_text_config().hidden_size,
+        )
+    if recipe.method == "bottleneck":
+        return bottleneck_config(
+            config,
+            size=recipe.bottleneck_size,
+            placement=recipe.bottleneck_placement,
+            task_type=task_type,
+            modules_to_save=modules_to_save,
+            trust_remote_code=recipe.trust_remote_code,
+        )
     return None
 
 
@@ -125,8 +140,8 @@ def check_trainable(model: PreTrainedModel, recipe: StageRecipe) -> None:
         )
     head = model.get_output_embeddings() or nn.Identity()
     freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-    if recipe.method in MERGEABLE:
-        adapter = peft_config(recipe, "FEATURE_EXTRACTION")
+    if recipe.method in (*MERGEABLE, "bottleneck"):
+        adapter = peft_config(recipe, model.config, "FEATURE_EXTRACTION")
         assert adapter is not None, recipe.method
         try:
             with torch.device("meta"):
@@ -216,51 +231,11 @@ def _stack(model: nn.Module, part: str, count: int | None) -> Sequence[nn.Module
     return []
 
 
-def quantization_kwargs(method: str, bf16: bool) -> dict[str, Any]:
-    """`from_pretrained` arguments for `method: qlora`: 4-bit NormalFloat, double quantization (arXiv 2305.14314).
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
-    if method != "qlora":
-        return {}
-    try:
-        importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise UserError(
-            "method: qlora needs bitsandbytes; install it by `pip install -e '.[qlora]'` in this repository, "
-            "or use method: lora."
-        ) from error
-    from transformers import BitsAndBytesConfig
-
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        )
-    }
-
-
-def disable_inference_kernels(model: PreTrainedModel) -> None:
-    """Keep a model's 4-bit layers on the CPU kernel that has a gradient; other models are left unchanged."""
-    for module in model.modules():
-        keep_differentiable_kernel(module)
-
-
-def cast_trained_to_float32(model: nn.Module) -> None:
-    """Convert trained parameters to float32: TRL casts a 4-bit model's adapter to bfloat16, which loses small steps."""
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype.itemsize < 4:
-            parameter.data = parameter.data.float()
-
-
 def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
     """Add the adapter of the recipe's `method`, the only part that trains. It starts as the identity, from the seed."""
     check_target_modules(model, recipe.lora_target_modules)
     torch.manual_seed(recipe.seed)
-    config = peft_config(recipe, "CAUSAL_LM")
+    config = peft_config(recipe, model.config, "CAUSAL_LM")
     assert config is not None, recipe.method
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)

@@ -18,6 +18,7 @@ from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer
 from align.models.value import find_value_head, layers_below_head
 from align.runs.manifest import check_tokenizer, read_manifest, tokenizer_digest
+from reward_models.bottleneck import base_of, bottleneck_settings
 from reward_models.linear_head import TokenClassifier
 from reward_models.stored_head import StoredHead
 
@@ -101,6 +102,12 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     if recipe.estimator.value_model:
         others = "reward_model_path" if same_tokenizer else "sft_model_path"
         key = "value_model_path" if recipe.value_model_path is not None else others
+        if bottleneck_settings(value_path) is not None:
+            raise UserError(
+                f"{key}: {value_path} is a bottleneck adapter, and a value model is trained whole, without adapters; name a plain "
+                f"model by value_model_path, such as its base {base_of(value_path)}, or choose an advantage_estimator without a "
+                "value model."
+            )
         value_config = load_config(value_path, key, recipe.trust_remote_code)
         if is_encoder(value_config):
             raise UserError(

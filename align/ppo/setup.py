@@ -20,6 +20,7 @@ from align.engine.user_functions import user_function
 from align.evaluate.reward_model import load_reward, model_sources
 from align.generation.sampler import Sampler
 from align.generation.vllm import VLLM
+from align.models.bottleneck import continue_adapter
 from align.models.load import load_policy
 from align.models.tokenizer import keep_ends
 from align.models.trainable import add_adapter
@@ -29,6 +30,7 @@ from align.ppo.data import PPOData
 from align.ppo.inputs import PPOInputs
 from align.ppo.ppo_run import Models, PPORun, Progress
 from align.ppo.replay import Replay
+from reward_models.bottleneck import base_of
 from reward_models.combine import RewardSum
 from reward_models.heads import keep_head_float32, score_head
 from reward_models.responses import RewardSource
@@ -91,14 +93,15 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32  # of frozen weights
     with sharded_load(recipe, "policy"):
         loaded = load_policy(
-            recipe.sft_model_path,
+            base_of(recipe.sft_model_path),
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
     keep_ends(loaded, inputs.tokenizer)
     adapted = add_adapter(loaded, recipe) if recipe.method != "full" else loaded
+    continue_adapter(adapted, recipe.sft_model_path)
     policy = train_engine(adapted, recipe, world, recipe.learning_rate, plan.policy_passes)
-    if recipe.method != "full":
+    if recipe.method != "full" and base_of(recipe.sft_model_path) == recipe.sft_model_path:
         reference: Engine = AdapterOff(policy)
     else:
         with sharded_load(recipe, "reference"):

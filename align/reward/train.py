@@ -10,7 +10,6 @@ Afterwards the score is normalized: the mean score of responses of the SFT model
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during
 from align.judge.card import manifest_entry, write_card
+from align.models.bottleneck import add_entries, continue_adapter
 from align.models.load import new_reward_model
 from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.scalar_head import start_reward_model
@@ -63,6 +63,7 @@ from align.runs.stage import finish, finished_results, last_checkpoint, write_un
 from align.runs.tracker import Tracker
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
 from align.trainer.hf_trainer import save_trained, train
+from reward_models.bottleneck import base_of
 from reward_models.heads import keep_head_float32, score_head
 
 
@@ -160,9 +161,8 @@ def train_model(
         check = score_check(reward, world, eval_rows or train_rows)
         results = with_judge(results, judge)
         if world.is_main:
-            config = Path(recipe.output_dir) / "config.json"
             scale = {"score_mean": mean, "score_std": std}
-            write_json(config, {**json.loads(config.read_text(encoding="utf-8")), **scale})
+            config = add_entries(Path(recipe.output_dir), scale)
             data = {**pairs.rows.report, "skipped": pairs.skipped}
             card = reward_card(recipe, inputs)
             if judged is not None:
@@ -176,9 +176,10 @@ def train_model(
 
 def write_untrained_model(recipe: RewardRecipe, inputs: RewardInputs, folder: Path) -> None:
     """Write the model that training starts from: the backbone with the head of its files, or with a new one."""
+    base = base_of(recipe.model_name_or_path)
     model = start_reward_model(
-        recipe.model_name_or_path,
-        inputs.head,
+        base,
+        inputs.head if base == recipe.model_name_or_path else None,  # one in an adapter comes with that
         recipe.new_head,
         recipe.seed,
         attn_implementation=recipe.attn_implementation,
@@ -238,8 +239,9 @@ def fit(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=peft_config(recipe, "SEQ_CLS", modules_to_save=[score_head(model)[0].split(".")[0]]),
+        peft_config=peft_config(recipe, model.config, "SEQ_CLS", [score_head(model)[0].split(".")[0]]),
     )
+    continue_adapter(trainer.model, recipe.model_name_or_path, recipe.new_head)
     before, _ = train(trainer, recipe, tracker, checkpoint)
     save_trained(
         trainer,

@@ -21,6 +21,7 @@ from align.engine.faults import during
 from align.errors import UserError
 from align.models.inspect_folder import UNTRAINED
 from align.runs import lock_record
+from align.runs.adapter_card import card_of_adapter
 from align.runs.checkpoint import (
     VERSION,
     clear_partial,
@@ -214,6 +215,8 @@ def finish(
         "metrics of the run in `metrics.jsonl`.\n"
     )
     folder = Path(recipe.output_dir)
+    if recipe.method == "bottleneck":
+        text = card_of_adapter(text, recipe.output_dir)
     with during("records", folder):
         write_text(own(folder / "README.md"), text)
         delete(folder / UNTRAINED)

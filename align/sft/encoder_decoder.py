@@ -94,7 +94,7 @@ def pair_trainer(recipe: SFTRecipe, model: PreTrainedModel, arguments: Mapping[s
         common: further arguments of `PairTrainer`.
     """
     trained: Any = model
-    if adapter := peft_config(recipe, "SEQ_2_SEQ_LM"):
+    if adapter := peft_config(recipe, model.config, "SEQ_2_SEQ_LM"):
         trained = get_peft_model(model, adapter)
     return PairTrainer(
         label_smoothing=recipe.label_smoothing_factor,

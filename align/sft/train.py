@@ -26,18 +26,13 @@ from align.data.load import Rows
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
+from align.models.bottleneck import continue_adapter
 from align.models.from_scratch import scratch_config, write_scratch_model
 from align.models.load import language_model_class, load_policy
 from align.models.model_types import is_encoder_decoder
+from align.models.quantization import cast_trained_to_float32, quantization_kwargs
 from align.models.tokenizer import keep_ends
-from align.models.trainable import (
-    cast_trained_to_float32,
-    check_target_modules,
-    freeze,
-    parameter_counts,
-    peft_config,
-    quantization_kwargs,
-)
+from align.models.trainable import check_target_modules, freeze, parameter_counts, peft_config
 from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
 from align.runs.markdown import code_span, markdown_text, python_text
@@ -64,6 +59,7 @@ from align.sft.rows import tokenize_rows
 from align.sft.trainer import DemonstrationTrainer
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
 from align.trainer.hf_trainer import evaluation_logs, save_trained, train
+from reward_models.bottleneck import base_of
 
 
 @one_run_per_folder
@@ -81,6 +77,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
     resuming = checkpoint is not None
     start = recipe.model_name_or_path or _random_model(recipe, world, rows, resuming)
     config, tokenizer = load_config_and_tokenizer(start, recipe)
+    start = base_of(start)  # a bottleneck adapter is put on it below
     pairs = is_encoder_decoder(config)  # trained by another Trainer
     # Tried on small models here: later, models are sharded as they are made.
     fused_head = not pairs and fused_head_is_exact(config, recipe.trust_remote_code)
@@ -140,9 +137,10 @@ def run(recipe: SFTRecipe) -> SFTResult:
                     label_smoothing_factor=recipe.label_smoothing_factor,
                     **router,
                 ),
-                peft_config=peft_config(recipe, "CAUSAL_LM"),
+                peft_config=peft_config(recipe, model.config, "CAUSAL_LM"),
                 **common,
             )
+        continue_adapter(trainer.model, recipe.model_name_or_path)
         cast_trained_to_float32(trainer.model)
         trained, total = parameter_counts(trainer.model)
         tracker.say(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})")

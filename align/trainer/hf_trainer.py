@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
@@ -22,6 +22,7 @@ from align.engine.distributed import World
 from align.engine.faults import during
 from align.engine.stopping import stops_between_steps
 from align.engine.timer import Clock
+from align.models.bottleneck import complete_adapter, continue_adapter
 from align.models.inspect_folder import CONFIG
 from align.models.saved_dtype import set_saved_dtype
 from align.models.trainable import MERGEABLE
@@ -186,7 +187,9 @@ def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: C
         if not untrained:
             trainer.save_model(str(target))
         stop_sharded_loading()  # otherwise rank 0 would load the next model sharded, alone
-        if world.is_main and untrained:
+        if world.is_main and recipe.method == "bottleneck":
+            _save_bottlenecks(trainer, recipe, load, untrained, fresh)
+        elif world.is_main and untrained:
             tokenizer.save_pretrained(fresh)
             load().save_pretrained(fresh)
         elif world.is_main and recipe.method in MERGEABLE:
@@ -199,3 +202,17 @@ def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: C
         if world.is_main and (fresh / CONFIG).is_file():
             dtype = set_saved_dtype(fresh, getattr(recipe, "model_name_or_path", None), recipe.save_dtype)
             say(f"{output}: weights in {dtype} (save_dtype: {recipe.save_dtype})")
+
+
+def _save_bottlenecks(
+    trainer: Trainer, recipe: Any, load: Callable[[], PreTrainedModel], untrained: bool, folder: Path
+) -> None:
+    """Complete the adapter that has been saved in `folder`; if `untrained`, save it as it was before training first."""
+    model: Any = trainer.model
+    if untrained:
+        tokenizer: Any = trainer.processing_class
+        tokenizer.save_pretrained(folder)
+        before = get_peft_model(load(), model.peft_config["default"])
+        continue_adapter(before, recipe.model_name_or_path)
+        before.save_pretrained(str(folder))
+    complete_adapter(folder, recipe, load())

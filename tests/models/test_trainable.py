@@ -198,12 +198,15 @@ def test_the_loss_with_virtual_tokens_before_it_is_that_of_each_row_alone(tmp_pa
     assert metrics(settings)[0]["train/loss"] == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
-@pytest.mark.parametrize(("stage", "names"), [(2, [*MOVES, "prompt", "prefix", *QLORA]), (3, ["full", "lora"])])
+@pytest.mark.parametrize(
+    ("stage", "names"), [(2, [*MOVES, "prompt", "prefix", "bottleneck", *QLORA]), (3, ["full", "lora", "bottleneck"])]
+)
 def test_two_ranks_do_what_one_does(tmp_path, stage, names):
     ways = {
         **{name: changes for name, (changes, _) in MOVES.items()},
         "prompt": {"method": "prompt"},
-        "prefix": {"method": "prefix"},
+        "prefix": {"method": "prefix", "prefix_projection": True},
+        "bottleneck": {"method": "bottleneck", "gradient_checkpointing": True},
         "qlora": {"method": "qlora"},
     }
     alone, together = {}, {}
@@ -220,7 +223,7 @@ def test_two_ranks_do_what_one_does(tmp_path, stage, names):
     done = ranks.run(train_each, *map(str, sorted(tmp_path.glob("*.yaml"))), log=tmp_path / "rank")
     assert done.returncode == 0, done.stderr[-3000:]
     for name in names:
-        file = "adapter_model.safetensors" if name in ("prompt", "prefix") else "model.safetensors"
+        file = "adapter_model.safetensors" if name in ("prompt", "prefix", "bottleneck") else "model.safetensors"
         ours, theirs = (load_file(Path(each[name].output_dir) / file) for each in (alone, together))
         assert ours.keys() == theirs.keys()
         for key in ours:
@@ -257,8 +260,16 @@ class TestMerge:
         ("freeze_layers: 1", "freeze_layers: is for method: freeze, got method: full"),
         ("method: freeze\ntrainable_pattern: '('", "trainable_pattern: not a regular expression"),
         ("method: prompt\npacking: true", "prepends virtual tokens to each row"),
-        ("method: bottleneck", "method: bottleneck is not supported: PEFT has no bottleneck adapters.* use lora"),
-        ("method: adapter", "method: adapter is not supported: PEFT has no bottleneck adapters"),
+        ("method: adapter", "method: adapter is called bottleneck here"),
+        ("method: pfeiffer", "method: pfeiffer is called bottleneck here, with bottleneck_placement: pfeiffer"),
+        ("bottleneck_size: 8", "bottleneck_size: is for method: bottleneck, got method: full"),
+        ("method: bottleneck\nlora_target_modules: [q_proj]", "method: bottleneck finds its places by itself"),
+        (
+            "method: bottleneck\nsave_dtype: bfloat16",
+            "save_dtype: method: bottleneck saves an adapter alone, in float32",
+        ),
+        ("method: lora\nprefix_projection: true", "prefix_projection: is for method: prefix, got method: lora"),
+        ("method: prefix\nencoder_hidden_size: 8", "encoder_hidden_size: is the width of prefix_projection"),
         ("method: adaptor", "expected one of full, freeze, head, lora"),
         ("use_peft: true", "called method: lora here"),
     ],
@@ -272,7 +283,8 @@ def test_refused(tmp_path, changes, words):
 def test_stages_that_cannot_use_a_method_say_why(tmp_path):
     (tmp_path / "ppo.yaml").write_text("output_dir: o\nsft_model_path: m\ntrain_dataset: d.jsonl\nmethod: prompt\n")
     with pytest.raises(
-        UserError, match=r"expected one of full, lora, dora, ia3 in the ppo stage, got prompt, which cannot be merged"
+        UserError,
+        match=r"expected one of full, lora, dora, ia3, bottleneck in the ppo stage, got prompt, which cannot be merged",
     ):
         load_recipe("ppo", str(tmp_path / "ppo.yaml"))
 

@@ -136,7 +136,7 @@ def count_trained(
         UserError: the method does not fit the model.
     """
     check_target_modules(model, recipe.lora_target_modules)
-    adapter = peft_config(recipe, task_type, whole)
+    adapter = peft_config(recipe, model.config, task_type, whole)
     if adapter is None:
         freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         return count_parameters(model), count_parameters(model, trained=True)

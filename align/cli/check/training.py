@@ -23,7 +23,8 @@ from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import describe_task_shares
 from align.data.split import EmptySplit
 from align.engine.batch_plan import BatchPlan, batch_plan
-from align.models.inspect_folder import inspect_inputs
+from align.models.bottleneck import adapter_entries
+from align.models.inspect_folder import ADAPTER_CONFIG, inspect_inputs
 from align.models.model_types import is_encoder_decoder
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.files import write_json
@@ -163,7 +164,10 @@ class TrainingCheck(Generic[R]):
         names = [f"{MEMBER}{number}" for number in range(1, several + 1)] if several > 1 else [""]
         for name in [*names, *[JUDGE] * getattr(recipe, "train_judge", False)]:
             folder = context.folder / name
-            model.config.save_pretrained(folder)
+            if recipe.method == "bottleneck":
+                write_json(folder / ADAPTER_CONFIG, adapter_entries(recipe, model.config))
+            else:
+                model.config.save_pretrained(folder)
             start.tokenizer.save_pretrained(folder)
             write_json(folder / MANIFEST, manifest)
             context.stand_ins[(Path(recipe.output_dir) / name).resolve()] = folder
