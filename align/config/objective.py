@@ -11,14 +11,12 @@ from typing import Any
 from align.config.keys import AT_LEAST_1, Where, key
 from align.errors import UserError
 
+OF_PPO = (
+    *("advantage_estimator", "num_ppo_epochs", "cliprange", "dual_clip", "max_approx_kl", "gamma", "lam"),
+    *("whiten_rewards", "entropy_coef", "use_kl_loss", "kl_estimator", "cliprange_value"),
+)
 # Keys that an objective does not read.
-UNREAD = {
-    "ppo": ("replay_size", "gradient_steps"),
-    "trajectory_balance": (
-        *("advantage_estimator", "num_ppo_epochs", "cliprange", "dual_clip", "max_approx_kl", "gamma", "lam"),
-        *("whiten_rewards", "entropy_coef", "use_kl_loss", "kl_estimator", "cliprange_value"),
-    ),
-}
+UNREAD = {"ppo": ("replay_size", "gradient_steps"), "trajectory_balance": OF_PPO, "path_consistency": OF_PPO}
 VALUE_KEYS = ("value_learning_rate", "value_model_path", "value_deepspeed", "value_warmup_updates")
 
 
@@ -28,22 +26,19 @@ def objective() -> Any:
         "ppo",
         "ppo, or trajectory_balance: the variance of score - kl_coef * log(policy / reference) over the responses to a prompt "
         "(VarGrad, arXiv 2503.18929), which is 0 at the optimum whatever policy sampled them, so that earlier rollouts are "
-        "trained on again. With num_generations: 1 a value model estimates the mean that the responses to a prompt would have.",
+        "trained on again; with num_generations: 1 a value model estimates the mean that the responses to a prompt would have. "
+        "path_consistency (arXiv 1702.08892): the same from every token on, against a value model.",
     )
 
 
 def replay_size() -> Any:
     """The key `replay_size` of PPO's stage."""
-    return key(
-        10, "With trajectory_balance: rollout batches that are kept and trained on, the newest included.", AT_LEAST_1
-    )
+    return key(10, "Without ppo: rollout batches that are kept and trained on, the newest included.", AT_LEAST_1)
 
 
 def gradient_steps() -> Any:
     """The key `gradient_steps` of PPO's stage."""
-    return key(
-        8, "With trajectory_balance: optimizer steps an update, each on minibatch_size kept responses.", AT_LEAST_1
-    )
+    return key(8, "Without ppo: optimizer steps an update, each on minibatch_size kept responses.", AT_LEAST_1)
 
 
 def unread_keys(objective: str, num_generations: int) -> tuple[str, ...]:
@@ -65,7 +60,7 @@ def check_objective(recipe: Any, where: Where) -> None:
             raise UserError(
                 f"{where(each.name)}: objective: {recipe.objective} does not read it{when}, got {got}; leave it out."
             )
-    rules = _check_ppo if recipe.objective == "ppo" else _check_trajectory_balance
+    rules = _check_ppo if recipe.objective == "ppo" else _check_balance
     rules(recipe, where)
     if recipe.method != "full" and recipe.reference_deepspeed:
         raise UserError(
@@ -106,14 +101,14 @@ def _check_ppo(recipe: Any, where: Where) -> None:
         )
 
 
-def _check_trajectory_balance(recipe: Any, where: Where) -> None:
+def _check_balance(recipe: Any, where: Where) -> None:
     if recipe.minibatch_size % recipe.num_generations:
         raise UserError(
             f"{where('minibatch_size')}: expected a multiple of num_generations ({recipe.num_generations}) with objective: "
-            f"trajectory_balance, got {recipe.minibatch_size}"
+            f"{recipe.objective}, got {recipe.minibatch_size}"
         )
     if not recipe.kl_coef:
         raise UserError(
-            f"{where('kl_coef')}: expected a number above 0 with objective: trajectory_balance, whose optimum is the reference "
+            f"{where('kl_coef')}: expected a number above 0 with objective: {recipe.objective}, whose optimum is the reference "
             "times exp(score / kl_coef), got 0"
         )

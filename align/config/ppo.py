@@ -43,7 +43,7 @@ from align.config.objective import check_objective, gradient_steps, objective, r
 from align.config.responses import check_scored_responses
 from align.config.schedule import check_decay_steps
 from align.errors import UserError
-from align.maths.estimators import ESTIMATORS, TRAJECTORY_BALANCE, TRAJECTORY_BALANCE_OF_ONE, Estimator
+from align.maths.estimators import BALANCE_WITH_VALUES, ESTIMATORS, TRAJECTORY_BALANCE, Estimator
 
 if TYPE_CHECKING:
     EstimatorName: TypeAlias = str
@@ -88,7 +88,7 @@ class PPORecipe(StageRecipe):
     reward_timeout: float = reward_timeout()
     score_reasoning: bool = score_reasoning()
 
-    objective: Literal["ppo", "trajectory_balance"] = objective()
+    objective: Literal["ppo", "trajectory_balance", "path_consistency"] = objective()
     replay_size: int = replay_size()
     gradient_steps: int = gradient_steps()
     total_episodes: int = key(10_000, "Responses sampled in the run.", AT_LEAST_1)
@@ -202,14 +202,15 @@ class PPORecipe(StageRecipe):
     @property
     def estimator(self) -> Estimator:
         """The properties of the objective: value model, responses to a prompt, aggregation of the loss."""
-        if self.objective == "trajectory_balance":
-            return TRAJECTORY_BALANCE if self.num_generations > 1 else TRAJECTORY_BALANCE_OF_ONE
-        return ESTIMATORS[self.advantage_estimator]
+        if self.objective == "ppo":
+            return ESTIMATORS[self.advantage_estimator]
+        groups = self.objective == "trajectory_balance" and self.num_generations > 1
+        return TRAJECTORY_BALANCE if groups else BALANCE_WITH_VALUES
 
     @property
     def steps_per_update(self) -> int:
         """Optimizer steps of an update."""
-        if self.objective == "trajectory_balance":
+        if self.objective != "ppo":
             return self.gradient_steps
         return self.num_ppo_epochs * (self.rollout_batch_size // self.minibatch_size)
 

@@ -25,6 +25,6 @@ ESTIMATORS = {
     "reinforce_plus_plus": Estimator(),
 }
 
-# Of an objective of its own, which has its own advantages; a value model stands for a group of one.
+# Of objectives of their own, which have their own advantages.
 TRAJECTORY_BALANCE = Estimator(compares_group=True, aggregation="constant")
-TRAJECTORY_BALANCE_OF_ONE = Estimator(value_model=True, aggregation="constant")
+BALANCE_WITH_VALUES = Estimator(value_model=True, aggregation="constant")

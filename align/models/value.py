@@ -30,7 +30,7 @@ def find_value_head(
     without = [name for name, estimator in ESTIMATORS.items() if not estimator.value_model]
     remedy = (
         "Name a reward model, a value model or a language model by value_model_path, or choose an advantage_estimator "
-        f"without a value model: {', '.join(without)}; or, with objective: trajectory_balance, num_generations of 2 or more."
+        f"without a value model: {', '.join(without)}; or objective: trajectory_balance with num_generations of 2 or more."
     )
     if layers_below_head(path, config, trust_remote_code):
         scalar_skeleton(path, config, TokenClassifier, key, remedy, trust_remote_code)

@@ -123,7 +123,7 @@ def save_outputs(
             write_text(own(folder / CHART), frontier)
         card = CARD.format(
             folder=python_text(recipe.output_dir),
-            objective={"ppo": "PPO", "trajectory_balance": "trajectory balance"}[recipe.objective],
+            objective={"ppo": "PPO"}.get(recipe.objective, recipe.objective.replace("_", " ")),
             base=markdown_text(recipe.sft_model_path),
             kl_coef=recipe.kl_coef,
             others="".join(text for text, is_there in others.items() if is_there),

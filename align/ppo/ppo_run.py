@@ -98,7 +98,7 @@ class PPORun:
         scoring_passes: minimum number of forward passes, with rows of similar length, to score a rollout.
         learning_rates: of policy and value model, for each update.
         ptx: tokenized rows of `ptx_dataset`.
-        replay: earlier responses, for `objective: trajectory_balance`; None for PPO.
+        replay: earlier responses, for other objectives than PPO, which has None.
         skipped_in_a_row: minibatches skipped since the last one with a finite loss.
     """
 

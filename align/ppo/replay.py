@@ -1,4 +1,4 @@
-"""The replay buffer of `objective: trajectory_balance`."""
+"""The replay buffer of the objectives `trajectory_balance` and `path_consistency`."""
 
 from __future__ import annotations
 

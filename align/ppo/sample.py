@@ -71,7 +71,7 @@ def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Ro
         old_logprobs=in_passes("score_policy", logprobs, models.policy) if recompute else samples.logprobs,
         ref_logprobs=in_passes("score_reference", logprobs, models.reference),
         values=torch.zeros_like(samples.logprobs)
-        if models.value is None or run.replay is not None  # trajectory balance asks the value model of its time
+        if models.value is None or run.replay is not None  # then minibatches ask the value model of their time
         else in_passes("score_value", response_values, models.value),
         scores=missing_eos_scores(
             scores.to(world.device), samples.ended, recipe.missing_eos_penalty, recipe.missing_eos_score

@@ -81,7 +81,7 @@ def set_up(
         ema=EMA(models.policy, recipe.ema_decay) if recipe.ema_decay is not None else None,
         ptx=data.ptx,
     )
-    if recipe.objective == "trajectory_balance":
+    if recipe.objective != "ppo":
         run.replay = Replay(recipe.replay_size * recipe.rollout_batch_size, world, run.sampler.pad_token_id)
     if checkpoint is not None:
         load_checkpoint(run, checkpoint, len(data.held_out))

@@ -52,7 +52,7 @@ def step(run: PPORun, update: int) -> dict[str, float]:
     rollout = gather_rollout(scored, run.world, run.sampler.pad_token_id)  # [B, T] and [B], identical on every rank
     record_sampler_gap(run, rollout, recompute)
     scores = normalize_and_clip_scores(run, rollout)  # [B]; updates their running mean and standard deviation first
-    if run.replay is not None:  # `objective: trajectory_balance`, which trains on earlier rollouts too
+    if run.replay is not None:  # trajectory balance or path consistency, which train on earlier rollouts too
         metrics = rollout_metrics(run, rollout)
         metrics |= balance_steps(run, run.replay, rollout, update)
     else:

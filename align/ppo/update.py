@@ -19,7 +19,7 @@ from align.engine.distributed import World
 from align.generation.sampling import generator
 from align.maths.kl import LOSS_ESTIMATORS
 from align.maths.losses import loss_weights, policy_loss, value_loss
-from align.maths.trajectory_balance import balance_loss
+from align.maths.trajectory_balance import balance_loss, path_loss
 from align.models.forward import response_loss, response_values
 from align.ppo.bad_batches import skip_minibatch
 from align.ppo.ppo_run import PPORun, Sums
@@ -124,7 +124,8 @@ def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number
         if trains_policy(run, update):
             sums |= policy_gradient(run, batch, tokens) if run.replay is None else balance_gradient(run, batch)
         if run.models.value is not None:
-            gradient = value_gradient if run.replay is None else prompt_value_gradient
+            of_prompts = run.recipe.objective == "trajectory_balance"
+            gradient = prompt_value_gradient if of_prompts else value_gradient
             sums |= gradient(run, batch, tokens)
         parts.append(sums)
     if run.ptx is not None and trains_policy(run, update):
@@ -173,7 +174,7 @@ def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
 
 
 def balance_gradient(run: PPORun, batch: Experience) -> Sums:
-    """Forward and backward of the policy on m responses, for `trajectory_balance`."""
+    """Forward and backward of the policy on m responses, for `trajectory_balance` and `path_consistency`."""
     with run.world.clock.phase("update_policy"):
         ids, mask = batch.sequences()  # [m, S]
         scaled = (batch.advantages * batch.weights)[batch.mask]  # [n]
@@ -188,9 +189,12 @@ def balance_gradient(run: PPORun, batch: Experience) -> Sums:
 
 
 def balance_sums(run: PPORun, minibatch: Experience, tokens: float) -> dict[str, float]:
-    """Loss and residual of a minibatch of `trajectory_balance`, times its tokens, since other metrics are sums over tokens."""
+    """Loss and residual of a minibatch of a balance, times its tokens, since other metrics are sums over tokens."""
     recipe, kl_coef = run.recipe, run.progress.kl_coef
-    loss = float(balance_loss(minibatch.advantages[:, 0], kl_coef, recipe.num_generations))
+    if recipe.objective == "path_consistency":
+        loss = float(path_loss(minibatch.returns - minibatch.values, minibatch.mask, kl_coef))
+    else:
+        loss = float(balance_loss(minibatch.advantages[:, 0], kl_coef, recipe.num_generations))
     return {
         "policy/loss": loss / recipe.response_length * tokens,
         "policy/residual": (2 * loss / kl_coef) ** 0.5 * tokens,
@@ -201,8 +205,7 @@ def value_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
     """Forward and backward of the value model on m responses; the loss is a mean over the minibatch's `tokens`."""
     assert run.models.value is not None
     with run.world.clock.phase("update_value"):
-        ids, mask = batch.sequences()  # [m, S]
-        values = response_values(run.models.value, ids, mask, batch.mask.shape[1])  # [m, T]
+        values = token_values(run, batch)
         value = value_loss(values, batch.values, batch.returns, batch.mask, run.recipe.cliprange_value)
         run.models.value.backward(value.loss.sum() / tokens)
     return {"value/loss": value.loss.detach().sum(), "value/clipfrac": value.clipped}
@@ -216,6 +219,12 @@ def prompt_value_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sum
         loss = loss.sum() / run.recipe.minibatch_size
         run.models.value.backward(loss)
     return {"value/loss": loss.detach() * tokens}
+
+
+def token_values(run: PPORun, batch: Rollout) -> Tensor:
+    """The value of the state before each response token, [m, T] float32; 0 at padding."""
+    assert run.models.value is not None
+    return response_values(run.models.value, *batch.sequences(), batch.mask.shape[1])
 
 
 def prompt_values(run: PPORun, batch: Rollout) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from align.cli.verify_languages import REWARDS, SMALL, optimal_logprobs
 from align.config.load import load_recipe
 from align.engine.distributed import World
 from align.errors import UserError
+from align.maths.advantages import gae, token_rewards
 from align.maths.running_moments import RunningMoments
-from align.maths.trajectory_balance import balance_loss, leave_one_out_excess
+from align.maths.trajectory_balance import balance_loss, leave_one_out_excess, path_advantages, path_loss
 from align.models.forward import response_logprobs
 from align.ppo.ppo_run import PPORun
 from align.ppo.replay import Replay
@@ -64,12 +66,37 @@ class TestMaths:
             assert loss.item() < 1e-28
             assert float(gradient.abs().max()) < 1e-14
 
+    def test_every_path_is_balanced_at_the_optimum(self):
+        """Of every response, whose states have the values beta log Z: at the optimum no token has a residual."""
+        namespace: dict = {}
+        exec(REWARDS, namespace)
+        responses, score, beta = SMALL.responses(), SMALL.scores(namespace["letters"])[0], 0.5
+        log_ref = torch.linspace(0, 3, len(score), dtype=torch.float64).log_softmax(0)
+        log_best = log_ref + score / beta  # not normalized
+
+        def mass(log_p: torch.Tensor, prefix: tuple[int, ...]) -> torch.Tensor:
+            return log_p[[i for i, each in enumerate(responses) if each[: len(prefix)] == prefix]].logsumexp(0)
+
+        mask = torch.tensor([[t < len(each) for t in range(SMALL.length)] for each in responses])
+        kl, values = torch.zeros(2, *mask.shape, dtype=torch.float64)
+        for row, each in enumerate(responses):
+            gain = [mass(log_best, each[:t]) - mass(log_ref, each[:t]) for t in range(len(each) + 1)]
+            for t in range(len(each)):
+                kl[row, t], values[row, t] = gain[t + 1] - gain[t], beta * gain[t]
+        residuals = gae(token_rewards(score, kl, mask, beta), values, mask, 1.0, 1.0)[0]
+        assert float(residuals.abs().max()) < 1e-13
+        off = gae(token_rewards(score, 0 * kl, mask, beta), values, mask, 1.0, 1.0)[0]
+        assert float(path_loss(off, mask, beta)) > 1e-3
+
     def test_by_hand(self):
         scores, kl = torch.tensor([1.0, 3.0, 5.0, 5.0]), torch.tensor([0.0, 2.0, 1.0, 3.0])
         excess = leave_one_out_excess(scores, kl, 0.5, 2)  # d = 1, 2 and 4.5, 3.5
         assert excess.tolist() == [-1.0, 1.0, 1.0, -1.0]
         assert float(balance_loss(excess, 0.5, 2)) == 0.5  # variances 0.5 and 0.5, over 2 beta
         assert float(balance_loss(torch.tensor([1.0, -3.0]), 0.5, 1)) == 5.0  # squares 1 and 9, over 2 beta
+        residuals, mask = torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([[True, True], [True, False]])
+        assert path_advantages(residuals, mask).tolist() == [[0.5, 2.0], [2.0, 0.0]]
+        assert float(path_loss(residuals, mask, 0.5)) == 4.5  # means 5 and 4, over 2 beta
 
 
 def trained(run: PPORun) -> list[tuple[str, torch.nn.Parameter]]:
@@ -190,6 +217,38 @@ class TestGradient:
         worst = max(float(gradient.abs().max()) for gradient in gradient_at(run, replay, rollout).values())
         assert max(worst, *(float(gradient.abs().max()) for gradient in steps[1])) < 1e-5
 
+    def test_path_consistency_has_a_residual_for_every_token(self, tmp_path):
+        """Values by plain transformers; gradients by autograd through the loss, microbatches of several lengths."""
+        run, _, replay = start(tmp_path, objective="path_consistency", num_generations=1)
+        move(run)
+        value, steps = run.models.value, []
+        torch.nn.init.normal_(value.module.score.weight, generator=torch.Generator().manual_seed(1))
+        value.step = lambda _: (
+            steps.append([p.grad.clone() for p in value.module.parameters()]) or value.discard() or 0.0
+        )
+        rollout = first_rollout(run)
+        got = gradient_at(run, replay, rollout)
+        run.models.policy.module.zero_grad()
+        value.module.zero_grad()
+        losses, squares = [], []
+        for row, length in enumerate(rollout.lengths.tolist()):
+            prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+            ids = torch.cat([prompt, rollout.response_ids[row, :length]])[None]
+            values = value.module(input_ids=ids[:, :-1]).logits[0, -length:, 0]
+            logits = run.models.policy.module(input_ids=ids[:, :-1]).logits[0, -length:] / 0.9
+            kl = logits.log_softmax(-1)[range(length), ids[0, -length:]] - rollout.ref_logprobs[row, :length]
+            to_go = rollout.scores[row] - 0.3 * kl.flip(0).cumsum(0).flip(0)
+            losses.append((to_go - values.detach()).square().mean() / (2 * 0.3) / run.recipe.response_length)
+            squares.append(0.5 * (to_go.detach() - values).square())
+        torch.stack(losses).mean().backward()
+        assert_gradients(got, {name: parameter.grad.clone() for name, parameter in trained(run)})
+        torch.cat(squares).mean().backward()
+        named = [*value.module.named_parameters()]
+        assert_gradients(
+            {name: mine for (name, _), mine in zip(named, steps[0], strict=True)},
+            {name: parameter.grad for name, parameter in named}, 1e-5,
+        )  # fmt: skip
+
     def test_every_step_has_the_policy_and_the_moments_of_its_time(self, tmp_path):
         run, rollout, replay = start(tmp_path, normalize_scores=True, gradient_steps=2)
         run.progress.score_moments = RunningMoments().include(torch.tensor([0.0, 4.0]))
@@ -256,58 +315,73 @@ class TestReplay:
             found.load_checkpoint(tmp_path / "replay")
 
 
-def replaying(folder: Path, num_generations: int, **changes) -> str:
+def replaying(folder: Path, objective: str, num_generations: int, **changes) -> str:
     """Another objective, whose kept responses are a state too: at update 2 those of update 1 are among them."""
     texts = [{"text": LETTERS[: 3 + i % 5]} for i in range(7)]
     changes |= {"value_warmup_updates": 1, "value_learning_rate": 0.01} if num_generations == 1 else {}
     return make_recipe(
-        folder, objective="trajectory_balance", num_generations=num_generations, minibatch_size=8, gradient_steps=3, replay_size=3,
+        folder, objective=objective, num_generations=num_generations, minibatch_size=8, gradient_steps=3, replay_size=3,
         num_ppo_epochs=4, kl_coef=0.1, kl_target=0.05, kl_horizon=100, normalize_scores=True, ema_decay=0.8,
         ptx_dataset=write_jsonl(folder / "texts.jsonl", texts), ptx_coef=0.1, ptx_batch_size=6, total_episodes=80, **changes,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[4, 1], ids=["groups", "value_model"])
-def finished(request, tmp_path_factory) -> tuple[int, Path]:
-    """Responses to a prompt, and the folder of a run."""
+KINDS = [
+    pytest.param("trajectory_balance", 4, id="groups"),
+    pytest.param("trajectory_balance", 1, id="value_model", marks=pytest.mark.slow),
+    pytest.param("path_consistency", 1, id="paths"),
+]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(each.values, id=each.id, marks=each.marks) for each in KINDS])
+def finished(request, tmp_path_factory) -> tuple[Callable[..., str], Path]:
+    """What writes the recipe of a run, and its folder."""
     folder = tmp_path_factory.mktemp("balance")
-    run(load_recipe("ppo", replaying(folder, request.param)))
-    return request.param, folder / "out"
+    make = partial(replaying, objective=request.param[0], num_generations=request.param[1])
+    run(load_recipe("ppo", make(folder)))
+    return make, folder / "out"
 
 
 class TestTogether:
     def test_resumed_to_the_bit(self, finished, tmp_path):
-        each, folder = finished
-        assert_resumes(partial(replaying, num_generations=each), folder, tmp_path)
+        assert_resumes(*finished, tmp_path)
 
     def test_every_metric_is_documented(self, finished):
-        each, folder = finished
+        make, folder = finished
         rows = [row for row in metrics(folder) if "policy/residual" in row]
         assert [row["policy/steps"] for row in rows] == [3] * 5
         assert not undocumented({name for row in rows for name in row} - {"step", "time"})
         assert not {"policy/ratio", "policy/clipfrac", "policy/approx_kl", "policy/first_ratio"} & rows[0].keys()
         warms_up = "objective/entropy" not in rows[0]
-        assert warms_up == (each == 1) == (abs(rows[1]["objective/kl"]) < 1e-6), "then the value model trains alone"
-        losses = {"value/loss", "value/grad_norm", "value/learning_rate"} if each == 1 else set()
-        assert {name for name in rows[0] if name.startswith("value/")} == losses
+        single = make.keywords["num_generations"] == 1
+        assert warms_up == single == (abs(rows[1]["objective/kl"]) < 1e-6), "then the value model trains alone"
+        losses = {"value/loss", "value/grad_norm", "value/learning_rate"} if single else set()
+        assert {name for name in rows[0] if name.startswith("value/")} - {"value/clipfrac"} == losses
 
     def test_the_moments_are_of_all_scores_so_far(self, finished):
         assert read_state(finished[1] / "checkpoint-2")["progress"]["score_moments"]["count"] == 2 * 16
 
     @pytest.mark.slow
     def test_two_ranks_at_zero_3_do_what_one_does(self, finished, tmp_path):
-        each, alone = finished
-        done = run_stage("ppo", replaying(tmp_path, each, deepspeed=deepspeed_file(tmp_path / "policy.json", 3)))
+        make, alone = finished
+        done = run_stage("ppo", make(tmp_path, deepspeed=deepspeed_file(tmp_path / "policy.json", 3)))
         assert done.returncode == 0, done.stderr[-3000:]
         assert_same_curve(metrics(alone), metrics(tmp_path / "out"), 5e-4)
         same_weights(alone, tmp_path / "out", 5e-4)
 
 
-@pytest.mark.parametrize("each", [64, 1])
-def test_it_reaches_the_optimum(tmp_path, each):
+@pytest.mark.parametrize(
+    ("objective", "each"),
+    [
+        ("trajectory_balance", 64),
+        pytest.param("trajectory_balance", 1, marks=pytest.mark.slow),
+        pytest.param("path_consistency", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_it_reaches_the_optimum(tmp_path, objective, each):
     """With a tenth of the episodes that PPO has in `align verify`."""
     case = verify.write_case(
-        tmp_path, SMALL, 0.5, objective="trajectory_balance", num_generations=each, gradient_steps=8, warmup_steps=0,
+        tmp_path, SMALL, 0.5, objective=objective, num_generations=each, gradient_steps=8, warmup_steps=0,
         total_episodes=2560,
     )  # fmt: skip
     verify.train(str(tmp_path), [case])
