@@ -142,7 +142,12 @@ def has_sequence_classifier(config: Any) -> bool:
     """Whether transformers has a sequence classifier for this configuration class."""
     from transformers import AutoModelForSequenceClassification
 
-    return type(config) in AutoModelForSequenceClassification._model_mapping
+    return has_auto_class(AutoModelForSequenceClassification, config)
+
+
+def has_auto_class(auto: Any, config: Any) -> bool:
+    """Whether an auto class of transformers, such as `AutoModelForTokenClassification`, has a model for this configuration."""
+    return type(config) in auto._model_mapping
 
 
 def causal_lm_types() -> Collection[str]:

@@ -10,7 +10,12 @@ from align.config.best_of_n import BestOfNRecipe, check_best_of_n_rules
 from align.config.encoders import ClassifyRecipe, MLMRecipe, check_classify_rules, check_mlm_rules
 from align.config.ensemble import models_by_place
 from align.config.evaluate import EvaluateRecipe, check_evaluate_rules
-from align.config.extraction import TokenClassificationRecipe, check_token_classification_rules
+from align.config.extraction import (
+    QuestionAnsweringRecipe,
+    TokenClassificationRecipe,
+    check_question_answering_rules,
+    check_token_classification_rules,
+)
 from align.config.judge_reward import JudgeRewardRecipe, check_judge_reward_rules
 from align.config.keys import Where
 from align.config.ppo import PPORecipe, check_ppo_rules
@@ -84,6 +89,15 @@ STAGES: dict[str, Stage] = {
             check_module="align.cli.check.token_classification",
             input_models=("model_name_or_path",),
             methods=("full", "freeze", "head", "lora", "dora", "ia3", "bottleneck"),
+        ),
+        Stage(
+            name="question-answering",
+            recipe=QuestionAnsweringRecipe,
+            check_rules=check_question_answering_rules,
+            module="align.encoders.question_answering",
+            check_module="align.cli.check.question_answering",
+            input_models=("model_name_or_path",),
+            methods=("full", "freeze", "head", "lora", "dora", "ia3"),
         ),
         Stage(
             name="mlm",

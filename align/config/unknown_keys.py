@@ -86,7 +86,7 @@ OF_STAGE = {
     },
     "question-answering": {
         "max_seq_length": "called max_length here",
-        "n_best_size": "derived: the best 20 starts and ends of each window are tried",
+        "n_best_size": "derived: every first and last token of a window within max_answer_length is tried",
         "version_2_with_negative": "derived: whether training rows have no answers",
         "null_score_diff_threshold": "derived: 0; answers have their scores in what `align predict` writes",
     },

@@ -1,7 +1,7 @@
-"""The stages around encoders (BERT-like): `align classify`, `align token-classification` and `align mlm`.
+"""The stages around encoders (BERT-like): `align classify`, `token-classification`, `question-answering` and `mlm`.
 
 Imported by `align.cli`; imports no other stage. Public: `run_classify` and its like here, from Python; `classify.run`,
-`token_classification.run` and `mlm.run`, the stages themselves.
+`token_classification.run`, `question_answering.run` and `mlm.run`, the stages themselves.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.config.encoders import ClassifyRecipe, MLMRecipe
-from align.config.extraction import TokenClassificationRecipe
+from align.config.extraction import QuestionAnsweringRecipe, TokenClassificationRecipe
 from align.config.load import as_recipe
 from align.runs.launch import run_from_python
-from align.runs.results import ClassifyResult, MLMResult, TokenClassificationResult
+from align.runs.results import ClassifyResult, MLMResult, QuestionAnsweringResult, TokenClassificationResult
 
 
 def run_classify(recipe: ClassifyRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: Any) -> ClassifyResult:
@@ -39,6 +39,14 @@ def run_token_classification(
 ) -> TokenClassificationResult:
     """Train a token classifier in this process; arguments, result and errors as for `run_classify`."""
     result: TokenClassificationResult = run_from_python(as_recipe(TokenClassificationRecipe, recipe, **keys))
+    return result
+
+
+def run_question_answering(
+    recipe: QuestionAnsweringRecipe | Mapping[str, Any] | str | os.PathLike[str], **keys: Any
+) -> QuestionAnsweringResult:
+    """Train a model that answers from a passage, in this process; arguments, result and errors as for `run_classify`."""
+    result: QuestionAnsweringResult = run_from_python(as_recipe(QuestionAnsweringRecipe, recipe, **keys))
     return result
 
 

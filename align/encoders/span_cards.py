@@ -35,3 +35,33 @@ labels = [model.config.id2label[i] for i in model(**encoded).logits[0].argmax(di
 found = [(text[start:end], label) for (start, end), label in zip(offsets, labels) if label != "O" and text[start:end].strip()]
 ```
 """
+
+
+def reader_card(base: str, folder: str, unanswerable: bool) -> str:
+    """The card of a model that answers from a passage, with code that does so."""
+    none = (
+        " It may find that the passage has no answer: its first token then has the highest score."
+        if unanswerable
+        else ""
+    )
+    return READER.format(base=markdown_text(base), folder=python_text(folder), none=none)
+
+
+READER = """# Answers from a passage
+
+Trained from {base} by the `question-answering` stage of align: the answer to a question is a span of the passage.{none}
+`align predict` answers the questions of a file's rows, with long passages in windows.
+
+```python
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+model = AutoModelForQuestionAnswering.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
+encoded = tokenizer(question, context, return_offsets_mapping=True, return_tensors="pt")
+offsets = encoded.pop("offset_mapping")[0].tolist()
+output = model(**encoded)
+start, end = int(output.start_logits.argmax()), int(output.end_logits.argmax())
+answer = context[offsets[start][0] : offsets[end][1]] if start else ""
+```
+"""

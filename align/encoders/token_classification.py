@@ -37,7 +37,7 @@ from align.encoders.entity_metrics import (
     entity_metrics,
     type_table,
 )
-from align.encoders.inputs import HeadInputs, check_head_inputs
+from align.encoders.inputs import HeadInputs, check_has_head, check_head_inputs
 from align.encoders.labels import SHOWN
 from align.encoders.span_cards import tagger_card
 from align.encoders.tags import TagSet, find_tags
@@ -158,6 +158,7 @@ def run(recipe: TokenClassificationRecipe) -> TokenClassificationResult:
 def check_tagger_inputs(recipe: TokenClassificationRecipe) -> HeadInputs:
     """`check_head_inputs` of a token classifier, whose tokenizer must know the characters of its tokens; errors as there."""
     inputs = check_head_inputs(recipe, recipe.model_name_or_path, AutoModelForTokenClassification)
+    check_has_head(AutoModelForTokenClassification, recipe.model_name_or_path, inputs.config)
     check_fast(inputs.tokenizer, recipe.model_name_or_path)
     return inputs
 

@@ -62,13 +62,30 @@ def measure(
     metric: Any, rows: Sequence[Demonstration], predictions: Sequence[str], references: Sequence[str]
 ) -> Measure | None:
     """Statistics per row and the score that their sums give; None for a metric that is not one of `METRICS`."""
-    from align.evaluate.text_metrics import TextMetric
+    from align.evaluate.text_metrics import Squad, TextMetric
 
     if not isinstance(metric, TextMetric):
         return None
     if metric.compares_labels:
         predictions, references = as_labels(rows, predictions, references)
+    if isinstance(metric, Squad):
+        several = [[reference, *_answers(row)] for row, reference in zip(rows, references, strict=True)]
+        return Measure(metric.statistics(predictions, several), metric.score, metric.has_row_scores)
     return Measure(metric.statistics(predictions, references), metric.score, metric.has_row_scores)
+
+
+def _answers(row: Demonstration) -> list[str]:
+    """Further right answers in the row's column `answers`: texts, or SQuAD's {text: [...], answer_start: [...]}.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    answers = row.extra.get("answers")
+    texts = answers.get("text") if isinstance(answers, dict) else answers
+    found = [texts] if isinstance(texts, str) else [] if texts is None else texts
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise UserError(f"{row.where}: `answers`: expected a list of texts, as further references of the metric squad.")
+    return found
 
 
 def as_labels(

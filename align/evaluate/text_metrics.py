@@ -19,6 +19,7 @@ import numpy as np
 
 from align.compat.others import bleu_score, bleu_statistics
 from align.evaluate.bootstrap import Floats
+from align.evaluate.squad import exact_match, token_f1
 
 Scores = dict[str, float]
 
@@ -110,6 +111,18 @@ class F1(TextMetric):
         return {"f1": float(f1_score(true, _labels(predictions), labels=sorted(set(true)), average="macro"))}
 
 
+class Squad(TextMetric):
+    """Exact match and token F1 of answers as SQuAD defines them, 0 to 1. Of several references of a row the best counts."""
+
+    def statistics(self, predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> Floats:
+        gold = [[each] if isinstance(each, str) else each for each in references]
+        rows = [[exact_match(p, g), token_f1(p, g), 1] for p, g in zip(predictions, gold, strict=True)]
+        return np.array(rows, dtype=np.float64)
+
+    def score(self, sums: Floats) -> Scores:
+        return {"squad_exact_match": float(sums[0] / sums[2]), "squad_f1": float(sums[1] / sums[2])}
+
+
 def _labels(texts: Sequence[str]) -> list[str]:
     return [text.strip().removesuffix(".").strip().casefold() for text in texts]
 
@@ -182,6 +195,7 @@ METRICS: dict[str, type[TextMetric]] = {
     "exact_match": ExactMatch,
     "accuracy": Accuracy,
     "f1": F1,
+    "squad": Squad,
     "bleu": Bleu,
     "rouge": Rouge,
     "chrf": Chrf,

@@ -17,7 +17,7 @@ from align import encoders, evaluate, ppo, reward, sft
 from align.config.data_source import DataSource
 from align.config.encoders import ClassifyRecipe, MLMRecipe
 from align.config.evaluate import EvaluateRecipe
-from align.config.extraction import TokenClassificationRecipe
+from align.config.extraction import QuestionAnsweringRecipe, TokenClassificationRecipe
 from align.config.load import as_recipe
 from align.config.ppo import PPORecipe
 from align.config.reward import RewardRecipe
@@ -106,6 +106,7 @@ def test_each_function_takes_the_recipes_of_its_stage(keys, monkeypatch):
         "align.encoders.classify",
         "align.encoders.mlm",
         "align.encoders.token_classification",
+        "align.encoders.question_answering",
     ):
         monkeypatch.setattr(f"{module}.run", given.append)
     monkeypatch.setattr("align.evaluate.compare.run", given.append)
@@ -115,6 +116,7 @@ def test_each_function_takes_the_recipes_of_its_stage(keys, monkeypatch):
     encoders.run_classify({**shared, "model_name_or_path": "model"}, seed=4)
     encoders.run_mlm({**shared, "model_name_or_path": "model"}, seed=4)
     encoders.run_token_classification({**shared, "model_name_or_path": "model"}, seed=4)
+    encoders.run_question_answering({**shared, "model_name_or_path": "model"}, seed=4)
     evaluate.run({**shared, "models": ["a/x", "b/y"]}, seed=4)
     assert [type(each) for each in given] == [
         RewardRecipe,
@@ -122,9 +124,11 @@ def test_each_function_takes_the_recipes_of_its_stage(keys, monkeypatch):
         ClassifyRecipe,
         MLMRecipe,
         TokenClassificationRecipe,
+        QuestionAnsweringRecipe,
         EvaluateRecipe,
     ]
-    assert [each.stage for each in given] == ["reward", "ppo", "classify", "mlm", "token-classification", "evaluate"]
+    stages = ["reward", "ppo", "classify", "mlm", "token-classification", "question-answering", "evaluate"]
+    assert [each.stage for each in given] == stages
     assert {each.seed for each in given} == {4}
     assert given[-1].models == {"x": "a/x", "y": "b/y"}
     with pytest.raises(UserError, match="recipe: expected PPORecipe, a mapping of its keys or the path of a YAML file, got RewardRecipe"):  # fmt: skip
