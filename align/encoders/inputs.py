@@ -13,7 +13,7 @@ from align.errors import UserError
 from align.models.check_files import check_files
 from align.models.encoder_decoder import check_classifier_exists
 from align.models.load import load_config
-from align.models.model_types import is_encoder, is_sequence_to_sequence
+from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.manifest import check_tokenizer
 
@@ -69,9 +69,9 @@ def check_has_head(auto: Any, path: str, config: PretrainedConfig) -> None:
     """Check that transformers puts this head on this kind of model.
 
     Raises:
-        UserError: it does not, or it is an encoder-decoder.
+        UserError: it does not.
     """
-    if is_sequence_to_sequence(config) or not (has_auto_class(auto, config) or getattr(config, "auto_map", None)):
+    if not (has_auto_class(auto, config) or getattr(config, "auto_map", None)):
         raise UserError(
             f"model_name_or_path: {path} ({config.model_type}): this stage has no {auto.__name__.removeprefix('Auto')} of it; name "
             "an encoder (BERT-like)."

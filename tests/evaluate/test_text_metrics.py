@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from align.errors import UserError
 from align.evaluate.metrics import load_metric
+from align.evaluate.squad import exact_match, token_f1
 from align.evaluate.text_metrics import METRICS
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", ".", ",", "Positive", "negative"]
@@ -114,6 +115,10 @@ def reference_scores(name: str, predictions: list[str], references: list[str]) -
         return {name: sacrebleu.corpus_bleu(predictions, [references]).score}
     if name == "chrf":
         return {name: sacrebleu.corpus_chrf(predictions, [references]).score}
+    if name == "squad":  # tests/evaluate/test_squad.py has its definition
+        scores = {"squad_exact_match": exact_match, "squad_f1": token_f1}
+        pairs = [(p, [r]) for p, r in zip(predictions, references, strict=True)]
+        return {each: np.mean([score(*pair) for pair in pairs]) for each, score in scores.items()}
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     rows = [RougeScorer(kinds).score(r, p) for p, r in zip(predictions, references, strict=True)]
     return {kind: np.mean([row[kind].fmeasure for row in rows]) for kind in kinds}
