@@ -16,7 +16,7 @@ from align.errors import UserError, nearest
 
 ROW_COLUMNS = (
     *("prompt", "completion", "chosen", "rejected", "messages", "text", "text_pair", "label"),
-    *("margin", "tie", "tools"),
+    *("margin", "tie", "strength", "tools"),
 )
 ANNOTATION_COLUMNS = ("tokens", "tags", "spans", "question", "context", "answers")
 TEXT_PARTS = ("prompt", "completion")
@@ -39,7 +39,7 @@ class DataSource:
     columns: dict[str, str] = key(
         {},
         "Column names: ours (prompt, completion, chosen, rejected, messages, text, text_pair, label, margin, "
-        "tie, tools, tokens, tags, spans, question, context, answers) to the source's.",
+        "tie, strength, tools, tokens, tags, spans, question, context, answers) to the source's.",
     )
     task: str | None = key(
         None,

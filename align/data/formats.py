@@ -29,6 +29,7 @@ from align.data.rows import (
     canonical,
     label_kind,
 )
+from align.data.strength import by_strength
 from align.errors import BadRow
 
 LARGEST_MARGIN = 1e6  # of scores, which are of a few units
@@ -51,6 +52,8 @@ def read_row(values: Mapping[str, Any], where: str, row_type: type, formats: Seq
         return read_question(values, where)
     if row_type in (Labelled, Passage):
         return _text_row(values, where, columns, row_type)
+    if columns == PAIR and row_type is not Prompt and values.get("strength") is not None:
+        values = by_strength(values)
     read = {"prompt"} if row_type is Prompt and values.get("prompt") is not None else {"prompt", *columns}
     extra = {name: value for name, value in values.items() if name not in read}
     _check_columns(extra, row_type)

@@ -25,7 +25,7 @@ from align.data.reasoning import without_reasoning
 from align.data.rows import BadRows, Demonstration, Preference, Prompt, is_tie, tools_of
 from align.errors import BadRow, UserError
 
-NO_MARGIN = "no `margin`, which other rows have; write 0 for none"
+NO_MARGIN = "no `margin` (nor `strength`), which other rows have; write 0 for none (as strength 1)"
 IGNORE_INDEX = -100  # label of a token that the loss ignores
 Report = dict[str, dict[str, Any]]
 

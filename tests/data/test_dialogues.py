@@ -483,7 +483,10 @@ class TestTemplateKwargs:
 
 def test_a_margin_on_some_rows_only_is_refused() -> None:
     rows = [Preference("a", "b", "c", f"f:{number}", extra) for number, extra in enumerate([{"margin": 1}, {}], 1)]
-    with pytest.raises(UserError, match=r"no `margin`, which other rows have; write 0 for none: 1 \(f:2\)"):
+    with pytest.raises(
+        UserError,
+        match=r"no `margin` \(nor `strength`\), which other rows have; write 0 for none \(as strength 1\): 1 \(f:2\)",
+    ):
         tokenize_preferences(rows, chatml(), max_length=99)
     dataset, _ = tokenize_preferences(rows[:1], chatml(), max_length=99)
     assert dataset["margin"][:] == [1.0]

@@ -241,6 +241,33 @@ def test_extra_holds_what_the_form_does_not() -> None:
     assert read({"messages": [user("a"), assistant("b")], "id": 7}, Prompt).extra == {"id": 7}
 
 
+@pytest.mark.parametrize(
+    ("strength", "better", "more"),
+    [
+        (3, "c", {"margin": 2}),
+        (-3, "d", {"margin": 2}),
+        (2.0, "c", {"margin": 1}),  # as a column with gaps is read
+        (-1, "d", {"margin": 0}),
+        (0, "c", {"tie": True}),
+        ("A>>B", "c", {"margin": 1}),
+        ("A > B", "c", {"margin": 0}),
+        ("A=B", "c", {"tie": True}),
+        ("tie", "c", {"tie": True}),
+        ("B>A", "d", {"margin": 0}),
+        ("B>>A", "d", {"margin": 1}),
+    ],
+)
+def test_a_strength_says_which_is_better_and_by_how_much(strength, better, more) -> None:
+    values = {"prompt": "a", "chosen": "c", "rejected": "d", "strength": strength}
+    pair = read(values, Preference)
+    assert (pair.chosen, pair.rejected) == (better, "d" if better == "c" else "c")
+    steps = 0 if "tie" in more else more["margin"] + 1
+    assert pair.extra == {"strength": steps, **more}
+    assert read(values, Demonstration).completion == better, "which is what SFT imitates"
+    assert read(values, Prompt).extra["strength"] == strength
+    assert read({**values, "strength": None}, Preference).extra == {"strength": None}
+
+
 def test_messages_keep_what_has_a_value() -> None:
     row = read({"messages": [{**user("a"), "name": None}, {**assistant("b"), "score": 3}]}, Demonstration)
     assert (row.prompt, row.completion) == ([user("a")], [{**assistant("b"), "score": 3}])
@@ -255,6 +282,16 @@ def test_messages_keep_what_has_a_value() -> None:
         (Preference, {"margin": float("nan")}, "`margin` is not a number of at least 0"),
         (Preference, {"margin": 1e300}, "`margin` is not a number of at least 0, or too large"),  # infinite as float32
         (Preference, {"margin": 10**400}, "`margin` is not a number of at least 0, or too large"),
+        *(
+            (
+                Preference,
+                {"strength": value},
+                "`strength` is not a whole number from -3 to 3, or one of A>>B, A>B, A=B, tie, B>A",
+            )
+            for value in (4, -4, 1.5, float("nan"), True, "A>>>B", "2", [1], {"a": 1}, 10**400)
+        ),
+        (Preference, {"strength": 1, "margin": 0}, "a `strength` beside a `margin` or a `tie`, which follow from it"),
+        (Preference, {"strength": 0, "tie": True}, "a `strength` beside a `margin` or a `tie`, which follow from it"),
         (Preference, {"weight": 0.5}, "a row's `weight` other than 1; give the whole source a `weight`, or each turn"),
         (Demonstration, {"weight": 0}, "a row's `weight` other than 1; give the whole source a `weight`, or each turn"),
         (Prompt, {"chat_template_kwargs": {"a": 1}}, "`chat_template_kwargs` in a row; set the key of that name"),

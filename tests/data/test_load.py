@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from align.config.data_source import DataSource
+from align.config.data_source import DataSource, check_source
 from align.data.load import DataSettings, Rows, load_rows
 from align.data.mixture import describe_task_shares, times_used
 from align.data.rows import Demonstration, Preference, Prompt, Turns
@@ -163,6 +163,23 @@ class TestRefused:
         path.write_bytes(b"[\n\xff\xfe,,,\n1,2,3,4,5\n")
         with pytest.raises(UserError, match=rf"a.{suffix}:(1: has 4 cells| cannot be read as)"):
             load(str(path))
+
+    def test_strengths_as_helpsteer_has_them_are_pairs_with_margins_and_ties(self, tmp_path):
+        """A positive number is for the second response; `context` are messages (HelpSteer3)."""
+        given = [(-3, "a", "b"), (0, "c", "d"), (2, "e", "f"), (1, "g", "h")]
+        rows = [
+            {"domain": "x", "context": [{"role": "user", "content": f"q{one}"}], "response1": one, "response2": two,
+             "overall_preference": number}
+            for number, one, two in given
+        ]  # fmt: skip
+        names = {"prompt": "context", "chosen": "response2", "rejected": "response1", "strength": "overall_preference"}
+        source = DataSource(path=write_jsonl(tmp_path / "steps.jsonl", rows), columns=names)
+        check_source(source, "train_dataset[0]")
+        found = [
+            (row.chosen[0]["content"], row.rejected[0]["content"], row.extra.get("margin"), row.extra.get("tie"))
+            for row in load(source, form=Preference).train
+        ]
+        assert found == [("a", "b", 2, None), ("d", "c", None, True), ("f", "e", 1, None), ("h", "g", 0, None)]
 
     def test_missing_column_names_file_columns_and_near_miss(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completions": "c", "id": 1}])
