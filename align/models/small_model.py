@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from align.compat.transformers import has_causal_lm
 from align.models.forward_settings import NEUTRAL
+from align.models.model_types import is_encoder_decoder
 
 WIDTH, HEADS, HEAD_DIM = 64, 4, 16
 POSITIONS = 1024
@@ -51,7 +52,8 @@ SIZES: dict[str, int] = {
     "attn_layer_offset": 1,
 }
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks",
+                "num_decoder_layers", "encoder_layers", "decoder_layers")  # fmt: skip
 SPREAD = 0.1  # of the weights, so that distributions are far from uniform
 MAX_PARAMETERS = 50_000_000
 
@@ -102,8 +104,7 @@ def small_config(
         name: _small_rope(given[name], given) for name in ("rope_parameters", "rope_scaling") if given.get(name)
     }
     changed |= {name: value for name, value in NEUTRAL.items() if name in given}
-    if "initializer_range" in given:
-        changed["initializer_range"] = SPREAD
+    changed |= {name: SPREAD for name in ("initializer_range", "init_std") if name in given}
     changed |= {
         name: _small_ids(value, vocab_size)
         for name, value in given.items()
@@ -174,12 +175,13 @@ def small_model(
     text = config.get_text_config()
     small = small_config(text if has_causal_lm(text) else config, vocab_size, positions)
     settings["trust_remote_code"] = trust_remote_code
+    auto: Any = AutoModelForSeq2SeqLM if is_encoder_decoder(small) else AutoModelForCausalLM
     with torch.device("meta"):
-        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(small, **settings).parameters())
+        size = sum(weight.numel() for weight in auto.from_config(small, **settings).parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"a small model of this type has {size:,} parameters")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(small, **settings)
+        model: PreTrainedModel = auto.from_config(small, **settings)
     model.eval()
     return model

@@ -29,6 +29,16 @@ def test_an_architecture(name, packs, tmp_path):
     assert set(found.stages.values()) == {OK}, found
 
 
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+def test_an_encoder_decoder(name, tmp_path):
+    found = examine(Case(name), tmp_path)
+    assert found.verdict == REFUSED, found
+    assert found.gaps.keys() == {"padded", "loss", "scores"}
+    assert {part for part, state in found.stages.items() if state == REFUSED} == {"packing", "ppo"}
+    assert FAILED not in found.stages.values(), found
+    assert {"sft", "reward", "saved"} <= found.stages.keys()
+
+
 def test_a_model_that_reads_few_tokens(tmp_path):
     write_small_model("gpt2", tmp_path / "base", positions=16)
     (tmp_path / "work").mkdir()
@@ -54,7 +64,7 @@ def test_a_process_that_dies_is_a_row_that_failed(monkeypatch):
 
 def test_what_cannot_be_examined_is_refused_by_name(tmp_path):
     with pytest.raises(
-        UserError, match=r"--architectures: .* no causal language model of type 'lama'; did you mean 'llama'"
+        UserError, match=r"--architectures: .* no language model of type 'lama'; did you mean 'llama'"
     ):
         make_cases(["lama"], None)
     with pytest.raises(UserError, match="--model: no model at"):

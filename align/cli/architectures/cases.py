@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from align.compat.transformers import causal_lm_types
+from align.compat.transformers import causal_lm_types, seq2seq_lm_types
 from align.config.paths import expand
 from align.errors import UserError, nearest, reason
 from align.models.from_scratch import SPECIAL_TOKENS, train_tokenizer
 from align.models.inspect_folder import inspect_folder
+from align.models.model_types import is_encoder_decoder
 from align.models.small_model import POSITIONS, small_model
 
 ATTENTION = "full_attention"
@@ -54,6 +55,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "lfm2": {"layer_types": ["conv", ATTENTION], "num_hidden_layers": 2},
     "deepseek_v3": {},
+    "t5": {},
+    "bart": {},
 }
 TOKENS = 256 + len(SPECIAL_TOKENS)
 VOCABULARY = TOKENS + 5  # padded, as is usual
@@ -75,10 +78,10 @@ def make_cases(names: Sequence[str] | None, folder: str | None) -> list[Case]:
         UserError: transformers has no causal language model of a name, or there is no model in the folder.
     """
     for name in names or ():
-        if name not in causal_lm_types():
+        known = {*causal_lm_types(), *seq2seq_lm_types()}
+        if name not in known:
             raise UserError(
-                f"--architectures: transformers has no causal language model of type {name!r}"
-                f"{nearest(name, causal_lm_types())}; the types are those of `model_type` in config.json."
+                f"--architectures: transformers has no language model of type {name!r}{nearest(name, known)}; the types are those of `model_type` in config.json."
             )
     chosen = [] if names is None else list(dict.fromkeys(names)) or list(ARCHITECTURES)
     cases = [Case(name) for name in chosen]
@@ -107,10 +110,12 @@ def write_small_model(name: str, folder: Path, positions: int = POSITIONS, **set
         raise UserError(f"{name}: no small model of this type can be made. {reason(error)}") from error
     pad, bos, eos = range(len(SPECIAL_TOKENS))
     ids = {"pad_token_id": pad, "bos_token_id": bos}
+    pairs = is_encoder_decoder(model.config)
+    ids |= {"decoder_start_token_id": eos if name == "bart" else pad} if pairs else {}
     model.config.update({**ids, "eos_token_id": eos})
     model.generation_config = GenerationConfig(**ids, eos_token_id=[eos, *END_TOKENS])
     model.save_pretrained(folder)
-    train_tokenizer([], TOKENS).save_pretrained(folder)
+    train_tokenizer([], TOKENS, pairs=pairs).save_pretrained(folder)
 
 
 def random_prompts(vocabulary: int, lengths: Sequence[int]) -> list[list[int]]:

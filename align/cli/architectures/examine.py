@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from align.cli.architectures.cases import Case, write_small_model
 from align.cli.architectures.exactness import measure_policy, measure_scores, response_room
+from align.cli.architectures.pairs import check_answers, measure_pair_scores, measure_pairs, write_pair_recipes
 from align.cli.architectures.stages import check_generates, check_recipes, ppo_models, run_recipe, write_recipes
 from align.errors import UserError, reason
 from align.models.context_length import max_positions
 from align.models.load import load_config
+from align.models.model_types import is_encoder_decoder
 from align.models.packing import check_packing
 from align.models.small_model import small_model
 from align.models.tokenizer import load_tokenizer
@@ -78,7 +80,10 @@ def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Examinat
     with found.part("model"):
         if case.folder is None:
             write_small_model(case.name, folder / "base")
-        config, tokenizer = load_config(base, "--model"), load_tokenizer(base)
+        config, tokenizer = load_config(base, "--model", encoder_decoder=True), load_tokenizer(base)
+        if is_encoder_decoder(config):
+            _examine_pairs(found, base, folder, overrides)
+            return _finished(found, began)
         with found.part("packing", refused="by check_packing"):
             check_packing(config, "packing", trust_remote_code=False)
         packs = found.stages["packing"] == OK
@@ -91,10 +96,38 @@ def examine(case: Case, folder: Path, overrides: Sequence[str] = ()) -> Examinat
             start = write_small_copy(base, folder / "small")
             found.notes["stages"] = f"on a small random model of this configuration: it has {parameters:,} parameters"
         run_stages(found, start, folder, packs, rows, overrides)
+    return _finished(found, began)
+
+
+def _finished(found: Examination, began: float) -> Examination:
     if found.stages.pop("model") == FAILED:
         found.stages["exact"] = FAILED
     found.seconds = round(time.monotonic() - began, 1)
     return found
+
+
+def _examine_pairs(found: Examination, base: str, folder: Path, overrides: Sequence[str]) -> None:
+    """The same of an encoder-decoder, which PPO does not train and which packs no rows."""
+    found.stages |= {"packing": REFUSED, "ppo": REFUSED}
+    found.notes["ppo"] = "an encoder-decoder, which PPO does not sample from: sft, mlm, classify, reward and evaluate take it"
+    parameters = 0
+    with found.part("exact"):
+        gaps, parameters = measure_pairs(base)
+        found.gaps |= gaps
+    if parameters > LARGE:
+        base = write_small_copy(base, folder / "small")
+    write_pair_recipes(base, folder)
+    mistakes = ""
+    with found.part("check"):
+        mistakes = check_recipes(folder, overrides)
+    for stage in ("sft", "reward"):
+        with found.part(stage, refused=mistakes):
+            run_recipe(stage, folder, overrides)
+    with found.part("saved"):
+        check_answers(str(folder / "sft"))
+    if found.stages["reward"] == OK:
+        with found.part("scores"):
+            found.gaps |= measure_pair_scores(str(folder / "reward"))
 
 
 def run_stages(found: Examination, base: str, folder: Path, packs: bool, rows: Any, overrides: Sequence[str]) -> None:
@@ -120,10 +153,11 @@ def run_stages(found: Examination, base: str, folder: Path, packs: bool, rows: A
 
 def write_small_copy(base: str, folder: Path) -> str:
     """Write a small random model of the configuration in `base`, with its tokenizer; returns its folder."""
-    config = load_config(base, "--model")
+    config = load_config(base, "--model", encoder_decoder=True)
     text = config.get_text_config()
     model = small_model(config, text.vocab_size)
-    ids = {name: getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    ids = {name: getattr(text, name) for name in names if hasattr(text, name)}
     model.config.update(ids)
     try:
         model.generation_config = GenerationConfig.from_pretrained(base)
