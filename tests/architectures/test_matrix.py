@@ -63,9 +63,7 @@ def test_a_process_that_dies_is_a_row_that_failed(monkeypatch):
 
 
 def test_what_cannot_be_examined_is_refused_by_name(tmp_path):
-    with pytest.raises(
-        UserError, match=r"--architectures: .* no language model of type 'lama'; did you mean 'llama'"
-    ):
+    with pytest.raises(UserError, match=r"--architectures: .* no language model of type 'lama'; did you mean 'llama'"):
         make_cases(["lama"], None)
     with pytest.raises(UserError, match="--model: no model at"):
         make_cases(None, str(tmp_path))

@@ -109,7 +109,9 @@ def _finished(found: Examination, began: float) -> Examination:
 def _examine_pairs(found: Examination, base: str, folder: Path, overrides: Sequence[str]) -> None:
     """The same of an encoder-decoder, which PPO does not train and which packs no rows."""
     found.stages |= {"packing": REFUSED, "ppo": REFUSED}
-    found.notes["ppo"] = "an encoder-decoder, which PPO does not sample from: sft, mlm, classify, reward and evaluate take it"
+    found.notes["ppo"] = (
+        "an encoder-decoder, which PPO does not sample from: sft, mlm, classify, reward and evaluate take it"
+    )
     parameters = 0
     with found.part("exact"):
         gaps, parameters = measure_pairs(base)
