@@ -115,7 +115,7 @@ def run(recipe: QuestionAnsweringRecipe) -> QuestionAnsweringResult:
         heads = head_modules(model)
         check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_submodule(heads[-1]), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-        if adapter := peft_config(recipe, "QUESTION_ANS", heads):
+        if adapter := peft_config(recipe, model.config, "QUESTION_ANS", heads):
             torch.manual_seed(recipe.seed)
             model = PeftModel(model, adapter)  # PEFT's class for this task drops the kinds of tokens
         trainer = AnswerTrainer(
