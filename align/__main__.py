@@ -104,7 +104,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
         usage="align verify [--num_gpus N] [--episodes [N ...]] [--architectures [TYPE ...]] [--model FOLDER] "
         "[--json [FILE]] [--key value ...]",
         description="Train PPO on languages small enough to compute the optimal policy, and compare with it. With --episodes: "
-        "PPO, RLOO and trajectory balance on a larger one, by the number of responses that they sample. With "
+        "every objective, and RLOO, on a larger one, by the number of responses that they sample. With "
         "--architectures or --model: compare log-probabilities, scores and values with plain transformers', packed rows "
         "with single ones, and run two steps of sft, reward and ppo. --key value sets a key of the recipes.",
     )

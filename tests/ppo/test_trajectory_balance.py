@@ -227,6 +227,9 @@ class TestGradient:
             steps.append([p.grad.clone() for p in value.module.parameters()]) or value.discard() or 0.0
         )
         rollout = first_rollout(run)
+        rollout.token_scores = (
+            torch.randn(rollout.mask.shape, generator=torch.Generator().manual_seed(2)) * rollout.mask
+        )
         got = gradient_at(run, replay, rollout)
         run.models.policy.module.zero_grad()
         value.module.zero_grad()
@@ -237,7 +240,9 @@ class TestGradient:
             values = value.module(input_ids=ids[:, :-1]).logits[0, -length:, 0]
             logits = run.models.policy.module(input_ids=ids[:, :-1]).logits[0, -length:] / 0.9
             kl = logits.log_softmax(-1)[range(length), ids[0, -length:]] - rollout.ref_logprobs[row, :length]
-            to_go = rollout.scores[row] - 0.3 * kl.flip(0).cumsum(0).flip(0)
+            rewards = rollout.token_scores[row, :length] - 0.3 * kl
+            rewards[-1] += rollout.scores[row] - rollout.token_scores[row].sum()
+            to_go = rewards.flip(0).cumsum(0).flip(0)
             losses.append((to_go - values.detach()).square().mean() / (2 * 0.3) / run.recipe.response_length)
             squares.append(0.5 * (to_go.detach() - values).square())
         torch.stack(losses).mean().backward()
