@@ -102,7 +102,7 @@ def evaluate_pairs(
     decided = torch.ones(len(chosen), dtype=torch.bool)
     if tie is not None:
         loss, decided = loss + tie * (chosen - rejected) / 2, tie == 0
-    accuracy = _accuracy(scores, decided.nonzero().flatten().tolist(), prompts)
+    accuracy = pairs_accuracy(scores, decided.nonzero().flatten().tolist(), prompts)
     results = {
         "eval_loss": float(loss.mean()),
         "eval_accuracy": accuracy["accuracy"],
@@ -119,7 +119,7 @@ def evaluate_pairs(
     return results
 
 
-def _accuracy(scores: tuple[Tensor, Tensor], used: Sequence[int], prompts: Sequence[str]) -> dict[str, float]:
+def pairs_accuracy(scores: tuple[Tensor, Tensor], used: Sequence[int], prompts: Sequence[str]) -> dict[str, float]:
     """`preference_accuracy` of some pairs, with the interval by prompt where prompts repeat among all."""
     chosen, rejected = (each[list(used)] for each in scores)
     accuracy = preference_accuracy(chosen.tolist(), rejected.tolist())
@@ -130,22 +130,25 @@ def _accuracy(scores: tuple[Tensor, Tensor], used: Sequence[int], prompts: Seque
     return accuracy
 
 
-def accuracy_by_source(rows: Sequence[Preference], scores: tuple[Tensor, Tensor]) -> dict[str, dict[str, float]]:
+def accuracy_by_source(
+    rows: Sequence[Preference], scores: tuple[Tensor, Tensor], column: str = TASK
+) -> dict[str, dict[str, float]]:
     """accuracy, its 95% interval low and high, and n of the pairs of each source that are no ties; {} with one source.
 
     All but the most common sources count together as "others".
 
     Args:
         rows: the row of each pair.
-        scores: `score_pairs` of them.
+        scores: `score_pairs` of them, or other numbers by which to choose.
+        column: that names the source of a row.
     """
-    names, prompts = [str(row.extra[TASK]) for row in rows], prompts_of(rows)
+    names, prompts = [str(row.extra.get(column)) for row in rows], prompts_of(rows)
     common = [name for name, _ in Counter(names).most_common(MAX_SOURCES)]
     used: dict[str, list[int]] = {}
     for index, (name, row) in enumerate(zip(names, rows, strict=True)):
         if not is_tie(row):
             used.setdefault(name if name in common else "others", []).append(index)
-    return {name: _accuracy(scores, each, prompts) for name, each in used.items()} if len(used) > 1 else {}
+    return {name: pairs_accuracy(scores, each, prompts) for name, each in used.items()} if len(used) > 1 else {}
 
 
 def judge_held_out(

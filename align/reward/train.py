@@ -46,6 +46,7 @@ from align.reward.evaluation import (
     score_check,
     score_pairs,
 )
+from align.reward.imbalance import describe_imbalance, imbalance_section, measure_imbalance, warn_of_imbalance
 from align.reward.inputs import RewardInputs, check_reward_inputs
 from align.reward.members import train_judge, train_members, with_judge
 from align.reward.model_card import reward_card
@@ -130,6 +131,9 @@ def train_model(
         tracker.say(f"scalar head: {inputs.describe_head()}")
         if (line := describe_duplicates(pairs.rows.report)) is not None:
             tracker.say(line)
+        imbalance = measure_imbalance(pairs.trained_rows)
+        for line in (*describe_imbalance(imbalance), *warn_of_imbalance(imbalance)):
+            tracker.say(line)
         before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
 
         # From here on the saved model, loaded and scored as PPO does it.
@@ -163,8 +167,8 @@ def train_model(
         if world.is_main:
             scale = {"score_mean": mean, "score_std": std}
             config = add_entries(Path(recipe.output_dir), scale)
-            data = {**pairs.rows.report, "skipped": pairs.skipped}
-            card = reward_card(recipe, inputs)
+            data = {**pairs.rows.report, "skipped": pairs.skipped, "imbalance": imbalance}
+            card = reward_card(recipe, inputs) + imbalance_section(imbalance)
             if judged is not None:
                 with during("records", config), new_folder(Path(recipe.output_dir) / "card") as folder:
                     write_card(folder, *judged, f"{recipe.output_dir}, on its held-out pairs")

@@ -31,6 +31,7 @@ from align.cli.check.memory import (
     activation_bytes,
     count_parameters,
     count_trained,
+    moment_bytes,
     skeleton,
     state_bytes,
 )
@@ -67,6 +68,26 @@ def test_bytes_of_frozen_and_adapted_models():
     adapted = Footprint("policy", 1000, 100)  # float32: 4000 + 100 x 12; ZeRO 3 a quarter of it
     assert state_bytes(adapted, 0, 4, bf16=False) == 5200
     assert state_bytes(adapted, 3, 4, bf16=False) == 1300
+
+
+@pytest.mark.parametrize(
+    ("optim", "arguments", "moments"),
+    [
+        ("adamw_torch_fused", {}, 8),
+        ("sgd", {}, 0),
+        ("sgd", {"momentum": 0.9}, 4),
+        ("adagrad", {}, 4),
+        ("rmsprop", {}, 4),
+        ("rmsprop", {"momentum": 0.9, "centered": True}, 12),
+        ("adafactor", {}, 0),
+        ("adamw_8bit", {}, 2),
+    ],
+)
+def test_bytes_of_other_optimizers(optim, arguments, moments):
+    assert moment_bytes(optim, arguments) == moments
+    model = Footprint("policy", 1000, 1000)
+    assert state_bytes(model, 0, 1, bf16=False, moments=moments) == 8000 + 1000 * moments
+    assert state_bytes(model, 1, 4, bf16=True, moments=moments) == 4000 + 1000 * (4 + moments) / 4
 
 
 def test_bytes_of_activations():

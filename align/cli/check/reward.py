@@ -15,6 +15,7 @@ from align.data.load import Rows
 from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
 from align.models.model_types import is_encoder_decoder
+from align.reward.imbalance import describe_imbalance, measure_imbalance, warn_of_imbalance
 from align.reward.inputs import check_reward_inputs
 from align.reward.pairs import describe_halves, load_preferences
 from reward_models.heads import score_head
@@ -34,7 +35,11 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
 
     def load(self, recipe: RewardRecipe) -> tuple[Rows, list[str]]:
         rows, *judge = load_preferences(recipe)
-        return rows, [describe_halves(rows, each) for each in judge]
+        imbalance = describe_imbalance(measure_imbalance(rows.train))
+        return rows, [*(describe_halves(rows, each) for each in judge), *imbalance]
+
+    def warnings(self, rows: Rows) -> list[str]:
+        return [*super().warnings(rows), *warn_of_imbalance(measure_imbalance(rows.train))]
 
     def start(self, recipe: RewardRecipe, rows: Rows | None, folder: Path) -> Start:
         reward = check_reward_inputs(recipe)

@@ -50,6 +50,11 @@ class TrainingCheck(Generic[R]):
         """The rows of the stage, and further lines about them."""
         return load_rows(DataSettings.from_recipe(recipe), self.form), []
 
+    def warnings(self, rows: Rows) -> list[str]:
+        """What is doubtful about rows that can be used."""
+        repeated = describe_duplicates(rows.report)
+        return [repeated] if repeated else []
+
     def functions(self, recipe: R) -> list[str]:
         """A line for each key that names functions or metrics, all of which can be imported."""
         lines = []
@@ -106,8 +111,8 @@ class TrainingCheck(Generic[R]):
                 report.say(line)
             if shares := describe_task_shares(rows.report):
                 report.say(f"tasks: {shares}")
-            if repeated := describe_duplicates(rows.report):
-                report.say(repeated, "warning")
+            for line in self.warnings(rows):
+                report.say(line, "warning")
         with report.part():
             inspect_inputs(recipe, context.stand_ins)
             recipe = with_stand_ins(recipe, context.stand_ins, report)
