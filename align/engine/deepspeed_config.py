@@ -10,6 +10,8 @@ from typing import Any
 from align.config.base import DEEPSPEED_KEYS, StageRecipe
 from align.config.deepspeed_file import read_deepspeed_file, zero_stage_of
 
+FLOAT32_SUMS = 2  # the first ZeRO stage at which DeepSpeed accumulates gradients in float32
+
 
 def uses_deepspeed(recipe: StageRecipe) -> bool:
     """Whether any model has a DeepSpeed file."""
@@ -47,10 +49,19 @@ def deepspeed_config(
     for name in [name for name, value in zero.items() if value == "auto"]:
         del zero[name]  # DeepSpeed's own default
     config.setdefault("steps_per_print", 10**9)
+    if bf16:
+        _reduce_in_float32(config)
     return config
 
 
-def trainer_deepspeed_config(path: str | None) -> dict[str, Any] | None:
+def _reduce_in_float32(config: dict[str, Any]) -> None:
+    """Have gradients of bfloat16 weights reduced in float32, and accumulated from ZeRO 2 on; below, see `accumulate_in_float32`."""
+    config.setdefault("communication_data_type", "fp32")
+    if config["zero_optimization"].get("stage", 0) >= FLOAT32_SUMS:
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+
+
+def trainer_deepspeed_config(path: str | None, bf16: bool = False) -> dict[str, Any] | None:
     """A DeepSpeed file for transformers' Trainer, which fills in each "auto": sizes, clipping and precision.
 
     None without a file.
@@ -65,4 +76,6 @@ def trainer_deepspeed_config(path: str | None) -> dict[str, Any] | None:
     zero = config.setdefault("zero_optimization", {"stage": 0})
     if zero.get("stage") == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # saves in the dtype of the weights, despite the name
+    if bf16:
+        _reduce_in_float32(config)
     return config

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.config.base import StageRecipe
-from align.engine.deepspeed_config import deepspeed_config, deepspeed_file, zero_stage
+from align.engine.deepspeed_config import FLOAT32_SUMS, deepspeed_config, deepspeed_file, zero_stage
 from align.engine.distributed import World
-from align.engine.mixed_precision import use_float32_attention
+from align.engine.mixed_precision import accumulate_in_float32, use_float32_attention
 from align.engine.optimizer import make_optimizer, set_learning_rate
 from align.engine.sharding import evaluation_mode, gathered_parameters, gathered_state_dict, save_from_main
 from align.engine.state import counters, load_state, restore_counters, save_state
@@ -65,6 +65,8 @@ class DeepSpeedEngine:
             use_float32_attention(model)
         self.inner_optimizer = None
         if learning_rate is not None:
+            if recipe.bf16 and self.stage < FLOAT32_SUMS and accumulation > 1:
+                accumulate_in_float32(model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self.inner_optimizer = make_optimizer(trained, recipe, learning_rate)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -1,4 +1,4 @@
-"""bfloat16 mixed precision without DeepSpeed: bfloat16 weights compute, the optimizer steps float32 masters.
+"""bfloat16 mixed precision: bfloat16 weights compute, the optimizer steps float32 masters.
 
 Gradients are accumulated over microbatches in float32, too: in bfloat16 a sum of equal terms stops growing at 256 of
 them.
@@ -46,6 +46,34 @@ def _accumulate_in_master(master: nn.Parameter, weight: Tensor) -> None:
     else:
         add_in_pieces(master.grad, weight.grad)
     weight.grad = None
+
+
+def accumulate_in_float32(model: nn.Module) -> None:
+    """Accumulate the gradients of bfloat16 weights over microbatches in float32, for what reads them from `grad` at the step.
+
+    `grad` always holds the sum, rounded. A sum begins anew once `grad` is None, another tensor, or has been changed.
+    """
+    new: dict[Tensor, Tensor] = {}  # of the backward pass that is going on
+    sums: dict[Tensor, tuple[Tensor, Tensor, int]] = {}  # weight -> the sum, the rounded one in `grad`, and its version
+
+    def before(weight: Tensor, gradient: Tensor) -> None:
+        if weight.dtype == torch.bfloat16:
+            new[weight] = gradient
+            _, rounded, version = sums.get(weight, (None, None, 0))
+            if rounded is not None and (weight.grad is not rounded or rounded._version != version):
+                del sums[weight]
+
+    def after(weight: Tensor) -> None:
+        if (gradient := new.pop(weight, None)) is None:
+            return
+        total = sums[weight][0].add_(gradient) if weight in sums else gradient.float()
+        weight.grad = total.to(weight.dtype)
+        sums[weight] = total, weight.grad, weight.grad._version
+
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.register_hook(partial(before, weight))  # type: ignore[no-untyped-call]
+            weight.register_post_accumulate_grad_hook(after)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def training_arguments(
         "bf16": recipe.bf16,
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "deepspeed": trainer_deepspeed_config(recipe.deepspeed),
+        "deepspeed": trainer_deepspeed_config(recipe.deepspeed, recipe.bf16),
         "ddp_find_unused_parameters": False,
         "use_cpu": world.device.type == "cpu",
         "dataloader_pin_memory": world.device.type != "cpu",

@@ -25,7 +25,9 @@ from transformers import Trainer, set_seed
 
 from align.compat.transformers import write_unchecked
 from align.config.json_file import read_json
+from align.engine.deepspeed_config import FLOAT32_SUMS
 from align.engine.distributed import World
+from align.engine.mixed_precision import accumulate_in_float32
 from align.engine.optimizer import optimizer_class
 from align.engine.state import counters, load_state, restore_counters, save_state
 from align.errors import BadFile, UserError
@@ -137,6 +139,9 @@ class SafeCheckpoints(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
         if resume_from_checkpoint is not None:
             self._load_state(resume_from_checkpoint)
+        engine: Any = self.model_wrapped
+        if self.is_deepspeed_enabled and engine.zero_optimization_stage() < FLOAT32_SUMS:
+            accumulate_in_float32(self.model)
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
