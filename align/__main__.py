@@ -98,6 +98,16 @@ def make_parser() -> tuple[argparse.ArgumentParser, list[str]]:
     merge.add_argument("folders", nargs="*", help=argparse.SUPPRESS)
     merge.add_argument("--output", metavar="FOLDER", help="a new folder, for the mean of several reward models")
     merge.set_defaults(run=_merge)
+    predict = commands.add_parser(
+        "predict",
+        help="write a trained model's spans, answers or labels for the rows of a file",
+        usage="align predict MODEL ROWS OUTPUT [--columns OURS=THEIRS ...]",
+        description="Write each row of the file ROWS with what a model of the stages token-classification, question-answering or "
+        "classify predicts for it, as JSON lines. Rows have text or tokens, question and context, or text and text_pair.",
+    )
+    predict.add_argument("paths", nargs="*", help=argparse.SUPPRESS)
+    predict.add_argument("--columns", nargs="*", default=[], metavar="OURS=THEIRS", help="names of the file's columns")
+    predict.set_defaults(run=_predict)
     verify = commands.add_parser(
         "verify",
         help="train PPO on languages with a known optimum, and compare; or try architectures, or your model",
@@ -173,6 +183,17 @@ def _merge(arguments: argparse.Namespace, others: list[str]) -> int:
     adapter, output = arguments.folders
     adapter_folder(expand(adapter, "align merge"), expand_output(output, "align merge"))
     say(str(import_frozen("align.cli.merge").run(*arguments.folders)), sys.stdout)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace, others: list[str]) -> int:
+    _take_all("predict", others)
+    if len(arguments.paths) != 3:
+        raise UserError(
+            "align predict: expected a model, a file of rows and a new file, as in `align predict out/tagger rows.jsonl "
+            "predicted.jsonl`."
+        )
+    say(str(import_frozen("align.cli.predict").run(*arguments.paths, arguments.columns)), sys.stdout)
     return 0
 
 

@@ -97,7 +97,7 @@ STAGES: dict[str, Stage] = {
             module="align.encoders.question_answering",
             check_module="align.cli.check.question_answering",
             input_models=("model_name_or_path",),
-            methods=("full", "freeze", "head", "lora", "dora", "ia3"),
+            methods=("full", "freeze", "head", "lora", "dora", "ia3", "bottleneck"),
         ),
         Stage(
             name="mlm",

@@ -20,6 +20,7 @@ from align.encoders.question_answering import run
 from align.encoders.windows import Window, best_answers, tokenize_questions
 from align.errors import UserError
 from align.evaluate.squad import exact_match, token_f1
+from align.models.load import new_head
 from align.runs.manifest import read_manifest
 from align.runs.own_files import MANIFEST
 from tests.documented_metrics import undocumented
@@ -257,10 +258,11 @@ def test_evaluation_is_squads_and_has_a_baseline(tmp_path, batch, capsys):
     assert read_manifest(settings.output_dir)["unanswerable"] is True
 
 
-def test_without_unanswerable_questions_there_is_always_an_answer_and_lora_is_merged(tmp_path):
-    settings = recipe(tmp_path, ROWS[:2], HELD_OUT[:2], method="lora", lora_r=2, num_train_epochs=2)
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_without_unanswerable_questions_there_is_always_an_answer_and_adapters_are_saved(tmp_path, method):
+    settings = recipe(tmp_path, ROWS[:2], HELD_OUT[:2], method=method, lora_r=2, num_train_epochs=2)
     results = run(settings)
-    model = AutoModelForQuestionAnswering.from_pretrained(settings.output_dir).eval()
+    model = new_head(AutoModelForQuestionAnswering, settings.output_dir).eval()
     losses = [float(window_loss(model, *window)) for row in HELD_OUT[:2] for window in windows_by_hand(*row)]
     assert results.metrics["eval_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
     assert read_manifest(settings.output_dir)["unanswerable"] is False
