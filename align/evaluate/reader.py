@@ -19,7 +19,7 @@ from align.evaluate.few_shot import SEPARATOR, ends_at_separator, few_shot_promp
 from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.context_length import max_positions
-from align.models.encoder_decoder import check_starts_and_ends, side_positions
+from align.models.encoder_decoder import check_reads_no_padding, check_starts_and_ends, side_positions
 from align.models.load import adapter_settings, language_model_class, load_config
 from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.tokenizer import load_tokenizer
@@ -97,6 +97,7 @@ def load_reader(path: str, recipe: EvaluateRecipe) -> Reader:
     limits = [tokenizer.model_max_length, *([] if recipe.max_length is None else [recipe.max_length])]
     if pairs:
         check_starts_and_ends(config, tokenizer, "models", path)
+        check_reads_no_padding(config, "models", path, recipe.trust_remote_code)
         prompt, answer = (
             min([*limits, *([] if each is None else [each - num_virtual_tokens])]) for each in side_positions(config)
         )

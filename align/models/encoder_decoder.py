@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.compat.transformers import has_sequence_classifier
+from align.data.collate import pad_right
 from align.errors import UserError
 from align.models.context_length import check_vocabulary, max_positions
 from align.models.model_types import is_encoder_decoder
+from align.models.packing import TOLERANCE, VOCABULARY, example_rows
+from align.models.small_model import small_model
 
 STARTS_FROM_LABELS = {"mbart", "plbart"}  # whose decoder starts from the last label, the code of a language
 
@@ -36,6 +40,33 @@ def check_starts_and_ends(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"{key}: {path}: the tokenizer has no end-of-text token; set `eos_token` in its tokenizer_config.json."
+        )
+
+
+@torch.no_grad()
+def check_reads_no_padding(config: PretrainedConfig, key: str, path: str, trust_remote_code: bool = False) -> None:
+    """Check that a row's log-probabilities do not depend on the padding of its batch; tried on a small model of the configuration.
+
+    Raises:
+        UserError: they do; begins with `key`.
+    """
+    sources, targets = (example_rows(lengths, VOCABULARY) for lengths in ((12, 5), (4, 9)))
+    try:
+        model = small_model(config, VOCABULARY, trust_remote_code=trust_remote_code)
+        ids, mask = pad_right(sources, int(model.config.pad_token_id or 0))
+        labels, real = pad_right(targets, -100)
+        padded = model(input_ids=ids, attention_mask=mask.long(), labels=labels).logits.log_softmax(-1)
+        gaps = [
+            padded[row, real[row]] - model(input_ids=ids[row : row + 1, mask[row]], labels=labels[row : row + 1, real[row]])
+            .logits[0].log_softmax(-1)
+            for row in range(len(ids))
+        ]  # fmt: skip
+    except Exception:  # an architecture without a small model, as in `check_causal`
+        return
+    if (gap := max(float(each.abs().max()) for each in gaps)) > TOLERANCE:
+        raise UserError(
+            f"{key}: {path}: a model of type {config.model_type} reads the padding of a batch: it changes log-probabilities by up to {gap:.2g} "
+            "nats (tried on a small random model); name another encoder-decoder, such as a T5 or a BART."
         )
 
 

@@ -110,7 +110,9 @@ def small_config(
         for name, value in given.items()
         if name.endswith(("_token_id", "_token_ids"))
     }
-    changed |= {name: vocab_size for name in ("vocab_size", "vocab_size_per_layer_input") if name in given}
+    changed |= {
+        name: vocab_size for name in ("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input") if name in given
+    }
     small: PretrainedConfig = type(config).from_dict({**given, **changed, "dtype": "float32"})
     return small
 

@@ -32,11 +32,18 @@ class PairCollator:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any, example_mean: bool):
         tokenizer.padding_side = "right"
         self.collate = DataCollatorForSeq2Seq(tokenizer, model)
-        self.example_mean = example_mean
+        self.end, self.example_mean = int(tokenizer.eos_token_id), example_mean
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        batch = dict(self.collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows]))
-        counts = (batch["labels"] != IGNORE_INDEX).sum(dim=1)  # 0 for a padding row
+        is_empty = [all(label == IGNORE_INDEX for label in row["labels"]) for row in rows]  # a padding row
+        # mBART makes its decoder's first token of the last label, and needs one.
+        whole = [
+            {"input_ids": row["input_ids"], "labels": [self.end] if empty else row["labels"]}
+            for row, empty in zip(rows, is_empty, strict=True)
+        ]
+        batch = dict(self.collate(whole))
+        batch["labels"][torch.tensor(is_empty)] = IGNORE_INDEX
+        counts = (batch["labels"] != IGNORE_INDEX).sum(dim=1)
         batch["weight"] = (counts > 0).long() if self.example_mean else counts
         if GROUP in rows[0]:
             batch[GROUP] = torch.tensor([row[GROUP] for row in rows])

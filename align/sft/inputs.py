@@ -9,7 +9,7 @@ from align.data.reasoning import set_scores_reasoning
 from align.errors import UserError
 from align.models.causality import check_causal
 from align.models.check_files import check_files
-from align.models.encoder_decoder import check_starts_and_ends
+from align.models.encoder_decoder import check_reads_no_padding, check_starts_and_ends
 from align.models.load import language_model_class, load_config
 from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.packing import check_packing
@@ -40,6 +40,7 @@ def load_config_and_tokenizer(path: str, recipe: SFTRecipe) -> tuple[PretrainedC
     check_files(auto, path, KEY, config, tokenizer, attn_implementation=kernel, trained_by=recipe)
     if is_encoder_decoder(config):
         check_starts_and_ends(config, tokenizer, KEY, path)
+        check_reads_no_padding(config, KEY, path, recipe.trust_remote_code)
     else:
         check_causal(config, KEY, path, recipe.trust_remote_code)
     check_kind_of_model(recipe, config)

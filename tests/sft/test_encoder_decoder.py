@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MBartConfig, ProphetNetConfig
 
 from align.cli.check.check import run as run_check
 from align.cli.merge import run as merge
@@ -24,10 +24,13 @@ from align.data.rows import Demonstration
 from align.errors import UserError
 from align.evaluate.compare import run as evaluate
 from align.generation.encoder_decoder import answer_batch
+from align.models.encoder_decoder import check_reads_no_padding
 from align.models.load import load_policy
+from align.models.small_model import small_model
 from align.models.tokenizer import load_tokenizer
 from align.models.trainable import freeze
 from align.models.virtual_tokens import load_language_model
+from align.sft.encoder_decoder import PairCollator
 from align.sft.train import run
 from tests.ranks import run_stage
 from tests.worlds import (
@@ -179,6 +182,21 @@ def test_keys_that_cannot_apply_are_refused_before_loading(
     file.write_text("stage: sft\n" + file.read_text())
     assert run_check(str(file)) == 2
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_that_reads_padding_is_refused() -> None:
+    with pytest.raises(UserError, match="model: p: a model of type prophetnet reads the padding of a batch"):
+        check_reads_no_padding(ProphetNetConfig(), "model", "p")
+    check_reads_no_padding(MBartConfig(), "model", "p")
+
+
+def test_a_padding_row_of_a_model_whose_decoder_starts_from_the_last_label(t5: str) -> None:
+    tokenizer = load_tokenizer(t5)
+    collate = PairCollator(tokenizer, small_model(MBartConfig(pad_token_id=0), 29), example_mean=False)
+    batch = collate([{"input_ids": [3, 2], "labels": [4, 5, 2]}, {"input_ids": [3, 2], "labels": [-100, -100]}])
+    assert batch["weight"].tolist() == [3, 0]
+    assert batch["labels"].tolist() == [[4, 5, 2], [-100] * 3]
+    assert batch["decoder_input_ids"][0].tolist() == [2, 4, 5]
 
 
 class TestMethods:

@@ -125,6 +125,8 @@ def _examine_pairs(found: Examination, base: str, folder: Path, overrides: Seque
     for stage in ("sft", "reward"):
         with found.part(stage, refused=mistakes):
             run_recipe(stage, folder, overrides)
+        if found.stages["sft"] != OK:
+            return
     with found.part("saved"):
         check_answers(str(folder / "sft"))
     if found.stages["reward"] == OK:
