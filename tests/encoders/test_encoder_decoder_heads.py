@@ -37,7 +37,7 @@ from tests.worlds import (
 
 LABELLED = [{"text": LETTERS[i : i + 1 + i % 4], "label": "ab"[i % 2]} for i in range(12)]
 PAIRS = [{"prompt": LETTERS[i : i + 1 + i % 3], "chosen": LETTERS[i], "rejected": LETTERS[i + 1] * (1 + i % 2)} for i in range(12)]  # fmt: skip
-KINDS = ("t5", "bart")
+KINDS = ("t5", pytest.param("bart", marks=pytest.mark.slow))
 
 
 def keys(stage: str, folder: Path, kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

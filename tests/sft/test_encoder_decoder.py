@@ -77,8 +77,17 @@ def plain_losses(folder: str, rows: Sequence[dict[str, str]], model: Any = None)
 
 
 class TestLoss:
-    @pytest.mark.parametrize("normalization", ["token_mean", "example_mean"])
-    def test_the_update_is_that_of_plain_transformers(self, tmp_path: Path, base: str, normalization: str) -> None:
+    @pytest.mark.parametrize(
+        ("kind", "normalization"),
+        [
+            ("t5", "token_mean"),
+            ("bart", "example_mean"),
+            pytest.param("t5", "example_mean", marks=pytest.mark.slow),
+            pytest.param("bart", "token_mean", marks=pytest.mark.slow),
+        ],
+    )
+    def test_the_update_is_that_of_plain_transformers(self, tmp_path: Path, kind: str, normalization: str) -> None:
+        base = save_tiny_pair_model(tmp_path / "base", kind)
         # One step of four microbatches of one and two rows; the gradient of the loss of eight rows, each alone, by hand.
         settings = {"loss_normalization": normalization, "max_steps": 1, "train_batch_size": 8, "learning_rate": 1.0}
         once = recipe(tmp_path, base, per_device_train_batch_size=2, adam_epsilon=1.0, **settings)
@@ -200,7 +209,9 @@ def test_a_padding_row_of_a_model_whose_decoder_starts_from_the_last_label(t5: s
 
 
 class TestMethods:
-    @pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow), "ia3"])
+    @pytest.mark.parametrize(
+        "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "ia3"))]
+    )
     def test_merged_equals_unmerged(self, tmp_path: Path, t5: str, method: str) -> None:
         run(recipe(tmp_path, t5, method=method, max_steps=3))
         unmerged = PeftModel.from_pretrained(
@@ -271,7 +282,9 @@ class TestAnswers:
             assert below.sum(-1).tolist() == answer
 
 
-def test_evaluate_scores_and_answers_as_transformers(tmp_path: Path, base: str) -> None:
+@pytest.mark.parametrize("kind", ["bart", pytest.param("t5", marks=pytest.mark.slow)])
+def test_evaluate_scores_and_answers_as_transformers(tmp_path: Path, kind: str) -> None:
+    base = save_tiny_pair_model(tmp_path / "base", kind)
     rows = recipe(tmp_path, base).eval_dataset
     keys: dict[str, Any] = {"models": {"m": base}, "metrics": ["perplexity", "exact_match"], "max_new_tokens": 5}
     compared = evaluate(
@@ -318,7 +331,7 @@ def test_two_ranks_train_the_same_model(tmp_path: Path, t5: str, zero: int) -> N
     ]
 
 
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("kind", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_from_scratch_it_learns_to_reverse(tmp_path: Path, kind: str) -> None:
     sizes = {"t5": {"d_model": 32, "num_layers": 1, "num_heads": 4, "d_kv": 8, "d_ff": 64}, "bart": {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}}  # fmt: skip
     config = {"model_type": kind, **sizes[kind]}
