@@ -103,7 +103,8 @@ class StageRecipe(Recipe):
     )
     freeze_layers: int = key(
         0,
-        "With `method: freeze`: freeze the embedding, with it a head that is tied to it, and this many of the first layers.",
+        "With `method: freeze`: freeze this many of the first layers, and the embedding unless it is also the head (tied weights), "
+        "which stays trainable.",
         AT_LEAST_0,
     )
     trainable_pattern: str | None = key(

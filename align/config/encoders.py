@@ -18,6 +18,7 @@ CLASSIFY_METRICS = {  # of an evaluation, beside the loss
 }
 MEAN_NOISE_SPAN_LENGTH = 3.0
 MLM_METRICS = ("loss", "accuracy")
+NSP_METRICS = ("next_sentence_loss", "next_sentence_accuracy")  # further ones, with next_sentence_prediction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,14 @@ class MLMRecipe(TrainerRecipe):
         "Share of the tokens to predict: 80% of them masked, 10% replaced by a random token, 10% unchanged. Of an "
         "encoder-decoder: share of the tokens in spans, each of which a sentinel replaces.",
         ABOVE_0_BELOW_1,
+    )
+    whole_word_mask: bool = key(
+        False, "Of an encoder: mask all tokens of a word or none; the share of tokens is the same."
+    )
+    next_sentence_prediction: bool = key(
+        False,
+        "Of an encoder with such a head (BERT): a row is two pieces, in half of the rows the second of another text, and the model "
+        "also predicts which (arXiv 1810.04805). Its loss is added to that of the masked tokens.",
     )
     mean_noise_span_length: float = key(
         MEAN_NOISE_SPAN_LENGTH,
@@ -100,4 +109,4 @@ def check_mlm_rules(recipe: MLMRecipe, where: Where) -> None:
     Raises:
         UserError: names the first broken rule.
     """
-    check_trainer_rules(recipe, where, MLM_METRICS)
+    check_trainer_rules(recipe, where, (*MLM_METRICS, *NSP_METRICS * recipe.next_sentence_prediction))

@@ -93,7 +93,8 @@ OF_STAGE = {
     "mlm": {
         "mask_probability": "called mlm_probability here",
         "line_by_line": "not needed: each row is a text; longer ones are split into pieces of max_length tokens",
-        "whole_word_mask": "not supported: tokens are masked one by one",
+        "wwm": "called whole_word_mask here",
+        "nsp": "called next_sentence_prediction here",
     },
     "ppo": {
         "gradient_accumulation_steps": "derived: set minibatch_size (responses per optimizer step over all devices) "

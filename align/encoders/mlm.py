@@ -19,33 +19,26 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from align.compat.transformers import masked_lm_types
-from align.config.encoders import MEAN_NOISE_SPAN_LENGTH, MLMRecipe
+from align.config.encoders import NSP_METRICS, MLMRecipe
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Passage
-from align.data.tokenize import IGNORE_INDEX
-from align.encoders.masking import Masking
-from align.encoders.span_corruption import SpanCorruption, check_sentinels
-from align.encoders.tokenize import piece_length, tokenize_passages
+from align.encoders.mlm_inputs import check_mlm_inputs, corruption, cut, model_to_train
+from align.encoders.mlm_trainer import MaskedTrainer
+from align.encoders.sentence_pairs import SentencePairTrainer
+from align.encoders.tokenize import piece_length
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
-from align.errors import UserError
 from align.maths.perplexity import perplexity
 from align.models.bottleneck import continue_adapter
-from align.models.check_files import check_files
-from align.models.encoder_decoder import check_starts_and_ends
-from align.models.load import load_config, load_masked_lm
-from align.models.model_types import is_encoder, is_encoder_decoder
-from align.models.tokenizer import load_tokenizer, set_right_padding
+from align.models.load import load_masked_lm
+from align.models.model_types import is_encoder_decoder
+from align.models.new_modules import new_modules
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.checkpoint import step_of
-from align.runs.manifest import check_tokenizer, open_stage
+from align.runs.manifest import open_stage
 from align.runs.markdown import code_span, markdown_text, python_text
 from align.runs.output_folder import one_run_per_folder
 from align.runs.quiet import quiet
@@ -54,8 +47,8 @@ from align.runs.stage import finish, finished_results, last_checkpoint, write_un
 from align.runs.tables import markdown_table
 from align.runs.tracker import Tracker
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
-from align.trainer.hf_trainer import ExactEvaluation, save_trained, train
-from align.trainer.row_trainer import RowTrainer, row_training_arguments
+from align.trainer.hf_trainer import save_trained, train
+from align.trainer.row_trainer import row_training_arguments
 from reward_models.bottleneck import base_of
 
 
@@ -70,15 +63,15 @@ def run(recipe: MLMRecipe) -> MLMResult:
     config, tokenizer = check_mlm_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Passage)
     length = piece_length(tokenizer, config, recipe.max_length)
-    pieces = tokenize_passages(rows.train, tokenizer, length)
+    pieces = cut(recipe, rows.train, tokenizer, length, "train_dataset")
     world.check_rows(len(pieces))
     train_rows = pad_to_batches(pieces, plan.batch_size)
     pairs = is_encoder_decoder(config)
-    auto = AutoModelForSeq2SeqLM if pairs else AutoModelForMaskedLM
+    auto = model_to_train(recipe, config)
     masking = corruption(recipe, tokenizer, config)
     eval_rows = None
     if rows.evaluation:
-        eval_rows = masking.mask_once(tokenize_passages(rows.evaluation, tokenizer, length))
+        eval_rows = masking.mask_once(cut(recipe, rows.evaluation, tokenizer, length, "eval_dataset"))
         eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
     steps = total_steps(recipe, len(train_rows), plan)
 
@@ -88,7 +81,8 @@ def run(recipe: MLMRecipe) -> MLMResult:
     )
     with Tracker(recipe, "mlm", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
-        tracker.say(f"{len(rows.train)} texts in {len(pieces)} pieces of up to {length} tokens")
+        made = "pairs of pieces" if recipe.next_sentence_prediction else "pieces"
+        tracker.say(f"{len(rows.train)} texts in {len(pieces)} {made} of up to {length} tokens")
         arguments = row_training_arguments(
             training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
         )
@@ -102,11 +96,12 @@ def run(recipe: MLMRecipe) -> MLMResult:
         model: Any = load_untrained()
         check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-        if adapter := peft_config(recipe, model.config, "FEATURE_EXTRACTION"):
+        whole = new_modules(model, base_of(recipe.model_name_or_path))
+        if adapter := peft_config(recipe, model.config, "FEATURE_EXTRACTION", whole):
             torch.manual_seed(recipe.seed)
             model = get_peft_model(model, adapter)
             continue_adapter(model, recipe.model_name_or_path)
-        trainer = MaskedTrainer(
+        trainer = (SentencePairTrainer if recipe.next_sentence_prediction else MaskedTrainer)(
             model=model,
             args=arguments,
             train_dataset=train_rows,
@@ -132,58 +127,6 @@ def run(recipe: MLMRecipe) -> MLMResult:
     return MLMResult.from_json(recipe.output_dir, results)
 
 
-def check_mlm_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of the encoder to start from, checked against its manifest.
-
-    Raises:
-        UserError: the model is missing, unfinished or not an encoder, or its tokenizer has no mask token.
-    """
-    path, key = recipe.model_name_or_path, "model_name_or_path"
-    config = load_config(path, key, recipe.trust_remote_code, encoder_decoder=True)
-    pairs = is_encoder_decoder(config)
-    if not pairs and recipe.mean_noise_span_length != MEAN_NOISE_SPAN_LENGTH:
-        raise UserError(
-            f"mean_noise_span_length: is for encoder-decoders, got {path} ({config.model_type}); leave it out."
-        )
-    if not pairs and not (is_encoder(config) and config.model_type in masked_lm_types()):
-        raise UserError(
-            f"{key}: {path} ({config.model_type}) is not an encoder with a masked language model in transformers; name a BERT-like one, a T5-like "
-            "encoder-decoder, or continue the pre-training of a decoder with the sft stage."
-        )
-    tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, recipe.chat_template_kwargs)
-    check_tokenizer(path, tokenizer, key)
-    check_files(
-        AutoModelForSeq2SeqLM if pairs else AutoModelForMaskedLM,
-        path,
-        key,
-        config,
-        tokenizer,
-        new_head=not pairs,
-        attn_implementation=recipe.attn_implementation,
-        trained_by=recipe,
-    )
-    if pairs:
-        check_starts_and_ends(config, tokenizer, key, path)
-        check_sentinels(
-            tokenizer, config, path, max_length=recipe.max_length, density=recipe.mlm_probability,
-            mean_span_length=recipe.mean_noise_span_length,
-        )  # fmt: skip
-    elif tokenizer.mask_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no mask token; set `mask_token` in its tokenizer_config.json.")
-    set_right_padding(tokenizer)
-    return config, tokenizer
-
-
-def corruption(
-    recipe: MLMRecipe, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> Masking | SpanCorruption:
-    """The collator that hides what the model has to predict."""
-    if not is_encoder_decoder(config):
-        return Masking(tokenizer, recipe.mlm_probability, recipe.seed)
-    start = int(config.decoder_start_token_id)
-    return SpanCorruption(tokenizer, recipe.mlm_probability, recipe.mean_noise_span_length, recipe.seed, start)
-
-
 def write_masked_lm(recipe: MLMRecipe, auto: Any, folder: Path) -> None:
     """Write the model that training starts from. An encoder without a masked-language-model head gets a new one."""
     load_masked_lm(
@@ -192,22 +135,6 @@ def write_masked_lm(recipe: MLMRecipe, auto: Any, folder: Path) -> None:
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
     ).save_pretrained(folder)
-
-
-class MaskedTrainer(ExactEvaluation, RowTrainer):
-    """Trainer with loss and accuracy of masked tokens, exact over all pieces and ranks."""
-
-    accuracy = "accuracy"
-
-    data_collator: Any  # MaskingCollator
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self.data_collator.epoch = kwargs["epoch"]
-        super()._run_epoch(*args, **kwargs)
-
-    def loss_and_correct(self, logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-        return total, (logits.argmax(dim=-1) == labels).sum()
 
 
 def mlm_results(
@@ -224,11 +151,16 @@ def mlm_results(
     for suffix, log in (("_before", before), ("", after)):
         results[f"eval_loss{suffix}"] = log["eval_loss"]
         results[f"eval_accuracy{suffix}"] = log["eval_accuracy"]
+        results |= {f"eval_{name}{suffix}": log[f"eval_{name}"] for name in NSP_METRICS if f"eval_{name}" in log}
     results["table"] = [
         [f"held-out loss (nats/{predicted} token)", before["eval_loss"], after["eval_loss"]],
         [f"held-out perplexity of {predicted} tokens", perplexity(before["eval_loss"]), perplexity(after["eval_loss"])],
         [f"held-out accuracy on {predicted} tokens", before["eval_accuracy"], after["eval_accuracy"]],
     ]
+    for name, measure in zip(NSP_METRICS, ("loss (nats/pair)", "accuracy"), strict=True):
+        if f"eval_{name}" in results:
+            row = [f"held-out next-sentence {measure}", results[f"eval_{name}_before"], results[f"eval_{name}"]]
+            results["table"].append(row)
     return results
 
 

@@ -82,8 +82,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return full[:before], full[before + len(bare) :]
 
 
-def tokenize_passages(rows: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+def tokenize_passages(
+    rows: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, length: int, whole_words: bool = False
+) -> Dataset:
     """`input_ids`, `row` (the piece's number) and `weight` (1) of pieces of the texts, in order.
+
+    With `whole_words` also `words`, the number of each token's word in its text; -1 for special tokens.
 
     A text of more than `length` tokens is split into as few pieces as possible, of equal length to within a token, each
     with its own special tokens. Every token of the text is in exactly one piece.
@@ -102,14 +106,41 @@ def tokenize_passages(rows: Sequence[Passage], tokenizer: PreTrainedTokenizerBas
         number = 0
         for start in range(0, len(rows), BATCH):
             texts = [row.text for row in rows[start : start + BATCH]]
-            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-                count = -(-len(ids) // room)
-                for place in range(count):
-                    piece = ids[len(ids) * place // count : len(ids) * (place + 1) // count]
-                    yield {"input_ids": before + piece + after, "row": number, "weight": 1}
+            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+            for index, ids in enumerate(encoded["input_ids"]):
+                words = word_numbers(encoded, index) if whole_words else []
+                for part in even_parts(len(ids), -(-len(ids) // room)):
+                    record = {"input_ids": before + ids[part] + after, "row": number, "weight": 1}
+                    if whole_words:
+                        record["words"] = [-1] * len(before) + words[part] + [-1] * len(after)
+                    yield record
                     number += 1
 
-    return in_memory(records(), {"input_ids": List(Value("int32")), "row": Value("int64"), "weight": Value("int32")})
+    features = {"input_ids": List(Value("int32")), "row": Value("int64"), "weight": Value("int32")}
+    return in_memory(records(), features | ({"words": List(Value("int32"))} if whole_words else {}))
+
+
+def even_parts(length: int, count: int) -> list[slice]:
+    """Slices of a sequence, of equal length to within one."""
+    return [slice(length * place // count, length * (place + 1) // count) for place in range(count)]
+
+
+def word_numbers(encoded: Any, index: int) -> list[int]:
+    """For each token of a text of a batch, the number of its word; -1 for one of no word."""
+    return [-1 if word is None else word for word in encoded.word_ids(index)]
+
+
+def check_words(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Check that the tokenizer says which tokens are of one word.
+
+    Raises:
+        UserError: it is one in Python, or takes a whole text for a word, as SentencePiece without pre-tokenization does.
+    """
+    if not tokenizer.is_fast or len({*tokenizer("one two three", add_special_tokens=False).word_ids()}) < 3:
+        raise UserError(
+            f"whole_word_mask: the tokenizer of {path} ({type(tokenizer).__name__}) does not say which tokens are of one word; "
+            "leave it out, or name a model with a fast tokenizer that splits a text into words."
+        )
 
 
 def in_memory(records: Iterator[dict[str, Any]], features: dict[str, Any]) -> Dataset:

@@ -26,7 +26,7 @@ from align.models.bottleneck import check_start
 from align.models.check_weights import check_report
 from align.models.inspect_folder import ADAPTER_WEIGHTS, stored_tensors
 from align.models.safetensors_header import StoredTensor
-from align.models.trainable import check_trainable, without_adapter
+from align.models.trainable import check_trainable, is_tied, without_adapter
 from align.terminal import say
 from reward_models.linear_head import AnyBackbone
 
@@ -77,6 +77,11 @@ def check_files(
             _note(
                 f"method: {trained_by.method}: the experts of {path} get no adapter, and stay as they are: their weights are not in linear "
                 f"layers, but whole ({experts[0]} and {len(experts) - 1} more). To train them, use method: full or freeze"
+            )
+        if trained_by.freeze_layers and is_tied(model, model.get_output_embeddings()):
+            _note(
+                f"freeze_layers: {path}: its embedding is its head, too (tied weights), and stays trainable; the first "
+                f"{trained_by.freeze_layers} layers are frozen"
             )
         check_trainable(model, trained_by)
         if config_of(cls, config) is not config:

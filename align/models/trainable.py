@@ -95,11 +95,11 @@ def freeze(
         embedding.
     """
     if method == "head":
-        embedding = model.get_input_embeddings()
-        if getattr(embedding, "weight", None) is getattr(head, "weight", model):
+        if is_tied(model, head):
             raise UserError(
-                "method: head: the model's head is its embedding (tied weights), so training it would change the "
-                "model's input, too; use method: freeze with trainable_pattern."
+                "method: head: the model's head is its embedding (tied weights), so training it would change the model's input, too. "
+                f"method: freeze with freeze_layers: {min(map(len, _stacks(model)))} trains that weight and what is behind the "
+                "layers; method: lora leaves it as it is."
             )
         model.requires_grad_(False)
         head.requires_grad_(True)
@@ -120,10 +120,17 @@ def freeze(
             raise UserError(
                 f"freeze_layers: expected at most {fewest}, the number of the model's layers, got {freeze_layers}."
             )
-        lowest = [layer for layers in stacks for layer in layers[:freeze_layers]]
-        frozen: list[nn.Module] = [model.get_input_embeddings(), *lowest]
-        for module in frozen:  # with the embedding a head that is tied to it
+        frozen = [layer for layers in stacks for layer in layers[:freeze_layers]]
+        if not is_tied(model, model.get_output_embeddings()):
+            frozen.append(model.get_input_embeddings())
+        for module in frozen:
             module.requires_grad_(False)
+
+
+def is_tied(model: PreTrainedModel, head: nn.Module | None) -> bool:
+    """Whether a head and the model's input embedding are one weight."""
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(model.get_input_embeddings(), "weight", None)
 
 
 def check_trainable(model: PreTrainedModel, recipe: StageRecipe) -> None:

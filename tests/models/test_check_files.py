@@ -232,7 +232,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "on nothing": ("llama", {"method": "lora", "lora_target_modules": ["c_attn"]}, "'c_attn' is not in this model"),
     "no known place": ("qwen3_moe", {"method": "ia3"}, "method: ia3 does not fit this model: ValueError: Please specify"),
     "too many layers": ("gpt2", {"method": "freeze", "freeze_layers": 3}, "freeze_layers: expected at most 2"),
-    "a tied head": ("qwen2", {"method": "head"}, "method: head: the model's head is its embedding"),
+    "a tied head": ("qwen2", {"method": "head"}, "method: freeze with freeze_layers: 2 trains that weight"),
     "no such parameter": ("llama", {"method": "freeze", "trainable_pattern": "x9"}, "'x9' matches no parameter"),
 }  # fmt: skip
 
@@ -244,12 +244,15 @@ def test_a_method_that_does_not_fit_the_model(folders, name, keys, said):
         check(folders / name, trained_by=recipe)
 
 
-def test_freezing_layers_freezes_a_tied_embedding(folders):
+def test_freezing_layers_leaves_an_embedding_that_is_the_head_alone_and_says_so(folders, capsys):
     model = load_policy(str(folders / "qwen2"))
     freeze(model, model.get_output_embeddings(), "freeze", freeze_layers=1)
-    assert {name for name, each in model.named_parameters() if each.requires_grad} == {
-        name for name, _ in model.named_parameters() if "layers.1." in name or name == "model.norm.weight"
+    assert {name for name, each in model.named_parameters() if not each.requires_grad} == {
+        name for name, _ in model.named_parameters() if "layers.0." in name
     }
+    for name, said in (("qwen2", True), ("llama", False)):
+        check(folders / name, trained_by=SFTRecipe(output_dir="o", train_dataset=[], method="freeze", freeze_layers=1))
+        assert ("its embedding is its head, too (tied weights), and stays trainable" in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize("name", ["roberta", "mpnet", "bert", "mpt", "gpt2"])

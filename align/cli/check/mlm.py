@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForMaskedLM
 
 from align.cli.check.memory import Footprint, count_trained, skeleton
 from align.cli.check.sample_rows import Sample, Start
@@ -14,9 +14,9 @@ from align.config.encoders import MLMRecipe
 from align.data.load import Rows
 from align.data.rows import Passage
 from align.data.tokenize import IGNORE_INDEX
-from align.encoders.mlm import check_mlm_inputs, corruption
+from align.encoders.mlm_inputs import check_mlm_inputs, corruption, cut, model_to_train
 from align.encoders.span_corruption import SpanCorruption
-from align.encoders.tokenize import piece_length, tokenize_passages
+from align.encoders.tokenize import piece_length
 from align.models.model_types import is_encoder_decoder
 
 
@@ -30,21 +30,22 @@ class MLMCheck(TrainingCheck[MLMRecipe]):
         return Start(*check_mlm_inputs(recipe), encoder=True)
 
     def sample(self, recipe: MLMRecipe, rows: Sequence[Passage], start: Start) -> Sample:
-        data = tokenize_passages(rows, start.tokenizer, piece_length(start.tokenizer, start.config, recipe.max_length))
+        length = piece_length(start.tokenizer, start.config, recipe.max_length)
+        data = cut(recipe, rows, start.tokenizer, length, "train_dataset")
         ids = data[0]["input_ids"]
         collator = corruption(recipe, start.tokenizer, start.config)
         if isinstance(collator, SpanCorruption):
             source, target = collator.corrupt(ids, 0, 0)
             sides = {"encoder": (source, [False] * len(source)), "decoder": (target, [True] * len(target))}
             return Sample(sides, f"marked: the tokens to write; {len(data)} pieces", data["input_ids"][:], {})
-        masked, labels = collator.mask(ids, 0, 0)
-        note = f"marked: the tokens to predict; {len(data)} pieces"
-        shown = {"piece": (masked.tolist(), (labels != IGNORE_INDEX).tolist())}
+        masked, labels = collator.mask(ids, 0, 0, data[0].get("words"))
+        made, name = ("pairs of pieces", "pair") if recipe.next_sentence_prediction else ("pieces", "piece")
+        note = f"marked: the tokens to predict; {len(data)} {made}"
+        shown = {name: (masked.tolist(), (labels != IGNORE_INDEX).tolist())}
         return Sample(shown, note, data["input_ids"][:], {})
 
     def footprints(self, recipe: MLMRecipe, start: Start) -> list[Footprint]:
-        auto = AutoModelForSeq2SeqLM if is_encoder_decoder(start.config) else AutoModelForMaskedLM
-        model = skeleton(auto, start.config, recipe.trust_remote_code)
+        model = skeleton(model_to_train(recipe, start.config), start.config, recipe.trust_remote_code)
         counts = count_trained(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings())
         name = "encoder-decoder" if is_encoder_decoder(start.config) else "masked language model"
         return [Footprint(name, *counts)]
