@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 
 
@@ -21,6 +21,22 @@ def first_of(errors: Iterable[UserError]) -> UserError:
     first, *others = (each for error in errors for each in (error, *error.others))
     first.others = others
     return first
+
+
+def run_all(*checks: Callable[[], object]) -> None:
+    """Run all checks, of which none needs another to have passed.
+
+    Raises:
+        UserError: the first that one raised, with the others.
+    """
+    wrong = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            wrong.append(error)
+    if wrong:
+        raise first_of(wrong)
 
 
 class OtherRun(UserError):

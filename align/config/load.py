@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -19,7 +20,7 @@ from align.config.read import apply_overrides, read_yaml
 from align.config.recipe import Recipe
 from align.config.stages import STAGES, Stage
 from align.config.unknown_keys import METHODS_ELSEWHERE, explain
-from align.errors import UserError, nearest
+from align.errors import UserError, nearest, run_all
 
 T = TypeVar("T", bound=Recipe)
 
@@ -179,6 +180,21 @@ def check_values(recipe: Recipe, stage: Stage, where: Where) -> None:
         where: from the name of a key to its place in words, with which an error begins.
 
     Raises:
+        UserError: the first that is found, with the others.
+    """
+    checks: list[Callable[[], object]] = [partial(_check_named, recipe, stage, where)]
+    for name in dataset_keys(stage.recipe):
+        for index, source in enumerate(getattr(recipe, name)):
+            checks.append(partial(check_source, source, f"{where(name)}[{index}]"))
+    if isinstance(recipe, StageRecipe):
+        checks += [partial(check_training_rules, recipe, where), partial(check_method, recipe, stage.methods, where)]
+    run_all(*checks, partial(stage.check_rules, recipe, where))
+
+
+def _check_named(recipe: Recipe, stage: Stage, where: Where) -> None:
+    """Check what `accept_changes`, `chat_template_path` and `chat_template_kwargs` name.
+
+    Raises:
         UserError: the first that is found.
     """
     for name in recipe.accept_changes:
@@ -186,16 +202,9 @@ def check_values(recipe: Recipe, stage: Stage, where: Where) -> None:
             raise UserError(
                 f"{where('accept_changes')}: expected some of {', '.join(known)}, got {name!r}{nearest(name, known)}"
             )
-    for name in dataset_keys(stage.recipe):
-        for index, source in enumerate(getattr(recipe, name)):
-            check_source(source, f"{where(name)}[{index}]")
     if recipe.chat_template_path and not Path(recipe.chat_template_path).is_file():
         raise UserError(f"{where('chat_template_path')}: no file {recipe.chat_template_path}; name a Jinja file.")
     for name in OF_TEMPLATES & recipe.chat_template_kwargs.keys():
         raise UserError(
             f"{where('chat_template_kwargs')}: {name} is given to every chat template by the stage itself; leave it out"
         )
-    if isinstance(recipe, StageRecipe):
-        check_training_rules(recipe, where)
-        check_method(recipe, stage.methods, where)
-    stage.check_rules(recipe, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from align.config import rollout_engine as vllm
@@ -42,7 +43,7 @@ from align.config.keys import (
 from align.config.objective import check_objective, gradient_steps, objective, replay_size
 from align.config.responses import check_scored_responses
 from align.config.schedule import check_decay_steps
-from align.errors import UserError
+from align.errors import UserError, run_all
 from align.maths.estimators import BALANCE_WITH_VALUES, ESTIMATORS, TRAJECTORY_BALANCE, Estimator
 
 if TYPE_CHECKING:
@@ -224,8 +225,20 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     """The rules between the keys of the PPO stage.
 
     Raises:
-        UserError: names the first broken rule.
+        UserError: names the first broken rule, with the others.
     """
+    sources = reward_names(recipe)
+    run_all(
+        partial(_check_episodes, recipe, where),
+        partial(check_objective, recipe, where),
+        partial(vllm.check_rollout_engine, recipe, where),
+        partial(check_judge_rules, recipe, where),
+        partial(check_ensemble_rules, recipe, where),
+        partial(_check_sources, recipe, sources, where),
+    )
+
+
+def _check_episodes(recipe: PPORecipe, where: Where) -> None:
     if recipe.total_episodes < recipe.rollout_batch_size:
         raise UserError(
             f"{where('total_episodes')}: expected at least rollout_batch_size ({recipe.rollout_batch_size}), got "
@@ -237,11 +250,9 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
             f"{recipe.num_generations}"
         )
     check_decay_steps(recipe, recipe.num_updates, where)
-    check_objective(recipe, where)
-    vllm.check_rollout_engine(recipe, where)
-    check_judge_rules(recipe, where)
-    check_ensemble_rules(recipe, where)
-    sources = reward_names(recipe)
+
+
+def _check_sources(recipe: PPORecipe, sources: list[str], where: Where) -> None:
     check_scored_responses(recipe, sources, where)
     if recipe.multi_objective_aggregation == "normalize_then_sum":
         check_normalized_rewards(recipe, where, sources)

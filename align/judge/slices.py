@@ -87,7 +87,7 @@ def _turn_label(row: Preference) -> str:
     if isinstance(row.prompt, str):
         return "text"
     turns = sum(message["role"] == "user" for message in row.prompt)
-    return f"turn {turns}" if turns < 5 else "turn 5 or later"
+    return str(turns) if turns < 5 else "5 or later"
 
 
 def _label(value: Any) -> str:

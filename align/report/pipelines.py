@@ -10,7 +10,10 @@ from typing import Any
 from align.report.curves import LabelledRun
 from align.report.read import Run, read_run, with_members
 
-MODELS = ("model_name_or_path", "sft_model_path", "reward_model_path", "value_model_path", "models")
+MODELS = (
+    *("model_name_or_path", "sft_model_path", "reward_model_path", "judge_reward_model_path"),
+    *("second_reward_model_path", "value_model_path", "policy_path", "models"),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,14 +171,14 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """A sort key for names that orders the numbers in them by value."""
+    """A sort key for names that orders the numbers in them by value, before other characters."""
     parts: list[str] = []
     for character in name:
         if parts and parts[-1].isdecimal() == character.isdecimal():
             parts[-1] += character
         else:
             parts.append(character)
-    return [(int(part[:18]), "") if part.isascii() and part.isdecimal() else (-1, part) for part in parts]
+    return [(int(part[:18]), "") if part.isascii() and part.isdecimal() else (10**18, part) for part in parts]
 
 
 def read_run(folder: Path) -> Run:

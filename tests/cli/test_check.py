@@ -420,6 +420,15 @@ def test_all_wrong_values_of_a_recipe_are_told_at_once(world, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_all_broken_rules_between_keys_are_told_at_once(world, capsys):
+    words = ["--num_generations", "3", "--reward_variance_coef", "0.5", "--accept_changes", "nothing"]
+    words += ["--freeze_layers", "2", "--metric_for_best_model", "eval/scores"]
+    assert main(["check", "r/3_ppo.yaml", *words]) == 2
+    said = capsys.readouterr().out
+    for name in words[::2]:
+        assert f"error    {name}: " in said, said
+
+
 def test_a_folder_is_checked_to_its_end(world, capsys):
     Path("r/1_sft.yaml").write_text("stage: sft\nlearning_rat: 1\n", encoding="utf-8")
     code, said = outcome(capsys, "r", "--train_dataset.max_rows", "30")

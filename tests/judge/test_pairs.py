@@ -7,6 +7,7 @@ import pytest
 from scipy.special import expit
 from scipy.stats import spearmanr
 
+from align.data.rows import Preference
 from align.judge.length import length_controlled, length_metrics, spearman
 from align.judge.pairs import (
     Outcomes,
@@ -22,7 +23,9 @@ from align.judge.pairs import (
     reliability,
     temperature,
 )
-from align.judge.slices import length_thirds
+from align.judge.rows import ScoredPairs
+from align.judge.slices import length_thirds, slices
+from align.judge.verdicts import judge
 
 MARGINS = np.array([2.0, 1.0, 0.5, -0.5, -1.0, 3.0])
 
@@ -125,3 +128,17 @@ def test_thirds_by_length_have_bounds_that_hold():
     names = length_thirds(lengths)
     assert list(dict.fromkeys(names)) == ["up to 26 characters", "27 to 43", "44 or more"]
     assert names == ["up to 26 characters"] * 2 + ["27 to 43"] * 2 + ["44 or more"] * 2
+
+
+def test_slices_by_turn_are_named_once():
+    def pair(turns: int, number: int) -> Preference:
+        dialogue = [{"role": role, "content": f"{number}"} for role in ("user", "assistant")] * turns
+        answers = ([{"role": "assistant", "content": text}] for text in "bc")
+        return Preference(dialogue[:-1], *answers, "f:1", {"task": "t"})
+
+    rows = [pair(turns, number) for turns in (1, 3, 7) for number in range(10)]
+    wrong_at_3 = np.array([1.0] * 10 + [-1.0] * 10 + [1.0] * 10)
+    found = slices(ScoredPairs(rows, wrong_at_3, np.zeros(30)), [], 50, 0)
+    assert [each["slice"] for each in found["turn"]] == ["1", "3", "5 or later"]
+    verdict = next(each for each in judge({"slices": found}) if each["line"] == "slices")
+    assert verdict["reason"] == "worse than chance: turn 3"

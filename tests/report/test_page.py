@@ -320,4 +320,4 @@ def test_a_pipelines_report_never_ends_it(pipeline, tmp_path, capsys):
 
 
 def test_numbers_in_names_count():
-    assert sorted(["run10", "run9", "run", "10", "9b"], key=natural_key) == ["run", "run9", "run10", "9b", "10"]
+    assert sorted(["run10", "run9", "run", "10", "9b"], key=natural_key) == ["9b", "10", "run", "run9", "run10"]
