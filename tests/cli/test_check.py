@@ -597,6 +597,38 @@ def test_a_classifier_that_would_not_run(world, capsys):
     assert "gone.jsonl: no such file" in said
 
 
+def test_labels_inside_texts_and_answers_from_passages(world, capsys):
+    save_encoder(world / "encoder")
+    tagged = [{"tokens": ["ab", "c"], "tags": ["B-X", "O"]}, {"tokens": ["d"], "tags": ["O"]}]
+    rows = write_jsonl(world / "t/tags.jsonl", tagged)
+    asked = [{"question": "q", "context": "abcdefghijklmnop", "answers": {"text": ["cd"], "answer_start": [2]}}]
+    questions = write_jsonl(world / "t/questions.jsonl", asked)
+    write_recipe("t/1_tags.yaml", stage="token-classification", output_dir="out/t", train_dataset=rows,
+                 model_name_or_path="encoder", eval_fraction=0)  # fmt: skip
+    write_recipe("t/2_answers.yaml", stage="question-answering", output_dir="out/a", train_dataset=questions,
+                 model_name_or_path="encoder", eval_fraction=0, max_length=12, doc_stride=2)  # fmt: skip
+    code, said = outcome(capsys, "t")
+    assert code == 0, said
+    flat = said.replace(" ", "")
+    assert "rowwithX:<s>⟦ab⟧<pad>c</s>" in flat
+    assert "IOB2, 1 types of entities by their number in training: X (1)" in said
+    assert "window:<s>q</s>ab⟦cd⟧efgh</s>" in flat
+    assert "1 questions in 3 windows of up to 12 tokens" in said
+    assert not (world / "out").exists()
+    for recipe, wrong, words in (
+        ("t/1_tags.yaml", [{"tokens": ["ab"], "tags": ["I-X"]}], "a word inside an entity"),
+        (
+            "t/2_answers.yaml",
+            [asked[0] | {"answers": {"text": ["cd"], "answer_start": [3]}}],
+            "not what the context has",
+        ),
+    ):
+        code, said = outcome(capsys, recipe, "--train_dataset", write_jsonl(world / "wrong.jsonl", wrong))
+        assert code == 2
+        assert words in said
+        assert "wrong.jsonl:1" in said
+
+
 # --- output that is not read to its end
 
 
