@@ -7,8 +7,10 @@ the gold entities can be: of rows with words at the first token of each word, of
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from datasets import Dataset, List, Value
@@ -66,9 +68,17 @@ def align(row: Tagged, gold: list[Span], offsets: Sequence[tuple[int, int]], sch
         BadRow: a span without a token, or tokens that two spans or two words share.
     """
     labels = [OUTSIDE if start < end else "" for start, end in offsets]
+    tokens = [place for place, label in enumerate(labels) if label]
+    ends = [offsets[place][1] for place in tokens]
+
+    def covering(start: int, end: int) -> list[int]:
+        """The tokens that have a character in common with a place."""
+        first = bisect_right(ends, start)
+        return [*takewhile(lambda place: offsets[place][0] < end, tokens[first:])]
+
     split = 0
     for start, end, name in gold:
-        inside = [place for place, each in enumerate(offsets) if meet(each, (start, end))]
+        inside = covering(start, end)
         if not inside:
             raise BadRow("a labeled span has no token: the tokenizer drops its characters")
         if any(labels[place] != OUTSIDE for place in inside):
@@ -77,17 +87,14 @@ def align(row: Tagged, gold: list[Span], offsets: Sequence[tuple[int, int]], sch
         for number, place in enumerate(inside):
             labels[place] = name if scheme == WORDS else f"{'I' if number else 'B'}-{name}"
     if row.words is None:
-        places = [place for place, label in enumerate(labels) if label]
-        return labels, Example(row, gold, places, [offsets[place] for place in places], split)
+        return labels, Example(row, gold, tokens, [offsets[place] for place in tokens], split)
     places, units = [], []
     for word in row.words:
-        first = next((place for place, each in enumerate(offsets) if meet(each, word)), None)
-        if (
-            first is not None
-        ):  # words that the tokenizer drops, such as control characters, are no part of an entity's ends
-            if first in places:
-                raise BadRow("two words share a token of this tokenizer")
-            places.append(first)
+        first = covering(*word)[:1]
+        if first and first == places[-1:]:
+            raise BadRow("two words share a token of this tokenizer")
+        if first:  # words that the tokenizer drops, such as control characters, are no end of an entity
+            places.append(first[0])
             units.append(word)
     return labels, Example(row, gold, places, units, split)
 
