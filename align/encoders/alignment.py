@@ -88,7 +88,8 @@ def align(row: Tagged, gold: list[Span], offsets: Sequence[tuple[int, int]], sch
             labels[place] = name if scheme == WORDS else f"{'I' if number else 'B'}-{name}"
     if row.words is None:
         return labels, Example(row, gold, tokens, [offsets[place] for place in tokens], split)
-    places, units = [], []
+    places: list[int] = []
+    units: list[tuple[int, int]] = []
     for word in row.words:
         first = covering(*word)[:1]
         if first and first == places[-1:]:
