@@ -7,6 +7,7 @@ the gold entities can be: of rows with words at the first token of each word, of
 
 from __future__ import annotations
 
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,17 +49,26 @@ def check_fast(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 
 def encode_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, special tokens included, and the characters of each, without white space at their ends.
-
-    Tokens that stand for no character, or for white space alone, have an empty place.
-    """
+    """Token ids, special tokens included, and the characters of each, as `token_places` has them."""
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    return encoded["input_ids"], token_places(text, encoded["offset_mapping"])
+
+
+def token_places(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The characters of each token, without white space at their ends, and with the marks on their last letter.
+
+    Tokens that stand for no character, or for white space alone, have an empty place. Marks are accents and vowel signs,
+    which some tokenizers drop as tokens, though they belong to the letter.
+    """
     places = []
-    for start, end in encoded["offset_mapping"]:
+    for start, end in offsets:
         covered = text[start:end]
         start += len(covered) - len(covered.lstrip())
-        places.append((start, start + len(covered.strip())))
-    return encoded["input_ids"], places
+        end = start + len(covered.strip())
+        while start < end < len(text) and unicodedata.category(text[end])[0] == "M":
+            end += 1
+        places.append((start, end))
+    return places
 
 
 def align(row: Tagged, gold: list[Span], offsets: Sequence[tuple[int, int]], scheme: str) -> tuple[list[str], Example]:
@@ -83,7 +93,7 @@ def align(row: Tagged, gold: list[Span], offsets: Sequence[tuple[int, int]], sch
             raise BadRow("a labeled span has no token: the tokenizer drops its characters")
         if any(labels[place] != OUTSIDE for place in inside):
             raise BadRow("two labeled spans share a token of this tokenizer")
-        split += offsets[inside[0]][0] < start or offsets[inside[-1]][1] > end
+        split += row.words is None and (offsets[inside[0]][0], offsets[inside[-1]][1]) != (start, end)
         for number, place in enumerate(inside):
             labels[place] = name if scheme == WORDS else f"{'I' if number else 'B'}-{name}"
     if row.words is None:

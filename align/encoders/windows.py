@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from align.data.rows import BadRows, Question
+from align.encoders.alignment import token_places
 from align.encoders.tokenize import in_memory
 from align.errors import BadRow, UserError
 
@@ -67,18 +68,11 @@ def encode_windows(
     names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
     for number, offsets in enumerate(encoded["offset_mapping"]):
         of = encoded.sequence_ids(number)
-        places = [_place(context, *each) if part == 1 else None for each, part in zip(offsets, of, strict=True)]
+        found = token_places(context, offsets)
+        places = [each if part == 1 and each[0] < each[1] else None for each, part in zip(found, of, strict=True)]
         windows.append(({name: encoded[name][number] for name in names}, places))
     tokenizer.backend_tokenizer.no_truncation()  # which `save_pretrained` would write
     return windows
-
-
-def _place(context: str, start: int, end: int) -> tuple[int, int] | None:
-    """A token's characters without white space at their ends; None if nothing is left."""
-    covered = context[start:end]
-    start += len(covered) - len(covered.lstrip())
-    end = start + len(covered.strip())
-    return (start, end) if start < end else None
 
 
 def target(places: Sequence[tuple[int, int] | None], answers: Sequence[tuple[int, str]]) -> tuple[int, int]:

@@ -248,6 +248,15 @@ def test_words_equal_transformers_own_alignment_of_split_words():
     assert of == split.word_ids()
 
 
+def test_marks_belong_to_the_letter_before_them_though_the_tokenizer_drops_them():
+    text = "wash\u0301 in"  # BERT strips the accent
+    row = spanned(text, [0, 5, "X"], [6, 8, "Y"])
+    labels, example = align(row, list(row.spans), encode_offsets(LABELS["wordpiece"][0], text)[1], "spans")
+    assert labels == ["", "B-X", "B-Y", ""]
+    assert example.units == [(0, 5), (6, 8)]
+    assert describe_split([example]) is None
+
+
 def test_a_span_inside_a_token_takes_the_whole_token_and_is_counted():
     tokenizer = LABELS["unigram"][0]
     row = spanned(TEXT, [0, 8, "X"])  # "Washingt"
