@@ -32,6 +32,7 @@ from align.ppo.trajectory_balance import balance_steps
 from align.ppo.update import optimize, trains_policy
 
 LOGPROB_TOLERANCE = 1e-5  # nats; smaller differences are rounding
+ENGINE_TOLERANCE = 1e-4  # nats; of two engines in float32, whose largest differences are 2e-5
 COMPARE_EVERY = 16  # updates between comparisons of the sampler's log-probabilities with those of training
 
 
@@ -140,7 +141,9 @@ def estimate_advantages(run: PPORun, rollout: Rollout, rewards: Tensor) -> tuple
 def importance_weights(run: PPORun, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
     """Weights [B, T] of tokens that another engine sampled, and metrics of them; all 1 with the mode `none`.
 
-    The loss of a token is homogeneous in its advantage, so a weight on the advantage is one on the loss.
+    The loss of a token is homogeneous in its advantage, so a weight on the advantage is one on the loss. Where the two engines
+    differ by rounding alone, weights are 1, too: the rounding of the other one depends on how it batches at the moment, and a
+    resumed run would end with other weights than one that was not interrupted.
 
     Raises:
         UserError: the sampler has other weights than the policy.
@@ -150,7 +153,8 @@ def importance_weights(run: PPORun, rollout: Rollout) -> tuple[Tensor, dict[str,
     mean = float(masked_mean(gap.abs(), mask))
     check_sampler_gap(mean, recipe.bf16)
     metrics = {"policy/sampler_gap_mean": mean}
-    if recipe.vllm_importance_sampling_mode == "none":
+    rounding = run.progress.sampler_gap <= ENGINE_TOLERANCE
+    if recipe.vllm_importance_sampling_mode == "none" or rounding:
         return torch.ones_like(gap), metrics
     found = importance(gap, mask, recipe.vllm_importance_sampling_mode, recipe.vllm_importance_sampling_cap)
     metrics |= {"policy/importance_cut": found.cut, "policy/importance_ess": found.effective}

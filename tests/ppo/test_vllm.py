@@ -115,7 +115,7 @@ def test_a_run_by_servers_is_the_run_without(tmp_path, serve, method):
     assert asked[0] - asked[1] == 2  # they share the prompts; of 5 held out, at two evaluations, the first has 3
     last = [line for line in served if "policy/sampler_gap_mean" in line][-1]
     assert last["policy/sampler_gap_mean"] < 1e-5
-    assert last["policy/importance_ess"] == pytest.approx(1, abs=1e-5)
+    assert "policy/importance_ess" not in last  # rounding alone is not weighted
     assert not (tmp_path / "served" / "out" / "vllm_weights").exists()
 
 
@@ -213,22 +213,28 @@ def test_what_follows_a_stop_string_is_cut():
 @pytest.mark.slow
 @pytest.mark.skipif(PYTHON is None, reason="ALIGN_TEST_VLLM_PYTHON names no Python with vLLM")
 class TestRealServer:
-    @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
-    def test_a_run_and_its_resumption(self, tmp_path, tied):
+    def start(self, folder: Path, tied: bool, **changes) -> str:
         model = tiny_llama(hidden_size=128)  # heads of 32, which vLLM computes on a CPU
         if tied:
             model.config.tie_word_embeddings = True
             model.tie_weights()
-        model.save_pretrained(tmp_path / "policy")
-        TOKENIZER.save_pretrained(tmp_path / "policy")
-        recipe, out = make_recipe(tmp_path, rollout_engine="vllm", vllm_python=PYTHON), tmp_path / "out"
+        model.save_pretrained(folder / "policy")
+        TOKENIZER.save_pretrained(folder / "policy")
+        return make_recipe(folder, rollout_engine="vllm", vllm_python=PYTHON, **changes)
+
+    def test_a_run_and_its_resumption(self, tmp_path):
+        recipe, out = self.start(tmp_path, tied=True), tmp_path / "out"
         run(load_recipe("ppo", recipe))
-        lines = [line for line in metrics(out) if "policy/sampler_gap" in line]
-        assert len(lines) == 6
-        assert max(line["policy/sampler_gap"] for line in lines) < 1e-4
-        assert lines[-1]["objective/score"] > lines[0]["objective/score"] + 0.1
+        gaps = [line["policy/sampler_gap"] for line in metrics(out) if "policy/sampler_gap" in line]
+        assert len(gaps) == 6
+        assert max(gaps) < 1e-4
         whole = (out / "model.safetensors").read_bytes()
         out.rename(tmp_path / "whole")
         stop_after_checkpoint("ppo", recipe, out)
         assert run_stage("ppo", recipe).returncode == 0
         assert (out / "model.safetensors").read_bytes() == whole
+
+    def test_a_head_of_its_own(self, tmp_path):
+        run(load_recipe("ppo", self.start(tmp_path, tied=False, total_episodes=32)))
+        gaps = [line["policy/sampler_gap"] for line in metrics(tmp_path / "out") if "policy/sampler_gap" in line]
+        assert 0 < max(gaps) < 1e-4
