@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from http.server import HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -27,13 +29,14 @@ from align.generation.ending import Ending, after_end
 from align.generation.generate import generate
 from align.generation.responses import unpadded
 from align.generation.vllm import VLLM
+from align.ppo import step
 from align.ppo.rollout_server import rollout_server
 from align.ppo.self_check_limits import check_sampler_gap
 from align.ppo.train import run
-from tests.ppo.runs import ALONE
+from tests.ppo.runs import ALONE, ppo_run
 from tests.ppo.test_train import make_recipe, metrics
 from tests.ranks import run_stage, stop_after_checkpoint
-from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama
+from tests.worlds import claimed, letter_tokenizer, save_tiny_policy, tiny_llama
 
 TOKENIZER = letter_tokenizer()
 PYTHON = os.environ.get("ALIGN_TEST_VLLM_PYTHON")
@@ -117,6 +120,26 @@ def test_a_run_by_servers_is_the_run_without(tmp_path, serve, method):
     assert last["policy/sampler_gap_mean"] < 1e-5
     assert "policy/importance_ess" not in last  # rounding alone is not weighted
     assert not (tmp_path / "served" / "out" / "vllm_weights").exists()
+
+
+def test_advantages_are_weighted_by_what_the_engines_differ_in(tmp_path, serve):
+    """The policy computes in bfloat16, the server in float32."""
+    url = serve(OwnDecoding(make_recipe(tmp_path) and tmp_path / "policy"))
+    keys = {"bf16": True, "rollout_engine": "vllm", "vllm_server_base_url": [url], "vllm_importance_sampling_cap": 1.01}
+    recipe = claimed(load_recipe("ppo", make_recipe(tmp_path, **keys)))
+    weighted = ppo_run(recipe)
+    with rollout_server(recipe, ALONE, 20) as vllm:
+        weighted.sampler = replace(weighted.sampler, vllm=vllm)
+        seen = []
+        with mock.patch.object(step, "optimize", lambda run, *rest: seen.append(rest) or {}):
+            measured = step.step(weighted, 0)
+    rollout, advantages, *_ = seen[0]
+    ratios = (rollout.old_logprobs - rollout.sampled_logprobs).exp()
+    assert (rollout.mask & (ratios > 1.01)).any()
+    scores = rollout.scores  # one update: not normalized, with a Python reward
+    plain, _ = step.estimate_advantages(weighted, rollout, step.compute_rewards(weighted, rollout, scores))
+    assert advantages.numpy() == pytest.approx((plain * ratios.clamp(max=1.01)).numpy(), rel=1e-5, abs=1e-6)
+    assert measured["policy/importance_cut"] == pytest.approx(float((ratios > 1.01)[rollout.mask].float().mean()))
 
 
 @pytest.mark.slow
