@@ -96,14 +96,17 @@ HEADLINES = {
 
 
 def headline(pipeline: Pipeline) -> list[Headline]:
-    """The main results of a pipeline, from the closing tables of its stages."""
+    """The main results of a pipeline, from the closing tables of its stages; of a stage that it has several times, with the run's name."""
     found = []
+    stages = [run.stage for run in pipeline.runs]
     for run in pipeline.runs:
         for begin, name in HEADLINES.get(run.stage, ()):
             for measure, before, after in run.table:
                 if measure.startswith(begin) and after is not None:
                     was = f"{before:.3g}" if before is not None else ""
-                    found.append(Headline(name.format(run=run.name), f"{after:.3g}", was, f"{run.name}: {measure}"))
+                    whose = f"{run.name}: " * (stages.count(run.stage) > 1 and "{run}" not in name)
+                    label = whose + name.format(run=run.name)
+                    found.append(Headline(label, f"{after:.3g}", was, f"{run.name}: {measure}"))
                     break
     return found
 

@@ -232,6 +232,7 @@ def test_several_ppo_runs_of_one_folder_are_told_apart_and_their_judge_starts_at
     assert "c0 dash0" in frontier
     assert "c1 dash0" in frontier
     assert frontier.count("0.25") >= 2, "the judge of SFT, in the table of each"
+    assert all(f"{name}: judge&#39;s reward" in page for name in ("4_ppo_a", "4_ppo_b"))
 
 
 def test_an_ensemble_has_the_curves_and_cards_of_its_members(tmp_path):
