@@ -32,7 +32,7 @@ def check_starts_and_ends(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
     Raises:
         UserError: there is not; begins with `key`.
     """
-    if config.model_type not in STARTS_FROM_LABELS and config.decoder_start_token_id is None:
+    if config.model_type not in STARTS_FROM_LABELS and getattr(config, "decoder_start_token_id", None) is None:
         raise UserError(
             f"{key}: {path}: its config.json has no decoder_start_token_id, the token that the decoder starts from; set the one "
             "it was trained with (T5's is its padding token)."

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path("outputs/seq2seq/data")
-WORDS = 150  # of an article, and of the passages of a question
+WORDS = 60  # of an article, and of the passages of a question
 
 
 def read(path: str) -> Iterator[dict[str, Any]]:

@@ -13,18 +13,23 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, MBartConfig, ProphetNetConfig
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LEDConfig, MBartConfig, ProphetNetConfig, T5Config
 
 from align.cli.check.check import run as run_check
 from align.cli.merge import run as merge
 from align.config.evaluate import EvaluateRecipe
 from align.config.sft import SFTRecipe
-from align.data.encoder_decoder import tokenize_pairs
+from align.data.encoder_decoder import source_ids, tokenize_pairs
 from align.data.rows import Demonstration
 from align.errors import UserError
 from align.evaluate.compare import run as evaluate
 from align.generation.encoder_decoder import answer_batch
-from align.models.encoder_decoder import check_reads_no_padding
+from align.models.encoder_decoder import (
+    check_answers_fit,
+    check_reads_no_padding,
+    check_starts_and_ends,
+    side_positions,
+)
 from align.models.load import load_policy
 from align.models.small_model import small_model
 from align.models.tokenizer import load_tokenizer
@@ -137,6 +142,10 @@ class TestRows:
         data, _ = tokenize_pairs(rows, tokenizer, max_length=8)
         assert data["labels"][:] == [[5, 2], [5, 2]]
 
+    def test_a_prompt_that_begins_with_bos_itself_has_one(self, tmp_path: Path) -> None:
+        tokenizer = load_tokenizer(save_tiny_pair_model(tmp_path, "bart"))
+        assert source_ids(tokenizer, "<s>ab") == source_ids(tokenizer, "ab") == [1, 3, 4, 2]
+
     def test_messages_by_the_template_else_as_plain_text(self, t5: str) -> None:
         tokenizer = load_tokenizer(t5)
         user, first, more = ({"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"})  # fmt: skip
@@ -206,6 +215,22 @@ def test_a_padding_row_of_a_model_whose_decoder_starts_from_the_last_label(t5: s
     assert batch["weight"].tolist() == [3, 0]
     assert batch["labels"].tolist() == [[4, 5, 2], [-100] * 3]
     assert batch["decoder_input_ids"][0].tolist() == [2, 4, 5]
+
+
+def test_starts_ends_and_lengths(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_tiny_pair_model(tmp_path, "t5"))
+    with pytest.raises(UserError, match=r"model: p: its config.json has no decoder_start_token_id"):
+        check_starts_and_ends(T5Config(), tokenizer, "model", "p")
+    check_starts_and_ends(MBartConfig(), tokenizer, "model", "p")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="model: p: the tokenizer has no end-of-text token"):
+        check_starts_and_ends(MBartConfig(), tokenizer, "model", "p")
+    assert side_positions(LEDConfig()) == (16384, 1024)
+    assert side_positions(T5Config()) == (None, None)
+    with pytest.raises(
+        UserError, match="response_length: the decoder writes at most 1024 tokens, got 1025; lower it, or x"
+    ):
+        check_answers_fit([[5] * 2000], 1025, LEDConfig(), "x")
 
 
 class TestMethods:
