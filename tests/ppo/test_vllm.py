@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
@@ -217,7 +218,7 @@ class TestErrors:
         ("python", "message"),
         [
             ("/no/such/python", "/no/such/python cannot be started: No such file"),
-            ("false", "false ended with exit code 1"),
+            (sys.executable, "has no vLLM; make an environment with it"),
         ],
     )
     def test_a_python_that_cannot_serve(self, tmp_path, python, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from align.data.tokenize import tokenize_prompts
 from align.models.context_length import check_responses_fit
 from align.models.load import load_config
 from align.ppo.inputs import check_ppo_inputs
+from align.ppo.rollout_server import vllm_version
 from reward_models.linear_head import SequenceClassifier, TokenClassifier
 
 
@@ -36,6 +38,8 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         others |= {"judge": inputs.judge.config} if inputs.judge is not None else {}
         policy = load_config(recipe.sft_model_path, "sft_model_path", recipe.trust_remote_code)
         notes = inputs.describe_heads(recipe.estimator.value_model)
+        if recipe.vllm_python is not None:
+            notes.append(f"responses are sampled by vLLM {vllm_version(os.path.expanduser(recipe.vllm_python))}")
         return Start(policy, inputs.tokenizer, others=others, notes=notes)
 
     def sample(self, recipe: PPORecipe, rows: Sequence[Prompt], start: Start) -> Sample:
