@@ -247,6 +247,12 @@ class TestGradient:
             squares.append(0.5 * (to_go.detach() - values).square())
         torch.stack(losses).mean().backward()
         assert_gradients(got, {name: parameter.grad.clone() for name, parameter in trained(run)})
+        replay.rows = None
+        found = balance_steps(run, replay, rollout, 0)
+        loss = float(torch.stack(losses).mean())
+        assert found["policy/loss"] == pytest.approx(loss, rel=1e-5)
+        assert found["policy/residual"] == pytest.approx((2 * loss * run.recipe.response_length / 0.3) ** 0.5, rel=1e-5)
+        value.module.zero_grad()
         torch.cat(squares).mean().backward()
         named = [*value.module.named_parameters()]
         assert_gradients(
