@@ -530,7 +530,12 @@ def test_the_recipes_own_zero_stage_has_a_column(world, capsys):
     said = outcome(capsys, "r/1_sft.yaml", "--model_name_or_path", "model", "--deepspeed", "zero.json", num_gpus=8)[1]
     assert "(ZeRO 2)" in said
     assert "(ZeRO 0)" not in said
-    assert "Memory per GPU, 8 processes, float32" in said
+    assert "Memory per GPU, 8 processes, float32, adamw_torch_fused" in said
+    words = ["--model_name_or_path", "model", "--optim", "sgd", "--output_dir", "out/sgd"]
+    whole, plain = (
+        re.findall(r"([\d.]+) MiB", outcome(capsys, "r/1_sft.yaml", *each)[1])[0] for each in (words[:2], words)
+    )
+    assert float(plain) == pytest.approx(float(whole) / 2, abs=0.1), "8 of 16 bytes a parameter"
 
 
 def test_no_recipes_at_all(world):

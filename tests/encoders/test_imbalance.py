@@ -36,8 +36,16 @@ def weighted_loss(model, rows, weights: list[float]) -> torch.Tensor:
 def test_a_step_is_on_torchs_weighted_loss_of_the_whole_batch(tmp_path, setting, size):
     """Rows of different weights in microbatches of one and of four; three rows and one of padding."""
     rows = [ROWS[0], ROWS[1], ROWS[3]]
-    settings = recipe(tmp_path, rows, max_steps=1, per_device_train_batch_size=size, class_weights=setting, optim="sgd",
-                      learning_rate=0.1, adam_epsilon=1e-8)  # fmt: skip
+    keys = {  # the first step of nesterov's momentum is 1.5 gradients, at half of the highest learning rate
+        "optim": "sgd",
+        "optim_args": {"momentum": 0.5, "nesterov": True},
+        "learning_rate": 0.2,
+        "lr_scheduler_type": "cosine_warmup_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.0, "warmup_lr_rate": 0.5},
+        "warmup_steps": 2,
+        "adam_epsilon": 1e-8,
+    }
+    settings = recipe(tmp_path, rows, max_steps=1, per_device_train_batch_size=size, class_weights=setting, **keys)
     run(settings)
     weights = [1.0, 1.0, 1.0] if setting == "balanced" else [setting[name] for name in NAMES]
     model = untrained(settings, 3)
@@ -47,14 +55,14 @@ def test_a_step_is_on_torchs_weighted_loss_of_the_whole_batch(tmp_path, setting,
     for name, weight in trained(settings).items():
         parameter = model.get_parameter(name)
         gradient = 0 if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(weight, (parameter - 0.1 * gradient).detach(), atol=2e-6, rtol=0)
+        torch.testing.assert_close(weight, (parameter - 0.15 * gradient).detach(), atol=2e-6, rtol=0)
     assert read_manifest(settings.output_dir)["class_weights"] == pytest.approx(weights)
 
 
 def test_two_ranks_divide_by_the_weights_of_both(tmp_path):
     """Rows of the batch have other weights on each rank; labels are drawn equally often; the evaluation is not weighted."""
-    settings = recipe(tmp_path, ROWS, HELD_OUT, max_steps=3, class_weights=WEIGHTS, balanced_sampling=True, optim="sgd",
-                      optim_args={"momentum": 0.5}, adam_epsilon=1e-8)  # fmt: skip
+    settings = recipe(tmp_path, ROWS, HELD_OUT, max_steps=3, class_weights=WEIGHTS, balanced_sampling=True, optim="adagrad",
+                      optim_args={"eps": 0.01}, weight_decay=0.1, lr_scheduler_type="linear", adam_epsilon=1e-8)  # fmt: skip
     results = run(settings)
     shared = dataclasses.replace(
         settings,
@@ -105,6 +113,12 @@ class TestBalancedSampling:
         assert [drawn[row] for row in range(11)] == pytest.approx([32 / 11] * 11, abs=1)
         assert sorted(drawn[row] for row in (11, 12, 13)) == [10, 11, 11]
         assert [drawn[row] for row in (14, 15)] == [16, 16]
+
+    def test_the_stage_draws_so(self, tmp_path):
+        rows = [(letter, "yes") for letter in "abcdefg"] + [("abcdefghi", "no")]
+        settings = recipe(tmp_path, rows, num_train_epochs=1, balanced_sampling=True)
+        run(settings)
+        assert metrics(settings)[-1]["train/num_tokens"] == 4 * 1 + 4 * 9
 
     def test_the_order_depends_on_seed_and_epoch_alone(self):
         assert self.epoch(3) == self.epoch(3)

@@ -12,9 +12,16 @@ from transformers import Trainer, TrainingArguments
 from align.config.optimizer import OPTIMIZERS
 from align.config.schedule import SCHEDULES
 from align.config.sft import SFTRecipe
+from align.engine.batch_plan import BatchPlan
+from align.engine.distributed import World
 from align.engine.optimizer import learning_rates, make_optimizer, optimizer_class
-from align.trainer.arguments import optim_args_text
+from align.engine.parts import SavedParts
+from align.engine.state import OF
+from align.engine.torch_engine import TorchEngine
+from align.errors import UserError
+from align.trainer.arguments import optim_args_text, total_steps
 from align.trainer.checkpoint import SafeCheckpoints
+from tests.worlds import tiny_llama
 
 GRADIENTS, RATES = (2.0, -1.0), (0.1, 0.05)  # of the two steps
 KEYS = {"output_dir": "o", "model_name_or_path": "m"}
@@ -137,6 +144,30 @@ def test_the_8_bit_optimizer(tmp_path):
     assert ours[0] is bitsandbytes.optim.AdamW
 
 
+def test_a_checkpoint_of_the_8_bit_optimizer_continues_to_the_bit(tmp_path):
+    """Its states are bytes, scales of blocks and tables of quantiles."""
+    pytest.importorskip("bitsandbytes")
+
+    def steps(engine: TorchEngine, numbers: range) -> None:
+        for number in numbers:
+            ids = torch.randint(3, 29, (1, 8), generator=torch.Generator().manual_seed(number))
+            engine.backward(engine(input_ids=ids, labels=ids).loss)
+            engine.step(1e-2)
+
+    recipe = SFTRecipe(**KEYS, optim="adamw_8bit")
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    ours, theirs = (TorchEngine(tiny_llama(hidden_size=128), recipe, world, 1e-2) for _ in range(2))
+    steps(ours, range(2))
+    ours.save_checkpoint(tmp_path)
+    kinds = {name.split(OF)[0] for name in SavedParts(tmp_path).shapes if OF in name}
+    assert kinds >= {"absmax1", "absmax2", "qmap1", "qmap2"}
+    steps(ours, range(2, 4))
+    theirs.load_checkpoint(tmp_path)
+    steps(theirs, range(2, 4))
+    pairs = zip(ours.module.parameters(), theirs.module.parameters(), strict=True)
+    assert all(torch.equal(mine, other) for mine, other in pairs)
+
+
 class TestSchedules:
     def test_the_ends_of_schedules(self):
         def rates(name: str, **arguments: float) -> list[float]:
@@ -153,6 +184,13 @@ class TestSchedules:
         assert rates("inverse_sqrt", timescale=1.0) == pytest.approx([2 / math.sqrt(1 + u) for u in range(4)])
         decay = rates("warmup_stable_decay", num_decay_steps=2.0, decay_type="linear", min_lr_ratio=0.5)
         assert decay == pytest.approx([2.0, 2.0, 2.0, 1.5])
+
+    def test_a_decay_that_is_longer_than_the_run(self):
+        keys = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 4.0}}
+        plan = BatchPlan(batch_size=4, micro_batch_size=4, accumulation=1, world_size=1)
+        assert total_steps(SFTRecipe(**KEYS, **keys), 16, plan) == 4
+        with pytest.raises(UserError, match="num_decay_steps: expected at most 3, all steps of the run, got 4"):
+            total_steps(SFTRecipe(**KEYS, **keys), 12, plan)
 
     @pytest.mark.parametrize("name", SCHEDULES)
     def test_a_trainer_and_ppo_have_the_same(self, name):

@@ -15,14 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from align.config.ppo import PPORecipe
 from align.engine.distributed import World
 from align.engine.ema import EMA
+from align.engine.optimizer import make_optimizer
 from align.engine.parts import SavedParts
+from align.engine.state import load_state, save_state
 from align.errors import UserError
 from align.runs.files import fingerprints
 from tests import ranks
 from tests.engine.state_worker import engine_of, go_on_each, save_each, train
 
+ADAFACTOR = PPORecipe(output_dir="out", sft_model_path="sft", optim="adafactor")
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 ONE = ["alone", "alone-bf16", "alone-lora", "alone-adafactor-bf16", "alone-sgd"]
 TWO = ["zero0-bf16", "zero1-bf16", "zero2-robin", "zero2-offload", "zero3", "zero3-bf16", "zero3-lora"]
@@ -96,6 +100,33 @@ def test_a_run_goes_on(saved, count, source, name):
         )  # with DeepSpeed's counters
     else:  # sums in another order
         assert found < (0.02 if "bf16" in name else 1e-5)
+
+
+def test_every_layout_has_the_recipes_optimizer(saved):
+    classes = {"sgd": "SGD", "rmsprop": "RMSprop", "adagrad": "Adagrad", "adafactor": "Adafactor"}
+    for name in [*ONE, *TWO]:
+        expected = next((cls for part, cls in classes.items() if part in name), "AdamW")
+        assert SavedParts(saved / name / "saved").note["optimizer"] == expected
+
+
+def test_means_over_rows_and_columns_keep_their_shape(tmp_path):
+    """Adafactor's of a head of one output: [1] and [4], neither a number nor of the weight's shape."""
+    heads = [torch.nn.Linear(4, 1, bias=False) for _ in range(2)]
+    optimizers = [make_optimizer(list(head.parameters()), ADAFACTOR, 0.1) for head in heads]
+
+    def step(number: int) -> None:
+        heads[number].weight.grad = torch.arange(4.0)[None]
+        optimizers[number].step()
+
+    step(0)
+    save_state(tmp_path, heads[0], optimizers[0], ALONE)
+    load_state(tmp_path, heads[1], optimizers[1])
+    kept, loaded = (optimizer.state[head.weight] for optimizer, head in zip(optimizers, heads, strict=True))
+    assert loaded["exp_avg_sq_row"].shape == (1,)
+    assert all(torch.equal(loaded[name], kept[name]) for name in ("exp_avg_sq_row", "exp_avg_sq_col"))
+    step(0)
+    step(1)
+    assert torch.equal(*(head.weight for head in heads))
 
 
 def test_each_rank_writes_its_own_part_once_and_sums_it(saved):

@@ -333,6 +333,19 @@ def test_the_schedule_moves_once_per_update(tmp_path):
     assert value == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
+def test_policy_and_value_model_have_the_recipes_optimizer_and_schedule(tmp_path):
+    keys = {"optim": "sgd", "optim_args": {"momentum": 0.9}, "learning_rate": 1.0, "value_learning_rate": 2.0}
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 0.5}}
+    run = ppo_run(load_recipe("ppo", make_recipe(tmp_path, adam_epsilon=1e-5, **keys, **schedule)))
+    for engine in (run.models.policy, run.models.value):
+        assert type(engine.optimizer) is torch.optim.SGD
+        assert engine.optimizer.defaults["momentum"] == 0.9
+    updates = len(run.learning_rates)
+    shares = [1 - update / updates for update in range(updates)]
+    expected = [(0.5 + 0.5 * share, 0.5 + 1.5 * share) for share in shares]
+    assert run.learning_rates == [pytest.approx(each) for each in expected]
+
+
 def test_what_a_response_without_eos_is_worth():
     scores, ended = torch.tensor([3.0, 3.0]), torch.tensor([True, False])
     assert missing_eos_scores(scores, ended, 2.0, None).tolist() == [3.0, 1.0]
