@@ -44,6 +44,7 @@ from align.encoders.windows import Window, best_answers, null_score, tokenize_qu
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
+from align.models.bottleneck import continue_adapter
 from align.models.context_length import check_rows_fit
 from align.models.load import head_modules, new_head
 from align.models.trainable import check_target_modules, freeze, peft_config
@@ -58,6 +59,7 @@ from align.runs.tracker import Tracker
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
 from align.trainer.hf_trainer import save_trained, train, untrained_is_best
 from align.trainer.row_trainer import RowCollator, row_training_arguments
+from reward_models.bottleneck import base_of
 
 
 @one_run_per_folder
@@ -118,6 +120,7 @@ def run(recipe: QuestionAnsweringRecipe) -> QuestionAnsweringResult:
         if adapter := peft_config(recipe, model.config, "QUESTION_ANS", heads):
             torch.manual_seed(recipe.seed)
             model = PeftModel(model, adapter)  # PEFT's class for this task drops the kinds of tokens
+            continue_adapter(model, recipe.model_name_or_path)
         trainer = AnswerTrainer(
             windows,
             held_out,
@@ -173,7 +176,7 @@ def write_reader(recipe: QuestionAnsweringRecipe, folder: Path) -> None:
     """Write the model that training starts from. An existing head is kept, else the head is new."""
     new_head(
         AutoModelForQuestionAnswering,
-        recipe.model_name_or_path,
+        base_of(recipe.model_name_or_path),
         attn_implementation=recipe.attn_implementation,
         trust_remote_code=recipe.trust_remote_code,
         num_labels=2,
