@@ -17,7 +17,7 @@ import torch
 import transformers
 import trl
 import trl.trainer.utils
-from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import nn
 
@@ -265,6 +265,20 @@ def test_the_prefix_of_an_encoder_decoder_is_in_the_cache_while_it_generates(tmp
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6)
     best = model(input_ids=ids, decoder_input_ids=found[:, :-1]).logits.argmax(-1)
     assert found[0, 1:].tolist() == best[0].tolist()
+
+
+def test_ia3_merges_beside_a_head_of_several_layers(tmp_path):
+    save_tiny_pair_model(tmp_path, "bart")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    model = get_peft_model(model, IA3Config(task_type="SEQ_CLS", modules_to_save=["classification_head"])).eval()
+    for name, weight in model.named_parameters():
+        if "ia3_" in name:
+            weight.data.mul_(1.5)
+    ids = torch.tensor([[5, 6, 2]])
+    before = model(input_ids=ids).logits
+    merged = of_peft.merge_and_unload(model)
+    torch.testing.assert_close(merged(input_ids=ids).logits, before)
+    assert not hasattr(merged.classification_head, "weight")
 
 
 def test_bitsandbytes_layers():

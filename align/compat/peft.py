@@ -41,7 +41,23 @@ def merge_adapter(model: Any) -> Any:
     if adapted is not None and weights[0] is weights[1]:
         layer: Any = adapted.get_base_layer()
         layer.weight = nn.Parameter(layer.weight.detach().clone())
-    return model.merge_and_unload()  # which then sets `tie_word_embeddings: false`
+    return merge_and_unload(model)  # which then sets `tie_word_embeddings: false`
+
+
+def merge_and_unload(model: Any) -> Any:
+    """PEFT's, also of IA3 beside a whole head of several layers (T5's, BART's, RoBERTa's): it asks the head for a `weight`."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    heads: list[Any] = [
+        head for wrapper in wrappers for head in wrapper.modules_to_save.values() if not hasattr(head, "weight")
+    ]
+    for head in heads:
+        head.weight = None
+    merged = model.merge_and_unload()
+    for head in heads:
+        del head.weight
+    return merged
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 
+from align.compat.peft import merge_and_unload
 from align.compat.transformers import stop_sharded_loading, unlogged_loss
 from align.compat.trl import pending_metrics, raise_token_count
 from align.config.base import TrainerRecipe
@@ -194,7 +195,7 @@ def _save_trained(trainer: Trainer, recipe: TrainerRecipe, world: World, load: C
             load().save_pretrained(fresh)
         elif world.is_main and recipe.method in MERGEABLE:
             tokenizer.save_pretrained(fresh)
-            merged = PeftModel.from_pretrained(load(), str(target)).merge_and_unload()
+            merged = merge_and_unload(PeftModel.from_pretrained(load(), str(target)))
             if merged.can_generate():  # in the trained model, the tokenizer's EOS has been added to its end tokens
                 trained: Any = trainer.model
                 merged.generation_config = hf_model(trained).generation_config

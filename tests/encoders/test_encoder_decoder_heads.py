@@ -61,7 +61,9 @@ def test_a_classifier(tmp_path: Path, kind: str) -> None:
     assert result.metrics["eval_loss"] != pytest.approx(result.metrics["eval_loss_before"], abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["freeze", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["freeze", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "ia3"))]
+)
 def test_methods_of_a_classifier(tmp_path: Path, method: str) -> None:
     more = {"freeze_layers": 1} if method == "freeze" else {}
     base = ClassifyRecipe(**keys("classify", tmp_path, "t5", LABELLED), method=method, **more)
@@ -69,8 +71,8 @@ def test_methods_of_a_classifier(tmp_path: Path, method: str) -> None:
     before = AutoModelForSequenceClassification.from_pretrained(base.model_name_or_path, num_labels=2).state_dict()
     changed = {name for name, weight in trained(base).items() if not torch.equal(weight, before.get(name, weight * 0))}
     assert any(name.startswith("classification_head") for name in changed)
-    assert ("transformer.encoder.block.0.layer.0.SelfAttention.q.weight" in changed) == (method == "lora")
-    assert "transformer.decoder.block.1.layer.0.SelfAttention.q.weight" in changed
+    assert ("transformer.encoder.block.0.layer.0.SelfAttention.k.weight" in changed) == (method != "freeze")
+    assert "transformer.decoder.block.1.layer.0.SelfAttention.k.weight" in changed
 
 
 @pytest.mark.parametrize("kind", KINDS)
