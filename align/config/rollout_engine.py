@@ -83,6 +83,11 @@ def check_rollout_engine(recipe: Any, where: Where) -> None:
     if bool(recipe.vllm_python) == bool(recipe.vllm_server_base_url):
         both = "both" if recipe.vllm_python else "neither"
         raise UserError(f"{where('rollout_engine')}: vllm needs vllm_python or vllm_server_base_url, got {both}")
+    if recipe.method == "bottleneck":
+        raise UserError(
+            f"{where('rollout_engine')}: vllm runs plain models, and a bottleneck adapter cannot be merged into one; use transformers, "
+            "or method: lora"
+        )
     for name in ("vllm_tensor_parallel_size", "vllm_gpu_memory_utilization"):
         if recipe.vllm_server_base_url and name in changed:
             raise UserError(f"{where(name)}: is for the server that vllm_python starts; give it to your own server.")

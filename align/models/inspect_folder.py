@@ -24,6 +24,7 @@ from align.models.safetensors_header import StoredTensor, read_header
 from align.models.small_files import JSON_FILES, check_small_file
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+BOTTLENECK = "BOTTLENECK"  # `peft_type` of our own adapters, as in reward_models/bottleneck.py, which imports torch
 UNTRAINED = "untrained"  # in output_dir while a stage runs: the model it starts from, where that had to be made first
 WEIGHTS, INDEX, ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
@@ -163,6 +164,14 @@ def check_adapter(config: Mapping[str, Any], path: str, key: str) -> str:
             raise UserError(
                 f"{key}: {Path(path) / ADAPTER_CONFIG}: {name}: expected text, got {shown(config.get(name))}; write the "
                 f"{'type of the adapter' if name == 'peft_type' else 'path or hub id of its base model'}."
+            )
+    if config["peft_type"] == BOTTLENECK:
+        changed = config.get("model_config")
+        labels = changed.get("id2label", {}) if isinstance(changed, dict) else None
+        if not isinstance(labels, dict) or not all(label.isdecimal() for label in labels):
+            raise UserError(
+                f"{key}: {Path(path) / ADAPTER_CONFIG}: model_config: expected an object of entries of config.json, got "
+                f"{shown(changed)}; copy the file again."
             )
     if config.get("megatron_config"):  # with it, PEFT imports the module that `megatron_core` names
         raise UserError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
@@ -198,8 +199,30 @@ class TestSFT:
         value = json.loads((tmp_path / "e" / "results.json").read_text())
         assert f"{tuned[1].metrics['eval_perplexity']:.4f}"[:-1] in json.dumps(value)
 
+    def test_a_damaged_file_is_named(self, tuned, tmp_path):
+        folder = shutil.copytree(tuned[0].output_dir, tmp_path / "copy")
+        file = folder / "adapter_config.json"
+        settings = json.loads(file.read_text())
+        for wrong in (None, {"id2label": [1]}, {"id2label": {"x": "y"}}):
+            file.write_text(json.dumps({**settings, "model_config": wrong}))
+            with pytest.raises(UserError, match=r"adapter_config\.json: model_config: expected an object"):
+                load_config(str(folder), "model")
+        file.write_text(json.dumps(settings))
+        weights = load_file(folder / "adapter_model.safetensors")
+        for name in (next(iter(weights)), "base_model.model.model.layers.1.mlp.down_proj.bottleneck_up.bias"):
+            save_file(
+                {each: weight for each, weight in weights.items() if each != name}, folder / "adapter_model.safetensors"
+            )
+            with pytest.raises(UserError, match="cannot load the adapter"):
+                load_policy(str(folder))
+
 
 class TestPPO:
+    def test_vllm_is_refused(self, tmp_path):
+        changes = {**BOTTLENECK, "rollout_engine": "vllm", "vllm_python": "python"}
+        with pytest.raises(UserError, match="rollout_engine: vllm runs plain models"):
+            load_recipe("ppo", make_recipe(tmp_path, **changes))
+
     def test_from_a_plain_model_the_reference_is_the_policy_with_its_adapters_off(self, tmp_path):
         changes = {**BOTTLENECK, "total_episodes": 32, "advantage_estimator": "rloo", "num_generations": 2}
         ppo.run(load_recipe("ppo", make_recipe(tmp_path, **changes)))
