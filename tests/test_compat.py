@@ -136,6 +136,9 @@ class TestTransformers:
         assert "t5" in of_transformers.seq2seq_lm_types()
         assert "bert" in of_transformers.masked_lm_types()
         assert "llama" not in [*of_transformers.seq2seq_lm_types(), *of_transformers.masked_lm_types()]
+        tagger = transformers.AutoModelForTokenClassification
+        assert of_transformers.has_auto_class(tagger, transformers.BertConfig())
+        assert not of_transformers.has_auto_class(tagger, transformers.MambaConfig())
 
     def test_sharded_loading(self):
         assert not of_transformers.loads_sharded()

@@ -272,12 +272,13 @@ def test_a_span_inside_a_token_takes_the_whole_token_and_is_counted():
         (spanned("New\u0000 York", [3, 4, "X"]), "no token: the tokenizer drops its characters"),
         (spanned("Washington", [0, 5, "X"], [5, 10, "X"]), "share a token"),
         (spanned("New " * 20, [0, 3, "X"]), "longer than 12 tokens (`max_length`)"),
+        (tagged(["in", "York"], ["B-X", "I-X"]), "two words share a token"),
     ],
 )
 def test_rows_that_a_tokenizer_cannot_label(row, said):
     tokenizer = LABELS["wordpiece"][0]
     words = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    words.add_tokens(["washington"])
+    words.add_tokens(["washington", "in York"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
     with pytest.raises(UserError, match=re.escape(said)) as error:
         tokenize_tagged([row], tokenizer, TagSet("spans", ["X"], [1]), max_length=12, on_bad_row="error")

@@ -13,6 +13,7 @@ from transformers import AutoModelForTokenClassification
 from align.config.extraction import TAG_METRICS, TokenClassificationRecipe
 from align.encoders.token_classification import run
 from align.errors import UserError
+from align.models.load import new_head
 from align.runs.manifest import read_manifest
 from align.runs.own_files import MANIFEST
 from tests.documented_metrics import undocumented
@@ -94,9 +95,8 @@ def test_cutting_the_batch_up_changes_nothing(tmp_path):
         torch.testing.assert_close(weights[1][name], weight, atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("batch", [2, 16])
-def test_evaluation_is_seqevals_and_has_a_baseline(tmp_path, batch, capsys):
-    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=6, per_device_eval_batch_size=batch)
+def test_evaluation_is_seqevals_and_has_a_baseline(tmp_path, capsys):
+    settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=6, per_device_eval_batch_size=2)
     results = run(settings)
     model = AutoModelForTokenClassification.from_pretrained(settings.output_dir).eval()
     for suffix, judged in (("_before", untrained(settings)), ("", model)):
@@ -150,10 +150,10 @@ def test_rows_of_spans_and_tags_of_words_and_a_decoder(tmp_path):
     assert read_manifest(settings.output_dir)["scheme"] == "words"
 
 
-def test_lora_is_merged_and_the_head_alone_trains_the_head_alone(tmp_path):
-    lora = recipe(tmp_path, eval_rows=HELD_OUT, method="lora", lora_r=4, num_train_epochs=3)
-    results = run(lora)
-    model = AutoModelForTokenClassification.from_pretrained(lora.output_dir).eval()
+def test_adapters_have_the_whole_head_and_the_head_alone_trains_the_head_alone(tmp_path):
+    bottleneck = recipe(tmp_path, eval_rows=HELD_OUT, method="bottleneck", num_train_epochs=3)
+    results = run(bottleneck)
+    model = new_head(AutoModelForTokenClassification, bottleneck.output_dir).eval()
     total = [
         model(input_ids=ids, labels=labels).loss * (labels != -100).sum()
         for ids, labels in (encoded(*row) for row in HELD_OUT)
@@ -169,6 +169,7 @@ def test_lora_is_merged_and_the_head_alone_trains_the_head_alone(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights_to_the_bit(tmp_path):
     settings = recipe(tmp_path, eval_rows=HELD_OUT, num_train_epochs=10, save_steps=3, eval_steps=6)
     folder = Path(settings.output_dir)
