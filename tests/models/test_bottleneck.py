@@ -223,6 +223,7 @@ class TestPPO:
         with pytest.raises(UserError, match="rollout_engine: vllm runs plain models"):
             load_recipe("ppo", make_recipe(tmp_path, **changes))
 
+    @pytest.mark.slow
     def test_from_a_plain_model_the_reference_is_the_policy_with_its_adapters_off(self, tmp_path):
         changes = {**BOTTLENECK, "total_episodes": 32, "advantage_estimator": "rloo", "num_generations": 2}
         ppo.run(load_recipe("ppo", make_recipe(tmp_path, **changes)))

@@ -18,6 +18,8 @@ from align.encoders.mlm_inputs import check_mlm_inputs, corruption, cut, model_t
 from align.encoders.span_corruption import SpanCorruption
 from align.encoders.tokenize import piece_length
 from align.models.model_types import is_encoder_decoder
+from align.models.new_modules import new_modules
+from reward_models.bottleneck import base_of
 
 
 class MLMCheck(TrainingCheck[MLMRecipe]):
@@ -46,7 +48,8 @@ class MLMCheck(TrainingCheck[MLMRecipe]):
 
     def footprints(self, recipe: MLMRecipe, start: Start) -> list[Footprint]:
         model = skeleton(model_to_train(recipe, start.config), start.config, recipe.trust_remote_code)
-        counts = count_trained(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings())
+        whole = new_modules(model, base_of(recipe.model_name_or_path))
+        counts = count_trained(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings(), whole)
         name = "encoder-decoder" if is_encoder_decoder(start.config) else "masked language model"
         return [Footprint(name, *counts)]
 
