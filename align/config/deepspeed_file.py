@@ -100,7 +100,7 @@ def read_deepspeed_file(path: str, where: str = "deepspeed") -> dict[str, Any]:
     for name in ("optimizer", "scheduler"):
         if name in config:
             raise UserError(
-                f"{where}: {path}: {name}: is set by the recipe's keys (learning_rate, adam_beta1, lr_scheduler_type, ...), in "
+                f"{where}: {path}: {name}: is set by the recipe's keys (optim, learning_rate, lr_scheduler_type, ...), in "
                 "every stage; leave it out of this file."
             )
     for name in ("bf16", "fp16"):
