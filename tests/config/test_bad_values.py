@@ -278,7 +278,7 @@ DEEPSPEED: dict[str, str] = {
     '{"fp16": []}': "fp16: expected an object, got a list",
     '{"fp16": {"enabled": true}}': "switches fp16 on, which is not supported",
     '{"optimizer": "adam"}': 'optimizer: expected an object, got "adam" (text)',
-    '{"optimizer": {"type": "AdamW"}}': "optimizer: is set by the recipe's keys (learning_rate,",
+    '{"optimizer": {"type": "AdamW"}}': "optimizer: is set by the recipe's keys (optim,",
     '{"scheduler": {}}': "scheduler: is set by the recipe's keys",
     '{"scheduler": []}': "scheduler: expected an object, got a list",
     '{"train_batch_size": {}}': "train_batch_size: expected a whole number from 0, got a mapping",
