@@ -70,7 +70,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def measure(name: str, episodes: int, seed: int, start: str) -> dict[str, Any]:
     """Run the recipe; returns a point for each evaluation, the SFT model's first."""
     with tempfile.TemporaryDirectory(prefix="align-quickstart-") as folder:
-        keys = {"seed": seed, "total_episodes": episodes, "output_dir": f"{folder}/out", "save_steps": 0}
+        keys = {"seed": seed, "total_episodes": episodes, "output_dir": f"{folder}/out"}
         keys |= {"sft_model_path": f"{start}/1_sft", "reward_model_path": f"{start}/2_reward"}
         path = str(QUICKSTART / RECIPES[name])
         updates = load_recipe("ppo", path, words(keys)).num_updates  # type: ignore[attr-defined]
