@@ -24,7 +24,7 @@ SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 
 
 def scratch_config(model_config: Mapping[str, Any], tokenizer_vocab_size: int) -> PretrainedConfig:
-    """The configuration of a model to train from scratch; its vocabulary and special ids come from its tokenizer later.
+    """The configuration of a model to train from scratch; its vocabulary comes from its tokenizer later.
 
     Raises:
         UserError: an unknown architecture or key, or an invalid configuration.
@@ -44,6 +44,7 @@ def scratch_config(model_config: Mapping[str, Any], tokenizer_vocab_size: int) -
             if name not in known_keys:
                 raise UserError(f"model_config: {model_type} has no key {name!r} to set{nearest(name, known_keys)}")
         config: PretrainedConfig = AutoConfig.for_model(model_type, **given)
+        config.pad_token_id, config.bos_token_id, config.eos_token_id = range(len(SPECIAL_TOKENS))
         if is_encoder_decoder(config):
             config.decoder_start_token_id = SPECIAL_TOKENS.index("<pad>")  # as T5's
         elif not has_causal_lm(config):
@@ -84,7 +85,6 @@ def write_scratch_model(
     if chat_template_path is not None:
         tokenizer.chat_template = read_chat_template(chat_template_path)
     config.vocab_size = len(tokenizer)
-    config.pad_token_id, config.bos_token_id, config.eos_token_id = range(len(SPECIAL_TOKENS))
     set_seed(seed)
     language_model_class(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
