@@ -116,6 +116,8 @@ TABLE = {
     "ppo, judged, SIGTERM": Kill("ppo", "judged", signum=TERM),
     **{f"reward, members, {phase}, {number}": Kill("reward", "members", phase) for phase in PHASES for number in (1, 2)},
     "reward, members, three times": Kill("reward", "members", times=3),
+    **{f"reward, halves, {phase}, {number}": Kill("reward", "halves", phase) for phase in PHASES for number in (1, 2)},
+    "reward, halves, three times": Kill("reward", "halves", times=3),
     "reward, members, SIGTERM": Kill("reward", "members", signum=TERM),
     **{f"reward of members at zero2, rank {rank} in {phase}": Kill("reward", "members zero2", phase, rank) for rank, phase in ((0, "checkpoint"), (1, "checkpoint"), (0, "final"), (0, "any"))},
     **{f"{stage}, SIGTERM": Kill(stage, signum=TERM) for stage in ("reward", "classify", "mlm", "evaluate", "bon", "judge-reward")},

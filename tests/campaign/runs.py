@@ -36,6 +36,7 @@ LAYOUTS = {
     "judged two": Layout(2, JUDGED),
     "judged zero3": Layout(2, {**JUDGED, "deepspeed": "zero3.json"}),
     "members": Layout(1, {"ensemble_size": 2}),
+    "halves": Layout(1, {"train_judge": True}),
     "members zero2": Layout(2, {"ensemble_size": 2, "deepspeed": "zero2.json"}),
     "zero0": Layout(2, {"deepspeed": "zero0.json"}),
     "zero2": Layout(2, {"deepspeed": "zero2.json"}),
