@@ -251,6 +251,18 @@ class TestDeepSpeed:
         assert prefix in (package / "ops" / "csrc" / "cpu" / "comm" / "shm.cpp").read_text(encoding="utf-8")
 
 
+def test_a_tuner_of_ours_is_known_to_peft():
+    from peft import mapping
+
+    from align.models.bottleneck import BottleneckConfig, BottleneckLayer, BottleneckModel
+
+    assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING["BOTTLENECK"] is BottleneckConfig
+    assert mapping.PEFT_TYPE_TO_TUNER_MAPPING["BOTTLENECK"] is BottleneckModel
+    model = tiny_llama()
+    get_peft_model(model, BottleneckConfig(target_modules=["mlp.down_proj"], task_type="CAUSAL_LM"))
+    assert all(isinstance(layer.mlp.down_proj, BottleneckLayer) for layer in model.model.layers)
+
+
 def test_the_active_adapter():
     model = get_peft_model(tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     settings = of_peft.active_adapter_config(model)
