@@ -465,3 +465,10 @@ def test_router_settings():
     assert config.to_dict() == before
     assert of_trl.router_settings(transformers.LlamaConfig(), False) == {}
     assert "router_aux_loss_coef" in trl.SFTConfig.__dataclass_fields__
+
+
+def test_in_place_changes():
+    tensor = torch.zeros(2)
+    before = of_others.in_place_changes(tensor)
+    tensor.add_(1)
+    assert of_others.in_place_changes(tensor) == before + 1

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+# torch
+
+
+def in_place_changes(tensor: Any) -> int:
+    """How often a tensor has been changed in place, as autograd counts it."""
+    return int(tensor._version)
+
+
 # bitsandbytes
 
 

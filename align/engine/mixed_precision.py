@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from align.compat.others import in_place_changes
 from align.compat.transformers import attention_implementation, register_sdpa_variant, sdpa_attention
 from align.models.in_place_gradients import add_in_pieces
 from reward_models.heads import hf_model
@@ -60,7 +61,7 @@ def accumulate_in_float32(model: nn.Module) -> None:
         if weight.dtype == torch.bfloat16:
             new[weight] = gradient
             _, rounded, version = sums.get(weight, (None, None, 0))
-            if rounded is not None and (weight.grad is not rounded or rounded._version != version):
+            if rounded is not None and (weight.grad is not rounded or in_place_changes(rounded) != version):
                 del sums[weight]
 
     def after(weight: Tensor) -> None:
@@ -68,7 +69,7 @@ def accumulate_in_float32(model: nn.Module) -> None:
             return
         total = sums[weight][0].add_(gradient) if weight in sums else gradient.float()
         weight.grad = total.to(weight.dtype)
-        sums[weight] = total, weight.grad, weight.grad._version
+        sums[weight] = total, weight.grad, in_place_changes(weight.grad)
 
     for weight in model.parameters():
         if weight.requires_grad:
