@@ -128,7 +128,7 @@ def picture(runs: Sequence[dict[str, Any]]) -> str:
             }
             for (name, total), points in means(runs).items()
         }
-        places = sorted({place for curve in curves.values() for place in curve} | set(ticks))
+        places = sorted(set(ticks).union(*curves.values()))
         lines = {name: [curve.get(place, 0.0) for place in places] for name, curve in curves.items()}
         panels.append(Panel(title, places, lines, ticks))
     return draw(panels, "points below the best", "")
