@@ -123,8 +123,8 @@ BUGS = {
     ),
     "PPO-ptx as a step of its own": (
         "align/ppo/update.py",
-        "            sums |= policy_gradient(run, batch, tokens)\n",
-        "            if run.ptx is not None:\n                ptx_gradient(run, run.ptx, update)\n                run.models.policy.step(1e-3)\n            sums |= policy_gradient(run, batch, tokens)\n",
+        "            sums |= policy_gradient(run, batch, tokens) if",
+        "            if run.ptx is not None:\n                ptx_gradient(run, run.ptx, update)\n                run.models.policy.step(1e-3)\n            sums |= policy_gradient(run, batch, tokens) if",
         "tests/ppo/test_objectives.py::TestLossTerms::test_ptx_is_added_to_the_same_step",
     ),
     "the zero of the score left out of the value head": (

@@ -62,7 +62,8 @@ def test_nothing_else_prints():
             ast.unparse(node.args[0]) for node in found if not isinstance(node.args[0], ast.Name)
         ]
     calls = {name: found for name, found in calls.items() if found}
-    assert calls.keys() == {"terminal.py", "__main__.py", "cli/report_file.py", "cli/verify.py"}
+    names = {"terminal.py", "__main__.py", "cli/report_file.py", "cli/verify.py"}
+    assert calls.keys() == {*names, "generation/vllm_server.py"}  # which runs where this package is not, into a log
     assert all("printable(" in text for name in ("terminal.py", "__main__.py") for text in calls[name])
 
 

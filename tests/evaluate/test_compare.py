@@ -828,7 +828,7 @@ def test_overrides(load):
         ({"num_shots": [0, 4]}, "train_dataset: expected rows that give the 4 examples, got none"),
         ({"chat_template_path": "gone.jinja"}, "chat_template_path: no file gone.jinja"),
         ({"stage": "sft"}, "stage: expected 'evaluate', got 'sft'"),
-        ({"learning_rate": 1}, "learning_rate: unknown key; it belongs to the sft and reward and ppo and classify and mlm stages"),
+        ({"learning_rate": 1}, "learning_rate: unknown key; it belongs to the sft and reward and ppo and classify and token-classification and question-answering and mlm stages"),
         ({"num_fewshot": 4}, "num_fewshot: unknown key; called num_shots here"),
         ({"top_p": 0.9}, "top_p: unknown key; not supported: temperature 0 is greedy decoding"),
         ({"model_name_or_path": "a"}, "model_name_or_path: unknown key; called models here"),

@@ -40,6 +40,7 @@ from tests.ranks import run_stage, stop_after_checkpoint
 from tests.worlds import claimed, letter_tokenizer, save_tiny_policy, tiny_llama
 
 TOKENIZER = letter_tokenizer()
+LOADING = threading.Lock()  # transformers patches its models while it loads one, and servers here are threads of one process
 PYTHON = os.environ.get("ALIGN_TEST_VLLM_PYTHON")
 
 
@@ -52,7 +53,8 @@ class OwnDecoding(vllm_server.Sampler):
         self.description = {"model": str(folder), "dtype": "float32", "max_model_len": max_model_len}
 
     def load_weights(self, folder, version):
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with LOADING:
+            self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.version = version
         return {"version": version}
 

@@ -174,7 +174,7 @@ def test_from_scratch_with_a_tokenizer_that_knows_every_text(tmp_path):
         ({**SCRATCH, "vocab_size": 32}, 300, "no key 'vocab_size'"),
         ({**SCRATCH, "model_type": "lama"}, 300, "cannot make this lama"),
         ({**SCRATCH, "model_type": "vit"}, 300, "no key"),
-        ({"model_type": "clip_text_model"}, 300, "not a causal language model"),
+        ({"model_type": "clip_text_model"}, 300, "clip_text_model is no language model; use llama or gpt2, or t5"),
         ({**SCRATCH, "hidden_size": 30}, 300, "not a multiple of the number of attention heads"),
         (SCRATCH, 258, "expected at least 259"),
     ],
