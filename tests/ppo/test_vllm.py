@@ -40,7 +40,9 @@ from tests.ranks import run_stage, stop_after_checkpoint
 from tests.worlds import claimed, letter_tokenizer, save_tiny_policy, tiny_llama
 
 TOKENIZER = letter_tokenizer()
-LOADING = threading.Lock()  # transformers patches its models while it loads one, and servers here are threads of one process
+LOADING = (
+    threading.Lock()
+)  # transformers patches its models while it loads one, and servers here are threads of one process
 PYTHON = os.environ.get("ALIGN_TEST_VLLM_PYTHON")
 
 
