@@ -123,7 +123,7 @@ def _read_file(file: str, source: DataSource, key: str) -> Iterator[tuple[str, A
         if kind == ".parquet":
             options = {"batch_size": 256}  # rows in memory at once: of one repeated text, a file may have any number
         if kind == ".csv":  # our columns are text, even if they read "42" or "None"
-            numbers = {source.columns.get(name, name) for name in ("label", "margin", "tie")}  # perhaps
+            numbers = {source.columns.get(name, name) for name in ("label", "margin", "tie", "strength")}  # perhaps
             ours = {*ROW_COLUMNS, *source.columns.values()} - numbers
             _check_csv(file, ours | numbers)
             options = {"converters": dict.fromkeys(ours, str), "keep_default_na": False, "na_values": [""]}

@@ -8,6 +8,7 @@ from typing import Any
 from align.errors import BadRow
 
 LARGEST = 3
+SHOWN_FIRST = "chosen_first"
 VERDICTS = {"A>>B": 2, "A>B": 1, "A=B": 0, "tie": 0, "B>A": -1, "B>>A": -2}  # A is `chosen`, B is `rejected`
 
 
@@ -15,7 +16,8 @@ def by_strength(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """A row of a preference pair with its `strength` applied.
 
     Above 0, `chosen` is better by that many steps; below 0, `rejected` is, and the two change places. The first step has the
-    `margin` 0, each further one adds 1 to it; at 0 the pair is a `tie`. The row keeps the number of steps as `strength`.
+    `margin` 0, each further one adds 1 to it; at 0 the pair is a `tie`. The row keeps the number of steps as `strength`. Where they
+    change places, `chosen_first` (whether annotators were shown `chosen` first) changes, too.
 
     Raises:
         BadRow: a `strength` that is none, or a `margin` or `tie` beside it.
@@ -31,4 +33,6 @@ def by_strength(values: Mapping[str, Any]) -> Mapping[str, Any]:
     ordered = {**values, "strength": steps, **({"margin": steps - 1} if steps else {"tie": True})}
     if strength < 0:
         ordered["chosen"], ordered["rejected"] = values["rejected"], values["chosen"]
+        if values.get(SHOWN_FIRST) in (True, False):
+            ordered[SHOWN_FIRST] = not values[SHOWN_FIRST]
     return ordered

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from align.data.rows import Preference, is_tie, render_text
+from align.data.strength import SHOWN_FIRST
 from align.data.templates import TASK
 from align.reward.evaluation import accuracy_by_source, pairs_accuracy, prompts_of
 from align.runs.tables import markdown_table
 
-POSITION = "chosen_first"  # column: whether annotators were shown the chosen response first, true or false (1 or 0)
 SOURCE = "source"  # column by which pairs are told apart; without it, by the data set that they are from
 # Agreement of researchers with crowd workers on single pairs (arXiv 2204.05862): a cue that predicts as well leaves nothing to learn
 # but itself. Datasets on which length was most of what reward models learnt had 0.56 to 0.63 (arXiv 2310.03716).
@@ -33,9 +33,11 @@ def measure_imbalance(rows: Sequence[Preference]) -> dict[str, Any]:
     lengths = _lengths(rows, "chosen"), _lengths(rows, "rejected")
     prompts = prompts_of(rows)
     found: dict[str, Any] = {"longer_chosen": pairs_accuracy(lengths, range(len(rows)), prompts)}
-    placed = [index for index, row in enumerate(rows) if row.extra.get(POSITION) in (True, False)]
+    placed = [index for index, row in enumerate(rows) if row.extra.get(SHOWN_FIRST) in (True, False)]
     if placed:
-        first = torch.tensor([float(row.extra.get(POSITION) is True or row.extra.get(POSITION) == 1) for row in rows])
+        first = torch.tensor(
+            [float(row.extra.get(SHOWN_FIRST) is True or row.extra.get(SHOWN_FIRST) == 1) for row in rows]
+        )
         found["chosen_first"] = pairs_accuracy((first, 1 - first), placed, prompts)
     column = SOURCE if any(row.extra.get(SOURCE) for row in rows) else TASK
     if by_source := accuracy_by_source(rows, lengths, column):

@@ -11,13 +11,14 @@ from typing import Any
 from align.config.ensemble import JUDGE, MEMBER
 from align.config.reward import RewardRecipe
 from align.engine.distributed import World
+from align.errors import UserError
 from align.reward.inputs import RewardInputs
 from align.reward.pairs import Pairs, describe_halves
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import open_stage
 from align.runs.markdown import markdown_text
 from align.runs.output_folder import one_run_per_folder
-from align.runs.own_files import own
+from align.runs.own_files import own, owned
 from align.runs.run_record import record_run
 from align.runs.stage import finish, finished_results
 from align.terminal import say
@@ -45,6 +46,19 @@ def judge_recipe(recipe: RewardRecipe) -> RewardRecipe:
     return dataclasses.replace(
         member_recipe(recipe, recipe.ensemble_size + 1), output_dir=str(Path(recipe.output_dir) / JUDGE)
     )
+
+
+def check_no_judge(recipe: RewardRecipe) -> None:
+    """Check that the output folder holds no judge of an earlier start, if the recipe trains none.
+
+    Raises:
+        UserError: it does; the reward model would be trained on the judge's pairs.
+    """
+    if JUDGE in owned(recipe.output_dir):
+        raise UserError(
+            f"train_judge: {recipe.output_dir} holds a judge that was trained with train_judge: true, on pairs that the reward model "
+            f"would be trained on now; set train_judge: true, or delete {recipe.output_dir} to start over."
+        )
 
 
 def train_judge(

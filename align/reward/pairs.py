@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align.config.reward import RewardRecipe
 from align.data.load import DataSettings, Rows, load_halves, load_rows
-from align.data.rows import Preference
+from align.data.rows import Preference, is_tie
 from align.data.tokenize import check_margins, tokenize_preferences
 from align.errors import UserError
 from align.models.context_length import check_rows_fit
@@ -68,14 +68,23 @@ def load_pairs(recipe: RewardRecipe, inputs: RewardInputs) -> tuple[Pairs, Pairs
     if parts[0].evaluation:
         eval_rows, skipped["evaluation"] = tokenize(parts[0].evaluation, kept=held_out)
         check_rows_fit(chain(eval_rows["chosen_ids"], eval_rows["rejected_ids"]), inputs.config)
-        if "tie" in eval_rows.column_names and all(eval_rows["tie"][:]):
-            raise UserError("every pair that is held out is a tie; add pairs of which one response is better.")
+        check_ties(held_out)
         margins = true_margins(inputs, held_out)
     reward, *judge = (
         Pairs(rows, pairs, eval_rows, kept, held_out, margins, {"train": bad, **skipped})
         for rows, (pairs, bad), kept in zip(parts, train_rows, trained, strict=True)
     )
     return reward, judge[0] if judge else None
+
+
+def check_ties(held_out: Sequence[Preference]) -> None:
+    """Check that not all held-out pairs are ties, of which there is no accuracy.
+
+    Raises:
+        UserError: they are.
+    """
+    if held_out and all(map(is_tie, held_out)):
+        raise UserError("every pair that is held out is a tie; add pairs of which one response is better.")
 
 
 def load_preferences(recipe: RewardRecipe) -> Sequence[Rows]:

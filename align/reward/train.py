@@ -48,7 +48,7 @@ from align.reward.evaluation import (
 )
 from align.reward.imbalance import describe_imbalance, imbalance_section, measure_imbalance, warn_of_imbalance
 from align.reward.inputs import RewardInputs, check_reward_inputs
-from align.reward.members import train_judge, train_members, with_judge
+from align.reward.members import check_no_judge, train_judge, train_members, with_judge
 from align.reward.model_card import reward_card
 from align.reward.normalization import chosen_responses, normalization_prompts, normalize_scores, sft_responses
 from align.reward.pairs import Pairs, load_pairs
@@ -81,7 +81,9 @@ def run(recipe: RewardRecipe) -> RewardResult:
     world.check_rows(len(pairs.train))
     train_one = partial(train_model, world=world, plan=plan)
     judge = None
-    if of_judge is not None:
+    if of_judge is None:
+        check_no_judge(recipe)
+    else:
         world.check_rows(len(of_judge.train))
         judge = train_judge(recipe, inputs, pairs, of_judge, world, train_one)
     if recipe.ensemble_size > 1:

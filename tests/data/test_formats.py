@@ -266,6 +266,8 @@ def test_a_strength_says_which_is_better_and_by_how_much(strength, better, more)
     assert read(values, Demonstration).completion == better, "which is what SFT imitates"
     assert read(values, Prompt).extra["strength"] == strength
     assert read({**values, "strength": None}, Preference).extra == {"strength": None}
+    shown = read({**values, "chosen_first": True}, Preference).extra["chosen_first"]
+    assert shown is (better == "c"), "it is said of the response that is chosen in the end"
 
 
 def test_messages_keep_what_has_a_value() -> None:

@@ -71,6 +71,12 @@ class TestFiles:
             ("13", "None", {"score": 2, "task": "a"}, f"{path}:2"),
         ]
 
+    def test_csv_strengths_are_numbers(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text("prompt,chosen,rejected,strength\np,c,r,2\nq,c,r,-1\n")
+        rows = load_rows(DataSettings(train_dataset=[DataSource(path=str(path))], seed=0), Preference).train
+        assert [(row.chosen, row.extra["margin"]) for row in rows] == [("c", 1), ("r", 0)]
+
     def test_csv_cells_may_hold_commas_and_line_breaks(self, tmp_path):
         path = tmp_path / "a.csv"
         path.write_text('prompt,completion\n"a, b\nc",1\nd,2\n')

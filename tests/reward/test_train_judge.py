@@ -108,6 +108,18 @@ def test_rows_that_changed_since_are_refused_before_the_record_is_renewed(traine
             run(dataclasses.replace(trained, output_dir=str(out), train_dataset=[source]))
 
 
+def test_a_judge_whose_pairs_would_be_trained_on_is_in_the_way(trained, tmp_path):
+    """As a kill after the judge leaves it, and a start without `train_judge`."""
+    shutil.copytree(trained.output_dir, tmp_path / "out")
+    unfinished(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-1", ignore_errors=True)
+    alone = dataclasses.replace(
+        trained, train_judge=False, output_dir=str(tmp_path / "out"), accept_changes=["train_judge"]
+    )
+    with pytest.raises(UserError, match="holds a judge that was trained with train_judge: true"):
+        run(alone)
+
+
 def test_members_and_their_judge_are_in_tables_and_report(trained, tmp_path):
     settings = dataclasses.replace(trained, output_dir=str(tmp_path / "three"), ensemble_size=2, max_steps=1)
     result = run(settings)
@@ -179,6 +191,11 @@ def test_align_check_says_the_halves_and_knows_the_judge_that_is_to_be_made(trai
     code, said = checked()
     assert code == 2
     assert "train_judge: all 5 training pairs are in one half (each is drawn by its prompt)" in said
+    ties = [{"prompt": "z", "chosen": "a", "rejected": "b", "strength": 0}]
+    reward |= {"train_judge": False, "eval_dataset": write_jsonl(tmp_path / "ties.jsonl", ties)}
+    code, said = checked()
+    assert code == 2
+    assert "every pair that is held out is a tie" in said
 
 
 def test_the_last_seed_has_to_exist(trained):

@@ -17,7 +17,7 @@ from align.data.tokenize import tokenize_preferences
 from align.models.model_types import is_encoder_decoder
 from align.reward.imbalance import describe_imbalance, measure_imbalance, warn_of_imbalance
 from align.reward.inputs import check_reward_inputs
-from align.reward.pairs import describe_halves, load_preferences
+from align.reward.pairs import check_ties, describe_halves, load_preferences
 from reward_models.heads import score_head
 from reward_models.linear_head import SequenceClassifier
 
@@ -35,6 +35,7 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
 
     def load(self, recipe: RewardRecipe) -> tuple[Rows, list[str]]:
         rows, *judge = load_preferences(recipe)
+        check_ties(rows.evaluation)
         imbalance = describe_imbalance(measure_imbalance(rows.train))
         return rows, [*(describe_halves(rows, each) for each in judge), *imbalance]
 
