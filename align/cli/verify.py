@@ -146,15 +146,16 @@ def write_case(folder: Path, language: Language, beta: float, overrides: Sequenc
         UserError: a wrong override.
     """
     start = folder / language.name
-    language.reference().save_pretrained(start)
+    chosen = dict(changes)
+    apply_overrides(chosen, overrides, get_type_hints(PPORecipe))
+    # vLLM's kernels for CPUs take no smaller heads than 32.
+    language.reference(heads=2 if chosen.get("rollout_engine") == "vllm" else 4).save_pretrained(start)
     language.tokenizer().save_pretrained(start)
     (folder / f"{MODULE}.py").write_text(REWARDS, encoding="utf-8")
     rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in language.prompts]
     prompts = folder / f"{language.name}.jsonl"
     prompts.write_text("".join(rows) * 8, encoding="utf-8")  # every process wants a row
     number = len(list(folder.glob("*.yaml"))) + 1
-    chosen = dict(changes)
-    apply_overrides(chosen, overrides, get_type_hints(PPORecipe))
     unread = unread_keys(chosen.get("objective", "ppo"), chosen.get("num_generations", 1))
     keys = {
         **{name: value for name, value in SETTINGS.items() if name not in unread},

@@ -92,16 +92,20 @@ class Language:
         )
         return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
 
-    def reference(self) -> LlamaForCausalLM:
-        """A small transformer with random weights, the same at every call; with `table`, its head is solved for."""
+    def reference(self, heads: int = 4) -> LlamaForCausalLM:
+        """A small transformer with random weights, the same at every call; with `table`, its head is solved for.
+
+        Args:
+            heads: of attention, of 64 / `heads` numbers each.
+        """
         end = len(self.letters)
         config = LlamaConfig(
             vocab_size=end + 1,
             hidden_size=64,
             intermediate_size=128,
             num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
             max_position_embeddings=32,
             initializer_range=self.spread,
             pad_token_id=end,

@@ -189,6 +189,7 @@ class PPORecipe(StageRecipe):
     vllm_server_timeout: float = vllm.vllm_server_timeout()
     vllm_importance_sampling_mode: ImportanceMode = vllm.vllm_importance_sampling_mode()
     vllm_importance_sampling_cap: float = vllm.vllm_importance_sampling_cap()
+    one_step_off_policy: bool = vllm.one_step_off_policy()
     num_sample_rows: int = key(8, "Rows of the table of samples.", AT_LEAST_0)
     skip_self_checks: bool = key(False, "Skip the checks of models and rewards before the first update.")
 

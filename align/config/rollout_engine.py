@@ -68,6 +68,15 @@ def vllm_importance_sampling_cap() -> Any:
     return key(2.0, "Largest weight of a token that vLLM sampled.", ABOVE_0)
 
 
+def one_step_off_policy() -> Any:
+    """The key `one_step_off_policy`."""
+    return key(
+        False,
+        "With rollout_engine: vllm: sample the responses of the next update while this one trains; they are of the policy one "
+        "update before, which vllm_importance_sampling_mode corrects.",
+    )
+
+
 def check_rollout_engine(recipe: Any, where: Where) -> None:
     """The rules for the keys above.
 
@@ -77,6 +86,7 @@ def check_rollout_engine(recipe: Any, where: Where) -> None:
     named = {each.name: each for each in fields(recipe) if each.name.startswith("vllm_")}
     changed = [name for name, each in named.items() if getattr(recipe, name) not in (each.default, [])]
     if recipe.rollout_engine != "vllm":
+        changed += ["one_step_off_policy"] * recipe.one_step_off_policy
         if changed:
             raise UserError(f"{where(changed[0])}: is for rollout_engine: vllm, got rollout_engine: transformers")
         return

@@ -159,6 +159,11 @@ class SavedParts:
                     reached = until
             return torch.cat(values)
 
+    def whole(self, name: str, kind: str) -> Tensor:
+        """Values of all elements, in the tensor's shape, on the CPU."""
+        shape = self.shapes[name]
+        return self.read(name, kind, 0, math.prod(shape)).view(shape)
+
     def _open(self, rank: int) -> dict[str, Any]:
         file: Any = safe_open(self.folder / file_name(rank), framework="pt")
         about: dict[str, Any] = parse_json(file.metadata()["align"].encode(), self.folder / file_name(rank))

@@ -20,7 +20,7 @@ from align.generation.ending import Ending, after_end
 from align.generation.generate import generate
 from align.generation.responses import gather_responses
 from align.generation.sampling import seed_of, uniforms
-from align.generation.vllm import VLLM, Saved
+from align.generation.vllm import VLLM, Asked, Sampled, Saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,47 @@ class Sampler:
     @during("generate")
     def sample(self, engine: Engine, world: World, batch: PromptBatch) -> Samples:
         """Responses of `engine`. With `gather` false all ranks must call this together, with as many prompts each."""
-        pad, ending = self.pad_token_id, Ending(self.tokenizer, self.stop_strings)
-        prompt_ids, prompt_mask = (tensor.to(world.device) for tensor in pad_left(batch.ids, pad))
-        if self.vllm is None:
-            response_ids, mask, logprobs = self._decode(engine, world, batch, prompt_ids, prompt_mask, ending)
-        else:
-            response_ids, mask, logprobs = self._ask(self.vllm, cast("Saved", engine), world, batch, ending)
+        if self.vllm is not None:
+            return self.receive(self.ask(engine, world, batch), batch)
+        prompts = self._prompts(world, batch)
+        ending = Ending(self.tokenizer, self.stop_strings)
+        return self._samples(batch, prompts, self._decode(engine, world, batch, *prompts, ending), ending)
+
+    def ask(self, engine: Engine, world: World, batch: PromptBatch) -> Asked:
+        """Send the weights of `engine` to the vLLM servers, which begin to sample for the prompts of all ranks."""
+        assert self.vllm is not None
+        with world.clock.phase("send_weights"):
+            self.vllm.send_weights(cast("Saved", engine))
+        longest = int(world.max(torch.tensor(max(map(len, batch.ids)), device=world.device)))
+        prompts = gather_responses(world, batch.ids, longest)
+        indexes = world.gather(torch.tensor(batch.indexes, device=world.device)).tolist()
+        asked = Asked(world, (len(prompts), self.response_length))
+        if world.is_main:
+            seeds = [seed_of(self.seed, batch.purpose, index) for index in indexes]
+            ends = end_ids(self.tokenizer)
+            asked.future = self.vllm.start(prompts, seeds, self.temperature, self.response_length, ends)
+        return asked
+
+    def receive(self, asked: Asked, batch: PromptBatch) -> Samples:
+        """The responses to this rank's share of the prompts, with `batch` as it was asked for."""
+        world = asked.world
+        mine = slice(world.rank * len(batch.ids), (world.rank + 1) * len(batch.ids))
+        ids, mask, logprobs = (tensor[mine] for tensor in asked.receive())
+        ending = Ending(self.tokenizer, self.stop_strings)
+        if self.stop_strings:
+            mask = mask & ~after_end(ids, mask, ending)
+        rows = ids.masked_fill(~mask, self.pad_token_id), mask, logprobs.masked_fill(~mask, 0.0)
+        return self._samples(batch, self._prompts(world, batch), rows, ending)
+
+    def _prompts(self, world: World, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        ids, mask = pad_left(batch.ids, self.pad_token_id)
+        return ids.to(world.device), mask.to(world.device)
+
+    def _samples(
+        self, batch: PromptBatch, prompts: tuple[Tensor, Tensor], responses: Sampled, ending: Ending
+    ) -> Samples:
+        prompt_ids, prompt_mask = prompts
+        response_ids, mask, logprobs = responses
         lengths = mask.sum(dim=1)
         length = int(lengths.max())
         return Samples(
@@ -100,7 +135,7 @@ class Sampler:
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         ending: Ending,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Sampled:
         """Response ids, mask and log-probabilities [b, response_length], by the decoding loop."""
         noise = uniforms(self.seed, batch.purpose, batch.indexes, self.response_length).to(world.device)
         response_ids = torch.full(noise.shape, self.pad_token_id, device=world.device)
@@ -127,29 +162,3 @@ class Sampler:
         else:
             decode(engine, world.any_rank)
         return response_ids, mask, logprobs
-
-    def _ask(
-        self, vllm: VLLM, engine: Saved, world: World, batch: PromptBatch, ending: Ending
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same by vLLM servers, which rank 0 asks for all ranks."""
-        with world.clock.phase("send_weights"):
-            vllm.send_weights(engine)
-        longest = int(world.max(torch.tensor(max(map(len, batch.ids)), device=world.device)))
-        prompts = gather_responses(world, batch.ids, longest)
-        indexes = world.gather(torch.tensor(batch.indexes, device=world.device)).tolist()
-        shape = len(prompts), self.response_length
-        ids = torch.full(shape, self.pad_token_id, device=world.device)
-        mask, logprobs = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
-        mask, logprobs = mask.to(world.device), logprobs.to(world.device)
-        if world.is_main:
-            seeds = [seed_of(self.seed, batch.purpose, index) for index in indexes]
-            ends = end_ids(self.tokenizer)
-            found, real, numbers = vllm.sample(prompts, seeds, self.temperature, self.response_length, ends)
-            width = real.shape[1]
-            mask[:, :width], logprobs[:, :width] = real.to(world.device), numbers.to(world.device)
-            ids[mask] = found[real].to(world.device)
-        mine = slice(world.rank * len(batch.ids), (world.rank + 1) * len(batch.ids))
-        ids, mask, logprobs = (world.broadcast(tensor)[mine] for tensor in (ids, mask, logprobs))
-        if self.stop_strings:
-            mask = mask & ~after_end(ids, mask, ending)
-        return ids.masked_fill(~mask, self.pad_token_id), mask, logprobs.masked_fill(~mask, 0.0)

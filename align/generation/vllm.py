@@ -11,7 +11,8 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,42 @@ from torch import Tensor
 from align.data.collate import pad_right
 from align.engine.distributed import World
 from align.errors import UserError
+
+Sampled = tuple[Tensor, Tensor, Tensor]  # see `VLLM.sample`
+
+
+@dataclass(slots=True)
+class Asked:
+    """The responses to B prompts of all ranks, which rank 0 receives from the servers.
+
+    Attributes:
+        shape: B and the most tokens of a response.
+        future: what rank 0 waits for; None on other ranks.
+        rows: ids, mask and log-probabilities of that shape, once received; ids are 0 outside the mask.
+    """
+
+    world: World
+    shape: tuple[int, int]
+    future: Future[Sampled] | None = None
+    rows: Sampled | None = None
+
+    def receive(self) -> Sampled:
+        """The rows, on every rank; all ranks call it together.
+
+        Raises:
+            UserError: on rank 0, see `VLLM.sample`.
+        """
+        if self.rows is None:
+            device = self.world.device
+            ids = torch.zeros(self.shape, dtype=torch.int64, device=device)
+            mask = torch.zeros(self.shape, dtype=torch.bool, device=device)
+            logprobs = torch.zeros(self.shape, device=device)
+            if self.future is not None:
+                found = self.future.result()
+                for tensor, piece in zip((ids, mask, logprobs), found, strict=True):
+                    tensor[:, : piece.shape[1]] = piece.to(device)
+            self.rows = self.world.broadcast(ids), self.world.broadcast(mask), self.world.broadcast(logprobs)
+        return self.rows
 
 
 class Saved(Protocol):
@@ -51,6 +88,8 @@ class VLLM:
     ):
         self.urls, self.weights, self.timeout = list(urls), weights, timeout
         self.version = 0
+        self._background = ThreadPoolExecutor(1)
+        self._sampling: Future[Sampled] | None = None
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self._diagnose = diagnose
 
@@ -69,11 +108,13 @@ class VLLM:
                 )
 
     def send_weights(self, engine: Saved) -> None:
-        """Load the weights of `engine`, adapters merged, into the servers.
+        """Load the weights of `engine`, adapters merged, into the servers, after what `start` began.
 
         Raises:
             UserError: a server failed.
         """
+        if self._sampling is not None:
+            wait([self._sampling])
         self.version += 1
         if not engine.world.is_main:
             engine.save_pretrained(Path())  # gathers its share; rank 0 writes
@@ -89,7 +130,7 @@ class VLLM:
         temperature: float,
         max_tokens: int,
         stop_token_ids: Sequence[int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Sampled:
         """A response to each of B prompts of token ids, by rank 0.
 
         Returns:
@@ -113,6 +154,11 @@ class VLLM:
         numbers = torch.zeros(mask.shape)
         numbers[mask] = torch.tensor([number for row in logprobs for number in row])
         return padded, mask, numbers
+
+    def start(self, *arguments: Any) -> Future[Sampled]:
+        """Begin to `sample` while rank 0 goes on; the result has its tensors, or its error."""
+        self._sampling = self._background.submit(self.sample, *arguments)
+        return self._sampling
 
     def _named(self, **keys: Any) -> dict[str, Any]:
         return {**keys, "version": self.version}

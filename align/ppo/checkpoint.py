@@ -84,7 +84,13 @@ def save_checkpoint(run: PPORun, step: int) -> None:
     if world.is_main:
         own(folder)
     world.barrier()
-    saved = {"policy": run.models.policy, "value": run.models.value, "ema": run.ema, "replay": run.replay}
+    saved = {
+        "policy": run.models.policy,
+        "value": run.models.value,
+        "ema": run.ema,
+        "replay": run.replay,
+        "ahead": run.ahead,
+    }
     sums: dict[str, list[int]] = {}
     with during("checkpoint", folder):
         for name, saveable in saved.items():
@@ -98,7 +104,7 @@ def save_checkpoint(run: PPORun, step: int) -> None:
 
 
 def load_checkpoint(run: PPORun, checkpoint: Path, held_out: int) -> None:
-    """Continue from a checkpoint: weights, optimizer states, moving average, kept responses and progress.
+    """Continue from a checkpoint: weights, optimizer states, moving average, responses kept or sampled ahead, and progress.
 
     Args:
         held_out: number of held-out prompts.
@@ -113,6 +119,8 @@ def load_checkpoint(run: PPORun, checkpoint: Path, held_out: int) -> None:
         run.ema.load_checkpoint(checkpoint / "ema")
     if run.replay is not None:
         run.replay.load_checkpoint(checkpoint / "replay")
+    if run.ahead is not None and (checkpoint / "ahead").is_dir():  # not if one_step_off_policy was turned on since
+        run.ahead.load_checkpoint(checkpoint / "ahead")
     saved_progress = read_state(checkpoint).get("progress")
     run.progress = read_progress(
         saved_progress, f"{checkpoint / COMPLETE}: progress", best_metric(run.recipe), held_out

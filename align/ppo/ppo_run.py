@@ -19,6 +19,7 @@ from align.engine.ema import EMA
 from align.engine.engine import Engine, TrainEngine
 from align.generation.sampler import Sampler
 from align.maths.running_moments import RunningMoments
+from align.ppo.ahead import Ahead
 from align.ppo.replay import Replay
 from reward_models.combine import RewardSum
 
@@ -99,6 +100,7 @@ class PPORun:
         learning_rates: of policy and value model, for each update.
         ptx: tokenized rows of `ptx_dataset`.
         replay: earlier responses, for other objectives than PPO, which has None.
+        ahead: responses of the next update, with `one_step_off_policy`.
         skipped_in_a_row: minibatches skipped since the last one with a finite loss.
     """
 
@@ -114,6 +116,7 @@ class PPORun:
     ema: EMA | None = None
     ptx: Dataset | None = None
     replay: Replay | None = None
+    ahead: Ahead | None = None
     skipped_in_a_row: int = 0
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +76,5 @@ class Replay:
         """
         saved = SavedParts(folder)
         with saved.readable():
-            rows = {
-                name: saved.read(name, VALUE, 0, math.prod(shape)).view(shape).to(self.world.device)
-                for name, shape in saved.shapes.items()
-            }
+            rows = {name: saved.whole(name, VALUE).to(self.world.device) for name in saved.shapes}
             self.rows = Rollout(**rows)

@@ -25,6 +25,7 @@ from align.models.load import load_policy
 from align.models.tokenizer import keep_ends
 from align.models.trainable import add_adapter
 from align.models.value import load_value_model
+from align.ppo.ahead import Ahead
 from align.ppo.checkpoint import load_checkpoint
 from align.ppo.data import PPOData
 from align.ppo.inputs import PPOInputs
@@ -83,6 +84,8 @@ def set_up(
     )
     if recipe.objective != "ppo":
         run.replay = Replay(recipe.replay_size * recipe.rollout_batch_size, world, run.sampler.pad_token_id)
+    if recipe.one_step_off_policy:
+        run.ahead = Ahead(run.sampler, world)
     if checkpoint is not None:
         load_checkpoint(run, checkpoint, len(data.held_out))
     return run

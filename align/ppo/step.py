@@ -46,7 +46,12 @@ def step(run: PPORun, update: int) -> dict[str, float]:
         UserError: a reward function failed, or the losses of several minibatches in a row were not finite.
     """
     prompts = draw_prompts(run, update)  # b prompts, of this rank
-    samples = sample_responses(run, prompts)  # response_ids, mask, logprobs of the decoding loop [b, T]
+    if run.ahead is None:
+        samples = sample_responses(run, prompts)  # response_ids, mask, logprobs of the decoding loop [b, T]
+    else:
+        following = draw_prompts(run, update + 1) if update + 1 < run.updates else None
+        with run.world.clock.phase("generate"):  # what is not over by now
+            samples = run.ahead.sample(run.models.policy, prompts, following)
     recompute = must_recompute_logprobs(run, update)  # else old_logprobs are those of the decoding loop
     # old_logprobs, ref_logprobs, values (0 without a value model), token_scores [b, T]; scores [b]
     scored = score_responses(run, samples, recompute)
@@ -146,12 +151,13 @@ def importance_weights(run: PPORun, rollout: Rollout) -> tuple[Tensor, dict[str,
     resumed run would end with other weights than one that was not interrupted.
 
     Raises:
-        UserError: the sampler has other weights than the policy.
+        UserError: the sampler has other weights than the policy, and not those of the update before.
     """
     recipe, mask = run.recipe, rollout.mask
     gap = rollout.old_logprobs - rollout.sampled_logprobs
     mean = float(masked_mean(gap.abs(), mask))
-    check_sampler_gap(mean, recipe.bf16)
+    if not recipe.one_step_off_policy:
+        check_sampler_gap(mean, recipe.bf16)
     metrics = {"policy/sampler_gap_mean": mean}
     rounding = run.progress.sampler_gap <= ENGINE_TOLERANCE
     if recipe.vllm_importance_sampling_mode == "none" or rounding:

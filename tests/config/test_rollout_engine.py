@@ -24,6 +24,7 @@ def test_accepted(keys):
     [
         ({"vllm_python": "python"}, "vllm_python: is for rollout_engine: vllm"),
         ({"vllm_importance_sampling_cap": 3.0}, "vllm_importance_sampling_cap: is for rollout_engine: vllm"),
+        ({"one_step_off_policy": True}, "one_step_off_policy: is for rollout_engine: vllm"),
         ({"rollout_engine": "vllm"}, "needs vllm_python or vllm_server_base_url, got neither"),
         ({**OWN, **URL}, "needs vllm_python or vllm_server_base_url, got both"),
         (

@@ -30,7 +30,10 @@ from align.generation.ending import Ending, after_end
 from align.generation.generate import generate
 from align.generation.responses import unpadded
 from align.generation.vllm import VLLM
+from align.models.forward import response_logprobs
 from align.ppo import step
+from align.ppo import train as train_module
+from align.ppo.ahead import Ahead
 from align.ppo.rollout_server import rollout_server
 from align.ppo.self_check_limits import check_sampler_gap
 from align.ppo.train import run
@@ -145,6 +148,57 @@ def test_advantages_are_weighted_by_what_the_engines_differ_in(tmp_path, serve):
     plain, _ = step.estimate_advantages(weighted, rollout, step.compute_rewards(weighted, rollout, scores))
     assert advantages.numpy() == pytest.approx((plain * ratios.clamp(max=1.01)).numpy(), rel=1e-5, abs=1e-6)
     assert measured["policy/importance_cut"] == pytest.approx(float((ratios > 1.01)[rollout.mask].float().mean()))
+
+
+def test_one_step_off_policy(tmp_path, serve):
+    """The responses of an update are of the policy before the last one, and weighted by what it changed."""
+    keys = {"rollout_engine": "vllm", "vllm_importance_sampling_cap": 1.05, "one_step_off_policy": True}
+    url = serve(OwnDecoding(make_recipe(tmp_path) and tmp_path / "policy"))
+    recipe = claimed(load_recipe("ppo", make_recipe(tmp_path, vllm_server_base_url=[url], **keys)))
+    stepped = ppo_run(recipe)
+    seen, optimize = [], step.optimize
+    with rollout_server(recipe, ALONE, 20) as vllm:
+        stepped.sampler = replace(stepped.sampler, vllm=vllm)
+        stepped.ahead = Ahead(stepped.sampler, ALONE)
+        with mock.patch.object(step, "optimize", lambda run, *rest: seen.append(rest) or optimize(run, *rest)):
+            measured = [step.step(stepped, update) for update in range(3)]
+    (first, *_), (second, advantages, *_), (third, *_) = seen
+    assert largest_gap(first.sampled_logprobs, first) < 2e-5
+    assert "policy/importance_cut" not in measured[0]
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
+    ids, real = second.sequences()
+    before = response_logprobs(start, ids, real, second.mask.shape[1], recipe.temperature).detach()
+    assert largest_gap(second.sampled_logprobs, second, before) < 2e-5
+    assert min(largest_gap(each.sampled_logprobs, each) for each in (second, third)) > 1e-2
+    ratios = (second.old_logprobs - before).exp()
+    plain, _ = step.estimate_advantages(stepped, second, step.compute_rewards(stepped, second, second.scores))
+    assert (ratios > 1.05)[second.mask].any()
+    assert advantages.numpy() == pytest.approx((plain * ratios.clamp(max=1.05)).numpy(), rel=1e-4, abs=1e-5)
+    assert stepped.ahead.asked is not None  # for the fourth update
+    assert len(second.mask) == 16
+
+
+def largest_gap(logprobs, rollout, others=None) -> float:
+    gap = (logprobs - (rollout.old_logprobs if others is None else others)).abs()
+    return float(gap[rollout.mask].max())
+
+
+def test_responses_ahead_are_in_the_checkpoint(tmp_path, serve):
+    url = serve(OwnDecoding(make_recipe(tmp_path) and tmp_path / "policy"))
+    keys = {"rollout_engine": "vllm", "vllm_server_base_url": [url], "one_step_off_policy": True}
+    recipe, out = make_recipe(tmp_path, total_episodes=64, eval_steps=3, **keys), tmp_path / "out"
+    run(load_recipe("ppo", recipe))
+    whole = (out / "model.safetensors").read_bytes()
+    out.rename(tmp_path / "whole")
+    save = train_module.save_if_due
+    with (
+        mock.patch.object(train_module, "save_if_due", lambda run, done: save(run, done) or 1 / (done != 2)),
+        pytest.raises(ZeroDivisionError),
+    ):
+        run(load_recipe("ppo", recipe))
+    assert (out / "checkpoint-2/ahead").exists()
+    run(load_recipe("ppo", recipe))
+    assert (out / "model.safetensors").read_bytes() == whole
 
 
 @pytest.mark.slow
