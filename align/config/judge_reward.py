@@ -74,7 +74,9 @@ class JudgeRewardRecipe(Recipe):
     reward_timeout: float = reward_timeout()
 
     samples_dataset: list[DataSource] = key(
-        [], "Rows of `prompt` and `completion`, several of each prompt, among which the spread of scores is measured."
+        [],
+        "Rows of `prompt` and `completion`, several of each prompt, among which the spread of scores is measured; with a column "
+        "`rating`, a number from people, the agreement of the scores with it, too.",
     )
     policy_path: str | None = key(
         None, "Instead of `samples_dataset`: a language model that responds to the judged prompts."

@@ -41,6 +41,7 @@ def verdict_table(card: Mapping[str, Any]) -> Table:
 def tables(card: Mapping[str, Any]) -> list[Table]:
     """All measurements as tables, with n and 95% interval."""
     found = [verdict_table(card), Table("On the pairs", ["measure", "value"], _metrics(card))]
+    found.append(Table("With people's ratings", ["measure", "reward", "second reward", "difference"], _ratings(card)))
     found += [
         Table(
             f"Accuracy by {column}",
@@ -97,6 +98,22 @@ def _metrics(card: Mapping[str, Any]) -> list[list[str]]:
             ["right where they differ", format_value(agreement["right_where_they_differ"])],
         ]
     return rows
+
+
+def _ratings(card: Mapping[str, Any]) -> list[list[str]]:
+    ratings = card.get("ratings", {})
+    titles = {
+        "pearson": "Pearson, over all responses",
+        "spearman": "Spearman, over all responses",
+        "kendall": "Kendall's tau-b, over all responses",
+        "pair_accuracy": "pairs of a prompt in the rated order",
+    }
+    second, difference = ratings.get("second", {}), ratings.get("difference", {})
+    return [
+        [title, format_value(ratings[name]), format_value(second.get(name)), format_value(difference.get(name), "+")]
+        for name, title in titles.items()
+        if name in ratings
+    ]
 
 
 def write_card(folder: Path, card: Mapping[str, Any], errors: Sequence[Mapping[str, Any]], of: str) -> None:

@@ -18,9 +18,11 @@ from align.data.sources import read_source
 from align.engine.distributed import World
 from align.engine.user_functions import user_function
 from align.errors import UserError
+from align.evaluate.bootstrap import Floats
 from align.evaluate.inputs import load_evaluation_rows
 from align.evaluate.reward_model import RewardModel, check_reward_model
 from align.judge.benchmarks import Benchmark, read_benchmark
+from align.judge.ratings import ratings_of
 from align.judge.rows import SIDES, FunctionScorer, ModelScorer, Scorer
 from align.judge.slices import check_columns
 from align.models.causality import check_causal
@@ -55,6 +57,7 @@ class JudgeInputs:
         training: pairs that the reward was trained on; may be empty.
         pairs: pairs to judge it on; may be empty.
         samples: several responses to each prompt, from `samples_dataset`; may be empty.
+        ratings: people's ratings of the samples, [samples], if they have any.
         report: the report on the pairs from `align.data.load`.
     """
 
@@ -63,6 +66,7 @@ class JudgeInputs:
     training: list[Preference]
     pairs: list[Preference]
     samples: list[Demonstration]
+    ratings: Floats | None
     benchmarks: list[Benchmark]
     report: dict[str, Any]
 
@@ -89,11 +93,12 @@ def prepare_inputs(recipe: JudgeRewardRecipe) -> JudgeInputs:
         samples = load_rows(settings, Demonstration, "samples_dataset").train
         if len({render_text(row.prompt) for row in samples}) == len(samples):
             raise UserError("samples_dataset: no prompt has two completions, and their spread is what is measured.")
+    ratings = ratings_of(samples)
     benchmarks = [
         read_benchmark(str(source.path or source.generator), list(read_source(source, "benchmarks")))
         for source in recipe.benchmarks
     ]
-    return JudgeInputs(rewards, policy, training, pairs, samples, benchmarks, report)
+    return JudgeInputs(rewards, policy, training, pairs, samples, ratings, benchmarks, report)
 
 
 def _reward(recipe: JudgeRewardRecipe, prefix: str) -> RewardModel | RewardSum | None:

@@ -4,8 +4,8 @@
     deepspeed --num_gpus 8 --module align judge-reward recipes/mine/3_judge.yaml
 
 Scores preference pairs that the reward was not trained on, computes metrics with intervals over prompts, and gives each a
-verdict: good, doubtful or bad. Benchmarks and the spread of scores among samples of one prompt are measured if the recipe
-names them. Each process holds the whole model and scores its share. A killed run starts over.
+verdict: good, doubtful or bad. Benchmarks, the spread of scores among samples of one prompt and the agreement with people's
+ratings are measured if the recipe names them. Each process holds the whole model and scores its share. A killed run starts over.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from align.judge.card import FILES, tables, verdict_table, write_card
 from align.judge.display import PartsDisplay
 from align.judge.inputs import JudgeInputs, Policy, load_scorer, prepare_inputs
 from align.judge.measure import confident_errors, measure_pairs
+from align.judge.pairs import number_prompts
 from align.judge.probes import max_probe_responses
+from align.judge.ratings import rating_agreement
 from align.judge.results import AGAIN, finished
 from align.judge.rows import ModelScorer, ScoredPairs, Scorer
 from align.judge.slices import MIN_SLICE_PAIRS
@@ -58,9 +60,11 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
     if not world.is_main:
         share(folder)
     with_samples = bool(inputs.policy or inputs.samples)
-    parts = bool(inputs.pairs) * len(inputs.rewards) + with_samples + bool(inputs.policy) + len(inputs.benchmarks)
-    display = PartsDisplay(world, parts)
+    with_second = bool(inputs.pairs and inputs.rewards[1:])
+    sampled = with_samples + bool(inputs.policy) + (with_second and inputs.ratings is not None)
+    display = PartsDisplay(world, bool(inputs.pairs) + with_second + sampled + len(inputs.benchmarks))
     scorer = load_scorer(inputs.rewards[0], recipe, world, display.add)
+    second = load_scorer(inputs.rewards[1], recipe, world, display.add) if with_second else None
     card: dict[str, Any] = {}
     errors: list[dict[str, Any]] = []
     if inputs.pairs:
@@ -75,12 +79,12 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
             seed=recipe.seed,
         )
         errors = confident_errors(scored)
-        if inputs.rewards[1:]:
+        if second is not None:
             display.start("second reward", 2 * len(inputs.pairs))
-            second = ScoredPairs.from_scorer(load_scorer(inputs.rewards[1], recipe, world, display.add), inputs.pairs)
-            card["agreement"] = agreement(scored, second, recipe.bootstrap_iters, recipe.seed)
+            others = ScoredPairs.from_scorer(second, inputs.pairs)
+            card["agreement"] = agreement(scored, others, recipe.bootstrap_iters, recipe.seed)
     if with_samples:
-        card["spread"] = measure_spread(recipe, inputs, scorer, display)
+        card |= measure_samples(recipe, inputs, scorer, second, display)
     chat = isinstance(scorer, ModelScorer) and not scorer.is_encoder and bool(scorer.tokenizer.chat_template)
     card["benchmarks"] = []
     for each in inputs.benchmarks:
@@ -113,15 +117,28 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
     return result
 
 
-def measure_spread(
-    recipe: JudgeRewardRecipe, inputs: JudgeInputs, scorer: Scorer, display: PartsDisplay
+def measure_samples(
+    recipe: JudgeRewardRecipe, inputs: JudgeInputs, scorer: Scorer, second: Scorer | None, display: PartsDisplay
 ) -> dict[str, Any]:
-    """The spread of scores among samples of one prompt, from `samples_dataset` or sampled from the policy."""
+    """The spread of scores among samples of one prompt, from `samples_dataset` or sampled from the policy, and their agreement
+    with the samples' ratings."""
     rows = (
         rows_of_file(inputs.samples) if inputs.policy is None else sample_policy(recipe, inputs.policy, inputs, display)
     )
+    responses = [row.chosen for row in rows]
     display.start("scores of samples", len(rows))
-    return spread(rows, scorer.score(rows, [row.chosen for row in rows]), recipe.bootstrap_iters, recipe.seed)
+    scores = scorer.score(rows, responses)
+    found = {"spread": spread(rows, scores, recipe.bootstrap_iters, recipe.seed)}
+    if inputs.ratings is not None:
+        others = None
+        if second is not None:
+            display.start("second reward on samples", len(rows))
+            others = second.score(rows, responses)
+        prompts = number_prompts([render_text(row.prompt) for row in rows])
+        found["ratings"] = rating_agreement(
+            scores, others, inputs.ratings, prompts, recipe.bootstrap_iters, recipe.seed
+        )
+    return found
 
 
 def sample_policy(recipe: JudgeRewardRecipe, policy: Policy, inputs: JudgeInputs, display: PartsDisplay) -> list[Any]:

@@ -37,6 +37,8 @@ LIMITS = (
     f"matter: doubtful where more than half gain, bad if by {PROBE_STD} standard deviations or more. The limits are ours.",
     f"spread: bad where the standard deviation within prompts is below {FLAT_SPREAD_RATIO} of that over all samples, or most prompts "
     f"are flat; doubtful below {LOW_SPREAD_RATIO}. That flat rewards slow PPO down is arXiv 2503.15477; the limits are ours.",
+    "ratings: bad where the interval of Spearman's correlation holds 0 or less; doubtful where that of the pairs of one prompt in the "
+    "rated order holds .5 or less.",
 )
 MORE_PAIRS = "the reward stage: more pairs, more epochs, or a larger or better pre-trained model"
 
@@ -87,6 +89,8 @@ def judge(card: Mapping[str, Any]) -> list[dict[str, str]]:
     found += [_probe(name, probe) for name, probe in card.get("probes", {}).items()]
     if spread := card.get("spread"):
         found.append(_spread(spread))
+    if ratings := card.get("ratings"):
+        found.append(_ratings(ratings))
     if agreement := card.get("agreement"):
         found.append(_agreement(agreement))
     return [asdict(each) for each in found]
@@ -225,6 +229,20 @@ def _spread(spread: Mapping[str, Any]) -> Verdict:
             "spread of scores", DOUBTFUL, text, "scores depend on the prompt far more than on the response", remedy
         )
     return Verdict("spread of scores", GOOD, text, f"{ratio:.2f} of the spread over all samples")
+
+
+def _ratings(ratings: Mapping[str, Any]) -> Verdict:
+    rank, pairs = ratings["spearman"], ratings["pair_accuracy"]
+    text = f"Spearman {format_value(rank)}; pairs of a prompt in the rated order {format_value(pairs)}"
+    if rank["low"] is None:
+        reason = "all scores or all ratings are equal, or there is one prompt"
+        return Verdict("ratings", DOUBTFUL, text, reason, "the data: ratings of responses to more prompts")
+    if rank["low"] <= 0:
+        return Verdict("ratings", BAD, text, "not distinguishable from unrelated to the ratings", MORE_PAIRS)
+    if pairs["low"] is not None and pairs["low"] <= 0.5:
+        reason = "within prompts, which is what PPO climbs, not distinguishable from chance"
+        return Verdict("ratings", DOUBTFUL, text, reason, MORE_PAIRS)
+    return Verdict("ratings", GOOD, text, "it rises with the ratings")
 
 
 def _agreement(agreement: Mapping[str, Any]) -> Verdict:

@@ -151,13 +151,31 @@ def test_few_pairs_are_not_enough(place):
     assert result.card["metrics"]["accuracy"]["value"] == 1
 
 
-def test_spread_of_a_file_of_samples(place):
+def test_spread_and_ratings_of_a_file_of_samples(place, capsys):
+    """Rated 4 with the word that `sound` likes and 3 without; `longer` prefers two that are rated 3."""
     texts = [(f"p{i}", " kind" * (j % 2)) for i in range(6) for j in range(4)] + [("flat", " a"), ("flat", " b")]
-    write_jsonl(place / "samples.jsonl", [{"prompt": p, "completion": f" x{c}"} for p, c in texts])
-    found = judge.run(recipe(samples_dataset="samples.jsonl")).card["spread"]
+    samples = [{"prompt": p, "completion": f" x{c}", "rating": 3 + ("kind" in c)} for p, c in texts]
+    write_jsonl(place / "samples.jsonl", samples)
+    given = recipe(samples_dataset="samples.jsonl", second_reward_funcs=["judged_rules:longer"])
+    result = judge.run(given)
+    ratings, found = result.card["ratings"], result.card["spread"]
+    assert [ratings[name]["value"] for name in ("pearson", "spearman", "kendall", "pair_accuracy")] == pytest.approx(
+        [1] * 4
+    )
+    assert ratings["second"]["spearman"]["value"] < 1 == ratings["second"]["pair_accuracy"]["value"]
+    assert ratings["difference"]["pair_accuracy"]["n"] == 24
+    assert verdicts(result)["ratings"] == "good"
+    assert (
+        "| Spearman, over all responses | 1.000 [1.000, 1.000] (n 26, 7 prompts) |" in Path("out/card.md").read_text()
+    )
     assert found["flat_prompts"]["value"] == pytest.approx(1 / 7)
     assert found["flat_prompts"]["n"] == 7
     assert found["samples"] == 26
+    write_jsonl(place / "samples.jsonl", [*samples, {"prompt": "flat", "completion": " c"}])
+    with pytest.raises(
+        UserError, match=r"samples_dataset: samples\.jsonl.*27.*: expected a number as `rating`, got none"
+    ):
+        prepare_inputs(given)
 
 
 def test_samples_that_have_no_spread(place):

@@ -38,6 +38,6 @@ def check(recipe: JudgeRewardRecipe, context: Context) -> None:
             counts = f"{len(inputs.pairs)} to judge on, {len(inputs.training)} of its training"
             report.say(f"pairs: {counts}{bad}{more}", "warning" if few else "ok")
         if inputs.samples:
-            report.say(f"samples: {len(inputs.samples)}")
+            report.say(f"samples: {len(inputs.samples)}{', rated' * (inputs.ratings is not None)}")
         for benchmark in inputs.benchmarks:
             report.say(f"benchmark: {benchmark.kind}, {len(benchmark.rows)} rows")
