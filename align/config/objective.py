@@ -17,7 +17,7 @@ OF_PPO = (
 )
 # Keys that an objective does not read.
 UNREAD = {"ppo": ("replay_size", "gradient_steps"), "trajectory_balance": OF_PPO, "path_consistency": OF_PPO}
-VALUE_KEYS = ("value_learning_rate", "value_model_path", "value_deepspeed", "value_warmup_updates")
+VALUE_KEYS = ("value_learning_rate", "value_model_path", "value_method", "value_deepspeed", "value_warmup_updates")
 
 
 def objective() -> Any:
@@ -89,6 +89,8 @@ def _check_ppo(recipe: Any, where: Where) -> None:
         raise UserError(
             f"{where('value_warmup_updates')}: advantage_estimator: {name} has no value model; leave it out."
         )
+    if not estimator.value_model and recipe.value_method != "full":
+        raise UserError(f"{where('value_method')}: advantage_estimator: {name} has no value model; leave it out.")
     if recipe.use_kl_loss and recipe.kl_estimator == "k1":
         raise UserError(
             f"{where('kl_estimator')}: k1 as a loss has an expected gradient of 0, so nothing would hold the policy; "

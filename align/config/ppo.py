@@ -43,6 +43,7 @@ from align.config.keys import (
 from align.config.objective import check_objective, gradient_steps, objective, replay_size
 from align.config.responses import check_scored_responses
 from align.config.schedule import check_decay_steps
+from align.config.value_method import check_value_method, value_method
 from align.errors import UserError, run_all
 from align.maths.estimators import BALANCE_WITH_VALUES, ESTIMATORS, TRAJECTORY_BALANCE, Estimator
 
@@ -77,6 +78,7 @@ class PPORecipe(StageRecipe):
         None,
         "Initial value model; by default the reward model if it has the policy's tokenizer, otherwise the SFT model.",
     )
+    value_method: Literal["full", "lora", "shared"] = value_method()
     eval_reward_funcs: list[str] = key(
         [],
         "`module:function` rewards that are only measured, on evaluation prompts: a known ground truth, a gold reward "
@@ -232,6 +234,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     run_all(
         partial(_check_episodes, recipe, where),
         partial(check_objective, recipe, where),
+        partial(check_value_method, recipe, where),
         partial(vllm.check_rollout_engine, recipe, where),
         partial(check_judge_rules, recipe, where),
         partial(check_ensemble_rules, recipe, where),

@@ -34,7 +34,9 @@ def save_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> 
         (folder / "README.md").unlink()  # PEFT's card
         return
     merged = filled_copy(model, weights).merge_and_unload()
-    merged.generation_config = model.get_base_model().generation_config  # its end tokens among them
+    base: Any = model.get_base_model()
+    if base.can_generate():
+        merged.generation_config = base.generation_config  # its end tokens among them
     merged.save_pretrained(folder)
     model.save_pretrained(str(folder / "adapter"), state_dict=weights)
 

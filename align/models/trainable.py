@@ -238,11 +238,17 @@ def _stack(model: nn.Module, part: str, count: int | None) -> Sequence[nn.Module
     return []
 
 
-def add_adapter(model: PreTrainedModel, recipe: StageRecipe) -> PeftModel:
-    """Add the adapter of the recipe's `method`, the only part that trains. It starts as the identity, from the seed."""
+def add_adapter(
+    model: PreTrainedModel, recipe: StageRecipe, task_type: str = "CAUSAL_LM", whole: Sequence[str] = ()
+) -> PeftModel:
+    """Add the adapter of the recipe's `method`, the only part that trains. It starts as the identity, from the seed.
+
+    Args:
+        whole: names of modules that are trained in full beside it, such as a head.
+    """
     check_target_modules(model, recipe.lora_target_modules)
     torch.manual_seed(recipe.seed)
-    config = peft_config(recipe, model.config, "CAUSAL_LM")
+    config = peft_config(recipe, model.config, task_type, whole)
     assert config is not None, recipe.method
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)

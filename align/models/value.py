@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+import copy
+from typing import Any
 
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from align.compat.transformers import config_of, model_class
+from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
+from align.models.dropout import disable_dropout
 from align.models.load import load_pretrained
 from align.models.scalar_head import find_head, scalar_skeleton, settle_head
 from reward_models.heads import score_head
@@ -87,3 +94,38 @@ def load_value_model(
     name = score_head(model)[0]
     missing = {each.removeprefix(f"{name}.") for each in report["missing_keys"] if each.startswith(f"{name}.")}
     return model, set() if head is not None and not head.native else missing
+
+
+def check_shared(path: str, config: PretrainedConfig, key: str, trust_remote_code: bool = False) -> None:
+    """Check that a value model can have the weights of the language model in `path`, from its configuration.
+
+    Raises:
+        UserError: it would have other layers.
+    """
+    remedy = "Use value_method: lora."
+    config = config_of(model_class(AutoModelForCausalLM, config), config)
+    value = scalar_skeleton(path, config, TokenClassifier, key, remedy, trust_remote_code)
+    with torch.device("meta"):
+        policy = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    mine, theirs = ({name: w.shape for name, w in model.base_model.named_parameters()} for model in (value, policy))
+    if mine != theirs or score_head(value)[0] not in [name for name, _ in value.named_children()]:
+        raise UserError(
+            f"{key}: {path}: a value model of this type ({config.model_type}) has other layers than the language model, so they "
+            f"cannot share weights. {remedy}"
+        )
+
+
+def value_model_on(policy: PreTrainedModel, trust_remote_code: bool = False) -> tuple[PreTrainedModel, set[str]]:
+    """A value model with the weights of a language model, not copies of them, under a new head; see `load_value_model`.
+
+    It has modules of its own around the same parameters, so that each of the two models can have its own adapters.
+    """
+    shared = [*policy.base_model.parameters(), *policy.base_model.buffers()]
+    backbone: Any = copy.deepcopy(policy.base_model, {id(tensor): tensor for tensor in shared})
+    backbone.config.num_labels = 1
+    model: Any = TokenClassifier.skeleton(backbone.config, trust_remote_code)
+    model.config = backbone.config
+    setattr(model, model.base_model_prefix, backbone)
+    head = score_head(model)[1].to_empty(device="cpu")
+    disable_dropout(model)
+    return model, {name for name, _ in head.named_parameters()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -16,7 +16,7 @@ from align.models.check_files import check_files
 from align.models.load import load_config
 from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer
-from align.models.value import find_value_head, layers_below_head
+from align.models.value import check_shared, find_value_head, layers_below_head
 from align.runs.manifest import check_tokenizer, read_manifest, tokenizer_digest
 from reward_models.bottleneck import base_of, bottleneck_settings
 from reward_models.linear_head import TokenClassifier
@@ -31,8 +31,9 @@ class PPOInputs:
     tokenizer: PreTrainedTokenizerBase
     rewards: list[RewardModel]  # none, one, or the members of an ensemble
     judge: RewardModel | None
-    value_path: str  # unused without a value model, as are the next two
+    value_path: str  # unused without a value model, as are the next three
     value_head: StoredHead | None  # None: a new head
+    value_method: str
     value_lacks: list[str]  # layers between backbone and head in `value_path`, which the value model does not have
 
     def describe_heads(self, value_model: bool) -> list[str]:
@@ -49,7 +50,11 @@ class PPOInputs:
             head = "a new head" if self.value_head is None else f"the head {self.value_head.name}"
             if self.value_lacks:
                 head += f", since the model's own reads layers that a value model lacks: {', '.join(self.value_lacks)}"
-            lines.append(f"value model: starts from {self.value_path} with {head}")
+            part = {
+                "lora": "; adapters and the head train",
+                "shared": ", on the policy's frozen weights; adapters and the head train",
+            }
+            lines.append(f"value model: starts from {self.value_path} with {head}{part.get(self.value_method, '')}")
         return lines
 
 
@@ -94,19 +99,23 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     if (judge_path := recipe.judge_reward_model_path) is not None:
         judge = check_reward_model(judge_path, "judge_reward_model_path", recipe, recipe.score_reasoning, tokenizer)
     same_tokenizer = bool(rewards) and rewards[0].same_tokenizer
-    value_path = recipe.value_model_path or (rewards[0].path if same_tokenizer else recipe.sft_model_path)
+    shared = recipe.value_method == "shared"
+    starts_as_reward = same_tokenizer and not shared
+    sft_path = base_of(recipe.sft_model_path) if shared else recipe.sft_model_path
+    value_path = recipe.value_model_path or (rewards[0].path if starts_as_reward else sft_path)
     if recipe.value_model_path is not None:
         theirs = tokenizer_digest(load_tokenizer(value_path, recipe.chat_template_path, recipe.trust_remote_code))
         if theirs["vocabulary"] != mine["vocabulary"]:
             raise UserError(f"value_model_path: {value_path} has another vocabulary than {recipe.sft_model_path}.")
-    if recipe.estimator.value_model:
-        others = "reward_model_path" if same_tokenizer else "sft_model_path"
+    if recipe.estimator.value_model and shared:
+        check_shared(recipe.sft_model_path, config, "sft_model_path", recipe.trust_remote_code)
+    elif recipe.estimator.value_model:
+        others = "reward_model_path" if starts_as_reward else "sft_model_path"
         key = "value_model_path" if recipe.value_model_path is not None else others
         if bottleneck_settings(value_path) is not None:
             raise UserError(
-                f"{key}: {value_path} is a bottleneck adapter, and a value model is trained whole, without adapters; name a plain "
-                f"model by value_model_path, such as its base {base_of(value_path)}, or choose an advantage_estimator without a "
-                "value model."
+                f"{key}: {value_path} is a bottleneck adapter, from which no value model can start; name a plain model by "
+                f"value_model_path, such as its base {base_of(value_path)}, or choose an advantage_estimator without a value model."
             )
         value_config = load_config(value_path, key, recipe.trust_remote_code)
         if is_encoder(value_config):
@@ -119,7 +128,14 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         value_lacks = layers_below_head(value_path, value_config, recipe.trust_remote_code)
         value_head = find_value_head(value_path, value_config, key, recipe.trust_remote_code)
         check_files(
-            TokenClassifier, value_path, key, value_config, new_head=True, num_labels=1, attn_implementation=kernel
+            TokenClassifier,
+            value_path,
+            key,
+            value_config,
+            new_head=True,
+            num_labels=1,
+            attn_implementation=kernel,
+            trained_by=replace(recipe, method="lora") if recipe.value_method == "lora" else None,
         )
     return PPOInputs(
         config=config,
@@ -128,5 +144,6 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         judge=judge,
         value_path=value_path,
         value_head=value_head,
+        value_method=recipe.value_method,
         value_lacks=value_lacks,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from align.config.ppo import PPORecipe
@@ -24,7 +26,7 @@ from align.models.bottleneck import continue_adapter
 from align.models.load import load_policy
 from align.models.tokenizer import keep_ends
 from align.models.trainable import add_adapter
-from align.models.value import load_value_model
+from align.models.value import load_value_model, value_model_on
 from align.ppo.ahead import Ahead
 from align.ppo.checkpoint import load_checkpoint
 from align.ppo.data import PPOData
@@ -101,6 +103,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
             trust_remote_code=recipe.trust_remote_code,
         )
     keep_ends(loaded, inputs.tokenizer)
+    on_policy = value_model_on(loaded, recipe.trust_remote_code) if recipe.value_method == "shared" else None
     adapted = add_adapter(loaded, recipe) if recipe.method != "full" else loaded
     continue_adapter(adapted, recipe.sft_model_path)
     policy = train_engine(adapted, recipe, world, recipe.learning_rate, plan.policy_passes)
@@ -117,17 +120,21 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
         reference = frozen_engine(frozen, recipe, world, "reference")
     value = None
     if recipe.estimator.value_model:
-        with sharded_load(recipe, "value"):
-            model, missing = load_value_model(
-                inputs.value_path,
-                inputs.value_head,
-                attn_implementation=recipe.attn_implementation,
-                trust_remote_code=recipe.trust_remote_code,
-            )
+        if on_policy is None:
+            with sharded_load(recipe, "value"):
+                model, missing = load_value_model(
+                    inputs.value_path,
+                    inputs.value_head,
+                    attn_implementation=recipe.attn_implementation,
+                    trust_remote_code=recipe.trust_remote_code,
+                )
+        else:
+            model, missing = on_policy
         start_value_head(model, missing)
-        keep_head_float32(model)
+        trained = model if recipe.value_method == "full" else add_value_adapter(model, recipe)
+        keep_head_float32(trained)
         rate = recipe.value_learning_rate or recipe.learning_rate
-        value = train_engine(model, recipe, world, rate, plan.accumulation, "value")
+        value = train_engine(trained, recipe, world, rate, plan.accumulation, "value")
     sources = RewardSum(_sources(recipe, inputs, world), recipe.reward_weights or None)
     judges: list[RewardSource] = [
         *([] if inputs.judge is None else [load_reward("judge_reward_model", inputs.judge, recipe, world)]),
@@ -136,6 +143,11 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
     starts_as_reward = bool(inputs.rewards) and inputs.value_path == inputs.rewards[0].path
     same = value is not None and inputs.value_head is not None and starts_as_reward
     return Models(policy, value, reference, sources, RewardSum(judges) if judges else None, values_are_scores=same)
+
+
+def add_value_adapter(value: PreTrainedModel, recipe: PPORecipe) -> PeftModel:
+    """Add LoRA to the layers of a value model; its head is trained whole."""
+    return add_adapter(value, replace(recipe, method="lora"), "TOKEN_CLS", [score_head(value)[0].split(".")[0]])
 
 
 def start_value_head(value: PreTrainedModel, missing: set[str]) -> None:

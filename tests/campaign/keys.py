@@ -81,6 +81,7 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
     *[("ppo", {"sft_model_path": value}) for value in ("no/such/model", "encoder", MISSING)],
     *[("ppo", {"reward_model_path": value}) for value in ("base", "no/such/model", "encoder", "data")],
     ("ppo", {"value_model_path": "encoder"}),
+    *[("ppo", {"value_method": value}) for value in ("shared", "ia3", None)],
     ("ppo", {"value_model_path": "no/such/model"}),
     ("ppo", {"advantage_estimator": "magic"}),
     ("ppo", {"num_generations": 1, "advantage_estimator": "grpo"}),

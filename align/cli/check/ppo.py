@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from align.cli.check.memory import Footprint, count_parameters, count_trained, skeleton
 from align.cli.check.sample_rows import Sample, Start
@@ -19,6 +20,7 @@ from align.models.context_length import check_responses_fit
 from align.models.load import load_config
 from align.ppo.inputs import check_ppo_inputs
 from align.ppo.rollout_server import vllm_version
+from reward_models.heads import score_head
 from reward_models.linear_head import SequenceClassifier, TokenClassifier
 
 
@@ -55,9 +57,8 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         size = count_parameters(model)
         models = [Footprint("policy", *count_trained(model, recipe, "CAUSAL_LM", model.get_output_embeddings()))]
         if recipe.estimator.value_model:
-            config = start.others["value"]
-            value = count_parameters(skeleton(TokenClassifier, config, code, num_labels=1))
-            models.append(Footprint("value", value, value))
+            value = skeleton(TokenClassifier, start.others["value"], code, num_labels=1)
+            models.append(value_footprint(value, recipe))
         if recipe.method == "full":  # otherwise the reference is the policy with its adapter off
             models.append(Footprint("reference", size, 0))
         scorers = {name: config for name, config in start.others.items() if name != "value"}
@@ -65,6 +66,18 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         if recipe.ds3_gather_for_generation:
             models.append(Footprint("whole policy, while it generates", models[0].parameters, 0, gathered=True))
         return models
+
+
+def value_footprint(value: PreTrainedModel, recipe: PPORecipe) -> Footprint:
+    """The value model by its skeleton, which changes; weights that it shares with the policy are counted there."""
+    if recipe.value_method == "full":
+        whole = trained = count_parameters(value)
+    else:
+        lora, shared = replace(recipe, method="lora"), count_parameters(value.base_model)
+        name, head = score_head(value)
+        whole, trained = count_trained(value, lora, "TOKEN_CLS", head, [name.split(".")[0]])
+        whole -= shared if recipe.value_method == "shared" else 0
+    return Footprint("value", whole, trained)
 
 
 check = PPOCheck().check
