@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
@@ -32,16 +31,16 @@ from align.encoders.imbalance import BalancedSampler, check_imbalance, class_wei
 from align.encoders.inputs import HeadInputs, check_head_inputs
 from align.encoders.label_metrics import LABEL_COLUMNS
 from align.encoders.labels import REGRESSION, SHOWN, LabelSet, find_labels
+from align.encoders.method import apply_method
 from align.encoders.tokenize import tokenize_labelled
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
-from align.models.bottleneck import continue_adapter
 from align.models.context_length import check_rows_fit
-from align.models.load import head_modules, new_classifier
+from align.models.load import new_classifier
 from align.models.model_types import is_encoder_decoder
+from align.models.new_modules import trained_whole
 from align.models.tokenizer import saved_pad_id
-from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
@@ -117,14 +116,9 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
-        model: Any = load_untrained()
-        heads = head_modules(model)
-        check_target_modules(model, recipe.lora_target_modules)
-        freeze(model, model.get_submodule(heads[-1]), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-        if adapter := peft_config(recipe, model.config, "SEQ_CLS", heads):
-            torch.manual_seed(recipe.seed)
-            model = get_peft_model(model, adapter)
-            continue_adapter(model, recipe.model_name_or_path)
+        model = load_untrained()
+        whole = trained_whole(model, base_of(recipe.model_name_or_path))
+        model = apply_method(model, recipe, "SEQ_CLS", model.get_submodule(whole[-1]), whole)
         trainer = LabelTrainer(
             label_set,
             weights,

@@ -17,13 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import get_peft_model
-
 from align.config.encoders import NSP_METRICS, MLMRecipe
 from align.data.batches import pad_to_batches
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Passage
+from align.encoders.method import apply_method
 from align.encoders.mlm_inputs import check_mlm_inputs, corruption, cut, model_to_train
 from align.encoders.mlm_trainer import MaskedTrainer
 from align.encoders.sentence_pairs import SentencePairTrainer
@@ -32,11 +30,9 @@ from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.maths.perplexity import perplexity
-from align.models.bottleneck import continue_adapter
 from align.models.load import load_masked_lm
 from align.models.model_types import is_encoder_decoder
 from align.models.new_modules import new_modules
-from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
 from align.runs.markdown import code_span, markdown_text, python_text
@@ -94,13 +90,8 @@ def run(recipe: MLMRecipe) -> MLMResult:
             trust_remote_code=recipe.trust_remote_code,
         )
         model: Any = load_untrained()
-        check_target_modules(model, recipe.lora_target_modules)
-        freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
         whole = new_modules(model, base_of(recipe.model_name_or_path))
-        if adapter := peft_config(recipe, model.config, "FEATURE_EXTRACTION", whole):
-            torch.manual_seed(recipe.seed)
-            model = get_peft_model(model, adapter)
-            continue_adapter(model, recipe.model_name_or_path)
+        model = apply_method(model, recipe, "FEATURE_EXTRACTION", model.get_output_embeddings(), whole)
         trainer = (SentencePairTrainer if recipe.next_sentence_prediction else MaskedTrainer)(
             model=model,
             args=arguments,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
@@ -38,16 +37,16 @@ from align.encoders.answer_metrics import (
 from align.encoders.classifier_report import evaluation_results
 from align.encoders.counted import CountedEvaluation, last_counts
 from align.encoders.inputs import HeadInputs, check_has_head, check_head_inputs
+from align.encoders.method import apply_method
 from align.encoders.span_cards import reader_card
 from align.encoders.tokenize import piece_length
 from align.encoders.windows import Window, best_answers, null_score, tokenize_questions
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
-from align.models.bottleneck import continue_adapter
 from align.models.context_length import check_rows_fit
-from align.models.load import head_modules, new_head
-from align.models.trainable import check_target_modules, freeze, peft_config
+from align.models.load import new_head
+from align.models.new_modules import trained_whole
 from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
@@ -113,14 +112,9 @@ def run(recipe: QuestionAnsweringRecipe) -> QuestionAnsweringResult:
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
-        model: Any = load_untrained()
-        heads = head_modules(model)
-        check_target_modules(model, recipe.lora_target_modules)
-        freeze(model, model.get_submodule(heads[-1]), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-        if adapter := peft_config(recipe, model.config, "QUESTION_ANS", heads):
-            torch.manual_seed(recipe.seed)
-            model = PeftModel(model, adapter)  # PEFT's class for this task drops the kinds of tokens
-            continue_adapter(model, recipe.model_name_or_path)
+        model = load_untrained()
+        whole = trained_whole(model, base_of(recipe.model_name_or_path))
+        model = apply_method(model, recipe, "QUESTION_ANS", model.get_submodule(whole[-1]), whole)
         trainer = AnswerTrainer(
             windows,
             held_out,

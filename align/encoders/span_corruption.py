@@ -156,8 +156,8 @@ def check_sentinels(
     if not sentinels:
         raise UserError(
             f"model_name_or_path: {path} ({config.model_type}) is an encoder-decoder whose tokenizer has no sentinels (<extra_id_0>, "
-            "...), by which T5-like models learn to fill in spans; of encoder-decoders name one that has, or fine-tune this one "
-            "by the sft stage."
+            "...), by which T5-like models learn to fill in spans, the only objective here (BART's is text infilling); name one that "
+            "has, or fine-tune this one by the sft stage."
         )
     before, after = special_tokens(tokenizer)
     length = piece_length(tokenizer, config, max_length) - len(before) - len(after)

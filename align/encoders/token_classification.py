@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForTokenClassification
@@ -39,15 +38,15 @@ from align.encoders.entity_metrics import (
 )
 from align.encoders.inputs import HeadInputs, check_has_head, check_head_inputs
 from align.encoders.labels import SHOWN
+from align.encoders.method import apply_method
 from align.encoders.span_cards import tagger_card
 from align.encoders.tags import TagSet, find_tags
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
-from align.models.bottleneck import continue_adapter
 from align.models.context_length import check_rows_fit
-from align.models.load import head_modules, new_head
-from align.models.trainable import check_target_modules, freeze, peft_config
+from align.models.load import new_head
+from align.models.new_modules import trained_whole
 from align.runs.checkpoint import step_of
 from align.runs.manifest import open_stage
 from align.runs.output_folder import one_run_per_folder
@@ -113,14 +112,9 @@ def run(recipe: TokenClassificationRecipe) -> TokenClassificationResult:
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
         )
-        model: Any = load_untrained()
-        heads = head_modules(model)
-        check_target_modules(model, recipe.lora_target_modules)
-        freeze(model, model.get_submodule(heads[-1]), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
-        if adapter := peft_config(recipe, model.config, "TOKEN_CLS", heads):
-            torch.manual_seed(recipe.seed)
-            model = get_peft_model(model, adapter)
-            continue_adapter(model, recipe.model_name_or_path)
+        model = load_untrained()
+        whole = trained_whole(model, base_of(recipe.model_name_or_path))
+        model = apply_method(model, recipe, "TOKEN_CLS", model.get_submodule(whole[-1]), whole)
         trainer = TagTrainer(
             tag_set,
             held_out,

@@ -25,6 +25,7 @@ from align.errors import UserError, reason
 from align.models.bottleneck import check_start
 from align.models.check_weights import check_report
 from align.models.inspect_folder import ADAPTER_WEIGHTS, stored_tensors
+from align.models.model_types import is_encoder_decoder
 from align.models.safetensors_header import StoredTensor
 from align.models.trainable import check_trainable, is_tied, without_adapter
 from align.terminal import say
@@ -59,6 +60,11 @@ def check_files(
     """
     if trained_by is not None:
         check_start(path, key, trained_by)
+        if is_encoder_decoder(config) and hasattr(config, "router_aux_loss_coef"):
+            _note(
+                f"{key}: {path}: the losses of the router of this {config.model_type} (router_aux_loss_coef, router_z_loss_coef) are not "
+                "trained: transformers' count padding, so that they would depend on how rows are batched"
+            )
     if tokenizer is not None:
         check_embeddings(tokenizer, config, path, key)
     folder, tensors = stored_tensors(path, key)

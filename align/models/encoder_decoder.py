@@ -16,6 +16,7 @@ from align.models.packing import TOLERANCE, VOCABULARY, example_rows
 from align.models.small_model import small_model
 
 STARTS_FROM_LABELS = {"mbart", "plbart"}  # whose decoder starts from the last label, the code of a language
+READS_SOURCE = "fsmt"  # whose decoder reads the source where it is given labels alone
 
 
 def side_positions(config: PretrainedConfig) -> tuple[int | None, int | None]:
@@ -30,8 +31,13 @@ def check_starts_and_ends(config: PretrainedConfig, tokenizer: PreTrainedTokeniz
     """Check that there is a token that the decoder starts from, and one that its responses end with.
 
     Raises:
-        UserError: there is not; begins with `key`.
+        UserError: there is not, or it is an FSMT; begins with `key`.
     """
+    if config.model_type == READS_SOURCE:
+        raise UserError(
+            f"{key}: {path}: transformers' {config.model_type} has two vocabularies, and its decoder reads the source in place of the labels; "
+            "name another encoder-decoder, such as a T5, BART or Marian."
+        )
     if config.model_type not in STARTS_FROM_LABELS and getattr(config, "decoder_start_token_id", None) is None:
         raise UserError(
             f"{key}: {path}: its config.json has no decoder_start_token_id, the token that the decoder starts from; set the one "

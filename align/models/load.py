@@ -141,8 +141,8 @@ def load_pretrained(
             merged = merge_adapter(load_adapter(model, path, config)).requires_grad_(True)
         check_finite(merged, path)
         for each in report:  # a head in `modules_to_save` came with the adapter
-            whole = config.modules_to_save or ()
-            each["missing_keys"] = {name for name in each["missing_keys"] if not {*whole} & {*name.split(".")}}
+            whole = tuple(f".{name}." for name in config.modules_to_save or ())
+            each["missing_keys"] = {name for name in each["missing_keys"] if not any(w in f".{name}." for w in whole)}
         return (merged, *report) if report else merged
     report_asked = kwargs.pop("output_loading_info", False)
     kernel = f" with attn_implementation: {attn_implementation}" * (attn_implementation is not None)

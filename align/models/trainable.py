@@ -83,12 +83,18 @@ def peft_config(
 
 
 def freeze(
-    model: PreTrainedModel, head: nn.Module, method: str, freeze_layers: int = 0, trainable_pattern: str | None = None
+    model: PreTrainedModel,
+    head: nn.Module,
+    method: str,
+    freeze_layers: int = 0,
+    trainable_pattern: str | None = None,
+    whole: Sequence[str] = (),
 ) -> None:
     """Freeze what `method: freeze` or `method: head` does not train; other methods change nothing.
 
     Args:
-        head: the output head: all that `method: head` trains.
+        head: the output head, which `method: head` trains.
+        whole: names of the modules that it trains beside it, such as other parts of the head.
 
     Raises:
         UserError: the model has fewer layers than that, no parameter matches the pattern, or the head is tied to the
@@ -102,7 +108,8 @@ def freeze(
                 "layers; method: lora leaves it as it is."
             )
         model.requires_grad_(False)
-        head.requires_grad_(True)
+        for module in (head, *map(model.get_submodule, whole)):
+            module.requires_grad_(True)
     elif method == "freeze" and trainable_pattern is not None:
         matching = [p for name, p in model.named_parameters() if re.search(trainable_pattern, name)]
         if not matching:

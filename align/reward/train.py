@@ -32,6 +32,7 @@ from align.judge.card import manifest_entry, write_card
 from align.models.bottleneck import add_entries, continue_adapter
 from align.models.load import new_reward_model
 from align.models.model_types import is_encoder, is_encoder_decoder
+from align.models.new_modules import trained_whole
 from align.models.scalar_head import start_reward_model
 from align.models.tokenizer import saved_pad_id
 from align.models.trainable import check_target_modules, freeze, peft_config
@@ -237,7 +238,8 @@ def fit(
     )
     keep_head_float32(model)
     check_target_modules(model, recipe.lora_target_modules)
-    freeze(model, score_head(model)[1], recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
+    head, whole = score_head(model)[1], trained_whole(model, base_of(recipe.model_name_or_path))
+    freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern, whole)
     trainer = PairTrainer(
         model=model,
         args=arguments,
@@ -245,7 +247,7 @@ def fit(
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=peft_config(recipe, model.config, "SEQ_CLS", [score_head(model)[0].split(".")[0]]),
+        peft_config=peft_config(recipe, model.config, "SEQ_CLS", whole),
     )
     continue_adapter(trainer.model, recipe.model_name_or_path, recipe.new_head)
     before, _ = train(trainer, recipe, tracker, checkpoint)

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
@@ -36,6 +37,7 @@ from align.encoders.classify import check_classifier_inputs, run, write_classifi
 from align.encoders.labels import LabelSet, find_labels
 from align.errors import UserError
 from align.evaluate.statistics import wilson_interval
+from align.models.load import new_classifier
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.manifest import read_manifest
 from align.runs.own_files import MANIFEST
@@ -543,6 +545,27 @@ def test_lora_is_merged_and_the_head_is_trained_whole(tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(settings.output_dir).eval()
     losses = [row_loss(alone(model, text), label, ["maybe", "no", "yes"]) for text, label in HELD_OUT]
     assert results.metrics["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck", "head"])
+def test_a_pooler_that_the_base_lacks_is_trained_with_the_head_saved_and_loaded(tmp_path, method):
+    base = save_tiny_bert(tmp_path / "masked")
+    BertForMaskedLM.from_pretrained(base).save_pretrained(base)  # has no pooler
+    first = recipe(tmp_path, ROWS, HELD_OUT, model_name_or_path=base, method=method, max_steps=1)
+    results = run(first)
+    start = untrained(first, 3)
+    model = new_classifier(first.output_dir).eval()
+    for layer in ("bert.pooler.dense", "classifier"):
+        for ours, theirs in zip(*(m.get_submodule(layer).parameters() for m in (model, start)), strict=True):
+            assert not torch.equal(ours, theirs), layer
+    losses = [row_loss(alone(model, text), label, ["maybe", "no", "yes"]) for text, label in HELD_OUT]
+    assert results.metrics["eval_loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    # It is in the files now, so that a second run keeps it, and `method: head` leaves it alone.
+    again = {"model_name_or_path": first.output_dir, "method": method, "output_dir": str(tmp_path / "again")}
+    second = recipe(tmp_path, ROWS, HELD_OUT, max_steps=1, **again)
+    assert run(second).metrics["eval_loss_before"] == pytest.approx(results.metrics["eval_loss"], abs=1e-6)
+    if method == "head":
+        assert torch.equal(trained(second)["bert.pooler.dense.weight"], trained(first)["bert.pooler.dense.weight"])
 
 
 def test_a_head_of_another_size_makes_room_for_a_new_one(tmp_path):

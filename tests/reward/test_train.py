@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import logsigmoid
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     LlamaForSequenceClassification,
 )
@@ -393,6 +395,21 @@ def test_an_encoder_is_centred_on_demonstrations_or_on_the_answers_of_a_model_wi
     assert other["score_mean"] != manifest["score_mean"]
     assert other["inputs"].keys() - manifest["inputs"].keys() == {"sft_model_path"}
     assert "model.safetensors" in other["inputs"]["sft_model_path"]["files"]
+
+
+def test_the_new_pooler_of_a_masked_language_model_is_trained_with_the_head(tmp_path):
+    base = save_tiny_bert(tmp_path / "masked")
+    BertForMaskedLM.from_pretrained(base).save_pretrained(base)  # has no pooler
+    changes = {"model_name_or_path": base, "max_steps": 1}
+    lora = recipe(tmp_path, method="lora", learning_rate=1e-12, output_dir=str(tmp_path / "lora"), **changes)
+    head = recipe(tmp_path, method="head", output_dir=str(tmp_path / "head"), **changes)
+    run(lora)
+    run(head)
+    layers = [f"{name}.{part}" for name in ("bert.pooler.dense", "classifier") for part in ("weight", "bias")]
+    adapter = load_file(tmp_path / "lora" / "adapter" / "adapter_model.safetensors")
+    assert {name for name in adapter if "lora" not in name} == {f"base_model.model.{name}" for name in layers}
+    start, moved = trained(lora), trained(head)
+    assert {name for name, weight in moved.items() if (weight - start[name]).abs().max() > 1e-6} == {*layers[:3]}
 
 
 @pytest.mark.slow

@@ -13,7 +13,16 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, LEDConfig, MBartConfig, ProphetNetConfig, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    FSMTConfig,
+    LEDConfig,
+    MBartConfig,
+    ProphetNetConfig,
+    SwitchTransformersConfig,
+    T5Config,
+)
 
 from align.cli.check.check import run as run_check
 from align.cli.merge import run as merge
@@ -24,6 +33,7 @@ from align.data.rows import Demonstration
 from align.errors import UserError
 from align.evaluate.compare import run as evaluate
 from align.generation.encoder_decoder import answer_batch
+from align.models.check_files import check_files
 from align.models.encoder_decoder import (
     check_answers_fit,
     check_reads_no_padding,
@@ -217,11 +227,21 @@ def test_a_padding_row_of_a_model_whose_decoder_starts_from_the_last_label(t5: s
     assert batch["decoder_input_ids"][0].tolist() == [2, 4, 5]
 
 
+def test_the_losses_of_a_router_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for config, said in ((SwitchTransformersConfig(), True), (T5Config(), False)):
+        check_files(AutoModelForSeq2SeqLM, "on/the_hub", "model", config, trained_by=recipe(tmp_path, "on/the_hub"))
+        assert (
+            "note: model: on/the_hub: the losses of the router of this switch_transformers" in capsys.readouterr().err
+        ) == said
+
+
 def test_starts_ends_and_lengths(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save_tiny_pair_model(tmp_path, "t5"))
     with pytest.raises(UserError, match=r"model: p: its config.json has no decoder_start_token_id"):
         check_starts_and_ends(T5Config(), tokenizer, "model", "p")
     check_starts_and_ends(MBartConfig(), tokenizer, "model", "p")
+    with pytest.raises(UserError, match="model: p: transformers' fsmt has two vocabularies"):
+        check_starts_and_ends(FSMTConfig(), tokenizer, "model", "p")
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="model: p: the tokenizer has no end-of-text token"):
         check_starts_and_ends(MBartConfig(), tokenizer, "model", "p")

@@ -17,8 +17,9 @@ from align.encoders.classify import check_classifier_inputs
 from align.encoders.imbalance import check_imbalance, describe_imbalance
 from align.encoders.labels import SINGLE, find_labels
 from align.encoders.tokenize import tokenize_labelled
-from align.models.load import head_modules
 from align.models.model_types import is_encoder_decoder
+from align.models.new_modules import trained_whole
+from reward_models.bottleneck import base_of
 
 
 class ClassifyCheck(TrainingCheck[ClassifyRecipe]):
@@ -57,8 +58,8 @@ class ClassifyCheck(TrainingCheck[ClassifyRecipe]):
 
     def footprints(self, recipe: ClassifyRecipe, start: Start) -> list[Footprint]:
         model = skeleton(AutoModelForSequenceClassification, start.config, recipe.trust_remote_code)
-        heads = head_modules(model)
-        counts = count_trained(model, recipe, "SEQ_CLS", model.get_submodule(heads[-1]), heads)
+        whole = trained_whole(model, base_of(recipe.model_name_or_path))
+        counts = count_trained(model, recipe, "SEQ_CLS", model.get_submodule(whole[-1]), whole)
         return [Footprint("classifier", *counts)]
 
 

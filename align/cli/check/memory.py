@@ -130,7 +130,7 @@ def count_trained(
 
     Args:
         head: the output head, for methods that freeze.
-        whole: names of modules that are fully trained beside an adapter.
+        whole: names of modules that are trained whole by adapters and `method: head`.
 
     Raises:
         UserError: the method does not fit the model.
@@ -138,7 +138,7 @@ def count_trained(
     check_target_modules(model, recipe.lora_target_modules)
     adapter = peft_config(recipe, model.config, task_type, whole)
     if adapter is None:
-        freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern)
+        freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern, whole)
         return count_parameters(model), count_parameters(model, trained=True)
     try:
         with torch.device("meta"):

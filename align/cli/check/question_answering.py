@@ -16,7 +16,8 @@ from align.data.rows import Question
 from align.encoders.question_answering import check_reader_inputs, describe_questions
 from align.encoders.tokenize import piece_length
 from align.encoders.windows import NO_ANSWER, tokenize_questions
-from align.models.load import head_modules
+from align.models.new_modules import trained_whole
+from reward_models.bottleneck import base_of
 
 
 class QuestionAnsweringCheck(TrainingCheck[QuestionAnsweringRecipe]):
@@ -44,8 +45,8 @@ class QuestionAnsweringCheck(TrainingCheck[QuestionAnsweringRecipe]):
 
     def footprints(self, recipe: QuestionAnsweringRecipe, start: Start) -> list[Footprint]:
         model = skeleton(AutoModelForQuestionAnswering, start.config, recipe.trust_remote_code)
-        heads = head_modules(model)
-        counts = count_trained(model, recipe, "QUESTION_ANS", model.get_submodule(heads[-1]), heads)
+        whole = trained_whole(model, base_of(recipe.model_name_or_path))
+        counts = count_trained(model, recipe, "QUESTION_ANS", model.get_submodule(whole[-1]), whole)
         return [Footprint("question answering model", *counts)]
 
 

@@ -15,9 +15,11 @@ from align.data.load import Rows
 from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
 from align.models.model_types import is_encoder_decoder
+from align.models.new_modules import trained_whole
 from align.reward.imbalance import describe_imbalance, measure_imbalance, warn_of_imbalance
 from align.reward.inputs import check_reward_inputs
 from align.reward.pairs import check_ties, describe_halves, load_preferences
+from reward_models.bottleneck import base_of
 from reward_models.heads import score_head
 from reward_models.linear_head import SequenceClassifier
 
@@ -65,8 +67,8 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
 
     def footprints(self, recipe: RewardRecipe, start: Start) -> list[Footprint]:
         model = skeleton(SequenceClassifier, start.config, recipe.trust_remote_code, num_labels=1)
-        name, head = score_head(model)
-        counts = count_trained(model, recipe, "SEQ_CLS", head, [name.split(".")[0]])
+        whole = trained_whole(model, base_of(recipe.model_name_or_path))
+        counts = count_trained(model, recipe, "SEQ_CLS", score_head(model)[1], whole)
         others = [
             frozen_model(other, AutoModelForCausalLM, config, recipe.trust_remote_code)
             for other, config in start.others.items()

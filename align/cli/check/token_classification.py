@@ -16,7 +16,8 @@ from align.data.rows import Tagged
 from align.encoders.alignment import describe_split, tokenize_tagged
 from align.encoders.tags import OUTSIDE, find_tags
 from align.encoders.token_classification import check_tagger_inputs
-from align.models.load import head_modules
+from align.models.new_modules import trained_whole
+from reward_models.bottleneck import base_of
 
 
 class TokenClassificationCheck(TrainingCheck[TokenClassificationRecipe]):
@@ -52,8 +53,8 @@ class TokenClassificationCheck(TrainingCheck[TokenClassificationRecipe]):
 
     def footprints(self, recipe: TokenClassificationRecipe, start: Start) -> list[Footprint]:
         model = skeleton(AutoModelForTokenClassification, start.config, recipe.trust_remote_code)
-        heads = head_modules(model)
-        counts = count_trained(model, recipe, "TOKEN_CLS", model.get_submodule(heads[-1]), heads)
+        whole = trained_whole(model, base_of(recipe.model_name_or_path))
+        counts = count_trained(model, recipe, "TOKEN_CLS", model.get_submodule(whole[-1]), whole)
         return [Footprint("token classifier", *counts)]
 
 
