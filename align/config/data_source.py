@@ -63,7 +63,15 @@ class DataSource:
     )
 
 
-def check_source(source: DataSource, where: str) -> None:
+def check_source(source: DataSource, where: str, named_templates: bool = False) -> None:
+    """Check a source's keys.
+
+    Args:
+        named_templates: whether the recipe has `templates` of its own, which write the rows of all sources.
+
+    Raises:
+        UserError: begins with `where` and the key.
+    """
     if (source.path is None) == (source.generator is None):
         got = "both" if source.path else "neither"
         raise UserError(f"{where}: expected either `path` or `generator`, got {got}")
@@ -75,7 +83,11 @@ def check_source(source: DataSource, where: str) -> None:
         if column not in known:
             hint = nearest(column, known) or "; it is written `ours: theirs`"
             raise UserError(f"{where}.columns: expected names among {', '.join(known)}, got {column!r}{hint}")
-    if source.templates:
+    if source.templates and named_templates:
+        raise UserError(
+            f"{where}.templates: the recipe's own `templates` write the rows of all sources; leave one of them out."
+        )
+    if source.templates or named_templates:
         _check_templates(source, where)
     elif source.labels:
         raise UserError(f"{where}.labels: they have no effect without `templates`; add templates, or leave them out.")

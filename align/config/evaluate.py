@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from align.config.data_source import DataSource
+from align.config.data_source import DataSource, check_template
 from align.config.keys import (
     AT_LEAST_1,
     FROM_0_TO_BELOW_1,
@@ -57,8 +57,8 @@ class EvaluateRecipe(Recipe):
     max_eval_rows: int | None = key(None, "Evaluate on at most this many rows.", AT_LEAST_1)
     on_bad_row: Literal["error", "skip"] = key(
         "error",
-        "What to do with rows that cannot be used by one of the models or with one of `num_shots`: raise an error, or "
-        "skip.",
+        "What to do with rows that cannot be used by one of the models, with one of `num_shots` or of `templates`: raise an "
+        "error, or skip.",
     )
 
     metrics: list[str] = key(
@@ -74,6 +74,11 @@ class EvaluateRecipe(Recipe):
     score_reasoning: bool = score_reasoning()
     num_shots: list[int] = key(
         [0], "Numbers of worked examples in the prompt; each model is evaluated with each of them."
+    )
+    templates: dict[str, dict[str, str]] = key(
+        {},
+        "Jinja templates by name, each as in a source's `templates`, over the columns of `eval_dataset` and `train_dataset`. Each "
+        "row is written by each of them, and each model is evaluated with each: they are compared on the same rows.",
     )
     max_length: int | None = key(
         None,
@@ -112,5 +117,11 @@ def check_evaluate_rules(recipe: EvaluateRecipe, where: Where) -> None:
     shots = recipe.num_shots
     if not shots or min(shots) < 0 or len(set(shots)) < len(shots):
         raise UserError(f"{where('num_shots')}: expected different numbers from 0, got {shots}")
+    for name, template in recipe.templates.items():
+        check_template(template, f"{where('templates')}.{name}")
+    if recipe.templates and not recipe.eval_dataset:
+        raise UserError(
+            f"{where('templates')}: expected an `eval_dataset`: which rows a training stage holds out depends on its own template"
+        )
     if max(shots) and not recipe.train_dataset:
         raise UserError(f"{where('train_dataset')}: expected rows that give the {max(shots)} examples, got none")

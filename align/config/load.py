@@ -183,9 +183,10 @@ def check_values(recipe: Recipe, stage: Stage, where: Where) -> None:
         UserError: the first that is found, with the others.
     """
     checks: list[Callable[[], object]] = [partial(_check_named, recipe, stage, where)]
+    named_templates = bool(getattr(recipe, "templates", None))
     for name in dataset_keys(stage.recipe):
         for index, source in enumerate(getattr(recipe, name)):
-            checks.append(partial(check_source, source, f"{where(name)}[{index}]"))
+            checks.append(partial(check_source, source, f"{where(name)}[{index}]", named_templates))
     if isinstance(recipe, StageRecipe):
         checks += [partial(check_training_rules, recipe, where), partial(check_method, recipe, stage.methods, where)]
     run_all(*checks, partial(stage.check_rules, recipe, where))

@@ -20,7 +20,7 @@ from align.data.mixture import repeat_rows, seeded_sample, task_counts, times_us
 from align.data.rows import BadRows, Row
 from align.data.sources import MAX_ROW, files_of, read_source
 from align.data.split import EmptySplit, NoHeldOutRows, is_for_judge, is_held_out, prompts_of, without_prompts
-from align.data.templates import TASK, TEMPLATE, SourceTemplates, task_name
+from align.data.templates import RENDERINGS, TASK, TEMPLATE, SourceTemplates, task_name
 from align.errors import BadRow, UserError
 
 
@@ -51,7 +51,12 @@ class Rows:
     report: dict[str, Any]
 
 
-def load_rows(settings: DataSettings, row_type: type, key: str = "train_dataset") -> Rows:
+def load_rows(
+    settings: DataSettings,
+    row_type: type,
+    key: str = "train_dataset",
+    templates: Mapping[str, Mapping[str, str]] | None = None,
+) -> Rows:
     """Read, check and split the data.
 
     No prompt is in both splits. With `eval_dataset`, training rows that would train on one of its prompts are dropped
@@ -62,12 +67,14 @@ def load_rows(settings: DataSettings, row_type: type, key: str = "train_dataset"
     Args:
         row_type: `Prompt`, `Demonstration`, `Preference`, `Labelled` or `Passage`.
         key: of the recipe, that has the training rows.
+        templates: by name, in place of the sources' own: each renders every row. The first one's is the row by which data
+            is split; those of the others are in its `extra`, under `RENDERINGS`.
 
     Raises:
         UserError: a source is missing, empty or lacks a column; there are bad rows and `on_bad_row` is "error"; a split
             is empty (`NoHeldOutRows` if `eval_fraction` left the evaluation split empty).
     """
-    return _load_parts(settings, row_type, key, [lambda row: True])[0]
+    return _load_parts(settings, row_type, key, [lambda row: True], templates)[0]
 
 
 def load_halves(settings: DataSettings, row_type: type) -> tuple[Rows, Rows]:
@@ -82,14 +89,20 @@ def load_halves(settings: DataSettings, row_type: type) -> tuple[Rows, Rows]:
     return reward, judge
 
 
-def _load_parts(settings: DataSettings, row_type: type, key: str, parts: Sequence[Callable[[Row], bool]]) -> list[Rows]:
+def _load_parts(
+    settings: DataSettings,
+    row_type: type,
+    key: str,
+    parts: Sequence[Callable[[Row], bool]],
+    named: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[Rows]:
     """The rows for each of `parts`, which says of a training row whether it takes it. The data is read once."""
     if any(source.weight != 1 for source in settings.eval_dataset):
         raise UserError("eval_dataset: `weight` is for training rows; limit evaluation rows by `max_rows`.")
     bad = BadRows()
-    loaded = [_load_source(source, key, settings.seed, row_type, bad) for source in settings.train_dataset]
+    loaded = [_load_source(source, key, settings.seed, row_type, bad, named) for source in settings.train_dataset]
     loaded_eval = [
-        _load_source(source, "eval_dataset", settings.seed, row_type, bad) for source in settings.eval_dataset
+        _load_source(source, "eval_dataset", settings.seed, row_type, bad, named) for source in settings.eval_dataset
     ]
     bad_rows = bad.raise_or_report(settings.on_bad_row)
     training, evaluation, dropped = _split(
@@ -190,7 +203,12 @@ def _check_not_empty(
 
 
 def _load_source(
-    source: DataSource, key: str, seed: int, row_type: type, bad: BadRows
+    source: DataSource,
+    key: str,
+    seed: int,
+    row_type: type,
+    bad: BadRows,
+    named: Mapping[str, Mapping[str, str]] | None,
 ) -> tuple[list[Row], dict[str, Any]]:
     """The usable rows of one source, and its entry in the report."""
     name = str(source.path or source.generator)
@@ -203,7 +221,7 @@ def _load_source(
         if mappings and theirs not in columns:
             raise missing_column(name, [theirs], columns, ours=[mapped])
     renamed = set(source.columns.values())
-    templates = SourceTemplates(source, seed, columns) if source.templates and mappings else None
+    templates = SourceTemplates(source, seed, columns, named) if (source.templates or named) and mappings else None
     readable = ["prompt", "completion"] if templates else [*source.columns, *(c for c in columns if c not in renamed)]
     formats = choose_formats(name, readable, row_type) if mappings else []  # without, all rows are bad rows
     if source.max_rows is not None:
@@ -231,16 +249,20 @@ def _load_source(
             if len(line) > MAX_ROW:
                 raise BadRow(f"more than {MAX_ROW:,} characters")
             if templates:
-                rendered, metadata = templates.apply(line, where)
-                row = read_row(rendered, where, row_type, formats)
-                row.extra.update(ours | metadata)
+                written = []
+                for rendered, metadata in templates.apply(line, where):
+                    written.append(read_row(rendered, where, row_type, formats))
+                    written[-1].extra.update(ours | metadata)
             else:
-                row = read_row(ours, where, row_type, formats)
-            if source.task or TASK not in row.extra:
-                row.extra[TASK] = task_name(source)
-            rows.append(row)
+                written = [read_row(ours, where, row_type, formats)]
+            for row in written:
+                if source.task or TASK not in row.extra:
+                    row.extra[TASK] = task_name(source)
+            if named:
+                written[0].extra[RENDERINGS] = written[1:]
+            rows.append(written[0])
             digest.update(line + b"\n")
     description = {"source": name, "task": task_name(source), "rows": len(rows), "weight": source.weight}
-    if templates:
+    if templates and not named:
         description["templates"] = [sum(row.extra[TEMPLATE] is each for row in rows) for each in source.templates]
     return rows, {**description, "fingerprint": digest.hexdigest()}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from align.data.rows import Demonstration, Row, canonical
+from align.data.templates import RENDERINGS
 from align.errors import UserError
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -61,7 +62,10 @@ def _prompt_turns(row: Row) -> list[tuple[str, str]]:
 
 
 def _prompts(row: Row) -> list[str]:
-    """The prompt of each assistant turn that the row trains."""
-    turns = _prompt_turns(row)
-    earlier = row.trained if isinstance(row, Demonstration) else []
-    return [json.dumps(turns[:end]) for end in (*earlier, len(turns))]
+    """The prompt of each assistant turn that the row trains, as each of the recipe's templates writes it."""
+    found = []
+    for written in (row, *row.extra.get(RENDERINGS, ())):
+        turns = _prompt_turns(written)
+        earlier = written.trained if isinstance(written, Demonstration) else []
+        found += [json.dumps(turns[:end]) for end in (*earlier, len(turns))]
+    return found

@@ -32,6 +32,9 @@ from align.errors import BadRow, UserError, first_few, nearest
 # Keys of a row's `extra` besides its columns. For `parse_label`: the template that rendered the row (a mapping of strings),
 # the source's `labels`, and the row's own key among them (without `labels`, its label as text).
 TASK, TEMPLATE, LABELS, LABEL = "task", "_template", "_labels", "_label"
+RENDERINGS = (
+    "_renderings"  # with named templates: the row as written by each of them but the first, which wrote the row itself
+)
 _ROW = "row"  # the variable with all columns, for column names that are not valid Jinja names
 _ANYTHING = r"[\s\S]*?"
 _SPLIT = re.compile(r"(^|[-_.])(train|training|test|validation|valid|val|dev|eval|evaluation)$", re.IGNORECASE)
@@ -52,10 +55,17 @@ def task_name(source: DataSource) -> str:
 class SourceTemplates:
     """The templates of one source. Which of them renders a row depends on the seed, the source and the row alone."""
 
-    def __init__(self, source: DataSource, seed: int, columns: Sequence[str]) -> None:
+    def __init__(
+        self,
+        source: DataSource,
+        seed: int,
+        columns: Sequence[str],
+        named: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
         """
         Args:
             columns: the union of the columns of the source's rows.
+            named: templates by name, in place of the source's, each of which renders every row.
 
         Raises:
             UserError: there are `labels`, and no row has the label column.
@@ -63,6 +73,12 @@ class SourceTemplates:
         self.source = source
         self.columns = columns
         self.name = str(source.path or source.generator)
+        self.every = bool(named)
+        self.templates = (
+            {f"templates.{name}": template for name, template in named.items()}
+            if named
+            else {f"templates[{index}]": template for index, template in enumerate(source.templates)}
+        )
         self.draw = f"{seed} template {os.path.basename(self.name)}\n".encode()
         if source.labels and source.label_column not in columns:
             raise UserError(
@@ -70,8 +86,9 @@ class SourceTemplates:
                 f"{nearest(source.label_column, columns) or '.'} Name the right one as `label_column` in the recipe."
             )
 
-    def apply(self, line: bytes, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Render a row to `prompt` and `completion`; also returns the entries for its `extra` besides its columns.
+    def apply(self, line: bytes, where: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Render a row to `prompt` and `completion`, with the entries for its `extra` besides its columns: once, or with named
+        templates by each of them in order.
 
         Args:
             line: the row as JSON; templates see its values only.
@@ -83,8 +100,12 @@ class SourceTemplates:
         """
         values = json.loads(line)
         digest = hashlib.sha256(self.draw + line).digest()
-        index = int.from_bytes(digest[:8], "big") % len(self.source.templates)
-        template = self.source.templates[index]
+        drawn = int.from_bytes(digest[:8], "big") % len(self.templates)
+        places = list(self.templates) if self.every else [list(self.templates)[drawn]]
+        return [self._apply_one(place, values, where) for place in places]
+
+    def _apply_one(self, place: str, values: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        template = self.templates[place]
         extra: dict[str, Any] = {TEMPLATE: template, LABELS: self.source.labels}
         variables = {_ROW: values, **values}
         if (label := values.get(self.source.label_column)) is not None:
@@ -93,16 +114,14 @@ class SourceTemplates:
         if self.source.labels and extra.get(LABEL) not in self.source.labels:
             got = "null" if label is None else key_text(label)
             raise BadRow(f"label {got} is not among `labels` ({', '.join(self.source.labels)})")
-        rendered = {part: self._render(index, part, variables, where) for part in template}
+        rendered = {part: self._render(f"{place}.{part}", text, variables, where) for part, text in template.items()}
         if TEXT_PARTS[0] in rendered:
             return rendered, extra
         roles = [role for role in (SYSTEM_PART, "user") if role in rendered]
         messages = [{"role": role, "content": rendered[role]} for role in roles]
         return {"prompt": messages, "completion": [{"role": "assistant", "content": rendered["assistant"]}]}, extra
 
-    def _render(self, index: int, part: str, variables: Mapping[str, Any], where: str) -> str:
-        place = f"templates[{index}].{part}"
-        text = self.source.templates[index][part]
+    def _render(self, place: str, text: str, variables: Mapping[str, Any], where: str) -> str:
         try:
             return render(text, variables)
         except TemplateProblem as error:

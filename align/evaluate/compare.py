@@ -3,10 +3,10 @@
     align evaluate recipes/mine/4_evaluate.yaml
     deepspeed --num_gpus 8 --module align.evaluate recipes/mine/4_evaluate.yaml
 
-Every model is evaluated with every number of few-shot examples. Perplexity and token accuracy are exact means over the
+Every model is evaluated with every number of few-shot examples, under every template. Perplexity and token accuracy are exact means over the
 tokens of the reference responses; all other metrics, and the grader, score generated responses. Each process holds a
 full copy of the model and takes a share of the batches, whose composition does not depend on the number of processes.
-A run that was killed resumes after the last setting (model and number of examples) that it finished.
+A run that was killed resumes after the last setting (model, template and number of examples) that it finished.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from align.config.evaluate import EvaluateRecipe
 from align.data.rows import as_response
+from align.data.templates import RENDERINGS
 from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during, removed
 from align.engine.user_functions import user_function
@@ -82,8 +83,9 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     outputs = _run_models(recipe, inputs, world, generates, _resume_key(evaluation, inputs))
     result = None
     if world.is_main:
+        references = inputs.references
         setting_results = [
-            _measure_setting(recipe, inputs, setting, own, metrics, grader)
+            _measure_setting(recipe, setting, references[setting.template], own, metrics, grader)
             for setting, own in zip(inputs.settings, outputs, strict=True)
         ]
         results = {**evaluation, **summarize(recipe, inputs, setting_results)}
@@ -133,7 +135,7 @@ def _run_models(
 
                 def show(rows: int, before: int = done, setting: EvalSetting = setting) -> None:
                     if display is not None:
-                        display.update(before + rows, {setting.model: f"{setting.num_shots}-shot"})
+                        display.update(before + rows, {setting.model: setting.condition})
 
                 outputs = run_model(
                     model,
@@ -170,8 +172,8 @@ def _read_part(file: Path, resume_key: str) -> ModelOutputs | None:
 
 def _measure_setting(
     recipe: EvaluateRecipe,
-    inputs: EvalInputs,
     setting: EvalSetting,
+    references: list[str],
     outputs: ModelOutputs,
     metrics: Mapping[str, Any],
     grader: FunctionReward | None,
@@ -188,16 +190,16 @@ def _measure_setting(
         if name == "perplexity":
             result.measures.append(Measure(tokens[:, [0, 2]], _perplexity))
         elif name == "bits_per_byte":
-            sizes = [len(text.encode()) for text in inputs.references]
+            sizes = [len(text.encode()) for text in references]
             result.measures.append(Measure(np.stack([tokens[:, 0] / math.log(2), sizes], axis=1), _mean(name)))
         elif name == "token_accuracy":
             result.measures.append(Measure(tokens[:, [1, 2]], _mean(name)))
-        elif text_measure := measure(metrics[name], inputs.rows, predictions, inputs.references):
+        elif text_measure := measure(metrics[name], setting.demonstrations, predictions, references):
             result.measures.append(text_measure)
         else:
-            result.external_scores |= external_scores(name, metrics[name], predictions, inputs.references)
+            result.external_scores |= external_scores(name, metrics[name], predictions, references)
     if grader is not None:
-        scores = _grade(grader, inputs, setting, outputs.response_ids, predictions)
+        scores = _grade(grader, setting, outputs.response_ids, predictions)
         applies = ~np.isnan(scores)
         statistics = np.stack([np.where(applies, scores, 0.0), applies.astype(np.float64)], axis=1)
         result.measures.append(Measure(statistics, _mean(grader.name.partition(":")[2])))
@@ -214,7 +216,6 @@ def _mean(name: str) -> Callable[[Floats], dict[str, float]]:
 
 def _grade(
     grader: FunctionReward,
-    inputs: EvalInputs,
     setting: EvalSetting,
     response_ids: list[list[int]],
     predictions: list[str],
@@ -227,10 +228,12 @@ def _grade(
     Raises:
         UserError: it fails, or its scores are not numbers from 0 to 1.
     """
-    columns_of_rows = dict.fromkeys(column for row in inputs.rows for column in row.extra)
-    columns = {column: [row.extra.get(column) for row in inputs.rows] for column in columns_of_rows}
-    columns.setdefault("completion", [row.completion for row in inputs.rows])
-    prompts = [row.prompt for row in inputs.rows]
+    columns_of_rows = dict.fromkeys(
+        column for row in setting.demonstrations for column in row.extra if column != RENDERINGS
+    )
+    columns = {column: [row.extra.get(column) for row in setting.demonstrations] for column in columns_of_rows}
+    columns.setdefault("completion", [row.completion for row in setting.demonstrations])
+    prompts = [row.prompt for row in setting.demonstrations]
     completions = [as_response(prompt, text) for prompt, text in zip(prompts, predictions, strict=True)]
     prompt_ids = [row.prompt_ids for row in setting.rows]
     batch = Responses(prompts, predictions, completions, prompt_ids, response_ids, columns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from align.data.rows import render_text
 from align.data.templates import TASK
 from align.engine.faults import during
 from align.evaluate.bootstrap import Measure, bootstrap_intervals, compare
+from align.evaluate.costs import prompt_tokens, training_costs
 from align.evaluate.inputs import EvalInputs, EvalSetting
+from align.evaluate.metrics import TOKEN_METRICS
 from align.evaluate.results import PER_TOKEN, REPORT, Table, tables
 from align.runs.files import write_json, write_text
 from align.runs.manifest import tokenizer_digest
@@ -41,31 +43,32 @@ class SettingResult:
 
 
 def summarize(recipe: EvaluateRecipe, inputs: EvalInputs, results: Sequence[SettingResult]) -> dict[str, Any]:
-    """Scores with intervals of each setting, over all rows and by task, and comparisons with the baseline model."""
+    """Scores with intervals of each setting, over all rows and by task, comparisons, and what each setting costs."""
     tasks: dict[str | None, list[int]] = {None: list(range(len(inputs.rows)))}
     for index, row in enumerate(inputs.rows):
         tasks.setdefault(str(row.extra[TASK]), []).append(index)
     if len(tasks) == 2:  # a single task equals all rows
         tasks.popitem()
     values = [
-        {**_label(result.setting), "task": task, "n": len(rows), **value}
+        {**result.setting.label, "task": task, "n": len(rows), **value}
         for result in results
         for task, rows in tasks.items()
         for value in _values(result, rows, task, recipe.bootstrap_iters, recipe.seed)
     ]
     vocabularies = {tokenizer_digest(each.setting.tokenizer)["vocabulary"] for each in results}
+    costs = {path: training_costs(path) for path in {each.setting.path for each in results}}
     return {
         "baseline": results[0].setting.model,
         "vocabularies": len(vocabularies),
         "rows": len(inputs.rows),
         "results": values,
-        "comparisons": _comparisons(results, recipe.bootstrap_iters, recipe.seed),
+        "comparisons": _comparisons(results, inputs.references, recipe.bootstrap_iters, recipe.seed),
+        "costs": [
+            {**each.setting.label, **costs[each.setting.path], "prompt_tokens": prompt_tokens(each.setting)}
+            for each in results
+        ],
         "data": inputs.report,
     }
-
-
-def _label(setting: EvalSetting) -> dict[str, Any]:
-    return {"model": setting.model, "num_shots": setting.num_shots}
 
 
 def _values(
@@ -86,23 +89,35 @@ def _values(
     return values
 
 
-def _comparisons(results: Sequence[SettingResult], iterations: int, seed: int) -> list[dict[str, Any]]:
-    """Each setting against the earlier ones of the baseline model: other models, and few-shot against zero-shot."""
+def _comparisons(
+    results: Sequence[SettingResult], references: Mapping[str | None, list[str]], iterations: int, seed: int
+) -> list[dict[str, Any]]:
+    """Each setting against the earlier ones of the baseline model (other models, few-shot against zero-shot, other templates),
+    and of any model against those with as many examples under other templates.
+    """
     baseline = results[0].setting.model
     vocabularies = {each.setting.path: tokenizer_digest(each.setting.tokenizer)["vocabulary"] for each in results}
     comparisons = []
     for number, result in enumerate(results):
         for other in results[:number]:
-            if other.setting.model != baseline:
+            mine, theirs = result.setting, other.setting
+            if theirs.model not in (baseline, mine.model) or (
+                theirs.model != baseline and theirs.num_shots != mine.num_shots
+            ):
                 continue
-            same_vocabulary = vocabularies[result.setting.path] == vocabularies[other.setting.path]
+            if vocabularies[mine.path] != vocabularies[theirs.path]:
+                incomparable = PER_TOKEN
+            elif references[mine.template] != references[theirs.template]:
+                incomparable = {*TOKEN_METRICS}
+            else:
+                incomparable = set()
             for measure, other_measure in zip(result.measures, other.measures, strict=True):
-                if not same_vocabulary and PER_TOKEN & set(measure.scores()):
+                if incomparable & set(measure.scores()):
                     continue
                 for name, comparison in compare(measure, other_measure, iterations, seed).items():
                     numbers = {key: _finite(value) for key, value in dataclasses.asdict(comparison).items()}
-                    against = _label(other.setting)
-                    comparisons.append({"metric": name, **_label(result.setting), "against": against, **numbers})
+                    against = other.setting.label
+                    comparisons.append({"metric": name, **result.setting.label, "against": against, **numbers})
     return comparisons
 
 
@@ -131,6 +146,7 @@ def write_report(
 def _prediction_lines(inputs: EvalInputs, results: Sequence[SettingResult]) -> list[str]:
     """A JSON line per row and setting: prompt, prediction, reference, and the scores that a single row has."""
     lines = []
+    references = inputs.references
     for index, row in enumerate(inputs.rows):
         for result in results:
             scores: dict[str, float | None] = {}
@@ -140,10 +156,10 @@ def _prediction_lines(inputs: EvalInputs, results: Sequence[SettingResult]) -> l
             line = {
                 "row": row.where,
                 "task": row.extra[TASK],
-                **_label(result.setting),
+                **result.setting.label,
                 "prompt": render_text(result.setting.rows[index].prompt),
                 "prediction": result.predictions[index],
-                "reference": inputs.references[index],
+                "reference": references[result.setting.template][index],
                 "scores": scores,
             }
             lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")

@@ -15,6 +15,12 @@ from align.runs.schemas import IDENTITY, OF_IDENTITY
 from align.runs.tables import make_table
 
 REPORT = "results.md"
+COSTS = {  # of a setting, with the heading of their columns
+    "trained_parameters": "parameters trained",
+    "training_seconds": "seconds of training",
+    "train_tokens": "tokens trained on",
+    "prompt_tokens": "tokens of a prompt",
+}
 PER_TOKEN = {"perplexity", "token_accuracy"}  # not comparable between tokenizers: their units differ
 
 
@@ -24,6 +30,7 @@ def _is_entry(value: Any, *numbers: str) -> bool:
         isinstance(value, dict)
         and all(isinstance(value.get(name), str) for name in ("model", "metric"))
         and is_count(value.get("num_shots"))
+        and isinstance(value.get("template"), str | NoneType)
         and all(name in value and (value[name] is None or is_number(value[name])) for name in (*numbers, "low", "high"))
     )
 
@@ -42,6 +49,18 @@ def _are_comparisons(value: Any) -> bool:
         and isinstance(against := each.get("against"), dict)
         and isinstance(against.get("model"), str)
         and is_count(against.get("num_shots"))
+        and isinstance(against.get("template"), str | NoneType)
+        for each in value
+    )
+
+
+def _are_costs(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(each, dict)
+        and isinstance(each.get("model"), str)
+        and is_count(each.get("num_shots"))
+        and isinstance(each.get("template"), str | NoneType)
+        and all(name in each and (each[name] is None or is_number(each[name])) for name in COSTS)
         for each in value
     )
 
@@ -56,7 +75,7 @@ RESULTS_RECORD = Record(
         "comparisons": Kind("a list of differences", _are_comparisons),
         "data": MAPPING,
     },
-    OF_IDENTITY,
+    {**OF_IDENTITY, "costs": Kind("a list of costs", _are_costs)},
     "restore the file from a copy, or delete the folder to evaluate again",
 )
 
@@ -102,21 +121,26 @@ def tables(results: dict[str, Any]) -> list[Table]:
     zero_shot = results["recipe"]["num_shots"] == [0]
 
     def label(entry: dict[str, Any]) -> str:
-        return str(entry["model"]) if zero_shot else f"{entry['model']}, {entry['num_shots']}-shot"
+        shots = [] if zero_shot else [f"{entry['num_shots']}-shot"]
+        template = [str(entry["template"])] if entry.get("template") is not None else []
+        return ", ".join([str(entry["model"]), *shots, *template])
 
-    columns = list(dict.fromkeys(label(entry) for entry in results["results"]))
+    metrics = list(dict.fromkeys(entry["metric"] for entry in results["results"]))
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for entry in results["results"]:
-        row_key = (entry["task"], entry["n"], entry["metric"])
-        cells.setdefault(row_key, {})[label(entry)] = _with_interval(entry, "value")
+        cells.setdefault((entry["task"], entry["n"], label(entry)), {})[entry["metric"]] = _with_interval(
+            entry, "value"
+        )
+    costs = {label(entry): entry for entry in results.get("costs", [])}  # earlier versions have none
+    known = [name for name in COSTS if any(entry[name] is not None for entry in costs.values())]
     overall: list[list[str]] = []
     by_task: list[list[str]] = []
-    for (task, n, metric), row in cells.items():
-        values = [metric, *(row[column] for column in columns)]
+    for (task, n, name), row in cells.items():
+        values = [row.get(metric, "-") for metric in metrics]
         if task is None:
-            overall.append(values)
+            overall.append([name, *values, *(_count(costs[name][cost]) for cost in known)])
         else:
-            by_task.append([task, str(n), *values])
+            by_task.append([task, str(n), name, *values])
     differences = [
         [
             entry["metric"],
@@ -131,7 +155,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     measured = sorted(PER_TOKEN & {entry["metric"] for entry in results["results"]})
     if measured and results.get("vocabularies", 1) > 1:
         title += f"; {' and '.join(measured)}: not to be compared between models of different tokenizers, as bits_per_byte may"
-    found = [Table(title, ["metric", *columns], overall)]
+    found = [Table(title, ["model", *metrics, *(COSTS[name] for name in known)], overall)]
     if differences:
         title = (
             f"Differences from {results['baseline']}, on the same rows; interval: bootstrap over the rows, p: random swaps "
@@ -139,8 +163,12 @@ def tables(results: dict[str, Any]) -> list[Table]:
         )
         found.append(Table(title, ["metric", "model", "against", "difference", "p"], differences))
     if by_task:
-        found.append(Table("Results by task", ["task", "rows", "metric", *columns], by_task))
+        found.append(Table("Results by task", ["task", "rows", "model", *metrics], by_task))
     return found
+
+
+def _count(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.0f}"
 
 
 def _with_interval(entry: dict[str, Any], key: str) -> str:

@@ -128,20 +128,35 @@ class MetricValue:
     value: float | None
     low: float | None
     high: float | None
+    template: str | None = None  # its name, where the recipe has `templates`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SettingCosts:
+    """What a model with a number of examples costs; None where the stage that made the model has not recorded it."""
+
+    model: str
+    num_shots: int
+    trained_parameters: int | None
+    training_seconds: float | None
+    train_tokens: int | None  # over all epochs, prompts included
+    prompt_tokens: float  # mean over the rows, with examples and virtual tokens
+    template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MetricDifference:
-    """A metric's difference from the baseline model on the same rows, with its 95% interval."""
+    """A metric's difference from that of another setting on the same rows, with its 95% interval."""
 
     metric: str
     model: str
     num_shots: int
-    against: dict[str, Any]  # `model` and `num_shots` of the baseline
+    against: dict[str, Any]  # `model`, `num_shots` and `template` of the other
     difference: float | None
     low: float | None
     high: float | None
     p_value: float | None
+    template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +169,7 @@ class EvaluationResult:
     values: list[MetricValue]
     comparisons: list[MetricDifference]
     data: dict[str, Any]  # sources with fingerprints, counts, bad rows
+    costs: list[SettingCosts] = dataclasses.field(default_factory=list)  # earlier versions have none
 
     @classmethod
     def from_json(cls, output_dir: str, results: Mapping[str, Any]) -> EvaluationResult:
@@ -166,18 +182,22 @@ class EvaluationResult:
             values=[MetricValue(**value) for value in results["results"]],
             comparisons=[MetricDifference(**difference) for difference in results["comparisons"]],
             data=results["data"],
+            costs=[SettingCosts(**costs) for costs in results.get("costs", [])],
         )
 
-    def value(self, metric: str, model: str, num_shots: int = 0, task: str | None = None) -> float | None:
+    def value(
+        self, metric: str, model: str, num_shots: int = 0, task: str | None = None, template: str | None = None
+    ) -> float | None:
         """One number.
 
         Raises:
             UserError: it was not measured; says what was.
         """
         for each in self.values:
-            if (each.metric, each.model, each.num_shots, each.task) == (metric, model, num_shots, task):
+            own = (each.metric, each.model, each.num_shots, each.task, each.template)
+            if own == (metric, model, num_shots, task, template):
                 return each.value
-        asked = {"metric": metric, "model": model, "num_shots": num_shots, "task": task}
+        asked = {"metric": metric, "model": model, "num_shots": num_shots, "task": task, "template": template}
         requested = [f"{name} {value!r}" for name, value in asked.items() if value is not None]
         known = {name: list(dict.fromkeys(getattr(each, name) for each in self.values)) for name in asked}
         available = [f"{name} {', '.join(map(repr, values))}" for name, values in known.items() if values != [None]]

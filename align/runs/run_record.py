@@ -64,6 +64,8 @@ def identity(recipe: Recipe, known: Mapping[str, list[Any]] | None = None) -> di
         if isinstance(recipe, EvaluateRecipe):
             plain["models"] = [list(each) for each in models.items()]  # a list, since the order counts
             models = {f"models.{name}": path for name, path in models.items()}
+            if recipe.templates:  # records from before the key have none
+                plain["templates"] = [list(each) for each in recipe.templates.items()]
         inputs = input_fingerprints(recipe, models, sums)
         for place, path in models.items():
             if manifest := read_manifest(path):

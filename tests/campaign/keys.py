@@ -96,6 +96,7 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
     *[("evaluate", {"models": value}) for value in ([], {}, 5, [5], None, ["base", "base"], ["no/such/model"], {"a": 5}, {5: "base"}, ["encoder"], ["notes.txt"], MISSING)],
     *[("evaluate", {"metrics": value}) for value in (["nosuch"], [], 5, ["no_such.py"])],
     *[("evaluate", {"num_shots": value}) for value in ([-1], [1, 1], [], [10**9], ["x"], [4])],
+    *[("evaluate", {"templates": value}) for value in (5, ["a"], {"a": "b"}, {"a": {"prompt": "{{ prompt"}}, {"a": {"prompt": "b", "completion": 5}}, {"\x1b[31m": {"prompt": "b"}}, {"a": {"prompt": "{{ nosuch }}", "completion": "b"}})],
     *[("evaluate", {"max_new_tokens": value}) for value in (0, 10**12)],
     *[("evaluate", {"bootstrap_iters": value}) for value in (0, 10**15)],
     *[("evaluate", {"temperature": value}) for value in (-1, float("nan"), float("inf"))],

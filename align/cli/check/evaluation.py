@@ -61,7 +61,7 @@ def _counts(recipe: EvaluateRecipe, inputs: EvalInputs) -> str:
 def _sample(inputs: EvalInputs, generates: bool) -> list[Text]:
     """The first row of the baseline, by number of examples, with the reference marked, and how long rows are."""
     lines = [
-        Text(f"  {each.num_shots}-shot row: ", style="bold")
+        Text(f"  {each.condition} row: ", style="bold")
         + marked(
             each.tokenizer,
             each.rows[0].ids,
