@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def rows(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (folder / DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_prompts_and_questions_are_on_one_side(tmp_path):
+def test_prompts_and_questions_are_on_one_side(tmp_path, monkeypatch, capsys):
     pairs = [{"prompt": f"p{n}", "chosen": f"please {n}", "rejected": f"no {n}"} for n in range(6)]
     pairs[3]["rejected"] = "too long " * 13  # the pair is left out
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -35,7 +37,10 @@ def test_prompts_and_questions_are_on_one_side(tmp_path):
         for n in range(3) for _ in range(2)
     ]  # fmt: skip
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    said = python(tmp_path, str(RECIPES / "prepare.py"), "pairs.jsonl", "qa.jsonl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "pairs.jsonl", "qa.jsonl"])
+    runpy.run_path(str(RECIPES / "prepare.py"), run_name="__main__")
+    said = capsys.readouterr().out
     assert rows(tmp_path, "replies_test") == [
         {"text": "please 0", "label": "polite"},
         {"text": "no 4", "label": "rude"},
