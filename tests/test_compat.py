@@ -20,6 +20,7 @@ import trl.trainer.utils
 from peft import IA3Config, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import nn
+from transformers import masking_utils
 
 from align import compat
 from align.compat import deepspeed as of_deepspeed
@@ -170,6 +171,23 @@ class TestTransformers:
         assert layer.keys.shape == layer.values.shape == (2, 1, 3, 4)
         layer.batch_select_indices(torch.tensor([1]))
         assert len(layer.keys) == 1
+
+    def test_what_is_known_of_rows_is_not_asked(self):
+        """Outside, transformers looks at the mask; inside, it takes our word that rows are not padded, or that they are."""
+        model = tiny_llama(layers=1)
+        ids, full = torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.ones(2, 3, dtype=torch.int64)
+        padded = full.clone()
+        padded[0, 0] = 0
+        packed = torch.tensor([[0, 1, 0]])
+        plain, masked = (model(ids, attention_mask=mask).logits for mask in (full, padded))
+        assert not torch.equal(plain[0, 2], masked[0, 2])
+        with of_transformers.known_rows(padded=False):
+            assert torch.equal(model(ids, attention_mask=padded).logits, plain)
+            assert masking_utils.find_packed_sequence_indices(packed) is None
+        with of_transformers.known_rows(padded=True):
+            assert torch.equal(model(ids, attention_mask=padded).logits, masked)
+        assert torch.equal(model(ids, attention_mask=padded).logits, masked)
+        assert masking_utils.find_packed_sequence_indices(packed).tolist() == [[0, 0, 1]]
 
 
 class TestTRL:

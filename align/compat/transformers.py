@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,36 @@ def register_sdpa_variant(name: str, attention: Callable[..., Any]) -> None:
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+_PADDED: ContextVar[bool | None] = ContextVar("padded", default=None)
+
+
+@contextlib.contextmanager
+def known_rows(padded: bool) -> Iterator[None]:
+    """Inside, transformers does not ask the device whether rows are padded (as `padded` says) or packed (they are not).
+
+    It asks in every pass, to leave out a mask that hides nothing, and each answer makes Python wait for a GPU.
+    """
+    from transformers import masking_utils
+
+    names: Any = masking_utils
+    if names.fast_all.__module__ != __name__:
+        names.fast_all = _unless_known(names.fast_all, lambda padded: not padded)
+        names.find_packed_sequence_indices = _unless_known(names.find_packed_sequence_indices, lambda _: None)
+    token = _PADDED.set(padded)
+    try:
+        yield
+    finally:
+        _PADDED.reset(token)
+
+
+def _unless_known(ask: Callable[[Tensor], Any], answer: Callable[[bool], Any]) -> Callable[[Tensor], Any]:
+    def asked(tensor: Tensor) -> Any:
+        known = _PADDED.get()
+        return ask(tensor) if known is None else answer(known)
+
+    return asked
 
 
 def chat_template_compiler(today: date) -> str:

@@ -175,6 +175,12 @@ class PPORecipe(StageRecipe):
     value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")
     reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
     reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")
+    per_device_generation_batch_size: int | None = key(
+        None,
+        "Responses decoded at once per device; by default on a GPU as many as an eighth of its memory holds, but at least "
+        "per_device_eval_batch_size, and that many on a CPU.",
+        BATCH,
+    )
     ds3_gather_for_generation: bool = key(
         True, "Under ZeRO-3, gather a copy of the policy once per rollout; set to false if it does not fit in memory."
     )

@@ -115,6 +115,11 @@ def check_rollout_engine(recipe: Any, where: Where) -> None:
             f"{where('ds3_gather_for_generation')}: is for rollout_engine: transformers; the server has its own copy of the "
             "policy. Leave it out."
         )
+    if recipe.per_device_generation_batch_size is not None:
+        raise UserError(
+            f"{where('per_device_generation_batch_size')}: is for rollout_engine: transformers; the server has a limit of its own. "
+            "Leave it out."
+        )
     weighs = recipe.vllm_importance_sampling_mode in IMPORTANCE_MODES and recipe.objective == "ppo"
     if not weighs and "vllm_importance_sampling_cap" in changed:
         raise UserError(f"{where('vllm_importance_sampling_cap')}: tokens are not weighted here; leave it out.")

@@ -18,7 +18,10 @@ TRAINING = (
 SCORING = "per_device_eval_batch_size"
 # Phase -> its description in errors, and what to lower when memory runs out.
 PHASES = {
-    "generate": ("generating responses", f"{SCORING} or response_length"),
+    "generate": (
+        "generating responses",
+        f"per_device_generation_batch_size in PPO, elsewhere {SCORING}; or response_length",
+    ),
     "send_weights": ("sending weights to the rollout server", "what the server takes (vllm_gpu_memory_utilization)"),
     "score_policy": ("scoring responses by the policy", SCORING),
     "score_reference": ("scoring responses by the reference model", SCORING),

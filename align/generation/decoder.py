@@ -8,15 +8,16 @@ are dropped: attention of every kind, and the recurrent layers in `align.compat.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.compat.transformers import CACHE_ARGUMENTS, is_linear_attention, keeps_exact_cache
+from align.compat.transformers import CACHE_ARGUMENTS, is_linear_attention, keeps_exact_cache, known_rows
 from align.engine.engine import Engine
-from align.generation.kv_cache import preallocated_cache
+from align.generation.kv_cache import PreallocatedLayer, preallocated_cache
 from align.models.forward import position_ids
 from reward_models.heads import hf_model
 
@@ -30,8 +31,8 @@ class Decoder(Protocol):
     def append(self, tokens: Tensor) -> None:
         """Append tokens [B] to the rows."""
 
-    def keep(self, order: Tensor) -> None:
-        """Keep the rows `order` [b], in this order. Each is an index below B."""
+    def keep(self, order: Sequence[int], index: Tensor) -> None:
+        """Keep the rows `order`, b indices below B, in this order; `index` [b] is the same on the device."""
 
 
 def decoder(model: nn.Module | Engine, prompt_ids: Tensor, prompt_mask: Tensor, length: int) -> Decoder:
@@ -41,32 +42,36 @@ def decoder(model: nn.Module | Engine, prompt_ids: Tensor, prompt_mask: Tensor, 
     if not keeps_exact_cache(inner.config):
         return WholeRows(model, "logits_to_keep" in parameters, prompt_ids, prompt_mask, length)
     name = next((name for name in parameters if name in CACHE_ARGUMENTS), "past_key_values")
-    return Cached(model, name, preallocated_cache(inner.config, prompt_ids.shape[1] + length), prompt_ids, prompt_mask)
+    return Cached(model, name, preallocated_cache(inner.config, length), prompt_ids, prompt_mask, length)
 
 
 class Cached:
     """Runs the model on the last token of each row, and on whole prompts in its first pass."""
 
-    def __init__(self, model: Any, cache_name: str, cache: Any, prompt_ids: Tensor, prompt_mask: Tensor):
+    def __init__(self, model: Any, cache_name: str, cache: Any, prompt_ids: Tensor, prompt_mask: Tensor, length: int):
         self.model = model
         self.cache_name, self.cache = cache_name, cache
-        self.ids, self.mask, self.positions = prompt_ids, prompt_mask, position_ids(prompt_mask)
+        self.ids, self.positions = prompt_ids, position_ids(prompt_mask)
+        self.mask = F.pad(prompt_mask.long(), (0, length), value=1)  # [B, Q + T], of which a pass reads the front
+        self.width = prompt_ids.shape[1]
+        self.padded: list[bool] = (~prompt_mask[:, 0]).tolist()
         self.recurrent = all(cache.is_linear)
         self.started = False
 
     def logits(self) -> Tensor:
         if self.started:
-            self.mask = F.pad(self.mask, (0, 1), value=True)
+            self.width += 1
         # A model of recurrent layers alone applies its mask to the tokens that it is given.
-        mask = None if self.recurrent and self.started else self.mask.long()
-        output = self.model(
-            input_ids=self.ids,
-            attention_mask=mask,
-            position_ids=self.positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.cache_name: self.cache},
-        )
+        mask = None if self.recurrent and self.started else self.mask[:, : self.width]
+        with known_rows(padded=any(self.padded)):
+            output = self.model(
+                input_ids=self.ids,
+                attention_mask=mask,
+                position_ids=self.positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{self.cache_name: self.cache},
+            )
         self.positions, self.started = self.positions[:, -1:] + 1, True
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -74,10 +79,17 @@ class Cached:
     def append(self, tokens: Tensor) -> None:
         self.ids = tokens[:, None]
 
-    def keep(self, order: Tensor) -> None:
+    def keep(self, order: Sequence[int], index: Tensor) -> None:
+        places = torch.tensor([place for place, row in enumerate(order) if place != row], dtype=torch.int64)
+        places = places.to(index.device)
+        sources = index[places]
         for layer in self.cache.layers:  # layers of both kinds in one inherit a `batch_select_indices` for one of them
-            (layer.reorder_cache if is_linear_attention(layer) else layer.batch_select_indices)(order)
-        self.ids, self.mask, self.positions = self.ids[order], self.mask[order], self.positions[order]
+            if isinstance(layer, PreallocatedLayer):
+                layer.keep_rows(len(order), places, sources)
+            else:
+                (layer.reorder_cache if is_linear_attention(layer) else layer.batch_select_indices)(index)
+        self.ids, self.mask, self.positions = self.ids[index], self.mask[index], self.positions[index]
+        self.padded = [self.padded[row] for row in order]
 
 
 class WholeRows:
@@ -101,5 +113,5 @@ class WholeRows:
         self.ids.scatter_(1, self.sizes[:, None], tokens[:, None])
         self.sizes = self.sizes + 1
 
-    def keep(self, order: Tensor) -> None:
-        self.ids, self.sizes = self.ids[order], self.sizes[order]
+    def keep(self, order: Sequence[int], index: Tensor) -> None:
+        self.ids, self.sizes = self.ids[index], self.sizes[index]

@@ -11,11 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from align.data.end_tokens import end_ids
 from align.engine.engine import Engine
 from align.generation.decoder import decoder
 from align.generation.ending import Ending
 from align.generation.kv_cache import compaction_order
 from align.generation.sampling import sample_token
+
+# Tokens between two looks at which rows have ended, for which Python has to wait for a GPU. On a CPU it need not wait.
+END_INTERVAL = 8
 
 
 @torch.no_grad()
@@ -44,27 +48,37 @@ def generate(
         response_ids, mask, logprobs: [B, T'] with T' <= T, up to and including what ends a response, padded on the right.
         Log-probabilities are float32, in nats, of the distributions that were sampled from; 0 in the padding.
     """
-    count = len(prompt_ids)
-    rows = torch.arange(count, device=prompt_ids.device)  # the response that each row of the batch belongs to
-    responses = torch.full(noise.shape, int(ending.tokenizer.pad_token_id), device=prompt_ids.device)
-    mask = torch.zeros(noise.shape, dtype=torch.bool, device=prompt_ids.device)
-    logprobs = torch.zeros(noise.shape, device=prompt_ids.device)
+    device = prompt_ids.device
+    rows = torch.arange(len(prompt_ids), device=device)  # the response that each row of the batch belongs to
+    pad = int(ending.tokenizer.pad_token_id)
+    responses = torch.full(noise.shape, pad, device=device)
+    mask = torch.zeros(noise.shape, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(noise.shape, device=device)
+    ends = torch.tensor(end_ids(ending.tokenizer), device=device)
+    interval = 1 if device.type == "cpu" or ending.stop_strings else END_INTERVAL
+    alive = torch.ones(len(rows), dtype=torch.bool, device=device)
     decoding = decoder(model, prompt_ids, prompt_mask, noise.shape[1])
-    done = False
     for step in range(noise.shape[1]):
-        logits = decoding.logits()
-        if not done:
-            tokens, sampled_logprobs = sample_token(logits, noise[rows, step], temperature)
-            responses[rows, step], logprobs[rows, step], mask[rows, step] = tokens, sampled_logprobs, True
-            decoding.append(tokens)
-            alive = ~ending.ended(responses[rows, : step + 1], torch.full_like(rows, step + 1))
-            done = not alive.any()
-            if not alive.all():  # drop finished rows, but keep one to run along while other ranks are unfinished
-                alive[0] |= done
-                order = compaction_order(alive)
-                decoding.keep(order)
-                rows = rows[order]
+        tokens, sampled_logprobs = sample_token(decoding.logits(), noise[rows, step], temperature)
+        decoding.append(tokens)
+        responses[rows, step] = tokens.masked_fill(~alive, pad)
+        logprobs[rows, step] = sampled_logprobs.masked_fill(~alive, 0.0)
+        mask[rows, step] = alive
+        if ending.stop_strings:
+            alive = alive & ~ending.ended(responses[rows, : step + 1], torch.full_like(rows, step + 1))
+        else:
+            alive = alive & ~torch.isin(tokens, ends)
+        if (step + 1) % interval:
+            continue
+        flags = alive.tolist()
+        done = not any(flags)
         if not any_rank_unfinished(not done):
             break
+        if not all(flags):  # drop finished rows, but keep one to run along while other ranks are unfinished
+            flags[0] |= done
+            order = compaction_order(flags)
+            index = torch.tensor(order, device=device)
+            decoding.keep(order, index)
+            rows, alive = rows[index], alive[index]
     length = int(mask.sum(dim=1).max())
     return responses[:, :length], mask[:, :length], logprobs[:, :length]

@@ -50,7 +50,7 @@ def respond_to_batch(
 
 def unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The real tokens of each row of ids [B, T], given their mask [B, T]."""
-    return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+    return [row[real].tolist() for row, real in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
 def gather_responses(world: World, responses: Sequence[Sequence[int]], max_length: int) -> list[list[int]]:

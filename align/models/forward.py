@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.compat.transformers import keeps_state
+from align.compat.transformers import keeps_state, known_rows
 from align.maths.losses import token_logprobs
 from align.models.lm_head import (
     Objective,
@@ -65,13 +65,21 @@ def strip_padding(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tenso
         ids [B, S'], padded with token 0; indices [N] into the flattened [B * S'] positions, of the states that
         predict the real tokens among the last `length` of each row; those N tokens.
     """
-    sizes = mask.sum(dim=1, keepdim=True)
-    columns = torch.arange(int(sizes.max()), device=ids.device)
+    real = mask.cpu()  # places are found there, since each question to a GPU makes Python wait for it
+    sizes = real.sum(dim=1, keepdim=True)
+    columns = torch.arange(int(sizes.max()))
     stripped = torch.zeros(len(ids), len(columns), dtype=ids.dtype, device=ids.device)
-    stripped[columns < sizes] = ids[mask]
-    first = sizes - mask[:, -length:].sum(dim=1, keepdim=True)  # column of the first response token of a row
-    indices = ((columns >= first - 1) & (columns < sizes - 1)).flatten().nonzero().squeeze(1)
-    return stripped, indices, ids[:, -length:][mask[:, -length:]]
+    sources, places = _places(real, ids.device), _places(columns < sizes, ids.device)
+    stripped.view(-1)[places] = ids.flatten()[sources]
+    response = real[:, -length:]
+    first = sizes - response.sum(dim=1, keepdim=True)  # column of the first response token of a row
+    indices = _places((columns >= first - 1) & (columns < sizes - 1), ids.device)
+    return stripped, indices, ids[:, -length:].flatten()[_places(response, ids.device)]
+
+
+def _places(mask: Tensor, device: torch.device) -> Tensor:
+    """Indices [N] of the True entries of a flattened mask, which is on the CPU."""
+    return mask.flatten().nonzero().squeeze(1).to(device)
 
 
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
@@ -84,7 +92,7 @@ def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, leng
     stripped, indices, tokens = strip_padding(ids, mask, length)
     if head_is_last(model):
         with replaced_head(output_head(model), logprobs_head(indices, tokens, temperature)):
-            logprobs = model(input_ids=stripped, use_cache=False).logits
+            logprobs = _run(model, stripped)
     else:
         logprobs = token_logprobs(_logits(model, stripped)[indices], tokens, temperature)
     return scatter_to_mask(logprobs, mask[:, -length:])
@@ -133,15 +141,21 @@ def _token_loss(
     outputs = torch.zeros(2, len(tokens), device=ids.device)
     if head_is_last(model):
         with replaced_head(output_head(model), loss_head(indices, tokens, temperature, objective, outputs)):
-            loss = model(input_ids=ids, use_cache=False).logits
+            loss = _run(model, ids)
     else:
         loss = full_logits_loss(_logits(model, ids)[indices], tokens, temperature, objective, outputs)
     return loss, outputs[0], outputs[1]
 
 
 def _logits(model: Callable[..., Any], stripped: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=stripped, use_cache=False).logits
-    return logits.flatten(0, 1)
+    return _run(model, stripped).flatten(0, 1)
+
+
+def _run(model: Callable[..., Any], stripped: Tensor) -> Tensor:
+    """What the model's head returns for rows without padding before or between their tokens."""
+    with known_rows(padded=False):
+        output: Tensor = model(input_ids=stripped, use_cache=False).logits
+    return output
 
 
 def response_values(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:

@@ -78,9 +78,10 @@ def accumulate_product(total: Tensor | None, left: Tensor, right: Tensor) -> Ten
 def add_in_pieces(total: Tensor, part: Tensor) -> None:
     """Add a bfloat16 tensor to a float32 one of the same shape, in place.
 
-    In pieces, because torch first converts what it adds to float32, and that copy should fit the CPU's cache.
+    On a CPU in pieces, because torch first converts what it adds to float32, and that copy should fit the cache. A GPU has no
+    such copy, and each piece would be a kernel to start.
     """
-    if part.numel() <= PIECE:
+    if part.numel() <= PIECE or part.device.type != "cpu":
         total += part
         return
     rows = max(1, PIECE // part[0].numel())

@@ -186,10 +186,13 @@ def _piece(
         logprobs.requires_grad_()
         entropy.requires_grad_()
         loss = objective(logprobs, entropy, part)
-        by_logprob, by_entropy = torch.autograd.grad(loss, [logprobs, entropy], materialize_grads=True)
-    factor = -by_logprob - by_entropy * (entropy.detach() - total.log())
+        by_logprob, by_entropy = torch.autograd.grad(loss, [logprobs, entropy], allow_unused=True)
+    by_logprob = torch.zeros_like(total) if by_logprob is None else by_logprob
+    factor = -by_logprob
+    if by_entropy is not None:
+        factor = factor - by_entropy * (entropy.detach() - total.log())
     gradient = weights.mul_((factor / total)[:, None])
-    if by_entropy.any():
+    if by_entropy is not None:
         gradient.addcmul_(products, (-by_entropy / total)[:, None])
     gradient.scatter_add_(1, tokens[:, None], by_logprob[:, None])
     return loss.detach(), gradient.div_(temperature) if temperature != 1.0 else gradient

@@ -73,8 +73,9 @@ class Rollout:
 
     def rows(self: AnyRollout, index: Tensor) -> AnyRollout:
         """The rows at `index` [n], without columns that are padding in all of them."""
-        first = int(self.prompt_mask[index].float().argmax(dim=1).min())
-        last = int(self.lengths[index].max())
+        first, last = torch.stack(
+            [self.prompt_mask[index].float().argmax(dim=1).min(), self.lengths[index].max()]
+        ).tolist()
         columns = {
             ROW: ...,
             PROMPT_TOKEN: (slice(None), slice(first, None)),

@@ -47,7 +47,7 @@ def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Ro
     def in_passes(phase: str, forward: Callable[..., Tensor], engine: Engine) -> Tensor:
         measured = torch.zeros(mask.shape, device=world.device)
         with world.clock.phase(phase):
-            for rows in passes(real.sum(dim=1).tolist(), sampler.batch_size, run.scoring_passes):
+            for rows in passes(real.sum(dim=1).tolist(), run.recipe.per_device_eval_batch_size, run.scoring_passes):
                 measured[rows] = forward(engine, ids[rows], real[rows], length)
         return measured  # [b, T]
 

@@ -20,6 +20,7 @@ from align.engine.optimizer import learning_rates
 from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.user_functions import user_function
 from align.evaluate.reward_model import load_reward, model_sources
+from align.generation.batch_size import decoding_rows, gpu_bytes, row_bytes
 from align.generation.sampler import Sampler
 from align.generation.vllm import VLLM
 from align.models.bottleneck import continue_adapter
@@ -35,7 +36,7 @@ from align.ppo.ppo_run import Models, PPORun, Progress
 from align.ppo.replay import Replay
 from reward_models.bottleneck import base_of
 from reward_models.combine import RewardSum
-from reward_models.heads import keep_head_float32, score_head
+from reward_models.heads import hf_model, keep_head_float32, score_head
 from reward_models.responses import RewardSource
 
 REWARD_MODEL = "reward_model"  # its name in logs and errors
@@ -62,6 +63,8 @@ def set_up(
     )
     peaks = (recipe.learning_rate, recipe.value_learning_rate or recipe.learning_rate)
     longest = max(len(ids) for _, ids in data.prompts) + recipe.response_length
+    config, prompt = hf_model(models.policy.module).config, longest - recipe.response_length
+    row = row_bytes(config, prompt, recipe.response_length, 2 if recipe.bf16 else 4)
     run = PPORun(
         recipe=recipe,
         plan=plan,
@@ -71,7 +74,8 @@ def set_up(
             tokenizer=inputs.tokenizer,
             temperature=recipe.temperature,
             response_length=recipe.response_length,
-            batch_size=recipe.per_device_eval_batch_size,
+            batch_size=recipe.per_device_generation_batch_size
+            or decoding_rows(row, gpu_bytes(world), recipe.per_device_eval_batch_size),
             seed=recipe.seed,
             gather=recipe.ds3_gather_for_generation,
             stop_strings=recipe.stop_strings,

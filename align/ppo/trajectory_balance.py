@@ -115,7 +115,7 @@ def measure_rows(run: PPORun, rows: Rollout, phase: str, measure: Callable[[Roll
     by_rank = rows_by_rank(rows, world)
     mine = by_rank[world.rank]
     with world.clock.phase(phase):
-        parts = [measure(rows.rows(mine[part])) for part in chunks(len(mine), run.sampler.batch_size)]
+        parts = [measure(rows.rows(mine[part])) for part in chunks(len(mine), run.recipe.per_device_eval_batch_size)]
     gathered = world.gather(torch.cat(parts))
     found = torch.empty_like(gathered)
     found[torch.cat(by_rank)] = gathered

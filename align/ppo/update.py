@@ -145,8 +145,10 @@ def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
     recipe, kl_coef = run.recipe, run.progress.kl_coef
     with run.world.clock.phase("update_policy"):
         ids, mask = batch.sequences()  # [m, S]
+        real = batch.mask.flatten().nonzero().squeeze(1)  # [n]
         old, reference, advantage, weight = (
-            numbers[batch.mask] for numbers in (batch.old_logprobs, batch.ref_logprobs, batch.advantages, batch.weights)
+            numbers.flatten()[real]
+            for numbers in (batch.old_logprobs, batch.ref_logprobs, batch.advantages, batch.weights)
         )  # [n]
 
         def objective(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:

@@ -29,6 +29,7 @@ COSMETIC_KEYS = {
     "save_total_limit",
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
+    "per_device_generation_batch_size",
     "gradient_checkpointing",
     "attn_implementation",
     "deepspeed",

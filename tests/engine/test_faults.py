@@ -125,7 +125,9 @@ def raises(error: BaseException) -> Callable[[], object]:
 )
 def test_the_phase_in_which_memory_ran_out(allocate: Callable[[], object], words: str) -> None:
     clock = Clock()
-    words += r".*Lower per_device_eval_batch_size or response_length\."
+    words += (
+        r".*Lower per_device_generation_batch_size in PPO, elsewhere per_device_eval_batch_size; or response_length\."
+    )
     with pytest.raises(UserError, match=words), clock.phase("update_policy"), clock.phase("generate"):
         allocate()
     assert clock.running == []

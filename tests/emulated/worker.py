@@ -1,0 +1,81 @@
+"""Run by test_emulated.py in a process of its own: stages on the emulated device, and what they asked of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from align.config.load import load_recipe
+from align.data.collate import pad_left
+from align.engine.distributed import World
+from align.engine.timer import Clock
+from align.generation.ending import Ending
+from align.generation.generate import generate
+from align.generation.sampling import uniforms
+from align.models.in_place_gradients import add_in_pieces
+from align.ppo import train
+from tests.emulated.device import COUNTS, emulated_device
+from tests.worlds import letter_tokenizer, tiny_llama
+
+LAYERS = (2, 4)  # the difference of two models is what layers cost
+
+
+def measure(recipe: str, found: str) -> None:
+    """Write what was counted and computed to the JSON file `found`, and tensors beside it."""
+    results: dict[str, Any] = {}
+    samples: dict[str, Any] = {}
+    with emulated_device() as device:
+        results["mixed"] = refusal(device)
+        results["decoding"] = {str(layers): decoding(device, layers, samples) for layers in LAYERS}
+        results["bfloat16_sum"] = bfloat16_sum(device)
+        results["ppo"] = whole_run(recipe, device)
+    torch.save(samples, Path(found).with_suffix(".pt"))
+    Path(found).write_text(json.dumps(results))
+
+
+def refusal(device: torch.device) -> str:
+    try:
+        torch.ones(3, device=device) + torch.ones(3)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def rollout(layers: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Responses of up to 33 tokens to prompts of several lengths, some of which end early."""
+    model, tokenizer = tiny_llama(spread=0.3, layers=layers).to(device), letter_tokenizer()
+    ids, mask = (each.to(device) for each in pad_left([[1, 5 + i, 6, 7][: 2 + i % 3] for i in range(12)], 0))
+    noise = uniforms(5, "test", range(12), 33).to(device)
+    COUNTS.clear()
+    return generate(model, ids, mask, noise, 1.0, Ending(tokenizer))
+
+
+def decoding(device: torch.device, layers: int, samples: dict[str, Any]) -> dict[str, float]:
+    """Counts of a rollout for each step; its responses go to `samples`."""
+    responses = rollout(layers, device)
+    counts = COUNTS.taken()
+    samples[str(layers)] = [each.cpu() for each in responses]
+    steps = responses[0].shape[1]
+    return {"steps": steps, **{name: value / steps for name, value in counts.items()}}
+
+
+def bfloat16_sum(device: torch.device) -> dict[str, int]:
+    """Counts of adding a bfloat16 gradient to a float32 one."""
+    total, part = torch.zeros(1024, 1024, device=device), torch.ones(1024, 1024, dtype=torch.bfloat16, device=device)
+    COUNTS.clear()
+    add_in_pieces(total, part)
+    return COUNTS.taken()
+
+
+def whole_run(recipe: str, device: torch.device) -> dict[str, Any]:
+    """Counts of `align ppo` by phase."""
+    clock = Clock(device)
+    COUNTS.clear(lambda: clock.running[-1] if clock.running else "")
+    with mock.patch.object(train, "connect", return_value=World(0, 1, device, clock)):
+        train.run(load_recipe("ppo", recipe))
+    return {"phases": COUNTS.phases, "places": COUNTS.waits.most_common(40)}
