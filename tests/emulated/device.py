@@ -108,11 +108,7 @@ class DeviceTensor(Tensor):
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
         if func in (Tensor.__getitem__, Tensor.__setitem__):
-            args = (
-                args[0],
-                tree_map_only(list, torch.tensor, args[1], is_leaf=lambda each: isinstance(each, list)),
-                *args[2:],
-            )
+            args = (args[0], tree_map_only(list, _index, args[1], lambda each: isinstance(each, list)), *args[2:])
         with torch._C.DisableTorchFunctionSubclass():  # results keep their own class
             return func(*args, **(kwargs or {}))
 
@@ -123,11 +119,24 @@ class DeviceTensor(Tensor):
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
 
+    def storage(self) -> Any:
+        return self.inner.storage()
+
+    def untyped_storage(self) -> Any:
+        return self.inner.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
     def new_tensor(self, data: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"DeviceTensor({self.inner})"
+
+
+def _index(rows: list[Any]) -> Tensor:
+    return torch.tensor(rows) if rows else torch.zeros(0, dtype=torch.int64)
 
 
 def _attention(
@@ -152,6 +161,8 @@ def _is_ours(device: Any) -> bool:
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """One operation: refuse it, count it, compute it on the CPU, and wrap its results."""
     name, target = func._schema.name, kwargs.get("device")
+    if name in ("aten::pin_memory", "aten::_pin_memory"):
+        return args[0]
     flat = [each for each in tree_flatten((args, kwargs))[0] if isinstance(each, Tensor)]
     ours = [each for each in flat if isinstance(each, DeviceTensor)]
     if not ours and not _is_ours(target):

@@ -6,19 +6,21 @@ as many, so that these counts are the time of a small model.
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from align.config.load import load_recipe
 from align.generation.generate import END_INTERVAL
-from align.ppo.train import run
 from tests import ranks
 from tests.emulated import worker
 from tests.ppo.test_train import make_recipe, metrics
+from tests.worlds import LETTERS, write_jsonl
 
 CPU = torch.device("cpu")
 UPDATES, EPOCHS, MINIBATCHES, MICROBATCHES = 2, 3, 2, 2
@@ -34,19 +36,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("emulated")
 
 
+def recipes(folder: Path, name: str) -> dict[str, str]:
+    """A short recipe of each stage, whose outputs go to the folder `name`."""
+    ppo = make_recipe(folder, total_episodes=16 * UPDATES, output_dir=str(folder / name / "ppo"))
+    letters = [LETTERS[i : i + 1 + i % 4] for i in range(16)]
+    rows = {
+        "sft": [{"prompt": text, "completion": "defgh"[i % 4 :]} for i, text in enumerate(letters)],
+        "reward": [
+            {"prompt": text, "chosen": "defgh"[i % 4 :], "rejected": "xyz"[i % 2 :]} for i, text in enumerate(letters)
+        ],
+    }
+    paths = {"ppo": ppo}
+    for stage in ("sft", "reward"):
+        keys = {
+            "stage": stage, "model_name_or_path": str(folder / "policy"), "output_dir": str(folder / name / stage),
+            "train_dataset": write_jsonl(folder / f"{stage}.jsonl", rows[stage]), "train_batch_size": 8,
+            "eval_dataset": write_jsonl(folder / f"{stage}-eval.jsonl", [{**row, "prompt": "zz"} for row in rows[stage][:4]]),
+            "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-3, "logging_steps": 1,
+            **({"response_length": 4, "normalize_prompts": 4} if stage == "reward" else {}),
+        }  # fmt: skip
+        paths[stage] = str(folder / f"{name}-{stage}.yaml")
+        Path(paths[stage]).write_text(yaml.safe_dump(keys))
+    return paths
+
+
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
-    recipe = make_recipe(folder, total_episodes=16 * UPDATES)
-    done = ranks.run(
-        worker.measure,
-        recipe,
-        str(folder / "found.json"),
-        ranks=1,
-        log=folder / "rank",
-        env={"PYTHONPATH": str(folder)},
-    )
+    path = folder / "found.json"
+    settings = {"log": folder / "rank", "env": {"PYTHONPATH": str(folder)}}
+    done = ranks.run(worker.measure, recipes(folder, "there"), str(path), ranks=1, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
+    return json.loads(path.read_text())
 
 
 def test_tensors_of_two_devices_are_refused(found):
@@ -80,17 +100,26 @@ def test_a_gradient_is_added_in_one_kernel(found):
     assert found["bfloat16_sum"] == {"operations": 1, "kernels": 1, "synchronizations": 0}
 
 
-class TestPPO:
-    """The whole of `align ppo`, with self-checks, evaluations and checkpoints."""
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_whole_stage_computes_what_a_cpu_computes(found, folder, stage):
+    """With evaluations, checkpoints and PPO's self-checks. `found` is made first: the device refuses tensors of two devices."""
+    run = importlib.import_module(f"align.{stage}.train").run
+    run(load_recipe(stage, recipes(folder, "here")[stage]))
+    for there, here in zip(*(metrics(folder / name / stage) for name in ("there", "here")), strict=True):
+        assert there.keys() == here.keys()
+        for name in here.keys() - {"time"}:
+            if not name.startswith(("time/", "memory/")):
+                assert there[name] == pytest.approx(here[name], rel=2e-3, abs=1e-4), name
 
-    def test_it_computes_what_a_cpu_computes(self, found, folder):
-        there = metrics(folder / "out")
-        run(load_recipe("ppo", make_recipe(folder, total_episodes=16 * UPDATES, output_dir=str(folder / "cpu"))))
-        for row, here in zip(there, metrics(folder / "cpu"), strict=True):
-            assert row.keys() == here.keys()
-            for name in row.keys() - {"time"}:
-                if not name.startswith(("time/", "memory/")):
-                    assert row[name] == pytest.approx(here[name], rel=2e-3, abs=1e-4), name
+
+@pytest.mark.parametrize(("stage", "waits"), [("sft", 110), ("reward", 140)])
+def test_a_stage_of_trl(found, stage, waits):
+    """Two steps of two microbatches and two evaluations. Most of the waits are TRL's, for metrics."""
+    assert found[stage]["all"]["synchronizations"] <= waits, found[stage]["places"]
+
+
+class TestPPO:
+    """Of the whole of `align ppo`."""
 
     @pytest.mark.parametrize(("phase", "waits", "kernels"), [("update_policy", 2, 450), ("update_value", 1, 400)])
     def test_a_microbatch(self, found, phase, waits, kernels):

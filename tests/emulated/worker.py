@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
 from align.config.load import load_recipe
@@ -18,14 +21,13 @@ from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.in_place_gradients import add_in_pieces
-from align.ppo import train
 from tests.emulated.device import COUNTS, emulated_device
 from tests.worlds import letter_tokenizer, tiny_llama
 
 LAYERS = (2, 4)  # the difference of two models is what layers cost
 
 
-def measure(recipe: str, found: str) -> None:
+def measure(recipes: dict[str, str], found: str) -> None:
     """Write what was counted and computed to the JSON file `found`, and tensors beside it."""
     results: dict[str, Any] = {}
     samples: dict[str, Any] = {}
@@ -33,7 +35,7 @@ def measure(recipe: str, found: str) -> None:
         results["mixed"] = refusal(device)
         results["decoding"] = {str(layers): decoding(device, layers, samples) for layers in LAYERS}
         results["bfloat16_sum"] = bfloat16_sum(device)
-        results["ppo"] = whole_run(recipe, device)
+        results |= {stage: whole_run(stage, recipe, device) for stage, recipe in recipes.items()}
     torch.save(samples, Path(found).with_suffix(".pt"))
     Path(found).write_text(json.dumps(results))
 
@@ -72,10 +74,16 @@ def bfloat16_sum(device: torch.device) -> dict[str, int]:
     return COUNTS.taken()
 
 
-def whole_run(recipe: str, device: torch.device) -> dict[str, Any]:
-    """Counts of `align ppo` by phase."""
+def whole_run(stage: str, recipe: str, device: torch.device) -> dict[str, Any]:
+    """Counts of a stage by phase, and of its waits by place."""
     clock = Clock(device)
     COUNTS.clear(lambda: clock.running[-1] if clock.running else "")
-    with mock.patch.object(train, "connect", return_value=World(0, 1, device, clock)):
-        train.run(load_recipe("ppo", recipe))
-    return {"phases": COUNTS.phases, "places": COUNTS.waits.most_common(40)}
+    module = importlib.import_module(f"align.{stage}.train")
+    for state in (PartialState, AcceleratorState):  # of the stage before
+        state._reset_state()
+    with (
+        mock.patch.object(module, "connect", return_value=World(0, 1, device, clock)),
+        mock.patch.dict(os.environ, {"ACCELERATE_TORCH_DEVICE": str(device)}),
+    ):
+        module.run(load_recipe(stage, recipe))
+    return {"all": COUNTS.taken(), "phases": COUNTS.phases, "places": COUNTS.waits.most_common(40)}
