@@ -63,8 +63,8 @@ BUGS = {
     ),
     "log-probabilities one token late": (
         "align/models/forward.py",
-        "indices = ((columns >= first - 1) & (columns < sizes - 1))",
-        "indices = ((columns >= first) & (columns < sizes))",
+        "(columns >= first - 1) & (columns < sizes - 1)",
+        "(columns >= first) & (columns < sizes)",
         "tests/generation/test_generate.py::test_generation_knows_the_log_probability_of_what_it_sampled",
     ),
     "values one token late": (
@@ -75,8 +75,8 @@ BUGS = {
     ),
     "end-of-text outside the mask": (
         "align/generation/generate.py",
-        "            done = not alive.any()\n",
-        "            mask[rows[~alive], step] = False\n            done = not alive.any()\n",
+        "        flags = alive.tolist()\n",
+        "        mask[rows[~alive], step] = False\n        flags = alive.tolist()\n",
         "tests/generation/test_generate.py::test_responses_are_what_the_training_forward_would_sample",
     ),
     "whitening over the padding": (
