@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from align.config.best_of_n import BestOfNRecipe
@@ -14,6 +15,7 @@ from align.runs.measurement import finished_measurement
 from align.runs.records import COUNT, MAPPING, NUMBER, Kind, Record, is_count, is_number, mapping_of
 from align.runs.schemas import IDENTITY, OF_IDENTITY
 from align.runs.tables import markdown_table
+from align.runs.whole import check_whole
 
 LOW_EOS_RATE = 0.3
 REPORT, CHART = "results.md", "frontier.svg"
@@ -58,9 +60,12 @@ def finished(recipe: BestOfNRecipe) -> dict[str, Any] | None:
     """The content of `results.json` in `output_dir`; None when there is none.
 
     Raises:
-        UserError: it is damaged, of another recipe, or a model, the data or a function has changed since.
+        UserError: it is damaged, of another recipe, a model, the data or a function has changed since, or a data set is missing.
     """
-    return finished_measurement(recipe, RESULTS_RECORD, AGAIN)
+    results = finished_measurement(recipe, RESULTS_RECORD, AGAIN)
+    if results is not None:
+        check_whole(Path(recipe.output_dir), results["datasets"])
+    return results
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:

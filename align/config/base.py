@@ -113,7 +113,9 @@ class StageRecipe(Recipe):
     )
     lora_r: int = key(16, "Rank of LoRA, DoRA and QLoRA.", BATCH)
     lora_alpha: int = key(32, "LoRA alpha.", AT_LEAST_1)
-    lora_target_modules: list[str] = key([], "Modules with adapters; all linear layers by default.")
+    lora_target_modules: list[str] = key(
+        [], "Modules with adapters (LoRA, DoRA, QLoRA, IA3); all linear layers by default."
+    )
     num_virtual_tokens: int = key(
         20, "Virtual tokens that `method: prompt` or `prefix` learns and prepends to each row.", TOKENS
     )

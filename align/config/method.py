@@ -12,11 +12,17 @@ from align.config.keys import Where
 from align.errors import UserError
 
 UNMERGED = ("prompt", "prefix", "bottleneck")  # methods whose adapter is saved alone
-OF_METHOD = {  # key: the value of `method` that reads it
-    "prefix_projection": "prefix",
-    "encoder_hidden_size": "prefix",
-    "bottleneck_size": "bottleneck",
-    "bottleneck_placement": "bottleneck",
+OF_METHOD = {  # key: the values of `method` that read it
+    "freeze_layers": ("freeze",),
+    "trainable_pattern": ("freeze",),
+    "lora_r": ("lora", "dora", "qlora"),
+    "lora_alpha": ("lora", "dora", "qlora"),
+    "lora_target_modules": ("lora", "dora", "qlora", "ia3"),
+    "num_virtual_tokens": ("prompt", "prefix"),
+    "prefix_projection": ("prefix",),
+    "encoder_hidden_size": ("prefix",),
+    "bottleneck_size": ("bottleneck",),
+    "bottleneck_placement": ("bottleneck",),
 }
 
 
@@ -42,16 +48,11 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
             f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got "
             f"{'both' if partial else 'neither'}"
         )
-    if recipe.method != "freeze" and partial:
-        name = "freeze_layers" if recipe.freeze_layers else "trainable_pattern"
-        raise UserError(f"{where(name)}: is for method: freeze, got method: {recipe.method}")
     for each in fields(recipe):
-        if (
-            (owner := OF_METHOD.get(each.name))
-            and recipe.method != owner
-            and getattr(recipe, each.name) != each.default
-        ):
-            raise UserError(f"{where(each.name)}: is for method: {owner}, got method: {recipe.method}; leave it out")
+        readers = OF_METHOD.get(each.name, supported)
+        if recipe.method not in readers and getattr(recipe, each.name) not in (each.default, []):
+            names = f"{', '.join(readers[:-1])} or {readers[-1]}" if len(readers) > 1 else readers[0]
+            raise UserError(f"{where(each.name)}: is for method: {names}, got method: {recipe.method}; leave it out")
     if recipe.encoder_hidden_size is not None and not recipe.prefix_projection:
         raise UserError(f"{where('encoder_hidden_size')}: is the width of prefix_projection; set that to true too")
     if recipe.method in UNMERGED and recipe.save_dtype != "auto":
@@ -62,11 +63,6 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
         raise UserError(
             f"{where('model_config')}: method: {recipe.method} saves an adapter without its model, and a random one is not kept; "
             "train all of it (method: full)"
-        )
-    if recipe.method == "bottleneck" and recipe.lora_target_modules:
-        raise UserError(
-            f"{where('lora_target_modules')}: method: bottleneck finds its places by itself; leave it out, and choose among "
-            "them by bottleneck_placement"
         )
     if recipe.trainable_pattern is not None:
         try:

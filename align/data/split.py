@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from align.data.rows import Demonstration, Row, canonical
 from align.data.templates import RENDERINGS
 from align.errors import UserError
+
+WORD = re.compile(r"\w+")
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -30,18 +33,27 @@ class NoHeldOutRows(EmptySplit):
 
 def is_held_out(row: Row, eval_fraction: float, seed: int) -> bool:
     """Whether the row is for evaluation. Depends on its opening and the seed alone, not on the other rows."""
-    return _place(row, seed) < eval_fraction * 2**64
+    return _place(_opening(row), seed) < eval_fraction * 2**64
 
 
 def is_for_judge(row: Row) -> bool:
-    """Whether a training row is in the judge's half, which is the same for every seed."""
-    return _place(row, "judge") < 2**63
+    """Whether a training row is in the judge's half, which is the same for every seed.
+
+    Openings that are equal but for case, white space and punctuation are in one half.
+    """
+    return (
+        _place([(role, " ".join(WORD.findall(content.casefold()))) for role, content in _opening(row)], "judge") < 2**63
+    )
 
 
-def _place(row: Row, salt: int | str) -> int:
-    """A number below 2**64 that depends on the opening of the row (a dialogue up to its first user turn) and `salt` alone."""
+def _opening(row: Row) -> list[tuple[str, str]]:
+    """The prompt of the row, of a dialogue up to its first user turn."""
     turns = _prompt_turns(row)
-    opening = turns[: 1 + [role for role, _ in turns].index("user")]
+    return turns[: 1 + [role for role, _ in turns].index("user")]
+
+
+def _place(opening: list[tuple[str, str]], salt: int | str) -> int:
+    """A number below 2**64 that depends on these alone."""
     digest = hashlib.sha256(json.dumps([salt, opening]).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 

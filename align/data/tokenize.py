@@ -98,8 +98,8 @@ def tokenize_preferences(
 ) -> tuple[Dataset, Report]:
     """`chosen_ids` and `rejected_ids` (prompt and response each) of each row, and the bad rows by reason.
 
-    Where rows have a `margin`, so has the data set; all rows or none must have one. Where one is a tie, the data set has
-    `tie`: 1 for a tie, else 0.
+    Where rows have a `margin`, so has the data set; all rows but ties must have one (or a `strength`, of which it follows), or none.
+    Where one is a tie, the data set has `tie`: 1 for a tie, else 0.
 
     Args:
         max_length: most tokens of prompt and response; rows with a longer one are bad rows.
@@ -112,6 +112,7 @@ def tokenize_preferences(
             has no chat template.
     """
     bad = BadRows()
+    graded = any(map(_is_graded, rows))
     has_margin = any(row.extra.get("margin") is not None for row in rows)
     has_tie = any(map(is_tie, rows))
 
@@ -123,7 +124,7 @@ def tokenize_preferences(
                 check_length(max(map(len, sequences)), max_length, "max_length", tokenizer)
                 if sequences[0] == sequences[1]:
                     raise BadRow("`chosen` and `rejected` have the same tokens")
-                if has_margin and _lacks_margin(row):
+                if graded and _lacks_margin(row):
                     raise BadRow(NO_MARGIN)
                 margin = [float(row.extra.get("margin") or 0.0)] if has_margin else []
                 if kept is not None:
@@ -136,17 +137,21 @@ def tokenize_preferences(
 
 
 def check_margins(parts: Sequence[Sequence[Preference]], on_bad_row: str) -> None:
-    """Check that all rows of a part, training or held-out ones, have a `margin`, or none; one error counts those of all parts.
+    """Check that all rows of a part, training or held-out ones, have a `margin` or are ties, or none has one or a `strength`; one error counts
+    those of all parts.
 
     Raises:
         UserError: some have none, and `on_bad_row` is "error".
     """
     bad = BadRows()
-    if any(
-        any(row.extra.get("margin") is not None for row in rows) and any(map(_lacks_margin, rows)) for rows in parts
-    ):
+    if any(any(map(_is_graded, rows)) and any(map(_lacks_margin, rows)) for rows in parts):
         bad.by_reason[NO_MARGIN] = [row.where for rows in parts for row in rows if _lacks_margin(row)]
     bad.raise_or_report(on_bad_row)
+
+
+def _is_graded(row: Preference) -> bool:
+    """Whether the row says by how much a response is better, or by its `strength` that none is."""
+    return any(row.extra.get(name) is not None for name in ("margin", "strength"))
 
 
 def _lacks_margin(row: Preference) -> bool:

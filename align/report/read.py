@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -167,18 +169,16 @@ def _subfolders(folder: Path) -> list[Path]:
         found = [each for each in folder.iterdir() if each.is_dir() and not each.name.startswith(".")]
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}).") from None
-    return sorted(found, key=lambda each: natural_key(each.name))
+    return sorted(found, key=lambda each: (natural_key(each.name), each.name))
 
 
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """A sort key for names that orders the numbers in them by value, before other characters."""
-    parts: list[str] = []
-    for character in name:
-        if parts and parts[-1].isdecimal() == character.isdecimal():
-            parts[-1] += character
-        else:
-            parts.append(character)
-    return [(int(part[:18]), "") if part.isascii() and part.isdecimal() else (10**18, part) for part in parts]
+def natural_key(name: str) -> list[tuple[float, str]]:
+    """A sort key for names that orders the numbers in them, with decimals, by value, before other characters.
+
+    So `2_ppo` comes before `10_ppo` and `kl0.05` before `kl0.2`.
+    """
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", name)
+    return [(float(part), "") if index % 2 else (math.inf, part) for index, part in enumerate(parts) if part]
 
 
 def read_run(folder: Path) -> Run:

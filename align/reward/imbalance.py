@@ -45,22 +45,22 @@ def measure_imbalance(rows: Sequence[Preference]) -> dict[str, Any]:
     return found
 
 
-def describe_imbalance(found: dict[str, Any]) -> list[str]:
-    """Lines on what `measure_imbalance` found."""
+def describe_imbalance(found: dict[str, Any], pairs: str = "training pairs") -> list[str]:
+    """Lines on what `measure_imbalance` found in `pairs`."""
     lines = []
     if found:
-        lines.append(f"the longer response is the chosen one in {_shown(found['longer_chosen'])} of the pairs")
+        lines.append(f"the longer response is the chosen one in {_shown(found['longer_chosen'])} of the {pairs}")
     if "chosen_first" in found:
-        lines.append(f"the chosen response was shown first in {_shown(found['chosen_first'])} of the pairs")
+        lines.append(f"the chosen response was shown first in {_shown(found['chosen_first'])} of the {pairs}")
     if sources := found.get("longer_chosen_by_source"):
         total = sum(each["n"] for each in sources.values())
         shown = (f"{name} {each['n'] / total:.1%} (longer: {each['accuracy']:.1%})" for name, each in sources.items())
-        lines.append(f"pairs by source: {', '.join(shown)}")
+        lines.append(f"{pairs} by source: {', '.join(shown)}")
     return lines
 
 
-def warn_of_imbalance(found: dict[str, Any]) -> list[str]:
-    """A line for each cue that predicts the choice as well as annotators agree with one another."""
+def warn_of_imbalance(found: dict[str, Any], pairs: str = "training pairs") -> list[str]:
+    """A line for each cue that predicts the choice in `pairs` as well as annotators agree with one another."""
     cues = {"longer_chosen": ("longer", "shorter"), "chosen_first": ("first", "second")}
     warnings = []
     for name, words in cues.items():
@@ -68,7 +68,7 @@ def warn_of_imbalance(found: dict[str, Any]) -> list[str]:
         if max(share, 1 - share) >= AS_GOOD_AS_ANNOTATORS and not found[name]["low"] <= 0.5 <= found[name]["high"]:
             word = words[share < 0.5]
             warnings.append(
-                f"choosing the {word} response is right in {max(share, 1 - share):.1%} of the pairs, at least as often as annotators agree "
+                f"choosing the {word} response is right in {max(share, 1 - share):.1%} of the {pairs}, at least as often as annotators agree "
                 f"({AS_GOOD_AS_ANNOTATORS:.0%}, arXiv 2204.05862), so the reward model can learn that alone; add pairs of which "
                 f"the {words[share > 0.5]} is better, and compare with the baselines of `align judge-reward`."
             )

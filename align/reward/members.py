@@ -4,22 +4,28 @@ folder of its own."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from align.config.ensemble import JUDGE, MEMBER
+from align.config.paths import dataset_keys
 from align.config.reward import RewardRecipe
+from align.data.load import Rows
 from align.engine.distributed import World
-from align.errors import UserError
+from align.errors import OtherRun
 from align.reward.inputs import RewardInputs
 from align.reward.pairs import Pairs, describe_halves
-from align.runs.checkpoint import complete_checkpoints
-from align.runs.manifest import open_stage
+from align.runs.checkpoint import complete_checkpoints, models_inside
+from align.runs.fingerprints import row_fingerprints
+from align.runs.manifest import is_finished, open_stage
 from align.runs.markdown import markdown_text
 from align.runs.output_folder import one_run_per_folder
-from align.runs.own_files import own, owned
-from align.runs.run_record import record_run
+from align.runs.own_files import MANIFEST, delete, own
+from align.runs.records import read_record
+from align.runs.run_record import check_rows, record_run
+from align.runs.same_run import input_changes
+from align.runs.schemas import MANIFEST_RECORD
 from align.runs.stage import finish, finished_results
 from align.terminal import say
 
@@ -48,17 +54,44 @@ def judge_recipe(recipe: RewardRecipe) -> RewardRecipe:
     )
 
 
-def check_no_judge(recipe: RewardRecipe) -> None:
-    """Check that the output folder holds no judge of an earlier start, if the recipe trains none.
+def models_of(recipe: RewardRecipe) -> list[RewardRecipe]:
+    """The recipes of the models that are trained into folders inside: members, and then the judge."""
+    members = range(1, recipe.ensemble_size + 1) if recipe.ensemble_size > 1 else ()
+    return [*(member_recipe(recipe, number) for number in members), *([judge_recipe(recipe)] * recipe.train_judge)]
+
+
+def check_models_inside(recipe: RewardRecipe, parts: Sequence[Rows]) -> None:
+    """Check that a run of several models goes on with the pairs that it began with, and that those of its models that are finished
+    were trained on them.
+
+    Args:
+        parts: the rows of the reward model, and with `train_judge` those of its judge.
 
     Raises:
-        UserError: it does; the reward model would be trained on the judge's pairs.
+        OtherRun: they were not, or a finished one is not whole. `accept_changes` lets a model that is being trained go on with other
+            pairs; it does not make a finished one a model of these.
     """
-    if JUDGE in owned(recipe.output_dir):
-        raise UserError(
-            f"train_judge: {recipe.output_dir} holds a judge that was trained with train_judge: true, on pairs that the reward model "
-            f"would be trained on now; set train_judge: true, or delete {recipe.output_dir} to start over."
-        )
+    if found := models_of(recipe):
+        check_rows(recipe, parts[0].report)
+    for each in found:
+        accepted = [*each.accept_changes, *dataset_keys(RewardRecipe)]  # rows are compared next
+        if is_finished(dataclasses.replace(each, accept_changes=accepted)):
+            rows = parts[-1 if Path(each.output_dir).name == JUDGE else 0]
+            before = read_record(Path(each.output_dir) / MANIFEST, MANIFEST_RECORD)
+            if different := input_changes(before, row_fingerprints(rows.report), each):
+                raise OtherRun(
+                    f"output_dir: {each.output_dir} holds a finished model that was trained on other pairs than this run has: "
+                    f"{', '.join(change.description for change in different)}; put the pairs back as they were, or delete "
+                    f"{each.output_dir} to train it again."
+                )
+
+
+def delete_unused(recipe: RewardRecipe) -> None:
+    """Delete the folders inside that a start without progress left for models that this one does not train. For rank 0."""
+    names = {Path(each.output_dir).name for each in models_of(recipe)}
+    for folder in models_inside(recipe.output_dir):
+        if folder.name not in names:
+            delete(folder)
 
 
 def train_judge(
@@ -73,9 +106,9 @@ def train_judge(
     """
     judge = judge_recipe(recipe)
     if world.is_main:
-        if not complete_checkpoints(recipe.output_dir):  # of the reward model, in whose record the rows are compared
+        if not complete_checkpoints(recipe.output_dir):  # of the reward model, which renews the record
             record_run(recipe, pairs.rows.report, None)
-        say(describe_halves(pairs.rows, of_judge.rows))
+        say(describe_halves(len(pairs.train), len(of_judge.train)))
         say(f"judge: seed {judge.seed}, into {judge.output_dir}")
     return _train_inside(judge, inputs, of_judge, world, train)
 

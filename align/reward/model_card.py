@@ -114,7 +114,10 @@ score = model(torch.tensor([ids])).logits[0, 0] - model.config.score_mean
 `config.score_mean` is the mean logit of {centred_on}: with it subtracted, their mean score is 0. Batches need an attention mask.
 """
 )
-OF_HALVES = "The pairs were split by prompt in two halves: one trained the reward model, the other its judge in the folder `judge`.\n"
+OF_HALVES = (
+    "It was trained on one of two halves of the pairs, split by prompt: one for the reward model, the other for its judge, which is in the "
+    "folder `judge` of the reward model's.\n"
+)
 ANSWER_ALONE = "Of a response with reasoning, only the answer behind it is scored.\n"
 ENCODER_IDS = 'ids = tokenizer(prompt, response)["input_ids"]  # texts'
 TEXT_IDS = """ids = tokenizer(prompt + response)["input_ids"]  # texts

@@ -49,7 +49,6 @@ def load_pairs(recipe: RewardRecipe, inputs: RewardInputs) -> tuple[Pairs, Pairs
         UserError: rows that cannot be used.
     """
     parts = load_preferences(recipe)
-    check_margins((*(rows.train for rows in parts), parts[0].evaluation), recipe.on_bad_row)
     tokenize = partial(
         tokenize_preferences,
         tokenizer=inputs.tokenizer,
@@ -94,9 +93,14 @@ def load_preferences(recipe: RewardRecipe) -> Sequence[Rows]:
         UserError: rows that cannot be used.
     """
     settings = DataSettings.from_recipe(recipe)
-    return load_halves(settings, Preference) if recipe.train_judge else [load_rows(settings, Preference)]
+    parts = load_halves(settings, Preference) if recipe.train_judge else [load_rows(settings, Preference)]
+    check_margins((*(rows.train for rows in parts), parts[0].evaluation), recipe.on_bad_row)
+    return parts
 
 
-def describe_halves(reward: Rows, judge: Rows) -> str:
-    """A line on the pairs of the two models."""
-    return f"train_judge: {len(reward.train)} pairs train the reward model and {len(judge.train)} its judge; no prompt is in both"
+def describe_halves(reward: int, judge: int) -> str:
+    """A line on the numbers of pairs of the two models."""
+    return (
+        f"train_judge: {reward} pairs for the reward model and {judge} for its judge; no prompt is in both, nor one that differs in case, "
+        "white space and punctuation alone"
+    )

@@ -49,7 +49,7 @@ from align.reward.evaluation import (
 )
 from align.reward.imbalance import describe_imbalance, imbalance_section, measure_imbalance, warn_of_imbalance
 from align.reward.inputs import RewardInputs, check_reward_inputs
-from align.reward.members import check_no_judge, train_judge, train_members, with_judge
+from align.reward.members import check_models_inside, delete_unused, train_judge, train_members, with_judge
 from align.reward.model_card import reward_card
 from align.reward.normalization import chosen_responses, normalization_prompts, normalize_scores, sft_responses
 from align.reward.pairs import Pairs, load_pairs
@@ -63,6 +63,7 @@ from align.runs.quiet import quiet
 from align.runs.results import RewardResult
 from align.runs.stage import finish, finished_results, last_checkpoint, write_untrained
 from align.runs.tracker import Tracker
+from align.terminal import say
 from align.trainer.arguments import eval_batch_size, total_steps, training_arguments
 from align.trainer.hf_trainer import save_trained, train
 from reward_models.bottleneck import base_of
@@ -81,15 +82,18 @@ def run(recipe: RewardRecipe) -> RewardResult:
     pairs, of_judge = load_pairs(recipe, inputs)
     world.check_rows(len(pairs.train))
     train_one = partial(train_model, world=world, plan=plan)
+    check_models_inside(recipe, [pairs.rows, *([of_judge.rows] if of_judge is not None else ())])
+    if world.is_main:
+        delete_unused(recipe)
     judge = None
-    if of_judge is None:
-        check_no_judge(recipe)
-    else:
+    if of_judge is not None:
         world.check_rows(len(of_judge.train))
         judge = train_judge(recipe, inputs, pairs, of_judge, world, train_one)
     if recipe.ensemble_size > 1:
         results = train_members(recipe, inputs, pairs, world, train_one, judge)
     else:
+        if judge is not None and world.is_main:
+            say(f"reward model: seed {recipe.seed}, into {recipe.output_dir}")
         results = train_one(recipe, inputs, pairs, judge=judge)
     world.barrier()
     disconnect()

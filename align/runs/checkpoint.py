@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align.config.ensemble import JUDGE, NUMBERED
 from align.errors import BadFile
 from align.runs.files import (
     difference,
@@ -28,7 +29,7 @@ from align.runs.files import (
     write_bytes,
     write_json,
 )
-from align.runs.own_files import delete, own, owned
+from align.runs.own_files import MANIFEST, delete, own, owned
 from align.runs.records import CHECKPOINT_NAME, read_record
 from align.runs.schemas import COMPLETE, COMPLETE_RECORD, METRICS, SAMPLES
 
@@ -122,6 +123,20 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     """The complete checkpoints of the run in `output_dir`, oldest first; links are none."""
     mine = [Path(output_dir) / name for name in owned(output_dir) if CHECKPOINT_NAME.fullmatch(name)]
     return sorted((each for each in mine if not each.is_symlink() and os.path.lexists(each / COMPLETE)), key=step_of)
+
+
+def models_inside(folder: str | Path) -> list[Path]:
+    """The folders of the run's own in `folder` for the members of an ensemble and for a judge, finished or not."""
+    return [Path(folder) / name for name in sorted(owned(folder)) if name == JUDGE or NUMBERED.fullmatch(name)]
+
+
+def has_progress(output_dir: str | Path) -> bool:
+    """Whether the run in `output_dir` would lose something if it started over: a checkpoint, or a model inside that has one or is
+    finished."""
+    inside = models_inside(output_dir)
+    return any(complete_checkpoints(each) or os.path.lexists(each / MANIFEST) for each in inside) or bool(
+        complete_checkpoints(output_dir)
+    )
 
 
 def step_of(checkpoint: Path | None) -> int:

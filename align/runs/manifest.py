@@ -12,7 +12,7 @@ from align.config.base import StageRecipe
 from align.data.chat_template import TODAY, template_kwargs, writes_date
 from align.errors import UserError
 from align.models.inspect_folder import inspect_inputs
-from align.runs.checkpoint import DAMAGED, complete_checkpoints, delete_checkpoint
+from align.runs.checkpoint import DAMAGED, delete_checkpoint, has_progress
 from align.runs.files import digest, write_json
 from align.runs.output_folder import claim, clear_finished
 from align.runs.own_files import MANIFEST, RUN, own, owned
@@ -21,6 +21,7 @@ from align.runs.run_record import identity, read_run, required_run, without_data
 from align.runs.run_record import read_manifest as read_manifest
 from align.runs.same_run import changes, check_same
 from align.runs.schemas import MANIFEST_RECORD
+from align.runs.whole import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,7 @@ def open_stage(recipe: StageRecipe) -> bool:
     if not finished:
         inspect_inputs(recipe)
         if is_main:
-            claim(recipe.output_dir, identity(recipe), resuming=bool(complete_checkpoints(recipe.output_dir)))
+            claim(recipe.output_dir, identity(recipe), resuming=has_progress(recipe.output_dir))
     return finished
 
 
@@ -67,19 +68,21 @@ def is_finished(recipe: StageRecipe) -> bool:
     Of a run that goes on, rows are compared once they are loaded, by `align.runs.run_record.check_rows`.
 
     Raises:
-        UserError: the folder holds a run of another recipe or of inputs that have changed, its record is lost or damaged, or
-            an input is not finished.
+        UserError: the folder holds a run of another recipe or of inputs that have changed, its record is lost or damaged,
+            an input is not finished, or a part of a finished run's result is missing.
     """
     folder = Path(recipe.output_dir)
     finished = os.path.lexists(folder / MANIFEST)
     found = read_record(folder / MANIFEST, MANIFEST_RECORD) if finished else required_run(recipe)
-    if found is None or not (finished or complete_checkpoints(folder)):
-        return False  # a run without a checkpoint loses nothing when it starts over
+    if found is None or not (finished or has_progress(folder)):
+        return False  # it loses nothing when it starts over
     mine = identity(recipe, found.get("sums"))
     if not finished:
         mine["inputs"] = without_data(mine["inputs"], recipe)
     which = "a finished" if finished else "an unfinished"
     check_same(changes(found, mine, recipe), recipe, f"{which} run that differs", "start over")
+    if finished:
+        check_whole(folder, found.get("files", []))
     return finished
 
 

@@ -16,7 +16,7 @@ from align.config.paths import dataset_keys
 from align.config.recipe import Recipe
 from align.config.stages import input_models, stage_of
 from align.errors import BadFile, OtherRun, UserError
-from align.runs.checkpoint import complete_checkpoints
+from align.runs.checkpoint import has_progress
 from align.runs.files import digest, write_json
 from align.runs.fingerprints import FileSums, Inputs, input_fingerprints, row_fingerprints
 from align.runs.own_files import MANIFEST, RUN, owned
@@ -140,7 +140,7 @@ def check_rows(recipe: StageRecipe, report: Mapping[str, Any]) -> None:
     Raises:
         OtherRun: they are not.
     """
-    if complete_checkpoints(recipe.output_dir) and (found := read_run(recipe)):
+    if has_progress(recipe.output_dir) and (found := read_run(recipe)):
         different = input_changes(found, row_fingerprints(report), recipe)
         check_same(different, recipe, "an unfinished run that differs", "start over")
 
@@ -152,8 +152,9 @@ def record_run(recipe: StageRecipe, report: Mapping[str, Any], checkpoint: Path 
     for place, kinds in row_fingerprints(report).items():
         mine["inputs"].setdefault(place, {}).update(kinds)
     mine["fingerprint"] = fingerprint_of(mine)
-    if checkpoint is not None:
-        words = [change.description for change in changes(found, mine, recipe)] if found else []
-        earlier = (found or {}).get("accepted", [])
-        mine["accepted"] = [*earlier, {"at": checkpoint.name, "changes": words}] if words else earlier
+    if found and has_progress(recipe.output_dir):
+        words = [change.description for change in changes(found, mine, recipe)]
+        at = checkpoint.name if checkpoint is not None else "the models inside"
+        earlier = found.get("accepted", [])
+        mine["accepted"] = [*earlier, {"at": at, "changes": words}] if words else earlier
     write_json(Path(recipe.output_dir) / RUN, {**mine, "files": sorted(owned(recipe.output_dir))})

@@ -398,6 +398,11 @@ def test_it_is_a_step_of_a_folder(world, tmp_path, capsys, monkeypatch):
     found = already_done(step)
     assert found is not None
     assert found[0].columns[0].header == "n"
+    best = world / "out-large" / "best.jsonl"
+    best.rename(tmp_path / "best.jsonl")
+    with pytest.raises(OtherRun, match=r"out-large is finished, but .*best\.jsonl is missing"):
+        already_done(step)
+    (tmp_path / "best.jsonl").rename(best)
     (step,) = read_steps(str(folder), None, ["--num_generations", "5"])
     with pytest.raises(UserError, match="results that differ in num_generations"):
         already_done(step)

@@ -277,7 +277,18 @@ def test_a_stage_alone_has_the_same_help(capsys):
 
 def test_keys_reach_the_recipe_as_they_are(stage):
     """argparse reads none of them: negative numbers, lists, mappings and abbreviations of its own options."""
-    words = ["--max_steps", "-1", "--lora_target_modules", "a", "b", "--train_dataset.columns.prompt", "q", "--seed=3"]
+    words = [
+        "--max_steps",
+        "-1",
+        "--method",
+        "lora",
+        "--lora_target_modules",
+        "a",
+        "b",
+        "--train_dataset.columns.prompt",
+        "q",
+        "--seed=3",
+    ]
     assert cli.main(["sft", "r.yaml", *words]) == 0
     (recipe,) = stage.recipes
     assert (recipe.max_steps, recipe.lora_target_modules, recipe.seed) == (-1, ["a", "b"], 3)

@@ -131,7 +131,7 @@ def test_overrides(load):
     recipe = load(
         "sft", {"bf16": False, "model_config": {"model_type": "llama", "hidden_size": 32}, "model_name_or_path": None, "run_name": "x"},
         "--learning_rate", "1e-6", "--seed=7", "--bf16", "--max-steps", "-1", "--model_config.hidden_size", "64",
-        "--run_name", "2024", "--report_to", "none", "--lora_target_modules", "q_proj", "v_proj", "--logging_steps", "1", "--logging_steps", "2",
+        "--run_name", "2024", "--report_to", "none", "--method", "lora", "--lora_target_modules", "q_proj", "v_proj", "--logging_steps", "1", "--logging_steps", "2",
         "--train_dataset.max_rows", "5", "--eval_dataset", "a.jsonl", "b.jsonl",
     )  # fmt: skip
     assert (recipe.learning_rate, recipe.seed, recipe.bf16, recipe.max_steps) == (1e-6, 7, True, -1)

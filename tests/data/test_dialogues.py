@@ -19,7 +19,7 @@ from align.data.formats import read_row
 from align.data.load import DataSettings, load_rows
 from align.data.reasoning import set_scores_reasoning
 from align.data.rows import Demonstration, Preference, Prompt
-from align.data.tokenize import tokenize_demonstrations, tokenize_preferences
+from align.data.tokenize import check_margins, tokenize_demonstrations, tokenize_preferences
 from align.data.turn_end import turn_end_note
 from align.errors import UserError
 from align.runs.manifest import check_template_kwargs, check_tokenizer, tokenizer_digest
@@ -490,3 +490,17 @@ def test_a_margin_on_some_rows_only_is_refused() -> None:
         tokenize_preferences(rows, chatml(), max_length=99)
     dataset, _ = tokenize_preferences(rows[:1], chatml(), max_length=99)
     assert dataset["margin"][:] == [1.0]
+
+
+def test_a_null_strength_among_ties_is_refused() -> None:
+    values = [{"strength": strength, "prompt": "a", "chosen": "b", "rejected": "c"} for strength in (0, None)]
+    formats = choose_formats("f", list(values[0]), Preference)
+    rows = [read_row(each, f"f:{n}", Preference, formats) for n, each in enumerate(values, 1)]
+    message = r"no `margin` \(nor `strength`\), which other rows have; write 0 for none \(as strength 1\): 1 \(f:2\)"
+    with pytest.raises(UserError, match=message):
+        tokenize_preferences(rows, chatml(), max_length=99)
+    with pytest.raises(UserError, match=message):
+        check_margins([rows], "error")
+    del rows[0].extra["strength"]  # a tie that is said so
+    dataset, _ = tokenize_preferences(rows, chatml(), max_length=99)
+    assert dataset["tie"][:] == [1.0, 0.0]

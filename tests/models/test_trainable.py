@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.__main__ import main
 from align.config.load import load_recipe
+from align.config.method import OF_METHOD, check_method
+from align.config.stages import STAGES
 from align.errors import UserError
 from align.models.trainable import parameter_counts
 from align.sft.train import run
@@ -263,7 +265,10 @@ class TestMerge:
         ("method: adapter", "method: adapter is called bottleneck here"),
         ("method: pfeiffer", "method: pfeiffer is called bottleneck here, with bottleneck_placement: pfeiffer"),
         ("bottleneck_size: 8", "bottleneck_size: is for method: bottleneck, got method: full"),
-        ("method: bottleneck\nlora_target_modules: [q_proj]", "method: bottleneck finds its places by itself"),
+        (
+            "lora_target_modules: [q_proj]",
+            "lora_target_modules: is for method: lora, dora, qlora or ia3, got method: full",
+        ),
         (
             "method: bottleneck\nsave_dtype: bfloat16",
             "save_dtype: method: bottleneck saves an adapter alone, in float32",
@@ -278,6 +283,31 @@ def test_refused(tmp_path, changes, words):
     (tmp_path / "sft.yaml").write_text(f"output_dir: o\nmodel_name_or_path: m\ntrain_dataset: d.jsonl\n{changes}\n")
     with pytest.raises(UserError, match=words):
         load_recipe("sft", str(tmp_path / "sft.yaml"))
+
+
+@pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.methods])
+def test_keys_of_another_method_are_refused_in_every_stage(name):
+    stage = STAGES[name]
+    values = {
+        **{
+            "freeze_layers": 1,
+            "trainable_pattern": "x",
+            "lora_r": 8,
+            "lora_alpha": 8,
+            "lora_target_modules": ["q_proj"],
+        },
+        **{"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
+        **{"bottleneck_size": 8, "bottleneck_placement": "pfeiffer"},
+    }
+    assert values.keys() == OF_METHOD.keys()
+    keys = {each.name: "x" for each in dataclasses.fields(stage.recipe) if each.metadata.get("required")}
+    for method in stage.methods:
+        given = {**keys, "method": method, "freeze_layers": int(method == "freeze")}
+        check_method(stage.recipe(**given), stage.methods, str)
+        for key, value in values.items():
+            if method not in OF_METHOD[key]:
+                with pytest.raises(UserError, match=f"^{key}: is for method: .*, got method: {method}; leave it out"):
+                    check_method(stage.recipe(**{**given, key: value}), stage.methods, str)
 
 
 def test_stages_that_cannot_use_a_method_say_why(tmp_path):

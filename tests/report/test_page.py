@@ -322,3 +322,5 @@ def test_a_pipelines_report_never_ends_it(pipeline, tmp_path, capsys):
 
 def test_numbers_in_names_count():
     assert sorted(["run10", "run9", "run", "10", "9b"], key=natural_key) == ["9b", "10", "run", "run9", "run10"]
+    decimals = ["3_rm", "4_ppo_kl0.05", "4_ppo_kl0.1", "4_ppo_kl0.2", "4_ppo_kl1", "10_ppo"]
+    assert sorted(reversed(decimals), key=natural_key) == decimals

@@ -34,8 +34,8 @@ def test_shares_by_hand():
     assert found["chosen_first"]["accuracy"] == pytest.approx(2 / 3)
     assert found["chosen_first"]["n"] == 3
     assert describe_imbalance(found) == [
-        f"the longer response is the chosen one in 62.5% [{low:.1%}, {high:.1%}] of the pairs",
-        "the chosen response was shown first in 66.7% [20.8%, 93.9%] of the pairs",
+        f"the longer response is the chosen one in 62.5% [{low:.1%}, {high:.1%}] of the training pairs",
+        "the chosen response was shown first in 66.7% [20.8%, 93.9%] of the training pairs",
     ]
     assert warn_of_imbalance(found) == [], "with so few pairs the share may be a half"
     assert measure_imbalance([rows[-1]]) == {}
@@ -60,7 +60,7 @@ def test_length_that_predicts_as_well_as_annotators_is_warned_of(chosen, rejecte
     assert warned(62) == []
     (line,) = warned(63)
     assert line.startswith(
-        f"choosing the {word} response is right in 63.0% of the pairs, at least as often as annotators"
+        f"choosing the {word} response is right in 63.0% of the training pairs, at least as often as annotators"
     )
     assert f"add pairs of which the {other} is better" in line
 
@@ -69,9 +69,9 @@ def test_sources_have_shares_of_their_own():
     rows = [pair(str(i), "long", "s", source="forum" if i % 4 else "help desk") for i in range(8)]
     rows.append(pair("z", "s", "long", source="help desk"))
     line = describe_imbalance(measure_imbalance(rows))[-1]
-    assert line == "pairs by source: help desk 33.3% (longer: 66.7%), forum 66.7% (longer: 100.0%)"
+    assert line == "training pairs by source: help desk 33.3% (longer: 66.7%), forum 66.7% (longer: 100.0%)"
     by_data_set = [pair("1", "long", "s", task="x"), pair("2", "s", "long", task="y")]
-    assert describe_imbalance(measure_imbalance(by_data_set))[-1].startswith("pairs by source: x 50.0%")
+    assert describe_imbalance(measure_imbalance(by_data_set))[-1].startswith("training pairs by source: x 50.0%")
 
 
 def test_the_stage_and_align_check_say_it(tmp_path, capsys, monkeypatch):

@@ -17,7 +17,7 @@ import align.__main__ as cli
 from align.cli.check.check import run as check
 from align.cli.merge_rewards import run as merge
 from align.config.ensemble import ensemble_members
-from align.errors import UserError
+from align.errors import OtherRun, UserError
 from align.models.inspect_folder import inspect_folder
 from align.reward import members as members_module
 from align.reward.train import run
@@ -92,6 +92,23 @@ def test_killed_in_the_second_member_it_goes_on_there(trained, tmp_path, monkeyp
     assert run(settings).steps == 4, "finished"
     with pytest.raises(UserError, match="holds a finished run that differs in ensemble_size"):
         run(dataclasses.replace(settings, ensemble_size=3))
+
+
+def test_another_number_of_members_after_a_kill(trained, tmp_path):
+    killed = Path(shutil.copytree(trained, tmp_path / "killed"))
+    out = killed / "out"
+    for folder in (out, out / "member_2"):
+        unfinished(folder)
+    keys = {"eval_rows": HELD_OUT, "save_steps": 1, "output_dir": str(out)}
+    for size in (1, 3):
+        with pytest.raises(OtherRun, match="holds an unfinished run that differs in ensemble_size; delete"):
+            run(recipe(trained, ensemble_size=size, **keys))
+    for folder in (out, *ensemble_members(str(out))):  # as a kill before the first checkpoint leaves it
+        (Path(folder) / "stage.json").unlink(missing_ok=True)
+        for checkpoint in Path(folder).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    run(recipe(trained, max_steps=1, **keys))
+    assert not list(out.glob("member_*")), "PPO would take the folder as an ensemble of them"
 
 
 def test_the_mean_of_copies_is_the_model_to_the_bit(trained, tmp_path, capsys):

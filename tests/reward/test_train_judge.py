@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from align.cli.run import closing_tables
 from align.config.ensemble import ensemble_members
 from align.config.load import load_recipe
 from align.config.reward import RewardRecipe, check_reward_rules
-from align.errors import UserError
+from align.data.rows import Preference
+from align.data.split import is_for_judge
+from align.errors import OtherRun, UserError
 from align.ppo.train import run as run_ppo
 from align.report.read import find_runs, read_run, with_members
 from align.reward import members as members_module
 from align.reward.train import run
-from align.runs.manifest import read_manifest
+from align.runs.manifest import is_finished, read_manifest
 from align.runs.results import report_cards
 from tests.ranks import run_stage
 from tests.reward.test_members import same, weights
@@ -71,7 +74,8 @@ def test_each_is_the_model_that_a_plain_recipe_trains_on_its_half_to_the_bit(tra
         for name in ("score_mean", "score_std", "score_check"):
             assert ours[name] == theirs[name]
     assert (out / "judge" / "card" / "card.md").is_file()
-    assert "other its judge in the folder `judge`" in (out / "README.md").read_text()
+    for folder in (out, out / "judge"):
+        assert "one for the reward model, the other for its judge" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("where", ["judge", "reward"])
@@ -108,16 +112,80 @@ def test_rows_that_changed_since_are_refused_before_the_record_is_renewed(traine
             run(dataclasses.replace(trained, output_dir=str(out), train_dataset=[source]))
 
 
-def test_a_judge_whose_pairs_would_be_trained_on_is_in_the_way(trained, tmp_path):
-    """As a kill after the judge leaves it, and a start without `train_judge`."""
-    shutil.copytree(trained.output_dir, tmp_path / "out")
-    unfinished(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out" / "checkpoint-1", ignore_errors=True)
-    alone = dataclasses.replace(
-        trained, train_judge=False, output_dir=str(tmp_path / "out"), accept_changes=["train_judge"]
-    )
-    with pytest.raises(UserError, match="holds a judge that was trained with train_judge: true"):
-        run(alone)
+def killed_after_the_judge(trained: RewardRecipe, folder: Path, **changes) -> RewardRecipe:
+    """The recipe of a run that is killed when its judge is finished, and its reward model has no checkpoint."""
+    shutil.copytree(trained.output_dir, folder / "out")
+    unfinished(folder / "out")
+    for checkpoint in (folder / "out").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return dataclasses.replace(trained, output_dir=str(folder / "out"), **changes)
+
+
+@pytest.mark.parametrize("key", ["train_judge", "ensemble_size", "learning_rate"])
+def test_a_start_whose_judge_would_be_another_is_refused_by_the_name_of_the_key(trained, key, tmp_path):
+    values = {"train_judge": False, "ensemble_size": 2, "learning_rate": 0.5}
+    changed = killed_after_the_judge(trained, tmp_path, **{key: values[key]})
+    with pytest.raises(OtherRun, match=f"holds an unfinished run that differs in {key}; delete"):
+        run(changed)
+
+
+def test_a_judge_of_other_pairs_is_no_judge_of_this_run_whatever_is_accepted(trained, tmp_path, capsys):
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in ROWS]
+    rows[5] |= {"chosen": "zzz"}  # a pair of the judge
+    assert judges(rows[5]["prompt"])
+    source = dataclasses.replace(trained.train_dataset[0], path=write_jsonl(tmp_path / "other.jsonl", rows))
+    settings = killed_after_the_judge(trained, tmp_path, train_dataset=[source])
+    with pytest.raises(OtherRun, match=r"differs in train_dataset.*add `accept_changes: .train_dataset.`"):
+        run(settings)
+    accepting = dataclasses.replace(settings, accept_changes=["train_dataset"])
+    saved = save_recipe(accepting, tmp_path / "recipe.yaml")
+    words = "out/judge holds a finished model that was trained on other pairs than this run has: train_dataset"
+    with pytest.raises(OtherRun, match=words):
+        run(accepting)
+    assert check(str(saved)) == 2
+    said = capsys.readouterr()
+    assert words in " ".join(said.out.split())
+    assert "pairs for the reward model" not in said.out + said.err, "counts of pairs that no judge was trained on"
+    shutil.rmtree(Path(accepting.output_dir) / "judge")
+    run(accepting)
+    out = Path(accepting.output_dir)
+    assert not same(weights(out / "judge"), weights(Path(trained.output_dir) / "judge"))
+    assert same(weights(out), weights(trained.output_dir)), "its pairs are the same"
+
+
+def test_prompts_that_differ_in_case_space_and_punctuation_are_in_one_half():
+    halves = []
+    for number in range(40):
+        text = f"Who feeds owl {number}?"
+        forms = [text, f"  who feeds OWL {number} ", f"Who feeds owl \n{number}!!"]
+        dialogues = [[{"role": "user", "content": form}] for form in forms]
+        later = [{"role": "assistant", "content": "I."}, {"role": "user", "content": "When?"}]
+        prompts = [*forms, *dialogues, [*dialogues[0], *later]]
+        (half,) = {is_for_judge(Preference(prompt, "a", "b", "rows:1")) for prompt in prompts}
+        halves.append(half)
+    assert 10 < sum(halves) < 30
+
+
+@pytest.mark.parametrize(
+    "gone", ["judge", "judge/stage.json", "judge/model.safetensors", "model.safetensors", "tokenizer.json"]
+)
+def test_a_finished_run_without_a_part_of_its_result_is_named(trained, gone, tmp_path):
+    out = Path(shutil.copytree(trained.output_dir, tmp_path / "out"))
+    settings = dataclasses.replace(trained, output_dir=str(out))
+    for name in ("README.md", "metrics.jsonl", "card/card.md", "judge/README.md"):
+        (out / name).unlink()
+    assert is_finished(settings), "what no later stage reads may have been deleted"
+    shutil.rmtree(out / gone) if (out / gone).is_dir() else (out / gone).unlink()
+    with pytest.raises(OtherRun, match=f"out(/judge)? is finished, but .*/{gone}.* is missing; put it back"):
+        is_finished(settings)
+
+
+def test_a_finished_run_whose_weights_are_cut_is_named(trained, tmp_path):
+    out = Path(shutil.copytree(trained.output_dir, tmp_path / "out"))
+    path = out / "judge" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(OtherRun, match=r"out/judge/model\.safetensors: is cut"):
+        is_finished(dataclasses.replace(trained, output_dir=str(out)))
 
 
 def test_members_and_their_judge_are_in_tables_and_report(trained, tmp_path):
@@ -180,8 +248,13 @@ def test_align_check_says_the_halves_and_knows_the_judge_that_is_to_be_made(trai
 
     code, said = checked()
     assert code == 0, said
-    assert "train_judge: 3 pairs train the reward model and 5 its judge; no prompt is in both" in said
+    assert (
+        "train_judge: 3 pairs for the reward model and 5 for its judge; no prompt is in both, nor one that differs in case"
+        in said
+    )
     assert "rows: 3 to train on" in said
+    for share, whose in ((r"16\.7", "reward model"), (r"80\.0", "judge")):
+        assert re.search(rf"chosen one in {share}% \[[^]]+\] of the training pairs of the {whose}", said)
     reward["train_judge"] = False
     code, said = checked()
     assert code == 2

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from align.cli.check.memory import Footprint, count_trained, skeleton
 from align.cli.check.sample_rows import Sample, Start
-from align.cli.check.training import TrainingCheck, frozen_model
+from align.cli.check.training import TrainingCheck, doubts_about, frozen_model
 from align.config.reward import RewardRecipe
 from align.data.load import Rows
 from align.data.rows import Preference
@@ -18,7 +18,9 @@ from align.models.model_types import is_encoder_decoder
 from align.models.new_modules import trained_whole
 from align.reward.imbalance import describe_imbalance, measure_imbalance, warn_of_imbalance
 from align.reward.inputs import check_reward_inputs
+from align.reward.members import check_models_inside
 from align.reward.pairs import check_ties, describe_halves, load_preferences
+from align.runs.own_files import MANIFEST
 from reward_models.bottleneck import base_of
 from reward_models.heads import score_head
 from reward_models.linear_head import SequenceClassifier
@@ -35,14 +37,18 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
     sequences_per_row = 2
     has_logits = False
 
-    def load(self, recipe: RewardRecipe) -> tuple[Rows, list[str]]:
-        rows, *judge = load_preferences(recipe)
-        check_ties(rows.evaluation)
-        imbalance = describe_imbalance(measure_imbalance(rows.train))
-        return rows, [*(describe_halves(rows, each) for each in judge), *imbalance]
-
-    def warnings(self, rows: Rows) -> list[str]:
-        return [*super().warnings(rows), *warn_of_imbalance(measure_imbalance(rows.train))]
+    def load(self, recipe: RewardRecipe) -> tuple[Rows, list[str], list[str]]:
+        parts = load_preferences(recipe)
+        check_ties(parts[0].evaluation)
+        if not (Path(recipe.output_dir) / MANIFEST).is_file():
+            check_models_inside(recipe, parts)
+        lines, doubts = [describe_halves(*(len(rows.train) for rows in parts))] if recipe.train_judge else [], []
+        for rows, whose in zip(parts, ("reward model", "judge"), strict=False):
+            name = f"training pairs of the {whose}" if recipe.train_judge else "training pairs"
+            imbalance = measure_imbalance(rows.train)
+            lines += describe_imbalance(imbalance, name)
+            doubts += [*doubts_about(rows), *warn_of_imbalance(imbalance, name)]
+        return parts[0], lines, doubts
 
     def start(self, recipe: RewardRecipe, rows: Rows | None, folder: Path) -> Start:
         reward = check_reward_inputs(recipe)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from align.cli.check.memory import Footprint, count_trained, skeleton
 from align.cli.check.sample_rows import Sample, Start
-from align.cli.check.training import TrainingCheck
+from align.cli.check.training import TrainingCheck, doubts_about
 from align.config.sft import SFTRecipe
 from align.data.load import Rows
 from align.data.rows import Demonstration, render_text
@@ -29,9 +29,9 @@ class SFTCheck(TrainingCheck[SFTRecipe]):
 
     form = Demonstration
 
-    def load(self, recipe: SFTRecipe) -> tuple[Rows, list[str]]:
+    def load(self, recipe: SFTRecipe) -> tuple[Rows, list[str], list[str]]:
         rows, retention = load_with_retention(recipe)
-        return rows, describe_retention(recipe, rows, retention)
+        return rows, describe_retention(recipe, rows, retention), doubts_about(rows)
 
     def functions(self, recipe: SFTRecipe) -> list[str]:
         metrics = [f"eval_metrics: {', '.join(load_metrics(recipe.eval_metrics))}"] if recipe.eval_metrics else []

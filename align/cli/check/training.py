@@ -46,14 +46,10 @@ class TrainingCheck(Generic[R]):
     sequences_per_row: ClassVar[int] = 1
     has_logits: ClassVar[bool] = True  # whether a training step computes logits over the vocabulary
 
-    def load(self, recipe: R) -> tuple[Rows, list[str]]:
-        """The rows of the stage, and further lines about them."""
-        return load_rows(DataSettings.from_recipe(recipe), self.form), []
-
-    def warnings(self, rows: Rows) -> list[str]:
-        """What is doubtful about rows that can be used."""
-        repeated = describe_duplicates(rows.report)
-        return [repeated] if repeated else []
+    def load(self, recipe: R) -> tuple[Rows, list[str], list[str]]:
+        """The rows of the stage, further lines about them, and what is doubtful about rows that can be used."""
+        rows = load_rows(DataSettings.from_recipe(recipe), self.form)
+        return rows, [], doubts_about(rows)
 
     def functions(self, recipe: R) -> list[str]:
         """A line for each key that names functions or metrics, all of which can be imported."""
@@ -102,7 +98,7 @@ class TrainingCheck(Generic[R]):
                 report.say(line)
         with report.part():
             try:
-                rows, lines = self.load(recipe)
+                rows, lines, doubts = self.load(recipe)
             except EmptySplit as error:
                 _check_unfinished(recipe, error.report)
                 raise
@@ -111,7 +107,7 @@ class TrainingCheck(Generic[R]):
                 report.say(line)
             if shares := describe_task_shares(rows.report):
                 report.say(f"tasks: {shares}")
-            for line in self.warnings(rows):
+            for line in doubts:
                 report.say(line, "warning")
         with report.part():
             inspect_inputs(recipe, context.stand_ins)
@@ -179,6 +175,12 @@ class TrainingCheck(Generic[R]):
             context.report.names[str(folder)] = f"{Path(recipe.output_dir) / name} (made by {context.name})"
         context.stand_ins[Path(recipe.output_dir).resolve()] = context.folder
         context.report.names[str(context.folder)] = f"{recipe.output_dir} (made by {context.name})"
+
+
+def doubts_about(rows: Rows) -> list[str]:
+    """A line if evaluation rows have duplicates among the training rows."""
+    repeated = describe_duplicates(rows.report)
+    return [repeated] if repeated else []
 
 
 def _counts(rows: Rows) -> str:
