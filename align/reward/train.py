@@ -138,6 +138,9 @@ def train_model(
         tracker.say(f"scalar head: {inputs.describe_head()}")
         if (line := describe_duplicates(pairs.rows.report)) is not None:
             tracker.say(line)
+        for use, reasons in pairs.skipped.items():
+            for reason, found in reasons.items():
+                tracker.say(f"pairs skipped ({use}): {found['count']}, {reason}")
         imbalance = measure_imbalance(pairs.trained_rows)
         for line in (*describe_imbalance(imbalance), *warn_of_imbalance(imbalance)):
             tracker.say(line)

@@ -147,7 +147,7 @@ def test_a_killed_stage_is_named_so(scripted):
     Path("out/1/run.lock").touch()  # as of a process that was killed
     with pytest.raises(
         UserError,
-        match=r"the sft stage was killed by SIGKILL after \d s; its metrics are in out/1/metrics\.jsonl\..*memory ran out",
+        match=r"the sft stage was killed by SIGKILL after \d+ s; its metrics are in out/1/metrics\.jsonl\..*memory ran out",
     ):
         pipeline.run("r")
     assert not Path("out/1/run.lock").exists()

@@ -320,7 +320,7 @@ def test_accuracy_ceiling_and_agreement_by_hand():
     assert results["eval_loss"] == pytest.approx(sum(losses) / 5, abs=1e-6)
 
 
-def test_skipped_rows_do_not_shift_the_truth(tmp_path, monkeypatch):
+def test_skipped_rows_do_not_shift_the_truth(tmp_path, monkeypatch, capsys):
     """The first held-out rows are too long, or contain EOS; the truth must judge the others' responses, and the words of
     what was not trained on count in no baseline."""
     monkeypatch.setattr("align.reward.evaluation.RESAMPLES", 5)
@@ -330,6 +330,9 @@ def test_skipped_rows_do_not_shift_the_truth(tmp_path, monkeypatch):
         max_length=30, max_steps=1, on_bad_row="skip", eval_reward_funcs=["tests.reward.test_train:true_score"],
     )  # fmt: skip
     results = run(settings)
+    said = capsys.readouterr().err
+    assert "pairs skipped (train): 1, longer than 30 tokens" in said
+    assert "pairs skipped (evaluation): 1, longer than 30 tokens" in said
     assert results.metrics["pairs"] == 32
     assert results.table[0].measure == "held-out pair accuracy (32 pairs; 2 skipped)"
     judged = json.loads((Path(settings.output_dir) / "card/results.json").read_text())["card"]
