@@ -46,7 +46,7 @@ class ClassifyRecipe(TrainerRecipe):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MLMRecipe(TrainerRecipe):
     """`align mlm`: continued pre-training on plain text: of an encoder (BERT-like) by masked language modeling, of a T5-like
-    encoder-decoder by span corruption."""
+    encoder-decoder by span corruption, of a BART-like one by text infilling."""
 
     model_name_or_path: str = required(
         "Encoder to continue training; without a masked-language-model head it gets a new one."
@@ -55,7 +55,7 @@ class MLMRecipe(TrainerRecipe):
     mlm_probability: float = key(
         0.15,
         "Share of the tokens to predict: 80% of them masked, 10% replaced by a random token, 10% unchanged. Of an "
-        "encoder-decoder: share of the tokens in spans, each of which a sentinel replaces.",
+        "encoder-decoder: share of the tokens in spans, each of which a sentinel (T5) or a mask token (BART) replaces.",
         ABOVE_0_BELOW_1,
     )
     whole_word_mask: bool = key(
@@ -68,7 +68,7 @@ class MLMRecipe(TrainerRecipe):
     )
     mean_noise_span_length: float = key(
         MEAN_NOISE_SPAN_LENGTH,
-        "Of an encoder-decoder: mean length of the spans, in tokens (arXiv 1910.10683).",
+        "Of an encoder-decoder: mean length of the spans, in tokens (arXiv 1910.10683, 1910.13461).",
         AT_LEAST_1,
     )
     max_length: int = key(

@@ -20,7 +20,7 @@ from align.data.tokenize import Report, bad_row_report, check_length, id_dataset
 from align.errors import BadRow
 
 BATCH = 1000  # rows per call of the tokenizer
-NO_PROMPT = "no prompt for the encoder to read; plain text trains an encoder-decoder in the mlm stage (span corruption)"
+NO_PROMPT = "no prompt for the encoder to read; plain text trains an encoder-decoder in the mlm stage (span corruption or text infilling)"
 
 
 def source_ids(tokenizer: PreTrainedTokenizerBase, prompt: Turns, tools: Tools = None) -> list[int]:

@@ -26,6 +26,8 @@ class Masking:
     are to be predicted or none, each word with the probability, so that their share is the same as without.
     """
 
+    objective = "masked language modeling"
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int, whole_words: bool = False):
         self.probability = probability
         # Of the tokens that it is given leave to mask, which are those of the chosen words, it masks all.

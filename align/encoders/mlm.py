@@ -1,6 +1,7 @@
 """Continued pre-training of an encoder (BERT-like) on plain text, by masked language modeling.
 
-A T5-like encoder-decoder learns to fill in spans instead (`align/encoders/span_corruption.py`).
+A T5-like encoder-decoder learns to fill in spans instead (`align/encoders/span_corruption.py`), a BART-like one to write the
+text without gaps (`align/encoders/text_infilling.py`).
 
     align mlm recipe.yaml
     deepspeed --num_gpus 8 --module align mlm recipe.yaml
@@ -78,7 +79,7 @@ def run(recipe: MLMRecipe) -> MLMResult:
     with Tracker(recipe, "mlm", steps, resume_step=step_of(checkpoint)) as tracker:
         tracker.say(plan.describe())
         made = "pairs of pieces" if recipe.next_sentence_prediction else "pieces"
-        tracker.say(f"{len(rows.train)} texts in {len(pieces)} {made} of up to {length} tokens")
+        tracker.say(f"{len(rows.train)} texts in {len(pieces)} {made} of up to {length} tokens, by {masking.objective}")
         arguments = row_training_arguments(
             training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
         )
@@ -111,6 +112,7 @@ def run(recipe: MLMRecipe) -> MLMResult:
                 folder=python_text(recipe.output_dir),
                 base=markdown_text(recipe.model_name_or_path),
                 mask=code_span(str(tokenizer.mask_token)),
+                objective=masking.objective,
             )
             finish(recipe, tokenizer, data, results, card)
     world.barrier()
@@ -169,7 +171,7 @@ tokenizer = AutoTokenizer.from_pretrained({folder})
 """
 PAIR_CARD = """# An encoder-decoder that fills in spans
 
-Trained from {base} by the `mlm` stage of align, by span corruption. The stage `sft` can start from it.
+Trained from {base} by the `mlm` stage of align, by {objective}. The stage `sft` can start from it.
 
 ```python
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer

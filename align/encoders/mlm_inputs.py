@@ -20,7 +20,8 @@ from align.config.encoders import MEAN_NOISE_SPAN_LENGTH, MLMRecipe
 from align.data.rows import Passage
 from align.encoders.masking import Masking
 from align.encoders.sentence_pairs import tokenize_pairs
-from align.encoders.span_corruption import SpanCorruption, check_sentinels
+from align.encoders.span_corruption import SpanCorruption, check_sentinels, sentinel_ids
+from align.encoders.text_infilling import TextInfilling
 from align.encoders.tokenize import check_words, tokenize_passages
 from align.errors import UserError
 from align.models.check_files import check_files
@@ -44,6 +45,9 @@ def check_mlm_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTok
         raise UserError(
             f"mean_noise_span_length: is for encoder-decoders, got {path} ({config.model_type}); leave it out."
         )
+    for name in ("whole_word_mask", "next_sentence_prediction"):
+        if pairs and getattr(recipe, name):
+            raise UserError(f"{name}: is for encoders, got {path} ({config.model_type}); leave it out.")
     if not pairs and not (is_encoder(config) and config.model_type in masked_lm_types()):
         raise UserError(
             f"{key}: {path} ({config.model_type}) is not an encoder with a masked language model in transformers; name a BERT-like one, a T5-like "
@@ -69,9 +73,6 @@ def check_mlm_inputs(recipe: MLMRecipe) -> tuple[PretrainedConfig, PreTrainedTok
         )  # fmt: skip
     elif tokenizer.mask_token_id is None:
         raise UserError(f"{path}: the tokenizer has no mask token; set `mask_token` in its tokenizer_config.json.")
-    for name in ("whole_word_mask", "next_sentence_prediction"):
-        if pairs and getattr(recipe, name):
-            raise UserError(f"{name}: is for encoders, got {path} ({config.model_type}); leave it out.")
     if recipe.whole_word_mask:
         check_words(tokenizer, path)
     set_right_padding(tokenizer)
@@ -115,4 +116,5 @@ def corruption(
     if not is_encoder_decoder(config):
         return Masking(tokenizer, recipe.mlm_probability, recipe.seed, recipe.whole_word_mask)
     start = int(config.decoder_start_token_id)
-    return SpanCorruption(tokenizer, recipe.mlm_probability, recipe.mean_noise_span_length, recipe.seed, start)
+    collator = SpanCorruption if sentinel_ids(tokenizer) else TextInfilling
+    return collator(tokenizer, recipe.mlm_probability, recipe.mean_noise_span_length, recipe.seed, start)

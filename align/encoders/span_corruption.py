@@ -34,6 +34,8 @@ class SpanCorruption:
         start: the token that the decoder starts from.
     """
 
+    objective = "span corruption"
+
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, density: float, mean_span_length: float, seed: int, start: int
     ):
@@ -42,6 +44,11 @@ class SpanCorruption:
         self.pad_id, self.end, self.start = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id), start
         self.density, self.mean_span_length, self.seed = density, mean_span_length, seed
         self.epoch = 0  # set by `MaskedTrainer`
+
+    def generator(self, piece: int, draw: int | str) -> np.random.Generator:
+        """What decides on the spans of a piece."""
+        digest = hashlib.sha256(json.dumps([self.seed, draw, piece]).encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
     def corrupt(self, ids: Sequence[int], piece: int, draw: int | str) -> tuple[list[int], list[int]]:
         """What the encoder reads, and what the decoder has to write; the latter is empty if there is nothing to hide.
@@ -53,10 +60,8 @@ class SpanCorruption:
         text = ids[len(self.before) : len(ids) - len(self.after)]
         if len(text) < 2:
             return list(ids), []
-        digest = hashlib.sha256(json.dumps([self.seed, draw, piece]).encode()).digest()
-        generator = np.random.default_rng(int.from_bytes(digest[:8], "big"))
         source, target = [*self.before], []
-        spans = noise_spans(len(text), self.density, self.mean_span_length, generator)
+        spans = noise_spans(len(text), self.density, self.mean_span_length, self.generator(piece, draw))
         for sentinel, (kept, first, last) in zip(self.sentinels, spans, strict=False):
             source += [*text[kept:first], sentinel]
             target += [sentinel, *text[first:last]]
@@ -147,17 +152,19 @@ def check_sentinels(
     density: float,
     mean_span_length: float,
 ) -> None:
-    """Check that the tokenizer has a sentinel for each span of the longest piece.
+    """Check that the tokenizer has a sentinel for each span of the longest piece, or a mask token and no sentinels.
 
     Raises:
         UserError: it has not.
     """
     sentinels = len(sentinel_ids(tokenizer))
+    if not sentinels and tokenizer.mask_token_id is not None:
+        return  # text infilling
     if not sentinels:
         raise UserError(
-            f"model_name_or_path: {path} ({config.model_type}) is an encoder-decoder whose tokenizer has no sentinels (<extra_id_0>, "
-            "...), by which T5-like models learn to fill in spans, the only objective here (BART's is text infilling); name one that "
-            "has, or fine-tune this one by the sft stage."
+            f"model_name_or_path: {path} ({config.model_type}) is an encoder-decoder whose tokenizer has neither sentinels (<extra_id_0>, "
+            "...) nor a mask token, by which T5-like and BART-like models learn to fill in spans; name one that has, or fine-tune "
+            "this one by the sft stage."
         )
     before, after = special_tokens(tokenizer)
     length = piece_length(tokenizer, config, max_length) - len(before) - len(after)

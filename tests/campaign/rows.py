@@ -65,13 +65,36 @@ ROWS: list[tuple[str, str, bytes | dict[str, Any]]] = [
     ("mlm", "text is null", {"text": None}),
     ("mlm", "text is empty", {"text": ""}),
     ("mlm", "text is a list", {"text": ["ab"]}),
+    ("token-classification", "tags are fewer", {"tokens": ["ab", "c"], "tags": ["O"]}),
+    ("token-classification", "tags are null", {"tokens": ["ab"], "tags": None}),
+    ("token-classification", "tags of names and ids", {"tokens": ["ab", "c"], "tags": ["O", 1]}),
+    ("token-classification", "an id without a name", {"tokens": ["ab", "c"], "tags": [0, 1]}),
+    ("token-classification", "inside without a beginning", {"tokens": ["ab", "c"], "tags": ["O", "I-X"]}),
+    ("token-classification", "inside of another type", {"tokens": ["ab", "c"], "tags": ["B-X", "I-Y"]}),
+    ("token-classification", "tokens is text", {"tokens": "ab c", "tags": ["O", "O"]}),
+    ("token-classification", "an empty word", {"tokens": ["ab", " "], "tags": ["O", "O"]}),
+    ("token-classification", "no words", {"tokens": [], "tags": []}),
+    ("token-classification", "too long", {"tokens": ["ab"] * 600, "tags": ["O"] * 600}),
+    ("question-answering", "an answer elsewhere", {"question": "q", "context": "abc", "answers": {"text": ["b"], "answer_start": [0]}}),
+    ("question-answering", "an answer before the passage", {"question": "q", "context": "abc", "answers": {"text": ["c"], "answer_start": [-1]}}),
+    ("question-answering", "an offset of text", {"question": "q", "context": "abc", "answers": {"text": ["b"], "answer_start": ["1"]}}),
+    ("question-answering", "more answers than offsets", {"question": "q", "context": "abc", "answers": {"text": ["b", "c"], "answer_start": [1]}}),
+    ("question-answering", "answers are text", {"question": "q", "context": "abc", "answers": "b"}),
+    ("question-answering", "an answer of spaces", {"question": "q", "context": "a c", "answers": {"text": [" "], "answer_start": [1]}}),
+    ("question-answering", "impossible and answered", {"question": "q", "context": "abc", "answers": {"text": ["b"], "answer_start": [1]}, "is_impossible": True}),
+    ("question-answering", "context is null", {"question": "q", "context": None, "answers": {"text": [], "answer_start": []}}),
+    ("question-answering", "question is blank", {"question": " ", "context": "abc", "answers": {"text": [], "answer_start": []}}),
+    ("question-answering", "a question that fills the window", {"question": "abcdefghijk", "context": "abc", "answers": {"text": ["b"], "answer_start": [1]}}),
+    ("question-answering", "an answer longer than windows overlap", {"question": "q", "context": "abcdefghijklmnop", "answers": {"text": ["bcdefghijklmno"], "answer_start": [1]}}),
     ("evaluate", "completion is null", {"prompt": "ab", "completion": None}),
     ("evaluate", "lone surrogate", b'{"prompt": "a\\ud800", "completion": "b"}'),
 ]  # fmt: skip
 GOOD_OF: dict[str, dict[str, Any]] = {
     "reward": {"prompt": "ab", "chosen": "cd", "rejected": "e"}, "ppo": {"prompt": "ab"}, "classify": {"text": "ab", "label": "yes"}, "mlm": {"text": "abc"},
+    "token-classification": {"tokens": ["ab", "c", "d"], "tags": ["B-X", "O", "B-Y"]},
+    "question-answering": {"question": "q", "context": "abc", "answers": {"text": ["b"], "answer_start": [1]}},
 }  # fmt: skip
-FILE_OF = {"sft": "answers", "reward": "pairs", "ppo": "prompts", "classify": "labels", "mlm": "texts", "evaluate": "answers_eval"}
+FILE_OF = {"sft": "answers", "reward": "pairs", "ppo": "prompts", "classify": "labels", "mlm": "texts", "evaluate": "answers_eval", "token-classification": "tags", "question-answering": "questions"}
 
 
 def second(stage: str, row: bytes | dict[str, Any]) -> Refusal:
@@ -138,6 +161,22 @@ FILES = {
     "json: a mapping of lists": answers(json.dumps({"prompt": ["a"], "completion": ["b"]}).encode(), name="data/rows.json"),
     "json: cut": answers(json.dumps([GOOD] * 5).encode()[:-9], name="data/rows.json"),
     "classify: one class": Refusal("classify", files={"data/labels.jsonl": [{"text": "ab", "label": "yes"}] * 5, "data/labels_eval.jsonl": [{"text": "st", "label": "yes"}]}, says=["labels.jsonl", "label"]),
+    "token-classification: two schemes": Refusal("token-classification", files={"data/tags.jsonl": [{"tokens": ["ab"], "tags": ["B-X"]}, {"tokens": ["ab"], "tags": ["X"]}]}, says=["tags.jsonl"]),
+    "token-classification: no entity": Refusal("token-classification", files={"data/tags.jsonl": [{"tokens": ["ab"], "tags": ["O"]}]}, says=["tags"]),
+    "token-classification: a type of evaluation alone": Refusal("token-classification", files={"data/tags_eval.jsonl": [{"tokens": ["ab"], "tags": ["B-Z"]}]}, says=["tags_eval.jsonl:1"]),
+    "token-classification: spans outside": Refusal("token-classification", files={"data/tags.jsonl": [{"text": "ab", "spans": [{"start": 1, "end": 9, "label": "X"}]}]}, says=["tags.jsonl:1"]),
+    "token-classification: spans that overlap": Refusal("token-classification", files={"data/tags.jsonl": [{"text": "abc", "spans": [{"start": 0, "end": 2, "label": "X"}, {"start": 1, "end": 3, "label": "Y"}]}]}, says=["tags.jsonl:1"]),
+    "mlm: pairs of one text": Refusal("mlm", files={"data/texts.jsonl": [{"text": "abcdefgh" * 20}]}, keys={"next_sentence_prediction": True}, says=["train_dataset", "next_sentence_prediction"]),
+    "predict: no model": Refusal(words=["predict", "no/such/model", "data/labels.jsonl", "found.jsonl"], says=["no/such/model"]),
+    "predict: a language model": Refusal(words=["predict", "base", "data/labels.jsonl", "found.jsonl"], says=["base"]),
+    "predict: an encoder": Refusal(words=["predict", "encoder", "data/labels.jsonl", "found.jsonl"], says=["encoder"]),
+    "predict: the output exists": Refusal(words=["predict", "scorer", "data/labels.jsonl", "notes.txt"], says=["notes.txt"]),
+    "predict: the output is the input": Refusal(words=["predict", "scorer", "data/labels.jsonl", "data/labels.jsonl"], says=["labels.jsonl"]),
+    "predict: no rows": Refusal(words=["predict", "scorer", "data/none.jsonl", "found.jsonl"], says=["data/none.jsonl"]),
+    "predict: no text": Refusal(words=["predict", "scorer", "data/prompts.jsonl", "found.jsonl"], says=["data/prompts.jsonl"]),
+    "predict: a bad row": Refusal(words=["predict", "scorer", "data/labels.jsonl", "found.jsonl"], files={"data/labels.jsonl": [{"text": "ab"}, {"text": None}, {"text": "c"}]}, says=["data/labels.jsonl:2"]),
+    "predict: columns": Refusal(words=["predict", "scorer", "data/labels.jsonl", "found.jsonl", "--columns", "text"], says=["--columns"]),
+    "predict: nothing": Refusal(words=["predict"], says=["MODEL", "model"]),
     "classify: a label of evaluation alone": Refusal("classify", files={"data/labels_eval.jsonl": [{"text": "st", "label": "maybe"}]}, says=["labels_eval.jsonl:1", "maybe"]),
 }  # fmt: skip
 

@@ -137,12 +137,24 @@ def _rows(kind: str, words: list[tuple[str, str]]) -> list[dict[str, Any]]:
         return [{"prompt": prompt} for prompt, _ in words]
     if kind == "labels":
         return [{"text": prompt, "label": "yes" if i % 2 else "no"} for i, (prompt, _) in enumerate(words)]
+    if kind == "tags":
+        return [
+            {"tokens": [prompt, word], "tags": ["B-X", "O"] if i % 2 else ["O", "B-Y"]}
+            for i, (prompt, word) in enumerate(words)
+        ]
+    if kind == "questions":
+        answers = [{"text": [word], "answer_start": [len(prompt)]} for prompt, word in words]
+        return [
+            {"question": "q", "context": f"{prompt}{word}", "answers": each}
+            for (prompt, word), each in zip(words, answers, strict=True)
+        ]
     if kind == "texts":
         return [{"text": f"{prompt}{word}" * 2} for prompt, word in words]
     return [{"prompt": prompt, "completion": word} for prompt, word in words]
 
 
-ROWS_OF = {"sft": "answers", "reward": "pairs", "ppo": "prompts", "classify": "labels", "mlm": "texts"}
+ROWS_OF = {"sft": "answers", "reward": "pairs", "ppo": "prompts", "classify": "labels", "mlm": "texts",
+           "token-classification": "tags", "question-answering": "questions"}  # fmt: skip
 STAGES = (*ROWS_OF, "evaluate", "bon", "judge-reward")
 _SAVING = {"save_steps": 1, "save_total_limit": 2, "eval_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
 _TRAINER = {**_SAVING, "train_batch_size": 4, "per_device_train_batch_size": 2, "num_train_epochs": 2}
@@ -175,6 +187,8 @@ def recipe(stage: str) -> dict[str, Any]:
         }  # fmt: skip
     if stage == "reward":
         return {**keys, **_TRAINER, "model_name_or_path": "base", "normalize_prompts": 4, "response_length": 3}
+    if stage == "question-answering":
+        keys |= {"max_length": 8, "doc_stride": 2, "max_answer_length": 3}
     return {**keys, **_TRAINER, "model_name_or_path": "base" if stage == "sft" else "encoder"}
 
 
@@ -183,10 +197,11 @@ def make(folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertForMaskedLM, LlamaForSequenceClassification
 
-    from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
+    from tests.worlds import letter_tokenizer, save_tiny_pair_model, save_tiny_policy, tiny_llama, write_jsonl
 
     for seed, name in enumerate(("base", "other")):
         save_tiny_policy(folder / name, seed=seed, hidden_size=16, layers=1)
+    save_tiny_pair_model(folder / "pair", d_model=16, num_layers=1, num_decoder_layers=1)
     config = tiny_llama(hidden_size=16, layers=1).config
     config.num_labels = 1
     for seed, name in enumerate(("scorer", "second_scorer", "judge"), 2):

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from align import __main__ as cli
+from align.cli.predict import load
 from align.config.encoders import ClassifyRecipe
 from align.encoders.alignment import decode
 from align.encoders.classify import run as run_classify
@@ -103,6 +104,21 @@ def test_labels_of_a_trained_classifier(tmp_path):
             ["no", "yes"][int(best.indices)],
             pytest.approx(float(best.values)),
         )
+    # The same model by what its configuration says of its labels, with logits of 0.3 and 0.7 for one text.
+    predictor = load(recipe.output_dir)
+    logits = torch.logit(torch.tensor([0.3, 0.7]))
+    with torch.no_grad():
+        ids = predictor.tokenizer("ab", "q", return_tensors="pt")["input_ids"]
+        predictor.model.classifier.bias += logits - predictor.model(input_ids=ids).logits[0]
+    row = {"text": "ab", "text_pair": "q"}
+    expected = {
+        None: {"predicted_label": "yes", "score": pytest.approx(49 / 58)},  # odds of 7/3 and 3/7
+        "multi_label_classification": {"predicted_labels": [{"label": "yes", "score": pytest.approx(0.7)}]},
+        "regression": {"predicted_label": pytest.approx(float(logits[0]))},
+    }
+    for problem, found in expected.items():
+        predictor.model.config.problem_type = problem
+        assert next(predictor.predict([row])) == found
 
 
 def test_what_is_refused(tmp_path, capsys):

@@ -17,7 +17,7 @@ from align.config.extraction import ANSWER_METRICS, QuestionAnsweringRecipe
 from align.data.rows import Question
 from align.encoders.answer_metrics import answers_of, commonest_answers
 from align.encoders.question_answering import run
-from align.encoders.windows import Window, best_answers, tokenize_questions
+from align.encoders.windows import Window, best_answers, target, tokenize_questions
 from align.errors import UserError
 from align.evaluate.squad import exact_match, token_f1
 from align.runs.manifest import read_manifest
@@ -136,15 +136,17 @@ def test_windows_by_hand():
 
 
 def test_the_first_answer_that_a_window_holds_is_its_target():
-    row = Question("q", "abcdabzz", ((0, "ab"), (4, "ab ".strip())), "f:1")
+    row = Question(" q", "abcdabzz", ((0, "ab"), (4, "ab ".strip())), "f:1")
     data, *_ = tokenize_questions([row], pair_tokenizer(), max_length=8, doc_stride=0, on_bad_row="error")
     assert data["labels"][:] == [[3, 4], [3, 4]]
+    assert target([None, (3, 4), (4, 5)], [(2, " ab ")]) == (1, 2)  # without the white space around it
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
         (Question("qqqqq", "abc", (), "f:1"), "leaves no room"),
+        (Question("qqq", "abc", (), "f:1"), "leaves no room"),  # 2 tokens, all of which the next window would have too
         (Question("q", "abcdefgh", ((1, "bcdef"),), "f:1"), "no window holds an answer whole"),
     ],
 )

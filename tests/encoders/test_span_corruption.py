@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from align.cli.check.check import run as run_check
 from align.config.encoders import MLMRecipe
 from align.encoders.mlm import run
 from align.encoders.span_corruption import SpanCorruption, noise_spans, sentinel_ids, span_counts
+from align.encoders.text_infilling import TextInfilling, poisson_spans
 from align.errors import UserError
 from align.models.tokenizer import load_tokenizer
 from tests.ranks import run_stage
@@ -126,6 +129,59 @@ def test_the_loss_is_that_of_plain_transformers(tmp_path: Path, t5: str, tokeniz
     assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
 
 
+class TestTextInfilling:
+    def test_spans_have_the_share_and_poissons_lengths_and_lie_anywhere(self) -> None:
+        generator, sizes, hidden, expected = np.random.default_rng(0), list[int](), np.zeros(40), 0.0
+        for _ in range(2000):
+            spans = poisson_spans(40, 0.3, 3.0, generator)
+            assert sum(end - first for first, end in spans) == 12
+            assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
+            assert 0 <= spans[0][0] <= spans[-1][1] <= 40
+            assert len(spans) <= 12
+            sizes += [end - first for first, end in spans[1:-1]]  # the first is not empty, and the last is cut
+            expected += len(spans) / (
+                28 + len(spans)
+            )  # that a span is the first, or the last, of 28 tokens and the spans
+            for first, end in spans:
+                hidden[first:end] += 1
+        assert hidden[[0, -1]] == pytest.approx(expected, abs=5 * 15)  # the standard error is 15
+        # The lengths between are Poisson's, of spans that ended before the 12 were reached: shorter than its mean of 3.
+        assert min(sizes) == 0
+        assert 1.5 < np.mean(sizes) < 3
+        long = poisson_spans(100_000, 0.3, 3.0, generator)[:-1]
+        lengths = np.bincount([end - first for first, end in long]) / len(long)
+        for count in range(7):  # e^-3 3^k / k!, of about 10,000 spans
+            assert lengths[count] == pytest.approx(math.exp(-3) * 3**count / math.factorial(count), abs=0.02)
+
+    @pytest.mark.parametrize(("length", "mean", "count"), [(2, 1.0, 1), (3, 1.0, 2), (30, 1.0, 15), (2, 9.0, 1)])
+    def test_what_is_read_is_no_longer_than_the_text(self, length: int, mean: float, count: int) -> None:
+        for seed in range(50):
+            spans = poisson_spans(length, 0.5, mean, np.random.default_rng(seed))
+            assert len(spans) <= sum(end - first for first, end in spans) == count
+
+    def test_a_bart_writes_the_whole_text(self, tmp_path: Path) -> None:
+        base = save_tiny_pair_model(tmp_path / "base", "bart", vocab_size=30)
+        tokenizer = load_tokenizer(base)
+        tokenizer.add_special_tokens({"mask_token": "<mask>"})
+        tokenizer.save_pretrained(base)
+        settings = recipe(tmp_path, base, max_steps=1, mlm_probability=0.3)
+        result = run(settings)
+        infilling = TextInfilling(tokenizer, 0.3, 3.0, settings.seed, 2)
+        model, losses = AutoModelForSeq2SeqLM.from_pretrained(base).eval(), []
+        for piece, text in enumerate(TEXTS[8:]):
+            ids = tokenizer(text)["input_ids"]
+            source, target = infilling.corrupt(ids, piece, "evaluation")
+            assert target == ids
+            kept = iter(ids)
+            assert all(token in kept for token in source if token != 29)  # in the order of the text
+            assert source.count(29) >= 1
+            labels = torch.tensor([target])
+            logits = model(input_ids=torch.tensor([source]), labels=labels).logits[0]  # which starts from </s>
+            losses.append(torch.nn.functional.cross_entropy(logits, labels[0], reduction="none"))
+        assert result.metrics["eval_loss_before"] == pytest.approx(float(torch.cat(losses).mean()), abs=2e-6)
+        assert "by text infilling" in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_two_ranks_train_the_same_model(tmp_path: Path, t5: str) -> None:
     settings = recipe(tmp_path, t5, max_steps=4, per_device_train_batch_size=1, save_steps=2)
@@ -142,7 +198,7 @@ def test_two_ranks_train_the_same_model(tmp_path: Path, t5: str) -> None:
     ("keys", "said"),
     [
         ({"mlm_probability": 0.9, "mean_noise_span_length": 1.0, "max_length": 40}, "a piece of 39 tokens has 4 spans, and the tokenizer 3 sentinels"),
-        ({"model": "bart"}, "is an encoder-decoder whose tokenizer has no sentinels"),
+        ({"model": "bart"}, "is an encoder-decoder whose tokenizer has neither sentinels"),
     ],
 )  # fmt: skip
 def test_models_without_enough_sentinels_are_refused_before_loading(

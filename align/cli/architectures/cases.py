@@ -57,6 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {},
     "t5": {},
     "bart": {},
+    "plbart": {},
 }
 TOKENS = 256 + len(SPECIAL_TOKENS)
 VOCABULARY = TOKENS + 5  # padded, as is usual

@@ -39,7 +39,12 @@ class MLMCheck(TrainingCheck[MLMRecipe]):
         if isinstance(collator, SpanCorruption):
             source, target = collator.corrupt(ids, 0, 0)
             sides = {"encoder": (source, [False] * len(source)), "decoder": (target, [True] * len(target))}
-            return Sample(sides, f"marked: the tokens to write; {len(data)} pieces", data["input_ids"][:], {})
+            return Sample(
+                sides,
+                f"marked: the tokens to write; {len(data)} pieces, by {collator.objective}",
+                data["input_ids"][:],
+                {},
+            )
         masked, labels = collator.mask(ids, 0, 0, data[0].get("words"))
         made, name = ("pairs of pieces", "pair") if recipe.next_sentence_prediction else ("pieces", "piece")
         note = f"marked: the tokens to predict; {len(data)} {made}"
