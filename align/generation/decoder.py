@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from align.compat.transformers import CACHE_ARGUMENTS, is_linear_attention, keeps_exact_cache, known_rows
 from align.engine.engine import Engine
 from align.generation.kv_cache import PreallocatedLayer, preallocated_cache
-from align.models.forward import position_ids
+from align.models.forward import position_ids, to_device
 from reward_models.heads import hf_model
 
 
@@ -80,8 +80,8 @@ class Cached:
         self.ids = tokens[:, None]
 
     def keep(self, order: Sequence[int], index: Tensor) -> None:
-        places = torch.tensor([place for place, row in enumerate(order) if place != row], dtype=torch.int64)
-        places = places.to(index.device)
+        moved = [place for place, row in enumerate(order) if place != row]
+        places = to_device(torch.tensor(moved, dtype=torch.int64), index.device)
         sources = index[places]
         for layer in self.cache.layers:  # layers of both kinds in one inherit a `batch_select_indices` for one of them
             if isinstance(layer, PreallocatedLayer):

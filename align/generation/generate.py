@@ -17,6 +17,7 @@ from align.generation.decoder import decoder
 from align.generation.ending import Ending
 from align.generation.kv_cache import compaction_order
 from align.generation.sampling import sample_token
+from align.models.forward import to_device
 
 # Tokens between two looks at which rows have ended, for which Python has to wait for a GPU. On a CPU it need not wait.
 END_INTERVAL = 8
@@ -54,7 +55,7 @@ def generate(
     responses = torch.full(noise.shape, pad, device=device)
     mask = torch.zeros(noise.shape, dtype=torch.bool, device=device)
     logprobs = torch.zeros(noise.shape, device=device)
-    ends = torch.tensor(end_ids(ending.tokenizer), device=device)
+    ends = to_device(torch.tensor(end_ids(ending.tokenizer)), device)
     interval = 1 if device.type == "cpu" or ending.stop_strings else END_INTERVAL
     alive = torch.ones(len(rows), dtype=torch.bool, device=device)
     decoding = decoder(model, prompt_ids, prompt_mask, noise.shape[1])
@@ -77,7 +78,7 @@ def generate(
         if not all(flags):  # drop finished rows, but keep one to run along while other ranks are unfinished
             flags[0] |= done
             order = compaction_order(flags)
-            index = torch.tensor(order, device=device)
+            index = to_device(torch.tensor(order), device)
             decoding.keep(order, index)
             rows, alive = rows[index], alive[index]
     length = int(mask.sum(dim=1).max())

@@ -29,6 +29,12 @@ class PreallocatedLayer(DynamicLayer):
         self.block = block
         self.buffers: list[Tensor] = []
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin without tokens; `DynamicLayer` copies empty tensors to the device, for each of which Python waits."""
+        self.device = key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -69,17 +69,19 @@ def strip_padding(ids: Tensor, mask: Tensor, length: int) -> tuple[Tensor, Tenso
     sizes = real.sum(dim=1, keepdim=True)
     columns = torch.arange(int(sizes.max()))
     stripped = torch.zeros(len(ids), len(columns), dtype=ids.dtype, device=ids.device)
-    sources, places = _places(real, ids.device), _places(columns < sizes, ids.device)
-    stripped.view(-1)[places] = ids.flatten()[sources]
     response = real[:, -length:]
     first = sizes - response.sum(dim=1, keepdim=True)  # column of the first response token of a row
-    indices = _places((columns >= first - 1) & (columns < sizes - 1), ids.device)
-    return stripped, indices, ids[:, -length:].flatten()[_places(response, ids.device)]
+    masks = (real, columns < sizes, response, (columns >= first - 1) & (columns < sizes - 1))
+    sources, places, answers, indices = (to_device(mask.flatten().nonzero().squeeze(1), ids.device) for mask in masks)
+    stripped.view(-1)[places] = ids.flatten()[sources]
+    return stripped, indices, ids[:, -length:].flatten()[answers]
 
 
-def _places(mask: Tensor, device: torch.device) -> Tensor:
-    """Indices [N] of the True entries of a flattened mask, which is on the CPU."""
-    return mask.flatten().nonzero().squeeze(1).to(device)
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU, without waiting for a GPU: from pinned memory, without which Python waits all the same."""
+    if device.type in ("cpu", "mps"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:

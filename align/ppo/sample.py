@@ -14,7 +14,7 @@ from align.evaluate.statistics import repetition
 from align.generation.responses import decode_responses
 from align.generation.sampler import PromptBatch, Samples
 from align.maths.advantages import missing_eos_scores
-from align.models.forward import response_logprobs, response_values
+from align.models.forward import response_logprobs, response_values, to_device
 from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout
 from reward_models.responses import passes
@@ -47,7 +47,8 @@ def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Ro
     def in_passes(phase: str, forward: Callable[..., Tensor], engine: Engine) -> Tensor:
         measured = torch.zeros(mask.shape, device=world.device)
         with world.clock.phase(phase):
-            for rows in passes(real.sum(dim=1).tolist(), run.recipe.per_device_eval_batch_size, run.scoring_passes):
+            for part in passes(real.sum(dim=1).tolist(), run.recipe.per_device_eval_batch_size, run.scoring_passes):
+                rows = to_device(torch.tensor(part), world.device)
                 measured[rows] = forward(engine, ids[rows], real[rows], length)
         return measured  # [b, T]
 

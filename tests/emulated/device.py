@@ -136,6 +136,7 @@ class DeviceTensor(Tensor):
 
 
 def _index(rows: list[Any]) -> Tensor:
+    COUNTS.wait("index by a list")
     return torch.tensor(rows) if rows else torch.zeros(0, dtype=torch.int64)
 
 
@@ -169,7 +170,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     others = [each for each in flat if not isinstance(each, DeviceTensor) and each.dim() > 0]
     _refuse_mixes(name, args, ours, others)
-    _count(func, name, args, target, bool(ours))
+    _count(func, name, args, kwargs)
     args_inside, kwargs_inside = tree_map_only(DeviceTensor, lambda each: each.inner, (args, kwargs))
     if _is_ours(target):
         kwargs_inside = {**kwargs_inside, "device": torch.device("cpu")}
@@ -195,23 +196,25 @@ def _refuse_mixes(name: str, args: Any, ours: list[DeviceTensor], others: list[T
     )
 
 
-def _count(func: Any, name: str, args: Any, target: Any, has_ours: bool) -> None:
+def _count(func: Any, name: str, args: Any, kwargs: Any) -> None:
     COUNTS.add("operations")
     if not func.is_view and name not in WITHOUT_KERNEL:
         COUNTS.add("kernels")
         COUNTS.kernels[name] += 1
-    if not has_ours:
-        return
     if name in WAITING or func.name() in WAITING:
         COUNTS.wait(name.removeprefix("aten::"))
     elif name in INDEXING and any(
         isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in args[1]
     ):
         COUNTS.wait("index by a mask")
-    elif (name == "aten::_to_copy" and target is not None and not _is_ours(target)) or (
-        name == "aten::copy_" and not isinstance(args[0], DeviceTensor)
-    ):
-        COUNTS.wait("copy to the CPU")
+    elif name in COPYING:
+        copied = args[1] if name == "aten::copy_" else args[0]
+        target = args[0].device if name == "aten::copy_" else kwargs.get("device") or copied.device
+        asynchronous = kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
+        if isinstance(copied, DeviceTensor) and not _is_ours(target):
+            COUNTS.wait("copy to the CPU")
+        elif not isinstance(copied, DeviceTensor) and copied.dim() and not asynchronous:
+            COUNTS.wait("copy from the CPU")
 
 
 class _Module(_DummyBackendModule):  # type: ignore[misc]
@@ -238,6 +241,7 @@ def emulated_device() -> Iterator[torch.device]:
 
     def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         if _is_ours(device):
+            COUNTS.wait("copy from the CPU")
             return DeviceTensor(plain_tensor(*args, **kwargs))
         return plain_tensor(*args, device=device, **kwargs)
 

@@ -112,7 +112,7 @@ def test_a_whole_stage_computes_what_a_cpu_computes(found, folder, stage):
                 assert there[name] == pytest.approx(here[name], rel=2e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize(("stage", "waits"), [("sft", 110), ("reward", 140)])
+@pytest.mark.parametrize(("stage", "waits"), [("sft", 125), ("reward", 155)])
 def test_a_stage_of_trl(found, stage, waits):
     """Two steps of two microbatches and two evaluations. Most of the waits are TRL's, for metrics."""
     assert found[stage]["all"]["synchronizations"] <= waits, found[stage]["places"]
@@ -132,5 +132,6 @@ class TestPPO:
 
     def test_a_rollout(self, found):
         counts = found["ppo"]["phases"]["generate"]
-        # Of each batch of 8: padding, ends, and the longest response, and of a rollout the longest once more.
-        assert counts["synchronizations"] == 3 * BATCHES + ROLLOUTS, found["ppo"]["places"]
+        # Of each batch of 8: padding, ends, and the longest response; of a rollout the longest once more, end tokens, and the
+        # prompts, their mask and the noise on their way to the device.
+        assert counts["synchronizations"] == 3 * BATCHES + 5 * ROLLOUTS, found["ppo"]["places"]
