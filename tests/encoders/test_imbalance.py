@@ -114,6 +114,13 @@ class TestBalancedSampling:
         assert sorted(drawn[row] for row in (11, 12, 13)) == [10, 11, 11]
         assert [drawn[row] for row in (14, 15)] == [16, 16]
 
+    def test_every_turn_has_an_order_of_its_own(self):
+        sampler, halves = BalancedSampler((0,) * 4, 2, 1), set()  # a turn of the four rows is two epochs
+        for number in range(0, 16, 2):
+            sampler.set_epoch(number)
+            halves.add(frozenset(sampler))
+        assert len(halves) > 1
+
     def test_the_stage_draws_so(self, tmp_path):
         rows = [(letter, "yes") for letter in "abcdefg"] + [("abcdefghi", "no")]
         settings = recipe(tmp_path, rows, num_train_epochs=1, balanced_sampling=True)

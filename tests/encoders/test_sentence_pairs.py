@@ -81,7 +81,13 @@ class TestPairs:
             return any(both == text[place : place + len(both)] for text in joined for place in range(len(text)))
 
         for first, second, label in halves:
-            assert together(first, second) or label == OTHER_TEXT
+            assert together(first, second) == (label == FOLLOWS)
+
+    def test_the_words_of_both_pieces_are_different_words(self):
+        for row in tokenize_pairs(passages(), pair_tokenizer(), 9, 3, "train_dataset", True):
+            words = [word for word, each in zip(row["words"], row["input_ids"], strict=True) if each > 2]
+            assert len({*words}) == len(words)  # a letter is a word
+            assert [word for word, each in zip(row["words"], row["input_ids"], strict=True) if each <= 2] == [-1] * 3
 
     def test_no_pair_that_is_drawn_keeps_its_text(self):
         texts = [number // 3 for number in range(60)]
