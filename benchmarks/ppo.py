@@ -60,6 +60,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--zero", type=int, choices=[1, 2, 3], help="ZeRO stage; without, plain torch or stage 0 on ranks"
     )
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter with vLLM, which then samples the responses")
     parser.add_argument("--against-trl", metavar="PYTHON", help="interpreter of an environment made by trl_env.sh")
     parser.add_argument("--json", help="write the results there instead of printing them")
     return parser.parse_args(words)
@@ -156,6 +157,8 @@ def run_align(
         "logging_steps": 1,
         "skip_self_checks": True,
     }
+    if arguments.vllm:
+        recipe |= {"rollout_engine": "vllm", "vllm_python": arguments.vllm}
     if arguments.zero is not None:
         recipe["deepspeed"] = str(ROOT / "recipes" / "deepspeed" / f"zero{arguments.zero}.json")
     file = output.with_suffix(".yaml")

@@ -1,6 +1,8 @@
 """The benchmarks: work that is what it is said to be, counted right, and commands that run."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -60,6 +62,22 @@ def test_responses_are_as_long_as_their_prompts_say(tmp_path):
     assert lengths == [row[-1] % COUNTS + 1 for row in rows]
     assert sorted(lengths) == [round(1 + (i + 0.5) / 24 * 63) for i in range(24)]
     assert all(EOS in row for row in responses.tolist())
+
+
+def test_the_script_for_a_gpu_says_what_it_leaves_out(tmp_path):
+    """Without any time it leaves out everything; without a GPU what needs one."""
+    script = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        script, env={**os.environ, "LIMIT": "0", "PATH": path}, capture_output=True, text=True, check=True
+    )
+    status = {name: part["status"] for name, part in json.loads(done.stdout).items()}
+    assert {*status} == {"quickstart", "sft_bf16", "reward_bf16", "ppo_bf16", "step", "step_vllm", "verify"}
+    assert status["quickstart"] == "skipped: no time is left of 0 s"
+    if not torch.cuda.is_available():
+        assert status["step"] == status["step_vllm"] == "skipped: no GPU"
+    (tmp_path / "out" / "parts").rename(tmp_path / "out" / "somebody's")
+    assert subprocess.run(script, capture_output=True, check=False).returncode == 2
 
 
 def test_operations_by_hand():
