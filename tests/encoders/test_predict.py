@@ -48,10 +48,11 @@ def test_spans_of_texts_and_tags_of_words(tmp_path, capsys):
     names = dict(enumerate(NAMES))
     path = save(AutoModelForTokenClassification, tmp_path, id2label=names, label2id={n: i for i, n in names.items()})
     model = AutoModelForTokenClassification.from_pretrained(path).eval()
-    rows = [{"sentence": "abqk", "id": 7}, {"sentence": "x"}, {"tokens": ["ab", "cd", "q"]}]
+    long = "abcdefghijklmnopqrstuvwxyz"  # has spans of several letters
+    rows = [{"sentence": "abqk", "id": 7}, {"sentence": long}, {"tokens": ["ab", "cd", "q"]}]
     found = predicted(path, tmp_path, rows, "--columns", "text=sentence")
     assert "3 rows with predictions" in capsys.readouterr().out
-    for row, text, words in zip(found, ("abqk", "x", "ab cd q"), (None, None, ["ab", "cd", "q"]), strict=True):
+    for row, text, words in zip(found, ("abqk", long, "ab cd q"), (None, None, ["ab", "cd", "q"]), strict=True):
         ids = encoded(words, ["O"] * 3)[0] if words else torch.tensor([letter_ids(text)])
         best = model(input_ids=ids).logits[0].softmax(dim=-1).max(dim=-1)
         places = [0, 3, 6] if words else range(len(text))
@@ -69,7 +70,7 @@ def test_spans_of_texts_and_tags_of_words(tmp_path, capsys):
             assert each["score"] == pytest.approx(sum(inside) / len(inside), abs=1e-6)
         assert row.get("predicted_tags") == (labels if words else None)
     assert found[0]["id"] == 7
-    assert any(row["predicted_spans"] for row in found)
+    assert any(each["end"] > each["start"] + 1 for each in found[1]["predicted_spans"])
 
 
 @pytest.mark.parametrize("unanswerable", [True, False])

@@ -85,6 +85,15 @@ def test_it_starts_as_the_base_to_the_bit_and_trains_its_blocks_alone(kind, plac
         adapted = get_peft_model(model, adapter)
         assert torch.equal(adapted(input_ids=ids).logits, before)
         trained = {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}
+        outputs = [name for layer in SUBLAYERS[kind] for name in (layer if placement == "houlsby" else layer[-1:])]
+        firsts = {each for name in trained for each in outputs if f"{each}.bottleneck_" in name}
+        assert firsts == set(outputs)
+        assert not any(
+            f"{layer[0]}.bottleneck_" in name
+            for name in trained
+            for layer in SUBLAYERS[kind]
+            if placement == "pfeiffer"
+        )
         blocks = model.config.num_hidden_layers * (2 if placement == "houlsby" else 1)
         assert sum(map(torch.numel, trained.values())) == blocks * (64 * 4 + 4 + 4 * 64 + 64)
         for weight in trained.values():
