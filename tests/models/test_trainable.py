@@ -288,24 +288,26 @@ def test_refused(tmp_path, changes, words):
 @pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.methods])
 def test_keys_of_another_method_are_refused_in_every_stage(name):
     stage = STAGES[name]
-    values = {
-        **{
-            "freeze_layers": 1,
-            "trainable_pattern": "x",
-            "lora_r": 8,
-            "lora_alpha": 8,
-            "lora_target_modules": ["q_proj"],
-        },
-        **{"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 8},
-        **{"bottleneck_size": 8, "bottleneck_placement": "pfeiffer"},
+    lora = ("lora", "dora", "qlora")
+    values = {  # key: a value, and the methods that read it
+        "freeze_layers": (1, ("freeze",)),
+        "trainable_pattern": ("x", ("freeze",)),
+        "lora_r": (8, lora),
+        "lora_alpha": (8, lora),
+        "lora_target_modules": (["q_proj"], (*lora, "ia3")),
+        "num_virtual_tokens": (3, ("prompt", "prefix")),
+        "prefix_projection": (True, ("prefix",)),
+        "encoder_hidden_size": (8, ("prefix",)),
+        "bottleneck_size": (8, ("bottleneck",)),
+        "bottleneck_placement": ("pfeiffer", ("bottleneck",)),
     }
     assert values.keys() == OF_METHOD.keys()
     keys = {each.name: "x" for each in dataclasses.fields(stage.recipe) if each.metadata.get("required")}
     for method in stage.methods:
         given = {**keys, "method": method, "freeze_layers": int(method == "freeze")}
         check_method(stage.recipe(**given), stage.methods, str)
-        for key, value in values.items():
-            if method not in OF_METHOD[key]:
+        for key, (value, readers) in values.items():
+            if method not in readers:
                 with pytest.raises(UserError, match=f"^{key}: is for method: .*, got method: {method}; leave it out"):
                     check_method(stage.recipe(**{**given, key: value}), stage.methods, str)
 
