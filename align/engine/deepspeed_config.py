@@ -30,12 +30,13 @@ def zero_stage(recipe: StageRecipe, role: str = "policy") -> int:
 
 
 def deepspeed_config(
-    path: str | None, *, processes: int, accumulation: int, max_grad_norm: float, bf16: bool
+    path: str | None, *, processes: int, accumulation: int, max_grad_norm: float, bf16: bool, hidden_size: int = 0
 ) -> dict[str, Any]:
     """A DeepSpeed file with every "auto" filled in, for `DeepSpeedEngine`; without a file, ZeRO 0.
 
     Args:
         accumulation: microbatches per optimizer step. Their size is set to 1: DeepSpeed only counts them.
+        hidden_size: of the model, for an "auto" reduce_bucket_size, which is its square, as transformers' Trainer sets it.
     """
     config = read_deepspeed_file(path) if path else {}
     config["train_micro_batch_size_per_gpu"] = 1
@@ -46,6 +47,8 @@ def deepspeed_config(
     config.setdefault("zero_allow_untested_optimizer", True)
     config["zero_force_ds_cpu_optimizer"] = False
     zero = config.setdefault("zero_optimization", {"stage": 0})
+    if zero.get("reduce_bucket_size") == "auto" and hidden_size:
+        zero["reduce_bucket_size"] = hidden_size**2
     for name in [name for name, value in zero.items() if value == "auto"]:
         del zero[name]  # DeepSpeed's own default
     config.setdefault("steps_per_print", 10**9)

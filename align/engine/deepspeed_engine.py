@@ -54,6 +54,7 @@ class DeepSpeedEngine:
             accumulation=accumulation,
             max_grad_norm=recipe.max_grad_norm,
             bf16=recipe.bf16,
+            hidden_size=getattr(hf_model(model).config.get_text_config(), "hidden_size", 0),
         )
         if learning_rate is None:
             model.requires_grad_(False)

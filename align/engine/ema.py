@@ -38,7 +38,8 @@ class EMA:
             average = self.averages[name]
             if is_sharded(parameter):  # shards are padded to one size
                 shape = full_shape(parameter)
-                average = world.gather(average)[: shape.numel()].view(shape)
+                on_device = average.to(world.device)  # offloaded shards are on the CPU, where NCCL gathers nothing
+                average = world.gather(on_device)[: shape.numel()].view(shape)
             if world.is_main:
                 weights[name] = average.cpu().to(weights[name].dtype)
         save_from_main(self.engine.module, weights, folder, world)

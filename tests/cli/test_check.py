@@ -26,14 +26,14 @@ from transformers import (
 
 from align.__main__ import main
 from align.cli.check import check
+from align.cli.check.engine_memory import Bytes, Layout, engine_bytes
 from align.cli.check.memory import (
-    Footprint,
     activation_bytes,
+    cache_line,
     count_parameters,
     count_trained,
     moment_bytes,
     skeleton,
-    state_bytes,
 )
 from align.config.load import load_recipe
 from align.config.reward import RewardRecipe
@@ -47,27 +47,51 @@ from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, unfinis
 
 @pytest.mark.parametrize(
     ("zero_stage", "float32", "bfloat16"),
-    [
-        (0, 16, 16),
-        (1, 4 + 4 + 2, 2 + 2 + 3),
-        (2, 4 + 1 + 2, 2 + 0.5 + 3),
-        (3, 1 + 1 + 2, 0.5 + 0.5 + 3),
+    [  # weights, gradients, those in the step, the optimizer's, and what passes: two buckets (from ZeRO 3 one) and weights
+        (1, 4 + 4 + 1 + 3 + 8 / 8 + 4, 2 + 4 + 1 + 3 + 8 / 8 + 2),
+        (2, 4 + 1 + 1 + 3 + 8 / 8 + 4, 2 + 1 + 1 + 3 + 4 / 8 + 2),
+        (3, 1 + 1 + 1 + 2 + 4 / 8 + 4, 0.5 + 1 + 1 + 3 + 2 / 8 + 2),
     ],
 )
 def test_bytes_of_a_parameter_that_trains_on_four_gpus(zero_stage, float32, bfloat16):
-    model = Footprint("policy", 1000, 1000)
-    assert state_bytes(model, zero_stage, 4, bf16=False) == 1000 * float32
-    assert state_bytes(model, zero_stage, 4, bf16=True) == 1000 * bfloat16
-    assert state_bytes(model, zero_stage, 1, bf16=False) == 16000
+    """With buckets of an eighth of the weights."""
+    layout = Layout(zero_stage, 4, reduced=1024**2 / 8 * (1 if zero_stage == 3 else 2))
+    assert engine_bytes(1024**2, 1024**2, layout, bf16=False).gpu == 1024**2 * float32
+    assert engine_bytes(1024**2, 1024**2, layout, bf16=True).gpu == 1024**2 * bfloat16
 
 
-def test_bytes_of_frozen_and_adapted_models():
-    frozen = Footprint("reference", 1000, 0)
-    assert [state_bytes(frozen, stage, 4, bf16=False) for stage in range(4)] == [4000, 4000, 4000, 1000]
-    assert [state_bytes(frozen, stage, 4, bf16=True) for stage in range(4)] == [2000, 2000, 2000, 500]
-    adapted = Footprint("policy", 1000, 100)  # float32: 4000 + 100 x 12; ZeRO 3 a quarter of it
-    assert state_bytes(adapted, 0, 4, bf16=False) == 5200
-    assert state_bytes(adapted, 3, 4, bf16=False) == 1300
+def test_bytes_without_zero():
+    assert engine_bytes(1000, 1000, Layout(), bf16=False) == Bytes(16000)
+    assert engine_bytes(1000, 1000, Layout(), bf16=True) == Bytes(18000)
+    assert engine_bytes(1000, 100, Layout(), bf16=True) == Bytes(2000 + 100 * 16)
+    # DeepSpeed: gradients in a row; in bfloat16 (2 + 6 + 4 + 12 + 4)
+    assert engine_bytes(1000, 1000, Layout(0, 4), bf16=False) == Bytes(20000)
+    assert engine_bytes(1000, 1000, Layout(0, 4), bf16=True) == Bytes(28000)
+
+
+def test_bytes_of_frozen_models():
+    found = [engine_bytes(1000, 0, Layout(stage, 4), bf16=False).gpu for stage in range(4)]
+    assert found == [4000, 4000, 4000, 1000 + 4000], "a quarter of it, and all gathered for a pass"
+    assert engine_bytes(1000, 0, Layout(3, 4, live=100), bf16=True) == Bytes(500 + 200)
+
+
+def test_bytes_of_what_is_offloaded(tmp_path):
+    """The files of recipes/deepspeed: weights, and all of the optimizer, are on the host; gradients and buckets are not."""
+    path = Path(__file__).parents[2] / "recipes" / "deepspeed" / "zero3_offload.json"
+    layout = Layout.from_file(str(path), 4, hidden_size=16)
+    found = engine_bytes(1024, 1024, layout, bf16=False)
+    assert found == Bytes(gpu=1024 + 256 * 4 + 4 * 1024, host=1024 * (1 + 3 + 1))
+    (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": True}}))
+    assert Layout.from_file(str(tmp_path / "own.json"), 4, 16).reduced == 1e9, "DeepSpeed's default, twice"
+    assert Layout.from_file(None, 1, 16).stage is None
+
+
+def test_bytes_of_the_key_value_cache():
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=8, vocab_size=11
+    )
+    # 2 x 8 layers x 2 heads x 16 x 4 bytes x 32 sequences x 64 tokens
+    assert "4.0 MiB of keys and values for 32 sequences of up to 64 tokens" in cache_line(config, 32, 64, bf16=False)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +109,7 @@ def test_bytes_of_frozen_and_adapted_models():
 )
 def test_bytes_of_other_optimizers(optim, arguments, moments):
     assert moment_bytes(optim, arguments) == moments
-    model = Footprint("policy", 1000, 1000)
-    assert state_bytes(model, 0, 1, bf16=False, moments=moments) == 8000 + 1000 * moments
-    assert state_bytes(model, 1, 4, bf16=True, moments=moments) == 4000 + 1000 * (4 + moments) / 4
+    assert engine_bytes(1000, 1000, Layout(), bf16=False, moments=moments).gpu == 8000 + 1000 * moments
 
 
 def test_bytes_of_activations():

@@ -34,6 +34,7 @@ def engine_of(folder: Path, world: World, name: str, seed: int = 0) -> TrainEngi
         config = json.loads(path.read_text())
         config["zero_optimization"] |= {
             **({"offload_optimizer": {"device": "cpu"}} if "offload" in more else {}),
+            **({"offload_param": {"device": "cpu"}} if "params" in more else {}),
             **({"round_robin_gradients": True} if "robin" in more else {}),
         }
         path.write_text(json.dumps(config))

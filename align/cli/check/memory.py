@@ -1,14 +1,6 @@
 """How much memory a stage needs per GPU, from its models' configurations alone: no weights are loaded.
 
-Bytes per parameter of a model that trains with AdamW, 16 in all:
-
-    float32    4 weight   4 gradient    8 optimizer (two moments)
-    bfloat16   2 weight   2 gradient   12 optimizer (float32 master weight and two moments)
-
-Other optimizers keep less than two moments, see `moment_bytes`.
-
-A frozen parameter has its weight only. ZeRO 1 divides the optimizer states by the number of processes N, ZeRO 2 the
-gradients too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+`engine_memory.py` has the bytes of one model.
 """
 
 from __future__ import annotations
@@ -27,10 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from align.cli.check.engine_memory import Bytes, Layout, engine_bytes, ready_layout
 from align.config.base import StageRecipe
 from align.config.optimizer import EIGHT_BIT
 from align.engine.batch_plan import BatchPlan
-from align.engine.deepspeed_config import zero_stage
+from align.engine.deepspeed_config import deepspeed_file, uses_deepspeed
 from align.errors import UserError, reason
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.tables import make_table
@@ -63,20 +56,6 @@ def moment_bytes(optim: str, optim_args: Mapping[str, Any]) -> int:
     if optim in ("adagrad", "rmsprop"):
         return 4 * (1 + bool(optim_args.get("momentum")) + bool(optim_args.get("centered")))
     return 8
-
-
-def state_bytes(model: Footprint, zero_stage: int, processes: int, bf16: bool, moments: int = 8) -> float:
-    """Bytes per GPU for a model's weights, gradients and optimizer states; formula above.
-
-    Args:
-        moments: `moment_bytes`.
-    """
-    weight, gradient, optimiser = (2, 2, 4 + moments) if bf16 else (4, 4, moments)
-    return (
-        model.parameters * weight / (processes if zero_stage >= 3 else 1)
-        + model.trained * gradient / (processes if zero_stage >= 2 else 1)
-        + model.trained * optimiser / (processes if zero_stage >= 1 else 1)
-    )
 
 
 def activation_bytes(
@@ -148,30 +127,48 @@ def count_trained(
     return count_parameters(adapted), count_parameters(adapted, trained=True)
 
 
-def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPlan) -> Table:
-    """Memory per GPU by model and ZeRO stage, and at the stages of the recipe's DeepSpeed files."""
-    moments = moment_bytes(recipe.optim, recipe.optim_args)
-    needs = [
-        [0, 0, 0, state_bytes(model, 0, 1, recipe.bf16)]
-        if model.gathered
-        else [state_bytes(model, stage, plan.world_size, recipe.bf16, moments) for stage in range(4)]
-        for model in models
-    ]
-    stages = [zero_stage(recipe, model.name) for model in models]
-    own = [sizes[stage] for sizes, stage in zip(needs, stages, strict=True)]
-    columns = [*(f"ZeRO {stage}" for stage in range(4)), "this recipe"]
+def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPlan, hidden_size: int) -> Table:
+    """Memory per GPU by model and ZeRO stage, and by the recipe's DeepSpeed files, with what these offload to the host.
+
+    Args:
+        hidden_size: of the models, of which the size of DeepSpeed's buckets is made.
+    """
+    rows, own, columns = [], Bytes(), [0.0] * 4
+    for model in models:
+        ready = [ready_layout(stage, plan.world_size, hidden_size) for stage in range(4)]
+        by_stage = [needs(recipe, model, layout).gpu for layout in ready]
+        layout = recipe_layout(recipe, model.name, plan.world_size, hidden_size)
+        mine = needs(recipe, model, layout)
+        where = "plain torch" if layout.stage is None else f"ZeRO {layout.stage}"
+        shown = f"{_shown(mine.gpu)} ({where})" if mine.gpu else ""
+        rows.append(
+            [model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, by_stage), shown, _shown(mine.host)]
+        )
+        own, columns = own + mine, [sum(pair) for pair in zip(columns, by_stage, strict=True)]
     dtype = "bfloat16" if recipe.bf16 else "float32"
     table = make_table(
         f"Memory per GPU, {plan.world_size} process{'es' * (plan.world_size > 1)}, {dtype}, {recipe.optim}, without activations",
-        "model",
-        "parameters",
-        *columns,
+        *("model", "parameters", *(f"ZeRO {stage}" for stage in range(4)), "this recipe"),
+        *["host"] * bool(own.host),
     )
-    for model, sizes, stage, size in zip(models, needs, stages, own, strict=True):
-        mine = f"{_shown(size)} (ZeRO {stage})" if size else ""
-        table.add_row(model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, sizes), mine)
-    table.add_row("all", "", *(_shown(sum(column)) for column in zip(*needs, strict=True)), _shown(sum(own)))
+    for row in [*rows, ["all", "", *map(_shown, columns), _shown(own.gpu), _shown(own.host)]]:
+        table.add_row(*row[: len(table.columns)])
     return table
+
+
+def needs(recipe: StageRecipe, model: Footprint, layout: Layout) -> Bytes:
+    """Memory per process for a model of the recipe in this layout."""
+    if model.gathered:  # a plain copy, at ZeRO 3 alone
+        return Bytes(model.parameters * (2 if recipe.bf16 else 4) * (layout.stage == 3))
+    moments = moment_bytes(recipe.optim, recipe.optim_args)
+    return engine_bytes(model.parameters, model.trained, layout, recipe.bf16, moments)
+
+
+def recipe_layout(recipe: StageRecipe, name: str, processes: int, hidden_size: int) -> Layout:
+    """How a model of the recipe is spread, by its name in the table."""
+    role = "reward" if name.startswith(("reward", "judge")) else name
+    own = Layout.from_file(deepspeed_file(recipe, role), processes, hidden_size)
+    return Layout(0, processes) if own.stage is None and uses_deepspeed(recipe) else own
 
 
 def _share(model: Footprint) -> str:
@@ -190,3 +187,18 @@ def activations_line(
     """The line below the table: what a micro-batch of `sequences` sequences of `tokens` tokens adds."""
     size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, has_logits)
     return f"  activations: roughly {_shown(size)} more for {sequences} sequences of up to {tokens} tokens"
+
+
+def cache_line(config: PretrainedConfig, sequences: int, tokens: int, bf16: bool) -> str:
+    """The line on the key-value cache of `sequences` responses that are sampled at once, of up to `tokens` with their prompts."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = 2 * text.num_hidden_layers * heads * width * (2 if bf16 else 4) * sequences * tokens
+    return f"  sampling: {_shown(size)} of keys and values for {sequences} sequences of up to {tokens} tokens, before activations"
+
+
+def head_line(config: PretrainedConfig) -> str:
+    """The line on the gradient of a head that trains: computed chunk by chunk, apart from those that are accumulated."""
+    text = config.get_text_config()
+    return f"  head: {_shown(4 * text.vocab_size * text.hidden_size)} more for the gradient of a microbatch"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from align.cli.check.memory import Footprint, count_parameters, count_trained, skeleton
+from align.cli.check.memory import Footprint, cache_line, count_parameters, count_trained, head_line, skeleton
 from align.cli.check.sample_rows import Sample, Start
 from align.cli.check.training import TrainingCheck, frozen_model
 from align.config.ppo import PPORecipe
@@ -50,6 +50,16 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         check_responses_fit(ids, recipe.response_length, start.config)
         note = "the policy answers here, and its answer is trained"
         return Sample({"prompt": (ids[0], [False] * len(ids[0]))}, note, ids, bad)
+
+    def more_memory(self, recipe: PPORecipe, start: Start) -> list[str]:
+        lines = [head_line(start.config)] if recipe.method == "full" else []
+        if recipe.rollout_engine == "transformers":
+            sequences = min(recipe.per_device_eval_batch_size, recipe.rollout_batch_size)
+            lines.append(cache_line(start.config, sequences, self.max_tokens(recipe), recipe.bf16))
+        elif recipe.vllm_python is not None:
+            share = f"{recipe.vllm_gpu_memory_utilization:.0%}"
+            lines.append(f"  vLLM: {share} of its GPU's memory beside all this (vllm_gpu_memory_utilization)")
+        return lines
 
     def footprints(self, recipe: PPORecipe, start: Start) -> list[Footprint]:
         code = recipe.trust_remote_code

@@ -76,6 +76,10 @@ class TrainingCheck(Generic[R]):
         """The models of the stage: those that train, then the frozen ones."""
         raise NotImplementedError
 
+    def more_memory(self, recipe: R, start: Start) -> list[str]:
+        """Lines on memory below the table, beside that of activations."""
+        return []
+
     def max_tokens(self, recipe: R) -> int:
         """Most tokens of a sequence."""
         assert isinstance(recipe, TrainerRecipe)
@@ -130,11 +134,13 @@ class TrainingCheck(Generic[R]):
                 if isinstance(recipe, TrainerRecipe) and plan is not None:
                     report.say(self._steps(recipe, rows, plan, sampled, sizes))
         if plan is not None:
-            report.console.print(memory_table(recipe, self.footprints(recipe, start), plan))
+            hidden_size = start.config.get_text_config().hidden_size
+            report.console.print(memory_table(recipe, self.footprints(recipe, start), plan, hidden_size))
             sequences = plan.micro_batch_size * self.sequences_per_row
             tokens = self.max_tokens(recipe)
             activations = activations_line(start.config, sequences, tokens, recipe, self.has_logits)
-            report.console.print(Text(activations), soft_wrap=True)
+            for line in (activations, *self.more_memory(recipe, start)):
+                report.console.print(Text(line), soft_wrap=True)
         if not (Path(recipe.output_dir) / MANIFEST).is_file():
             self._write_stand_in(recipe, start, context)
 
