@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from align.config.optimizer import OPTIMIZERS
 from align.config.schedule import SCHEDULES
 from align.config.sft import SFTRecipe
 from align.engine.batch_plan import BatchPlan
+from align.engine.deepspeed_config import deepspeed_config
 from align.engine.distributed import World
 from align.engine.optimizer import learning_rates, make_optimizer, optimizer_class
 from align.engine.parts import SavedParts
@@ -207,3 +209,11 @@ class TestSchedules:
             assert schedule.get_last_lr() == [rate]
             optimizer.step()
             schedule.step()
+
+
+def test_buckets_are_of_the_models_size():
+    """Of the files in recipes/deepspeed; DeepSpeed's default would be 5e8 elements, whatever the model."""
+    path = str(Path(__file__).parents[2] / "recipes" / "deepspeed" / "zero2.json")
+    sizes = {"processes": 2, "accumulation": 1, "max_grad_norm": 1.0, "bf16": False}
+    assert deepspeed_config(path, **sizes, hidden_size=16)["zero_optimization"]["reduce_bucket_size"] == 256
+    assert "reduce_bucket_size" not in deepspeed_config(path, **sizes)["zero_optimization"]
