@@ -25,6 +25,7 @@ from align.models.small_model import small_model
 from align.models.virtual_tokens import VirtualTokenModel
 from align.sft.inputs import load_config_and_tokenizer
 from tests.evaluate.test_compare import ROWS, judged, predictions, recipe, rows, values
+from tests.sft.letter_rows import ROWS as TRAINED
 from tests.sft.letter_rows import recipe as sft_recipe
 from tests.worlds import LETTERS, letter_ids, letter_tokenizer, save_tiny_policy, tiny_llama, write_jsonl
 
@@ -126,6 +127,13 @@ def test_what_the_sft_stage_leaves_is_evaluated(tmp_path):
     found = values(results, "perplexity")
     assert found["tuned", 0] == pytest.approx(trained.metrics["eval_perplexity"], rel=1e-4)
     assert abs(found["tuned", 0] - found["base", 0]) > 0.1, "with its tokens, not the model alone"
+    base, tuned = results.costs
+    assert (base.trained_parameters, base.train_tokens, base.training_seconds) == (None, None, None)
+    assert tuned.trained_parameters == 3 * 32  # by the hidden size
+    lengths = [len(prompt) + len(completion) + 1 for prompt, completion in TRAINED if prompt not in dict(ROWS)]
+    assert tuned.train_tokens == 4 * (sum(lengths) + lengths[0])  # a copy of the first row fills the batch of 4
+    assert tuned.training_seconds is not None
+    assert (base.prompt_tokens, tuned.prompt_tokens) == (asked := sum(len(prompt) for prompt, _ in ROWS) / 7, 3 + asked)
 
 
 def test_other_kinds_are_refused(tmp_path):
