@@ -103,7 +103,11 @@ def pipeline(stage: str, signum: int) -> Case:
 PHASES = ("start", "checkpoint", "between", "final")
 TABLE = {
     **{f"{stage}, {phase}, {number}": Kill(stage, phase=phase) for stage in ("sft", "reward", "ppo") for phase in PHASES for number in (1, 2)},
-    **{f"{stage}, {phase}": Kill(stage, phase=phase) for stage in ("classify", "mlm") for phase in PHASES},
+    **{f"{stage}, {phase}": Kill(stage, phase=phase) for stage in ("classify", "mlm", "token-classification", "question-answering") for phase in PHASES},
+    **{f"{stage}, {layout}": Kill(stage, layout) for layout, stages in {
+        "balanced": ("classify",), "weights": ("classify",), "pairs of pieces": ("mlm",), "encoder-decoder": ("sft", "classify"), "prefix": ("sft",),
+        "bottleneck": ("sft", "classify", "token-classification"), "momentum": ("sft", "ppo", "question-answering"),
+    }.items() for stage in stages},
     **{f"{stage}, {number}": Kill(stage) for stage in ("evaluate", "bon", "judge-reward") for number in (1, 2, 3, 4)},
     **{f"{stage}, three times": Kill(stage, times=3) for stage in ("sft", "reward", "ppo", "classify", "mlm")},
     **{f"{stage}, Ctrl-C": Kill(stage, signum=INTERRUPT) for stage in ("sft", "reward", "ppo", "evaluate")},
@@ -120,7 +124,7 @@ TABLE = {
     "reward, halves, three times": Kill("reward", "halves", times=3),
     "reward, members, SIGTERM": Kill("reward", "members", signum=TERM),
     **{f"reward of members at zero2, rank {rank} in {phase}": Kill("reward", "members zero2", phase, rank) for rank, phase in ((0, "checkpoint"), (1, "checkpoint"), (0, "final"), (0, "any"))},
-    **{f"{stage}, SIGTERM": Kill(stage, signum=TERM) for stage in ("reward", "classify", "mlm", "evaluate", "bon", "judge-reward")},
+    **{f"{stage}, SIGTERM": Kill(stage, signum=TERM) for stage in ("reward", "classify", "mlm", "token-classification", "question-answering", "evaluate", "bon", "judge-reward")},
     **{f"{stage}, Ctrl-C": Kill(stage, signum=INTERRUPT) for stage in ("bon", "judge-reward")},
     **{f"{stage} at two, rank {rank}": Kill(stage, "two", "any", rank) for stage in ("bon", "judge-reward") for rank in (0,)},
     **{f"ppo at {layout}, rank {rank} in {phase}": Kill("ppo", layout, phase, rank)
