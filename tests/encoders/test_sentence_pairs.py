@@ -214,6 +214,8 @@ class TestWholeWords:
             assert labels[there].tolist() == torch.tensor(piece["input_ids"])[there].tolist()
             assert masked[~there].tolist() == torch.tensor(piece["input_ids"])[~there].tolist()
             chosen.append((there.float().mean(), (masked[there] == tokenizer.mask_token_id).float().sum(), there.sum()))
+            around = masking.mask([2, piece["input_ids"][0], 2], 0, draw, [-1, 0, -1])[1]
+            assert around[::2].tolist() == [-100, -100]  # </s> is no word
         share, hidden, count = (torch.stack([torch.as_tensor(each[i]) for each in chosen]).float() for i in range(3))
         # Of 400 draws of 10 words of unequal length the standard error is about 0.008.
         assert float(share.mean()) == pytest.approx(0.3, abs=0.03)
