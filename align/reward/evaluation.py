@@ -214,10 +214,16 @@ def prompts_of(rows: Sequence[Preference]) -> list[str]:
 
 def before_after_table(accuracy_before: float, results: dict[str, Any], skipped: int) -> list[list[Any]]:
     """Rows of measure, value before training, value after. `skipped`: held-out pairs that could not be used."""
-    of_pairs = f" ({results['pairs']} pairs; {skipped} skipped)" * bool(skipped)
-    table: list[list[Any]] = [[f"held-out pair accuracy{of_pairs}", accuracy_before, results["eval_accuracy"]]]
+
+    def of_pairs(count: int, low: float, high: float) -> str:
+        return f"{count} pairs, 95% interval {low:.3g} to {high:.3g}"
+
+    whole = of_pairs(results["pairs"], results["eval_accuracy_low"], results["eval_accuracy_high"])
+    whole += f"; {skipped} skipped" * bool(skipped)
+    table: list[list[Any]] = [[f"held-out pair accuracy ({whole})", accuracy_before, results["eval_accuracy"]]]
     for name, each in results["by_source"].items():
-        table.append([f"accuracy of {name} ({each['n']} pairs)", None, each["accuracy"]])
+        known = of_pairs(each["n"], each["low"], each["high"])
+        table.append([f"accuracy of {name} ({known})", None, each["accuracy"]])
     if "eval_ceiling" in results:
         table.append(["accuracy ceiling (annotator noise)", None, results["eval_ceiling"]])
         table.append(["agreement with the true preference", None, results["agreement"]])

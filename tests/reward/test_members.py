@@ -65,7 +65,7 @@ def test_the_folder_says_what_its_members_are(trained):
     found = read_manifest(out)
     each = [read_manifest(path)["results"] for path in ensemble_members(str(out))]
     assert found["results"]["members"] == each
-    assert found["results"]["table"][1] == ["held-out pair accuracy (member_2)", *each[1]["table"][0][1:]]
+    assert found["results"]["table"][1] == [f"{each[1]['table'][0][0]} (member_2)", *each[1]["table"][0][1:]]
     assert not (out / "run.json").exists()
     with pytest.raises(UserError, match=r"judge_reward_model_path: .*out holds an ensemble of reward models; name one"):
         inspect_folder(str(out), "judge_reward_model_path")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -226,15 +227,18 @@ def test_the_zero_is_the_mean_score_of_sft_answers_and_travels_with_the_model(tm
         scores.append(score_sequences(model, whole, torch.ones_like(whole, dtype=torch.bool)))
         logits.append(plain(whole).logits[0])
     assert len(scores) == 6
-    assert abs(float(torch.cat(scores).detach().mean())) < 1e-6
-    assert float(torch.cat(logits).mean()) == pytest.approx(manifest["score_mean"], abs=1e-6)
-    assert float(torch.cat(logits).std(correction=0)) == pytest.approx(manifest["score_std"], abs=1e-6)
+    rounding = (
+        5e-6  # of scores up to 5 in float32, which the stage computes in batches; 1e-6 is exceeded on an AMD EPYC
+    )
+    assert abs(float(torch.cat(scores).detach().mean())) < rounding
+    assert float(torch.cat(logits).mean()) == pytest.approx(manifest["score_mean"], abs=rounding)
+    assert float(torch.cat(logits).std(correction=0)) == pytest.approx(manifest["score_std"], abs=rounding)
 
     check = manifest["score_check"]
     assert len(check["ids"]) == len(check["scores"]) == 16
     for ids, recorded in zip(check["ids"], check["scores"], strict=True):
         assert float(plain(torch.tensor([ids])).logits[0, 0]) - model.config.score_mean == pytest.approx(
-            recorded, abs=1e-6
+            recorded, abs=rounding
         )
 
 
@@ -278,8 +282,13 @@ def test_held_out_accuracy_beside_the_ceiling_of_a_known_truth(tmp_path):
     accuracy = sum(margin > 0 for margin in margins) / 4
     truth = [1, 1, -1, 1]
     agreement = sum(margin * sign > 0 for margin, sign in zip(margins, truth, strict=True)) / 4
+    interval = f"{results.metrics['eval_accuracy_low']:.3g} to {results.metrics['eval_accuracy_high']:.3g}"
     assert results.table == [
-        ("held-out pair accuracy", sum(margin > 0 for margin in before) / 4, accuracy),
+        (
+            f"held-out pair accuracy (4 pairs, 95% interval {interval})",
+            sum(margin > 0 for margin in before) / 4,
+            accuracy,
+        ),
         ("accuracy ceiling (annotator noise)", None, 0.75),
         ("agreement with the true preference", None, agreement),
     ]
@@ -334,7 +343,9 @@ def test_skipped_rows_do_not_shift_the_truth(tmp_path, monkeypatch, capsys):
     assert "pairs skipped (train): 1, longer than 30 tokens" in said
     assert "pairs skipped (evaluation): 1, longer than 30 tokens" in said
     assert results.metrics["pairs"] == 32
-    assert results.table[0].measure == "held-out pair accuracy (32 pairs; 2 skipped)"
+    assert re.fullmatch(
+        r"held-out pair accuracy \(32 pairs, 95% interval [\d.]+ to [\d.]+; 2 skipped\)", results.table[0].measure
+    )
     judged = json.loads((Path(settings.output_dir) / "card/results.json").read_text())["card"]
     assert judged["baselines"]["words alone"]["fitted_on"] == f"{2 * len(ROWS)} training pairs"
     card = (Path(settings.output_dir) / "README.md").read_text()
@@ -360,9 +371,9 @@ def test_accuracy_of_each_source_where_there_are_several(tmp_path):
     right = [float(score(model, prompt, good) > score(model, prompt, bad)) for prompt, good, bad in HELD_OUT[:3]]
     expected = {"one": (right[0], 1), "two": (sum(right[1:]) / 2, 2)}
     assert {name: (each["accuracy"], each["n"]) for name, each in results.by_source.items()} == expected
-    assert {row.measure: row.after for row in results.table[1:3]} == {
-        "accuracy of one (1 pairs)": right[0],
-        "accuracy of two (2 pairs)": sum(right[1:]) / 2,
+    assert {row.measure.split(",")[0]: row.after for row in results.table[1:3]} == {
+        "accuracy of one (1 pairs": right[0],
+        "accuracy of two (2 pairs": sum(right[1:]) / 2,
     }
 
 
@@ -521,9 +532,9 @@ def test_the_card_of_a_model_of_messages_gives_its_scores(tmp_path, capsys):
     settings = dataclasses.replace(settings, chat_template_path=str(template), max_steps=1)
     results = run(settings)
     said = capsys.readouterr().err.splitlines()
-    before, after = results.table[0][1:]
+    measure, before, after = results.table[0]
     assert said[-3:] == [
-        f"{settings.output_dir}: held-out pair accuracy: {before:.4g} before, {after:.4g} after training",
+        f"{settings.output_dir}: {measure}: {before:.4g} before, {after:.4g} after training",
         f"{settings.output_dir}: report card: {results.card['summary']}, in card/card.md",
         f"{settings.output_dir}: finished, with its results in README.md",
     ]

@@ -68,7 +68,7 @@ def test_each_is_the_model_that_a_plain_recipe_trains_on_its_half_to_the_bit(tra
         assert (judge is None) == (folder != out)
         if judge is not None:
             assert judge == read_manifest(out / "judge")["results"]
-            assert ours["results"].pop("table")[-1] == ["held-out pair accuracy (judge)", *judge["table"][0][1:]]
+            assert ours["results"].pop("table")[-1] == [f"{judge['table'][0][0]} (judge)", *judge["table"][0][1:]]
             del theirs["results"]["table"]
         assert ours["results"] == theirs["results"]
         for name in ("score_mean", "score_std", "score_check"):
@@ -203,11 +203,11 @@ def test_members_and_their_judge_are_in_tables_and_report(trained, tmp_path):
     (table,) = closing_tables([("reward", read_manifest(out))])
     shown = list(table.columns[1].cells)
     assert "report card (judge/card/card.md)" in shown
-    assert shown.count("held-out pair accuracy (judge)") == 1
+    assert sum(cell.startswith("held-out pair accuracy") and cell.endswith("(judge)") for cell in shown) == 1
     runs = [read_run(folder) for folder in with_members(find_runs(out)[0])]
     assert [each.name for each in runs] == ["three", "three/member_1", "three/member_2", "three/judge"]
     single = read_run(Path(trained.output_dir))
-    assert [row[0] for row in single.table] == ["held-out pair accuracy"], "the judge's rows are its own run's"
+    assert len(single.table) == 1, "the judge's rows are its own run's"
 
 
 def test_ppo_is_judged_by_it(trained, tmp_path):
