@@ -48,9 +48,10 @@ def check_method(recipe: StageRecipe, supported: Sequence[str], where: Where) ->
             f"{where('method')}: freeze needs either freeze_layers or trainable_pattern, got "
             f"{'both' if partial else 'neither'}"
         )
+    methods = {recipe.method} | ({"lora"} if getattr(recipe, "value_method", "full") != "full" else set())  # PPO's
     for each in fields(recipe):
         readers = OF_METHOD.get(each.name, supported)
-        if recipe.method not in readers and getattr(recipe, each.name) not in (each.default, []):
+        if methods.isdisjoint(readers) and getattr(recipe, each.name) not in (each.default, []):
             names = f"{', '.join(readers[:-1])} or {readers[-1]}" if len(readers) > 1 else readers[0]
             raise UserError(f"{where(each.name)}: is for method: {names}, got method: {recipe.method}; leave it out")
     if recipe.encoder_hidden_size is not None and not recipe.prefix_projection:

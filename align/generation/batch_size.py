@@ -37,9 +37,18 @@ def row_bytes(config: Any, prompt: int, response: int, width: int) -> int:
     numbers of each of the vocabulary.
     """
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None) or 1
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    cache = 2 * text.num_hidden_layers * key_heads * size * (prompt + response) * width
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return int(cache + prompt * (12 * text.hidden_size + 3 * inner) * width + 5 * text.vocab_size * 4)
+    passes = prompt * (12 * text.hidden_size + 3 * inner) * width
+    return int(cache_bytes(config, prompt + response, width) + passes + 5 * text.vocab_size * 4)
+
+
+def cache_bytes(config: Any, tokens: int, width: int) -> int:
+    """Bytes of the keys and values of all layers for `tokens` tokens of a row; 0 for a model without attention."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    if not heads:
+        return 0
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(
+        2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * size * tokens * width
+    )

@@ -255,7 +255,7 @@ class TestPPO:
         assert before.keys() == after.keys()
         changes = {"sft_model_path": tuned[0].output_dir, **BOTTLENECK, "output_dir": str(tmp_path / "gae")}
         with pytest.raises(
-            UserError, match=r"sft_model_path: .* is a bottleneck adapter, and a value model is trained whole"
+            UserError, match=r"sft_model_path: .* is a bottleneck adapter, from which no value model can start"
         ):
             ppo.run(load_recipe("ppo", make_recipe(tmp_path, **changes)))
 

@@ -128,9 +128,7 @@ class TestInOneProcess:
 def test_first_values_are_those_of_the_whole_model(alone, tmp_path):
     """New adapters are the identity: before training, values are those of the model that the adapters are on."""
     start = str(alone["lora"] / "value")
-    whole, adapted = (
-        ppo_run(recipe(tmp_path, method, value_model_path=start, method="full")) for method in ("full", "lora")
-    )
+    whole, adapted = (ppo_run(recipe(tmp_path, method, value_model_path=start)) for method in ("full", "lora"))
     values = [rollout_of(each).values for each in (whole, adapted)]
     assert values[0].abs().max() > 0
     assert torch.equal(values[0], values[1])

@@ -84,11 +84,15 @@ def test_a_linear_head_on_the_base_model(model_type, tmp_path):
             expected = expected + 2.0
         else:
             expected = expected[:, -1]
-        assert torch.equal(model.eval()(input_ids=IDS, use_cache=False).logits, expected)
+        rounding = {
+            "rtol": 0,
+            "atol": 1e-6,
+        }  # in float32: a product of some rows may be summed in another order than of all
+        torch.testing.assert_close(model.eval()(input_ids=IDS, use_cache=False).logits, expected, **rounding)
         model.save_pretrained(tmp_path / "saved")
         again, report = auto.from_pretrained(str(tmp_path / "saved"), output_loading_info=True)
         assert not any(report.values())
-        assert torch.equal(again.eval()(input_ids=IDS).logits, expected)
+        torch.testing.assert_close(again.eval()(input_ids=IDS).logits, expected, **rounding)
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
         model(input_ids=IDS).logits.sum().backward()
         torch.testing.assert_close(model.score.weight.grad[0], hidden.sum((0, 1)) if expected.dim() == 3 else hidden[:, -1].sum(0))  # fmt: skip

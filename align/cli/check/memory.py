@@ -25,6 +25,7 @@ from align.config.optimizer import EIGHT_BIT
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import deepspeed_file, uses_deepspeed
 from align.errors import UserError, reason
+from align.generation.batch_size import cache_bytes
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.tables import make_table
 
@@ -191,10 +192,9 @@ def activations_line(
 
 def cache_line(config: PretrainedConfig, sequences: int, tokens: int, bf16: bool) -> str:
     """The line on the key-value cache of `sequences` responses that are sampled at once, of up to `tokens` with their prompts."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = 2 * text.num_hidden_layers * heads * width * (2 if bf16 else 4) * sequences * tokens
+    size = sequences * cache_bytes(config, tokens, 2 if bf16 else 4)
+    if not size:
+        return "  sampling: no keys and values, without attention"
     return f"  sampling: {_shown(size)} of keys and values for {sequences} sequences of up to {tokens} tokens, before activations"
 
 
