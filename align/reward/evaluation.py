@@ -92,7 +92,7 @@ def evaluate_pairs(
 
     Returns:
         eval_loss (nats per pair, with the rows' own `margin` and `tie` as in training), eval_accuracy (of the pairs that are
-        no ties) and its 95% interval eval_accuracy_low, eval_accuracy_high, pairs.
+        no ties) and its 95% interval eval_accuracy_low, eval_accuracy_high, pairs (of these), ties (how many others there are).
         With `margins` also eval_ceiling, the accuracy of the true reward itself, which annotator noise keeps below 1,
         and agreement, the accuracy on the pairs as the true reward orders them, without its ties.
     """
@@ -108,7 +108,8 @@ def evaluate_pairs(
         "eval_accuracy": accuracy["accuracy"],
         "eval_accuracy_low": accuracy["low"],
         "eval_accuracy_high": accuracy["high"],
-        "pairs": len(chosen),
+        "pairs": int(decided.sum()),
+        "ties": int((~decided).sum()),
     }
     if margins is not None:
         truth = margins[decided].tolist()
@@ -219,6 +220,7 @@ def before_after_table(accuracy_before: float, results: dict[str, Any], skipped:
         return f"{count} pairs, 95% interval {low:.3g} to {high:.3g}"
 
     whole = of_pairs(results["pairs"], results["eval_accuracy_low"], results["eval_accuracy_high"])
+    whole += f"; ties not counted: {results['ties']}" * bool(results["ties"])
     whole += f"; {skipped} skipped" * bool(skipped)
     table: list[list[Any]] = [[f"held-out pair accuracy ({whole})", accuracy_before, results["eval_accuracy"]]]
     for name, each in results["by_source"].items():

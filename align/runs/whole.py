@@ -15,13 +15,14 @@ from align.runs.records import read_record
 from align.runs.schemas import MANIFEST_RECORD
 
 
-def check_whole(folder: Path, files: Iterable[str]) -> None:
+def check_whole(folder: Path, files: Iterable[str], outer: Path | None = None) -> None:
     """Check that a finished run's models and data sets are there, and no weights are cut; also of the models inside.
 
     Checkpoints, logs, pages and charts may have been deleted.
 
     Args:
         files: what the run has written, from its record.
+        outer: for a model inside, the folder of the finished stage, which alone can be run again.
 
     Raises:
         OtherRun: names the first that is missing or cut.
@@ -34,11 +35,11 @@ def check_whole(folder: Path, files: Iterable[str]) -> None:
             continue
         if not os.path.lexists(path):
             raise OtherRun(
-                f"output_dir: {folder} is finished, but {path} is missing; put it back from a copy, or delete {folder} to run the "
-                "stage again."
+                f"output_dir: {folder} is finished, but {path} is missing; put it back from a copy, or delete "
+                f"{outer or folder} to run the stage again."
             )
         if is_inside:
-            check_whole(path.parent, read_record(path, MANIFEST_RECORD).get("files", []))
+            check_whole(path.parent, read_record(path, MANIFEST_RECORD).get("files", []), outer or folder)
         elif path.suffix == ".safetensors":
             try:
                 read_header(path, "output_dir")

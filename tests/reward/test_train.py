@@ -177,6 +177,9 @@ def test_margins_and_ties_in_the_loss(tmp_path, name, values, loss_of, decided):
     after = gaps(HELD_OUT[:3])
     assert results.metrics["eval_loss"] == pytest.approx(float(loss_of(after, given).mean()), abs=1e-5)
     assert results.metrics["eval_accuracy"] == pytest.approx(float((after[decided] > 0).float().mean()))
+    assert (results.metrics["pairs"], results.metrics["ties"]) == (len(decided), 3 - len(decided)), "n of the interval"
+    assert results.table[0].measure.startswith(f"held-out pair accuracy ({len(decided)} pairs, 95% interval")
+    assert ("ties not counted: 1" in results.table[0].measure) == (len(decided) < 3)
 
 
 def test_pairs_of_like_length_share_a_batch_and_all_are_evaluated(tmp_path):

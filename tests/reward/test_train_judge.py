@@ -176,8 +176,9 @@ def test_a_finished_run_without_a_part_of_its_result_is_named(trained, gone, tmp
         (out / name).unlink()
     assert is_finished(settings), "what no later stage reads may have been deleted"
     shutil.rmtree(out / gone) if (out / gone).is_dir() else (out / gone).unlink()
-    with pytest.raises(OtherRun, match=f"out(/judge)? is finished, but .*/{gone}.* is missing; put it back"):
+    with pytest.raises(OtherRun, match=f"out(/judge)? is finished, but .*/{gone}.* is missing; put it back") as error:
         is_finished(settings)
+    assert f"or delete {out} to run" in str(error.value), "without the judge's folder the stage is refused again"
 
 
 def test_a_finished_run_whose_weights_are_cut_is_named(trained, tmp_path):
