@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForSequenceClassification
+
 from align.config.data_source import DataSource, check_source
 from align.config.paths import expand, expand_output
 from align.data.rows import BadRows
@@ -18,6 +20,7 @@ from align.errors import BadRow, UserError
 from align.models.context_length import max_positions
 from align.models.inspect_folder import inspect_folder
 from align.models.load import adapter_base, load_config, load_pretrained
+from align.models.model_types import check_kind
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.files import write_text
 from align.runs.quiet import quiet
@@ -90,8 +93,9 @@ def load(path: str) -> Predictor:
     inspect_folder(path, KEY)
     if adapter_base(path) is not None and bottleneck_settings(path) is None:
         raise UserError(f"{KEY}: {path} is an adapter; name the model beside it, into which the stage has merged it.")
-    config, manifest = load_config(path, KEY), read_manifest(path) or {}
+    config, manifest = load_config(path, KEY, encoder_decoder=True), read_manifest(path) or {}
     auto = auto_class(manifest.get("stage"), config.architectures, path)
+    check_kind(config, KEY, path, encoder_decoder=auto is AutoModelForSequenceClassification)
     tokenizer = load_tokenizer(path)
     set_right_padding(tokenizer)
     model, report = load_pretrained(auto, path, output_loading_info=True)

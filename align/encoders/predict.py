@@ -25,14 +25,14 @@ from transformers import (
 
 from align.data.annotations import join_words
 from align.data.collate import chunks, pad_right
-from align.data.encode import encode_pair
+from align.data.encode import encode_pair, ending_once
 from align.data.rows import Tagged
 from align.encoders.alignment import align, check_fast, decode, encode_offsets
 from align.encoders.labels import MULTI, REGRESSION
 from align.encoders.tags import OUTSIDE, WORDS
 from align.encoders.windows import NBEST, Candidate, best_answers, encode_windows, null_score
 from align.errors import BadRow, UserError
-from align.models.model_types import is_encoder
+from align.models.model_types import is_encoder, is_encoder_decoder
 
 AUTO = {  # by stage, and by the end of the name of the model's class
     "token-classification": (AutoModelForTokenClassification, "ForTokenClassification"),
@@ -141,6 +141,7 @@ class Predictor:
             ids = self.tokenizer(_text(row, "text"), verbose=False)["input_ids"]
             if row.get("text_pair") is not None:
                 ids = encode_pair(self.tokenizer, row["text"], _text(row, "text_pair"), encoder)
+            ids = ending_once(self.tokenizer, ids) if is_encoder_decoder(config) else ids
             self._check_length(ids)
             encoded.append({"input_ids": ids})
         for logits in self._logits(encoded):

@@ -229,8 +229,11 @@ def complete_adapter(folder: Path, recipe: Any, start: PreTrainedModel) -> None:
         output_loading_info=True,
     )
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    # Cloned: a new head may hold one tensor under two names, such as the bias of BERT's masked language modeling.
     weights = {
-        f"{ADAPTED}{name}": weight.contiguous() for name, weight in start.state_dict().items() if name in lacking
+        f"{ADAPTED}{name}": weight.contiguous().clone()
+        for name, weight in start.state_dict().items()
+        if name in lacking
     }
     save_file(weights | load_file(folder / ADAPTER_WEIGHTS), folder / ADAPTER_WEIGHTS, {"format": "pt"})
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

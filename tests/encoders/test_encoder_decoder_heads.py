@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import ByteLevel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PegasusConfig
 
 from align.cli.check.check import run as run_check
+from align.cli.predict import load
 from align.config.encoders import ClassifyRecipe
 from align.config.reward import RewardRecipe
 from align.data.rows import as_response
 from align.encoders.classify import run as classify
-from align.errors import UserError
+from align.errors import BadRow, UserError
 from align.evaluate.reward_model import encode_for_reward
 from align.models.tokenizer import load_tokenizer
 from align.reward.train import run as train_reward
@@ -45,6 +47,21 @@ def keys(stage: str, folder: Path, kind: str, rows: list[dict[str, Any]]) -> dic
     found = training_keys(stage, folder, rows[:8], rows[8:])
     del found["stage"]
     return found | {"per_device_train_batch_size": 2, "max_steps": 3}
+
+
+def test_predictions_end_as_training_rows_do(tmp_path: Path) -> None:
+    """The label is read at the one end of a row: a tokenizer without one gets it, a second is a bad row."""
+    settings = ClassifyRecipe(**keys("classify", tmp_path, "t5", LABELLED))
+    classify(settings)
+    predictor = load(settings.output_dir)
+    (expected,) = predictor.predict([{"text": "abc"}])
+    ids, end = predictor.tokenizer("abc")["input_ids"], predictor.tokenizer.eos_token_id
+    predictor.tokenizer.backend_tokenizer.post_processor = ByteLevel()  # adds nothing
+    assert predictor.tokenizer("abc")["input_ids"] == [each for each in ids if each != end]
+    (found,) = predictor.predict([{"text": "abc"}])
+    assert found == {"predicted_label": expected["predicted_label"], "score": pytest.approx(expected["score"])}
+    with pytest.raises(BadRow, match="the text of the end-of-text token </s>"):
+        list(predictor.predict([{"text": "a</s>b</s>"}]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

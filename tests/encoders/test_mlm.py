@@ -286,6 +286,20 @@ def test_an_encoder_without_a_head_gets_one_by_the_seed_and_other_stages_go_on_f
         AutoModelForSequenceClassification.from_pretrained(settings.output_dir)
 
 
+def test_bottleneck_adapters_beside_a_new_head(tmp_path):
+    """Of BERT's head one bias has two names."""
+    save_tiny_encoder(tmp_path / "base", BertModel)
+    settings = recipe(tmp_path, eval_texts=HELD_OUT, method="bottleneck", bottleneck_size=4)
+    results = run(settings)
+    again = recipe(
+        tmp_path, eval_texts=HELD_OUT, method="bottleneck", bottleneck_size=4, max_steps=1,
+        model_name_or_path=settings.output_dir, output_dir=str(tmp_path / "again"),
+    )  # fmt: skip
+    found = run(again).metrics["eval_loss_before"]
+    assert found == pytest.approx(results.metrics["eval_loss"], abs=1e-6)
+    assert found != pytest.approx(results.metrics["eval_loss_before"], abs=1e-3)
+
+
 def test_inputs_that_do_not_fit_are_refused_before_weights_are_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("align.encoders.mlm.load_masked_lm", lambda *_, **__: pytest.fail("weights were loaded"))
 
