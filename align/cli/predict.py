@@ -28,6 +28,7 @@ from align.runs.run_record import read_manifest
 from reward_models.bottleneck import bottleneck_settings
 
 KEY = "align predict"
+REMEDY = "take them out of the file"  # there is no recipe, and so no key to skip them
 
 
 def run(model: str, rows: str, output: str, columns: Sequence[str] = ()) -> str:
@@ -54,7 +55,7 @@ def run(model: str, rows: str, output: str, columns: Sequence[str] = ()) -> str:
         batch = read[first : first + BATCH]
         for (_, row), found in zip(batch, _predict(predictor, batch, bad), strict=True):
             lines.append(json.dumps({**row, **found}, ensure_ascii=False, default=str) + "\n")
-    bad.raise_or_report("error")
+    bad.raise_or_report("error", REMEDY)
     write_text(target, "".join(lines))
     disconnect()
     return f"{target}: {len(read)} rows with predictions"
@@ -78,7 +79,7 @@ def _read(source: DataSource) -> list[tuple[str, Mapping[str, Any]]]:
             if not isinstance(row, Mapping):
                 raise BadRow("not a mapping of columns")
             found.append((where, {**row, **{ours: row.get(theirs) for ours, theirs in source.columns.items()}}))
-    bad.raise_or_report("error")
+    bad.raise_or_report("error", REMEDY)
     if not found:
         raise UserError(f"{source.path}: expected rows, found none; name a file that holds data.")
     return found

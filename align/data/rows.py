@@ -166,8 +166,13 @@ class BadRows:
         """`reason: n; reason: m`."""
         return "; ".join(f"{reason}: {len(rows)}" for reason, rows in self.by_reason.items()) or "none"
 
-    def raise_or_report(self, on_bad_row: str) -> dict[str, dict[str, Any]]:
+    def raise_or_report(
+        self, on_bad_row: str, remedy: str = "leave them out with `on_bad_row: skip`"
+    ) -> dict[str, dict[str, Any]]:
         """The report `{reason: {"count": n, "first": ["file:row", ...]}}`, which names at most five rows per reason.
+
+        Args:
+            remedy: what the error says can be done instead of fixing the rows.
 
         Raises:
             UserError: there are bad rows and `on_bad_row` is not "skip".
@@ -179,7 +184,7 @@ class BadRows:
             ]
             lines.insert(0, f"{counted(len(self), 'row')} cannot be used:")
             what = "them or the template" if any("template" in reason for reason in self.by_reason) else "them"
-            raise UserError("\n".join([*lines, f"Fix {what}, or leave them out with `on_bad_row: skip`."]))
+            raise UserError("\n".join([*lines, f"Fix {what}, or {remedy}."]))
         return {reason: {"count": len(rows), "first": rows[:5]} for reason, rows in self.by_reason.items()}
 
 

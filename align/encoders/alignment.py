@@ -174,3 +174,13 @@ def describe_split(examples: Sequence[Example]) -> str | None:
         f"{split} of {total} labeled spans begin or end inside a token, so that the whole token has their label, and none of them "
         "can be predicted exactly"
     )
+
+
+def describe_held_out(examples: Sequence[Example]) -> str | None:
+    """That no evaluation row has an entity, so that nothing is measured; None if one has."""
+    if not examples or any(each.gold for each in examples):
+        return None
+    return (
+        f"none of the {len(examples)} evaluation rows has an entity, so that precision, recall and F1 are 0 whatever is predicted; "
+        "raise eval_fraction, or give an eval_dataset"
+    )

@@ -26,7 +26,7 @@ from align.data.collate import pad_right
 from align.data.load import DataSettings, load_rows
 from align.data.rows import Tagged
 from align.data.tokenize import IGNORE_INDEX
-from align.encoders.alignment import Example, check_fast, decode, describe_split, tokenize_tagged
+from align.encoders.alignment import Example, check_fast, decode, describe_held_out, describe_split, tokenize_tagged
 from align.encoders.classifier_report import evaluation_results
 from align.encoders.counted import CountedEvaluation, last_counts
 from align.encoders.entity_metrics import (
@@ -102,6 +102,8 @@ def run(recipe: TokenClassificationRecipe) -> TokenClassificationResult:
         tracker.say(tag_set.describe())
         if split := describe_split([*examples, *held_out]):
             tracker.say(split)
+        if unmeasured := describe_held_out(held_out):
+            tracker.say(unmeasured)
         arguments = row_training_arguments(
             training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None)
         )

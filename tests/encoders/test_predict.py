@@ -134,6 +134,8 @@ def test_what_is_refused(tmp_path, capsys):
     assert "rows.jsonl:2" in said
     assert "rows.jsonl:3" in said
     assert "longer than 64 tokens" in said
+    assert "or take them out of the file" in said
+    assert "on_bad_row" not in said
     assert not (tmp_path / "out.jsonl").exists()
     assert "exists already" in refused(path, rows, rows)
     assert "expected a model, a file of rows and a new file" in refused(path, rows)

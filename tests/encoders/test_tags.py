@@ -12,7 +12,15 @@ from transformers import PreTrainedTokenizerFast
 
 from align.data.annotations import join_words, read_question, read_tagged
 from align.data.rows import Tagged
-from align.encoders.alignment import Example, align, decode, describe_split, encode_offsets, tokenize_tagged
+from align.encoders.alignment import (
+    Example,
+    align,
+    decode,
+    describe_held_out,
+    describe_split,
+    encode_offsets,
+    tokenize_tagged,
+)
 from align.encoders.entity_metrics import commonest_tags, count_entities, entity_metrics
 from align.encoders.tags import TagSet, entities, find_tags
 from align.errors import BadRow, UserError
@@ -264,6 +272,17 @@ def test_a_span_inside_a_token_takes_the_whole_token_and_is_counted():
         [row], tokenizer, find_tags([row], [], [], "error"), max_length=99, on_bad_row="error"
     )
     assert describe_split([example]).startswith("1 of 1 labeled spans begin or end inside a token")
+
+
+def test_evaluation_rows_without_any_entity_are_said_to_measure_nothing():
+    tokenizer = LABELS["wordpiece"][0]
+    some, none = (
+        align(row, list(row.spans), encode_offsets(tokenizer, TEXT)[1], "spans")[1]
+        for row in (spanned(TEXT, *SPANS), spanned(TEXT))
+    )
+    assert describe_held_out([none, some]) is None
+    assert describe_held_out([]) is None
+    assert describe_held_out([none, none]).startswith("none of the 2 evaluation rows has an entity")
 
 
 @pytest.mark.parametrize(
