@@ -58,6 +58,15 @@ class OutputWithBottleneck(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return after_block(self.base_layer(*args, **kwargs), self.bottleneck_down, self.bottleneck_up)
 
+    def __getattr__(self, name: str) -> Any:
+        """What models read of their own modules, as T5 does of a projection's `weight`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
 
 def bottleneck_settings(path: str) -> dict[str, Any] | None:
     """The configuration of the bottleneck adapter in a folder; None unless it holds one, and no model."""

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, T5ForConditionalGeneration
 
 from align.__main__ import main
 from align.config.load import load_recipe
@@ -25,14 +25,14 @@ from align.models.sublayers import find_sublayers
 from align.ppo import train as ppo
 from align.reward import train as reward
 from align.sft import train as sft
-from reward_models.bottleneck import after_block
+from reward_models.bottleneck import after_block, insert_bottlenecks
 from reward_models.load import load_reward_model
 from tests.encoders import test_classify, test_mlm
 from tests.models.test_trainable import HELD_OUT, SETTINGS, held_out_loss
 from tests.ppo.test_train import make_recipe
 from tests.reward import test_train as test_reward
 from tests.sft.letter_rows import recipe
-from tests.worlds import letter_ids, tiny_llama, write_jsonl
+from tests.worlds import letter_ids, save_tiny_pair_model, tiny_llama, write_jsonl
 
 BOTTLENECK = {"method": "bottleneck", "bottleneck_size": 4}
 # model type: its sub-layers' outputs, of each kind of layer
@@ -278,6 +278,26 @@ def test_a_reward_model_scores_with_its_adapters(tmp_path):
         tmp_path, sft_model_path=settings.model_name_or_path, reward_funcs=[], total_episodes=16, **changes
     )
     ppo.run(load_recipe("ppo", path))
+
+
+def test_a_t5_is_loaded_with_its_adapters(tmp_path):
+    """It reads a weight of the projection that a block comes after."""
+    base, folder = save_tiny_pair_model(tmp_path / "base"), tmp_path / "adapter"
+    model, loaded = (T5ForConditionalGeneration.from_pretrained(base).eval() for _ in range(2))
+    ids = {"input_ids": torch.tensor([[3, 4, 5, 2]]), "decoder_input_ids": torch.tensor([[0, 6, 7]])}
+    with torch.no_grad():
+        before = model(**ids).logits
+        adapter = bottleneck_config(model.config, size=4, placement="houlsby", task_type="FEATURE_EXTRACTION")
+        adapted = get_peft_model(model, adapter).eval()
+        for weight in (each for each in adapted.parameters() if each.requires_grad):
+            weight.add_(0.1)
+        expected = adapted(**ids).logits
+        adapted.save_pretrained(str(folder))
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, "model_config": {}}))
+        insert_bottlenecks(loaded, str(folder))
+        torch.testing.assert_close(loaded(**ids).logits, expected)
+    assert not torch.allclose(before, expected)
 
 
 class TestEncoders:
