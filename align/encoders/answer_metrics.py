@@ -70,6 +70,14 @@ def answer_table(scores: Floats, questions: Sequence[Question]) -> list[list[Any
     return [[name, len(each), *_means(each.sum(axis=0)).values()] for name, each in kinds]
 
 
+def floor_scores(training: Sequence[Question], evaluation: Sequence[Question]) -> Floats:
+    """Scores of the baseline: `commonest_answers`, or no answer to any question where that is right more often."""
+    answers = (commonest_answers(training, evaluation), [""] * len(evaluation))
+    return max(
+        (answer_scores(each, evaluation) for each in answers), key=lambda scores: answer_metrics(scores)["exact_match"]
+    )
+
+
 def commonest_answers(training: Sequence[Question], evaluation: Sequence[Question]) -> list[str]:
     """The answers of the baseline: the commonest training answer that the passage holds, of the same question if there is one.
 

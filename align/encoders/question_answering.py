@@ -32,7 +32,7 @@ from align.encoders.answer_metrics import (
     answer_scores,
     answer_table,
     answers_of,
-    commonest_answers,
+    floor_scores,
 )
 from align.encoders.classifier_report import evaluation_results
 from align.encoders.counted import CountedEvaluation, last_counts
@@ -91,7 +91,7 @@ def run(recipe: QuestionAnsweringRecipe) -> QuestionAnsweringResult:
     if rows.evaluation:
         eval_rows, windows, held_out, skipped["evaluation"] = tokenize(rows.evaluation)
         check_rows_fit(eval_rows["input_ids"], inputs.config)
-        baseline = answer_metrics(answer_scores(commonest_answers(questions, held_out), held_out))
+        baseline = answer_metrics(floor_scores(questions, held_out))
         eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
     steps = total_steps(recipe, len(padded), plan)
 

@@ -16,6 +16,7 @@ from align.data.token_ids import decode_response
 from align.data.tokenize import tokenize_prompts
 from align.engine.distributed import World, rows_of_rank
 from align.evaluate.bootstrap import Floats
+from align.evaluate.statistics import wilson_interval
 from align.generation.responses import gather_responses, respond_to_batch
 from align.generation.sampling import uniforms
 from align.judge.pairs import number_prompts, score_with_interval
@@ -95,10 +96,13 @@ def spread(rows: Sequence[Preference], scores: Floats, iterations: int, seed: in
         )
 
     within = mean(deviations)
+    low, high = (
+        wilson_interval(float(flat.sum()), len(flat)) if len(flat) else (None, None)
+    )  # resampled zeros are zeros
     return {
         "within_prompts": within,
         "over_all_samples": total,
         "ratio": within["value"] / total if within["value"] is not None and total else None,
-        "flat_prompts": mean(flat),
+        "flat_prompts": {**mean(flat), "low": low, "high": high},
         "samples": int(used.sum()),
     }

@@ -237,6 +237,8 @@ def _ratings(ratings: Mapping[str, Any]) -> Verdict:
     if rank["low"] is None:
         reason = "all scores or all ratings are equal, or there is one prompt"
         return Verdict("ratings", DOUBTFUL, text, reason, "the data: ratings of responses to more prompts")
+    if rank["high"] < 0 or (pairs["high"] is not None and pairs["high"] < 0.5):
+        return Verdict("ratings", BAD, text, "it falls as the ratings rise", MORE_PAIRS)
     if rank["low"] <= 0:
         return Verdict("ratings", BAD, text, "not distinguishable from unrelated to the ratings", MORE_PAIRS)
     if pairs["low"] is not None and pairs["low"] <= 0.5:

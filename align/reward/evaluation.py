@@ -93,7 +93,7 @@ def evaluate_pairs(
     Returns:
         eval_loss (nats per pair, with the rows' own `margin` and `tie` as in training), eval_accuracy (of the pairs that are
         no ties) and its 95% interval eval_accuracy_low, eval_accuracy_high, pairs (of these), ties (how many others there are).
-        With `margins` also eval_ceiling, the accuracy of the true reward itself, which annotator noise keeps below 1,
+        With `margins` also, each with its interval, eval_ceiling, the accuracy of the true reward itself, which annotator noise keeps below 1,
         and agreement, the accuracy on the pairs as the true reward orders them, without its ties.
     """
     chosen, rejected = scores
@@ -113,10 +113,12 @@ def evaluate_pairs(
     }
     if margins is not None:
         truth = margins[decided].tolist()
-        results["eval_ceiling"] = preference_accuracy(truth, [0.0] * len(truth))["accuracy"]
+        ceiling = preference_accuracy(truth, [0.0] * len(truth))
+        results |= {"eval_ceiling": ceiling["accuracy"], "ceiling_low": ceiling["low"], "ceiling_high": ceiling["high"]}
         sign, decided = margins.sign(), decided & (margins != 0)
         agreement = preference_accuracy((sign * chosen)[decided].tolist(), (sign * rejected)[decided].tolist())
-        results["agreement"] = agreement["accuracy"]
+        results |= {"agreement": agreement["accuracy"], "agreement_pairs": int(decided.sum())}
+        results |= {"agreement_low": agreement["low"], "agreement_high": agreement["high"]}
     return results
 
 
@@ -227,8 +229,10 @@ def before_after_table(accuracy_before: float, results: dict[str, Any], skipped:
         known = of_pairs(each["n"], each["low"], each["high"])
         table.append([f"accuracy of {name} ({known})", None, each["accuracy"]])
     if "eval_ceiling" in results:
-        table.append(["accuracy ceiling (annotator noise)", None, results["eval_ceiling"]])
-        table.append(["agreement with the true preference", None, results["agreement"]])
+        known = of_pairs(results["pairs"], results["ceiling_low"], results["ceiling_high"])
+        table.append([f"accuracy ceiling (annotator noise; {known})", None, results["eval_ceiling"]])
+        known = of_pairs(results["agreement_pairs"], results["agreement_low"], results["agreement_high"])
+        table.append([f"agreement with the true preference ({known})", None, results["agreement"]])
     return table
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from align.config.extraction import ANSWER_METRICS, QuestionAnsweringRecipe
 from align.data.rows import Question
-from align.encoders.answer_metrics import answers_of, commonest_answers
+from align.encoders.answer_metrics import answer_metrics, answers_of, commonest_answers, floor_scores
 from align.encoders.question_answering import run
 from align.encoders.windows import Window, best_answers, target, tokenize_questions
 from align.errors import UserError
@@ -192,6 +192,13 @@ def test_the_answer_is_the_best_of_all_windows_or_none_if_none_is_better_in_each
     found = np.array([[1.0, 0, 2, 5.0], [3.0, 3, 5, 2.0], [1.0, 0, 1, 1.5]])
     assert answers_of(windows, found, questions, unanswerable=True) == ["de", ""]  # 3 > min(5, 2); 1 < 1.5
     assert answers_of(windows, found, questions, unanswerable=False) == ["de", "x"]
+
+
+def test_the_floor_is_no_answer_where_that_is_right_more_often():
+    train = [Question("which?", "red or blue", ((0, "red"),), "t")]
+    asked = [Question("which?", "red or blue", (), "e")] * 3 + [Question("which?", "red or blue", ((0, "red"),), "e")]
+    assert answer_metrics(floor_scores(train, asked))["exact_match"] == 0.75
+    assert answer_metrics(floor_scores(train, asked[2:]))["f1"] == 0.5
 
 
 def test_the_baseline_looks_for_known_answers():
