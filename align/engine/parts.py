@@ -29,6 +29,7 @@ DTYPES = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 Number = int | float
+WHOLE = "value"  # the kind of `write_replicated`
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,12 @@ def write_parts(folder: Path, parts: Mapping[str, Part], world: World, note: Any
     about = {"ranks": world.size, "parts": described, "note": note if world.is_main else None}
     path = folder / file_name(world.rank)
     return {path.name: write_file(path, tensors, json.dumps(about))}
+
+
+def write_replicated(folder: Path, tensors: Mapping[str, Tensor], world: World) -> dict[str, list[int]]:
+    """Write tensors that every rank holds whole, each rank its share, which `SavedParts.whole` reads; see `write_parts`."""
+    parts = {name: Part(tuple(each.shape), 0, {WHOLE: each}, replicated=True) for name, each in tensors.items()}
+    return write_parts(folder, parts, world)
 
 
 def file_name(rank: int) -> str:
@@ -159,10 +166,10 @@ class SavedParts:
                     reached = until
             return torch.cat(values)
 
-    def whole(self, name: str, kind: str) -> Tensor:
-        """Values of all elements, in the tensor's shape, on the CPU."""
+    def whole(self, name: str) -> Tensor:
+        """A tensor of `write_replicated`, on the CPU."""
         shape = self.shapes[name]
-        return self.read(name, kind, 0, math.prod(shape)).view(shape)
+        return self.read(name, WHOLE, 0, math.prod(shape)).view(shape)
 
     def _open(self, rank: int) -> dict[str, Any]:
         file: Any = safe_open(self.folder / file_name(rank), framework="pt")

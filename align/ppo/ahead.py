@@ -7,12 +7,11 @@ from pathlib import Path
 
 from align.engine.distributed import World
 from align.engine.engine import Engine
-from align.engine.parts import Part, SavedParts, write_parts
+from align.engine.parts import SavedParts, write_replicated
 from align.generation.sampler import PromptBatch, Sampler, Samples
 from align.generation.vllm import Asked
 
 NAMES = ("ids", "mask", "logprobs")
-VALUE = "value"
 
 
 @dataclass(slots=True)
@@ -44,8 +43,7 @@ class Ahead:
     def save_checkpoint(self, folder: Path) -> dict[str, list[int]]:
         """Write the responses, once they are there, each rank its share; returns size and CRC-32 of each file that it wrote."""
         rows = {} if self.asked is None else dict(zip(NAMES, self.asked.receive(), strict=True))
-        parts = {name: Part(tuple(rows[name].shape), 0, {VALUE: rows[name]}, replicated=True) for name in rows}
-        return write_parts(folder, parts, self.world)
+        return write_replicated(folder, rows, self.world)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Restore what any number of ranks wrote.
@@ -57,6 +55,6 @@ class Ahead:
         if not saved.shapes:  # after the last update
             return
         with saved.readable():
-            ids, mask, logprobs = (saved.whole(name, VALUE).to(self.world.device) for name in NAMES)
+            ids, mask, logprobs = (saved.whole(name).to(self.world.device) for name in NAMES)
         rows, length = ids.shape
         self.asked = Asked(self.world, (rows, length), rows=(ids, mask, logprobs))

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from align.engine.distributed import World
-from align.engine.parts import Part, SavedParts, write_parts
+from align.engine.parts import SavedParts, write_replicated
 from align.generation.sampling import generator
 from align.ppo.rollout import Rollout, pad_rollout
-
-VALUE = "value"
 
 
 @dataclass(slots=True)
@@ -65,8 +63,7 @@ class Replay:
     def save_checkpoint(self, folder: Path) -> dict[str, list[int]]:
         """Write the rows, each rank its share; returns size and CRC-32 of each file that this rank wrote."""
         rows = {} if self.rows is None else {name: getattr(self.rows, name) for name in Rollout.axes()}
-        parts = {name: Part(tuple(rows[name].shape), 0, {VALUE: rows[name]}, replicated=True) for name in rows}
-        return write_parts(folder, parts, self.world)
+        return write_replicated(folder, rows, self.world)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Restore what any number of ranks wrote.
@@ -76,5 +73,5 @@ class Replay:
         """
         saved = SavedParts(folder)
         with saved.readable():
-            rows = {name: saved.whole(name, VALUE).to(self.world.device) for name in saved.shapes}
+            rows = {name: saved.whole(name).to(self.world.device) for name in saved.shapes}
             self.rows = Rollout(**rows)
