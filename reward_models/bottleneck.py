@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from reward_models.stored_head import ADAPTED, ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
@@ -114,6 +114,22 @@ def adapted_config(path: str, trust_remote_code: bool = False) -> PretrainedConf
     return set_entries(adapted_config(str(settings["base_model_name_or_path"]), trust_remote_code), settings)
 
 
+def adapter_weights(path: str, model: Any) -> dict[str, Tensor]:
+    """The weights of the adapter in `path`, by the names that they have in `model`, which may have an adapter of its own.
+
+    transformers gives some classes' backbones a prefix that others lack: T5's classifier, not T5 itself.
+    """
+    stored = {name.removeprefix(ADAPTED): each for name, each in load_file(Path(path) / ADAPTER_WEIGHTS).items()}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    places, prefix = {name for name, _ in inner.named_modules()}, f"{inner.base_model_prefix}."
+    modules = [name.removesuffix(FIRST) for name in stored if name.endswith(FIRST)]
+    if not places.issuperset(modules) and places.issuperset(prefix + name for name in modules):
+        return {prefix + name: each for name, each in stored.items()}
+    if not places.issuperset(modules) and places.issuperset(name.removeprefix(prefix) for name in modules):
+        return {name.removeprefix(prefix): each for name, each in stored.items()}
+    return stored
+
+
 def insert_bottlenecks(model: Any, path: str) -> set[str]:
     """Give a loaded base model the blocks and whole modules of the adapter in `path`, in place.
 
@@ -125,7 +141,7 @@ def insert_bottlenecks(model: Any, path: str) -> set[str]:
     Raises:
         ValueError: a weight is missing, or has no place in the backbone.
     """
-    weights = {name.removeprefix(ADAPTED): each for name, each in load_file(Path(path) / ADAPTER_WEIGHTS).items()}
+    weights = adapter_weights(path, model)
     modules = [name.removesuffix(FIRST) for name in weights if name.endswith(FIRST)]
     if not modules:
         raise ValueError(f"{path}: {ADAPTER_WEIGHTS} holds no bottleneck adapters")

@@ -29,6 +29,7 @@ from reward_models.bottleneck import (
     BOTTLENECK,
     PREFIX,
     adapted_config,
+    adapter_weights,
     after_block,
     base_of,
     bottleneck_settings,
@@ -183,10 +184,11 @@ def continue_adapter(model: nn.Module, path: str | None, new_head: bool = False)
     """
     if path is None or bottleneck_settings(path) is None:
         return
-    weights = load_file(Path(path) / ADAPTER_WEIGHTS)
+    weights = adapter_weights(path, model)
     for name, parameter in model.named_parameters():
         of_head = ".modules_to_save.default." in name
-        stored = weights.get(name.replace(".modules_to_save.default." if of_head else ".default.", "."))
+        own = name.replace(".modules_to_save.default." if of_head else ".default.", ".").removeprefix(ADAPTED)
+        stored = weights.get(own)
         if (
             parameter.requires_grad
             and stored is not None

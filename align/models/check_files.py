@@ -29,7 +29,7 @@ from align.models.model_types import is_encoder_decoder
 from align.models.safetensors_header import StoredTensor
 from align.models.trainable import check_trainable, is_tied, without_adapter
 from align.terminal import say
-from reward_models.bottleneck import base_of, bottleneck_settings
+from reward_models.bottleneck import bottleneck_settings, insert_bottlenecks
 from reward_models.linear_head import AnyBackbone
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -163,17 +163,14 @@ def _check_adapter(model: PreTrainedModel, path: str, key: str) -> None:
         UserError: weights of it are missing or misshapen.
     """
     try:
+        if bottleneck_settings(path) is not None:
+            insert_bottlenecks(copy.deepcopy(model), path)
+            return
         config = PeftConfig.from_pretrained(path)
         config.task_type = None
         if not config.is_prompt_learning:
             load_adapter(model, path, config, without_storage=True).unload()
     except Exception as error:  # whatever PEFT raises for these files
-        if bottleneck_settings(path) is not None and "missing adapter keys" in str(error):
-            raise UserError(
-                f"{key}: {path}: {type(model).__name__} has other names for the layers than the model that these bottleneck adapters "
-                "were trained in, as T5's classifier has; go on from them in the stage that made them, or start from their base "
-                f"{base_of(path)}."
-            ) from error
         raise UserError(f"{key}: {path}: the adapter does not fit its base model. {reason(error)}") from error
 
 

@@ -12,13 +12,19 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    T5ForConditionalGeneration,
+    T5ForSequenceClassification,
+)
 
 from align.__main__ import main
 from align.config.load import load_recipe
 from align.encoders import classify, mlm
 from align.errors import UserError
-from align.models.bottleneck import bottleneck_config
+from align.models.bottleneck import bottleneck_config, continue_adapter
 from align.models.load import load_config, load_masked_lm, load_policy
 from align.models.small_model import small_config
 from align.models.sublayers import find_sublayers
@@ -298,6 +304,38 @@ def test_a_t5_is_loaded_with_its_adapters(tmp_path):
         insert_bottlenecks(loaded, str(folder))
         torch.testing.assert_close(loaded(**ids).logits, expected)
     assert not torch.allclose(before, expected)
+
+
+def test_a_t5s_classifier_goes_on_from_its_adapters(tmp_path):
+    """The layers of the one have a prefix that those of the other lack."""
+    base, folder = save_tiny_pair_model(tmp_path / "base"), tmp_path / "adapter"
+    model = T5ForConditionalGeneration.from_pretrained(base)
+    adapted = get_peft_model(
+        model, bottleneck_config(model.config, size=4, placement="houlsby", task_type="FEATURE_EXTRACTION")
+    )
+    with torch.no_grad():
+        for weight in (each for each in adapted.parameters() if each.requires_grad):
+            weight.normal_()
+    adapted.save_pretrained(str(folder))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "model_config": {}}))
+    classifier = T5ForSequenceClassification.from_pretrained(base, num_labels=2)
+    theirs = bottleneck_config(classifier.config, size=4, placement="houlsby", task_type="FEATURE_EXTRACTION")
+    going_on = get_peft_model(T5ForSequenceClassification.from_pretrained(base, num_labels=2), theirs)
+    continue_adapter(going_on, str(folder))
+    insert_bottlenecks(classifier, str(folder))
+    blocks = {name: each for name, each in adapted.named_parameters() if each.requires_grad}
+    mine = {
+        name.replace("transformer.", "", 1): each for name, each in going_on.named_parameters() if each.requires_grad
+    }
+    assert mine.keys() == blocks.keys()
+    assert all(torch.equal(mine[name], blocks[name]) for name in blocks)
+    ids = torch.tensor([[3, 4, 5, 2]])
+    heads = [each for each in (going_on.get_base_model(), classifier)]
+    heads[1].classification_head.load_state_dict(heads[0].classification_head.state_dict())
+    with torch.no_grad():
+        ours, loaded = (each.eval()(input_ids=ids).logits for each in heads)
+    torch.testing.assert_close(ours, loaded)
 
 
 class TestEncoders:
