@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from align.cli import verify
 from align.cli.verify_languages import (
@@ -163,6 +164,12 @@ class TestEnumeration:
         monkeypatch.setattr(verify.Language, "responses", lambda self: responses)
         with pytest.raises(AssertionError, match="not every response was counted"):
             verify.measure(case)
+
+    @pytest.mark.parametrize(("engine", "size"), [("transformers", 16), ("vllm", 32)])
+    def test_heads_are_of_a_size_that_the_engine_computes(self, tmp_path, engine, size):
+        words = ["--rollout_engine", engine] + ["--vllm_python", "python"] * (engine == "vllm")
+        config = AutoConfig.from_pretrained(verify.write_case(tmp_path, SMALL, 0.5, words).recipe.sft_model_path)
+        assert config.hidden_size // config.num_attention_heads == size
 
 
 @pytest.fixture(autouse=True)
