@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from http.server import HTTPServer
@@ -181,6 +182,20 @@ def test_one_step_off_policy(tmp_path, serve):
 def largest_gap(logprobs, rollout, others=None) -> float:
     gap = (logprobs - (rollout.old_logprobs if others is None else others)).abs()
     return float(gap[rollout.mask].max())
+
+
+def test_weights_wait_for_what_is_being_sampled(serve):
+    def generate(version, **_):
+        time.sleep(0.2)
+        return {"version": version, "ids": [[3]], "logprobs": [[0.0]]}
+
+    server = SimpleNamespace(generate=generate, load_weights=lambda folder, version: {"version": version})
+    vllm = VLLM([serve(server)], "secret", lambda: nullcontext(Path()), 5.0, str)
+    engine = SimpleNamespace(world=ALONE, save_pretrained=lambda folder: None)
+    vllm.send_weights(engine)
+    begun = vllm.start([[3]], [1], 1.0, 4, [2])
+    vllm.send_weights(engine)
+    assert begun.result()[0].tolist() == [[3]]  # of the version that it was asked for
 
 
 def test_responses_ahead_are_in_the_checkpoint(tmp_path, serve):
