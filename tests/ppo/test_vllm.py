@@ -186,7 +186,7 @@ def largest_gap(logprobs, rollout, others=None) -> float:
 
 def test_weights_wait_for_what_is_being_sampled(serve):
     def generate(version, **_):
-        time.sleep(0.2)
+        time.sleep(0.3)
         return {"version": version, "ids": [[3]], "logprobs": [[0.0]]}
 
     server = SimpleNamespace(generate=generate, load_weights=lambda folder, version: {"version": version})
@@ -194,6 +194,7 @@ def test_weights_wait_for_what_is_being_sampled(serve):
     engine = SimpleNamespace(world=ALONE, save_pretrained=lambda folder: None)
     vllm.send_weights(engine)
     begun = vllm.start([[3]], [1], 1.0, 4, [2])
+    time.sleep(0.1)  # it has asked
     vllm.send_weights(engine)
     assert begun.result()[0].tolist() == [[3]]  # of the version that it was asked for
 
