@@ -95,7 +95,7 @@ def test_it_ends_with_a_table_of_before_and_after(alone):
     assert done.returncode == 0, done.stderr[-3000:]
     for measure in (
         "held-out loss",
-        "accuracy ceiling (annotator noise; 600 pairs, 95% interval",
+        "accuracy ceiling (annotator noise; ",
         "win rate by true reward",
         "KL from SFT",
         "EOS rate",
