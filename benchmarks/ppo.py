@@ -170,10 +170,10 @@ def run_align(
         words = ["deepspeed", count, str(arguments.ranks), *port, "--module", "align.ppo", str(file)]
     _, peak = run(words, arguments.threads // arguments.ranks)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [_phases(line) for line in lines if "time/total" in line], peak
+    return [phases(line) for line in lines if "time/total" in line], peak
 
 
-def _phases(line: dict[str, float]) -> dict[str, float]:
+def phases(line: dict[str, float]) -> dict[str, float]:
     parts = {name.removeprefix("time/"): value for name, value in line.items() if name.startswith("time/")}
     together = {
         phase: sum(value for name, value in parts.items() if name.startswith(f"{phase}_"))

@@ -238,6 +238,21 @@ def launched(*command: str, ranks: int = 2, module: bool = True) -> dict[str, An
     return {"args": [*words, *command], "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
 
 
+def torchrun_on_two_nodes(module: str, *command: str, cwd: Path) -> None:
+    """Run a module under two launchers that find each other, as on two nodes of one process each; both must succeed."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    words += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--node_rank"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    nodes = [
+        subprocess.Popen(
+            [*words, str(node), "-m", module, *command], cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for node in (0, 1)
+    ]
+    errors = [node.communicate()[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+
+
 # In place of ssh and of pdsh: both run what they are given on this machine, pdsh once for each of the nodes.
 SSH = """#!/bin/sh
 echo 127.0.0.1

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig
 
 from align.cli import verify
 from align.cli.verify_languages import (
@@ -25,6 +24,7 @@ from align.cli.verify_languages import (
     LARGE,
     REWARDS,
     SMALL,
+    SMALL_BY_VLLM,
     ExactResult,
     exact_result,
     optimal_logprobs,
@@ -165,11 +165,14 @@ class TestEnumeration:
         with pytest.raises(AssertionError, match="not every response was counted"):
             verify.measure(case)
 
-    @pytest.mark.parametrize(("engine", "size"), [("transformers", 16), ("vllm", 32)])
-    def test_heads_are_of_a_size_that_the_engine_computes(self, tmp_path, engine, size):
-        words = ["--rollout_engine", engine] + ["--vllm_python", "python"] * (engine == "vllm")
-        config = AutoConfig.from_pretrained(verify.write_case(tmp_path, SMALL, 0.5, words).recipe.sft_model_path)
-        assert config.hidden_size // config.num_attention_heads == size
+    def test_vllms_languages_are_the_others_with_heads_of_a_size_that_it_computes(self):
+        for mine, theirs in zip(verify.BY_VLLM, verify.LANGUAGES, strict=True):
+            config = mine.reference().config
+            assert config.hidden_size // config.num_attention_heads == 32
+            assert (mine.name, mine.responses(), mine.reward) == (theirs.name, theirs.responses(), theirs.reward)
+        torch.testing.assert_close(
+            SMALL_BY_VLLM.logprobs(SMALL_BY_VLLM.reference()), table_logprobs(), atol=1e-5, rtol=0
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ from align.ppo.self_check_limits import check_sampler_gap
 from align.ppo.train import run
 from tests.ppo.runs import ALONE, ppo_run
 from tests.ppo.test_train import make_recipe, metrics
-from tests.ranks import run_stage, stop_after_checkpoint
+from tests.ranks import run_stage, stop_after_checkpoint, torchrun_on_two_nodes
 from tests.worlds import claimed, letter_tokenizer, save_tiny_policy, tiny_llama
 
 TOKENIZER = letter_tokenizer()
@@ -331,6 +331,17 @@ class TestRealServer:
         stop_after_checkpoint("ppo", recipe, out)
         assert run_stage("ppo", recipe, ranks=1).returncode == 0
         assert (out / "model.safetensors").read_bytes() == whole
+
+    def test_two_nodes_are_two_ranks_of_one(self, tmp_path):
+        recipe, out = (
+            self.start(tmp_path, tied=True, total_episodes=32, eval_steps=2, one_step_off_policy=True),
+            tmp_path / "out",
+        )
+        torchrun_on_two_nodes("align.ppo", recipe, cwd=tmp_path)
+        nodes = (out / "model.safetensors").read_bytes()
+        out.rename(tmp_path / "nodes")
+        assert run_stage("ppo", recipe, ranks=2).returncode == 0
+        assert (out / "model.safetensors").read_bytes() == nodes
 
     def test_a_head_of_its_own(self, tmp_path):
         run(load_recipe("ppo", self.start(tmp_path, tied=False, total_episodes=32)))

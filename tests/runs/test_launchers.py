@@ -211,16 +211,5 @@ def test_a_command_that_starts_ranks_itself_is_started_once(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_on_two_nodes(tmp_path):
-    recipe, port = write_recipe(tmp_path), ranks.free_port()
-    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr",
-             "127.0.0.1", "--master_port", str(port), "--node_rank"]  # fmt: skip
-    groups = [
-        subprocess.Popen(
-            [*words, str(node), "-m", "align.sft", str(recipe)], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ranks.ROOT)},
-        )
-        for node in (0, 1)
-    ]  # fmt: skip
-    errors = [group.communicate()[1] for group in groups]
-    assert [group.returncode for group in groups] == [0, 0], errors
+    ranks.torchrun_on_two_nodes("align.sft", str(write_recipe(tmp_path)), cwd=tmp_path)
     assert (tmp_path / "out" / "stage.json").is_file()
