@@ -25,6 +25,7 @@ METRICS = (  # of an evaluation
     "loss", "mean_token_accuracy", "entropy", "train_loss", "gap", "retention_loss", "retention_perplexity",
     "retention_token_accuracy", "forgetting",
 )  # fmt: skip
+NEW_VOCABULARY = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class SFTRecipe(TrainerRecipe):
         "Instead of a model: train one from scratch with this transformers config (`model_type`, `hidden_size`, ...).",
     )
     tokenizer_vocab_size: int = key(
-        512, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows.", VOCABULARY
+        NEW_VOCABULARY, "With `model_config`: size of the byte-level BPE vocabulary trained on the rows.", VOCABULARY
     )
     loss_normalization: Literal["token_mean", "example_mean"] = key(
         "token_mean",
@@ -109,6 +110,11 @@ def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:
         raise UserError(
             f"{where('model_config')}: expected a `model_type` such as llama among its keys, got "
             f"{', '.join(recipe.model_config)}"
+        )
+    if recipe.tokenizer_vocab_size != NEW_VOCABULARY and not recipe.model_config:
+        raise UserError(
+            f"{where('tokenizer_vocab_size')}: is of the tokenizer that is made for a model from scratch (`model_config`), and "
+            f"{recipe.model_name_or_path} has its own; leave it out"
         )
     if recipe.label_smoothing_factor and recipe.loss_normalization == "example_mean":
         raise UserError(

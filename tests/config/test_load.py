@@ -406,6 +406,7 @@ def test_the_stage_of_a_recipe(tmp_path, load):
         ("sft", {"eval_dataset": ["a", {"path": "b", "max_rows": 0}]}, "eval_dataset[1].max_rows: expected a number at least 1"),
         ("sft", {"train_dataset": {"generator": "f"}}, "train_dataset[0].generator: expected `module:function`, got 'f'"),
         ("sft", {"train_dataset": {"path": "a", "columns": {"promt": "q"}}}, "got 'promt'; did you mean 'prompt'?"),
+        ("sft", {"tokenizer_vocab_size": 600}, "tokenizer_vocab_size: is of the tokenizer that is made for a model from scratch"),
         ("sft", {"model_config": {"model_type": "llama"}}, "expected either a model to fine-tune, or `model_config` to train one from scratch, got both"),
         ("sft", {"model_name_or_path": None}, "to train one from scratch, got neither"),
         ("sft", {"model_name_or_path": None, "model_config": {"hidden_size": 8}}, "expected a `model_type` such as llama among its keys, got hidden_size"),
