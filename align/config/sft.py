@@ -18,6 +18,7 @@ from align.config.keys import (
     key,
     score_reasoning,
 )
+from align.config.sequence_parallel import check_sequence_parallel_rules, sequence_parallel_size
 from align.errors import UserError
 
 OF_RETENTION = ("retention", "forgetting")  # how the names of metrics begin that need `retention`
@@ -51,6 +52,7 @@ class SFTRecipe(TrainerRecipe):
     padding_free: bool = key(
         False, "Concatenate the rows of a batch instead of padding them; does not change the result."
     )
+    sequence_parallel_size: int = sequence_parallel_size()
     neftune_noise_alpha: float | None = key(
         None, "Noise added to embeddings in training, often 5 (arXiv 2310.05914).", ABOVE_0
     )
@@ -126,6 +128,7 @@ def check_sft_rules(recipe: SFTRecipe, where: Where) -> None:
             f"{where('train_sampling_strategy')}: with packing all rows have about the same length; leave "
             "group_by_length out"
         )
+    check_sequence_parallel_rules(recipe, where)
     _check_retention(recipe, where)
 
 

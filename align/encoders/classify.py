@@ -90,7 +90,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
         eval_rows, skipped["evaluation"] = tokenize(rows.evaluation)
         check_rows_fit(eval_rows["input_ids"], inputs.config)
         baseline = label_metrics.constant_baseline(label_set, train_rows["labels"][:], eval_rows["labels"][:])
-        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world.size))
     steps = total_steps(recipe, len(padded), plan)
 
     checkpoint = last_checkpoint(recipe, world, rows.report)

@@ -69,7 +69,7 @@ def run(recipe: MLMRecipe) -> MLMResult:
     eval_rows = None
     if rows.evaluation:
         eval_rows = masking.mask_once(cut(recipe, rows.evaluation, tokenizer, length, "eval_dataset"))
-        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world.size))
     steps = total_steps(recipe, len(train_rows), plan)
 
     checkpoint = last_checkpoint(recipe, world, rows.report)

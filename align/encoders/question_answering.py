@@ -92,7 +92,7 @@ def run(recipe: QuestionAnsweringRecipe) -> QuestionAnsweringResult:
         eval_rows, windows, held_out, skipped["evaluation"] = tokenize(rows.evaluation)
         check_rows_fit(eval_rows["input_ids"], inputs.config)
         baseline = answer_metrics(floor_scores(questions, held_out))
-        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world.size))
     steps = total_steps(recipe, len(padded), plan)
 
     checkpoint = last_checkpoint(recipe, world, rows.report)

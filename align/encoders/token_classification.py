@@ -90,7 +90,7 @@ def run(recipe: TokenClassificationRecipe) -> TokenClassificationResult:
         eval_rows, held_out, skipped["evaluation"] = tokenize(rows.evaluation)
         check_rows_fit(eval_rows["input_ids"], inputs.config)
         baseline = entity_metrics(commonest_tags(tag_set, examples, held_out))
-        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world.size))
     steps = total_steps(recipe, len(padded), plan)
 
     checkpoint = last_checkpoint(recipe, world, rows.report)

@@ -14,25 +14,32 @@ from align.errors import UserError
 class BatchPlan:
     """How a global batch is split; `batch_size == world_size * micro_batch_size * accumulation`."""
 
-    world_size: int  # processes
+    world_size: int  # processes, or groups of `sequence_parallel_size` processes that share rows
     batch_size: int  # sequences per optimizer step over all processes
     micro_batch_size: int  # sequences of one forward-backward pass on one process
     accumulation: int  # passes per optimizer step
     rollout_per_rank: int | None = None  # PPO: prompts per update on one process
     updates: int | None = None  # PPO: updates of the whole run
     ptx_per_rank: int = 0  # PPO-ptx: rows per optimizer step on one process
+    sequence_parallel_size: int = 1
 
     @property
     def policy_passes(self) -> int:
         """Forward-backward passes of the policy per optimizer step, those of PPO-ptx included."""
         return self.accumulation + -(-self.ptx_per_rank // self.micro_batch_size)
 
+    @property
+    def processes(self) -> int:
+        """All of them."""
+        return self.world_size * self.sequence_parallel_size
+
     def describe(self) -> str:
         """The plan in one line."""
         line = (
             f"{self.batch_size} sequences per step = {self.world_size} x {self.micro_batch_size} x {self.accumulation}"
         )
-        line += " (processes x micro-batch x accumulation)"
+        ranks = f"groups of {self.sequence_parallel_size} processes" if self.sequence_parallel_size > 1 else "processes"
+        line += f" ({ranks} x micro-batch x accumulation)"
         if self.updates is not None:
             line += (
                 f", {self.updates} update{'s' * (self.updates != 1)} of {self.world_size} x {self.rollout_per_rank} "
@@ -47,15 +54,24 @@ def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
     The microbatch is the largest size up to `per_device_train_batch_size` that divides a process's share.
 
     Raises:
-        UserError: a global size is not a multiple of `world_size`, or a DeepSpeed file sets another size.
+        UserError: a global size is not a multiple of `world_size`, a DeepSpeed file sets another size, or processes cannot be
+            grouped as `sequence_parallel_size` says.
     """
+    group: int = getattr(recipe, "sequence_parallel_size", 1)
+    if world_size % group:
+        raise UserError(
+            f"sequence_parallel_size: expected a number that divides the {world_size} process{'es' * (world_size > 1)}, got "
+            f"{group}; start a multiple of {group} processes, or leave it out."
+        )
+    world_size //= group
+    what = "groups of processes" if group > 1 else "processes"
 
     def share(name: str) -> int:
         size: int = getattr(recipe, name)
         if size % world_size:
             near = [n for n in (size - size % world_size, size + world_size - size % world_size) if n]
             raise UserError(
-                f"{name}: expected a multiple of the {world_size} processes, got {size}; "
+                f"{name}: expected a multiple of the {world_size} {what}, got {size}; "
                 f"use {' or '.join(map(str, near))}, or another number of processes."
             )
         return size // world_size
@@ -63,7 +79,7 @@ def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
     name = "train_batch_size" if isinstance(recipe, TrainerRecipe) else "minibatch_size"
     own = share(name)
     micro = next(size for size in range(min(own, recipe.per_device_train_batch_size), 0, -1) if own % size == 0)
-    plan = BatchPlan(world_size, own * world_size, micro, own // micro)
+    plan = BatchPlan(world_size, own * world_size, micro, own // micro, sequence_parallel_size=group)
     if isinstance(recipe, PPORecipe):
         plan = dataclasses.replace(plan, rollout_per_rank=share("rollout_batch_size"), updates=recipe.num_updates)
         if recipe.ptx_dataset:

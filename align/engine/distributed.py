@@ -81,16 +81,17 @@ class World:
         rows = self.gather(padded).view(self.size, len(padded)).tolist()
         return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
 
-    def check_rows(self, count: int) -> None:
-        """Check that there are at least as many training rows as processes.
+    def check_rows(self, count: int, groups: int | None = None) -> None:
+        """Check that there are at least as many training rows as processes, or groups of processes that share rows.
 
         Raises:
             UserError: there are fewer.
         """
-        if count < self.size:
+        shares = self.size if groups is None else groups
+        if count < shares:
             raise UserError(
-                f"train_dataset: {count} usable rows for {self.size} processes; "
-                f"give more rows, or start at most {count}."
+                f"train_dataset: {count} usable rows for {shares} {'processes' if shares == self.size else 'groups of processes'}; "
+                f"give more rows, or start at most {count * self.size // shares}."
             )
 
     def barrier(self) -> None:

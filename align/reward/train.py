@@ -235,7 +235,7 @@ def fit(
 ) -> dict[str, float]:  # fmt: skip
     """Train the model in `start` and save it; returns the evaluation log of the untrained model."""
     if eval_rows is not None:
-        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world))
+        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world.size))
     arguments = RewardConfig(
         **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
         center_rewards_coefficient=recipe.center_rewards_coefficient,

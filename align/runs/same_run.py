@@ -32,6 +32,7 @@ COSMETIC_KEYS = {
     "per_device_generation_batch_size",
     "gradient_checkpointing",
     "attn_implementation",
+    "sequence_parallel_size",
     "deepspeed",
     "value_deepspeed",
     "reference_deepspeed",

@@ -81,7 +81,7 @@ class PairTrainer(DemonstrationEvaluation, RowTrainer):
         else:
             items = weight.sum()
             values = (-scores.log_probs, scores.is_top1, scores.label_mask, scores.entropy)
-            self.sums += group_sums({}, group, len(self.groups), *values)
+            self.sums += group_sums(group[:, None].expand(labels.shape), len(self.groups), *values)
         nll = -scores.log_probs
         if self.label_smoothing and self.model.training:
             uniform = -output.logits.float().log_softmax(dim=-1).mean(dim=-1) * scores.label_mask

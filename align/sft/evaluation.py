@@ -81,19 +81,27 @@ def _tasks(rows: Sequence[Demonstration]) -> list[str]:
     return [task if task in frequent else OTHER for task in tasks]
 
 
-def group_sums(batch: dict[str, Tensor], group: Tensor, num_groups: int, *values: Tensor) -> Tensor:
-    """Sums of per-token values by group, [num_groups, number of values] float64.
+def groups_of_tokens(batch: dict[str, Tensor], group: Tensor, width: int) -> Tensor:
+    """The group of each predicted token, [m, T] int64.
 
     Args:
-        batch: as the collator makes it; with `position_ids` [1, S] it is padding-free.
+        batch: as the collator makes it; with `position_ids` [1, T + 1] it is padding-free.
         group: of each row, [m] int64.
-        values: of the predicted tokens, each [m, T] and 0 where the loss ignores the token.
+        width: T, which is more than the batch has with virtual tokens.
     """
     if "position_ids" in batch:
         row_of_token = (batch["position_ids"][:, 1:] == 0).long().cumsum(dim=1)
-        group_of_token = group[row_of_token]
-    else:
-        group_of_token = group[:, None].expand(values[0].shape)
+        return group[row_of_token]
+    return group[:, None].expand(-1, width)
+
+
+def group_sums(group_of_token: Tensor, num_groups: int, *values: Tensor) -> Tensor:
+    """Sums of per-token values by group, [num_groups, number of values] float64.
+
+    Args:
+        group_of_token: [m, T] int64.
+        values: of the predicted tokens, each [m, T] and 0 where the loss ignores the token.
+    """
     flat = torch.stack([value.double().flatten() for value in values], dim=1)
     return one_hot(group_of_token.flatten(), num_groups).double().T @ flat
 

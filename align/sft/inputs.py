@@ -6,6 +6,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.sft import SFTRecipe
 from align.data.reasoning import set_scores_reasoning
+from align.engine.sequence_parallel import check_heads
 from align.errors import UserError
 from align.models.causality import check_causal
 from align.models.check_files import check_files
@@ -13,9 +14,11 @@ from align.models.encoder_decoder import check_reads_no_padding, check_starts_an
 from align.models.load import language_model_class, load_config
 from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.packing import check_packing
+from align.models.split_sequences import check_splits
 from align.models.tokenizer import load_tokenizer
 from align.models.virtual_tokens import check_takes_virtual_tokens
 from align.runs.manifest import check_tokenizer
+from align.sft.fused_head import has_router_loss
 
 KEY = "model_name_or_path"
 
@@ -55,8 +58,12 @@ def check_kind_of_model(recipe: SFTRecipe, config: PretrainedConfig) -> None:
     """
     if not is_encoder_decoder(config):
         check_packed_rows(recipe, config)
+        if recipe.sequence_parallel_size > 1:
+            check_split_sequences(recipe, config)
         return
     what = f"the model is an encoder-decoder ({config.model_type})"
+    if recipe.sequence_parallel_size > 1:
+        raise UserError(f"sequence_parallel_size: {what}, whose sequences cannot be split; leave it out.")
     for key in ("packing", "padding_free"):
         if getattr(recipe, key):
             raise UserError(
@@ -69,6 +76,24 @@ def check_kind_of_model(recipe: SFTRecipe, config: PretrainedConfig) -> None:
         )
     if recipe.neftune_noise_alpha is not None:
         raise UserError(f"neftune_noise_alpha: {what}, and NEFTune was defined for decoders; leave it out.")
+
+
+def check_split_sequences(recipe: SFTRecipe, config: PretrainedConfig) -> None:
+    """Check that the model's sequences can be split over processes.
+
+    Raises:
+        UserError: they cannot, or its router's loss would be one of each part.
+    """
+    size, text = recipe.sequence_parallel_size, config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if isinstance(heads, int):
+        check_heads(heads, getattr(text, "num_key_value_heads", None) or heads, size)
+    check_splits(config, "sequence_parallel_size", recipe.trust_remote_code)
+    if has_router_loss(config, recipe.trust_remote_code):
+        raise UserError(
+            f"sequence_parallel_size: a model of type {config.model_type} adds a loss of its router, which is not a sum over tokens "
+            "and would be another one of each part; leave sequence_parallel_size out."
+        )
 
 
 def check_packed_rows(recipe: SFTRecipe, config: PretrainedConfig) -> None:

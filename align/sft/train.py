@@ -26,6 +26,7 @@ from align.data.load import Rows
 from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
+from align.engine.sequence_parallel import SequenceGroup
 from align.models.bottleneck import continue_adapter
 from align.models.from_scratch import scratch_config, write_scratch_model
 from align.models.load import language_model_class, load_policy
@@ -71,6 +72,10 @@ def run(recipe: SFTRecipe) -> SFTResult:
     world = connect(uses_deepspeed(recipe))
     plan = batch_plan(recipe, world.size)
 
+    sequence = None
+    if recipe.sequence_parallel_size > 1:
+        sequence = SequenceGroup(world, recipe.sequence_parallel_size)
+
     # Rows, and the model to start from
     rows, retention = load_with_retention(recipe)
     checkpoint = last_checkpoint(recipe, world, rows.report)
@@ -84,12 +89,12 @@ def run(recipe: SFTRecipe) -> SFTResult:
     router = {} if pairs else router_settings(config, has_router_loss(config, recipe.trust_remote_code))
     data = tokenize_rows(recipe, rows, retention, tokenizer, config)
     responses = response_evaluation(recipe, rows.evaluation, tokenizer, config, world)
-    world.check_rows(len(data.train))
+    world.check_rows(len(data.train), plan.world_size)
     train_rows = pad_to_batches(data.train, plan.batch_size)
     eval_rows = None
     if data.evaluation is not None:
-        size = eval_batch_size(recipe, len(data.evaluation.rows), world)
-        eval_rows = pad_to_batches(data.evaluation.rows, world.size * size)
+        size = eval_batch_size(recipe, len(data.evaluation.rows), plan.world_size)
+        eval_rows = pad_to_batches(data.evaluation.rows, plan.world_size * size)
 
     # Training
     steps = total_steps(recipe, len(train_rows), plan)
@@ -127,6 +132,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
             trainer = DemonstrationTrainer(
                 example_mean=recipe.loss_normalization == "example_mean",
                 fused_head=fused_head,
+                sequence=sequence,
                 model=model,
                 args=SFTConfig(
                     **arguments,

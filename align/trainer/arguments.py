@@ -29,9 +29,9 @@ def total_steps(recipe: TrainerRecipe, rows: int, plan: BatchPlan) -> int:
     return steps
 
 
-def eval_batch_size(recipe: TrainerRecipe, rows: int, world: World) -> int:
-    """Evaluation rows per process and forward pass: at most this process's share of the rows."""
-    return max(1, min(recipe.per_device_eval_batch_size, -(-rows // world.size)))
+def eval_batch_size(recipe: TrainerRecipe, rows: int, processes: int) -> int:
+    """Evaluation rows per process (or group of processes) and forward pass: at most this one's share of the rows."""
+    return max(1, min(recipe.per_device_eval_batch_size, -(-rows // processes)))
 
 
 def optim_args_text(arguments: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def training_arguments(
         "dataloader_num_workers": 0,
         "remove_unused_columns": False,
         "train_sampling_strategy": recipe.train_sampling_strategy,
-        "per_device_eval_batch_size": eval_batch_size(recipe, len(evaluation), world) if evaluation else 1,
+        "per_device_eval_batch_size": eval_batch_size(recipe, len(evaluation), plan.world_size) if evaluation else 1,
         "eval_on_start": evaluation is not None and not resuming,
         "eval_strategy": "steps" if evaluation is not None and recipe.eval_steps else "no",
         "eval_steps": recipe.eval_steps,

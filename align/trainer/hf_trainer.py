@@ -21,6 +21,7 @@ from align.config.base import TrainerRecipe
 from align.data.batches import ResumableLengthGroupedSampler
 from align.engine.distributed import World
 from align.engine.faults import during
+from align.engine.sequence_parallel import SequenceGroup
 from align.engine.stopping import stops_between_steps
 from align.engine.timer import Clock
 from align.models.bottleneck import complete_adapter, continue_adapter
@@ -47,6 +48,7 @@ class ExactEvaluation(SafeCheckpoints):
     sums: Tensor
     sums_shape: tuple[int, ...] = (3,)
     train_sums: Tensor = torch.zeros(0)  # since the last log, where a trainer keeps any beside TRL's metrics
+    sequence: SequenceGroup | None = None  # the processes that share rows with this one, if any
 
     @cached_property
     def clock(self) -> Clock:
@@ -88,10 +90,24 @@ class ExactEvaluation(SafeCheckpoints):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    def get_train_dataloader(self) -> Any:
+        return self._for_group(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return self._for_group(super().get_eval_dataloader(eval_dataset))
+
+    def _for_group(self, loader: Any) -> Any:
+        """The loader of a process, which now gives the batches of its group."""
+        if self.sequence is not None:
+            share = loader.batch_sampler  # accelerate's BatchSamplerShard
+            share.num_processes, share.process_index = self.sequence.count, self.sequence.index
+        return loader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy == "random":
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        groups = self.args.world_size // (self.sequence.size if self.sequence else 1)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * groups
         return self._by_length(self.train_dataset, batch)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:

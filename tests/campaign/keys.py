@@ -41,6 +41,8 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
     *[("sft", {name: value}) for name, value in (("bf16", "maybe"), ("bf16", 1), ("gradient_checkpointing", "yes please"), ("packing", 2), ("trust_remote_code", "base"))],
     ("sft", {"attn_implementation": "magic"}),
     ("sft", {"attn_implementation": "flash_attention_2"}),
+    *[("sft", {"sequence_parallel_size": value}) for value in (0, -1, 2, 3, 1.5, True, "two", 10**30, [2])],
+    *[("sft", {name: value, "sequence_parallel_size": 2}) for name, value in (("attn_implementation", "eager"), ("method", "prompt"), ("method", "prefix"), ("neftune_noise_alpha", 5))],
     *[("sft", {"report_to": value}) for value in ("tensorboard", ["wandb"], 5)],
     *[("sft", {"chat_template_path": value}) for value in ("no.jinja", "data", "base/model.safetensors", 5)],
     ("sft", {"label_smoothing_factor": 0.1, "loss_normalization": "example_mean"}),

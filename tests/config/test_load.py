@@ -516,7 +516,7 @@ def test_ppo_plan():
     plan = batch_plan(
         ppo(total_episodes=1000, rollout_batch_size=96, minibatch_size=48, per_device_train_batch_size=10), 4
     )
-    assert dataclasses.astuple(plan) == (4, 48, 6, 2, 24, 10, 0)  # 12 a process = 2 x 6; 1000 // 96 updates
+    assert dataclasses.astuple(plan) == (4, 48, 6, 2, 24, 10, 0, 1)  # 12 a process = 2 x 6; 1000 // 96 updates
     assert plan.describe() == (
         "48 sequences per step = 4 x 6 x 2 (processes x micro-batch x accumulation), 10 updates of 4 x 24 responses (processes x responses)"
     )

@@ -282,6 +282,17 @@ def test_adapters_resume_too(tmp_path, stage, method):
 
 
 @pytest.mark.slow
+def test_a_run_whose_sequences_are_split_resumes_too(tmp_path):
+    recipes = [write_recipe("sft", tmp_path / name, 2, sequence_parallel_size=2) for name in ("whole", "killed")]
+    complete(recipes[0], 2)
+    started = start(recipes[1], 2, stall="checkpoint-4")
+    started.wait_for((tmp_path / "killed" / "stalled").exists)
+    started.stop()
+    complete(recipes[1], 2)
+    assert_same(tmp_path / "killed" / "out", tmp_path / "whole" / "out")
+
+
+@pytest.mark.slow
 def test_the_whole_process_group_of_the_launcher_killed(whole, tmp_path):
     recipe = write_recipe("ppo", tmp_path, 2)
     process = subprocess.Popen(**launched("align.ppo", str(recipe)), stderr=subprocess.DEVNULL, start_new_session=True)

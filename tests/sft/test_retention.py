@@ -34,7 +34,16 @@ from align.runs.manifest import read_manifest
 from align.runs.tracker import Tracker
 from align.runs.wandb_run import WandbRun
 from align.sft.best_checkpoint import BoundedEarlyStopping, rank_key
-from align.sft.evaluation import HELD_OUT, OTHER, RETENTION, TRAINING, build_eval_rows, group_sums, metrics_from_sums
+from align.sft.evaluation import (
+    HELD_OUT,
+    OTHER,
+    RETENTION,
+    TRAINING,
+    build_eval_rows,
+    group_sums,
+    groups_of_tokens,
+    metrics_from_sums,
+)
 from align.sft.report import history_section
 from align.sft.retention import load_with_retention, replay_count, with_replay
 from align.sft.train import run
@@ -261,11 +270,11 @@ class TestMeasured:
 
     def test_sums_by_part_by_hand(self):
         nll_, right = torch.tensor([[1.0, 2.0, 0.0], [4.0, 0.0, 8.0]]), torch.tensor([[1, 0, 0], [0, 1, 1]])
-        batch = {"input_ids": torch.zeros(2, 4)}
-        assert group_sums(batch, torch.tensor([2, 0]), 3, nll_, right).tolist() == [[12, 2], [0, 0], [3, 1]]
+        groups = groups_of_tokens({"input_ids": torch.zeros(2, 4)}, torch.tensor([2, 0]), 3)
+        assert group_sums(groups, 3, nll_, right).tolist() == [[12, 2], [0, 0], [3, 1]]
         flat = {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 0, 1]])}  # rows of 2, 3 and 2 tokens
         values = torch.tensor([[1.0, 0.0, 2.0, 4.0, 0.0, 8.0]])
-        assert group_sums(flat, torch.tensor([1, 0, 1]), 2, values).tolist() == [[6], [9]]
+        assert group_sums(groups_of_tokens(flat, torch.tensor([1, 0, 1]), 6), 2, values).tolist() == [[6], [9]]
 
     def test_numbers_by_hand(self):
         parts = [(HELD_OUT, "a"), (HELD_OUT, "b"), (TRAINING, ""), (RETENTION, "c")]

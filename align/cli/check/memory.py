@@ -136,9 +136,9 @@ def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPl
     """
     rows, own, columns = [], Bytes(), [0.0] * 4
     for model in models:
-        ready = [ready_layout(stage, plan.world_size, hidden_size) for stage in range(4)]
+        ready = [ready_layout(stage, plan.processes, hidden_size) for stage in range(4)]
         by_stage = [needs(recipe, model, layout).gpu for layout in ready]
-        layout = recipe_layout(recipe, model.name, plan.world_size, hidden_size)
+        layout = recipe_layout(recipe, model.name, plan.processes, hidden_size)
         mine = needs(recipe, model, layout)
         where = "plain torch" if layout.stage is None else f"ZeRO {layout.stage}"
         shown = f"{_shown(mine.gpu)} ({where})" if mine.gpu else ""
@@ -148,7 +148,7 @@ def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPl
         own, columns = own + mine, [sum(pair) for pair in zip(columns, by_stage, strict=True)]
     dtype = "bfloat16" if recipe.bf16 else "float32"
     table = make_table(
-        f"Memory per GPU, {plan.world_size} process{'es' * (plan.world_size > 1)}, {dtype}, {recipe.optim}, without activations",
+        f"Memory per GPU, {plan.processes} process{'es' * (plan.processes > 1)}, {dtype}, {recipe.optim}, without activations",
         *("model", "parameters", *(f"ZeRO {stage}" for stage in range(4)), "this recipe"),
         *["host"] * bool(own.host),
     )
@@ -187,7 +187,9 @@ def activations_line(
 ) -> str:
     """The line below the table: what a micro-batch of `sequences` sequences of `tokens` tokens adds."""
     size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, has_logits)
-    return f"  activations: roughly {_shown(size)} more for {sequences} sequences of up to {tokens} tokens"
+    processes: int = getattr(recipe, "sequence_parallel_size", 1)
+    split = f", split over {processes} processes (sequence_parallel_size)" if processes > 1 else ""
+    return f"  activations: roughly {_shown(size / processes)} more for {sequences} sequences of up to {tokens} tokens{split}"
 
 
 def cache_line(config: PretrainedConfig, sequences: int, tokens: int, bf16: bool) -> str:
