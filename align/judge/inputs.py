@@ -24,6 +24,7 @@ from align.evaluate.reward_model import RewardModel, check_reward_model
 from align.judge.benchmarks import Benchmark, read_benchmark
 from align.judge.ratings import ratings_of
 from align.judge.rows import SIDES, FunctionScorer, ModelScorer, Scorer
+from align.judge.seen import pairs_trained_on
 from align.judge.slices import check_columns
 from align.models.causality import check_causal
 from align.models.check_files import check_files
@@ -59,6 +60,7 @@ class JudgeInputs:
         samples: several responses to each prompt, from `samples_dataset`; may be empty.
         ratings: people's ratings of the samples, [samples], if they have any.
         report: the report on the pairs from `align.data.load`.
+        trained_on: how many of the pairs the reward model was trained on, by its record.
     """
 
     rewards: list[RewardModel | RewardSum]
@@ -69,6 +71,7 @@ class JudgeInputs:
     ratings: Floats | None
     benchmarks: list[Benchmark]
     report: dict[str, Any]
+    trained_on: int
 
 
 def prepare_inputs(recipe: JudgeRewardRecipe) -> JudgeInputs:
@@ -98,7 +101,8 @@ def prepare_inputs(recipe: JudgeRewardRecipe) -> JudgeInputs:
         read_benchmark(str(source.path or source.generator), list(read_source(source, "benchmarks")))
         for source in recipe.benchmarks
     ]
-    return JudgeInputs(rewards, policy, training, pairs, samples, ratings, benchmarks, report)
+    trained_on = pairs_trained_on(recipe.reward_model_path, pairs, report) if recipe.reward_model_path and pairs else 0
+    return JudgeInputs(rewards, policy, training, pairs, samples, ratings, benchmarks, report, trained_on)
 
 
 def _reward(recipe: JudgeRewardRecipe, prefix: str) -> RewardModel | RewardSum | None:

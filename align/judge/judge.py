@@ -78,6 +78,8 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
             iterations=recipe.bootstrap_iters,
             seed=recipe.seed,
         )
+        if inputs.trained_on:
+            card["trained_on"] = {"count": inputs.trained_on, "pairs": len(inputs.pairs)}
         errors = confident_errors(scored)
         if second is not None:
             display.start("second reward", 2 * len(inputs.pairs))

@@ -18,6 +18,7 @@ DEGRADING_PROBES = (
 GOOD, DOUBTFUL, BAD = "good", "doubtful", "bad"
 ORDER = (GOOD, DOUBTFUL, BAD)
 MIN_PAIRS = 30  # with fewer pairs the intervals are too wide for a verdict
+MAX_SEEN = 0.05  # share of the pairs that training may have seen for a doubtful card; with more it is bad
 LOW_ACCURACY = 0.6
 MAX_ECE = 0.1
 PROBE_STD = 0.25
@@ -25,6 +26,7 @@ LOW_SPREAD_RATIO, FLAT_SPREAD_RATIO = 0.2, 0.05
 LIMITS = (
     "Every interval is a 95% percentile interval over resampled prompts; a difference whose interval holds 0 is not "
     "distinguishable, and then doubtful.",
+    f"held out: doubtful where the reward model was trained on some of the pairs, bad where on more than {MAX_SEEN:.0%} of them.",
     f"accuracy: bad where the interval holds .5 or less; doubtful below {LOW_ACCURACY}. People agree with one another on .63 "
     "(Anthropic's annotators with its researchers, arXiv 2204.05862) to .77 (summaries, arXiv 2009.01325).",
     "words alone, longer wins: baselines that a reward must beat. That length alone explains much of the gain of "
@@ -74,6 +76,8 @@ def format_value(value: Mapping[str, Any] | None, sign: str = "") -> str:
 def judge(card: Mapping[str, Any]) -> list[dict[str, str]]:
     """The verdicts on a card's measurements, as dicts of `Verdict`, in the order of the card."""
     found: list[Verdict] = []
+    if (seen := card.get("trained_on")) is not None:
+        found.append(_held_out(seen))
     if metrics := card.get("metrics", {}):
         found.append(_accuracy(metrics["accuracy"]))
     if (ceiling := card.get("ceiling")) is not None:
@@ -106,6 +110,13 @@ def summary(verdicts: list[dict[str, str]]) -> str:
     wrong = [f"{name}: {', '.join(v['line'] for v in verdicts if v['verdict'] == name)}" for name in (BAD, DOUBTFUL)
              if any(v["verdict"] == name for v in verdicts)]  # fmt: skip
     return "; ".join([overall(verdicts).upper() if not wrong else wrong[0], *wrong[1:]])
+
+
+def _held_out(seen: Mapping[str, int]) -> Verdict:
+    verdict = BAD if seen["count"] > MAX_SEEN * seen["pairs"] else DOUBTFUL
+    measured = f"{seen['count']} of {seen['pairs']} pairs"
+    reason = "the reward model was trained on them, and its accuracy on them says little of others"
+    return Verdict("held out", verdict, measured, reason, "the data: judge on pairs that training does not see")
 
 
 def _accuracy(accuracy: Mapping[str, Any]) -> Verdict:

@@ -13,6 +13,7 @@ import pytest
 from align.cli.check import check
 from align.config.judge_reward import JudgeRewardRecipe
 from align.config.load import as_recipe
+from align.config.reward import RewardRecipe
 from align.data.rows import Preference
 from align.errors import UserError
 from align.judge import judge
@@ -176,6 +177,40 @@ def test_spread_and_ratings_of_a_file_of_samples(place, capsys):
         UserError, match=r"samples_dataset: samples\.jsonl.*27.*: expected a number as `rating`, got none"
     ):
         prepare_inputs(given)
+
+
+def test_pairs_that_the_model_was_trained_on_are_counted(tmp_path, monkeypatch):
+    """By what the stage recorded: a split of the same rows has its held-out pairs free, and so have the two halves."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_policy(tmp_path / "base")
+    write_jsonl(tmp_path / "pairs.jsonl", rows())
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "pairs.jsonl").read_bytes())
+    split = {"train_dataset": "pairs.jsonl", "eval_fraction": 0.3, "seed": 3}
+    keys = {
+        "stage": "reward",
+        "model_name_or_path": "base",
+        "max_steps": 1,
+        "train_batch_size": 4,
+        "normalize_prompts": 4,
+    }
+    train_reward(as_recipe(RewardRecipe, {**keys, **split, "output_dir": "model", "train_judge": True}))
+    of_model = {"reward_funcs": [], "eval_dataset": "copy.jsonl"}
+
+    def counted(path, **changes) -> int:
+        return prepare_inputs(recipe(**{**of_model, **changes}, reward_model_path=path)).trained_on
+
+    held_out = prepare_inputs(recipe(reward_funcs=["builtins:len"], eval_dataset=[], **split)).pairs
+    halves = counted("model"), counted("model/judge")
+    assert sum(halves) == 60 - len(held_out)
+    assert min(halves) > 10
+    assert counted("model", **split, eval_dataset=[]) == 0
+    assert counted("model", max_eval_rows=10) < 10
+    write_jsonl(tmp_path / "copy.jsonl", rows()[1:])
+    assert counted("model") == 0, "other rows"
+    write_jsonl(tmp_path / "copy.jsonl", rows())
+    result = judge.run(recipe(**of_model, reward_model_path="model"))
+    seen = next(each for each in result.card["verdicts"] if each["line"] == "held out")
+    assert (seen["verdict"], seen["measured"]) == ("bad", f"{halves[0]} of 60 pairs")
 
 
 def test_samples_that_have_no_spread(place):
