@@ -18,6 +18,7 @@ from align.config.keys import (
     reward_timeout,
     score_reasoning,
 )
+from align.config.sequence_parallel import check_sequence_parallel_rules, sequence_parallel_size
 from align.errors import UserError
 
 METRICS = ("loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward")  # of an evaluation
@@ -39,6 +40,7 @@ class RewardRecipe(TrainerRecipe):
         "under whatever name it was saved, such as TRL's `v_head`; one with more than one output is refused.",
     )
     learning_rate: float = key(1e-5, "Peak learning rate.", ABOVE_0)
+    sequence_parallel_size: int = sequence_parallel_size()
     center_rewards_coefficient: float | None = key(
         None, "Weight of the squared sum of the two scores, which keeps them near zero (TRL's key).", AT_LEAST_0
     )
@@ -73,6 +75,7 @@ def check_reward_rules(recipe: RewardRecipe, where: Where) -> None:
         UserError: names the first broken rule.
     """
     check_trainer_rules(recipe, where, METRICS)
+    check_sequence_parallel_rules(recipe, where)
     models = recipe.ensemble_size + recipe.train_judge
     if recipe.seed + models - 1 > SEED.largest:
         raise UserError(f"{where('seed')}: of {models} models, the last one's would be too large")

@@ -22,7 +22,7 @@ from transformers import AttentionInterface
 
 from align.compat.transformers import sdpa_attention
 from align.engine.distributed import World
-from align.errors import UserError
+from align.models.split_sequences import check_heads
 
 ULYSSES = "ulysses"  # the attention implementation of models whose sequences are split
 
@@ -67,6 +67,22 @@ class SequenceGroup:
         else:
             self._mask = self._packed_mask(position_ids)
         return {"input_ids": self.part(ids, 0), "position_ids": self.part(position_ids, 0)}
+
+    def at(self, part: Tensor, places: Tensor) -> Tensor:
+        """The value of each row at one place, from its parts: the same on all processes of the group, [m].
+
+        Each process of the group computes the same loss of them, and gradients are averaged over processes, while that of a
+        value reaches one process alone: it is multiplied by the size of the group.
+
+        Args:
+            part: this process's part of the values, [m, ceil(S / size)].
+            places: in the whole rows, [m] int64.
+        """
+        width = part.shape[1]
+        mine = part[torch.arange(len(part), device=part.device), places % width] * (places // width == self.rank)
+        total = mine.detach().clone()
+        dist.all_reduce(total, group=self._group)
+        return total + self.size * (mine - mine.detach())
 
     def _packed_mask(self, position_ids: Tensor) -> Tensor:
         """Which tokens see which, [m, 1, S, S] bool with S filled up: those before in the same example."""
@@ -121,18 +137,3 @@ def _exchange(sent: Tensor, group: Any) -> Tensor:
     received = torch.empty(sent.shape, dtype=sent.dtype, device=sent.device)
     dist.all_to_all_single(received, sent.contiguous(), group=group)
     return received
-
-
-def check_heads(heads: int, key_heads: int, size: int) -> None:
-    """Check that heads can be shared out evenly, as in DeepSpeed.
-
-    Raises:
-        UserError: they cannot.
-    """
-    if heads % size or (key_heads % size and size % key_heads):
-        fits = [n for n in range(2, heads + 1) if heads % n == 0 and (key_heads % n == 0 or n % key_heads == 0)]
-        use = f"use {' or '.join(map(str, fits))}, or leave it out" if fits else "leave it out"
-        raise UserError(
-            f"sequence_parallel_size: the model has {heads} attention heads, {key_heads} of keys and values, which {size} "
-            f"processes cannot share evenly; {use}."
-        )

@@ -18,19 +18,21 @@ from align.errors import UserError, reason
 from align.models.packing import TOLERANCE, VOCABULARY, example_rows
 from align.models.small_model import small_model
 
+KEY = "sequence_parallel_size"
 LENGTH, CUT = 12, 7  # tokens of a row, more than the windows of small models, and of its first part
 
 
 @torch.no_grad()
-def check_splits(config: PretrainedConfig, key: str, trust_remote_code: bool = False) -> None:
-    """Check that a model of this configuration can have its sequences split.
-
-    Args:
-        key: of the recipe that splits them.
+def check_splits(config: PretrainedConfig, size: int, trust_remote_code: bool = False) -> None:
+    """Check that a model of this configuration can have its sequences split over `size` processes.
 
     Raises:
         UserError: it cannot, or it cannot be tried.
     """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    if isinstance(heads, int):
+        check_heads(heads, getattr(text, "num_key_value_heads", None) or heads, size)
     try:
         model = small_model(config, VOCABULARY, trust_remote_code=trust_remote_code)
         gap = max(_mask_gap(model), _parts_gap(model))
@@ -44,8 +46,23 @@ def check_splits(config: PretrainedConfig, key: str, trust_remote_code: bool = F
             "by causal attention alone"
         )
     raise UserError(
-        f"{key}: a model of type {config.model_type} {why} (tried on a small random model); leave {key} out."
+        f"{KEY}: a model of type {config.model_type} {why} (tried on a small random model); leave {KEY} out."
     )
+
+
+def check_heads(heads: int, key_heads: int, size: int) -> None:
+    """Check that heads can be shared out evenly, as in DeepSpeed.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if heads % size or (key_heads % size and size % key_heads):
+        fits = [n for n in range(2, heads + 1) if heads % n == 0 and (key_heads % n == 0 or n % key_heads == 0)]
+        use = f"use {' or '.join(map(str, fits))}, or leave it out" if fits else "leave it out"
+        raise UserError(
+            f"{KEY}: the model has {heads} attention heads, {key_heads} of keys and values, which {size} "
+            f"processes cannot share evenly; {use}."
+        )
 
 
 def _mask_gap(model: PreTrainedModel) -> float:

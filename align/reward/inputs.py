@@ -19,6 +19,7 @@ from align.models.encoder_decoder import check_classifier_exists
 from align.models.load import load_config
 from align.models.model_types import is_encoder, is_encoder_decoder
 from align.models.scalar_head import find_reward_head
+from align.models.split_sequences import check_splits
 from align.models.tokenizer import load_tokenizer, set_right_padding
 from align.runs.manifest import check_tokenizer
 from reward_models.combine import RewardSum
@@ -71,6 +72,13 @@ def check_reward_inputs(recipe: RewardRecipe) -> RewardInputs:
     path, key = recipe.model_name_or_path, "model_name_or_path"
     config = load_config(path, key, recipe.trust_remote_code, encoder_decoder=True)
     check_classifier_exists(config, key, path)
+    if recipe.sequence_parallel_size > 1:
+        if is_encoder(config) or is_encoder_decoder(config):
+            raise UserError(
+                f"sequence_parallel_size: {path} is no decoder ({config.model_type}), and the sequences of others cannot be split; "
+                "leave it out."
+            )
+        check_splits(config, recipe.sequence_parallel_size, recipe.trust_remote_code)
     head = find_reward_head(path, config, recipe.new_head, recipe.trust_remote_code)
     kwargs = {} if is_encoder(config) else recipe.chat_template_kwargs  # an encoder reads plain text
     tokenizer = load_tokenizer(path, recipe.chat_template_path, recipe.trust_remote_code, kwargs)

@@ -28,6 +28,7 @@ from align.engine.batch_plan import BatchPlan, batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during
+from align.engine.sequence_parallel import SequenceGroup
 from align.judge.card import manifest_entry, write_card
 from align.models.bottleneck import add_entries, continue_adapter
 from align.models.load import new_reward_model
@@ -80,14 +81,16 @@ def run(recipe: RewardRecipe) -> RewardResult:
     plan = batch_plan(recipe, world.size)
     inputs = check_reward_inputs(recipe)
     pairs, of_judge = load_pairs(recipe, inputs)
-    world.check_rows(len(pairs.train))
-    train_one = partial(train_model, world=world, plan=plan)
+    world.check_rows(len(pairs.train), plan.world_size)
+    size = recipe.sequence_parallel_size
+    sequence = SequenceGroup(world, size) if size > 1 else None
+    train_one = partial(train_model, world=world, plan=plan, sequence=sequence)
     check_models_inside(recipe, [pairs.rows, *([of_judge.rows] if of_judge is not None else ())])
     if world.is_main:
         delete_unused(recipe)
     judge = None
     if of_judge is not None:
-        world.check_rows(len(of_judge.train))
+        world.check_rows(len(of_judge.train), plan.world_size)
         judge = train_judge(recipe, inputs, pairs, of_judge, world, train_one)
     if recipe.ensemble_size > 1:
         results = train_members(recipe, inputs, pairs, world, train_one, judge)
@@ -107,11 +110,13 @@ def train_model(
     *,
     world: World,
     plan: BatchPlan,
+    sequence: SequenceGroup | None,
     judge: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train one reward model into `output_dir`, and close the stage there; returns the results.
 
     Args:
+        sequence: the processes that share rows with this one, if any.
         judge: results of the judge that was trained beside it.
     """
     train_rows, eval_rows = pairs.train, pairs.evaluation
@@ -144,7 +149,7 @@ def train_model(
         imbalance = measure_imbalance(pairs.trained_rows)
         for line in (*describe_imbalance(imbalance), *warn_of_imbalance(imbalance)):
             tracker.say(line)
-        before = fit(recipe, plan, world, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
+        before = fit(recipe, plan, world, sequence, inputs.tokenizer, start, padded, eval_rows, tracker, checkpoint)
 
         # From here on the saved model, loaded and scored as PPO does it.
         reward = load_trained_reward(recipe, world)
@@ -230,12 +235,15 @@ def normalization_rows(
 
 
 def fit(
-    recipe: RewardRecipe, plan: BatchPlan, world: World, tokenizer: PreTrainedTokenizerBase, start: str,
+    recipe: RewardRecipe, plan: BatchPlan, world: World, sequence: SequenceGroup | None,
+    tokenizer: PreTrainedTokenizerBase, start: str,
     train_rows: Dataset, eval_rows: Dataset | None, tracker: Tracker, checkpoint: Path | None,
 ) -> dict[str, float]:  # fmt: skip
     """Train the model in `start` and save it; returns the evaluation log of the untrained model."""
     if eval_rows is not None:
-        eval_rows = pad_to_batches(eval_rows, world.size * eval_batch_size(recipe, len(eval_rows), world.size))
+        eval_rows = pad_to_batches(
+            eval_rows, plan.world_size * eval_batch_size(recipe, len(eval_rows), plan.world_size)
+        )
     arguments = RewardConfig(
         **training_arguments(recipe, plan, world, eval_rows, resuming=checkpoint is not None),
         center_rewards_coefficient=recipe.center_rewards_coefficient,
@@ -248,6 +256,7 @@ def fit(
     head, whole = score_head(model)[1], trained_whole(model, base_of(recipe.model_name_or_path))
     freeze(model, head, recipe.method, recipe.freeze_layers, recipe.trainable_pattern, whole)
     trainer = PairTrainer(
+        sequence=sequence,
         model=model,
         args=arguments,
         data_collator=PairCollator(tokenizer.pad_token_id),

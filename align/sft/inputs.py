@@ -6,7 +6,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.sft import SFTRecipe
 from align.data.reasoning import set_scores_reasoning
-from align.engine.sequence_parallel import check_heads
 from align.errors import UserError
 from align.models.causality import check_causal
 from align.models.check_files import check_files
@@ -84,11 +83,7 @@ def check_split_sequences(recipe: SFTRecipe, config: PretrainedConfig) -> None:
     Raises:
         UserError: they cannot, or its router's loss would be one of each part.
     """
-    size, text = recipe.sequence_parallel_size, config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    if isinstance(heads, int):
-        check_heads(heads, getattr(text, "num_key_value_heads", None) or heads, size)
-    check_splits(config, "sequence_parallel_size", recipe.trust_remote_code)
+    check_splits(config, recipe.sequence_parallel_size, recipe.trust_remote_code)
     if has_router_loss(config, recipe.trust_remote_code):
         raise UserError(
             f"sequence_parallel_size: a model of type {config.model_type} adds a loss of its router, which is not a sum over tokens "

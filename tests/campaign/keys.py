@@ -62,6 +62,8 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
         {"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}, {"model_type": "llama", "num_attention_heads": 0}, {"model_type": "llama", "auto_map": {"AutoConfig": "mine.Config"}}, {"model_type": "llama", "vocab_size": -1}, 5, ["llama"])],
     ("sft", {"tokenizer_vocab_size": 5, "model_config": {"model_type": "llama"}, "model_name_or_path": None}),
     ("sft", {"tokenizer_vocab_size": 10**12, "model_config": {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}, "model_name_or_path": None}),
+    *[("reward", {"sequence_parallel_size": value}) for value in (0, 2, "two", 10**30)],
+    ("reward", {"attn_implementation": "eager", "sequence_parallel_size": 2}),
     *[("reward", {"normalize_prompts": value}) for value in (0, "all")],
     *[("reward", {"response_length": value}) for value in (0, 10**12)],
     *[("reward", {"model_name_or_path": value}) for value in ("no/such/model", "data", MISSING)],

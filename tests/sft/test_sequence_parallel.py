@@ -25,9 +25,8 @@ from transformers import (
 from align.cli.check.memory import activations_line
 from align.config.sequence_parallel import check_sequence_parallel_rules
 from align.engine.batch_plan import batch_plan
-from align.engine.sequence_parallel import check_heads
 from align.errors import UserError
-from align.models.split_sequences import check_splits
+from align.models.split_sequences import check_heads, check_splits
 from align.sft.inputs import check_kind_of_model
 from align.sft.train import run
 from tests.ranks import run_stage
@@ -104,14 +103,14 @@ class TestWhatCannotBeSplit:
     )
     def test_by_architecture(self, config, why):
         with pytest.raises(UserError, match=rf"^sequence_parallel_size: .* type {config.model_type} .*{why}.*leave"):
-            check_splits(config, "sequence_parallel_size")
+            check_splits(config, 2)
 
     @pytest.mark.parametrize(
         "config", [LlamaConfig(), MistralConfig(sliding_window=None), GPT2Config(), OPTConfig(), DeepseekV3Config()]
     )
     def test_others_can(self, config):
         """Rotary and learned positions, keys wider than values."""
-        check_splits(config, "sequence_parallel_size")
+        check_splits(config, 2)
 
     @pytest.mark.parametrize(
         ("changes", "config", "why"),
