@@ -49,6 +49,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["1M", "10M"], choices=list(SIZES))
     parser.add_argument("--batch", type=int, default=32, help="responses an update; one optimizer step per epoch")
     parser.add_argument("--micro_batch", type=int, default=8, help="sequences in a training pass")
+    parser.add_argument("--max_tokens", type=int, help="tokens in a training pass, in place of --micro_batch")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--prompt_lengths", type=int, nargs=2, default=[16, 64])
     parser.add_argument("--response_lengths", type=int, nargs=2, default=[8, 64], help="spread evenly")
@@ -96,6 +97,7 @@ def measure(arguments: argparse.Namespace, size: str, folder: Path, machine: dic
     mine = found["align"]
     if torch.cuda.is_available():
         mine["gpu_peak_gib"] = gpu_peaks(folder.glob("align-*/metrics.jsonl"))
+    mine["padding"] = training_padding(folder.glob("align-*/metrics.jsonl"))
     mine["response_tokens_per_second"] = sum(r for _, r in lengths) / mine["seconds"]["total"]
     mine["share_of_limit"] = share_of_limit(arguments, size, lengths, machine, mine["seconds"])
     if arguments.against_trl:
@@ -103,6 +105,12 @@ def measure(arguments: argparse.Namespace, size: str, folder: Path, machine: dic
         found["ratio"] = {phase: theirs["seconds"][phase] / mine["seconds"][phase] for phase in theirs["seconds"]}
         found["ratio"]["peak_memory"] = mine["peak_gib"] / theirs["peak_gib"]
     return found
+
+
+def training_padding(files: Iterable[Path]) -> float:
+    """Share of padding in training passes, the median over updates."""
+    lines = (json.loads(line) for file in files for line in file.read_text().splitlines())
+    return statistics.median(line["policy/padding"] for line in lines if "policy/padding" in line)
 
 
 def gpu_peaks(files: Iterable[Path]) -> dict[str, float]:
@@ -148,7 +156,11 @@ def run_align(
         "rollout_batch_size": arguments.batch,
         "minibatch_size": arguments.batch,
         "num_ppo_epochs": arguments.epochs,
-        "per_device_train_batch_size": arguments.micro_batch,
+        **(
+            {"per_device_train_batch_size": arguments.micro_batch}
+            if arguments.max_tokens is None
+            else {"max_tokens_per_device": arguments.max_tokens}
+        ),
         "per_device_eval_batch_size": arguments.batch,
         "max_prompt_length": max(arguments.prompt_lengths),
         "response_length": max(arguments.response_lengths),

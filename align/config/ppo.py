@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -175,6 +175,13 @@ class PPORecipe(StageRecipe):
     value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")
     reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
     reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")
+    max_tokens_per_device: int | None = key(
+        None,
+        "Instead of per_device_train_batch_size: maximum tokens, padding included, in one forward-backward pass per device. "
+        "Responses of similar length share a pass, as many as fit; the forward passes of policy, reference and value model "
+        "over a rollout have it too. Does not change the result.",
+        TOKENS,
+    )
     per_device_generation_batch_size: int | None = key(
         None,
         "Responses decoded at once per device; by default on a GPU as many as an eighth of its memory holds, but at least "
@@ -239,6 +246,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     sources = reward_names(recipe)
     run_all(
         partial(_check_episodes, recipe, where),
+        partial(_check_passes, recipe, where),
         partial(check_objective, recipe, where),
         partial(check_value_method, recipe, where),
         partial(vllm.check_rollout_engine, recipe, where),
@@ -260,6 +268,23 @@ def _check_episodes(recipe: PPORecipe, where: Where) -> None:
             f"{recipe.num_generations}"
         )
     check_decay_steps(recipe, recipe.num_updates, where)
+
+
+def _check_passes(recipe: PPORecipe, where: Where) -> None:
+    longest, most = recipe.max_prompt_length + recipe.response_length, recipe.max_tokens_per_device
+    if most is None:
+        return
+    if most < longest:
+        raise UserError(
+            f"{where('max_tokens_per_device')}: expected at least max_prompt_length + response_length ({longest}), the longest "
+            f"sequence, got {most}"
+        )
+    default = next(each.default for each in fields(recipe) if each.name == "per_device_train_batch_size")
+    if recipe.per_device_train_batch_size != default:
+        raise UserError(
+            f"{where('per_device_train_batch_size')}: with max_tokens_per_device a pass has as many sequences as fit, got "
+            f"{recipe.per_device_train_batch_size}; leave one of them out."
+        )
 
 
 def _check_sources(recipe: PPORecipe, sources: list[str], where: Where) -> None:

@@ -22,6 +22,10 @@ _BY_STEPS = "not needed: set eval_steps, save_steps or logging_steps"
 _RESUMES = "not needed: the same command resumes; delete output_dir to start over"
 _NO_HUB = "not supported: upload output_dir afterwards with `hf upload`"
 _NO_DROPOUT = "not supported: dropout is off in every stage"
+TOKEN_BUDGETS = (  # of verl, OpenRLHF and slime
+    *("ppo_max_token_len_per_gpu", "use_dynamic_bsz", "use_dynamic_batch_size", "max_tokens_per_gpu"),
+    *("train_max_tokens_per_gpu", "max_tokens_per_batch"),
+)
 ANY_STAGE = {
     "gradient_accumulation_steps": _DERIVED_SIZES,
     "per_gpu_train_batch_size": "called per_device_train_batch_size here",
@@ -106,6 +110,7 @@ OF_STAGE = {
         "local_batch_size": "derived: set rollout_batch_size, which is over all devices",
         "local_rollout_forward_batch_size": "called per_device_eval_batch_size here",
         "num_train_epochs": "called total_episodes here (responses in the run), with num_ppo_epochs per rollout",
+        **dict.fromkeys(TOKEN_BUDGETS, "called max_tokens_per_device here"),
         "max_steps": "called total_episodes here; an update takes rollout_batch_size of them",
         "max_length": "called max_prompt_length and response_length here",
         "max_new_tokens": "called response_length here",

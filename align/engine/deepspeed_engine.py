@@ -30,7 +30,7 @@ class DeepSpeedEngine:
         recipe: gives precision, gradient checkpointing, the optimizer and the DeepSpeed file of `role`.
         learning_rate: None freezes the model.
         role: "policy", "value", "reference" or "reward".
-        accumulation: microbatches per optimizer step.
+        accumulation: microbatches per optimizer step, if `begin_step` does not say otherwise; above 1 if any step has more.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class DeepSpeedEngine:
         self.world = world
         self.stage = zero_stage(recipe, role)
         self.accumulation = accumulation
+        self.passes_left = accumulation  # calls of `backward` before the next step
         self.pending = False  # whether there are gradients since the last step
         config = deepspeed_config(
             deepspeed_file(recipe, role),
@@ -107,12 +108,19 @@ class DeepSpeedEngine:
         copy.eval()
         return copy
 
+    def begin_step(self, passes: int) -> None:
+        self.passes_left = passes
+
     def backward(self, loss: Tensor) -> None:
+        self.passes_left -= 1
+        self.engine.set_gradient_accumulation_boundary(self.passes_left == 0)  # where DeepSpeed sums over ranks
         # DeepSpeed divides by the accumulation steps and averages over ranks; our shares are to be added.
         self.engine.backward(loss * (self.world.size * self.accumulation))
         self.pending = True
-        if not self.engine.is_gradient_accumulation_boundary():
+        if self.passes_left:
             self.engine.step()  # before the last microbatch it only counts
+        else:
+            self.passes_left = self.accumulation
 
     def step(self, learning_rate: float) -> float:
         set_learning_rate(self.optimizer, learning_rate)

@@ -39,6 +39,9 @@ class TrainEngine(Engine, Protocol):
     never averaged, so the gradient does not depend on how a batch is split.
     """
 
+    def begin_step(self, passes: int) -> None:
+        """Say how many calls of `backward` the next step has on each rank; without, as many as the engine was built for."""
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global loss."""
 
@@ -122,6 +125,9 @@ class NoUpdateEngine:
 
     def __call__(self, **inputs: Any) -> Any:
         return self._engine(**inputs)
+
+    def begin_step(self, passes: int) -> None:
+        pass
 
     def backward(self, loss: Tensor) -> None:
         pass

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from align.errors import UserError, is_out_of_memory
 
-TRAINING = (
-    "per_device_train_batch_size, set gradient_checkpointing: true or bf16: true, or shard over more GPUs (deepspeed)"
-)
+REMEDIES = "set gradient_checkpointing: true or bf16: true, or shard over more GPUs (deepspeed)"
+TRAINING = f"per_device_train_batch_size, {REMEDIES}"
+UPDATING = f"per_device_train_batch_size or max_tokens_per_device, {REMEDIES}"
 SCORING = "per_device_eval_batch_size"
+PASSES = f"{SCORING} or max_tokens_per_device"
 # Phase -> its description in errors, and what to lower when memory runs out.
 PHASES = {
     "generate": (
@@ -23,12 +24,12 @@ PHASES = {
         f"per_device_generation_batch_size in PPO, elsewhere {SCORING}; or response_length",
     ),
     "send_weights": ("sending weights to the rollout server", "what the server takes (vllm_gpu_memory_utilization)"),
-    "score_policy": ("scoring responses by the policy", SCORING),
-    "score_reference": ("scoring responses by the reference model", SCORING),
-    "score_value": ("scoring responses by the value model", SCORING),
+    "score_policy": ("scoring responses by the policy", PASSES),
+    "score_reference": ("scoring responses by the reference model", PASSES),
+    "score_value": ("scoring responses by the value model", PASSES),
     "score_reward": ("scoring responses by the reward", f"{SCORING}, or what the reward functions take"),
-    "update_policy": ("updating the policy", TRAINING),
-    "update_value": ("updating the value model", TRAINING),
+    "update_policy": ("updating the policy", UPDATING),
+    "update_value": ("updating the value model", UPDATING),
     "communication": ("exchanging numbers between processes", f"rollout_batch_size or {TRAINING}"),
     "training": ("training", f"max_length or {TRAINING}"),
     "evaluation": ("evaluating", SCORING),

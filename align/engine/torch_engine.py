@@ -62,6 +62,9 @@ class TorchEngine:
     def unsharded(self) -> contextlib.AbstractContextManager[nn.Module]:
         return evaluation_mode(self.module)
 
+    def begin_step(self, passes: int) -> None:
+        pass  # gradients are summed until the step, however many they are
+
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
 

@@ -66,6 +66,11 @@ class Rollout:
         """Response tokens, [B] int64."""
         return self.mask.sum(dim=1)
 
+    @property
+    def sizes(self) -> Tensor:
+        """Tokens of prompt and response together, [B] int64."""
+        return self.prompt_mask.sum(dim=1) + self.lengths
+
     def sequences(self, first: int | None = None) -> tuple[Tensor, Tensor]:
         """Prompts with their responses, or the `first` tokens of them: ids and mask, [B, S] with S = Q + T."""
         ids, mask = self.response_ids[:, :first], self.mask[:, :first]

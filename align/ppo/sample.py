@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from align.engine.batch_plan import pack_by_length
 from align.engine.engine import Engine
 from align.errors import UserError
 from align.evaluate.statistics import repetition
@@ -43,11 +44,12 @@ def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Ro
     ids = torch.cat([samples.prompt_ids, samples.response_ids], dim=1)  # [b, S]
     real = torch.cat([samples.prompt_mask, samples.mask], dim=1)  # [b, S]
     mask, length = samples.mask, samples.mask.shape[1]
+    parts = scoring_parts(run, real.sum(dim=1).tolist())
 
     def in_passes(phase: str, forward: Callable[..., Tensor], engine: Engine) -> Tensor:
         measured = torch.zeros(mask.shape, device=world.device)
         with world.clock.phase(phase):
-            for part in passes(real.sum(dim=1).tolist(), run.recipe.per_device_eval_batch_size, run.scoring_passes):
+            for part in parts:
                 rows = to_device(torch.tensor(part), world.device)
                 measured[rows] = forward(engine, ids[rows], real[rows], length)
         return measured  # [b, T]
@@ -84,3 +86,17 @@ def score_responses(run: PPORun, samples: Samples, recompute: bool = True) -> Ro
             device=world.device,
         ),
     )
+
+
+def scoring_parts(run: PPORun, lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of each forward pass without gradients over this rank's responses; all ranks have equally many passes.
+
+    Args:
+        lengths: tokens of each prompt with its response.
+    """
+    max_tokens, world = run.plan.max_tokens, run.world
+    if max_tokens is None:
+        return passes(lengths, run.recipe.per_device_eval_batch_size, run.scoring_passes)
+    rows = range(len(lengths))
+    needed = torch.tensor(len(pack_by_length(rows, lengths, max_tokens)), device=world.device)
+    return pack_by_length(rows, lengths, max_tokens, int(world.max(needed)))

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.data.collate import chunks
 from align.maths.advantages import gae, token_rewards
 from align.maths.kl import k1
 from align.maths.losses import loss_weights
 from align.maths.trajectory_balance import leave_one_out_excess, path_advantages
-from align.models.forward import response_logprobs
+from align.models.forward import response_logprobs, to_device
 from align.ppo.ppo_run import PPORun
 from align.ppo.replay import Replay
 from align.ppo.rollout import Rollout
 from align.ppo.scores import current_scores
-from align.ppo.update import Experience, prompt_values, rows_by_rank, take_steps, token_values
+from align.ppo.update import Experience, prompt_values, take_steps, token_values
 
 
 def balance_steps(run: PPORun, replay: Replay, rollout: Rollout, update: int) -> dict[str, float]:
@@ -112,11 +111,10 @@ def widen(numbers: Tensor, width: int) -> Tensor:
 def measure_rows(run: PPORun, rows: Rollout, phase: str, measure: Callable[[Rollout], Tensor]) -> Tensor:
     """Numbers for each row, [B, ...] float32, identical on every rank; each rank computes a share."""
     world = run.world
-    by_rank = rows_by_rank(rows, world)
-    mine = by_rank[world.rank]
+    passes = run.plan.passes(rows.sizes.tolist(), run.recipe.per_device_eval_batch_size)
     with world.clock.phase(phase):
-        parts = [measure(rows.rows(mine[part])) for part in chunks(len(mine), run.recipe.per_device_eval_batch_size)]
+        parts = [measure(rows.rows(to_device(torch.tensor(part), world.device))) for part in passes[world.rank]]
     gathered = world.gather(torch.cat(parts))
     found = torch.empty_like(gathered)
-    found[torch.cat(by_rank)] = gathered
+    found[to_device(torch.tensor([row for each in passes for part in each for row in part]), world.device)] = gathered
     return found

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from align.data.collate import chunks
-from align.engine.distributed import World
 from align.generation.sampling import generator
 from align.maths.kl import LOSS_ESTIMATORS
 from align.maths.losses import loss_weights, policy_loss, value_loss
 from align.maths.trajectory_balance import balance_loss, path_loss
-from align.models.forward import response_loss, response_values
+from align.models.forward import response_loss, response_values, to_device
 from align.ppo.bad_batches import skip_minibatch
 from align.ppo.ppo_run import PPORun, Sums
-from align.ppo.ptx import ptx_gradient
+from align.ppo.ptx import TextPass, ptx_gradient, ptx_passes
 from align.ppo.rollout import RESPONSE_TOKEN, Rollout, per
 
 
@@ -115,29 +113,38 @@ def minibatches(
 
 def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number: int) -> dict[str, float]:
     """Forward and backward on this rank's rows of a minibatch, and on PPO-ptx's; returns sums over all ranks by metric."""
-    tokens = minibatch.mask.sum()
-    mine = rows_by_rank(minibatch, run.world)[run.world.rank]
+    tokens, device = minibatch.mask.sum(), run.world.device
+    lengths = minibatch.sizes.tolist()
+    passes = run.plan.passes(lengths)
+    mine = passes[run.world.rank]
+    trains = trains_policy(run, update)
+    texts: list[TextPass] = []
+    if run.ptx is not None and trains:
+        texts = ptx_passes(run, run.ptx, update * run.recipe.steps_per_update + number)
+    run.models.policy.begin_step(len(mine) + len(texts))
+    if run.models.value is not None:
+        run.models.value.begin_step(len(mine))
     parts: list[Sums] = []
-    for part in chunks(len(mine), run.plan.micro_batch_size):
-        batch = minibatch.rows(mine[part])
+    for part in mine:
+        batch = minibatch.rows(to_device(torch.tensor(part), device))
         sums = {"tokens": batch.mask.sum()}
-        if trains_policy(run, update):
+        if trains:
             sums |= policy_gradient(run, batch, tokens) if run.replay is None else balance_gradient(run, batch)
         if run.models.value is not None:
             of_prompts = run.recipe.objective == "trajectory_balance"
             gradient = prompt_value_gradient if of_prompts else value_gradient
             sums |= gradient(run, batch, tokens)
         parts.append(sums)
-    if run.ptx is not None and trains_policy(run, update):
-        parts += ptx_gradient(run, run.ptx, update * run.recipe.steps_per_update + number)
+    parts += ptx_gradient(run, texts)
     total = sum_over_ranks(run, parts)
+    total["policy/padding"] = padding(passes, lengths) * total["tokens"]
     return total | balance_sums(run, minibatch, total["tokens"]) if run.replay is not None else total
 
 
-def rows_by_rank(rollout: Rollout, world: World) -> list[Tensor]:
-    """Row indices for each rank, dealt out in order of length: microbatches need little padding, ranks have equal work."""
-    by_length = (rollout.prompt_mask.sum(dim=1) + rollout.lengths).argsort(stable=True)
-    return [by_length[rank :: world.size] for rank in range(world.size)]
+def padding(passes: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> float:
+    """Share of padding among the tokens of the passes of all ranks."""
+    padded = sum(len(rows) * max(lengths[row] for row in rows) for each in passes for rows in each)
+    return 1.0 - sum(lengths) / padded
 
 
 def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:

@@ -30,6 +30,7 @@ COSMETIC_KEYS = {
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "per_device_generation_batch_size",
+    "max_tokens_per_device",
     "gradient_checkpointing",
     "attn_implementation",
     "sequence_parallel_size",

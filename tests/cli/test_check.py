@@ -519,7 +519,10 @@ def test_what_an_unfinished_run_would_say(world, capsys):
 
 def test_answers_longer_than_the_model_can_read(world, capsys):
     words = ["--sft_model_path", "model", "--reward_model_path", "null", "--reward_funcs", "truth_of_check:truth"]
-    assert outcome(capsys, "r/3_ppo.yaml", *words)[0] == 0
+    code, said = outcome(capsys, "r/3_ppo.yaml", *words, "--max_tokens_per_device", "4096")
+    assert code == 0
+    assert "64 sequences per step = 1 x 64 (processes x sequences), in passes of up to 4096 tokens, 2 updates" in said
+    assert "more for a pass of 4096 tokens" in said
     code, said = outcome(capsys, "r/3_ppo.yaml", *words, "--response_length", "255")  # after prompts of two letters
     assert code == 2
     assert (

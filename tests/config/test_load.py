@@ -516,10 +516,20 @@ def test_ppo_plan():
     plan = batch_plan(
         ppo(total_episodes=1000, rollout_batch_size=96, minibatch_size=48, per_device_train_batch_size=10), 4
     )
-    assert dataclasses.astuple(plan) == (4, 48, 6, 2, 24, 10, 0, 1)  # 12 a process = 2 x 6; 1000 // 96 updates
+    assert dataclasses.astuple(plan) == (4, 48, 6, 2, 24, 10, 0, 1, None)  # 12 a process = 2 x 6; 1000 // 96 updates
     assert plan.describe() == (
         "48 sequences per step = 4 x 6 x 2 (processes x micro-batch x accumulation), 10 updates of 4 x 24 responses (processes x responses)"
     )
+
+
+def test_ppo_plan_of_passes_by_tokens(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"train_batch_size": 48}), encoding="utf-8")
+    plan = batch_plan(ppo(max_tokens_per_device=600, minibatch_size=48, deepspeed=str(path)), 4)
+    assert (plan.batch_size, plan.micro_batch_size, plan.accumulation, plan.max_tokens) == (48, 1, 12, 600)
+    path.write_text(json.dumps({"gradient_accumulation_steps": 12}), encoding="utf-8")
+    with pytest.raises(UserError, match=r'd.json: gradient_accumulation_steps: expected "auto" \(48 seq.*\), got 12'):
+        batch_plan(ppo(max_tokens_per_device=600, minibatch_size=48, deepspeed=str(path)), 4)
 
 
 def test_plan_of_the_reward_stage():

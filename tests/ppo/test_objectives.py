@@ -371,7 +371,8 @@ def everything(folder: Path, **changes) -> str:
     return make_recipe(
         folder, ptx_dataset=write_jsonl(folder / "texts.jsonl", texts), ptx_coef=0.1, ptx_batch_size=6, ema_decay=0.8,
         kl_target=0.05, kl_horizon=100, normalize_scores=True, score_clip=2.0, entropy_coef=0.01, dual_clip=3.0,
-        value_warmup_updates=1, max_approx_kl=0.05, use_kl_loss=True, kl_estimator="k2", **SHORT_SEQUENCE, **changes,
+        value_warmup_updates=1, max_approx_kl=0.05, use_kl_loss=True, kl_estimator="k2",
+        max_prompt_length=8, max_tokens_per_device=40, per_device_train_batch_size=8, **SHORT_SEQUENCE, **changes,
     )  # fmt: skip
 
 

@@ -183,9 +183,17 @@ def _shown(size: float) -> str:
 
 
 def activations_line(
-    config: PretrainedConfig, sequences: int, tokens: int, recipe: StageRecipe, has_logits: bool
+    config: PretrainedConfig,
+    sequences: int,
+    tokens: int,
+    recipe: StageRecipe,
+    has_logits: bool,
+    max_tokens: int | None = None,
 ) -> str:
-    """The line below the table: what a micro-batch of `sequences` sequences of `tokens` tokens adds."""
+    """The line below the table: what a micro-batch adds, of `sequences` sequences of `tokens` tokens, or of `max_tokens` tokens."""
+    if max_tokens is not None:
+        size = activation_bytes(config, 1, max_tokens, recipe.bf16, recipe.gradient_checkpointing, has_logits)
+        return f"  activations: roughly {_shown(size)} more for a pass of {max_tokens} tokens"
     size = activation_bytes(config, sequences, tokens, recipe.bf16, recipe.gradient_checkpointing, has_logits)
     processes: int = getattr(recipe, "sequence_parallel_size", 1)
     split = f", split over {processes} processes (sequence_parallel_size)" if processes > 1 else ""

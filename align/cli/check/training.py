@@ -138,7 +138,7 @@ class TrainingCheck(Generic[R]):
             report.console.print(memory_table(recipe, self.footprints(recipe, start), plan, hidden_size))
             sequences = plan.micro_batch_size * self.sequences_per_row
             tokens = self.max_tokens(recipe)
-            activations = activations_line(start.config, sequences, tokens, recipe, self.has_logits)
+            activations = activations_line(start.config, sequences, tokens, recipe, self.has_logits, plan.max_tokens)
             for line in (activations, *self.more_memory(recipe, start)):
                 report.console.print(Text(line), soft_wrap=True)
         if not (Path(recipe.output_dir) / MANIFEST).is_file():
