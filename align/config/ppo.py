@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from align.config import rollout_engine as vllm
 from align.config.base import StageRecipe
 from align.config.data_source import DataSource
+from align.config.deepspeed_file import read_deepspeed_file
 from align.config.ensemble import (
     check_ensemble_rules,
     check_normalized_rewards,
@@ -249,6 +250,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
         partial(_check_passes, recipe, where),
         partial(check_objective, recipe, where),
         partial(check_value_method, recipe, where),
+        partial(_check_average, recipe, where),
         partial(vllm.check_rollout_engine, recipe, where),
         partial(check_judge_rules, recipe, where),
         partial(check_ensemble_rules, recipe, where),
@@ -284,6 +286,17 @@ def _check_passes(recipe: PPORecipe, where: Where) -> None:
         raise UserError(
             f"{where('per_device_train_batch_size')}: with max_tokens_per_device a pass has as many sequences as fit, got "
             f"{recipe.per_device_train_batch_size}; leave one of them out."
+        )
+
+
+def _check_average(recipe: PPORecipe, where: Where) -> None:
+    if recipe.ema_decay is None or recipe.deepspeed is None:
+        return
+    zero = read_deepspeed_file(recipe.deepspeed).get("zero_optimization", {})
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise UserError(
+            f"{where('ema_decay')}: averages the policy's weights after each update, and {recipe.deepspeed} keeps them on NVMe "
+            '(zero_optimization.offload_param); expected "device": "cpu" there, or leave ema_decay out'
         )
 
 

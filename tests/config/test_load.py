@@ -598,6 +598,20 @@ def test_deepspeed_files_leave_sizes_to_the_recipe(name, stage):
     batch_plan(sft(deepspeed=str(path)), 8)
 
 
+def test_an_average_of_weights_on_nvme(load, tmp_path):
+    file = tmp_path / "nvme.json"
+    for device, refused in (("nvme", True), ("cpu", False)):
+        offload = {"device": device, "nvme_path": str(tmp_path)}
+        file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}), encoding="utf-8")
+        changes = {"ema_decay": 0.99, "deepspeed": str(file)}
+        if refused:
+            said = refusal(load, "ppo", changes)
+            assert "ema_decay: averages the policy's weights after each update" in said
+            assert f"{file} keeps them on NVMe" in said
+        else:
+            assert load("ppo", changes).ema_decay == 0.99
+
+
 # --- the recipes that come with the repository
 
 
