@@ -32,7 +32,9 @@ def train_engine(
     return TorchEngine(model, recipe, world, learning_rate)
 
 
-def frozen_engine(model: PreTrainedModel, recipe: StageRecipe, world: World, role: str = "policy") -> Engine:
+def frozen_engine(
+    model: PreTrainedModel | PeftModel, recipe: StageRecipe, world: World, role: str = "policy"
+) -> Engine:
     """An engine that only runs `model` forward; under ZeRO-3 it is sharded all the same."""
     if dist.is_initialized():
         return DeepSpeedEngine(model, recipe, world, None, role)

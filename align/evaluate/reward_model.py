@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from align.config.base import StageRecipe
@@ -49,6 +50,8 @@ class RewardModel:
     tokenizer: PreTrainedTokenizerBase
     same_tokenizer: bool  # it reads the policy's ids as they are
     head: StoredHead
+    adapter: str | None = None  # folder of that with which it scores on the policy's frozen weights
+    apart: str | None = None  # why it has weights of its own although it has an adapter
 
 
 def check_reward_models(
@@ -140,14 +143,20 @@ def _find_head(path: str, key: str, config: PretrainedConfig, trust_remote_code:
     return head
 
 
-def load_reward(name: str, given: RewardModel, recipe: StageRecipe, world: World) -> ModelReward:
+def load_reward(
+    name: str, given: RewardModel, recipe: StageRecipe, world: World, model: PeftModel | None = None
+) -> ModelReward:
     """Load the weights, as a source of scores called `name`, frozen and in the precision of frozen weights.
+
+    Args:
+        model: one on weights that another engine holds, from `reward_model_on`.
 
     Raises:
         UserError: they cannot be used.
     """
-    with sharded_load(recipe, "reward"):
-        model = _load(given, recipe)
+    if model is None:
+        with sharded_load(recipe, "reward"):
+            model = _load(given, recipe)
     return _source(name, given, frozen_engine(model, recipe, world, "reward").module, recipe)
 
 

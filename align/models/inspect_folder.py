@@ -118,6 +118,22 @@ def inspect_folder(path: str, key: str, _adapters: tuple[str, ...] = ()) -> Mode
     return ModelFolder(path, config, _read_weights(folder, config, key, WEIGHTS))
 
 
+def inspect_adapter(folder: Path, key: str, tensors: Collection[str]) -> dict[str, Any]:
+    """Inspect an adapter beside the model that it was merged into; returns its configuration.
+
+    Args:
+        tensors: names of the model's.
+
+    Raises:
+        UserError: it cannot be used; begins with `key` and the file.
+    """
+    config = read_object(folder / ADAPTER_CONFIG, key)
+    check_adapter(config, str(folder), key)
+    check_patterns(config, tensors, f"{key}: {folder / ADAPTER_CONFIG}")
+    _read_weights(folder, {}, key, ADAPTER_WEIGHTS)
+    return config
+
+
 def stored_tensors(path: str, key: str) -> tuple[str, dict[str, StoredTensor] | None]:
     """The folder of the model in `path`, or of an adapter's base model, and its tensors by name.
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from align.compat.transformers import config_of, model_class
 from align.errors import UserError
 from align.maths.estimators import ESTIMATORS
-from align.models.dropout import disable_dropout
 from align.models.load import load_pretrained
 from align.models.scalar_head import find_head, scalar_skeleton, settle_head
+from align.models.shared_weights import classifier_on, has_layers_of, language_model_config
 from reward_models.heads import score_head
 from reward_models.linear_head import SequenceClassifier, TokenClassifier
 from reward_models.stored_head import StoredHead, stored_head
@@ -102,13 +97,9 @@ def check_shared(path: str, config: PretrainedConfig, key: str, trust_remote_cod
     Raises:
         UserError: it would have other layers.
     """
-    remedy = "Use value_method: lora."
-    config = config_of(model_class(AutoModelForCausalLM, config), config)
-    value = scalar_skeleton(path, config, TokenClassifier, key, remedy, trust_remote_code)
-    with torch.device("meta"):
-        policy = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    mine, theirs = ({name: w.shape for name, w in model.base_model.named_parameters()} for model in (value, policy))
-    if mine != theirs or score_head(value)[0] not in [name for name, _ in value.named_children()]:
+    remedy, own = "Use value_method: lora.", language_model_config(config)
+    value = scalar_skeleton(path, own, TokenClassifier, key, remedy, trust_remote_code)
+    if not has_layers_of(value, config, trust_remote_code):
         raise UserError(
             f"{key}: {path}: a value model of this type ({config.model_type}) has other layers than the language model, so they "
             f"cannot share weights. {remedy}"
@@ -116,16 +107,6 @@ def check_shared(path: str, config: PretrainedConfig, key: str, trust_remote_cod
 
 
 def value_model_on(policy: PreTrainedModel, trust_remote_code: bool = False) -> tuple[PreTrainedModel, set[str]]:
-    """A value model with the weights of a language model, not copies of them, under a new head; see `load_value_model`.
-
-    It has modules of its own around the same parameters, so that each of the two models can have its own adapters.
-    """
-    shared = [*policy.base_model.parameters(), *policy.base_model.buffers()]
-    backbone: Any = copy.deepcopy(policy.base_model, {id(tensor): tensor for tensor in shared})
-    backbone.config.num_labels = 1
-    model: Any = TokenClassifier.skeleton(backbone.config, trust_remote_code)
-    model.config = backbone.config
-    setattr(model, model.base_model_prefix, backbone)
-    head = score_head(model)[1].to_empty(device="cpu")
-    disable_dropout(model)
-    return model, {name for name, _ in head.named_parameters()}
+    """A value model with the weights of a language model, not copies of them, under a new head; see `load_value_model`."""
+    model = classifier_on(policy, TokenClassifier, trust_remote_code)
+    return model, {name for name, _ in score_head(model)[1].named_parameters()}

@@ -17,6 +17,7 @@ from align.models.load import load_config
 from align.models.model_types import is_encoder
 from align.models.tokenizer import load_tokenizer
 from align.models.value import check_shared, find_value_head, layers_below_head
+from align.ppo.shared_rewards import on_policys_weights
 from align.runs.manifest import check_tokenizer, read_manifest, tokenizer_digest
 from reward_models.bottleneck import base_of, bottleneck_settings
 from reward_models.linear_head import TokenClassifier
@@ -36,6 +37,12 @@ class PPOInputs:
     value_method: str
     value_lacks: list[str]  # layers between backbone and head in `value_path`, which the value model does not have
 
+    @property
+    def on_policy(self) -> dict[str, RewardModel]:
+        """Reward models that score on the policy's weights, by key."""
+        models = [*self.rewards, *([self.judge] if self.judge is not None else [])]
+        return {model.key: model for model in models if model.adapter is not None}
+
     def describe_heads(self, value_model: bool) -> list[str]:
         """Lines that name the scalar heads of the reward and value models."""
         several = len(self.rewards) > 1
@@ -43,7 +50,7 @@ class PPOInputs:
         named |= {"judge": self.judge} if self.judge is not None else {}
         reread = "; its tokenizer is another than the policy's, so it reads responses rendered and tokenized anew"
         lines = [
-            f"{name}: its head is {model.head.name}{'' if model.same_tokenizer else reread}"
+            f"{name}: its head is {model.head.name}{'' if model.same_tokenizer else reread}{_whose_weights(model)}"
             for name, model in named.items()
         ]
         if value_model:
@@ -56,6 +63,12 @@ class PPOInputs:
             }
             lines.append(f"value model: starts from {self.value_path} with {head}{part.get(self.value_method, '')}")
         return lines
+
+
+def _whose_weights(model: RewardModel) -> str:
+    if model.adapter is not None:
+        return "; its adapter and head score on the policy's frozen weights"
+    return f"; it has weights of its own, although it has an adapter, since {model.apart}" if model.apart else ""
 
 
 def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
@@ -98,6 +111,8 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
     rewards = check_reward_models(recipe, recipe.score_reasoning, tokenizer)
     if (judge_path := recipe.judge_reward_model_path) is not None:
         judge = check_reward_model(judge_path, "judge_reward_model_path", recipe, recipe.score_reasoning, tokenizer)
+        [judge] = on_policys_weights(recipe, config, [judge])
+    rewards = on_policys_weights(recipe, config, rewards)
     same_tokenizer = bool(rewards) and rewards[0].same_tokenizer
     shared = recipe.value_method == "shared"
     starts_as_reward = same_tokenizer and not shared

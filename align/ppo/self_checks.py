@@ -246,10 +246,9 @@ def check_reward_model(
     if "eval_accuracy" in manifest["results"]:
         names = ("eval_accuracy", "eval_accuracy_low", "eval_accuracy_high")
         check_record(manifest["results"], Record(dict.fromkeys(names, NUMBER)), f"{path}/{MANIFEST}: results")
-    largest, vocabulary = (
-        max(map(max, manifest["score_check"]["ids"])),
-        source.model.get_input_embeddings().num_embeddings,
-    )
+    embedding = source.model.get_input_embeddings()
+    vocabulary = getattr(embedding, "base_layer", embedding).num_embeddings  # beneath an adapter
+    largest = max(map(max, manifest["score_check"]["ids"]))
     if largest >= vocabulary:
         raise UserError(
             f"{path}/{MANIFEST}: score_check: expected token ids below {vocabulary}, got {largest}; go back to the reward stage."

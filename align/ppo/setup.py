@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,13 @@ from align.engine.engine import AdapterOff, Engine
 from align.engine.optimizer import learning_rates
 from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.user_functions import user_function
-from align.evaluate.reward_model import load_reward, model_sources
+from align.evaluate.reward_model import RewardModel, load_reward, model_sources
 from align.generation.batch_size import decoding_rows, gpu_bytes, row_bytes
 from align.generation.sampler import Sampler
 from align.generation.vllm import VLLM
 from align.models.bottleneck import continue_adapter
 from align.models.load import load_policy
+from align.models.shared_weights import reward_model_on
 from align.models.tokenizer import keep_ends
 from align.models.trainable import add_adapter
 from align.models.value import load_value_model, value_model_on
@@ -38,6 +40,7 @@ from reward_models.bottleneck import base_of
 from reward_models.combine import RewardSum
 from reward_models.heads import hf_model, keep_head_float32, score_head
 from reward_models.responses import RewardSource
+from reward_models.trained import ModelReward
 
 REWARD_MODEL = "reward_model"  # its name in logs and errors
 SHORT_SEQUENCE = 32  # tokens of prompt and response up to which padding costs less than one more forward pass
@@ -108,6 +111,10 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
         )
     keep_ends(loaded, inputs.tokenizer)
     on_policy = value_model_on(loaded, recipe.trust_remote_code) if recipe.value_method == "shared" else None
+    scorers = {
+        key: reward_model_on(loaded, str(given.adapter), given.config, recipe.trust_remote_code)
+        for key, given in inputs.on_policy.items()
+    }
     adapted = add_adapter(loaded, recipe) if recipe.method != "full" else loaded
     continue_adapter(adapted, recipe.sft_model_path)
     policy = train_engine(adapted, recipe, world, recipe.learning_rate, plan.policy_passes)
@@ -139,9 +146,13 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
         keep_head_float32(trained)
         rate = recipe.value_learning_rate or recipe.learning_rate
         value = train_engine(trained, recipe, world, rate, plan.accumulation, "value")
-    sources = RewardSum(_sources(recipe, inputs, world), recipe.reward_weights or None)
+
+    def load(name: str, given: RewardModel) -> ModelReward:
+        return load_reward(name, given, recipe, world, scorers.get(given.key))
+
+    sources = RewardSum(_sources(recipe, inputs, load), recipe.reward_weights or None)
     judges: list[RewardSource] = [
-        *([] if inputs.judge is None else [load_reward("judge_reward_model", inputs.judge, recipe, world)]),
+        *([] if inputs.judge is None else [load("judge_reward_model", inputs.judge)]),
         *(user_function(name, "judge_reward_funcs", recipe.reward_timeout) for name in recipe.judge_reward_funcs),
     ]
     starts_as_reward = bool(inputs.rewards) and inputs.value_path == inputs.rewards[0].path
@@ -171,8 +182,9 @@ def start_value_head(value: PreTrainedModel, missing: set[str]) -> None:
     value.config.score_mean = 0.0  # it is in the bias now
 
 
-def _sources(recipe: PPORecipe, inputs: PPOInputs, world: World) -> list[RewardSource]:
-    load = partial(load_reward, recipe=recipe, world=world)
+def _sources(
+    recipe: PPORecipe, inputs: PPOInputs, load: Callable[[str, RewardModel], ModelReward]
+) -> list[RewardSource]:
     coef = recipe.reward_variance_coef or 0.0
     return model_sources(REWARD_MODEL, inputs.rewards, load, recipe.reward_ensemble, coef) + [
         user_function(name, "reward_funcs", recipe.reward_timeout) for name in recipe.reward_funcs

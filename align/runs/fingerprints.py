@@ -103,10 +103,7 @@ def input_fingerprints(recipe: Recipe, models: Mapping[str, str], sums: FileSums
     """
     inputs: Inputs = {}
     for place, path in models.items():
-        if files := model_files(path):
-            inputs[place] = {"files": sums.of(files)}
-        elif revision := _hub_revision(path):
-            inputs[place] = {"revision": revision}
+        inputs[place] = model_fingerprint(path, sums)
     for key in dataset_keys(type(recipe)):
         for index, source in enumerate(getattr(recipe, key)):
             place = f"{key}[{index}]"
@@ -126,6 +123,29 @@ def input_fingerprints(recipe: Recipe, models: Mapping[str, str], sums: FileSums
             if key == "deepspeed" or getattr(recipe, key, None):
                 inputs[key] = {"settings": _deepspeed_settings(getattr(recipe, key))}
     return {place: kinds for place, kinds in inputs.items() if any(kinds.values())}
+
+
+def model_fingerprint(path: str, sums: FileSums) -> dict[str, Any]:
+    """Of the model in a folder its files, of one on the hub its commit, by kind; empty where it is unknown.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    if files := model_files(path):
+        return {"files": sums.of(files)}
+    revision = _hub_revision(path)
+    return {"revision": revision} if revision else {}
+
+
+def same_weights(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    """Whether two models have the same weights by their fingerprints: files of the same content, or one commit."""
+    if "files" in one and "files" in two:
+        mine, theirs = (
+            sorted(value for name, value in each["files"].items() if name.endswith(".safetensors"))
+            for each in (one, two)
+        )
+        return bool(mine) and mine == theirs
+    return "revision" in one and one["revision"] == two.get("revision")
 
 
 def row_fingerprints(report: Mapping[str, Any]) -> Inputs:

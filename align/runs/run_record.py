@@ -13,6 +13,7 @@ from align.config.base import StageRecipe
 from align.config.ensemble import JUDGE
 from align.config.evaluate import EvaluateRecipe
 from align.config.paths import dataset_keys
+from align.config.ppo import PPORecipe
 from align.config.recipe import Recipe
 from align.config.stages import input_models, stage_of
 from align.errors import BadFile, OtherRun, UserError
@@ -61,6 +62,9 @@ def identity(recipe: Recipe, known: Mapping[str, list[Any]] | None = None) -> di
     sums = FileSums(dict(known or {}))
     if int(os.environ.get("RANK", "0")) == 0:
         models = input_models(recipe)
+        if isinstance(recipe, PPORecipe) and recipe.method != "full":  # by which reward models may score
+            adapters = {place: f"{path}/adapter" for place, path in models.items() if "reward_model" in place}
+            models |= {f"{place}.adapter": path for place, path in adapters.items() if Path(path).is_dir()}
         if isinstance(recipe, EvaluateRecipe):
             plain["models"] = [list(each) for each in models.items()]  # a list, since the order counts
             models = {f"models.{name}": path for name, path in models.items()}

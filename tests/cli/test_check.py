@@ -261,6 +261,20 @@ def test_a_folder_whose_models_are_not_made_yet(world, capsys):
     assert not (world / "out").exists()  # nothing was written
 
 
+def test_a_reward_model_yet_to_be_trained_on_the_policys_weights(world, capsys):
+    """Adapters of rank 2 on the seven linear layers of the one block, and the head, which PEFT keeps twice."""
+    words = ["--method", "lora", "--lora_r", "2"]
+    code, said = outcome(capsys, "r", *words)
+    assert code == 0, said
+    assert "its adapter and head score on the policy's frozen weights" in said
+    adapters = 2 * sum(map(sum, [(16, 16)] * 4 + [(16, 32)] * 3))
+    assert f"|reward|{adapters + 2 * 16:,}|" in said.replace(" ", "").split("3_ppo.yaml")[-1]
+    write_recipe("r/2_reward.yaml", stage="reward", output_dir="out/2", train_dataset="pairs.jsonl", model_name_or_path="out/0",
+                 eval_fraction=0.2)  # fmt: skip
+    said = outcome(capsys, "r", *words)[1]
+    assert "it has weights of its own, although it has an adapter, since it was not trained from sft_model_path" in said
+
+
 @pytest.mark.parametrize(
     ("changes", "shown"),
     [

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from align.cli.check.memory import Footprint, cache_line, count_parameters, count_trained, head_line, skeleton
 from align.cli.check.sample_rows import Sample, Start
-from align.cli.check.training import TrainingCheck, frozen_model
+from align.cli.check.training import TrainingCheck
 from align.config.ppo import PPORecipe
 from align.data.load import Rows
 from align.data.rows import Prompt
@@ -36,13 +38,15 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         inputs = check_ppo_inputs(recipe)
         others = {"value": load_config(inputs.value_path, "value_model_path", recipe.trust_remote_code)}
         several = len(inputs.rewards) > 1
-        others |= {f"reward{f' {n}' * several}": model.config for n, model in enumerate(inputs.rewards, start=1)}
-        others |= {"judge": inputs.judge.config} if inputs.judge is not None else {}
+        scorers = {f"reward{f' {n}' * several}": model for n, model in enumerate(inputs.rewards, start=1)}
+        scorers |= {"judge": inputs.judge} if inputs.judge is not None else {}
+        others |= {role: model.config for role, model in scorers.items()}
+        adapters = {role: model.adapter for role, model in scorers.items() if model.adapter is not None}
         policy = load_config(recipe.sft_model_path, "sft_model_path", recipe.trust_remote_code)
         notes = inputs.describe_heads(recipe.estimator.value_model)
         if recipe.vllm_python is not None:
             notes.append(f"responses are sampled by vLLM {vllm_version(os.path.expanduser(recipe.vllm_python))}")
-        return Start(policy, inputs.tokenizer, others=others, notes=notes)
+        return Start(policy, inputs.tokenizer, others=others, adapters=adapters, notes=notes)
 
     def sample(self, recipe: PPORecipe, rows: Sequence[Prompt], start: Start) -> Sample:
         prompts, bad = tokenize_prompts(rows, start.tokenizer, recipe.max_prompt_length, recipe.on_bad_row)
@@ -72,7 +76,9 @@ class PPOCheck(TrainingCheck[PPORecipe]):
         if recipe.method == "full":  # otherwise the reference is the policy with its adapter off
             models.append(Footprint("reference", size, 0))
         scorers = {name: config for name, config in start.others.items() if name != "value"}
-        models += [frozen_model(name, SequenceClassifier, config, code) for name, config in scorers.items()]
+        for name, config in scorers.items():
+            scorer = skeleton(SequenceClassifier, config, code, num_labels=1)
+            models.append(Footprint(name, scorer_parameters(scorer, start.adapters.get(name)), 0))
         if recipe.ds3_gather_for_generation:
             models.append(Footprint("whole policy, while it generates", models[0].parameters, 0, gathered=True))
         return models
@@ -88,6 +94,21 @@ def value_footprint(value: PreTrainedModel, recipe: PPORecipe) -> Footprint:
         whole, trained = count_trained(value, lora, "TOKEN_CLS", head, [name.split(".")[0]])
         whole -= shared if recipe.value_method == "shared" else 0
     return Footprint("value", whole, trained)
+
+
+def scorer_parameters(scorer: PreTrainedModel, adapter: str | None) -> int:
+    """Parameters of a reward model by its skeleton, which changes; without weights that it shares with the policy.
+
+    Args:
+        adapter: the folder of that with which it is on them.
+    """
+    if adapter is None:
+        return count_parameters(scorer)
+    shared = count_parameters(scorer.base_model)
+    settings = PeftConfig.from_pretrained(adapter)
+    settings.base_model_name_or_path = None  # PEFT warns of another name than the skeleton's
+    with torch.device("meta"):
+        return count_parameters(get_peft_model(scorer, settings)) - shared
 
 
 check = PPOCheck().check

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from peft import PeftConfig
 from transformers import AutoModelForCausalLM
 
 from align.cli.check.memory import Footprint, count_trained, skeleton
@@ -16,6 +17,7 @@ from align.data.rows import Preference
 from align.data.tokenize import tokenize_preferences
 from align.models.model_types import is_encoder_decoder
 from align.models.new_modules import trained_whole
+from align.models.trainable import MERGEABLE, peft_config
 from align.reward.imbalance import describe_imbalance, measure_imbalance, warn_of_imbalance
 from align.reward.inputs import check_reward_inputs
 from align.reward.members import check_models_inside
@@ -70,6 +72,16 @@ class RewardCheck(TrainingCheck[RewardRecipe]):
         shown = {side: (ids, [i == scored % len(ids) for i in range(len(ids))]) for side, ids in sides.items()}
         note = "marked: the token from which the score is read"
         return Sample(shown, note, [*data["chosen_ids"], *data["rejected_ids"]], bad)
+
+    def adapter(self, recipe: RewardRecipe, start: Start) -> PeftConfig | None:
+        if recipe.method not in MERGEABLE:
+            return None
+        model = skeleton(SequenceClassifier, start.config, recipe.trust_remote_code, num_labels=1)
+        whole = trained_whole(model, base_of(recipe.model_name_or_path))
+        found = peft_config(recipe, model.config, "SEQ_CLS", whole)
+        assert found is not None, recipe.method
+        found.base_model_name_or_path = recipe.model_name_or_path
+        return found
 
     def footprints(self, recipe: RewardRecipe, start: Start) -> list[Footprint]:
         model = skeleton(SequenceClassifier, start.config, recipe.trust_remote_code, num_labels=1)

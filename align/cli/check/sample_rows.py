@@ -30,6 +30,9 @@ class Start:
     tokenizer: PreTrainedTokenizerBase
     encoder: bool = False
     others: dict[str, PretrainedConfig] = field(default_factory=dict)
+    adapters: dict[str, str] = field(
+        default_factory=dict
+    )  # folders of those on the main model's frozen weights, by role
     labels: LabelSet | None = None  # of a classifier
     tags: TagSet | None = None  # of a token classifier
     notes: Sequence[str] = ()  # further lines about the models

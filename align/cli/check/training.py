@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from peft import PeftConfig
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PretrainedConfig
 
@@ -26,6 +28,7 @@ from align.engine.batch_plan import BatchPlan, batch_plan
 from align.models.bottleneck import adapter_entries
 from align.models.inspect_folder import ADAPTER_CONFIG, inspect_inputs
 from align.models.model_types import is_encoder_decoder
+from align.ppo.shared_rewards import ADAPTER, FOLDER
 from align.runs.checkpoint import complete_checkpoints
 from align.runs.files import write_json
 from align.runs.manifest import is_finished, tokenizer_digest
@@ -75,6 +78,10 @@ class TrainingCheck(Generic[R]):
     def footprints(self, recipe: R, start: Start) -> list[Footprint]:
         """The models of the stage: those that train, then the frozen ones."""
         raise NotImplementedError
+
+    def adapter(self, recipe: R, start: Start) -> PeftConfig | None:
+        """The adapter that is saved beside the model, if a later stage may read it, with the model that it is trained on."""
+        return None
 
     def more_memory(self, recipe: R, start: Start) -> list[str]:
         """Lines on memory below the table, beside that of activations."""
@@ -166,7 +173,10 @@ class TrainingCheck(Generic[R]):
         model = skeleton(auto, start.config, recipe.trust_remote_code, **changes)
         model.config.architectures = [type(model).__name__]
         tokenizer = tokenizer_digest(start.tokenizer)
-        manifest = {"stage": recipe.stage, "recipe": {}, "inputs": {}, "tokenizer": tokenizer, "results": {}}
+        adapter, inputs = self.adapter(recipe, start), {}
+        if adapter is not None:
+            inputs["model_name_or_path"] = {FOLDER: os.path.realpath(str(adapter.base_model_name_or_path))}
+        manifest = {"stage": recipe.stage, "recipe": {}, "inputs": inputs, "tokenizer": tokenizer, "results": {}}
         several = getattr(recipe, "ensemble_size", 1)
         names = [f"{MEMBER}{number}" for number in range(1, several + 1)] if several > 1 else [""]
         for name in [*names, *[JUDGE] * getattr(recipe, "train_judge", False)]:
@@ -175,6 +185,8 @@ class TrainingCheck(Generic[R]):
                 write_json(folder / ADAPTER_CONFIG, adapter_entries(recipe, model.config))
             else:
                 model.config.save_pretrained(folder)
+            if adapter is not None:
+                adapter.save_pretrained(str(folder / ADAPTER))
             start.tokenizer.save_pretrained(folder)
             write_json(folder / MANIFEST, manifest)
             context.stand_ins[(Path(recipe.output_dir) / name).resolve()] = folder
