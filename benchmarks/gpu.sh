@@ -43,6 +43,7 @@ part ppo_bf16 python -m align ppo "$root/recipes/quickstart/3_ppo.yaml" --bf16 t
 step=(python "$root/benchmarks/ppo.py" --sizes 0.5B --bf16 --batch 64 --micro_batch 16 --epochs 1 --updates 2 --rounds 1
     --prompt_lengths 64 256 --response_lengths 64 384)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    part decoding python "$root/benchmarks/decoding.py" --sizes 0.5B --bf16 --rows 256 --batch 64 --mean 128 --rounds 1 --json decoding.json
     part step "${step[@]}" --json step.json
     if [ -n "${VLLM_PYTHON:-}" ]; then
         part step_vllm "${step[@]}" --vllm "$VLLM_PYTHON" --json step_vllm.json
@@ -50,6 +51,7 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         skip step_vllm "VLLM_PYTHON is not set"
     fi
 else
+    skip decoding "no GPU"
     skip step "no GPU"
     skip step_vllm "no GPU"
 fi

@@ -48,6 +48,11 @@ def register_sdpa_variant(name: str, attention: Callable[..., Any]) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
+def has_fixed_step(model: Any) -> bool:
+    """Whether transformers has written this model's decoding step for a cache of fixed size."""
+    return bool(getattr(model, "_can_compile_fullgraph", False))
+
+
 _PADDED: ContextVar[bool | None] = ContextVar("padded", default=None)
 
 

@@ -192,6 +192,10 @@ class PPORecipe(StageRecipe):
     ds3_gather_for_generation: bool = key(
         True, "Under ZeRO-3, gather a copy of the policy once per rollout; set to false if it does not fit in memory."
     )
+    cuda_graphs: bool = key(
+        False,
+        "Run each decoding step as a CUDA graph, with which Python starts one operation a token in place of thousands.",
+    )
     max_kl: float | None = key(
         None,
         "The best checkpoint has the highest `metric_for_best_model` among those with at most this KL (nats per response).",
@@ -270,6 +274,10 @@ def _check_episodes(recipe: PPORecipe, where: Where) -> None:
             f"{recipe.num_generations}"
         )
     check_decay_steps(recipe, recipe.num_updates, where)
+    if recipe.cuda_graphs and not recipe.ds3_gather_for_generation:
+        raise UserError(
+            f"{where('cuda_graphs')}: needs ds3_gather_for_generation: true; a sharded model cannot be captured."
+        )
 
 
 def _check_passes(recipe: PPORecipe, where: Where) -> None:

@@ -120,6 +120,10 @@ def check_rollout_engine(recipe: Any, where: Where) -> None:
             f"{where('per_device_generation_batch_size')}: is for rollout_engine: transformers; the server has a limit of its own. "
             "Leave it out."
         )
+    if recipe.cuda_graphs:
+        raise UserError(
+            f"{where('cuda_graphs')}: is for rollout_engine: transformers; vLLM captures its own. Leave it out."
+        )
     weighs = recipe.vllm_importance_sampling_mode in IMPORTANCE_MODES and recipe.objective == "ppo"
     if not weighs and "vllm_importance_sampling_cap" in changed:
         raise UserError(f"{where('vllm_importance_sampling_cap')}: tokens are not weighted here; leave it out.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -28,6 +29,7 @@ class PreallocatedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.block = block
         self.buffers: list[Tensor] = []
+        self.place: Tensor | None = None  # where fixed shapes are wanted: the column of the next token, [1] int64
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin without tokens; `DynamicLayer` copies empty tensors to the device, for each of which Python waits."""
@@ -36,6 +38,10 @@ class PreallocatedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.place is not None:
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self.place, states)
+            return self.buffers[0], self.buffers[1]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -53,6 +59,24 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
         return self.keys, self.values
 
+    def begin_fixed(self, place: Tensor, width: int) -> None:
+        """From now on write one token at a time, at column `place`, and return whole buffers: zeros where none is written yet.
+
+        Args:
+            width: columns that are written; there is room for more afterwards.
+        """
+        if width == self.buffers[0].shape[2]:
+            self.buffers = [F.pad(buffer, (0, 0, 0, self.block)) for buffer in self.buffers]
+        for buffer in self.buffers:
+            buffer[:, :, width:] = 0
+        self.place = place
+        self.keys, self.values = (buffer[:, :, :-1] for buffer in self.buffers)  # as if one column were left to write
+
+    def end_fixed(self, width: int) -> None:
+        """Write at the end of what is there again, the first `width` columns."""
+        self.place = None
+        self.keys, self.values = (buffer[:, :, :width] for buffer in self.buffers)
+
     def keep_rows(self, count: int, places: Tensor, sources: Tensor) -> None:
         """Copy the rows `sources` to `places`, [m] indices each; then keep the first `count` rows."""
         stop = self.get_seq_length()
@@ -60,6 +84,19 @@ class PreallocatedLayer(DynamicLayer):
             buffer[places, :, :stop] = buffer[sources, :, :stop]
         self.buffers = [buffer[:count] for buffer in self.buffers]
         self.keys, self.values = (buffer[:, :, :stop] for buffer in self.buffers)
+
+    def join(self, other: PreallocatedLayer, width: int) -> None:
+        """Append the rows of `other`; of all rows the last `width` tokens are kept, with zeros on the left of shorter caches."""
+        buffers = []
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            shape = len(mine) + len(theirs), mine.shape[1], width + self.block, mine.shape[3]
+            buffers.append(buffer := mine.new_empty(shape))
+            for rows, states in ((buffer[: len(mine)], mine), (buffer[len(mine) :], theirs)):
+                empty = max(0, width - states.shape[2])
+                rows[:, :, :empty] = 0
+                rows[:, :, empty:width] = states[:, :, states.shape[2] + empty - width :]
+        self.buffers = buffers
+        self.keys, self.values = (buffer[:, :, :width] for buffer in buffers)
 
 
 def preallocated_cache(config: PretrainedConfig, length: int) -> DynamicCache:

@@ -34,7 +34,7 @@ def respond_to_batch(
     prompts: Sequence[Sequence[int]],
     noise: Tensor,
     temperature: float,
-    any_rank_unfinished: Callable[[bool], bool] = bool,
+    any_rank_unfinished: Callable[[bool], bool] | None = None,
 ) -> list[list[int]]:
     """A response to each of B prompts of token ids, up to and including end-of-text, without padding.
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from align.data.collate import chunks, pad_left
+from align.data.collate import pad_left
 from align.data.end_tokens import end_ids
 from align.data.rows import Prompt
 from align.engine.distributed import World
 from align.engine.engine import Engine
 from align.engine.faults import during
+from align.generation.captured import cuda_graph
 from align.generation.ending import Ending, after_end
 from align.generation.generate import generate
 from align.generation.responses import gather_responses
@@ -54,6 +55,7 @@ class Sampler:
         response_length: tokens of a response at most.
         batch_size: rows of one decoding batch per device.
         gather: under ZeRO-3, decode with a gathered copy of the model instead of the sharded one.
+        cuda_graphs: run decoding steps as CUDA graphs.
         stop_strings: end a response too, see `Ending`.
         vllm: servers that sample instead of the decoding loop.
     """
@@ -64,6 +66,7 @@ class Sampler:
     batch_size: int
     seed: int
     gather: bool = True
+    cuda_graphs: bool = False
     stop_strings: Sequence[str] = ()
     vllm: VLLM | None = None
 
@@ -136,29 +139,12 @@ class Sampler:
         prompt_mask: Tensor,
         ending: Ending,
     ) -> Sampled:
-        """Response ids, mask and log-probabilities [b, response_length], by the decoding loop."""
+        """Response ids, mask and log-probabilities [b, T], by the decoding loop."""
         noise = uniforms(self.seed, batch.purpose, batch.indexes, self.response_length).to(world.device)
-        response_ids = torch.full(noise.shape, self.pad_token_id, device=world.device)
-        mask = torch.zeros(noise.shape, dtype=torch.bool, device=world.device)
-        logprobs = torch.zeros(noise.shape, device=world.device)
 
-        def decode(model: nn.Module | Engine, any_rank_unfinished: Callable[[bool], bool]) -> None:
-            for part in chunks(len(noise), self.batch_size):
-                decoded = generate(
-                    model,
-                    prompt_ids[part],
-                    prompt_mask[part],
-                    noise[part],
-                    self.temperature,
-                    ending,
-                    any_rank_unfinished,
-                )
-                for tensor, piece in zip((response_ids, mask, logprobs), decoded, strict=True):
-                    tensor[part, : piece.shape[1]] = piece
-
-        if self.gather:
-            with engine.unsharded() as model:
-                decode(model, bool)
-        else:
-            decode(engine, world.any_rank)
-        return response_ids, mask, logprobs
+        settings = prompt_ids, prompt_mask, noise, self.temperature, ending
+        if not self.gather:
+            return generate(engine, *settings, world.any_rank, self.batch_size)
+        with engine.unsharded() as model:
+            capture = cuda_graph if self.cuda_graphs else None
+            return generate(model, *settings, batch_size=self.batch_size, capture=capture)

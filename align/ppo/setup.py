@@ -81,6 +81,7 @@ def set_up(
             or decoding_rows(row, gpu_bytes(world), recipe.per_device_eval_batch_size),
             seed=recipe.seed,
             gather=recipe.ds3_gather_for_generation,
+            cuda_graphs=recipe.cuda_graphs,
             stop_strings=recipe.stop_strings,
             vllm=vllm,
         ),

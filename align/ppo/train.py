@@ -10,6 +10,7 @@ from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import connect, disconnect
 from align.engine.stopping import stops_between_steps
+from align.errors import UserError
 from align.ppo.checkpoint import save_if_due
 from align.ppo.collapse import CollapseWatch
 from align.ppo.data import load_data
@@ -35,7 +36,9 @@ def run(recipe: PPORecipe) -> PPOResult:
     quiet()
     if open_stage(recipe):
         return PPOResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe), max(recipe.reward_timeout, recipe.vllm_server_timeout))
+    world = connect(uses_deepspeed(recipe), max(recipe.reward_timeout, recipe.vllm_server_timeout), recipe.tf32)
+    if recipe.cuda_graphs and world.device.type != "cuda":
+        raise UserError("cuda_graphs: needs a GPU, and torch sees none; leave it out.")
     plan = batch_plan(recipe, world.size)
     inputs = check_ppo_inputs(recipe)
     data = load_data(recipe, inputs, world)

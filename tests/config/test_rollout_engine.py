@@ -35,6 +35,8 @@ def test_accepted(keys):
         ({**URL, "vllm_server_base_url": ["127.0.0.1:8100"]}, r"vllm_server_base_url\[0\]: expected a URL such as"),
         ({**OWN, "ds3_gather_for_generation": False}, "the server has its own copy"),
         ({**OWN, "per_device_generation_batch_size": 64}, "the server has a limit of its own"),
+        ({**OWN, "cuda_graphs": True}, "vLLM captures its own"),
+        ({"cuda_graphs": True, "ds3_gather_for_generation": False}, "a sharded model cannot be captured"),
         ({**OWN, **BALANCE, "vllm_importance_sampling_mode": "token_mask"}, "trajectory_balance needs no weights"),
         ({**OWN, **BALANCE, "vllm_importance_sampling_cap": 4.0}, "tokens are not weighted here"),
         (

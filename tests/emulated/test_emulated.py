@@ -24,10 +24,8 @@ from tests.worlds import LETTERS, write_jsonl
 
 CPU = torch.device("cpu")
 UPDATES, EPOCHS, MINIBATCHES, MICROBATCHES = 2, 3, 2, 2
-ROLLOUTS, BATCHES = (
-    5,
-    8,
-)  # of the self-checks (2 batches of 8), the updates (2 each), the evaluations of SFT model and policy (1)
+# Of the self-checks (16 responses of 8 tokens by batches of 8), the updates (16 each), the evaluations of SFT model and policy (5).
+ROLLOUTS, LOOKS = 5, 2 + 2 * 2 + 2
 CHECKED = 4  # microbatches of the self-checks
 
 
@@ -76,8 +74,9 @@ def test_tensors_of_two_devices_are_refused(found):
 def test_looking_for_ends_rarely_samples_the_same(found, folder):
     """Rows that have ended run along until the next look; on a CPU each token has one."""
     samples = torch.load(folder / "found.pt")
-    for there, here in zip(samples["2"], worker.rollout(2, CPU), strict=True):
-        torch.testing.assert_close(there, here, rtol=0, atol=1e-5)
+    for name in ("2", "refilled", "captured"):
+        for there, here in zip(samples[name], worker.rollout(2, CPU), strict=True):
+            torch.testing.assert_close(there, here, rtol=0, atol=1e-5)
     assert len(set(samples["2"][1].sum(dim=1).tolist())) > 2, "rows end at different lengths"
 
 
@@ -86,6 +85,21 @@ def test_decoding_waits_once_in_many_tokens(found):
         assert (
             counts["synchronizations"] <= 1 / END_INTERVAL + 3 / counts["steps"]
         )  # padding, and the length at the end
+
+
+def test_taking_the_places_of_ended_rows_waits_for_nothing(found):
+    counts = found["refilled"]
+    assert (
+        counts["synchronizations"] <= counts["passes"] / END_INTERVAL + 2
+    )  # lengths of prompts, and the longest response
+
+
+def test_a_captured_step_leaves_little_to_python(found):
+    """Choosing a token, and writing where the graph reads; the model's layers are in the graph."""
+    outside, replays, captures = (found["captured"][name] for name in ("outside", "replays", "captures"))
+    assert captures["synchronizations"] == replays["synchronizations"] == 0
+    assert replays["calls"] > 3 * captures["calls"]
+    assert outside["operations"] <= 100 * replays["calls"]
 
 
 def test_operations_of_a_token(found):
@@ -132,6 +146,6 @@ class TestPPO:
 
     def test_a_rollout(self, found):
         counts = found["ppo"]["phases"]["generate"]
-        # Of each batch of 8: padding, ends, and the longest response; of a rollout the longest once more, end tokens, and the
+        # Of each 8 passes the ends; of a rollout the lengths of its prompts, the longest response, twice, end tokens, and the
         # prompts, their mask and the noise on their way to the device.
-        assert counts["synchronizations"] == 3 * BATCHES + 5 * ROLLOUTS, found["ppo"]["places"]
+        assert counts["synchronizations"] == LOOKS + 7 * ROLLOUTS, found["ppo"]["places"]

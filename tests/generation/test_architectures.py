@@ -97,7 +97,7 @@ def test_sampling_knows_what_an_unpadded_forward_pass_gives(architecture):
     tokenizer = letter_tokenizer()
     set_model_ends(tokenizer, range(EOS, 9))  # a quarter of all tokens, so that rows end early
     noise = uniforms(5, "test", range(6), 8)
-    responses, mask, logprobs = generate(model, prompt_ids, prompt_mask, noise, 1.0, Ending(tokenizer))
+    responses, mask, logprobs = generate(model, prompt_ids, prompt_mask, noise, 1.0, Ending(tokenizer), batch_size=4)
     lengths = set(mask.sum(1).tolist())
     assert len(lengths) > 2, "rows end at different lengths"
     ids, real = torch.cat([prompt_ids, responses], 1), torch.cat([prompt_mask, mask], 1)

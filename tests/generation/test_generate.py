@@ -5,12 +5,15 @@ import torch
 from transformers import DynamicCache
 
 from align.data.collate import chunks, pad_left
+from align.generation import kv_cache
+from align.generation.captured import Captured
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.kv_cache import compaction_order, preallocated_cache
 from align.generation.sampling import sample_token, uniforms
 from align.models.dropout import disable_dropout
 from align.models.forward import position_ids, response_logits, response_logprobs, response_values
+from tests.emulated.graph import EmulatedGraph
 from tests.worlds import letter_tokenizer, tiny_llama
 
 EOS, PAD = 2, 0
@@ -70,6 +73,95 @@ def test_a_response_does_not_depend_on_its_neighbours(model):
     for row, prompt in enumerate(PROMPTS):
         *_, alone, alone_mask = respond(model, [prompt], noise[row : row + 1])
         assert alone[0, alone_mask[0]].tolist() == together[row, mask[row]].tolist()
+
+
+class TestRefill:
+    """Prompts that wait take the places of responses that have ended."""
+
+    @pytest.fixture(scope="class")
+    def whole(self, model):
+        return self.decode(model, None)[0]
+
+    @staticmethod
+    def decode(model, batch_size, **settings):
+        """Responses to 24 prompts, and the model's passes."""
+        passes = []
+        hook = model.register_forward_hook(lambda *_: passes.append(1))
+        prompts = pad_left(PROMPTS * 4, PAD)
+        found = generate(
+            model, *prompts, uniforms(0, "test", range(24), LENGTH), 0.7, ENDING, batch_size=batch_size, **settings
+        )
+        hook.remove()
+        return found, len(passes)
+
+    @pytest.mark.parametrize("batch_size", [1, 3])
+    def test_it_samples_the_same(self, model, whole, batch_size):
+        found, passes = self.decode(model, batch_size)
+        assert torch.equal(found[0], whole[0])
+        assert torch.equal(found[1], whole[1])
+        torch.testing.assert_close(found[2], whole[2], rtol=0, atol=1e-4)
+        lengths = whole[1].sum(dim=1)
+        batches = sum(int(part.max()) for part in lengths.split(batch_size))
+        assert passes == batches if batch_size == 1 else passes < 0.9 * batches
+
+    @pytest.mark.parametrize("more", [0, 40])
+    def test_ranks_run_as_many_passes(self, model, whole, more):
+        """A rank that is done goes on for those that are not, beyond the length of a response."""
+        asked = []
+
+        def any_rank_unfinished(unfinished: bool) -> bool:
+            asked.append(unfinished)
+            return unfinished or asked.count(False) <= more
+
+        found, passes = self.decode(model, 8, any_rank_unfinished=any_rank_unfinished)
+        assert passes == len(asked) == self.decode(model, 8)[1] + more
+        assert all(torch.equal(there, here) for there, here in zip(found[:2], whole[:2], strict=True))
+
+
+class TestCaptured:
+    """Steps that are operations recorded once, on the same tensors ever after."""
+
+    @pytest.fixture
+    def first(self, monkeypatch):
+        monkeypatch.setattr(Captured, "works", None)
+
+    @pytest.mark.parametrize("batch_size", [24, 5])
+    def test_they_sample_the_same(self, model, first, batch_size, capsys, monkeypatch):
+        monkeypatch.setattr(kv_cache, "BLOCK", 5)  # so that the cache grows
+        plain, _ = TestRefill.decode(model, batch_size)
+        captures = []
+
+        def capture(step):
+            replay = EmulatedGraph(step)
+            captures.append([])
+            return lambda: captures[-1].append(1) or replay()
+
+        found, _ = TestRefill.decode(model, batch_size, capture=capture)
+        assert Captured.works
+        assert not capsys.readouterr().err
+        assert torch.equal(found[0], plain[0])
+        assert torch.equal(found[1], plain[1])
+        torch.testing.assert_close(found[2], plain[2], rtol=0, atol=1e-4)
+        assert max(map(len, captures)) > 3, "most steps are replays"
+
+    @pytest.mark.parametrize(
+        ("capture", "why"),
+        [
+            (lambda step: lambda: 2 * step(), "nats off"),
+            (
+                lambda step: EmulatedGraph(lambda: step() * float(step().sum() > 0)),
+                "RuntimeError: operation not permitted",
+            ),
+        ],
+    )
+    def test_without_them_where_they_differ_or_cannot_be(self, model, first, capture, why, capsys):
+        plain, _ = TestRefill.decode(model, 5)
+        found, _ = TestRefill.decode(model, 5, capture=capture)
+        assert all(torch.equal(there, here) for there, here in zip(found[:2], plain[:2], strict=True))
+        assert Captured.works is False
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "decoding without CUDA graphs" in line
+        assert why in line
 
 
 @pytest.mark.parametrize("block", [1, 5, 64])
