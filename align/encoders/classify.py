@@ -61,7 +61,7 @@ def run(recipe: ClassifyRecipe) -> ClassifyResult:
     quiet()
     if open_stage(recipe):
         return ClassifyResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe))
+    world = connect(uses_deepspeed(recipe), tf32=recipe.tf32)
     plan = batch_plan(recipe, world.size)
     inputs = check_classifier_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Labelled)

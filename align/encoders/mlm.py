@@ -55,7 +55,7 @@ def run(recipe: MLMRecipe) -> MLMResult:
     quiet()
     if open_stage(recipe):
         return MLMResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe))
+    world = connect(uses_deepspeed(recipe), tf32=recipe.tf32)
     plan = batch_plan(recipe, world.size)
     config, tokenizer = check_mlm_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Passage)

@@ -67,7 +67,7 @@ def run(recipe: QuestionAnsweringRecipe) -> QuestionAnsweringResult:
     quiet()
     if open_stage(recipe):
         return QuestionAnsweringResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe))
+    world = connect(uses_deepspeed(recipe), tf32=recipe.tf32)
     plan = batch_plan(recipe, world.size)
     inputs = check_reader_inputs(recipe)
     rows = load_rows(DataSettings.from_recipe(recipe), Question)

@@ -35,6 +35,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def uses_tf32(self) -> bool:
+        """Whether float32 matrix products are TF32's here: the recipe allows it, and the GPU has it."""
+        allowed = self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        return allowed and torch.cuda.get_device_capability(self.device) >= (8, 0)
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over ranks, on every rank."""
         if self.size > 1:
@@ -120,12 +125,13 @@ def remove_stale_shared_memory(folder: Path = SHARED_MEMORY) -> list[Path]:
     return stale
 
 
-def connect(deepspeed_files: bool, reward_timeout: float = 0.0) -> World:
+def connect(deepspeed_files: bool, reward_timeout: float = 0.0, tf32: bool = True) -> World:
     """Join the process group of the `deepspeed` launcher if it started this process; remove stale shared memory.
 
     Args:
         deepspeed_files: whether a model has a DeepSpeed file, so that one process alone needs a group too.
         reward_timeout: seconds that a user's function may take on one rank while the others wait for it.
+        tf32: as in the recipe.
 
     Raises:
         UserError: more processes were started on this machine than there are GPUs.
@@ -140,6 +146,7 @@ def connect(deepspeed_files: bool, reward_timeout: float = 0.0) -> World:
                 f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}); start one process for each GPU of a machine."
             )
         torch.cuda.set_device(local_rank)
+        torch.backends.cuda.matmul.allow_tf32 = tf32  # GPUs without it compute as before
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     configure_cpu()
     if int(os.environ.get("RANK", "0")) == 0:

@@ -73,7 +73,7 @@ def run(recipe: EvaluateRecipe) -> EvaluationResult | None:
     grader = user_function(recipe.grader, "grader", recipe.reward_timeout) if recipe.grader else None
     generates = bool(metrics) or grader is not None
     inputs = prepare_inputs(recipe, generates)
-    world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout)
+    world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout, tf32=recipe.tf32)
     folder = Path(recipe.output_dir)
     if world.is_main:
         own(folder / PARTS).mkdir(exist_ok=True)

@@ -55,7 +55,7 @@ def run(recipe: JudgeRewardRecipe) -> JudgeResult | None:
         return JudgeResult.from_json(recipe.output_dir, earlier)
     this = claim_measurement(recipe, AGAIN)
     inputs = prepare_inputs(recipe)
-    world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout)
+    world = connect(deepspeed_files=False, reward_timeout=recipe.reward_timeout, tf32=recipe.tf32)
     folder = Path(recipe.output_dir)
     if not world.is_main:
         share(folder)

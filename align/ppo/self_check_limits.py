@@ -26,7 +26,9 @@ class Limits:
 
     float32: two passes over a row differ by about 1e-6 nats when padding or neighbors differ. bfloat16 has 8 bits of
     precision: a logit of 10 is off by up to 0.03. Faults are larger: another checkpoint, dropout, or a temperature of 0.9
-    instead of 1 change a log-probability by 0.1 nats and more.
+    instead of 1 change a log-probability by 0.1 nats and more. TF32 has 11 bits, three more than bfloat16, and an eighth of its limits:
+    a decoding step of few rows may run by kernels without TF32, and the training pass by others, so that all of its rounding
+    lies between them.
     """
 
     mean: float  # mean (or root mean square) over tokens, between passes with other padding or microbatches, nats
@@ -35,10 +37,16 @@ class Limits:
 
 
 FLOAT32 = Limits(mean=1e-4, max=0.01, score=1e-3)
+TF32 = Limits(mean=0.006, max=0.125, score=0.0125)
 BFLOAT16 = Limits(mean=0.05, max=1.0, score=0.1)
 MAX_REFERENCE_GAP = (
     1e-6  # nats, mean over tokens: policy and reference run the same pass with equal weights, in either precision
 )
+
+
+def limits_of(bf16: bool, tf32: bool) -> Limits:
+    """The limits of a run in bfloat16, in TF32 otherwise, or in float32."""
+    return BFLOAT16 if bf16 else TF32 if tf32 else FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +209,12 @@ def scores_vary(source: str, scores: Tensor) -> Check:
     )
 
 
-def matches_manifest(path: str, scores: Tensor, manifest: dict[str, Any], bf16: bool) -> Check:
+def matches_manifest(path: str, scores: Tensor, manifest: dict[str, Any], limits: Limits) -> Check:
     """The reward model is the one that its stage evaluated. `scores`: [B], its scores of the sequences in its manifest."""
     recorded = scores.new_tensor(manifest["score_check"]["scores"])
     gap = float((scores - recorded).abs().max())
-    limits = BFLOAT16 if bf16 or manifest["recipe"].get("bf16", False) else FLOAT32
-    allowed = limits.score * max(1.0, float(recorded.std()))
+    then = limits_of(manifest["recipe"].get("bf16", False), manifest["score_check"].get("tf32", False))
+    allowed = max(limits.score, then.score) * max(1.0, float(recorded.std()))
     return Check(
         gap <= allowed,
         f"reward model {Path(path).name}: {gap:.1g} off its record",
@@ -263,7 +271,7 @@ def below_ceiling(results: dict[str, Any], of: str = "") -> list[Check]:
     ]
 
 
-def check_sampler_gap(mean: float, bf16: bool) -> None:
+def check_sampler_gap(mean: float, limits: Limits) -> None:
     """Check that the log-probabilities of another engine that samples are those of the policy.
 
     Args:
@@ -272,10 +280,9 @@ def check_sampler_gap(mean: float, bf16: bool) -> None:
     Raises:
         UserError: they are not.
     """
-    limit = (BFLOAT16 if bf16 else FLOAT32).mean
-    if not mean <= limit:
+    if not mean <= limits.mean:
         raise UserError(
             f"the rollout server's log-probabilities are {mean:.2g} nats off the policy's (mean over tokens), expected at most "
-            f"{limit:g}: it samples from other weights, or computes this model otherwise; report this model and its version of "
+            f"{limits.mean:g}: it samples from other weights, or computes this model otherwise; report this model and its version of "
             "vLLM, and use rollout_engine: transformers."
         )

@@ -27,8 +27,6 @@ from align.ppo.ppo_run import PPORun, Progress
 from align.ppo.rollout import Rollout, gather_rollout
 from align.ppo.sample import sample_responses, score_responses
 from align.ppo.self_check_limits import (
-    BFLOAT16,
-    FLOAT32,
     Check,
     Limits,
     all_finite,
@@ -37,6 +35,7 @@ from align.ppo.self_check_limits import (
     describe_endings,
     entropy_sufficient,
     generation_matches_training,
+    limits_of,
     matches_manifest,
     reference_matches_policy,
     responses_terminate,
@@ -102,11 +101,12 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
     """Run all checks; returns them and their metrics, the same on every rank."""
     checks: list[Check] = []
     metrics: dict[str, float] = {}
+    limits = limits_of(run.recipe.bf16, run.world.uses_tf32())
     try:
         paths = list(models_by_place("reward_model_path", run.recipe.reward_model_path).values())
         for path, model in zip(paths, run.models.rewards.models, strict=True):
             of = f" of {path}" if len(paths) > 1 else ""
-            checks += check_reward_model(path, model, run.world, run.recipe.bf16, metrics, of)
+            checks += check_reward_model(path, model, run.world, limits, metrics, of)
         rollout = check_rollout(run)
     except ValueError as error:  # a reward model that gives NaN; the message shows the row
         raise UserError(f"self-checks: {error}") from error
@@ -114,7 +114,7 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
     not_finite = [name for name in measured if not getattr(rollout, name).isfinite().all()]
     checks.append(all_finite(not_finite))
     if not not_finite:  # else all that follows would be NaN
-        checks += check_policy(run, rollout, metrics)
+        checks += check_policy(run, rollout, limits, metrics)
     metrics["self_check/eos_rate"] = float(rollout.ended.float().mean())
     checks.append(check_endings(run, rollout))
     metrics["self_check/score_std"], metrics["self_check/score_std_within_prompt"] = score_stds(
@@ -141,9 +141,8 @@ def check_rollout(run: PPORun) -> Rollout:
     return gather_rollout(scored, run.world, run.sampler.pad_token_id)
 
 
-def check_policy(run: PPORun, rollout: Rollout, metrics: dict[str, float]) -> list[Check]:
+def check_policy(run: PPORun, rollout: Rollout, limits: Limits, metrics: dict[str, float]) -> list[Check]:
     """Whether policy, reference, generation and training agree on the sampled tokens."""
-    limits = BFLOAT16 if run.recipe.bf16 else FLOAT32
     kl = masked_mean((rollout.old_logprobs - rollout.ref_logprobs).abs(), rollout.mask)
     sampler_gap = (rollout.sampled_logprobs - rollout.old_logprobs).abs()
     mean = masked_mean(sampler_gap, rollout.mask)
@@ -234,7 +233,7 @@ def check_endings(run: PPORun, rollout: Rollout) -> Check:
 
 
 def check_reward_model(
-    path: str, source: ModelReward, world: World, bf16: bool, metrics: dict[str, float], of: str = ""
+    path: str, source: ModelReward, world: World, limits: Limits, metrics: dict[str, float], of: str = ""
 ) -> list[Check]:
     """Whether the reward model is the one that its stage evaluated, and was better than chance there.
 
@@ -261,5 +260,5 @@ def check_reward_model(
         accuracy = manifest["results"]["eval_accuracy"]
         metrics["self_check/reward_accuracy"] = min(accuracy, metrics.get("self_check/reward_accuracy", 1.0))
     results = manifest["results"]
-    record = matches_manifest(path, scores, manifest, bf16)
+    record = matches_manifest(path, scores, manifest, limits)
     return [record, beats_chance(scores, results, of), *below_ceiling(results, of)]

@@ -27,7 +27,7 @@ from align.ppo.ppo_run import PPORun
 from align.ppo.rollout import Rollout, gather_rollout
 from align.ppo.sample import sample_responses, score_responses
 from align.ppo.scores import normalize_and_clip_scores
-from align.ppo.self_check_limits import check_sampler_gap
+from align.ppo.self_check_limits import check_sampler_gap, limits_of
 from align.ppo.trajectory_balance import balance_steps
 from align.ppo.update import optimize, trains_policy
 
@@ -157,7 +157,7 @@ def importance_weights(run: PPORun, rollout: Rollout) -> tuple[Tensor, dict[str,
     gap = rollout.old_logprobs - rollout.sampled_logprobs
     mean = float(masked_mean(gap.abs(), mask))
     if not recipe.one_step_off_policy:
-        check_sampler_gap(mean, recipe.bf16)
+        check_sampler_gap(mean, limits_of(recipe.bf16, run.world.uses_tf32()))
     metrics = {"policy/sampler_gap_mean": mean}
     rounding = run.progress.sampler_gap <= ENGINE_TOLERANCE
     if recipe.vllm_importance_sampling_mode == "none" or rounding:

@@ -236,9 +236,10 @@ def before_after_table(accuracy_before: float, results: dict[str, Any], skipped:
     return table
 
 
-def score_check(reward: ModelReward, world: World, pairs: Dataset) -> dict[str, list[Any]]:
+def score_check(reward: ModelReward, world: World, pairs: Dataset) -> dict[str, Any]:
     """Ids and scores of a few short sequences, by which a later stage checks that it computes the same scores."""
     some = pairs.select(range(min(len(pairs), 100)))
     by_length = sorted(zip(some["chosen_ids"], some["rejected_ids"], strict=True), key=lambda pair: sum(map(len, pair)))
     ids = [list(sequence) for pair in by_length[:CHECKED_PAIRS] for sequence in pair]
-    return {"ids": ids, "scores": score_ids(reward, world, ids).tolist()}
+    check = {"ids": ids, "scores": score_ids(reward, world, ids).tolist()}
+    return {**check, "tf32": True} if world.uses_tf32() else check

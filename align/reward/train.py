@@ -77,7 +77,7 @@ def run(recipe: RewardRecipe) -> RewardResult:
     quiet()
     if open_stage(recipe):
         return RewardResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe), recipe.reward_timeout)
+    world = connect(uses_deepspeed(recipe), recipe.reward_timeout, recipe.tf32)
     plan = batch_plan(recipe, world.size)
     inputs = check_reward_inputs(recipe)
     pairs, of_judge = load_pairs(recipe, inputs)

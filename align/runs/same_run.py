@@ -34,6 +34,8 @@ COSMETIC_KEYS = {
     "gradient_checkpointing",
     "attn_implementation",
     "sequence_parallel_size",
+    "tf32",
+    "cuda_graphs",
     "deepspeed",
     "value_deepspeed",
     "reference_deepspeed",

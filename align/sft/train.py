@@ -69,7 +69,7 @@ def run(recipe: SFTRecipe) -> SFTResult:
     quiet()
     if open_stage(recipe):
         return SFTResult.from_json(recipe.output_dir, finished_results(recipe.output_dir))
-    world = connect(uses_deepspeed(recipe))
+    world = connect(uses_deepspeed(recipe), tf32=recipe.tf32)
     plan = batch_plan(recipe, world.size)
 
     sequence = None

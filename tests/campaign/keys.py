@@ -38,7 +38,7 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
       {"path": "data/answers.jsonl", "columns": {"prompt": "nosuch"}}, {"path": "data/answers.jsonl", "columns": {"promt": "prompt"}}, {"path": "data/answers.jsonl", "weight": 0}, {"path": "data/answers.jsonl", "weight": -1},
       {"path": "data/answers.jsonl", "weight": float("inf")}, {"path": "data/answers.jsonl", "weight": 1e12}, {"path": "data/answers.jsonl", "weight": 1e300}, {"path": "data/answers.jsonl", "max_rows": 0},
       {"path": "data/answers.jsonl", "nosuch": 1}, {"path": "data/answers.jsonl", "labels": {"0": "no"}}, {"path": ["data/answers.jsonl"]}, "http://127.0.0.1:9/rows.jsonl")],
-    *[("sft", {name: value}) for name, value in (("bf16", "maybe"), ("bf16", 1), ("gradient_checkpointing", "yes please"), ("packing", 2), ("trust_remote_code", "base"))],
+    *[("sft", {name: value}) for name, value in (("bf16", "maybe"), ("bf16", 1), ("tf32", "fast"), ("gradient_checkpointing", "yes please"), ("packing", 2), ("trust_remote_code", "base"))],
     ("sft", {"attn_implementation": "magic"}),
     ("sft", {"attn_implementation": "flash_attention_2"}),
     *[("sft", {"sequence_parallel_size": value}) for value in (0, -1, 2, 3, 1.5, True, "two", 10**30, [2])],

@@ -36,7 +36,7 @@ from align.ppo import step
 from align.ppo import train as train_module
 from align.ppo.ahead import Ahead
 from align.ppo.rollout_server import rollout_server
-from align.ppo.self_check_limits import check_sampler_gap
+from align.ppo.self_check_limits import BFLOAT16, FLOAT32, check_sampler_gap
 from align.ppo.train import run
 from tests.ppo.runs import ALONE, ppo_run
 from tests.ppo.test_train import make_recipe, metrics
@@ -282,11 +282,11 @@ class TestErrors:
             client("http://127.0.0.1:9").check(1)
 
     def test_other_log_probabilities(self):
-        check_sampler_gap(9e-5, bf16=False)
+        check_sampler_gap(9e-5, FLOAT32)
         with pytest.raises(UserError, match="samples from other weights"):
-            check_sampler_gap(2e-4, bf16=False)
+            check_sampler_gap(2e-4, FLOAT32)
         with pytest.raises(UserError, match="samples from other weights"):
-            check_sampler_gap(float("nan"), bf16=True)
+            check_sampler_gap(float("nan"), BFLOAT16)
 
     @pytest.mark.parametrize(
         ("python", "message"),
