@@ -49,9 +49,7 @@ def _difference(recipe: PPORecipe, policy: PretrainedConfig, model: RewardModel,
     """Why a reward model cannot score on the policy's weights, or would give other scores there; None if it can."""
     if recipe.reward_deepspeed is not None:
         return "reward_deepspeed is for them"
-    if base_of(recipe.sft_model_path) != recipe.sft_model_path:
-        return "the policy starts with bottleneck adapters"
-    if not _starts_from(model.path, recipe.sft_model_path):
+    if not _starts_from(model.path, base_of(recipe.sft_model_path)):
         return "it was not trained from sft_model_path"
     _, tensors = stored_tensors(model.path, model.key)
     if not recipe.bf16 and any(tensor.dtype in ("BF16", "F16") for tensor in (tensors or {}).values()):

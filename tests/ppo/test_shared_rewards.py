@@ -10,13 +10,16 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, ModernBertDecoderConfig
 
 from align.cli.check.memory import skeleton
 from align.cli.check.ppo import scorer_parameters
 from align.config.load import load_recipe
 from align.config.ppo import PPORecipe
+from align.config.sft import SFTRecipe
 from align.errors import UserError
 from align.generation.scoring import score_ids
+from align.models.shared_weights import has_layers_of
 from align.ppo.inputs import check_ppo_inputs
 from align.ppo.ppo_run import PPORun
 from align.ppo.self_checks import run_checks
@@ -26,13 +29,14 @@ from align.reward.train import run as train_reward
 from align.runs.manifest import open_stage
 from align.runs.output_folder import release
 from align.runs.own_files import own
+from align.sft.train import run as train_sft
 from reward_models.linear_head import SequenceClassifier
 from reward_models.trained import ModelReward
 from tests.ppo.runs import ALONE, ppo_run
 from tests.ppo.test_train import assert_same_curve, make_recipe, metrics
 from tests.ranks import run_stage
 from tests.reward.test_train import recipe as reward_recipe
-from tests.worlds import deepspeed_file, letter_tokenizer, save_tiny_policy
+from tests.worlds import deepspeed_file, letter_tokenizer, save_tiny_policy, training_keys
 
 SHORT = {"method": "lora", "lora_r": 4, "value_method": "shared", "total_episodes": 32, "num_ppo_epochs": 1, "eval_steps": 1}  # fmt: skip
 IDS = [[5, 6, 28, 28, 2], [7, 2], [3, 4, 9, 10, 11, 28, 2]]
@@ -41,7 +45,7 @@ ADAPTED = "adapter and head score on the policy's frozen weights"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A policy, `base`, and reward models that adapters on it were trained to; an ensemble of two has LoRA too."""
+    """A policy, `base`, one of bottleneck adapters on it, and reward models that adapters on it were trained to."""
     folder = tmp_path_factory.mktemp("world")
     save_tiny_policy(folder / "base")
     lora = {"method": "lora", "lora_r": 4}
@@ -53,6 +57,14 @@ def world(tmp_path_factory) -> Path:
     }
     for name, changes in kinds.items():
         train_reward(reward_recipe(folder, output_dir=str(folder / name), max_steps=2, learning_rate=5e-2, **changes))
+    rows = [{"prompt": letter, "completion": "z"} for letter in "abcd"]
+    keys = {
+        **training_keys("sft", folder, rows, []),
+        "output_dir": str(folder / "bottleneck"),
+        "max_steps": 1,
+        "max_length": 32,
+    }
+    train_sft(SFTRecipe(**keys, method="bottleneck", bottleneck_size=4))
     return folder
 
 
@@ -94,10 +106,12 @@ def shared(world, tmp_path_factory) -> PPORun:
 
 
 class TestScores:
-    @pytest.mark.parametrize("names", [["lora", "ensemble"], ["ia3", "dora"]])
-    def test_are_those_of_the_models_loaded_by_themselves(self, world, tmp_path, names):
-        ours = ppo_run(recipe(tmp_path, world, *names))
-        theirs = ppo_run(recipe(tmp_path, world, *(str(apart(world, tmp_path, name)) for name in names)))
+    @pytest.mark.parametrize(("policy", "names"), [("base", ["lora", "ensemble"]), ("bottleneck", ["ia3", "dora"])])
+    def test_are_those_of_the_models_loaded_by_themselves(self, world, tmp_path, policy, names):
+        changes = {"sft_model_path": str(world / policy)}
+        changes |= {"method": "bottleneck", "bottleneck_size": 4} if policy == "bottleneck" else {}
+        ours = ppo_run(recipe(tmp_path, world, *names, **changes))
+        theirs = ppo_run(recipe(tmp_path, world, *(str(apart(world, tmp_path, name)) for name in names), **changes))
         assert is_on_policy(ours) == [True] * len(scorers(ours))
         assert is_on_policy(theirs) == [False] * len(scorers(ours))
         for mine, other in zip(scorers(ours), scorers(theirs), strict=True):
@@ -240,6 +254,14 @@ class TestApart:
         line = inputs.describe_heads(True)[0]
         assert inputs.on_policy == {}
         assert line.endswith(f"although it has an adapter, since {words}" if words else "its head is score"), line
+
+    def test_layers_between_backbone_and_head(self):
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        for config, shares in (
+            (ModernBertDecoderConfig(**sizes, num_labels=1), False),
+            (LlamaConfig(**sizes, num_labels=1), True),
+        ):
+            assert has_layers_of(SequenceClassifier.skeleton(config), config) == shares
 
     def test_rounded_weights_in_float32(self, world, tmp_path):
         """The scores of what was saved in bfloat16 are others than those of its adapter, beyond rounding in float32."""
