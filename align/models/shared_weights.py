@@ -64,7 +64,7 @@ def classifier_on(policy: PreTrainedModel, auto: AnyBackbone, trust_remote_code:
 def reward_model_on(
     policy: PreTrainedModel, adapter: str, config: PretrainedConfig, trust_remote_code: bool = False
 ) -> PeftModel:
-    """A reward model of the weights of a language model and an adapter, its head included: frozen, with a float32 head.
+    """A reward model of the weights of a language model and an adapter, its head included, which computes in float32.
 
     Args:
         policy: without adapters.
@@ -80,7 +80,7 @@ def reward_model_on(
     scorer = put_adapter(model, adapter)
     check_finite(scorer, adapter)
     keep_head_float32(scorer)
-    return scorer.eval().requires_grad_(False)
+    return scorer
 
 
 def put_adapter(model: PreTrainedModel, adapter: str, without_storage: bool = False) -> PeftModel:

@@ -26,10 +26,12 @@ from align.ppo.self_checks import run_checks
 from align.ppo.step import step
 from align.ppo.train import run
 from align.reward.train import run as train_reward
+from align.runs.fingerprints import same_weights
 from align.runs.manifest import open_stage
 from align.runs.output_folder import release
 from align.runs.own_files import own
 from align.sft.train import run as train_sft
+from reward_models.heads import Float32Linear, score_head
 from reward_models.linear_head import SequenceClassifier
 from reward_models.trained import ModelReward
 from tests.ppo.runs import ALONE, ppo_run
@@ -154,6 +156,7 @@ class TestScores:
         ours = ppo_run(recipe(tmp_path, world, "lora", bf16=True))
         theirs = ppo_run(recipe(tmp_path, world, str(apart(world, tmp_path, "lora")), bf16=True))
         assert is_on_policy(ours) == [True]
+        assert isinstance(score_head(scorers(ours)[0].model)[1], Float32Linear)
         mine, other = ((scores_of(scorers(each)[0]) - whole).abs().max() for each in (ours, theirs))
         assert 0 < mine < 0.03
         assert 0 < other < 0.03
@@ -238,6 +241,16 @@ def _save_and_die(started: PPORun, done: int) -> None:
 
 
 class TestApart:
+    def test_the_same_weights_by_their_files_or_commit(self):
+        one = {"files": {"model.safetensors": "a", "config.json": "x"}}
+        assert same_weights(one, {"files": {"renamed.safetensors": "a", "config.json": "y"}})
+        assert not same_weights(one, {"files": {"model.safetensors": "b", "config.json": "x"}})
+        assert not same_weights({"files": {"config.json": "x"}}, {"files": {"config.json": "x"}})
+        assert same_weights({"revision": "1"}, {"revision": "1", "manifest": "m"})
+        assert not same_weights({"revision": "1"}, {"revision": "2"})
+        assert not same_weights({}, {})
+        assert not same_weights(one, {"revision": "1"})
+
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
