@@ -175,7 +175,11 @@ class PPORecipe(StageRecipe):
     ptx_batch_size: int = key(64, "Rows of `ptx_dataset` per optimizer step over all devices.", BATCH)
     value_deepspeed: str | None = key(None, "DeepSpeed JSON file of the value model, instead of `deepspeed`.")
     reference_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reference model, instead of `deepspeed`.")
-    reward_deepspeed: str | None = key(None, "DeepSpeed JSON file of the reward model, instead of `deepspeed`.")
+    reward_deepspeed: str | None = key(
+        None,
+        "DeepSpeed JSON file of the reward model, instead of `deepspeed`; one that could score on the policy's frozen weights, by "
+        "its adapter, then has weights of its own.",
+    )
     max_tokens_per_device: int | None = key(
         None,
         "Instead of per_device_train_batch_size: maximum tokens, padding included, in one forward-backward pass per device. "
