@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from align.data.collate import chunks, pad_left
+from align.generation import generate
 from align.generation.captured import Captured, cuda_graph
 from align.generation.ending import Ending
-from align.generation.generate import generate
 from align.generation.sampling import uniforms
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     arguments = parse()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(arguments.threads)
+    generate.REFILL = arguments.refill
     results: dict[str, Any] = {"machine": describe(device), "arguments": vars(arguments)}
     for size in arguments.sizes:
         results[size] = measure(arguments, size, device)
@@ -49,6 +50,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="responses that are decoded at once")
     parser.add_argument("--mean", type=int, default=32, help="mean length before the cut, in tokens")
     parser.add_argument("--prompt_lengths", type=int, nargs=2, default=[16, 64])
+    parser.add_argument(
+        "--refill", type=int, default=generate.REFILL, help="prompts are taken once 1/N of the batch is free"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--bf16", action="store_true")
@@ -81,7 +85,7 @@ def measure(arguments: argparse.Namespace, size: str, device: torch.device) -> d
     ending = Ending(make_tokenizer(settings.vocab_size, longest + length))
 
     def decode(part: slice, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return generate(model, ids[part], mask[part], noise[part], 1.0, ending, **settings)
+        return generate.generate(model, ids[part], mask[part], noise[part], 1.0, ending, **settings)
 
     ways: dict[str, Any] = {
         "batches": lambda: [decode(part) for part in chunks(arguments.rows, arguments.batch)],

@@ -77,7 +77,7 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {"num_ppo_epochs": 0}),
     *[("ppo", {"response_length": value}) for value in (0, 10**9, "short")],
     *[("ppo", {"temperature": value}) for value in (0, -1, float("inf"), float("nan"))],
-    *[("ppo", {name: value}) for name, value in (("kl_coef", -1), ("cliprange", 0), ("gamma", 2), ("lam", -1), ("dual_clip", 0.5), ("ema_decay", 1), ("score_clip", 0), ("num_sample_rows", -1), ("max_kl", 0), ("kl_horizon", 0), ("per_device_generation_batch_size", 0), ("max_tokens_per_device", 1))],
+    *[("ppo", {name: value}) for name, value in (("kl_coef", -1), ("cliprange", 0), ("gamma", 2), ("lam", -1), ("dual_clip", 0.5), ("ema_decay", 1), ("score_clip", 0), ("num_sample_rows", -1), ("max_kl", 0), ("kl_horizon", 0), ("per_device_generation_batch_size", 0), ("cuda_graphs", "some"), ("max_tokens_per_device", 1))],
     *[("ppo", {"reward_funcs": value}) for value in (["functions"], ["functions:"], [":count_a"], ["functions:nosuch"], ["nomodule:f"], ["functions:NUMBER"], ["functions.sub:f"], [5], {"a": "b"}, ["functions:\x1b[31mx"], [None])],
     *[("ppo", {"reward_weights": value}) for value in ([1, 2], [float("inf")], ["x"], 5.5e400)],
     ("ppo", {"missing_eos_score": 1, "missing_eos_penalty": 1}),

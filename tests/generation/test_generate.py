@@ -1,12 +1,14 @@
 """Sampling against the training forward, and against itself under every way of cutting the batch."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from align.data.collate import chunks, pad_left
 from align.generation import kv_cache
-from align.generation.captured import Captured
+from align.generation.captured import Captured, cuda_graph
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.kv_cache import compaction_order, preallocated_cache
@@ -75,6 +77,15 @@ def test_a_response_does_not_depend_on_its_neighbours(model):
         assert alone[0, alone_mask[0]].tolist() == together[row, mask[row]].tolist()
 
 
+@pytest.fixture
+def _filled_with_nan():
+    """Memory that nobody has written holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_filled_with_nan")
 class TestRefill:
     """Prompts that wait take the places of responses that have ended."""
 
@@ -87,10 +98,9 @@ class TestRefill:
         """Responses to 24 prompts, and the model's passes."""
         passes = []
         hook = model.register_forward_hook(lambda *_: passes.append(1))
-        prompts = pad_left(PROMPTS * 4, PAD)
-        found = generate(
-            model, *prompts, uniforms(0, "test", range(24), LENGTH), 0.7, ENDING, batch_size=batch_size, **settings
-        )
+        prompts = [*pad_left(PROMPTS * 4, PAD), uniforms(0, "test", range(24), LENGTH)]
+        prompts = [each.to(model.device) for each in prompts]
+        found = generate(model, *prompts, 0.7, ENDING, batch_size=batch_size, **settings)
         hook.remove()
         return found, len(passes)
 
@@ -118,6 +128,7 @@ class TestRefill:
         assert all(torch.equal(there, here) for there, here in zip(found[:2], whole[:2], strict=True))
 
 
+@pytest.mark.usefixtures("_filled_with_nan")
 class TestCaptured:
     """Steps that are operations recorded once, on the same tensors ever after."""
 
@@ -143,6 +154,14 @@ class TestCaptured:
         assert torch.equal(found[1], plain[1])
         torch.testing.assert_close(found[2], plain[2], rtol=0, atol=1e-4)
         assert max(map(len, captures)) > 3, "most steps are replays"
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    def test_cuda_graphs_sample_what_plain_steps_do(self, model, first):
+        model = copy.deepcopy(model).cuda()
+        plain, _ = TestRefill.decode(model, 5)
+        found, _ = TestRefill.decode(model, 5, capture=cuda_graph)
+        assert Captured.works
+        torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize(
         ("capture", "why"),

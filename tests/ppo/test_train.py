@@ -225,6 +225,12 @@ class TestTwoRanks:
         )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_graphs_without_a_gpu_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cuda_graphs: needs a GPU, and torch sees none; leave it out\."):
+        run(load_recipe("ppo", make_recipe(tmp_path, cuda_graphs=True)))
+
+
 class TestFailedRank:
     WORDS = r"error: rank 1: reward 'rules_for_test:fails_on_rank_1', row 0 of 8: RuntimeError: the judge is down; prompt: .*"
 
