@@ -38,11 +38,13 @@ part quickstart python -m align run "$root/recipes/quickstart"
 bf16=(--bf16 true --num_train_epochs 2)
 part sft_bf16 python -m align sft "$root/recipes/quickstart/1_sft.yaml" "${bf16[@]}" --output_dir outputs/sft_bf16
 part reward_bf16 python -m align reward "$root/recipes/quickstart/2_reward.yaml" "${bf16[@]}" --output_dir outputs/reward_bf16
-part ppo_bf16 python -m align ppo "$root/recipes/quickstart/3_ppo.yaml" --bf16 true --total_episodes 256 --output_dir outputs/ppo_bf16
+ppo=(python -m align ppo "$root/recipes/quickstart/3_ppo.yaml" --bf16 true --total_episodes 256)
+part ppo_bf16 "${ppo[@]}" --output_dir outputs/ppo_bf16
 
 step=(python "$root/benchmarks/ppo.py" --sizes 0.5B --bf16 --batch 64 --micro_batch 16 --epochs 1 --updates 2 --rounds 1
     --prompt_lengths 64 256 --response_lengths 64 384)
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    part ppo_graphs "${ppo[@]}" --cuda_graphs true --output_dir outputs/ppo_graphs
     part decoding python "$root/benchmarks/decoding.py" --sizes 0.5B --bf16 --rows 256 --batch 64 --mean 128 --rounds 1 --json decoding.json
     part step "${step[@]}" --json step.json
     if [ -n "${VLLM_PYTHON:-}" ]; then
@@ -51,6 +53,7 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         skip step_vllm "VLLM_PYTHON is not set"
     fi
 else
+    skip ppo_graphs "no GPU"
     skip decoding "no GPU"
     skip step "no GPU"
     skip step_vllm "no GPU"
@@ -76,7 +79,7 @@ def results(folder):
 
 
 parts = [line.split("\t") for line in Path("parts").read_text().splitlines()]
-folders = {"quickstart": "outputs/quickstart/3_ppo", **{f"{stage}_bf16": f"outputs/{stage}_bf16" for stage in ("sft", "reward", "ppo")}}
+folders = {"quickstart": "outputs/quickstart/3_ppo", "ppo_graphs": "outputs/ppo_graphs", **{f"{stage}_bf16": f"outputs/{stage}_bf16" for stage in ("sft", "reward", "ppo")}}
 found = {name: {"seconds": int(seconds), "status": status} for name, seconds, status in parts}
 for name, part in found.items():
     if part["status"] == "ok":

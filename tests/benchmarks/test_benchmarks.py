@@ -72,7 +72,17 @@ def test_the_script_for_a_gpu_says_what_it_leaves_out(tmp_path):
         script, env={**os.environ, "LIMIT": "0", "PATH": path}, capture_output=True, text=True, check=True
     )
     status = {name: part["status"] for name, part in json.loads(done.stdout).items()}
-    assert {*status} == {"quickstart", "sft_bf16", "reward_bf16", "ppo_bf16", "decoding", "step", "step_vllm", "verify"}
+    assert {*status} == {
+        "quickstart",
+        "sft_bf16",
+        "reward_bf16",
+        "ppo_bf16",
+        "ppo_graphs",
+        "decoding",
+        "step",
+        "step_vllm",
+        "verify",
+    }
     assert status["quickstart"] == "skipped: no time is left of 0 s"
     if not torch.cuda.is_available():
         assert status["decoding"] == status["step"] == status["step_vllm"] == "skipped: no GPU"
