@@ -287,14 +287,39 @@ class TestApart:
 
     def test_a_damaged_adapter(self, world, tmp_path):
         folder = shutil.copytree(world / "lora", tmp_path / "damaged")
-        file = folder / "adapter/adapter_model.safetensors"
-        weights = load_file(file)
-        save_file(dict(list(weights.items())[1:]), file, {"format": "pt"})
-        with pytest.raises(UserError, match=r"reward_model_path: .*damaged/adapter: does not fit the model that it was trained on.*delete this folder"):  # fmt: skip
-            check_ppo_inputs(recipe(tmp_path, world, str(folder)))
-        file.write_bytes(file.read_bytes()[:40])
-        with pytest.raises(UserError, match=r"reward_model_path: .*adapter_model.safetensors"):
-            check_ppo_inputs(recipe(tmp_path, world, str(folder)))
+        given = recipe(tmp_path, world, str(folder))
+        weights, settings = (folder / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+        kept, text = load_file(weights), settings.read_text()
+        name, first = next(iter(kept.items()))
+        for changed, words in (
+            (
+                {each: kept[each] for each in [*kept][1:]},
+                "damaged/adapter: does not fit the model that it was trained on",
+            ),
+            (
+                {**kept, name: first[:, :-1].contiguous()},
+                "damaged/adapter: does not fit the model that it was trained on",
+            ),
+            ({**kept, name: first * float("nan")}, "damaged/adapter: the weights hold NaN or infinity, in .*lora_A"),
+        ):
+            save_file(changed, weights, {"format": "pt"})
+            with pytest.raises(UserError, match=words):
+                ppo_run(given)
+        save_file(kept, weights, {"format": "pt"})
+        for content, words in (
+            (text[:40], r"reward_model_path: .*adapter_config.json: not valid JSON"),
+            (text.replace('"peft_type": "LORA"', '"peft_type": "MAGIC"'), "damaged/adapter: does not fit the model"),
+            (text.replace('"megatron_config": null', '"megatron_config": {"a": 1}'), "megatron_config: expected null"),
+        ):
+            settings.write_text(content)
+            with pytest.raises(UserError, match=words):
+                check_ppo_inputs(given)
+        settings.write_text(text)
+        weights.rename(folder / "adapter" / "adapter_model.bin")
+        with pytest.raises(
+            UserError, match=r"reward_model_path: .*adapter_model.bin: a pickle, which could run any program"
+        ):
+            check_ppo_inputs(given)
 
     def test_an_adapter_that_changed_while_the_run_was_stopped(self, world, tmp_path):
         folder = shutil.copytree(world / "lora", tmp_path / "changed")
