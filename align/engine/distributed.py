@@ -30,15 +30,11 @@ class World:
     size: int
     device: torch.device
     clock: Clock = field(default_factory=Clock, compare=False)
+    tf32: bool = False  # whether float32 matrix products are TF32's: the recipe allows it, and the GPU has it
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def uses_tf32(self) -> bool:
-        """Whether float32 matrix products are TF32's here: the recipe allows it, and the GPU has it."""
-        allowed = self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-        return allowed and torch.cuda.get_device_capability(self.device) >= (8, 0)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum over ranks, on every rank."""
@@ -167,7 +163,9 @@ def connect(deepspeed_files: bool, reward_timeout: float = 0.0, tf32: bool = Tru
                 verbose=False,
                 timeout=max(default_pg_timeout, timedelta(seconds=reward_timeout + MARGIN)),
             )
-    return World(rank=int(os.environ.get("RANK", "0")), size=size, device=device, clock=Clock(device))
+    has_tf32 = gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+    rank = int(os.environ.get("RANK", "0"))
+    return World(rank=rank, size=size, device=device, clock=Clock(device), tf32=tf32 and has_tf32)
 
 
 def disconnect() -> None:

@@ -101,7 +101,7 @@ def run_checks(run: PPORun) -> tuple[list[Check], dict[str, float]]:
     """Run all checks; returns them and their metrics, the same on every rank."""
     checks: list[Check] = []
     metrics: dict[str, float] = {}
-    limits = limits_of(run.recipe.bf16, run.world.uses_tf32())
+    limits = limits_of(run.recipe.bf16, run.world.tf32)
     try:
         paths = list(models_by_place("reward_model_path", run.recipe.reward_model_path).values())
         for path, model in zip(paths, run.models.rewards.models, strict=True):

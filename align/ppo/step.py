@@ -157,7 +157,7 @@ def importance_weights(run: PPORun, rollout: Rollout) -> tuple[Tensor, dict[str,
     gap = rollout.old_logprobs - rollout.sampled_logprobs
     mean = float(masked_mean(gap.abs(), mask))
     if not recipe.one_step_off_policy:
-        check_sampler_gap(mean, limits_of(recipe.bf16, run.world.uses_tf32()))
+        check_sampler_gap(mean, limits_of(recipe.bf16, run.world.tf32))
     metrics = {"policy/sampler_gap_mean": mean}
     rounding = run.progress.sampler_gap <= ENGINE_TOLERANCE
     if recipe.vllm_importance_sampling_mode == "none" or rounding:

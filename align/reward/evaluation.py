@@ -242,4 +242,4 @@ def score_check(reward: ModelReward, world: World, pairs: Dataset) -> dict[str, 
     by_length = sorted(zip(some["chosen_ids"], some["rejected_ids"], strict=True), key=lambda pair: sum(map(len, pair)))
     ids = [list(sequence) for pair in by_length[:CHECKED_PAIRS] for sequence in pair]
     check = {"ids": ids, "scores": score_ids(reward, world, ids).tolist()}
-    return {**check, "tf32": True} if world.uses_tf32() else check
+    return {**check, "tf32": True} if world.tf32 else check

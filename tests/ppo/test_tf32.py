@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from align.config.load import load_recipe
-from align.engine.distributed import World
 from align.ppo import self_checks, update
 from align.ppo.self_check_limits import FLOAT32, TF32, Check, limits_of
 from tests.emulated.tf32 import TF32 as EmulatedTF32
@@ -25,8 +24,8 @@ def run(tmp_path_factory):
     return ppo_run(load_recipe("ppo", make_recipe(tmp_path_factory.mktemp("tf32"))))
 
 
-def failed(run, monkeypatch, tf32: bool) -> list[Check]:
-    monkeypatch.setattr(World, "uses_tf32", lambda world: tf32)
+def failed(run, tf32: bool) -> list[Check]:
+    run = dataclasses.replace(run, world=dataclasses.replace(run.world, tf32=tf32))
     with EmulatedTF32(exact_rows=FEW_ROWS):
         checks, _ = self_checks.run_checks(run)
     return [check for check in checks if check.required and not check.passed]
@@ -38,14 +37,14 @@ def test_numbers_are_rounded_to_10_bits():
     assert rounded(numbers).tolist() == [1, 1 + ulp, -1 - ulp, 3 * 2.0**-20, 0, torch.inf]
 
 
-def test_a_sound_run_needs_the_limits_of_tf32(run, monkeypatch):
-    assert not failed(run, monkeypatch, tf32=True)
-    assert any("generation gap" in str(check) for check in failed(run, monkeypatch, tf32=False))
+def test_a_sound_run_needs_the_limits_of_tf32(run):
+    assert not failed(run, tf32=True)
+    assert any("generation gap" in str(check) for check in failed(run, tf32=False))
 
 
 def test_a_temperature_missing_in_training_is_found(run, monkeypatch):
     monkeypatch.setattr(update, "response_loss", cold(update.response_loss))
-    assert any(") ratio" in f") {check}" for check in failed(run, monkeypatch, tf32=True))
+    assert any(") ratio" in f") {check}" for check in failed(run, tf32=True))
 
 
 def test_the_limits_are_between_those_of_the_other_precisions():
