@@ -676,7 +676,10 @@ def test_two_ranks_at_zero_3_are_checked_and_go_on_as_without(tmp_path):
 
 
 def test_a_reward_model_with_another_tokenizer_is_said():
-    rewards = [SimpleNamespace(head=SimpleNamespace(name="score"), same_tokenizer=same) for same in (True, False)]
+    own = {"adapter": None, "apart": None}
+    rewards = [
+        SimpleNamespace(head=SimpleNamespace(name="score"), same_tokenizer=same, **own) for same in (True, False)
+    ]
     assert PPOInputs.describe_heads(SimpleNamespace(rewards=rewards, judge=None), value_model=False) == [
         "reward model 1: its head is score",
         "reward model 2: its head is score; its tokenizer is another than the policy's, so it reads responses rendered and "
