@@ -44,6 +44,7 @@ from align.config.keys import (
 from align.config.objective import check_objective, gradient_steps, objective, replay_size
 from align.config.responses import check_scored_responses
 from align.config.schedule import check_decay_steps
+from align.config.sequence_parallel import check_sequence_parallel_rules, sequence_parallel_size
 from align.config.value_method import check_value_method, value_method
 from align.errors import UserError, run_all
 from align.maths.estimators import BALANCE_WITH_VALUES, ESTIMATORS, TRAJECTORY_BALANCE, Estimator
@@ -80,6 +81,7 @@ class PPORecipe(StageRecipe):
         "Initial value model; by default the reward model if it has the policy's tokenizer, otherwise the SFT model.",
     )
     value_method: Literal["full", "lora", "shared"] = value_method()
+    sequence_parallel_size: int = sequence_parallel_size()
     eval_reward_funcs: list[str] = key(
         [],
         "`module:function` rewards that are only measured, on evaluation prompts: a known ground truth, a gold reward "
@@ -259,6 +261,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
         partial(check_objective, recipe, where),
         partial(check_value_method, recipe, where),
         partial(_check_average, recipe, where),
+        partial(check_sequence_parallel_rules, recipe, where),
         partial(vllm.check_rollout_engine, recipe, where),
         partial(check_judge_rules, recipe, where),
         partial(check_ensemble_rules, recipe, where),

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.config.base import TrainerRecipe
+from align.config.convert import shown
 from align.config.keys import AT_LEAST_1, Where, key
 from align.errors import UserError
+
+OF_PPO: dict[str, list[Any]] = {
+    "objective": ["ppo"],
+    "ptx_dataset": [[]],
+    "max_tokens_per_device": [None],
+    "value_method": ["full", "lora"],
+}  # what goes with it
 
 
 def sequence_parallel_size() -> Any:
@@ -19,13 +26,13 @@ def sequence_parallel_size() -> Any:
     )
 
 
-def check_sequence_parallel_rules(recipe: TrainerRecipe, where: Where) -> None:
+def check_sequence_parallel_rules(recipe: Any, where: Where) -> None:
     """The rules for `sequence_parallel_size`.
 
     Raises:
         UserError: a key has a value that it does not go with.
     """
-    size: int = getattr(recipe, "sequence_parallel_size", 1)
+    size: int = recipe.sequence_parallel_size
     if size == 1:
         return
     with_it = f"with sequence_parallel_size: {size}"
@@ -43,3 +50,8 @@ def check_sequence_parallel_rules(recipe: TrainerRecipe, where: Where) -> None:
             f"{where('neftune_noise_alpha')}: its noise depends on the length of a whole row, which no process has {with_it}; "
             "leave one of them out"
         )
+    for name, values in OF_PPO.items():
+        if (got := getattr(recipe, name, values[0])) not in values:
+            raise UserError(
+                f"{where(name)}: expected {' or '.join(map(shown, values))} {with_it}, got {shown(got)}; leave one of them out"
+            )

@@ -64,9 +64,7 @@ class BatchPlan:
             own = f"{self.accumulation} (processes x sequences), in passes of up to {self.max_tokens} tokens"
         line = f"{self.batch_size} sequences per step = {self.world_size} x {own}"
         if self.updates is not None:
-            line += (
-                f", {self.updates} update{'s' * (self.updates != 1)} of {self.world_size} x {self.rollout_per_rank} "
-            )
+            line += f", {self.updates} update{'s' * (self.updates != 1)} of {self.processes} x {self.rollout_per_rank} "
             line += "responses (processes x responses)"
         return line
 
@@ -90,18 +88,18 @@ def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
     world_size //= group
     what = "groups of processes" if group > 1 else "processes"
 
-    def share(name: str) -> int:
+    def share(name: str, ranks: int, what: str) -> int:
         size: int = getattr(recipe, name)
-        if size % world_size:
-            near = [n for n in (size - size % world_size, size + world_size - size % world_size) if n]
+        if size % ranks:
+            near = [n for n in (size - size % ranks, size + ranks - size % ranks) if n]
             raise UserError(
-                f"{name}: expected a multiple of the {world_size} {what}, got {size}; "
+                f"{name}: expected a multiple of the {ranks} {what}, got {size}; "
                 f"use {' or '.join(map(str, near))}, or another number of processes."
             )
-        return size // world_size
+        return size // ranks
 
     name = "train_batch_size" if isinstance(recipe, TrainerRecipe) else "minibatch_size"
-    own = share(name)
+    own = share(name, world_size, what)
     max_tokens = recipe.max_tokens_per_device if isinstance(recipe, PPORecipe) else None
     most = recipe.per_device_train_batch_size if max_tokens is None else 1
     micro = next(size for size in range(min(own, most), 0, -1) if own % size == 0)
@@ -109,9 +107,11 @@ def batch_plan(recipe: StageRecipe, world_size: int) -> BatchPlan:
         world_size, own * world_size, micro, own // micro, sequence_parallel_size=group, max_tokens=max_tokens
     )
     if isinstance(recipe, PPORecipe):
-        plan = dataclasses.replace(plan, rollout_per_rank=share("rollout_batch_size"), updates=recipe.num_updates)
+        plan = dataclasses.replace(
+            plan, rollout_per_rank=share("rollout_batch_size", plan.processes, "processes"), updates=recipe.num_updates
+        )
         if recipe.ptx_dataset:
-            plan = dataclasses.replace(plan, ptx_per_rank=share("ptx_batch_size"))
+            plan = dataclasses.replace(plan, ptx_per_rank=share("ptx_batch_size", plan.processes, "processes"))
     for name in DEEPSPEED_KEYS:
         if not (path := getattr(recipe, name, None)):
             continue

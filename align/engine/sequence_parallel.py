@@ -34,6 +34,7 @@ class SequenceGroup:
         size: processes of the group, which are the parts of a sequence.
         rank: of this process in it, the number of its part.
         index: of this group among `count` groups.
+        group: of torch.distributed.
     """
 
     def __init__(self, world: World, size: int):
@@ -42,7 +43,7 @@ class SequenceGroup:
         self._mask: Tensor | None = None
         # Every process must take part in making every group.
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
-        self._group: Any = groups[self.index]
+        self.group: Any = groups[self.index]
         AttentionInterface.register(ULYSSES, self._attention)
 
     def part(self, tensor: Tensor, filler: int) -> Tensor:
@@ -81,8 +82,20 @@ class SequenceGroup:
         width = part.shape[1]
         mine = part[torch.arange(len(part), device=part.device), places % width] * (places // width == self.rank)
         total = mine.detach().clone()
-        dist.all_reduce(total, group=self._group)
+        dist.all_reduce(total, group=self.group)
         return total + self.size * (mine - mine.detach())
+
+    def own_places(self, places: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Which of N places this process has, [n] int64 from 0 to N - 1, and where they are in its part, [n] int64.
+
+        Args:
+            places: [N] int64, in the flattened rows [m * length].
+            length: of the whole rows.
+        """
+        width = -(-length // self.size)
+        rows, columns = places // length, places % length
+        own = (columns // width == self.rank).nonzero().squeeze(1)
+        return own, (rows * width + columns % width)[own]
 
     def _packed_mask(self, position_ids: Tensor) -> Tensor:
         """Which tokens see which, [m, 1, S, S] bool with S filled up: those before in the same example."""
@@ -109,14 +122,14 @@ class SequenceGroup:
         """All heads of a part of the sequences -> a share of the heads of whole sequences, [B, heads, S, D]."""
         rows, heads, width, size = part.shape
         sent = part.view(rows, self.size, heads // self.size, width, size).transpose(0, 1)
-        received: Tensor = _Exchange.apply(sent, self._group)  # type: ignore[no-untyped-call]
+        received: Tensor = _Exchange.apply(sent, self.group)  # type: ignore[no-untyped-call]
         return received.permute(1, 2, 0, 3, 4).reshape(rows, heads // self.size, self.size * width, size)
 
     def _all_heads(self, whole: Tensor) -> Tensor:
         """The reverse, [B, S, heads, D] each."""
         rows, length, heads, size = whole.shape
         sent = whole.view(rows, self.size, length // self.size, heads, size).transpose(0, 1)
-        received: Tensor = _Exchange.apply(sent, self._group)  # type: ignore[no-untyped-call]
+        received: Tensor = _Exchange.apply(sent, self.group)  # type: ignore[no-untyped-call]
         return received.permute(1, 2, 0, 3, 4).reshape(rows, length // self.size, self.size * heads, size)
 
 

@@ -96,7 +96,7 @@ def response_logprobs(model: Callable[..., Any], ids: Tensor, mask: Tensor, leng
         with replaced_head(output_head(model), logprobs_head(indices, tokens, temperature)):
             logprobs = _run(model, stripped)
     else:
-        logprobs = token_logprobs(_logits(model, stripped)[indices], tokens, temperature)
+        logprobs = token_logprobs(all_logits(model, stripped)[indices], tokens, temperature)
     return scatter_to_mask(logprobs, mask[:, -length:])
 
 
@@ -113,7 +113,7 @@ def response_loss(
         the loss, a scalar with gradient; log-probabilities and entropies [N], float32, without.
     """
     stripped, indices, tokens = strip_padding(ids, mask, length)
-    return _token_loss(model, stripped, indices, tokens, temperature, objective)
+    return token_loss(model, stripped, indices, tokens, temperature, objective)
 
 
 def label_loss(model: Callable[..., Any], ids: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -132,11 +132,11 @@ def label_loss(model: Callable[..., Any], ids: Tensor, labels: Tensor, scale: fl
     def objective(logprobs: Tensor, entropy: Tensor, part: slice) -> Tensor:
         return -scale * logprobs.sum()
 
-    loss, logprobs, _ = _token_loss(model, ids, indices, labels[indices], 1.0, objective)
+    loss, logprobs, _ = token_loss(model, ids, indices, labels[indices], 1.0, objective)
     return loss, logprobs
 
 
-def _token_loss(
+def token_loss(
     model: Callable[..., Any], ids: Tensor, indices: Tensor, tokens: Tensor, temperature: float, objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of `tokens` [N], each predicted from the state at its place [N] in the flattened batch `ids`."""
@@ -145,11 +145,12 @@ def _token_loss(
         with replaced_head(output_head(model), loss_head(indices, tokens, temperature, objective, outputs)):
             loss = _run(model, ids)
     else:
-        loss = full_logits_loss(_logits(model, ids)[indices], tokens, temperature, objective, outputs)
+        loss = full_logits_loss(all_logits(model, ids)[indices], tokens, temperature, objective, outputs)
     return loss, outputs[0], outputs[1]
 
 
-def _logits(model: Callable[..., Any], stripped: Tensor) -> Tensor:
+def all_logits(model: Callable[..., Any], stripped: Tensor) -> Tensor:
+    """The head's output at every position of rows without padding before or between tokens, [B * S, V]."""
     return _run(model, stripped).flatten(0, 1)
 
 
@@ -163,4 +164,4 @@ def _run(model: Callable[..., Any], stripped: Tensor) -> Tensor:
 def response_values(model: Callable[..., Any], ids: Tensor, mask: Tensor, length: int) -> Tensor:
     """Value of the state before each of the last `length` tokens, [B, length] float32; 0 at padding."""
     stripped, indices, _ = strip_padding(ids, mask, length)
-    return scatter_to_mask(_logits(model, stripped)[indices, 0], mask[:, -length:])
+    return scatter_to_mask(all_logits(model, stripped)[indices, 0], mask[:, -length:])

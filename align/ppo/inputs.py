@@ -15,6 +15,7 @@ from align.models.causality import check_causal
 from align.models.check_files import check_files
 from align.models.load import load_config
 from align.models.model_types import is_encoder
+from align.models.split_sequences import check_splits
 from align.models.tokenizer import load_tokenizer
 from align.models.value import check_shared, find_value_head, layers_below_head
 from align.ppo.shared_rewards import on_policys_weights
@@ -102,6 +103,8 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
         trained_by=recipe,
     )
     check_causal(config, "sft_model_path", recipe.sft_model_path, recipe.trust_remote_code)
+    if (size := recipe.sequence_parallel_size) > 1:
+        check_splits(config, size, recipe.trust_remote_code)
     mine = tokenizer_digest(tokenizer)
     check_tokenizer(recipe.sft_model_path, tokenizer, "sft_model_path", may_add_template=False)
     set_scores_reasoning(tokenizer, recipe.score_reasoning)
@@ -140,6 +143,8 @@ def check_ppo_inputs(recipe: PPORecipe) -> PPOInputs:
             )
         if value_path != recipe.sft_model_path:
             check_causal(value_config, key, value_path, recipe.trust_remote_code)
+            if size > 1:
+                check_splits(value_config, size, recipe.trust_remote_code)
         value_lacks = layers_below_head(value_path, value_config, recipe.trust_remote_code)
         value_head = find_value_head(value_path, value_config, key, recipe.trust_remote_code)
         check_files(

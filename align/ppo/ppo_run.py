@@ -17,6 +17,7 @@ from align.engine.batch_plan import BatchPlan
 from align.engine.distributed import World
 from align.engine.ema import EMA
 from align.engine.engine import Engine, TrainEngine
+from align.engine.sequence_parallel import SequenceGroup
 from align.generation.sampler import Sampler
 from align.maths.running_moments import RunningMoments
 from align.ppo.ahead import Ahead
@@ -101,6 +102,7 @@ class PPORun:
         ptx: tokenized rows of `ptx_dataset`.
         replay: earlier responses, for other objectives than PPO, which has None.
         ahead: responses of the next update, with `one_step_off_policy`.
+        sequence: the processes that share rows with this one in training passes, if any.
         skipped_in_a_row: minibatches skipped since the last one with a finite loss.
     """
 
@@ -117,6 +119,7 @@ class PPORun:
     ptx: Dataset | None = None
     replay: Replay | None = None
     ahead: Ahead | None = None
+    sequence: SequenceGroup | None = None
     skipped_in_a_row: int = 0
 
     @property

@@ -18,6 +18,7 @@ from align.engine.distributed import World
 from align.engine.ema import EMA
 from align.engine.engine import AdapterOff, Engine
 from align.engine.optimizer import learning_rates
+from align.engine.sequence_parallel import SequenceGroup
 from align.engine.sharding import gathered_parameters, sharded_load
 from align.engine.user_functions import user_function
 from align.evaluate.reward_model import RewardModel, load_reward, model_sources
@@ -92,6 +93,8 @@ def set_up(
         ema=EMA(models.policy, recipe.ema_decay) if recipe.ema_decay is not None else None,
         ptx=data.ptx,
     )
+    if (size := recipe.sequence_parallel_size) > 1:
+        run.sequence = SequenceGroup(world, size)
     if recipe.objective != "ppo":
         run.replay = Replay(recipe.replay_size * recipe.rollout_batch_size, world, run.sampler.pad_token_id)
     if recipe.one_step_off_policy:

@@ -6,14 +6,17 @@ cut into microbatches and spread over ranks does not change its gradient.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from align.engine.split_passes import split_attention, split_response_loss, split_response_values
 from align.generation.sampling import generator
 from align.maths.kl import LOSS_ESTIMATORS
 from align.maths.losses import loss_weights, policy_loss, value_loss
@@ -116,7 +119,7 @@ def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number
     tokens, device = minibatch.mask.sum(), run.world.device
     lengths = minibatch.sizes.tolist()
     passes = run.plan.passes(lengths)
-    mine = passes[run.world.rank]
+    mine = passes[run.world.rank // run.plan.sequence_parallel_size]
     trains = trains_policy(run, update)
     texts: list[TextPass] = []
     if run.ptx is not None and trains:
@@ -125,16 +128,19 @@ def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number
     if run.models.value is not None:
         run.models.value.begin_step(len(mine))
     parts: list[Sums] = []
-    for part in mine:
-        batch = minibatch.rows(to_device(torch.tensor(part), device))
-        sums = {"tokens": batch.mask.sum()}
-        if trains:
-            sums |= policy_gradient(run, batch, tokens) if run.replay is None else balance_gradient(run, batch)
-        if run.models.value is not None:
-            of_prompts = run.recipe.objective == "trajectory_balance"
-            gradient = prompt_value_gradient if of_prompts else value_gradient
-            sums |= gradient(run, batch, tokens)
-        parts.append(sums)
+    with split_rows(run):
+        for part in mine:
+            batch = minibatch.rows(to_device(torch.tensor(part), device))
+            sums = {"tokens": batch.mask.sum()}
+            if trains:
+                sums |= policy_gradient(run, batch, tokens) if run.replay is None else balance_gradient(run, batch)
+            if run.models.value is not None:
+                of_prompts = run.recipe.objective == "trajectory_balance"
+                gradient = prompt_value_gradient if of_prompts else value_gradient
+                sums |= gradient(run, batch, tokens)
+            parts.append(sums)
+    if run.sequence is not None and run.sequence.rank:  # the first process of the group has counted these rows
+        parts = [{name: torch.zeros_like(each) for name, each in sums.items()} for sums in parts]
     parts += ptx_gradient(run, texts)
     total = sum_over_ranks(run, parts)
     total["policy/padding"] = padding(passes, lengths) * total["tokens"]
@@ -145,6 +151,12 @@ def padding(passes: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -
     """Share of padding among the tokens of the passes of all ranks."""
     padded = sum(len(rows) * max(lengths[row] for row in rows) for each in passes for rows in each)
     return 1.0 - sum(lengths) / padded
+
+
+def split_rows(run: PPORun) -> contextlib.AbstractContextManager[None]:
+    """Inside, the models that train compute this rank's part of the rows that it shares with others, if it does."""
+    trained = [engine for engine in (run.models.policy, run.models.value) if engine is not None]
+    return contextlib.nullcontext() if run.sequence is None else split_attention(*trained)
 
 
 def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
@@ -167,7 +179,8 @@ def policy_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sums:
             return (loss * weight[part]).sum()
 
         length = batch.mask.shape[1]
-        loss, logprobs, entropy = response_loss(run.models.policy, ids, mask, length, recipe.temperature, objective)
+        whole_or_part = response_loss if run.sequence is None else partial(split_response_loss, run.sequence)
+        loss, logprobs, entropy = whole_or_part(run.models.policy, ids, mask, length, recipe.temperature, objective)
         run.models.policy.backward(loss)
         policy = policy_loss(logprobs, old, advantage, recipe.cliprange, recipe.dual_clip)
         sums = {
@@ -233,7 +246,8 @@ def prompt_value_gradient(run: PPORun, batch: Experience, tokens: Tensor) -> Sum
 def token_values(run: PPORun, batch: Rollout) -> Tensor:
     """The value of the state before each response token, [m, T] float32; 0 at padding."""
     assert run.models.value is not None
-    return response_values(run.models.value, *batch.sequences(), batch.mask.shape[1])
+    whole_or_part = response_values if run.sequence is None else partial(split_response_values, run.sequence)
+    return whole_or_part(run.models.value, *batch.sequences(), batch.mask.shape[1])
 
 
 def prompt_values(run: PPORun, batch: Rollout) -> Tensor:

@@ -82,6 +82,8 @@ TABLE: list[tuple[str, dict[str, Any]]] = [
     *[("ppo", {"reward_weights": value}) for value in ([1, 2], [float("inf")], ["x"], 5.5e400)],
     ("ppo", {"missing_eos_score": 1, "missing_eos_penalty": 1}),
     ("ppo", {"top_k": 5}),
+    *[("ppo", {"sequence_parallel_size": value}) for value in (0, 2, "two", 10**30)],
+    *[("ppo", {name: value, "sequence_parallel_size": 2}) for name, value in (("objective", "trajectory_balance"), ("ptx_dataset", "data/answers.jsonl"), ("attn_implementation", "eager"))],
     *[("ppo", {"sft_model_path": value}) for value in ("no/such/model", "encoder", MISSING)],
     *[("ppo", {"reward_model_path": value}) for value in ("base", "no/such/model", "encoder", "data")],
     ("ppo", {"value_model_path": "encoder"}),

@@ -195,6 +195,16 @@ def assert_same_curve(ours: list[dict], theirs: list[dict], tolerance: float = 2
                 assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), (a["step"], name)
 
 
+def assert_same_weights_and_curve(one: Path, two: Path) -> None:
+    """To 1e-5 in the first update and in the weights; in later updates, metrics of few tokens amplify rounding."""
+    assert_same_curve(metrics(one)[:1], metrics(two)[:1], 1e-5)
+    assert_same_curve(metrics(one), metrics(two))
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)
+
+
 class TestTwoRanks:
     @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
     def test_two_ranks_log_the_curve_of_one(self, finished, tmp_path, stage):
@@ -208,6 +218,30 @@ class TestTwoRanks:
             torch.testing.assert_close(ours[name], theirs[name], atol=2e-4, rtol=0)
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+
+    def test_two_ranks_that_share_rows_log_the_curve_of_one(self, finished, tmp_path):
+        """Each has a part of every row in the training passes of policy and value model, and samples prompts of its own."""
+        done = run_stage(
+            "ppo", make_recipe(tmp_path, deepspeed=deepspeed_file(tmp_path / "ds.json", 2), sequence_parallel_size=2)
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "8 sequences per step = 1 x 4 x 2 (groups of 2 processes x micro-batch x accumulation), " in done.stderr
+        assert "6 updates of 2 x 8 responses (processes x responses)" in done.stderr
+        assert_same_weights_and_curve(finished, tmp_path / "out")
+
+    def test_a_rank_whose_part_has_no_response(self, tmp_path):
+        """Prompts are longer than responses; one update, by LoRA at ZeRO 3, without a value model."""
+        rows = [{"prompt": LETTERS[i : i + 12 + i % 4]} for i in range(8)]
+        changes = {
+            "train_dataset": write_jsonl(tmp_path / "long.jsonl", rows), "eval_dataset": [], "eval_fraction": 0, "eval_steps": None,
+            "total_episodes": 16, "response_length": 6, "method": "lora", "advantage_estimator": "rloo", "num_generations": 2,
+            "use_kl_loss": True, "kl_estimator": "k3", "entropy_coef": 0.1, "save_steps": None,
+        }  # fmt: skip
+        run(load_recipe("ppo", make_recipe(tmp_path, output_dir=str(tmp_path / "alone"), **changes)))
+        changes |= {"deepspeed": deepspeed_file(tmp_path / "ds.json", 3), "sequence_parallel_size": 2}
+        done = run_stage("ppo", make_recipe(tmp_path, **changes))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert_same_weights_and_curve(tmp_path / "alone", tmp_path / "out")
 
     def test_a_model_that_does_not_fit_whole_generates_sharded(self, finished, tmp_path):
         """`ds3_gather_for_generation: false`: every rank takes every step, however ragged the responses."""

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from align.cli.check.memory import activations_line
+from align.config.ppo import PPORecipe
 from align.config.sequence_parallel import check_sequence_parallel_rules
 from align.engine.batch_plan import batch_plan
 from align.errors import UserError
@@ -141,6 +142,12 @@ class TestWhatCannotBeSplit:
             refused = pytest.raises(UserError, match=f"^{next(iter(changes))}: .*sequence_parallel_size: 2")
             with refused if size == 2 else contextlib.nullcontext():
                 check_sequence_parallel_rules(settings, str)
+
+    @pytest.mark.parametrize(("name", "value"), [("objective", "path_consistency"), ("value_method", "shared")])
+    def test_by_keys_of_ppo(self, name, value):
+        settings = PPORecipe(output_dir="out", sft_model_path="m", sequence_parallel_size=2, **{name: value})
+        with pytest.raises(UserError, match=f"^{name}: expected .* with sequence_parallel_size: 2, got"):
+            check_sequence_parallel_rules(settings, str)
 
     def test_by_processes(self, tmp_path):
         settings = recipe(tmp_path, sequence_parallel_size=2, train_batch_size=6)
