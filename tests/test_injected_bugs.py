@@ -69,8 +69,8 @@ BUGS = {
     ),
     "values one token late": (
         "align/models/forward.py",
-        "return scatter_to_mask(_logits(model, stripped)[indices, 0], mask[:, -length:])",
-        "return scatter_to_mask(_logits(model, stripped)[indices + 1, 0], mask[:, -length:])",
+        "return scatter_to_mask(all_logits(model, stripped)[indices, 0], mask[:, -length:])",
+        "return scatter_to_mask(all_logits(model, stripped)[indices + 1, 0], mask[:, -length:])",
         "tests/generation/test_generate.py::test_values_judge_the_state_before_each_token",
     ),
     "end-of-text outside the mask": (
@@ -123,8 +123,8 @@ BUGS = {
     ),
     "PPO-ptx as a step of its own": (
         "align/ppo/update.py",
-        "            sums |= policy_gradient(run, batch, tokens) if",
-        "            if run.ptx is not None:\n                ptx_gradient(run, run.ptx, update)\n                run.models.policy.step(1e-3)\n            sums |= policy_gradient(run, batch, tokens) if",
+        "                sums |= policy_gradient(run, batch, tokens) if",
+        "                if run.ptx is not None:\n                    ptx_gradient(run, run.ptx, update)\n                    run.models.policy.step(1e-3)\n                sums |= policy_gradient(run, batch, tokens) if",
         "tests/ppo/test_objectives.py::TestLossTerms::test_ptx_is_added_to_the_same_step",
     ),
     "the zero of the score left out of the value head": (
