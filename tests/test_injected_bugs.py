@@ -117,14 +117,14 @@ BUGS = {
     ),
     "the weights of a microbatch instead of a minibatch": (
         "align/ppo/update.py",
-        "batch = minibatch.rows(mine[part])",
-        "batch = minibatch.rows(mine[part]); batch.weights = batch.mask / batch.mask.sum()",
+        "batch = minibatch.rows(to_device(torch.tensor(part), device))",
+        "batch = minibatch.rows(to_device(torch.tensor(part), device)); batch.weights = batch.mask / batch.mask.sum()",
         "tests/ppo/test_objectives.py::TestLossTerms::test_the_gradient_does_not_depend_on_the_cut",
     ),
     "PPO-ptx as a step of its own": (
         "align/ppo/update.py",
         "                sums |= policy_gradient(run, batch, tokens) if",
-        "                if run.ptx is not None:\n                    ptx_gradient(run, run.ptx, update)\n                    run.models.policy.step(1e-3)\n                sums |= policy_gradient(run, batch, tokens) if",
+        "                if texts:\n                    ptx_gradient(run, texts)\n                    run.models.policy.step(1e-3)\n                sums |= policy_gradient(run, batch, tokens) if",
         "tests/ppo/test_objectives.py::TestLossTerms::test_ptx_is_added_to_the_same_step",
     ),
     "the zero of the score left out of the value head": (

@@ -115,7 +115,10 @@ def minibatches(
 
 
 def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number: int) -> dict[str, float]:
-    """Forward and backward on this rank's rows of a minibatch, and on PPO-ptx's; returns sums over all ranks by metric."""
+    """Forward and backward on this rank's rows of a minibatch, and on PPO-ptx's; returns sums over all ranks by metric.
+
+    Ranks that share rows each count them whole, tokens too: what is logged are means over tokens.
+    """
     tokens, device = minibatch.mask.sum(), run.world.device
     lengths = minibatch.sizes.tolist()
     passes = run.plan.passes(lengths)
@@ -139,8 +142,6 @@ def accumulate_gradients(run: PPORun, minibatch: Experience, update: int, number
                 gradient = prompt_value_gradient if of_prompts else value_gradient
                 sums |= gradient(run, batch, tokens)
             parts.append(sums)
-    if run.sequence is not None and run.sequence.rank:  # the first process of the group has counted these rows
-        parts = [{name: torch.zeros_like(each) for name, each in sums.items()} for sums in parts]
     parts += ptx_gradient(run, texts)
     total = sum_over_ranks(run, parts)
     total["policy/padding"] = padding(passes, lengths) * total["tokens"]
