@@ -230,11 +230,11 @@ class TestTwoRanks:
         assert_same_weights_and_curve(finished, tmp_path / "out")
 
     def test_a_rank_whose_part_has_no_response(self, tmp_path):
-        """Prompts are longer than responses; one update, by LoRA at ZeRO 3, without a value model."""
+        """Prompts are longer than responses; one update at ZeRO 3, where every rank has a gradient of every weight."""
         rows = [{"prompt": LETTERS[i : i + 12 + i % 4]} for i in range(8)]
         changes = {
             "train_dataset": write_jsonl(tmp_path / "long.jsonl", rows), "eval_dataset": [], "eval_fraction": 0, "eval_steps": None,
-            "total_episodes": 16, "response_length": 6, "method": "lora", "advantage_estimator": "rloo", "num_generations": 2,
+            "total_episodes": 16, "response_length": 6,
             "use_kl_loss": True, "kl_estimator": "k3", "entropy_coef": 0.1, "save_steps": None,
         }  # fmt: skip
         run(load_recipe("ppo", make_recipe(tmp_path, output_dir=str(tmp_path / "alone"), **changes)))
