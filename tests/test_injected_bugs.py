@@ -75,8 +75,8 @@ BUGS = {
     ),
     "end-of-text outside the mask": (
         "align/generation/generate.py",
-        "        flags = alive.tolist()\n",
-        "        mask[rows[~alive], step] = False\n        flags = alive.tolist()\n",
+        "        looks = passes % interval == 0\n",
+        "        looks = passes % interval == 0\n        mask[rows[~alive], places[~alive] - 1] = False\n",
         "tests/generation/test_generate.py::test_responses_are_what_the_training_forward_would_sample",
     ),
     "whitening over the padding": (
