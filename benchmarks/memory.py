@@ -4,18 +4,24 @@
     python benchmarks/memory.py --stages ppo --ranks 2 --zero 3 offload --bf16
 
 Each run takes two optimizer steps on a random model of some 25 million weights, in processes of its own on the CPU, where what
-would be on the GPU and what is offloaded share one memory. What is reported is the largest resident memory of a process before
-the model is saved (`VmHWM`), less that of the same run with a model of a few thousand weights: libraries, buffers of gloo.
+would be on the GPU and what is offloaded share one memory. Measured is the most that is allocated at once in a process (by
+glibc's `mallinfo2`, read every two milliseconds) before the model is saved, and its largest resident memory (`VmHWM`), which has also what
+has been freed and is kept. Of both, that of the same run with a model of a few thousand weights is taken off: libraries,
+buffers of gloo. The models' files have the other precision than the run, so that weights are allocated as they are loaded; in the
+same one they are pages of the file, which processes share.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +55,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_inputs(folder)
+        write_inputs(folder, torch.float32 if arguments.bf16 else torch.bfloat16)
         for stage in arguments.stages:
             for ranks in arguments.ranks:
                 base = None
@@ -59,13 +65,15 @@ def main() -> None:
                     whole, small = (write_recipe(folder, stage, size, ranks, zero, arguments.bf16) for size in SIZES)
                     if base is None:
                         base = measure(context, stage, small, ranks, folder)
-                    measured = measure(context, stage, whole, ranks, folder) - base
+                    found = measure(context, stage, whole, ranks, folder)
+                    allocated, resident = (found[name] - base[name] for name in ("allocated", "resident"))
                     planned = plan(stage, whole, ranks)
                     rows.append(
-                        {"stage": stage, "ranks": ranks, "zero": zero, "bf16": arguments.bf16, "measured_mib": measured / 2**20}
+                        {"stage": stage, "ranks": ranks, "zero": zero, "bf16": arguments.bf16}
+                        | {"allocated_mib": allocated / 2**20, "resident_mib": resident / 2**20}
                         | {name: size / 2**20 for name, size in planned.items()}
-                        | {"ratio": measured / planned["plan_mib"]}
-                    )  # fmt: skip
+                        | {"ratio": allocated / planned["plan_mib"]}
+                    )
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     report({"machine": describe(torch.device("cpu")), "arguments": vars(arguments), "rows": rows}, arguments.json)
     show(rows)
@@ -81,8 +89,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def write_inputs(folder: Path) -> None:
-    """Models of both sizes, and rows of a few tokens, so that activations are small beside the weights."""
+def write_inputs(folder: Path, dtype: torch.dtype) -> None:
+    """Models of both sizes in this precision, and rows of a few tokens, so that activations are small beside the weights."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(VOCABULARY, POSITIONS)
     for size, (hidden, layers, intermediate) in SIZES.items():
@@ -93,7 +101,7 @@ def write_inputs(folder: Path) -> None:
         )  # fmt: skip
         for name, cls in (("lm", LlamaForCausalLM), ("scorer", LlamaForSequenceClassification)):
             path = folder / size / name
-            cls(config).save_pretrained(path)
+            cls(config).to(dtype).save_pretrained(path)
             tokenizer.save_pretrained(path)
     lines = [json.dumps({"prompt": f"w{5 + i} w{6 + i}", "completion": f" w{7 + i}"}) + "\n" for i in range(16)]
     (folder / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -129,8 +137,8 @@ def write_recipe(folder: Path, stage: str, size: str, ranks: int, zero: str, bf1
     return recipe
 
 
-def measure(context: Any, stage: str, recipe: Path, ranks: int, folder: Path) -> int:
-    """The largest peak of the run's processes, in bytes."""
+def measure(context: Any, stage: str, recipe: Path, ranks: int, folder: Path) -> dict[str, int]:
+    """The largest peaks of the run's processes, in bytes."""
     port = free_port()
     results = [folder / f"{recipe.stem}-{rank}.peak" for rank in range(ranks)]
     processes = []
@@ -144,11 +152,48 @@ def measure(context: Any, stage: str, recipe: Path, ranks: int, folder: Path) ->
         process.join()
     if not all(result.exists() for result in results):
         sys.exit(f"{recipe.name} failed:\n{Path(f'{results[0]}.log').read_text()[-3000:]}")
-    return max(int(result.read_text()) for result in results)
+    peaks = [json.loads(result.read_text()) for result in results]
+    return {name: max(each[name] for each in peaks) for name in peaks[0]}
+
+
+class Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+class Allocated(threading.Thread):
+    """Watches what this process has allocated."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.read = ctypes.CDLL(None).mallinfo2
+        self.read.restype = Mallinfo
+
+    def run(self) -> None:
+        while True:
+            now = self.read()
+            self.peak = max(self.peak, now.uordblks + now.hblkhd)
+            time.sleep(0.002)
 
 
 def train(stage: str, recipe: str, place: dict[str, Any], result: str) -> None:
-    """Run the stage in this process up to where it would save its model, and write the peak of its memory."""
+    """Run the stage in this process up to where it would save its model, and write the peaks of its memory."""
     log = os.open(f"{result}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -156,11 +201,15 @@ def train(stage: str, recipe: str, place: dict[str, Any], result: str) -> None:
     from align.ppo import train as ppo
     from align.sft import train as sft
 
+    allocated = Allocated()
+
     def end(*_: Any, **__: Any) -> None:
-        Path(result).write_text(str(peak_memory(os.getpid())), encoding="utf-8")
+        peaks = {"allocated": allocated.peak, "resident": peak_memory(os.getpid())}
+        Path(result).write_text(json.dumps(peaks), encoding="utf-8")
         os._exit(0)
 
     sft.save_trained = ppo.save_outputs = end  # type: ignore[attr-defined]
+    allocated.start()
     (sft if stage == "sft" else ppo).run(load_recipe(stage, recipe))
 
 
@@ -178,18 +227,23 @@ def plan(stage: str, path: Path, ranks: int) -> dict[str, float]:
     total = sum(sizes, Bytes())
     activations = activation_bytes(config, 1, 16, recipe.bf16, False, True)
     return {
-        "plan_mib": total.gpu + total.host + activations,
-        "gpu_mib": total.gpu + activations,
+        "plan_mib": total.gpu_peak + total.host + activations,
+        "gpu_mib": total.gpu_peak + activations,
         "host_mib": total.host,
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table(
-        "stage", "processes", "ZeRO", "measured, MiB", "plan, MiB", "measured / plan", title="Peak memory a process"
-    )
+    columns = ["stage", "processes", "ZeRO", "allocated, MiB", "plan, MiB", "allocated / plan", "resident, MiB"]
+    table = Table(*columns, title="Peak memory a process")
     for row in rows:
-        table.add_row(row["stage"], str(row["ranks"]), row["zero"], f"{row['measured_mib']:.0f}", f"{row['plan_mib']:.0f}", f"{row['ratio']:.2f}")  # fmt: skip
+        sizes = (
+            f"{row['allocated_mib']:.0f}",
+            f"{row['plan_mib']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['resident_mib']:.0f}",
+        )
+        table.add_row(row["stage"], str(row["ranks"]), row["zero"], *sizes)
     Console(stderr=True).print(table)
 
 

@@ -20,10 +20,14 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> Any:
     """Load a reward model for scoring, of any backbone: frozen, in evaluation mode, with a float32 head.
 
     `score_sequences` gives its scores. The head may have another name than transformers', such as TRL's `v_head`.
+
+    Args:
+        device: where weights go, each straight from the file; by default the CPU.
 
     Raises:
         ValueError: before weights are loaded, if there is no model at `path` or its configuration names another head; after,
@@ -57,6 +61,7 @@ def load_reward_model(
         base_of(path),
         config=scalar,
         dtype=dtype,
+        device_map={"": device} if device is not None else None,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # never a pickle

@@ -71,9 +71,9 @@ class StoredHead:
         bias = torch.zeros(1) if self.bias is None else self.bias.read()
         if not (weight.isfinite().all() and bias.isfinite().all()):
             raise ValueError(f"{self.weight.file}: the weights of the head {self.name} hold NaN or infinity")
-        head.weight = nn.Parameter(weight.to(head.weight.dtype))
+        head.weight = nn.Parameter(weight.to(head.weight))
         if head.bias is not None:
-            head.bias = nn.Parameter(bias.to(head.bias.dtype))
+            head.bias = nn.Parameter(bias.to(head.bias))
         elif self.bias is not None:
             model.config.score_mean = getattr(model.config, "score_mean", 0.0) - float(bias)
 

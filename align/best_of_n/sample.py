@@ -33,6 +33,7 @@ from align.data.rows import render_text
 from align.engine.distributed import World, connect, disconnect
 from align.engine.engine import WholeModel
 from align.engine.faults import during
+from align.engine.sharding import load_device
 from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.evaluate.reward_model import RewardModel, load_whole_reward, model_sources
@@ -121,6 +122,7 @@ class BestOfN:
             dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
+            device=load_device(world),
         )
         self.model = WholeModel(model, world)
         self.rewards = RewardSum(self._sources("reward", inputs.rewards), recipe.reward_weights or None)

@@ -36,7 +36,7 @@ def deepspeed_config(
 
     Args:
         accumulation: microbatches per optimizer step. Their size is set to 1: DeepSpeed only counts them.
-        hidden_size: of the model, for an "auto" reduce_bucket_size, which is its square, as transformers' Trainer sets it.
+        hidden_size: of the model, from which `automatic_sizes` come.
     """
     config = read_deepspeed_file(path) if path else {}
     config["train_micro_batch_size_per_gpu"] = 1
@@ -47,14 +47,23 @@ def deepspeed_config(
     config.setdefault("zero_allow_untested_optimizer", True)
     config["zero_force_ds_cpu_optimizer"] = False
     zero = config.setdefault("zero_optimization", {"stage": 0})
-    if zero.get("reduce_bucket_size") == "auto" and hidden_size:
-        zero["reduce_bucket_size"] = hidden_size**2
+    if hidden_size:
+        zero |= {name: size for name, size in automatic_sizes(hidden_size).items() if zero.get(name) == "auto"}
     for name in [name for name, value in zero.items() if value == "auto"]:
         del zero[name]  # DeepSpeed's own default
     config.setdefault("steps_per_print", 10**9)
     if bf16:
         _reduce_in_float32(config)
     return config
+
+
+def automatic_sizes(hidden_size: int) -> dict[str, int]:
+    """What "auto" means for DeepSpeed's buckets, in elements: what transformers' Trainer takes."""
+    return {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
 
 
 def _reduce_in_float32(config: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.config.base import StageRecipe
+from align.engine.cpu import return_freed_memory
 from align.engine.deepspeed_config import FLOAT32_SUMS, deepspeed_config, deepspeed_file, zero_stage
 from align.engine.distributed import World
 from align.engine.mixed_precision import accumulate_in_float32, use_float32_attention
@@ -76,6 +77,7 @@ class DeepSpeedEngine:
         )
         self.module = self.engine.module
         self.engine.train(learning_rate is not None and recipe.gradient_checkpointing)
+        return_freed_memory()
 
     def __call__(self, **inputs: Any) -> Any:
         return self.engine(**inputs)

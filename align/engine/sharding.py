@@ -8,18 +8,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from align.compat.deepspeed import is_sharded
+from align.compat.transformers import loads_sharded
 from align.config.base import StageRecipe
 from align.engine.deepspeed_config import deepspeed_config, deepspeed_file, zero_stage
 from align.engine.distributed import World
 from align.models.save import save_weights
 
 
+def load_device(world: World) -> torch.device | None:
+    """Where loaded weights go, straight from the mapped file, so that no process holds a copy on the host.
+
+    None leaves them there: on a CPU, and under ZeRO-3, which shards them instead.
+    """
+    return None if world.device.type == "cpu" or loads_sharded() else world.device
+
+
 @contextlib.contextmanager
 def sharded_load(recipe: StageRecipe, role: str = "policy") -> Iterator[None]:
-    """Under ZeRO-3, `from_pretrained` in this block shards each weight as it is read: no rank holds all of a model."""
+    """Under ZeRO-3, `from_pretrained` in this block shards each weight as it is read: no rank holds all of a model.
+
+    Rank 0 maps the file, and hands out the parts.
+    """
     if zero_stage(recipe, role) < 3:
         yield
         return

@@ -27,6 +27,7 @@ from align.data.rows import as_response
 from align.data.templates import RENDERINGS
 from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during, removed
+from align.engine.sharding import load_device
 from align.engine.user_functions import user_function
 from align.errors import BadFile, UserError
 from align.evaluate.bootstrap import Floats, Measure
@@ -128,6 +129,7 @@ def _run_models(
                 dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
                 attn_implementation=recipe.attn_implementation,
                 trust_remote_code=recipe.trust_remote_code,
+                device=load_device(world),
             )
             model = model.to(world.device).eval()
             for number in numbers:

@@ -20,7 +20,7 @@ from align.data.reasoning import set_scores_reasoning
 from align.data.rows import Tools, Turns, as_response
 from align.engine.build import frozen_engine
 from align.engine.distributed import World
-from align.engine.sharding import sharded_load
+from align.engine.sharding import load_device, sharded_load
 from align.errors import UserError
 from align.models.check_files import check_files
 from align.models.check_weights import check_finite
@@ -156,7 +156,7 @@ def load_reward(
     """
     if model is None:
         with sharded_load(recipe, "reward"):
-            model = _load(given, recipe)
+            model = _load(given, recipe, world)
     return _source(name, given, frozen_engine(model, recipe, world, "reward").module, recipe)
 
 
@@ -166,7 +166,7 @@ def load_whole_reward(name: str, given: RewardModel, recipe: Recipe, world: Worl
     Raises:
         UserError: the weights cannot be used.
     """
-    return _source(name, given, _load(given, recipe).to(world.device).eval(), recipe)
+    return _source(name, given, _load(given, recipe, world).to(world.device).eval(), recipe)
 
 
 def model_sources(
@@ -187,13 +187,14 @@ def model_sources(
     return [RewardEnsemble(name, members, method, coef)]
 
 
-def _load(given: RewardModel, recipe: Recipe) -> Any:
+def _load(given: RewardModel, recipe: Recipe, world: World) -> Any:
     try:
         model = load_reward_model(
             given.path,
             dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
+            device=load_device(world),
         )
     except ValueError as error:
         raise UserError(f"{given.key}: {error}") from error

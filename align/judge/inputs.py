@@ -16,6 +16,7 @@ from align.data.reasoning import scored_turns, set_scores_reasoning
 from align.data.rows import BadRows, Demonstration, Preference, render_text, tools_of
 from align.data.sources import read_source
 from align.engine.distributed import World
+from align.engine.sharding import load_device
 from align.engine.user_functions import user_function
 from align.errors import UserError
 from align.evaluate.bootstrap import Floats
@@ -181,6 +182,7 @@ def load_scorer(
             dtype=torch.bfloat16 if recipe.bf16 else torch.float32,
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
+            device=load_device(world),
         )
     except ValueError as error:
         raise UserError(f"{reward.key}: {error}") from error

@@ -110,6 +110,7 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
     **kwargs: Any,
 ) -> Any:
     """`auto.from_pretrained`, dropout off, an adapter in `path` merged into its base model, or inserted if it is a bottleneck.
@@ -117,13 +118,15 @@ def load_pretrained(
     Args:
         auto: a class such as `AutoModelForCausalLM`.
         dtype: of the weights. What trains is loaded in float32; the engine converts it.
+        device: where weights go, each straight from the file; None: the CPU, or under ZeRO-3 the shards.
 
     Raises:
         UserError: the model cannot be loaded, or an adapter cannot be merged.
     """
     settings = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    placed = {} if device is None else {"device": device}
     if (bottleneck := bottleneck_settings(path)) is not None:
-        return _load_with_bottlenecks(auto, path, bottleneck, **settings, **kwargs)
+        return _load_with_bottlenecks(auto, path, bottleneck, **settings, **placed, **kwargs)
     if (base := adapter_base(path)) is not None:
         if loads_sharded():
             raise UserError(
@@ -133,7 +136,7 @@ def load_pretrained(
             raise UserError(
                 f"{path}: an adapter cannot be merged into the 4-bit weights of method: qlora; run `align merge` first."
             )
-        loaded = load_pretrained(auto, base, **settings, **kwargs)  # type: ignore[arg-type]
+        loaded = load_pretrained(auto, base, **settings, **placed, **kwargs)  # type: ignore[arg-type]
         model, *report = loaded if isinstance(loaded, tuple) else (loaded,)
         with _loading(path, "adapter"):
             config = PeftConfig.from_pretrained(path)
@@ -151,6 +154,7 @@ def load_pretrained(
             path,
             use_safetensors=True,
             output_loading_info=True,
+            device_map={"": device} if device is not None else None,
             **settings,
             **kwargs,  # never a pickle
         )
@@ -215,7 +219,11 @@ def load_policy(
 
 
 def new_reward_model(
-    path: str, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """A sequence classifier with one label on the backbone in `path`; the caller has to initialize its head if it is new."""
     model: PreTrainedModel = load_pretrained(
@@ -223,6 +231,7 @@ def new_reward_model(
         path,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        device=device,
         num_labels=1,
     )
     return model

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from align.compat.deepspeed import is_sharded
 from align.compat.others import keep_differentiable_kernel
 from align.errors import UserError
 
@@ -47,7 +48,10 @@ def disable_inference_kernels(model: PreTrainedModel) -> None:
 
 
 def cast_trained_to_float32(model: nn.Module) -> None:
-    """Convert trained parameters to float32: TRL casts a 4-bit model's adapter to bfloat16, which loses small steps."""
+    """Convert trained parameters to float32: TRL casts a 4-bit model's adapter to bfloat16, which loses small steps.
+
+    Not those that ZeRO-3 has sharded in bfloat16, which has float32 masters.
+    """
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.dtype.itemsize < 4:
+        if parameter.requires_grad and parameter.dtype.itemsize < 4 and not is_sharded(parameter):
             parameter.data = parameter.data.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -67,6 +68,7 @@ def load_value_model(
     *,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
     """A model with one value per token, from the weights of a reward model, a value model or a language model.
 
@@ -82,6 +84,7 @@ def load_value_model(
         path,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        device=device,
         num_labels=1,
         output_loading_info=True,
     )

@@ -95,6 +95,7 @@ def load_language_model(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    device: torch.device | None = None,
 ) -> nn.Module:
     """`load_policy`, or for a folder of virtual tokens, their base model with them before each row."""
     found = prompt_tuning_base(path)
@@ -105,6 +106,7 @@ def load_language_model(
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        device=device,
     )
     if found is None:
         return model

@@ -19,7 +19,7 @@ from align.engine.ema import EMA
 from align.engine.engine import AdapterOff, Engine
 from align.engine.optimizer import learning_rates
 from align.engine.sequence_parallel import SequenceGroup
-from align.engine.sharding import gathered_parameters, sharded_load
+from align.engine.sharding import gathered_parameters, load_device, sharded_load
 from align.engine.user_functions import user_function
 from align.evaluate.reward_model import RewardModel, load_reward, model_sources
 from align.generation.batch_size import decoding_rows, gpu_bytes, row_bytes
@@ -112,6 +112,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
             base_of(recipe.sft_model_path),
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
+            device=load_device(world),
         )
     keep_ends(loaded, inputs.tokenizer)
     on_policy = value_model_on(loaded, recipe.trust_remote_code) if recipe.value_method == "shared" else None
@@ -131,6 +132,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
                 dtype=dtype,
                 attn_implementation=recipe.attn_implementation,
                 trust_remote_code=recipe.trust_remote_code,
+                device=load_device(world),
             )
         reference = frozen_engine(frozen, recipe, world, "reference")
     value = None
@@ -142,6 +144,7 @@ def load_models(recipe: PPORecipe, inputs: PPOInputs, plan: BatchPlan, world: Wo
                     inputs.value_head,
                     attn_implementation=recipe.attn_implementation,
                     trust_remote_code=recipe.trust_remote_code,
+                    device=load_device(world),
                 )
         else:
             model, missing = on_policy

@@ -20,7 +20,7 @@ from align.data.templates import TASK
 from align.engine.build import frozen_engine
 from align.engine.distributed import World
 from align.engine.engine import Engine
-from align.engine.sharding import sharded_load
+from align.engine.sharding import load_device, sharded_load
 from align.errors import UserError
 from align.evaluate.bootstrap import mean_interval
 from align.evaluate.statistics import preference_accuracy
@@ -48,6 +48,7 @@ def load_trained_reward(recipe: RewardRecipe, world: World) -> ModelReward:
             dtype=_frozen_dtype(recipe.bf16),
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
+            device=load_device(world),
         )
     engine = frozen_engine(model, recipe, world)
     return ModelReward(
@@ -66,6 +67,7 @@ def load_sft_model(path: str, recipe: RewardRecipe, world: World) -> Engine:
             dtype=_frozen_dtype(recipe.bf16),
             attn_implementation=recipe.attn_implementation,
             trust_remote_code=recipe.trust_remote_code,
+            device=load_device(world),
         )
     return frozen_engine(model, recipe, world)
 

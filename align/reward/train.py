@@ -29,6 +29,7 @@ from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.engine.faults import during
 from align.engine.sequence_parallel import SequenceGroup
+from align.engine.sharding import load_device
 from align.judge.card import manifest_entry, write_card
 from align.models.bottleneck import add_entries, continue_adapter
 from align.models.load import new_reward_model
@@ -249,7 +250,10 @@ def fit(
         center_rewards_coefficient=recipe.center_rewards_coefficient,
     )
     model = new_reward_model(
-        start, attn_implementation=recipe.attn_implementation, trust_remote_code=recipe.trust_remote_code
+        start,
+        attn_implementation=recipe.attn_implementation,
+        trust_remote_code=recipe.trust_remote_code,
+        device=load_device(world),
     )
     keep_head_float32(model)
     check_target_modules(model, recipe.lora_target_modules)

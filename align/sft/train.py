@@ -12,6 +12,7 @@ tokenizer on its rows and starts from a random model.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
@@ -27,9 +28,10 @@ from align.engine.batch_plan import batch_plan
 from align.engine.deepspeed_config import uses_deepspeed
 from align.engine.distributed import World, connect, disconnect
 from align.engine.sequence_parallel import SequenceGroup
+from align.engine.sharding import load_device, sharded_load
 from align.models.bottleneck import continue_adapter
 from align.models.from_scratch import scratch_config, write_scratch_model
-from align.models.load import language_model_class, load_policy
+from align.models.load import adapter_base, language_model_class, load_policy
 from align.models.model_types import is_encoder_decoder
 from align.models.quantization import cast_trained_to_float32, quantization_kwargs
 from align.models.tokenizer import keep_ends
@@ -104,13 +106,17 @@ def run(recipe: SFTRecipe) -> SFTResult:
             tracker.say(line)
         for line in retention_lines(rows.report, data.num_train, data.num_replayed):
             tracker.say(line)
-        model = load_policy(
-            start,
-            auto=language_model_class(config),
-            attn_implementation=recipe.attn_implementation,
-            trust_remote_code=recipe.trust_remote_code,
-            **quantization_kwargs(recipe.method, recipe.bf16),
-        )
+        # An adapter is merged, and weights are quantized, before ZeRO-3 shards them.
+        whole = adapter_base(start) is not None or recipe.method == "qlora"
+        with contextlib.nullcontext() if whole else sharded_load(recipe):
+            model = load_policy(
+                start,
+                auto=language_model_class(config),
+                attn_implementation=recipe.attn_implementation,
+                trust_remote_code=recipe.trust_remote_code,
+                device=None if whole else load_device(world),
+                **quantization_kwargs(recipe.method, recipe.bf16),
+            )
         keep_ends(model, tokenizer)
         check_target_modules(model, recipe.lora_target_modules)
         freeze(model, model.get_output_embeddings(), recipe.method, recipe.freeze_layers, recipe.trainable_pattern)

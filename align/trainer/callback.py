@@ -14,6 +14,7 @@ from align.config.base import TrainerRecipe
 from align.config.encoders import MLMRecipe
 from align.config.keys import check_best_metric
 from align.config.sft import SFTRecipe
+from align.engine.cpu import return_freed_memory
 from align.engine.distributed import World
 from align.engine.faults import during
 from align.engine.stopping import stop, stop_asked
@@ -56,6 +57,7 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         args.logging_nan_inf_filter = False  # it would replace NaN by the mean of earlier losses
+        return_freed_memory()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tracker.progress(state.global_step, **self.shown)

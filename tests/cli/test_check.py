@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,12 @@ from align.__main__ import main
 from align.cli.check import check
 from align.cli.check.engine_memory import Bytes, Layout, engine_bytes
 from align.cli.check.memory import (
+    Footprint,
     activation_bytes,
-    cache_line,
     count_parameters,
     count_trained,
+    decoding_line,
+    load_line,
     moment_bytes,
     skeleton,
 )
@@ -48,16 +51,16 @@ from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, unfinis
 @pytest.mark.parametrize(
     ("zero_stage", "float32", "bfloat16"),
     [  # weights, gradients, those in the step, the optimizer's, and what passes: two buckets (from ZeRO 3 one) and weights
-        (1, 4 + 4 + 1 + 3 + 8 / 8 + 4, 2 + 4 + 1 + 3 + 8 / 8 + 2),
-        (2, 4 + 1 + 1 + 3 + 8 / 8 + 4, 2 + 1 + 1 + 3 + 4 / 8 + 2),
-        (3, 1 + 1 + 1 + 2 + 4 / 8 + 4, 0.5 + 1 + 1 + 3 + 2 / 8 + 2),
+        (1, 4 + 4 + 1 + 3 + 8 / 8, 2 + 4 + 1 + 3 + 8 / 8),
+        (2, 4 + 3 + 8 / 8 + 4, 2 + 1 + 1 + 3 + 4 / 8),
+        (3, 1 + 1 + 3 + 4 / 8 + 4 + 4 / 8, 0.5 + 1 + 3 + 2 / 8 + 2 + 2 / 8),
     ],
 )
 def test_bytes_of_a_parameter_that_trains_on_four_gpus(zero_stage, float32, bfloat16):
-    """With buckets of an eighth of the weights."""
-    layout = Layout(zero_stage, 4, reduced=1024**2 / 8 * (1 if zero_stage == 3 else 2))
-    assert engine_bytes(1024**2, 1024**2, layout, bf16=False).gpu == 1024**2 * float32
-    assert engine_bytes(1024**2, 1024**2, layout, bf16=True).gpu == 1024**2 * bfloat16
+    """With buckets of an eighth of the weights. At ZeRO 3 gathered weights take more than the gradients in the step, and pass before."""
+    layout = Layout(zero_stage, 4, reduced=1024**2 / 8 * (1 if zero_stage == 3 else 2), prefetch=1024**2 / 8)
+    assert engine_bytes(1024**2, 1024**2, layout, bf16=False).gpu_peak == 1024**2 * float32
+    assert engine_bytes(1024**2, 1024**2, layout, bf16=True).gpu_peak == 1024**2 * bfloat16
 
 
 def test_bytes_without_zero():
@@ -65,33 +68,43 @@ def test_bytes_without_zero():
     assert engine_bytes(1000, 1000, Layout(), bf16=True) == Bytes(18000)
     assert engine_bytes(1000, 100, Layout(), bf16=True) == Bytes(2000 + 100 * 16)
     # DeepSpeed: gradients in a row; in bfloat16 (2 + 6 + 4 + 12 + 4)
-    assert engine_bytes(1000, 1000, Layout(0, 4), bf16=False) == Bytes(20000)
-    assert engine_bytes(1000, 1000, Layout(0, 4), bf16=True) == Bytes(28000)
+    assert engine_bytes(1000, 1000, Layout(0, 4), bf16=False) == Bytes(16000, passing=4000)
+    assert engine_bytes(1000, 1000, Layout(0, 4), bf16=True) == Bytes(20000, passing=8000)
 
 
 def test_bytes_of_frozen_models():
-    found = [engine_bytes(1000, 0, Layout(stage, 4), bf16=False).gpu for stage in range(4)]
-    assert found == [4000, 4000, 4000, 1000 + 4000], "a quarter of it, and all gathered for a pass"
-    assert engine_bytes(1000, 0, Layout(3, 4, live=100), bf16=True) == Bytes(500 + 200)
+    found = [engine_bytes(1000, 0, Layout(stage, 4, prefetch=10), bf16=False) for stage in range(4)]
+    whole, quarter = Bytes(4000), Bytes(1000, passing=4040)
+    assert found == [whole, whole, whole, quarter], "all gathered for a pass, by tens"
+    assert engine_bytes(1000, 0, Layout(3, 4, live=100, prefetch=10), bf16=True) == Bytes(500, passing=220)
+    assert engine_bytes(1000, 0, Layout(3, 1), bf16=True) == Bytes(2000), "one process gathers nothing"
 
 
 def test_bytes_of_what_is_offloaded(tmp_path):
-    """The files of recipes/deepspeed: weights, and all of the optimizer, are on the host; gradients and buckets are not."""
+    """The files of recipes/deepspeed: weights, gradients and all of the optimizer are on the host; what is gathered, and buckets, are not."""
     path = Path(__file__).parents[2] / "recipes" / "deepspeed" / "zero3_offload.json"
     layout = Layout.from_file(str(path), 4, hidden_size=16)
     found = engine_bytes(1024, 1024, layout, bf16=False)
-    assert found == Bytes(gpu=1024 + 256 * 4 + 4 * 1024, host=1024 * (1 + 3 + 1))
+    assert found == Bytes(host=1024 * (1 + 1 + 3 + 1), passing=256 * 4 + 4 * (1024 + 230))
+    assert engine_bytes(1024, 0, replace(layout, processes=1), bf16=False) == Bytes(host=4096, passing=4 * (1024 + 230))
     (tmp_path / "own.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": True}}))
     assert Layout.from_file(str(tmp_path / "own.json"), 4, 16).reduced == 1e9, "DeepSpeed's default, twice"
     assert Layout.from_file(None, 1, 16).stage is None
 
 
-def test_bytes_of_the_key_value_cache():
+def test_lines_on_decoding_and_loading():
     config = LlamaConfig(
-        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=8, vocab_size=11
+        hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=8, vocab_size=11, intermediate_size=128,
+        dtype="bfloat16",
+    )  # fmt: skip
+    # In float32: keys and values 2 x 8 layers x 2 heads x 16 of 64 tokens; 12 x 64 + 3 x 128 of 32 prompt tokens; 5 x 11.
+    row = 4 * (2 * 8 * 2 * 16 * 64 + 32 * (12 * 64 + 3 * 128) + 5 * 11)
+    assert f"{32 * row / 2**20:.1f} MiB for 32 rows at once" in decoding_line(config, 32, 32, 32, bf16=False)
+    assert f"1/8 of the GPU's memory, for as many rows of {row / 2**20:.1f} MiB" in decoding_line(
+        config, None, 32, 32, bf16=False
     )
-    # 2 x 8 layers x 2 heads x 16 x 4 bytes x 32 sequences x 64 tokens
-    assert "4.0 MiB of keys and values for 32 sequences of up to 64 tokens" in cache_line(config, 32, 64, bf16=False)
+    models = [Footprint("policy", 2**20, 2**20), Footprint("reward", 3 * 2**20, 0)]
+    assert "up to 6.0 MiB a machine" in load_line(models, config), "the largest, in the precision of its file"
 
 
 @pytest.mark.parametrize(
@@ -110,6 +123,12 @@ def test_bytes_of_the_key_value_cache():
 def test_bytes_of_other_optimizers(optim, arguments, moments):
     assert moment_bytes(optim, arguments) == moments
     assert engine_bytes(1000, 1000, Layout(), bf16=False, moments=moments).gpu == 8000 + 1000 * moments
+
+
+def test_what_passes_is_counted_once():
+    """Models take turns: a sum has what stays of all, and the most that passes of one."""
+    assert Bytes(5, 1, 3) + Bytes(7, 2, 4) == Bytes(12, 3, 4)
+    assert (Bytes(5, 1, 3) + Bytes(7, 2, 4)).gpu_peak == 16
 
 
 def test_bytes_of_activations():

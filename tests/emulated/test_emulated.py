@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from align.config.load import load_recipe
 from align.generation.generate import END_INTERVAL
@@ -61,7 +62,7 @@ def recipes(folder: Path, name: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
     path = folder / "found.json"
-    settings = {"log": folder / "rank", "env": {"PYTHONPATH": str(folder)}}
+    settings = {"log": folder / "rank", "env": {"PYTHONPATH": str(folder), "HF_DEACTIVATE_ASYNC_LOAD": "1"}}
     done = ranks.run(worker.measure, recipes(folder, "there"), str(path), ranks=1, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(path.read_text())
@@ -69,6 +70,12 @@ def found(folder: Path) -> dict[str, Any]:
 
 def test_tensors_of_two_devices_are_refused(found):
     assert found["mixed"].startswith("Expected all tensors to be on the same device, found emulated:0 and cpu")
+
+
+def test_weights_are_loaded_onto_the_device(found, folder):
+    """None stays on the host, where each process would hold a copy."""
+    weights = AutoModelForCausalLM.from_pretrained(folder / "policy").parameters()
+    assert found["loaded"] == {"emulated:0": sum(4 * weight.numel() for weight in weights)}
 
 
 def test_looking_for_ends_rarely_samples_the_same(found, folder):
@@ -126,9 +133,9 @@ def test_a_whole_stage_computes_what_a_cpu_computes(found, folder, stage):
                 assert there[name] == pytest.approx(here[name], rel=2e-3, abs=1e-4), name
 
 
-@pytest.mark.parametrize(("stage", "waits"), [("sft", 125), ("reward", 155)])
+@pytest.mark.parametrize(("stage", "waits"), [("sft", 167), ("reward", 261)])
 def test_a_stage_of_trl(found, stage, waits):
-    """Two steps of two microbatches and two evaluations. Most of the waits are TRL's, for metrics."""
+    """Two steps of two microbatches and two evaluations. Most of the waits are TRL's, for metrics; two are for each loaded weight."""
     assert found[stage]["all"]["synchronizations"] <= waits, found[stage]["places"]
 
 

@@ -18,12 +18,14 @@ from torch import Tensor
 from align.config.load import load_recipe
 from align.data.collate import pad_left
 from align.engine.distributed import World
+from align.engine.sharding import load_device
 from align.engine.timer import Clock
 from align.generation.captured import Captured, Step
 from align.generation.ending import Ending
 from align.generation.generate import generate
 from align.generation.sampling import uniforms
 from align.models.in_place_gradients import add_in_pieces
+from align.models.load import load_policy
 from tests.emulated.device import COUNTS, emulated_device
 from tests.emulated.graph import EmulatedGraph
 from tests.worlds import letter_tokenizer, tiny_llama
@@ -37,6 +39,7 @@ def measure(recipes: dict[str, str], found: str) -> None:
     samples: dict[str, Any] = {}
     with emulated_device() as device:
         results["mixed"] = refusal(device)
+        results["loaded"] = loaded(device, next(iter(recipes.values())))
         results["decoding"] = {str(layers): decoding(device, layers, samples) for layers in LAYERS}
         results["refilled"] = refilled(device, samples)
         results["captured"] = captured(device, samples)
@@ -52,6 +55,16 @@ def refusal(device: torch.device) -> str:
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def loaded(device: torch.device, recipe: str) -> dict[str, int]:
+    """Weights on each device of a policy that has just been loaded, in bytes."""
+    path = str(load_recipe("ppo", recipe).sft_model_path)
+    weights = [*load_policy(path, device=load_device(World(0, 1, device))).parameters()]
+    found = {str(each.device): 0 for each in weights}
+    for each in weights:
+        found[str(each.device)] += each.numel() * each.element_size()
+    return found
 
 
 def rollout(

@@ -217,3 +217,5 @@ def test_buckets_are_of_the_models_size():
     sizes = {"processes": 2, "accumulation": 1, "max_grad_norm": 1.0, "bf16": False}
     assert deepspeed_config(path, **sizes, hidden_size=16)["zero_optimization"]["reduce_bucket_size"] == 256
     assert "reduce_bucket_size" not in deepspeed_config(path, **sizes)["zero_optimization"]
+    zero = deepspeed_config(path.replace("zero2", "zero3"), **sizes, hidden_size=16)["zero_optimization"]
+    assert (zero["stage3_prefetch_bucket_size"], zero["stage3_param_persistence_threshold"]) == (230, 160)

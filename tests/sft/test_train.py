@@ -19,8 +19,10 @@ from align.runs.manifest import read_manifest
 from align.runs.own_files import MANIFEST
 from align.runs.results import SFTResult
 from align.sft.train import run
+from tests import ranks
 from tests.ranks import run_stage, stop_after_checkpoint
 from tests.sft.letter_rows import ROWS, SCRATCH, nll, recipe
+from tests.sft.shards_worker import train_and_count
 from tests.worlds import (
     deepspeed_file,
     letter_ids,
@@ -293,8 +295,11 @@ def test_two_processes_with_zero3_train_the_same_model(tmp_path):
     shared = dataclasses.replace(
         settings, output_dir=str(tmp_path / "shared"), deepspeed=deepspeed_file(tmp_path / "zero3.json", 3)
     )
-    done = run_stage("sft", save_recipe(shared, tmp_path / "recipe.yaml"))
+    path = save_recipe(shared, tmp_path / "recipe.yaml")
+    done = ranks.run(train_and_count, str(path), tmp_path / "held", log=tmp_path / "rank")
     assert done.returncode == 0, done.stderr[-3000:]
+    held = [(tmp_path / f"held{rank}").read_text() for rank in range(2)]
+    assert held == ["0", "0"], "sharded as it is loaded: no rank has the whole model"
     for name, weight in trained(settings).items():
         torch.testing.assert_close(trained(shared)[name], weight, atol=2e-5, rtol=0)
     for (_, before, after), (_, before_shared, after_shared) in zip(

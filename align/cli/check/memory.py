@@ -25,7 +25,7 @@ from align.config.optimizer import EIGHT_BIT
 from align.engine.batch_plan import BatchPlan
 from align.engine.deepspeed_config import deepspeed_file, uses_deepspeed
 from align.errors import UserError, reason
-from align.generation.batch_size import cache_bytes
+from align.generation.batch_size import SHARE, row_bytes
 from align.models.trainable import check_target_modules, freeze, peft_config
 from align.runs.tables import make_table
 
@@ -131,28 +131,30 @@ def count_trained(
 def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPlan, hidden_size: int) -> Table:
     """Memory per GPU by model and ZeRO stage, and by the recipe's DeepSpeed files, with what these offload to the host.
 
+    What passes, such as gathered weights, is in the sum once, that of the model with the most.
+
     Args:
         hidden_size: of the models, of which the size of DeepSpeed's buckets is made.
     """
-    rows, own, columns = [], Bytes(), [0.0] * 4
+    rows, own, columns = [], Bytes(), [Bytes()] * 4
     for model in models:
         ready = [ready_layout(stage, plan.processes, hidden_size) for stage in range(4)]
-        by_stage = [needs(recipe, model, layout).gpu for layout in ready]
+        by_stage = [needs(recipe, model, layout) for layout in ready]
         layout = recipe_layout(recipe, model.name, plan.processes, hidden_size)
         mine = needs(recipe, model, layout)
         where = "plain torch" if layout.stage is None else f"ZeRO {layout.stage}"
-        shown = f"{_shown(mine.gpu)} ({where})" if mine.gpu else ""
-        rows.append(
-            [model.name, f"{model.parameters:,}{_share(model)}", *map(_shown, by_stage), shown, _shown(mine.host)]
-        )
-        own, columns = own + mine, [sum(pair) for pair in zip(columns, by_stage, strict=True)]
+        shown = f"{_shown(mine.gpu_peak)} ({where})" if mine.gpu_peak else ""
+        sizes = [_shown(each.gpu_peak) for each in by_stage]
+        rows.append([model.name, f"{model.parameters:,}{_share(model)}", *sizes, shown, _shown(mine.host)])
+        own, columns = own + mine, [each + more for each, more in zip(columns, by_stage, strict=True)]
     dtype = "bfloat16" if recipe.bf16 else "float32"
     table = make_table(
         f"Memory per GPU, {plan.processes} process{'es' * (plan.processes > 1)}, {dtype}, {recipe.optim}, without activations",
         *("model", "parameters", *(f"ZeRO {stage}" for stage in range(4)), "this recipe"),
         *["host"] * bool(own.host),
     )
-    for row in [*rows, ["all", "", *map(_shown, columns), _shown(own.gpu), _shown(own.host)]]:
+    together = [_shown(each.gpu_peak) for each in (*columns, own)]
+    for row in [*rows, ["all, at their peak", "", *together, _shown(own.host)]]:
         table.add_row(*row[: len(table.columns)])
     return table
 
@@ -160,7 +162,7 @@ def memory_table(recipe: StageRecipe, models: Sequence[Footprint], plan: BatchPl
 def needs(recipe: StageRecipe, model: Footprint, layout: Layout) -> Bytes:
     """Memory per process for a model of the recipe in this layout."""
     if model.gathered:  # a plain copy, at ZeRO 3 alone
-        return Bytes(model.parameters * (2 if recipe.bf16 else 4) * (layout.stage == 3))
+        return Bytes(passing=model.parameters * (2 if recipe.bf16 else 4) * (layout.stage == 3))
     moments = moment_bytes(recipe.optim, recipe.optim_args)
     return engine_bytes(model.parameters, model.trained, layout, recipe.bf16, moments)
 
@@ -200,12 +202,26 @@ def activations_line(
     return f"  activations: roughly {_shown(size / processes)} more for {sequences} sequences of up to {tokens} tokens{split}"
 
 
-def cache_line(config: PretrainedConfig, sequences: int, tokens: int, bf16: bool) -> str:
-    """The line on the key-value cache of `sequences` responses that are sampled at once, of up to `tokens` with their prompts."""
-    size = sequences * cache_bytes(config, tokens, 2 if bf16 else 4)
-    if not size:
-        return "  sampling: no keys and values, without attention"
-    return f"  sampling: {_shown(size)} of keys and values for {sequences} sequences of up to {tokens} tokens, before activations"
+def decoding_line(config: PretrainedConfig, rows: int | None, prompt: int, response: int, bf16: bool) -> str:
+    """The line on what decoding takes on a GPU: `rows` rows at once, or by default as many as its share of the memory holds.
+
+    Args:
+        prompt, response: most tokens of each.
+    """
+    key, size = "per_device_generation_batch_size", row_bytes(config, prompt, response, 2 if bf16 else 4)
+    if rows is None:
+        return f"  decoding: 1/{SHARE} of the GPU's memory, for as many rows of {_shown(size)} as it holds; lower it by {key}"
+    return f"  decoding: {_shown(rows * size)} for {rows} rows at once ({key})"
+
+
+def load_line(models: Sequence[Footprint], config: PretrainedConfig) -> str:
+    """The line on the host's memory while models load: the pages of a file in the precision of `config`.
+
+    Processes share them, and copy from them to their GPUs; under ZeRO-3 the first one reads, and hands out parts.
+    """
+    width = getattr(config.dtype, "itemsize", 4)
+    largest = max(model.parameters for model in models) * width
+    return f"  host: up to {_shown(largest)} a machine while a model loads: its file's pages, which all processes share"
 
 
 def head_line(config: PretrainedConfig) -> str:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from align.cli.check.memory import Footprint, cache_line, count_parameters, count_trained, head_line, skeleton
+from align.cli.check.memory import Footprint, count_parameters, count_trained, decoding_line, head_line, skeleton
 from align.cli.check.sample_rows import Sample, Start
 from align.cli.check.training import TrainingCheck
 from align.config.ppo import PPORecipe
@@ -58,8 +58,9 @@ class PPOCheck(TrainingCheck[PPORecipe]):
     def more_memory(self, recipe: PPORecipe, start: Start) -> list[str]:
         lines = [head_line(start.config)] if recipe.method == "full" else []
         if recipe.rollout_engine == "transformers":
-            sequences = min(recipe.per_device_eval_batch_size, recipe.rollout_batch_size)
-            lines.append(cache_line(start.config, sequences, self.max_tokens(recipe), recipe.bf16))
+            rows = recipe.per_device_generation_batch_size
+            sizes = (recipe.max_prompt_length, recipe.response_length)
+            lines.append(decoding_line(start.config, rows, *sizes, recipe.bf16))
         elif recipe.vllm_python is not None:
             share = f"{recipe.vllm_gpu_memory_utilization:.0%}"
             lines.append(f"  vLLM: {share} of its GPU's memory beside all this (vllm_gpu_memory_utilization)")

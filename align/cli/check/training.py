@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, PretrainedConfig
 
 from align.cli.check.findings import Context, describe, with_stand_ins, writable
-from align.cli.check.memory import Footprint, activations_line, count_parameters, memory_table, skeleton
+from align.cli.check.memory import Footprint, activations_line, count_parameters, load_line, memory_table, skeleton
 from align.cli.check.sample_rows import Sample, Start, evaluation_line, sample_lines
 from align.cli.steps import processes
 from align.config.base import FUNCTION_KEYS, StageRecipe, TrainerRecipe
@@ -142,11 +142,12 @@ class TrainingCheck(Generic[R]):
                     report.say(self._steps(recipe, rows, plan, sampled, sizes))
         if plan is not None:
             hidden_size = start.config.get_text_config().hidden_size
-            report.console.print(memory_table(recipe, self.footprints(recipe, start), plan, hidden_size))
+            models = self.footprints(recipe, start)
+            report.console.print(memory_table(recipe, models, plan, hidden_size))
             sequences = plan.micro_batch_size * self.sequences_per_row
             tokens = self.max_tokens(recipe)
             activations = activations_line(start.config, sequences, tokens, recipe, self.has_logits, plan.max_tokens)
-            for line in (activations, *self.more_memory(recipe, start)):
+            for line in (activations, *self.more_memory(recipe, start), load_line(models, start.config)):
                 report.console.print(Text(line), soft_wrap=True)
         if not (Path(recipe.output_dir) / MANIFEST).is_file():
             self._write_stand_in(recipe, start, context)
