@@ -122,6 +122,31 @@ def test_the_command_reports_every_phase(tmp_path, size):
     assert all(0 < share < 1.5 for share in mine["share_of_limit"].values())
 
 
+@pytest.mark.slow
+def test_sequence_parallelism_halves_what_is_kept(tmp_path):
+    words = [
+        "benchmarks/sequence_parallel.py",
+        "--lengths",
+        "64",
+        "256",
+        "--rounds",
+        "1",
+        "--width",
+        "128",
+        "--layers",
+        "2",
+    ]
+    done = ranks.run(
+        ranks.python, *words, "--json", str(tmp_path / "found.json"), ranks=1, cwd=ROOT, log=tmp_path / "log"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["rows"]
+    kept = {(row["mode"], row["length"]): row["kept_mib"] for row in rows}
+    assert kept["sequence", 256] / kept["data", 256] == pytest.approx(0.5, abs=0.06)
+    assert kept["data", 256] / kept["data", 64] == pytest.approx(4, rel=0.1)
+    assert all(row["seconds_per_row"] > 0 and row["peak_mib"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize(("stage", "answers"), [("sft", ["completion"]), ("reward", ["chosen", "rejected"])])
 def test_rows_to_train_on_have_the_tokens_that_are_counted(tmp_path, stage, answers):
     make_untrained(tmp_path, "1M")
