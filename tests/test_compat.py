@@ -473,6 +473,11 @@ def test_is_linear_attention_and_keeps_exact_cache():
     assert [of_transformers.keeps_state(config) for config in (tiny_llama().config, lfm2)] == [False, True]
 
 
+def test_has_fixed_step():
+    classes = (transformers.LlamaForCausalLM, transformers.RwkvForCausalLM)
+    assert [of_transformers.has_fixed_step(each) for each in classes] == [True, False]
+
+
 def test_router_settings():
     """Granite's configurations name the number of experts otherwise than TRL; its dense hybrids have a router's settings."""
     config = transformers.GraniteMoeHybridConfig(num_local_experts=8)

@@ -127,7 +127,7 @@ class Captured(Cached):
 
     def _step(self) -> Tensor:
         self.written.index_fill_(1, self.place, 1)
-        return self._run(self.cache, self.ids, self.written, self.positions, padded=True)
+        return self.run_model(self.cache, self.ids, self.written, self.positions, padded=True)
 
     def _give_up(self, why: str) -> Tensor:
         """The same step by a growing cache."""

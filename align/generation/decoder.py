@@ -81,7 +81,7 @@ class Cached:
     def admit(self, prompt_ids: Tensor, prompt_mask: Tensor, sizes: Sequence[int]) -> Tensor:
         cache, width = preallocated_cache(self.config, self.length), prompt_ids.shape[1]
         positions = position_ids(prompt_mask)
-        logits = self._run(cache, prompt_ids, prompt_mask.long(), positions, min(sizes) < width)
+        logits = self.run_model(cache, prompt_ids, prompt_mask.long(), positions, min(sizes) < width)
         if not self.sizes:
             self.cache, self.width, self.sizes = cache, width, list(sizes)
             self.positions = positions[:, -1:]
@@ -104,9 +104,9 @@ class Cached:
         self.positions = self.positions + 1
         # A model of recurrent layers alone applies its mask to the tokens that it is given.
         mask = None if self.recurrent else self.mask[:, : self.width]
-        return self._run(self.cache, self.ids, mask, self.positions, min(self.sizes) < self.width)
+        return self.run_model(self.cache, self.ids, mask, self.positions, min(self.sizes) < self.width)
 
-    def _run(self, cache: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, padded: bool) -> Tensor:
+    def run_model(self, cache: Any, ids: Tensor, mask: Tensor | None, positions: Tensor, padded: bool) -> Tensor:
         with known_rows(padded=padded):
             output = self.model(
                 input_ids=ids,
