@@ -564,8 +564,12 @@ class TestLayout:
         for model in ("model.safetensors", "ema/model.safetensors", "best/model.safetensors"):
             a, b = load_file(out / model), load_file(theirs / model)
             assert max(float((a[name] - b[name]).abs().max()) for name in b) < 2e-5, model
+        of_layout = "policy/padding"  # a process has other passes than two have
         ours, expected = (  # a correlation of equal scores is None
-            [{name: value for name, value in line.items() if value is not None} for line in metrics(each)]
+            [
+                {name: value for name, value in line.items() if value is not None and name != of_layout}
+                for line in metrics(each)
+            ]
             for each in (out, theirs)
         )
         assert [line.keys() for line in ours] == [line.keys() for line in expected]
