@@ -7,8 +7,8 @@ Each run takes two optimizer steps on a random model of some 25 million weights,
 would be on the GPU and what is offloaded share one memory. Measured is the most that is allocated at once in a process (by
 glibc's `mallinfo2`, read every two milliseconds) before the model is saved, and its largest resident memory (`VmHWM`), which has also what
 has been freed and is kept. Of both, that of the same run with a model of a few thousand weights is taken off: libraries,
-buffers of gloo. The models' files have the other precision than the run, so that weights are allocated as they are loaded; in the
-same one they are pages of the file, which processes share.
+buffers of gloo. The models' files have another precision than the weights that stay, which are then allocated; in the same one
+they are pages of the file, which processes share.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_inputs(folder, torch.float32 if arguments.bf16 else torch.bfloat16)
         for stage in arguments.stages:
+            write_inputs(folder, torch.float32 if arguments.bf16 and stage == "ppo" else torch.bfloat16)
             for ranks in arguments.ranks:
                 base = None
                 for zero in arguments.zero:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
+from collections.abc import Iterator
 
 import torch
 
@@ -34,6 +36,17 @@ def keep_freed_memory() -> None:
     malloc.mallopt(M_MMAP_THRESHOLD, 2**30)
     malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     malloc.mallopt(M_TOP_PAD, 2**26)
+
+
+@contextlib.contextmanager
+def without_keeping() -> Iterator[None]:
+    """Inside, what is freed of a tensor goes back to the system at once: for set-up, whose tensors are not those of steps."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def return_freed_memory() -> None:

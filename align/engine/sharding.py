@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from align.compat.deepspeed import is_sharded
 from align.compat.transformers import loads_sharded
 from align.config.base import StageRecipe
+from align.engine.cpu import without_keeping
 from align.engine.deepspeed_config import deepspeed_config, deepspeed_file, zero_stage
 from align.engine.distributed import World
 from align.models.save import save_weights
@@ -48,7 +49,8 @@ def sharded_load(recipe: StageRecipe, role: str = "policy") -> Iterator[None]:
         )
     )
     try:
-        yield
+        with without_keeping():
+            yield
     finally:
         del alive  # transformers shards whatever is loaded for as long as this object lives
 
