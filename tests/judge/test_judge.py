@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -193,22 +194,41 @@ def test_pairs_that_the_model_was_trained_on_are_counted(tmp_path, monkeypatch):
         "train_batch_size": 4,
         "normalize_prompts": 4,
     }
-    train_reward(as_recipe(RewardRecipe, {**keys, **split, "output_dir": "model", "train_judge": True}))
+    made = {**keys, **split, "output_dir": "model", "train_judge": True, "ensemble_size": 2}
+    train_reward(as_recipe(RewardRecipe, made))
     of_model = {"reward_funcs": [], "eval_dataset": "copy.jsonl"}
 
     def counted(path, **changes) -> int:
         return prepare_inputs(recipe(**{**of_model, **changes}, reward_model_path=path)).trained_on
 
     held_out = prepare_inputs(recipe(reward_funcs=["builtins:len"], eval_dataset=[], **split)).pairs
-    halves = counted("model"), counted("model/judge")
+    halves = counted("model/member_1"), counted("model/judge")
     assert sum(halves) == 60 - len(held_out)
     assert min(halves) > 10
-    assert counted("model", **split, eval_dataset=[]) == 0
-    assert counted("model", max_eval_rows=10) < 10
+    for each in ("model/member_1", "model/member_2", "model/judge"):
+        assert counted(each, **split, eval_dataset=[]) == 0
+    assert counted("model/member_1", max_eval_rows=10) < 10
+    assert counted("model/member_1", eval_dataset="cop[y].jsonl") == halves[0]
+    write_jsonl(tmp_path / "copy.jsonl.jsonl", rows(50))  # whose name begins with that of the other
+    assert counted("model/member_1", eval_dataset=["copy.jsonl", "copy.jsonl.jsonl"]) == halves[0]
+    for name in ("member_2", "judge"):
+        shutil.copytree(tmp_path / "model" / name, tmp_path / "moved" / name)
+    assert counted("moved/member_2") == halves[0]
+    assert halves[1] < counted("moved/judge") < 60, "its half, of which it is not known what was held out"
+    record = json.loads((tmp_path / "moved/judge/stage.json").read_text())
+    del record["fingerprint"]
+    for key, value, said in (
+        ("recipe", {**record["recipe"], "eval_fraction": "x"}, "recipe: eval_fraction: expected a number"),
+        ("recipe", {}, "recipe: `output_dir` is missing"),
+        ("data", {"sources": [{"used_for": "training"}]}, "data: sources: expected a list of mappings"),
+    ):
+        (tmp_path / "moved/judge/stage.json").write_text(json.dumps({**record, key: value}))
+        with pytest.raises(UserError, match=f"stage.json: {said}"):
+            counted("moved/judge")
     write_jsonl(tmp_path / "copy.jsonl", rows()[1:])
-    assert counted("model") == 0, "other rows"
+    assert counted("model/member_1") == 0, "other rows"
     write_jsonl(tmp_path / "copy.jsonl", rows())
-    result = judge.run(recipe(**of_model, reward_model_path="model"))
+    result = judge.run(recipe(**of_model, reward_model_path="model/member_1"))
     seen = next(each for each in result.card["verdicts"] if each["line"] == "held out")
     assert (seen["verdict"], seen["measured"]) == ("bad", f"{halves[0]} of 60 pairs")
 
