@@ -58,6 +58,8 @@ def _difference(recipe: PPORecipe, policy: PretrainedConfig, model: RewardModel,
     skeleton = scalar_skeleton(model.path, model.config, SequenceClassifier, model.key, remedy, code)
     if getattr(policy, "quantization_config", None) is not None or not has_layers_of(skeleton, policy, code):
         return f"its layers are others than those of the policy ({model.config.model_type})"
+    if (name := _other_setting(model.config, policy)) is not None:
+        return f"its layers compute otherwise than those of the policy: {name} in config.json is another"
     if tensors is not None:  # otherwise it is yet to be trained
         inspect_adapter(adapter, model.key, tensors)
         try:
@@ -68,6 +70,14 @@ def _difference(recipe: PPORecipe, policy: PretrainedConfig, model: RewardModel,
                 "delete this folder: the model beside it is then loaded whole."
             ) from error
     return None
+
+
+def _other_setting(mine: PretrainedConfig, theirs: PretrainedConfig) -> str | None:
+    """A setting of two language models' layers that differs between their configurations, which may have been edited."""
+    own, other = mine.get_text_config().to_dict(), theirs.get_text_config().to_dict()
+    of_layers = own.keys() & other.keys() - PretrainedConfig().to_dict().keys() - {"use_cache"}
+    differ = (name for name in sorted(of_layers) if own[name] != other[name] and not name.endswith("token_id"))
+    return next(differ, None)
 
 
 def _starts_from(path: str, base: str) -> bool:

@@ -276,6 +276,17 @@ class TestApart:
         ):
             assert has_layers_of(SequenceClassifier.skeleton(config), config) == shares
 
+    @pytest.mark.parametrize("name", ["base", "lora"])
+    def test_a_configuration_that_was_edited(self, world, tmp_path, name):
+        """Of the model that both started from, or of the reward model: each computes by its own."""
+        for each in ("base", "lora"):
+            shutil.copytree(world / each, tmp_path / each)
+        file = tmp_path / name / "config.json"
+        file.write_text(file.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+        inputs = check_ppo_inputs(recipe(tmp_path, tmp_path, "lora"))
+        assert inputs.on_policy == {}
+        assert "rms_norm_eps in config.json is another" in inputs.describe_heads(True)[0]
+
     def test_rounded_weights_in_float32(self, world, tmp_path):
         """The scores of what was saved in bfloat16 are others than those of its adapter, beyond rounding in float32."""
         folder = shutil.copytree(world / "lora", tmp_path / "rounded")
