@@ -6,7 +6,6 @@ the rows, steps attend to all columns of the cache's buffers, of which a mask hi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -18,6 +17,7 @@ from align.compat.transformers import has_fixed_step
 from align.errors import reason
 from align.generation.decoder import Cached, Decoder
 from align.generation.kv_cache import PreallocatedLayer
+from align.terminal import say
 from reward_models.heads import hf_model
 
 Step: TypeAlias = Callable[[], Tensor]
@@ -132,7 +132,7 @@ class Captured(Cached):
     def _give_up(self, why: str) -> Tensor:
         """The same step by a growing cache."""
         Captured.works = False
-        print(f"note: decoding without CUDA graphs, since a step cannot be one: {why}", file=sys.stderr)
+        say(f"note: decoding without CUDA graphs, since a step cannot be one: {why}")
         self._retreat()
         self._release()
         return super().logits()

@@ -87,7 +87,9 @@ def run(recipe: SFTRecipe) -> SFTResult:
     start = base_of(start)  # a bottleneck adapter is put on it below
     pairs = is_encoder_decoder(config)  # trained by another Trainer
     # Tried on small models here: later, models are sharded as they are made.
-    fused_head = not pairs and fused_head_is_exact(config, recipe.trust_remote_code)
+    # A loss with label smoothing is of all logits: an evaluation by other modules would confuse what ZeRO-3 fetches ahead.
+    smoothed = recipe.label_smoothing_factor > 0
+    fused_head = not pairs and not smoothed and fused_head_is_exact(config, recipe.trust_remote_code)
     router = {} if pairs else router_settings(config, has_router_loss(config, recipe.trust_remote_code))
     data = tokenize_rows(recipe, rows, retention, tokenizer, config)
     responses = response_evaluation(recipe, rows.evaluation, tokenizer, config, world)

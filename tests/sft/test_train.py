@@ -287,9 +287,10 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_further_step(tmp_path):
 
 
 def test_two_processes_with_zero3_train_the_same_model(tmp_path):
+    """By a loss of all logits, and evaluations in between, which the modules of the loss compute too."""
     settings = recipe(
         tmp_path, [*ROWS, ("e", "f")], eval_rows=[("ee", "f"), ("e", "fghij"), ("f", "e")],
-        max_grad_norm=1.0, per_device_train_batch_size=1, save_steps=2,
+        max_grad_norm=1.0, per_device_train_batch_size=1, save_steps=2, eval_steps=1, label_smoothing_factor=0.1, optim="sgd",
     )  # fmt: skip
     results = run(settings)
     shared = dataclasses.replace(
