@@ -40,6 +40,7 @@ from align.cli.check.memory import activation_bytes, needs, recipe_layout
 from align.cli.check.ppo import PPOCheck
 from align.cli.check.sample_rows import Start
 from align.cli.check.sft import SFTCheck
+from align.config.base import StageRecipe
 from align.config.load import load_recipe
 
 VOCABULARY, POSITIONS = 512, 64
@@ -219,18 +220,22 @@ def plan(stage: str, path: Path, ranks: int) -> dict[str, float]:
     checked = SFTCheck() if stage == "sft" else PPOCheck()
     config = LlamaConfig.from_pretrained(path.parent / "whole" / "lm")
     others = {} if stage == "sft" else dict.fromkeys(["value", "reward"], config)
-    start = Start(config, make_tokenizer(VOCABULARY, POSITIONS), others=others)
-    sizes = [
-        needs(recipe, model, recipe_layout(recipe, model.name, ranks, config.hidden_size))
-        for model in checked.footprints(recipe, start)
-    ]
-    total = sum(sizes, Bytes())
+    total = planned(recipe, checked, Start(config, make_tokenizer(VOCABULARY, POSITIONS), others=others), ranks)
     activations = activation_bytes(config, 1, 16, recipe.bf16, False, True)
     return {
         "plan_mib": total.gpu_peak + total.host + activations,
         "gpu_mib": total.gpu_peak + activations,
         "host_mib": total.host,
     }
+
+
+def planned(recipe: StageRecipe, checked: SFTCheck | PPOCheck, start: Start, ranks: int) -> Bytes:
+    """What `align check` counts for the models of a recipe on a process."""
+    sizes = [
+        needs(recipe, model, recipe_layout(recipe, model.name, ranks, start.config.hidden_size))
+        for model in checked.footprints(recipe, start)
+    ]
+    return sum(sizes, Bytes())
 
 
 def show(rows: list[dict[str, Any]]) -> None:

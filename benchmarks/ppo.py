@@ -25,9 +25,18 @@ import torch
 import yaml
 from countdown import COUNTS, SIZES, make_models, write_prompts
 from machine import decode_bytes, describe, rates, step_flops
+from memory import planned
 from programs import ROOT, free_port, report, run, short
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer
+
+from align.cli.check.memory import activation_bytes
+from align.cli.check.ppo import PPOCheck
+from align.cli.check.sample_rows import Start
+from align.config.load import load_recipe
+from align.config.ppo import PPORecipe
+from align.generation.batch_size import row_bytes
 
 PHASES = ("generate", "score", "update", "communication", "other", "total")
 
@@ -95,6 +104,7 @@ def measure(arguments: argparse.Namespace, size: str, folder: Path, machine: dic
         for words in (json.loads(line)["prompt"].split() for line in prompts.read_text().splitlines())
     ]
     mine = found["align"]
+    mine["plan_gib"] = plan_gib(folder / "align-0.yaml", paths, arguments.ranks)
     if torch.cuda.is_available():
         mine["gpu_peak_gib"] = gpu_peaks(folder.glob("align-*/metrics.jsonl"))
     mine["padding"] = training_padding(folder.glob("align-*/metrics.jsonl"))
@@ -111,6 +121,29 @@ def training_padding(files: Iterable[Path]) -> float:
     """Share of padding in training passes, the median over updates."""
     lines = (json.loads(line) for file in files for line in file.read_text().splitlines())
     return statistics.median(line["policy/padding"] for line in lines if "policy/padding" in line)
+
+
+def plan_gib(file: Path, paths: dict[str, str], ranks: int) -> dict[str, float]:
+    """What `align check` plans of a process's memory: of the models, and what an update and decoding add to it, in GiB."""
+    recipe = load_recipe("ppo", str(file))
+    assert isinstance(recipe, PPORecipe)
+    policy, *others = (AutoConfig.from_pretrained(paths[name]) for name in ("policy", "value", "reward"))
+    start = Start(
+        policy,
+        AutoTokenizer.from_pretrained(paths["policy"]),
+        others=dict(zip(("value", "reward"), others, strict=True)),
+    )
+    lengths, width = (recipe.max_prompt_length, recipe.response_length), 2 if recipe.bf16 else 4
+    rows, tokens = recipe.per_device_train_batch_size, sum(lengths)
+    if recipe.max_tokens_per_device is not None:
+        rows, tokens = 1, recipe.max_tokens_per_device
+    decoded = min(recipe.rollout_batch_size // ranks, recipe.per_device_eval_batch_size)
+    parts = {
+        "models": planned(recipe, PPOCheck(), start, ranks).gpu_peak,
+        "update": activation_bytes(policy, rows, tokens, recipe.bf16, recipe.gradient_checkpointing, True),
+        "generate": decoded * row_bytes(policy, *lengths, width),
+    }
+    return {name: size / 2**30 for name, size in parts.items()}
 
 
 def gpu_peaks(files: Iterable[Path]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -120,6 +120,12 @@ def test_the_command_reports_every_phase(tmp_path, size):
     assert seconds["total"] == pytest.approx(sum(parts), rel=0.01)
     assert 0.05 < mine["peak_gib"] < 4
     assert all(0 < share < 1.5 for share in mine["share_of_limit"].values())
+    paths = make_models(tmp_path, size)
+    policy = AutoModelForCausalLM.from_pretrained(paths["policy"]).num_parameters()
+    scorer = AutoModelForSequenceClassification.from_pretrained(paths["value"]).num_parameters()
+    # float32 weights, gradients and two moments of policy and value model, and weights of reference and reward model
+    expected = (16 + 4) * (policy + scorer)
+    assert mine["plan_gib"]["models"] * 2**30 == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow
