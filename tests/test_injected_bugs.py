@@ -135,8 +135,8 @@ BUGS = {
     ),
     "the KL of a token where that of a response belongs": (
         "align/ppo/step.py",
-        "kl = float(response_kl(rollout).mean())",
-        "kl = float(response_kl(rollout).mean() / rollout.lengths.float().mean())",
+        "kl = float(response_kl(rollout, recipe.one_step_off_policy).mean())",
+        "kl = float(response_kl(rollout, recipe.one_step_off_policy).mean() / rollout.lengths.float().mean())",
         "tests/ppo/test_objectives.py::TestSchedule::test_the_coefficient_adapts_to_the_kl_of_each_update",
     ),
 }

@@ -32,7 +32,7 @@ class Recipe:
     bf16: bool = key(False, "Run the models in bfloat16.")
     tf32: bool = key(
         True,
-        "Float32 matrix products in TF32 on GPUs that have it (Ampere and later), which rounds their inputs to 10 bits.",
+        "Float32 matrix products in TF32 on GPUs that have it (Ampere and later), which rounds their inputs to 11 bits of precision (10 are stored).",
     )
     attn_implementation: str | None = key(
         None, "Attention kernel, as in `from_pretrained`: sdpa, flash_attention_2, eager."

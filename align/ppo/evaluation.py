@@ -21,7 +21,14 @@ from align.evaluate.statistics import win_rate
 from align.generation.responses import decode_responses
 from align.generation.sampler import PromptBatch
 from align.ppo.frontier import MIN_DRAWN, describe_fit, draw_frontier, fit
-from align.ppo.held_out import SAMPLE_COLUMNS, HeldOutResponses, measure_columns, member_columns, sample_rows
+from align.ppo.held_out import (
+    SAMPLE_COLUMNS,
+    HeldOutResponses,
+    measure_columns,
+    member_columns,
+    same_responses,
+    sample_rows,
+)
 from align.ppo.metrics import response_kl, response_metrics, score_length_correlation
 from align.ppo.outputs import check_best, save_best
 from align.ppo.ppo_run import PPORun, TokenizedPrompt, truncated
@@ -121,9 +128,11 @@ class Evaluation:
             "eval/score_length_correlation": score_length_correlation(rollout, before.rollout),
         }
         self.changes = {}
+        same = same_responses(before, model)
         for name, values in model.metric_values.items():
             metric = name.removeprefix("eval/")
-            both = [(a, b) for a, b in zip(values, before.metric_values[name], strict=True) if not math.isnan(a + b)]
+            scored = zip(values, before.metric_values[name], same, strict=True)
+            both = [(b if tie else a, b) for a, b, tie in scored if not math.isnan(a + b)]
             metrics.setdefault(name, mean(values))
             if not both:  # a function that applies to no row
                 continue

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.config.judge import SCORE
+from align.generation.responses import unpadded
 from align.ppo.metrics import member_scores, response_kl
 from align.ppo.rollout import Rollout
 from reward_models.combine import RewardSum
@@ -39,6 +40,12 @@ def sample_rows(prompts: Sequence[str], before: HeldOutResponses, after: HeldOut
     kl = response_kl(after.rollout).tolist()
     columns = (prompts, before.texts, after.texts, before.metric_values[SCORE], after.metric_values[SCORE], kl)
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def same_responses(before: HeldOutResponses, after: HeldOutResponses) -> list[bool]:
+    """For which prompts both models gave the same response, whose scores may differ by the rounding of other batches."""
+    pairs = zip(*(unpadded(model.rollout.response_ids, model.rollout.mask) for model in (before, after)), strict=True)
+    return [a == b for a, b in pairs]
 
 
 def measure_columns(before: HeldOutResponses, after: HeldOutResponses) -> Columns:

@@ -14,7 +14,7 @@ from reward_models.ensemble import disagreement
 
 def rollout_metrics(run: PPORun, rollout: Rollout, returns: Tensor | None = None) -> dict[str, float]:
     """Metrics of a rollout and its returns [B, T], if there is a value model, before the optimizer steps."""
-    kl = response_kl(rollout)
+    kl = response_kl(rollout, run.recipe.one_step_off_policy)
     metrics = {
         **response_metrics(rollout, run.models.rewards, ""),
         "objective/score_std": float(rollout.scores.std(correction=0)),
@@ -38,9 +38,17 @@ def value_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
     }
 
 
-def response_kl(rollout: Rollout) -> Tensor:
-    """Sum of log pi - log ref over the tokens of each response, [B] nats: an unbiased estimate of the KL."""
-    return (rollout.old_logprobs - rollout.ref_logprobs).masked_fill(~rollout.mask, 0.0).sum(dim=1)
+def response_kl(rollout: Rollout, off_policy: bool = False) -> Tensor:
+    """Sum of log pi - log ref over the tokens of each response, [B] nats: an unbiased estimate of the KL.
+
+    Args:
+        off_policy: an earlier policy q sampled. Each token then counts pi / q times, without which the estimate is
+            KL(q || ref) - KL(q || pi), below 0 where q is the reference. The prefixes are still those of q.
+    """
+    kl = rollout.old_logprobs - rollout.ref_logprobs
+    if off_policy:
+        kl = kl * (rollout.old_logprobs - rollout.sampled_logprobs).exp()
+    return kl.masked_fill(~rollout.mask, 0.0).sum(dim=1)
 
 
 def response_metrics(rollout: Rollout, rewards: RewardSum, prefix: str) -> dict[str, float]:

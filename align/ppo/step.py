@@ -180,5 +180,5 @@ def adapt_kl_coef(run: PPORun, rollout: Rollout) -> None:
     """
     recipe, progress = run.recipe, run.progress
     if recipe.kl_target is not None:
-        kl = float(response_kl(rollout).mean())  # nats per response
+        kl = float(response_kl(rollout, recipe.one_step_off_policy).mean())  # nats per response
         progress.kl_coef = adapted_kl_coef(progress.kl_coef, kl, recipe.kl_target, len(rollout), recipe.kl_horizon)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,10 +18,15 @@ from align.config.judge import SCORE
 from align.config.load import load_recipe
 from align.errors import UserError
 from align.evaluate.bootstrap import mean_interval
+from align.ppo.data import load_data
+from align.ppo.evaluation import Evaluation
 from align.ppo.frontier import describe_fit, draw_frontier, fit
+from align.ppo.inputs import check_ppo_inputs
 from align.ppo.train import run
 from align.ppo.verdict import Change, describe_fall, mean, paired_change, spread, verdicts, warnings
+from tests.ppo.runs import ALONE, ppo_run
 from tests.ppo.test_train import make_recipe, metrics
+from tests.worlds import claimed
 
 JUDGES = """
 def other(prompts, completions, **columns):
@@ -122,6 +128,21 @@ def test_an_honest_reward_does_not_stop_and_the_judge_chooses_the_best(tmp_path)
     assert row.after == pytest.approx(by_judge[6])
     (row,) = [row for row in results.table if row.measure == "win rate by judge"]
     assert 0.5 < row.after == results.metrics["eval/judge_win_rate"] <= 1
+
+
+def test_a_response_that_both_models_gave_is_a_tie_however_it_was_rounded(tmp_path):
+    recipe = claimed(judged(tmp_path, "same"))
+    ppo = ppo_run(recipe)
+    data = load_data(recipe, check_ppo_inputs(recipe), ALONE)
+    evaluation = Evaluation(ppo, data.held_out, 1)
+    before = evaluation.baseline
+    rounded = {name: [value + 1e-6 for value in values] for name, values in before.metric_values.items()}
+    won = evaluation.measure(replace(before, metric_values=rounded))
+    assert won["eval/win_rate"] == won["eval/judge_win_rate"] == 0.5
+    other = before.rollout.response_ids.clone()
+    other[0, 0] += 1  # one response of 40 is another, and a win
+    changed = replace(before, rollout=replace(before.rollout, response_ids=other), metric_values=rounded)
+    assert evaluation.measure(changed)["eval/win_rate"] == 0.5 + 0.5 / 40
 
 
 @pytest.mark.parametrize(

@@ -31,15 +31,18 @@ from align.generation.ending import Ending, after_end
 from align.generation.generate import generate
 from align.generation.responses import unpadded
 from align.generation.vllm import VLLM
+from align.maths.kl import adapted_kl_coef
 from align.models.forward import response_logprobs
 from align.ppo import step
 from align.ppo import train as train_module
 from align.ppo.ahead import Ahead
+from align.ppo.metrics import response_kl
 from align.ppo.rollout_server import rollout_server
 from align.ppo.self_check_limits import BFLOAT16, FLOAT32, check_sampler_gap
 from align.ppo.train import run
 from tests.ppo.runs import ALONE, ppo_run
 from tests.ppo.test_train import make_recipe, metrics
+from tests.ppo.test_trajectory_balance import numbered
 from tests.ranks import run_stage, stop_after_checkpoint, torchrun_on_two_nodes
 from tests.worlds import claimed, letter_tokenizer, save_tiny_policy, tiny_llama
 
@@ -177,6 +180,27 @@ def test_one_step_off_policy(tmp_path, serve):
     assert advantages.numpy() == pytest.approx((plain * ratios.clamp(max=1.05)).numpy(), rel=1e-4, abs=1e-5)
     assert stepped.ahead.asked is not None  # for the fourth update
     assert len(second.mask) == 16
+    kl = float(((second.old_logprobs - second.ref_logprobs) * ratios * second.mask).sum(1).mean())
+    assert measured[1]["objective/kl"] == pytest.approx(kl, rel=1e-3)
+    assert kl > 0 > float(((second.old_logprobs - second.ref_logprobs) * second.mask).sum(1).mean())
+    stepped.recipe, stepped.progress.kl_coef = replace(recipe, kl_target=5.0), 0.2
+    step.adapt_kl_coef(stepped, second)
+    assert stepped.progress.kl_coef == pytest.approx(adapted_kl_coef(0.2, kl, 5.0, 16, recipe.kl_horizon), rel=1e-6)
+
+
+def test_the_kl_of_responses_of_an_earlier_policy_is_that_of_the_policy():
+    """One token of three, each as often among four responses as the reference, which sampled them, has it."""
+    policy, reference = torch.tensor([0.25, 0.25, 0.5]), torch.tensor([0.5, 0.25, 0.25])
+    token = torch.tensor([[0], [0], [1], [2]])
+    rollout = replace(
+        numbered(0, 4, 2, 1),
+        old_logprobs=policy[token].log(),
+        ref_logprobs=reference[token].log(),
+        sampled_logprobs=reference[token].log(),
+    )
+    exact = float((policy * (policy / reference).log()).sum())
+    assert float(response_kl(rollout, off_policy=True).mean()) == pytest.approx(exact, rel=1e-6)
+    assert float(response_kl(rollout).mean()) < 0
 
 
 def largest_gap(logprobs, rollout, others=None) -> float:
