@@ -184,6 +184,10 @@ class TestWeights:
         bare = skeleton(SequenceClassifier, model.get_base_model().config, num_labels=1)
         assert scorer_parameters(bare, str(world / "lora" / "adapter")) == own
 
+    def test_scoring_keeps_no_keys_and_values(self, shared):
+        for source in scorers(shared):
+            assert source.model(input_ids=torch.tensor(IDS[:1])).past_key_values is None
+
     def test_self_checks_pass(self, shared):
         checks, found = run_checks(shared)
         assert [str(check) for check in checks if check.required and not check.passed] == []
