@@ -52,6 +52,5 @@ def check_sequence_parallel_rules(recipe: Any, where: Where) -> None:
         )
     for name, values in OF_PPO.items():
         if (got := getattr(recipe, name, values[0])) not in values:
-            raise UserError(
-                f"{where(name)}: expected {' or '.join(map(shown, values))} {with_it}, got {shown(got)}; leave one of them out"
-            )
+            goes = f"expected {' or '.join(values)}" if values[0] else "expected to be left out"
+            raise UserError(f"{where(name)}: {goes} {with_it}, got {shown(got)}; leave one of them out")

@@ -143,10 +143,17 @@ class TestWhatCannotBeSplit:
             with refused if size == 2 else contextlib.nullcontext():
                 check_sequence_parallel_rules(settings, str)
 
-    @pytest.mark.parametrize(("name", "value"), [("objective", "path_consistency"), ("value_method", "shared")])
-    def test_by_keys_of_ppo(self, name, value):
+    @pytest.mark.parametrize(
+        ("name", "value", "expected"),
+        [
+            ("objective", "path_consistency", "ppo"),
+            ("value_method", "shared", "full or lora"),
+            ("max_tokens_per_device", 4096, "to be left out"),
+        ],
+    )
+    def test_by_keys_of_ppo(self, name, value, expected):
         settings = PPORecipe(output_dir="out", sft_model_path="m", sequence_parallel_size=2, **{name: value})
-        with pytest.raises(UserError, match=f"^{name}: expected .* with sequence_parallel_size: 2, got"):
+        with pytest.raises(UserError, match=f"^{name}: expected {expected} with sequence_parallel_size: 2, got"):
             check_sequence_parallel_rules(settings, str)
 
     def test_by_processes(self, tmp_path):
