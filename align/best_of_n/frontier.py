@@ -51,8 +51,10 @@ def frontier(
 
 
 def _table(groups: Sequence[Sequence[Sample]], of: Callable[[Sample], float | None]) -> Tensor:
-    """A number for each sample, [P, N] float64."""
-    return torch.tensor([[of(sample) for sample in group] for group in groups], dtype=torch.float64)
+    """A number for each sample, [P, N] float64. Samples of the same tokens have that of the first: other batches round otherwise."""
+    firsts = [{tuple(sample.ids): of(sample) for sample in reversed(group)} for group in groups]
+    rows = [[first[tuple(sample.ids)] for sample in group] for group, first in zip(groups, firsts, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _means(values: Tensor, names: Sequence[str], iterations: int, seed: int) -> list[tuple[float, float, float]]:

@@ -333,6 +333,13 @@ def test_samples_of_another_run_are_not_taken(tmp_path):
     assert SampleFile(file.path, "a").read() == [], "they were dropped"
 
 
+def test_the_same_response_is_a_tie_however_it_was_rounded():
+    """Four times the same one: the best of any number of them wins half."""
+    group = [Sample([1, 2], True, 0.5 + n * 1e-7, [0.5], 0.5 - n * 1e-7) for n in range(4)]
+    rows = frontier([group, group], ["a", "b"], 50, 0)
+    assert [(row["win_rate"], row["judge_win_rate"]) for row in rows[:3]] == [(0.5, 0.5)] * 3
+
+
 def test_prompts_that_repeat_are_resampled_together():
     """Every prompt twice is no more evidence: the same intervals."""
     torch.manual_seed(0)
