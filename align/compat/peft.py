@@ -13,16 +13,29 @@ def active_adapter_config(model: Any) -> Any:
     return model.active_peft_config
 
 
-def load_adapter(model: Any, path: str, config: Any, without_storage: bool = False) -> Any:
+def load_adapter(
+    model: Any, path: str, config: Any, without_storage: bool = False, keep_base_layers: bool = False
+) -> Any:
     """`PeftModel.from_pretrained`, with an error where PEFT warns that the files lack weights, which it then leaves as new.
 
     Args:
         without_storage: of a model on the meta device, leave the adapter there too.
+        keep_base_layers: do not read what PEFT saved of the model itself beside an adapter of the embeddings.
     """
-    from peft import PeftModel
+    from peft import PeftModel, peft_model
 
-    with warnings.catch_warnings():
+    module: Any = peft_model
+    read = module.load_peft_weights
+
+    def without_base_layers(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: weight for name, weight in read(*args, **kwargs).items() if ".base_layer." not in name}
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("error", message=".*missing adapter keys")
+        if keep_base_layers:
+            stack.callback(setattr, module, "load_peft_weights", read)
+            module.load_peft_weights = without_base_layers
         return PeftModel.from_pretrained(model, path, config=config, low_cpu_mem_usage=without_storage)
 
 

@@ -87,5 +87,5 @@ def put_adapter(model: PreTrainedModel, adapter: str, without_storage: bool = Fa
     """The model with the adapter in a folder, which it has to fit; arguments as for `load_adapter`."""
     settings = PeftConfig.from_pretrained(adapter)
     settings.task_type = None  # PEFT's own class for a task looks for a head by its name
-    adapted: PeftModel = load_adapter(model, adapter, settings, without_storage)
+    adapted: PeftModel = load_adapter(model, adapter, settings, without_storage, keep_base_layers=True)
     return adapted

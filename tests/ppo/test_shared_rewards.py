@@ -184,6 +184,17 @@ class TestWeights:
         bare = skeleton(SequenceClassifier, model.get_base_model().config, num_labels=1)
         assert scorer_parameters(bare, str(world / "lora" / "adapter")) == own
 
+    def test_the_policys_stay_whatever_an_adapter_of_embeddings_holds(self, world, tmp_path):
+        """PEFT saves the embeddings with it, which may be those of no shard, too."""
+        folder = Path(shutil.copytree(world / "ensemble" / "member_1", tmp_path / "other"))
+        file = folder / "adapter/adapter_model.safetensors"
+        weights = load_file(file)
+        (name,) = (each for each in weights if "base_layer" in each)
+        save_file({**weights, name: weights[name][:0].clone()}, file, {"format": "pt"})
+        ours = scorers(ppo_run(recipe(tmp_path, world, str(folder))))[0]
+        theirs = scorers(ppo_run(recipe(tmp_path, world, str(apart(world, tmp_path, "ensemble/member_1")))))[0]
+        torch.testing.assert_close(scores_of(ours), scores_of(theirs), atol=5e-6, rtol=0)
+
     def test_scoring_keeps_no_keys_and_values(self, shared):
         for source in scorers(shared):
             assert source.model(input_ids=torch.tensor(IDS[:1])).past_key_values is None
