@@ -310,6 +310,9 @@ class TestApart:
         for bf16, line in ((False, "since they were rounded when they were saved"), (True, ADAPTED)):
             inputs = check_ppo_inputs(recipe(tmp_path, world, str(folder), bf16=bf16))
             assert line in inputs.describe_heads(True)[0]
+        save_file({name: each.half() for name, each in load_file(file).items()}, file, {"format": "pt"})
+        inputs = check_ppo_inputs(recipe(tmp_path, world, str(folder)))
+        assert "since they were rounded when they were saved" in inputs.describe_heads(True)[0]
 
     def test_a_damaged_adapter(self, world, tmp_path):
         folder = shutil.copytree(world / "lora", tmp_path / "damaged")
