@@ -51,7 +51,7 @@ from tests.worlds import letter_tokenizer, save_tiny_policy, tiny_llama, unfinis
 @pytest.mark.parametrize(
     ("zero_stage", "float32", "bfloat16"),
     [  # weights, gradients, those in the step, the optimizer's, and what passes: two buckets (from ZeRO 3 one) and weights
-        (1, 4 + 4 + 1 + 3 + 8 / 8, 2 + 4 + 1 + 3 + 8 / 8),
+        (1, 4 + 4 + 1 + 3 + 8 / 8, 2 + 4 + 1 + 3 + 4 + 8 / 8),
         (2, 4 + 3 + 8 / 8 + 4, 2 + 1 + 1 + 3 + 4 / 8),
         (3, 1 + 1 + 3 + 4 / 8 + 4 + 4 / 8, 0.5 + 1 + 3 + 2 / 8 + 2 + 2 / 8),
     ],

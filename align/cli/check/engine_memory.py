@@ -8,10 +8,11 @@ Bytes per parameter that trains by AdamW on one process:
 A frozen parameter has its weight only. ZeRO 1 divides the optimizer states by the number of processes N, ZeRO 2 the gradients
 too, ZeRO 3 the weights too, also of frozen models (Rajbhandari et al. 2020, arXiv 1910.02054, section 5). DeepSpeed 0.19 holds
 more than that paper counts: from ZeRO 1 on a float32 copy of this process's part of the weights also where they are float32;
-this process's gradients a second time while it steps; and buckets of `reduce_bucket_size` gradients, two with `overlap_comm`.
-At ZeRO 1 and 2 it gathers weights after a step, in place of the gradients, at most `allgather_bucket_size` of them. At ZeRO 3 it
-gathers them for each pass, when there are no gradients of a step: at most `stage3_max_live_parameters` of them, and
-`stage3_prefetch_bucket_size` as they arrive, before they are put together. All this passes: models take turns with it.
+this process's gradients a second time while it steps (at ZeRO 1 in bfloat16 all gradients too, as measured); and buckets of
+`reduce_bucket_size` gradients, two with `overlap_comm`. At ZeRO 1 and 2 it gathers weights after a step, in place of the
+gradients, at most `allgather_bucket_size` of them. At ZeRO 3 it gathers them for each pass, when there are no gradients of a
+step: at most `stage3_max_live_parameters` of them, and `stage3_prefetch_bucket_size` as they arrive, before they are put
+together. All this passes: models take turns with it.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def engine_bytes(parameters: int, trained: int, layout: Layout, bf16: bool, mome
         gradients, stepped = 6 * trained, 4 * trained
     optimizer = (masters + moments * trained) / (n if zero else 1)
     passing = 0.0 if layout.offloads_optimizer else stepped
+    if zero == 1 and bf16:
+        passing += 4 * trained  # all gradients once more while they are added over processes
     if trained and layout.stage == 0:
         passing += 4 * min(trained, BUCKET)  # gradients in a row, to be added over processes
     buckets = layout.reduced * (2 if bf16 and zero >= 2 else 4) if trained and zero else 0.0
