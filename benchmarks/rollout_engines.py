@@ -69,7 +69,7 @@ def measure(engine: str, python: str, seed: int, start: str, episodes: int) -> d
     seen = {name: [line[name] for line in lines if name in line] for name in POLICY}
     return {
         "curve": curve,
-        "seconds": {name: statistics.median(update.get(name, 0.0) for update in updates) for name in updates[-1]},
+        "seconds": {name: statistics.median(each.get(name, 0.0) for each in updates) for name in set().union(*updates)},
         "largest_sampler_gap": max(seen[POLICY[0]]),
         "least_importance_ess": min(seen[POLICY[1]], default=1.0),
     }
