@@ -45,6 +45,8 @@ class Sampler:
         from vllm.platforms import current_platform
 
         self.on_cpu = bool(current_platform.is_cpu())
+        if self.on_cpu:  # its processes import `RepackHeads` from here, whose folder comes last: it has a file vllm.py
+            sys.path.append(str(Path(__file__).parent))
         self.llm = LLM(
             model=options.model,
             dtype=options.dtype,
@@ -54,6 +56,7 @@ class Sampler:
             max_num_seqs=options.max_num_seqs,
             enforce_eager=options.enforce_eager,
             trust_remote_code=options.trust_remote_code,
+            worker_extension_cls=f"{Path(__file__).stem}.{RepackHeads.__name__}" if self.on_cpu else "",
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             generation_config="vllm",  # no top_k, top_p or temperature of the model's own
             seed=0,
@@ -68,7 +71,7 @@ class Sampler:
         self.version = -1  # unknown, if what follows fails
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         if self.on_cpu:
-            self.llm.apply_model(repack_heads)
+            self.llm.collective_rpc("repack_heads")
         self.llm.reset_prefix_cache()
         self.version = version
         return {"version": version}
@@ -111,15 +114,20 @@ class Sampler:
         }
 
 
-def repack_heads(model: Any) -> None:
-    """Repack the weights of language-model heads for the CPU's kernels.
+class RepackHeads:
+    """A method of vLLM's workers, which each have a part of the model."""
 
-    A head that is tied to the embeddings is not among the weights that are loaded, and so keeps its packed copy of the old
-    ones (vLLM 0.32).
-    """
-    for module in model.modules():
-        if type(module).__name__ == "ParallelLMHead":
-            module.quant_method.process_weights_after_loading(module)
+    get_model: Any
+
+    def repack_heads(self) -> None:
+        """Repack the weights of language-model heads for the CPU's kernels.
+
+        A head that is tied to the embeddings is not among the weights that are loaded, and so keeps its packed copy of the old
+        ones (vLLM 0.32).
+        """
+        for module in self.get_model().modules():
+            if type(module).__name__ == "ParallelLMHead":
+                module.quant_method.process_weights_after_loading(module)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -367,6 +367,11 @@ class TestRealServer:
         assert run_stage("ppo", recipe, ranks=2).returncode == 0
         assert (out / "model.safetensors").read_bytes() == nodes
 
+    def test_two_processes_share_a_model(self, tmp_path):
+        run(load_recipe("ppo", self.start(tmp_path, tied=True, total_episodes=32, vllm_tensor_parallel_size=2)))
+        gaps = [line["policy/sampler_gap"] for line in metrics(tmp_path / "out") if "policy/sampler_gap" in line]
+        assert 0 < max(gaps) < 1e-4
+
     def test_a_head_of_its_own(self, tmp_path):
         run(load_recipe("ppo", self.start(tmp_path, tied=False, total_episodes=32)))
         gaps = [line["policy/sampler_gap"] for line in metrics(tmp_path / "out") if "policy/sampler_gap" in line]
