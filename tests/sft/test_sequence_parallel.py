@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from align.errors import UserError
 from align.models.split_sequences import check_heads, check_splits
 from align.sft.inputs import check_kind_of_model
 from align.sft.train import run
-from tests.ranks import run_stage
+from tests.ranks import run_stage, stop_after_checkpoint
 from tests.sft.letter_rows import recipe
 from tests.worlds import deepspeed_file, letter_tokenizer, metrics, save_recipe, tiny_llama, trained
 
@@ -86,6 +87,27 @@ def test_processes_that_share_rows_do_what_one_does(tmp_path, case):
         for name in (name for name in mine if name != "time" and not name.startswith("memory/")):
             assert theirs[name] == pytest.approx(mine[name], abs=1e-5, rel=1e-6), name
     assert any("train/num_tokens" in line for line in metrics(alone))
+    expected = trained(alone)
+    for name, weight in trained(split).items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_whole_rows(tmp_path):
+    common = {
+        "max_steps": 8,
+        "save_steps": 2,
+        "adam_epsilon": 1e-3,
+        "deepspeed": deepspeed_file(tmp_path / "ds.json", 2),
+    }
+    alone = recipe(tmp_path, output_dir=str(tmp_path / "alone"), **{**common, "deepspeed": None})
+    run(alone)
+    split = recipe(tmp_path, output_dir=str(tmp_path / "split"), sequence_parallel_size=2, **common)
+    path = save_recipe(split, tmp_path / "split.yaml")
+    stop_after_checkpoint("sft", path, Path(split.output_dir), ranks=2)
+    assert not (tmp_path / "split" / "stage.json").exists()
+    done = run_stage("sft", path, "--sequence_parallel_size", "1", ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     expected = trained(alone)
     for name, weight in trained(split).items():
         torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)
