@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -132,6 +133,16 @@ def measured(recipe: StageRecipe) -> list[dict]:
 def trained(recipe: StageRecipe) -> dict[str, torch.Tensor]:
     """The weights that a run has written."""
     return load_file(Path(recipe.output_dir) / "model.safetensors")
+
+
+def assert_same_training(ours: StageRecipe, theirs: StageRecipe) -> None:
+    """Every line of metrics, counts of tokens among them, and the weights, to the rounding of sums in another order."""
+    for mine, other in zip(measured(ours), measured(theirs), strict=True):
+        assert mine == pytest.approx(other, abs=1e-5, rel=1e-6), mine["step"]
+    assert any("train/num_tokens" in line for line in measured(ours))
+    expected = trained(theirs)
+    for name, weight in trained(ours).items():
+        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)
 
 
 def letter_ids(text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -45,6 +45,7 @@ from align.config.objective import check_objective, gradient_steps, objective, r
 from align.config.responses import check_scored_responses
 from align.config.schedule import check_decay_steps
 from align.config.sequence_parallel import check_sequence_parallel_rules, sequence_parallel_size
+from align.config.token_budget import check_token_budget, max_tokens_per_device
 from align.config.value_method import check_value_method, value_method
 from align.errors import UserError, run_all
 from align.maths.estimators import BALANCE_WITH_VALUES, ESTIMATORS, TRAJECTORY_BALANCE, Estimator
@@ -182,13 +183,7 @@ class PPORecipe(StageRecipe):
         "DeepSpeed JSON file of the reward model, instead of `deepspeed`; one that could score on the policy's frozen weights, by "
         "its adapter, then has weights of its own.",
     )
-    max_tokens_per_device: int | None = key(
-        None,
-        "Instead of per_device_train_batch_size: maximum tokens, padding included, in one forward-backward pass per device. "
-        "Responses of similar length share a pass, as many as fit; the forward passes of policy, reference and value model "
-        "over a rollout have it too. Does not change the result.",
-        TOKENS,
-    )
+    max_tokens_per_device: int | None = max_tokens_per_device()
     per_device_generation_batch_size: int | None = key(
         None,
         "Responses decoded at once per device; by default on a GPU as many as an eighth of its memory holds, but at least "
@@ -257,7 +252,7 @@ def check_ppo_rules(recipe: PPORecipe, where: Where) -> None:
     sources = reward_names(recipe)
     run_all(
         partial(_check_episodes, recipe, where),
-        partial(_check_passes, recipe, where),
+        partial(check_token_budget, recipe, where),
         partial(check_objective, recipe, where),
         partial(check_value_method, recipe, where),
         partial(_check_average, recipe, where),
@@ -281,27 +276,6 @@ def _check_episodes(recipe: PPORecipe, where: Where) -> None:
             f"{recipe.num_generations}"
         )
     check_decay_steps(recipe, recipe.num_updates, where)
-    if recipe.cuda_graphs and not recipe.ds3_gather_for_generation:
-        raise UserError(
-            f"{where('cuda_graphs')}: needs ds3_gather_for_generation: true; a sharded model cannot be captured."
-        )
-
-
-def _check_passes(recipe: PPORecipe, where: Where) -> None:
-    longest, most = recipe.max_prompt_length + recipe.response_length, recipe.max_tokens_per_device
-    if most is None:
-        return
-    if most < longest:
-        raise UserError(
-            f"{where('max_tokens_per_device')}: expected at least max_prompt_length + response_length ({longest}), the longest "
-            f"sequence, got {most}"
-        )
-    default = next(each.default for each in fields(recipe) if each.name == "per_device_train_batch_size")
-    if recipe.per_device_train_batch_size != default:
-        raise UserError(
-            f"{where('per_device_train_batch_size')}: with max_tokens_per_device a pass has as many sequences as fit, got "
-            f"{recipe.per_device_train_batch_size}; leave one of them out."
-        )
 
 
 def _check_average(recipe: PPORecipe, where: Where) -> None:

@@ -89,6 +89,10 @@ def check_rollout_engine(recipe: Any, where: Where) -> None:
         changed += ["one_step_off_policy"] * recipe.one_step_off_policy
         if changed:
             raise UserError(f"{where(changed[0])}: is for rollout_engine: vllm, got rollout_engine: transformers")
+        if recipe.cuda_graphs and not recipe.ds3_gather_for_generation:
+            raise UserError(
+                f"{where('cuda_graphs')}: needs ds3_gather_for_generation: true; a sharded model cannot be captured."
+            )
         return
     if bool(recipe.vllm_python) == bool(recipe.vllm_server_base_url):
         both = "both" if recipe.vllm_python else "neither"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 from transformers import BertConfig, BertModel, MistralConfig, MistralForCausalLM
 
 from align.errors import UserError
@@ -13,7 +12,7 @@ from align.reward.inputs import check_reward_inputs
 from align.reward.train import run
 from tests.ranks import run_stage
 from tests.reward.test_train import HELD_OUT, recipe
-from tests.worlds import deepspeed_file, letter_tokenizer, metrics, save_recipe, trained
+from tests.worlds import assert_same_training, deepspeed_file, letter_tokenizer, save_recipe
 
 
 @pytest.mark.parametrize(("method", "zero"), [("full", 3), ("lora", None)])
@@ -28,14 +27,7 @@ def test_two_processes_do_what_one_does(tmp_path, method, zero):
     run(alone)
     done = run_stage("reward", save_recipe(split, tmp_path / "split.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
-    for mine, theirs in zip(metrics(alone), metrics(split), strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in (name for name in mine if name != "time" and not name.startswith("memory/")):
-            assert theirs[name] == pytest.approx(mine[name], abs=1e-5, rel=1e-6), name
-    assert any("train/num_tokens" in line for line in metrics(alone))
-    expected = trained(alone)
-    for name, weight in trained(split).items():
-        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)
+    assert_same_training(split, alone)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,14 @@ from align.sft.inputs import check_kind_of_model
 from align.sft.train import run
 from tests.ranks import run_stage, stop_after_checkpoint
 from tests.sft.letter_rows import recipe
-from tests.worlds import deepspeed_file, letter_tokenizer, metrics, save_recipe, tiny_llama, trained
+from tests.worlds import (
+    assert_same_training,
+    deepspeed_file,
+    letter_tokenizer,
+    save_recipe,
+    tiny_llama,
+    trained,
+)
 
 # Rows of 4, 9, 6, 3, 9, 4, 4 and 3 tokens: batches of odd and of even lengths, with labels in both parts or in one.
 HELD_OUT = [("ab", "ba"), ("c", "defghij"), ("klm", "n")]
@@ -82,14 +89,7 @@ def test_processes_that_share_rows_do_what_one_does(tmp_path, case):
     done = run_stage("sft", save_recipe(split, tmp_path / "split.yaml"), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "(groups of 2 processes x micro-batch x accumulation)" in done.stderr
-    for mine, theirs in zip(metrics(alone), metrics(split), strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in (name for name in mine if name != "time" and not name.startswith("memory/")):
-            assert theirs[name] == pytest.approx(mine[name], abs=1e-5, rel=1e-6), name
-    assert any("train/num_tokens" in line for line in metrics(alone))
-    expected = trained(alone)
-    for name, weight in trained(split).items():
-        torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)
+    assert_same_training(split, alone)
 
 
 @pytest.mark.slow
